@@ -5,11 +5,13 @@ import pty
 import sys
 import threading
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 
 from shallower import progress
 from shallower.progress import hushed, track
+from tests.terminals import terminal_of
 
 
 class Terminal:
@@ -77,28 +79,162 @@ def test_so_does_a_terminal_that_cannot_redraw_a_bar(terminal, monkeypatch):
     assert terminal.shown.splitlines() == ["measuring 0/3", "measuring done, 0:00:00", "end"]
 
 
-def test_a_log_has_two_lines_a_minute_of_long_work(capfd, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands until it is set; what looks at it each second is the test's own hand."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress._Log, "_watch", lambda *_: None)
+    return now
+
+
+def test_a_log_has_two_lines_a_minute_of_long_work(capfd, clock):
     with track("measuring [x]", 400) as advance:
         for step in range(1, 9):
-            now[0] += 12.5
+            clock[0] += 12.5
             advance(10, f"loss {step}")
     assert capfd.readouterr() == (
         "",
         "measuring [x] 0/400\n"
-        "measuring [x] 30/400, 0:00:38, loss 3\n"
+        "measuring [x] 20/400, 0:00:25, eta 0:07:55, loss 2\n"
+        "measuring [x] 40/400, 0:00:50, eta 0:07:30, loss 4\n"
         "measuring [x] 60/400, 0:01:15, eta 0:07:05, loss 6\n"
+        "measuring [x] 80/400, 0:01:40, eta 0:06:40, loss 8\n"
         "measuring [x] done, 0:01:40\n",
     )
 
 
-def test_a_log_of_more_than_was_estimated_does_not_know_when_it_ends(capfd, monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+def seconds_of_lines(capfd, clock, seconds, step=lambda _: None):
+    """The seconds at which a log has a line, where the clock is looked at each second."""
+    began, said = clock[0], []
+    for second in range(seconds):
+        clock[0] = began + second
+        step(second)
+        progress._LOG.tick()
+        said += [second] * len(capfd.readouterr().err.splitlines())
+    return said
+
+
+@pytest.mark.parametrize("every", [1, 7, 29, 200])
+def test_a_log_has_a_line_every_half_minute_however_long_a_step_takes(capfd, clock, every):
+    with track("measuring", 100) as advance:
+        said = seconds_of_lines(capfd, clock, 600, lambda at: at % every or advance(at > 0))
+    assert said[0] == 0
+    gaps = [b - a for a, b in pairwise(said)]
+    assert min(gaps) >= 10
+    assert max(gaps) <= 30
+    assert said[-1] >= 570
+
+
+def test_a_resumed_work_that_leaps_is_not_thought_fast(capfd, clock):
+    with track("measuring", 1000) as advance:
+        advance(900)  # what was done before
+        for _ in range(3):
+            clock[0] += 30
+            advance(1)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-2] == "measuring 903/1000, 0:01:30, eta 0:48:30"
+
+
+def test_a_log_that_waits_for_a_long_step_keeps_its_last_speed(capfd, clock):
+    with track("measuring", 10) as advance:
+        for _ in range(3):
+            clock[0] += 60
+            advance(1)
+        clock[0] += 400
+        progress._LOG.tick()
+    assert ", eta " in capfd.readouterr().err.splitlines()[-2]
+
+
+def test_work_within_other_work_is_told_in_its_lines(capfd, clock):
+    with track("outside", 3) as advance:
+        for _ in range(3):
+            with track("inside", 10) as within:
+                clock[0] += 20
+                within(4, "note")
+                clock[0] += 6
+                within(4)
+            advance(1)
+    assert capfd.readouterr().err.splitlines() == [
+        "outside 0/3",
+        "outside 0/3, 0:00:26, inside 8/10",
+        "outside 1/3, 0:00:52, inside 8/10",
+        "outside 2/3, 0:01:18, eta 0:00:52, inside 8/10",
+        "outside done, 0:01:18",
+    ]
+
+
+def test_the_end_of_long_work_within_other_work_is_told(capfd, clock):
+    with track("outside"):
+        with track("short", 3):
+            clock[0] += 5
+        with track("long", 3):
+            clock[0] += 15
+    assert capfd.readouterr().err.splitlines() == [
+        "outside …",
+        "long done, 0:00:15",
+        "outside done, 0:00:20",
+    ]
+
+
+def test_a_log_is_told_of_while_nothing_is_called(capfd, monkeypatch):
+    """By the thread that looks at the clock, which ends with the work."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with track("saving"):
+        watching = progress._LOG._ended
+        said = ""
+        while "saving 0/?, " not in said:
+            threading.Event().wait(0.05)
+            said += capfd.readouterr().err
+    assert watching.is_set()
+    assert capfd.readouterr().err.endswith("saving done, 0:00:01\n")
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_a_row_fits_its_terminal_and_has_count_and_eta(columns):
+    name, count = "loss without [12, 20) [21, 22)", "42/4000"
+    for note in ("", "loss 3.5", "loss 3.4567 nats, and much more that is too long for any row"):
+        shown = progress.row(
+            columns - 1, name, count, elapsed="0:00:30", eta="0:05:44", note=note, share=0.25
+        )
+        assert len(shown) <= columns - 1
+        assert "42/4000" in shown
+        assert "eta 0:05:44" in shown
+        assert shown.startswith("loss without")
+        assert ("0:00:30" in shown) == (columns > 60)
+        assert columns == 80 or ("━" in shown) == (columns == 200)
+        assert ("loss 3." in shown) == (note != "" and columns >= 80)
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_bars_of_a_program_do_not_wrap_in_its_terminal(columns):
+    code = (
+        "import time\n"
+        "from shallower.progress import track\n"
+        "with track('loss without [12, 20) [21, 22)', 4000) as outside:\n"
+        "    outside(1)\n"
+        "    with track('verify n = 8, layers run', 123456) as inside:\n"
+        "        inside(1000, 'a note that is long enough for nothing to fit beside it')\n"
+        "        time.sleep(0.6)\n"  # more than one drawing
+        "    outside(2, 'another such note that fits no row of a narrow terminal')\n"
+        "print('end of it')\n"
+    )
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("COLUMNS", None)
+    with terminal_of(sys.executable, "-c", code, columns=columns, env=environment) as terminal:
+        terminal.until("end of it")
+    rows = [row for line in terminal.shown.splitlines() for row in line.split("\r")]
+    assert max(map(len, rows)) < columns
+    assert any("3/4000 eta" in row or "3/4000 0:00:0" in row for row in rows)
+    assert any("1000/123456 eta" in row or "1000/123456 0:00:0" in row for row in rows)
+    # A row that wrapped would not be found when it is drawn anew one row above.
+    assert all(row.startswith(("loss without", "verify", "end of it")) for row in rows if row)
+
+
+def test_a_log_of_more_than_was_estimated_does_not_know_when_it_ends(capfd, clock):
     with track("measuring", 15) as advance:
         for _ in range(2):
-            now[0] += 60.0
+            clock[0] += 60.0
             advance(10)
     assert capfd.readouterr().err.splitlines()[-2] == "measuring 20/15, 0:02:00"
 

@@ -1,11 +1,41 @@
-"""Errors that a user can cause, a class for each kind."""
+"""Errors that a user can cause, a class for each kind, and the pages that help with them."""
+
+DOCS = "docs/{}.md"
+"""Where the pages of the documentation lie."""
+
+PAGES = {
+    "cluster": "how-to/sweep",
+    "criterion": "how-to/add-a-criterion",
+    "experts": "how-to/experts",
+    "families": "families",
+    "gguf": "how-to/gguf",
+    "healing": "how-to/heal-a-7b",
+    "order": "how-to/prune-heal-quantise",
+    "packages": "requirements",
+    "streaming": "how-to/scan-a-70b",
+}
+"""The page that helps with an error, by what it is about."""
+
+_ABOUT = {"ExpertsError": "experts", "MissingExtraError": "packages"}
+"""What every error of a kind is about, where that is one thing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class ShallowerError(Exception):
-    """The base of every error that the user can cause; its text names the way out."""
+    """The base of every error that the user can cause; its text names the way out.
+
+    ``see`` is what it is about, a row of ``PAGES``, where a page helps: ``page`` is that, and a
+    traceback names it. Other errors have no page: None.
+    """
+
+    def __init__(self, *message: object, see: str | None = None) -> None:
+        super().__init__(*message)
+        about = see or _ABOUT.get(type(self).__name__)
+        self.page = None if about is None else DOCS.format(PAGES[about])
+        if self.page is not None:
+            self.add_note(f"see {self.page}")
 
 
 class StatesError(ShallowerError):

@@ -8,18 +8,23 @@ import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from threading import Lock
+from threading import Event, Lock, RLock, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_LINES = 25.0
+"""Between two lines of a log about long work, so that there is one every half minute."""
+
+SECONDS_TO_BE_TOLD = 10.0
+"""What work within other work must take, or the log keep silent, until its end is a line."""
 
 BytesProgress = Callable[[int, int], object]
 """Receives the bytes written so far and those in all; what it raises stops the copy."""
@@ -47,8 +52,9 @@ def track(description: str, total: int | None = None, show: bool | None = None) 
         description: name of the work.
         total: steps of the work, if their number is known.
         show: True for a bar anywhere, False for silence. By default a bar if standard error is a
-            terminal that can redraw one, and else lines: as the work begins, twice a minute, and as
-            it ends.
+            terminal that can redraw one, and else lines: as the work begins, at least twice a
+            minute, also while no step ends, and as it ends. Work within other work is told in the
+            lines of that.
 
     Yields:
         A function that advances by so many steps.
@@ -57,9 +63,8 @@ def track(description: str, total: int | None = None, show: bool | None = None) 
         yield _Silence()
         return
     if show is None and not _can_redraw():
-        lines = _Lines(description, total)
-        yield lines
-        lines.end()
+        with _LOG.told(_Lines(description, total)) as lines:
+            yield lines
         return
     from rich.console import Console
 
@@ -69,9 +74,6 @@ def track(description: str, total: int | None = None, show: bool | None = None) 
         if len(bars.tasks) > 1:  # it was a part of other work, whose bar goes on
             bars.remove_task(bar.task)
 
-
-_BESIDE_NAME = 30
-"""Columns of a terminal that the bar, its count and its times need beside the name of the work."""
 
 _BARS: ContextVar["Progress | None"] = ContextVar("_BARS", default=None)
 """The bars that are on the terminal; work within other work has one more."""
@@ -85,31 +87,38 @@ def _can_redraw() -> bool:
 @contextmanager
 def _bars(console: "Console") -> Iterator["Progress"]:
     """Open bars on a terminal, or give those that are there."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress, ProgressColumn, Task
     from rich.table import Column
+    from rich.text import Text
 
     there = _BARS.get()
     if there is not None:
         yield there
         return
-    named = Column(no_wrap=True, max_width=max(10, console.width - _BESIDE_NAME))
+
+    class Row(ProgressColumn):
+        max_refresh = None
+
+        def render(self, task: Task) -> Text:
+            left = task.time_remaining
+            count = f"{int(task.completed)}/{'?' if task.total is None else int(task.total)}"
+            return Text(
+                row(
+                    console.width - 1,
+                    task.description,
+                    count,
+                    elapsed=_clock(task.elapsed or 0),
+                    eta="-:--:--" if left is None else _clock(left),
+                    note=task.fields["note"],
+                    share=task.completed / task.total if task.total else 0,
+                )
+            )
+
     bars = Progress(
-        TextColumn("{task.description}", markup=False, table_column=named),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        Row(table_column=Column(no_wrap=True)),
         console=console,
         refresh_per_second=4,
+        speed_estimate_period=600,  # a step may take minutes
     )
     with bars:
         opened = _BARS.set(bars)
@@ -117,6 +126,31 @@ def _bars(console: "Console") -> Iterator["Progress"]:
             yield bars
         finally:
             _BARS.reset(opened)
+
+
+def row(
+    width: int, name: str, count: str, *, elapsed: str, eta: str, note: str = "", share: float = 0
+) -> str:
+    """Write a bar in a row of a terminal: count and ETA always, all else as there is room."""
+    end = f"{count} {elapsed} eta {eta}" if width >= _WIDE else f"{count} eta {eta}"
+    name = shortened(name, max(10, width - len(end) - 1))
+    left = width - len(name) - len(end) - 2
+    if note and left > _WORD:
+        note = shortened(note, left - 1)
+        end, left = f"{end} {note}", left - len(note) - 1
+    bar = min(left - 1, _LONGEST_BAR)
+    if bar < _WORD:
+        return f"{name} {end}"
+    return f"{name} {'━' * round(bar * min(share, 1)):<{bar}} {end}"
+
+
+_WIDE, _WORD, _LONGEST_BAR = 60, 8, 40
+"""Columns from which on a row has its time; of what is worth its place; of a bar."""
+
+
+def shortened(text: str, columns: int) -> str:
+    """A text in so many columns at most."""
+    return text if len(text) <= columns else f"{text[: columns - 1]}…"
 
 
 @contextmanager
@@ -176,43 +210,117 @@ def say_goes_on(where: str, show: bool | None = None) -> None:
 
 
 class _Lines:
-    """Lines about long work, for a log."""
+    """Work as a log tells of it."""
 
     def __init__(self, description: str, total: int | None) -> None:
-        self._description, self._total = description, total
+        self.description, self._total = description, total
         self._done, self._note = 0, ""
-        self._began = self._said = time.monotonic()
-        self._done_then: int | None = None
-        self._say(f"{description} …" if total is None else f"{description} 0/{total}")
+        self.began = time.monotonic()
+        # Times with what was done then, of the last minutes; none before the first step, by which
+        # a resumed work leaps.
+        self._marks: deque[tuple[float, int]] = deque(maxlen=5)
+        self._first: tuple[float, int] | None = None
 
     def expect(self, steps: int) -> None:
         """As :class:`Shown`."""
         self._total = (self._total or 0) + steps
 
-    def end(self) -> None:
-        """Say that the work is done."""
-        self._say(f"{self._description} done", _clock(time.monotonic() - self._began))
-
     def __call__(self, steps: int, note: str = "", /) -> None:
         self._done += steps
         self._note = note or self._note
+        if steps and self._first is None:
+            self._first = time.monotonic(), self._done
+            self._marks.append(self._first)
+        _LOG.tick()
+
+    @property
+    def beginning(self) -> str:
+        """The line as the work begins."""
+        of = " …" if self._total is None else f" 0/{self._total}"
+        return f"{self.description}{of}"
+
+    @property
+    def reached(self) -> str:
+        """How far it is, without times."""
+        if not self._total and not self._done:
+            return self.description
+        return f"{self.description} {self._done}/{self._total or '?'}"
+
+    def parts(self, now: float) -> list[str]:
+        """How far it is, how long it took, and how long the rest will take, where that is known."""
+        left = (self._total or 0) - self._done  # below 0 where an estimate was too low
+        speed = self._speed(now)
+        eta = [f"eta {_clock(left / speed)}"] if left >= 0 and speed and self._total else []
+        if self._marks:
+            self._marks.append((now, self._done))
+        reached = f"{self.description} {self._done}/{self._total or '?'}"
+        return [reached, _clock(now - self.began), *eta, self._note]
+
+    def _speed(self, now: float) -> float | None:
+        """Steps a second in the last minutes; since the first step, if there were none."""
+        for mark in filter(None, (*list(self._marks)[:1], self._first)):
+            if self._done > mark[1] and now > mark[0]:
+                return (self._done - mark[1]) / (now - mark[0])
+        return None
+
+
+class _Log:
+    """The lines of a log about all work of this process, the outermost first."""
+
+    def __init__(self) -> None:
+        self._lock, self._works = RLock(), list[_Lines]()
+        self._said = float("-inf")
+        self._ended: Event | None = None
+
+    @contextmanager
+    def told(self, work: _Lines) -> Iterator[_Lines]:
+        """Tell of work as it begins and ends, and meanwhile now and then."""
+        with self._lock:
+            self._works.append(work)
+            if len(self._works) == 1:
+                self._say(work.beginning)
+                self._ended = Event()
+                Thread(target=self._watch, args=(self._ended,), daemon=True).start()
+        has_ended = False
+        try:
+            yield work
+            has_ended = True
+        finally:
+            with self._lock:
+                self._works.remove(work)
+                if not self._works and self._ended is not None:
+                    self._ended.set()
+                if has_ended:
+                    self._say_end(work)
+
+    def _say_end(self, work: _Lines) -> None:
+        now = time.monotonic()
+        took = now - work.began
+        if not self._works or min(took, now - self._said) >= SECONDS_TO_BE_TOLD:
+            self._say(f"{work.description} done", _clock(took))
+
+    def _watch(self, ended: Event) -> None:
+        """Look at the clock each second, for as long as there is work."""
+        while not ended.wait(1.0):
+            self.tick()
+
+    def tick(self) -> None:
+        """Say how far the work is, if nothing has been said for long."""
         now = time.monotonic()
         if now - self._said < SECONDS_BETWEEN_LINES:
             return
-        parts = [
-            f"{self._description} {self._done}/{self._total or '?'}",
-            _clock(now - self._began),
-        ]
-        # By what was done since the last line: before the first, a resumed work leaps.
-        left = (self._total or 0) - self._done  # below 0 where an estimate was too low
-        if left >= 0 and self._done_then is not None and self._done > self._done_then:
-            speed = (self._done - self._done_then) / (now - self._said)
-            parts.append(f"eta {_clock(left / speed)}")
-        self._said, self._done_then = now, self._done
-        self._say(*parts, self._note)
+        with self._lock:
+            if self._works and now - self._said >= SECONDS_BETWEEN_LINES:
+                outermost, *within = self._works
+                inside = [within[-1].reached] if within else []
+                self._say(*outermost.parts(now), *inside)
 
-    def _say(self, *parts: str | None) -> None:
+    def _say(self, *parts: str) -> None:
+        self._said = time.monotonic()
         print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+
+_LOG = _Log()
 
 
 def _clock(seconds: float) -> str:

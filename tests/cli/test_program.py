@@ -83,11 +83,23 @@ def test_help_of_a_command_has_an_example_of_its_options(name):
     } <= given
 
 
-def test_without_a_command_the_help_is_shown(shallower):
-    done = shallower()
-    assert done.status == 2
-    assert "Usage: " in done.out + done.err
-    assert "Commands" in done.out + done.err
+def test_without_a_command_five_lines_say_what_to_type_first():
+    done = in_this_process()
+    assert (done.status, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert len(lines) == 5
+    assert max(map(len, lines)) <= 80
+    commands = [line.split()[1] for line in lines]
+    assert commands == ["demo", "scan", "plan", "prune", "--help"]
+    for name, line in zip(commands[:-1], lines, strict=False):
+        *_, arguments = line.split("   ")[0].partition(f"{name} ")
+        options = {opt for one in COMMANDS[name].params for opt in one.opts}
+        assert {one for one in arguments.split() if one.startswith("--")} <= options
+
+
+def test_help_is_a_word_too():
+    assert in_this_process("help").out == help_of()
+    assert in_this_process("help", "scan").out == help_of("scan")
 
 
 @pytest.mark.parametrize("name", ["", "scan", "heal"])

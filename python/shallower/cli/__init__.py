@@ -73,7 +73,7 @@ COMMANDS = {
     ),
     "eval": Command(
         "evaluate",
-        "Measure loss, perplexity, tasks and speech, before and after a cut.",
+        "Measure loss, perplexity, tasks and speech before and after a cut.",
         "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20",
     ),
     "gain": Command(
@@ -117,9 +117,14 @@ COMMANDS = {
         "Show what was measured before, or remove it.",
         "--clear",
     ),
+    "completion": Command(
+        "completion",
+        "Print the script that completes commands and options in a shell.",
+        "bash",
+    ),
     "info": Command(
         "info",
-        "Show the core's instruction tiers and the packages' versions.",
+        "Show what a bug report needs: versions, tiers and the machine.",
         "--json",
     ),
 }
@@ -127,28 +132,41 @@ COMMANDS = {
 
 def help_text() -> str:
     """Write the help of the whole program, at most 80 columns wide."""
-    commands = "\n".join(f"  {name:<9}  {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10}  {command.summary}" for name, command in COMMANDS.items())
     return (
         f"Usage: shallower COMMAND ...\n\n{SUMMARY}\n\nCommands:\n{commands}\n\nOptions:\n"
-        f"  {'--version':<9}  Show the version.\n"
-        f"  {'--help':<9}  Show this message; after a command, its arguments and options.\n"
+        f"  {'--version':<10}  Show the version.\n"
+        f"  {'--help':<10}  Show this message; after a command, its arguments and options.\n"
     )
+
+
+FIRST = """\
+shallower demo                               the whole way, on a small model
+shallower scan MODEL --texts TEXTS --out S   compare the layers of a model
+shallower plan S --n 8 --out P               choose 8 that it can do without
+shallower prune MODEL --plan P --out CUT     save the model without them
+shallower --help                             all commands, each with its --help
+"""
+"""What to type first, for who types the program's name alone."""
 
 
 def parser(name: str) -> Any:
     """Make the parser of one of ``COMMANDS``; its module is imported."""
-    from importlib import import_module
-
     import typer
 
     # Without rich: its boxes break at 80 columns, and importing it takes as long as all else.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    module = import_module(f".{COMMANDS[name].module}", __name__)
     names = {"help_option_names": ["-h", "--help"]}
-    app.command(name, epilog=_example(name), context_settings=names)(
-        getattr(module, f"{name}_command")
-    )
+    app.command(name, epilog=_example(name), context_settings=names)(command_function(name))
     return typer.main.get_command(app)
+
+
+def command_function(name: str) -> Any:
+    """Give the function of one of ``COMMANDS``; its module is imported."""
+    from importlib import import_module
+
+    module = import_module(f".{COMMANDS[name].module}", __name__)
+    return getattr(module, f"{name}_command")
 
 
 def _example(name: str) -> str:
@@ -168,14 +186,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     The status is 2 for a user's mistake, which is said in one sentence on standard error.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name == "help":
+        name, rest = (rest[0], ["--help"]) if rest else ("--help", [])
     if name == "--version":
         from .. import __version__
 
         print(__version__)
         raise SystemExit(0)
     if name in ("", "-h", "--help"):
-        print(help_text(), end="")
-        raise SystemExit(0 if name else 2)
+        print(help_text() if name else FIRST, end="")
+        raise SystemExit(0)
+    if (name, *rest[:1]) == ("completion", "--words"):
+        from .complete import answer
+
+        raise SystemExit(answer(rest[1:]))
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         _fail(f"there is no {kind} {name}: {_meant(name)}expected one of {', '.join(COMMANDS)}")
@@ -211,7 +235,8 @@ def _call(name: str, arguments: Sequence[str]) -> int:
         with naming_extras(f"shallower {name}"):
             called = command.main(words, prog_name=f"shallower {name}", standalone_mode=False)
     except ShallowerError as error:
-        _fail(" ".join(str(error).split()))
+        page = f" (see {error.page})" if error.page else ""
+        _fail(" ".join(str(error).split()) + page)
     except usage_error as error:
         said = error.format_message().replace("Value error, ", "").removesuffix(".")
         _fail(f"{said} (see shallower {name} --help)")

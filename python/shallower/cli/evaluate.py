@@ -136,7 +136,7 @@ def eval_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Measure loss, perplexity, tasks and speech, before and after a cut.
+    """Measure loss, perplexity, tasks and speech before and after a cut.
 
     Or of one checkpoint --against another, as a patched cut and its source.
     """

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 _called: list[str] = []
-_WITHOUT_EFFECT = frozenset({"--json", "--no-cache", "--overwrite"})
-_SHARING = frozenset({"--workers", "--on", "--shard"})
+_WITHOUT_EFFECT = frozenset({"--json", "--no-cache", "--overwrite", "--private"})
+_SHARING = frozenset({"--workers", "--on", "--shard", "--push"})
 """Options with a value that changes no result."""
 
 

@@ -103,7 +103,8 @@ class BuiltModel:
         if not same_config(read_back.to_dict(), after):
             raise ModelError(
                 f"config.json of {type(self._model).__name__} cannot be edited so that it is read "
-                f"back as the shortened config: load the model and use drop_layers and save_model"
+                f"back as the shortened config: load the model and use drop_layers and save_model",
+                see="families",
             )
         return edited if part is None else {**raw, "text_config": edited}
 

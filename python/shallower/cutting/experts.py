@@ -102,7 +102,8 @@ def with_fewer_experts(model: PreTrainedModel, dropped: DroppedExperts) -> PreTr
     except BUILDING_ERRORS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be built with {dropped.num_kept} experts a layer: "
-            f"{' '.join(str(error).split())}"
+            f"{' '.join(str(error).split())}",
+            see="experts",
         ) from error
 
 
@@ -121,7 +122,8 @@ def compare_layers(
         if one.num_experts != num_kept:
             raise ModelError(
                 f"the config of {type(model).__name__} does not say how many experts a layer has: "
-                f"a stock loader would build {one.num_experts}, not {num_kept}"
+                f"a stock loader would build {one.num_experts}, not {num_kept}",
+                see="experts",
             )
         pair = found.modules[one.layer], built.modules[one.layer]
         changes[one.layer] = _changes(one, *pair, number=number, num_kept=num_kept)

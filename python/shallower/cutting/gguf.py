@@ -134,7 +134,9 @@ def _check_experts(file: Gguf, plan: Plan, *, named: str) -> None:
         return
     layers = file.expert_layers
     if not layers:
-        raise ModelError(f"{named} has no layer with routed experts: drop whole layers instead")
+        raise ModelError(
+            f"{named} has no layer with routed experts: drop whole layers instead", see="experts"
+        )
     mixture = Mixture(named, _routing(file, named), frozenset(layers))
     mixture.check(plan.experts, gone=plan.dropped)
 
@@ -178,7 +180,9 @@ def plan_gguf(source: Path, layers: Plan | Layers, experts: NamedExperts) -> Pla
     def count() -> int:
         number = file.metadata([key := f"{file.architecture}.expert_count"]).get(key)
         if type(number) is not int or number < 2:
-            raise ModelError(f"{source} counts no routed experts: drop whole layers instead")
+            raise ModelError(
+                f"{source} counts no routed experts: drop whole layers instead", see="experts"
+            )
         return number
 
     return agreed_plan(str(source), file.num_layers, layers, experts=experts, count_experts=count)

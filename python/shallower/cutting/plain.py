@@ -118,7 +118,8 @@ class PlainModel:
         """Its routed experts; ModelError if it has none."""
         if self.routing is None:
             raise ModelError(
-                f"{self.name} has no layer with routed experts: drop whole layers instead"
+                f"{self.name} has no layer with routed experts: drop whole layers instead",
+                see="experts",
             )
         return Mixture(self.name, self.routing, frozenset(range(self.shape[1])))
 
@@ -143,7 +144,8 @@ class PlainModel:
                 shorten(after, self.shape[1], plan.survivors)
         except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ModelError(
-                f"the config cannot describe the layers {list(plan.survivors)} alone: {error}"
+                f"the config cannot describe the layers {list(plan.survivors)} alone: {error}",
+                see="families",
             ) from error
         if plan.experts is not None:
             setattr(after, _MIXTURES[self.shape[0]][0], plan.experts.num_kept)

@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
-from ..progress import BytesProgress
+from ..progress import BytesProgress, track
 from ..storage import check_apart, check_free, claimed
 from ..values.experts import experts_file, parse_experts
 from ..values.files import PLAN_FILE
@@ -265,7 +265,8 @@ class Request:
         if path.suffix != ".gguf":
             raise ModelError(
                 f"{self.named} is not a .gguf file, and only such a one is cut into one: "
-                f"name a local file, or a folder as out (--out)"
+                f"name a local file, or a folder as out (--out)",
+                see="gguf",
             )
         return path
 
@@ -402,12 +403,14 @@ class PlannedPrune:
 
     def _run(self, progress: BytesProgress | bool | None) -> Pruned:
         request, plan, on_disk = self._request, self.plan, self.way == "disk"
+        show = False if callable(progress) else progress
         # Before the cut: what cannot be loaded is found before the work.
         loaded = request.load(progress) if self.loads_model and not on_disk else None
         if self._write is not None:
             self._write(overwrite=request.overwrite, progress=progress)
         elif loaded is not None:
-            plan = request.cut_in_memory(*loaded, plan)
+            with track("save the cut", show=show):
+                plan = request.cut_in_memory(*loaded, plan)
         written = self.files if request.out.suffix == ".gguf" else (request.out,)
         if not request.verify:
             return Pruned(plan, written)
@@ -415,7 +418,8 @@ class PlannedPrune:
 
         cut = self.files[0] if self.way == "gguf" else request.out
         loaded = loaded or request.load(progress, as_stored=on_disk)
-        return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan))
+        with track("verify the cut", show=show):
+            return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan))
 
 
 def _plan_gguf(
@@ -434,7 +438,8 @@ def _plan_gguf(
             option = f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
             raise ModelError(
                 f"{name}={value!r} or {option} does not go with a GGUF file as out (--out), which "
-                f"is cut without being loaded: leave it out, or name a folder as out"
+                f"is cut without being loaded: leave it out, or name a folder as out",
+                see="gguf",
             )
     if experts is not None:
         layers = plan_gguf(path, layers, experts)

@@ -72,7 +72,7 @@ def checked_twin(
         return _twin(model, found, survivors)
     except ModelError as error:
         others = _nearest(model, found, survivors)
-        raise ModelError(f"{error}; {others}") from error
+        raise ModelError(f"{error}; {others}", see="families") from error
 
 
 def _nearest(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]) -> str:
@@ -119,7 +119,8 @@ def _twin(
     except BUILDING_ERRORS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be built with the layers {list(survivors)} alone: "
-            f"{' '.join(str(error).split())}"
+            f"{' '.join(str(error).split())}",
+            see="families",
         ) from error
     adapters = adapter_lists(model, found)
     try:
@@ -131,7 +132,8 @@ def _twin(
             part.restore()
     if difference:
         raise ModelError(
-            f"the config of {type(model).__name__} cannot describe this cut: {difference}"
+            f"the config of {type(model).__name__} cannot describe this cut: {difference}",
+            see="families",
         )
     return config, twin
 

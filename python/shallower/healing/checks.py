@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import constants
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
@@ -43,10 +44,16 @@ def read_plan(path: str) -> Plan:
             found = cached_file(path, PLAN_FILE, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
             raise ModelError(f"cannot load {path}: {why(error, path)}") from error
+    if found is None and constants.HF_HUB_OFFLINE and not folder.is_dir():
+        raise PlanError(
+            f"the hub's cache has no {PLAN_FILE} of {path}: unset HF_HUB_OFFLINE, so that it is "
+            f"looked for at the hub, or name the folder of a cut"
+        )
     if found is None:
         raise PlanError(
             f"{path} was not cut: there is no {PLAN_FILE} beside its weights. Cut a model first: "
-            f"shallower prune MODEL --drop 12:20 --out cut"
+            f"shallower prune MODEL --drop 12:20 --out cut",
+            see="healing",
         )
     return Plan.load(found)
 
@@ -117,7 +124,8 @@ def require_healable(
     if dtype in ("nf4", "int8"):
         raise RecipeError(
             f"adapters are not merged into weights of {dtype}: cut plain ones (dtype, "
-            f"--dtype bfloat16)"
+            f"--dtype bfloat16)",
+            see="order",
         )
     of_model = facts(model.config, len(find_layers(model)))
     resolved = recipe.resolve(of_model, auto=auto_dtype(), answers=answers)

@@ -96,7 +96,8 @@ def map_within(
     if total + largest > budget:
         raise ModelError(
             f"{type(model).__name__} needs {total + largest:,} bytes on the device with all its "
-            f"layers in the memory of the CPU, and there is room for {budget:,}"
+            f"layers in the memory of the CPU, and there is room for {budget:,}",
+            see="streaming",
         )
     places: dict[str, int | str] = dict.fromkeys(beside_layers(model, layers.path), device)
     return places | {

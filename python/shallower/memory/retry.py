@@ -80,7 +80,8 @@ def _too_long(batch: Batch) -> ModelError:
     return ModelError(
         f"there is not enough memory for the forward of one text of {batch.input_ids.shape[1]} "
         f"tokens: shorten texts (max_length, --max-length), quantise the weights (dtype, --dtype "
-        f"nf4), or spread them over more devices (device_map, --device-map)"
+        f"nf4), or spread them over more devices (device_map, --device-map)",
+        see="streaming",
     )
 
 
@@ -152,4 +153,6 @@ def _advice(recipe: Resolved) -> RecipeError:
     if recipe.dtype != "nf4":
         ways.append("--dtype nf4 (dtype)")
     ways.append(f"a --max-length (max_length) of less than {recipe.max_length}")
-    return RecipeError(f"there is not enough memory for the training: set {', or '.join(ways)}")
+    return RecipeError(
+        f"there is not enough memory for the training: set {', or '.join(ways)}", see="healing"
+    )

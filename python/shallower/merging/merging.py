@@ -49,7 +49,8 @@ def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"the weights of {path} are quantised, and adapters are merged into plain ones only: "
-            f"keep the adapters, or cut the unquantised model"
+            f"keep the adapters, or cut the unquantised model",
+            see="order",
         )
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     if dtype not in TOLERANCE:

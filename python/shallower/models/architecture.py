@@ -78,7 +78,8 @@ def find_layers(model: nn.Module) -> DecoderLayers:
         seen = ", ".join(f"{path} ({len(module)})" for path, module in lists) or "none"
         raise ModelError(
             f"no list of {' or '.join(map(str, sorted(counts)))} decoder layers in "
-            f"{type(model).__name__}; its module lists: {seen}"
+            f"{type(model).__name__}; its module lists: {seen}",
+            see="families",
         )
     sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in fitting}
     path = max(sizes, key=lambda path: sizes[path])
@@ -87,7 +88,8 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     if len(spread) > 1:
         raise ModelError(
             f"{type(model).__name__} spreads its layers over several lists, {', '.join(spread)}: "
-            f"expected one list of whole decoder layers"
+            f"expected one list of whole decoder layers",
+            see="families",
         )
     return DecoderLayers(model.get_submodule(parent), name, path, _runner(model, parent))
 

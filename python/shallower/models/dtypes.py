@@ -57,7 +57,8 @@ def check_streamed(name: str, dtype: str, device_map: DeviceMap) -> None:
         raise ModelError(
             f"{name} cannot be both streamed and quantised to {dtype}, which saves nothing where a "
             f"layer is held for its forward alone: expected float32, bfloat16 or float16 (dtype, "
-            f"--dtype), or another device map (device_map, without --stream)"
+            f"--dtype), or another device map (device_map, without --stream)",
+            see="streaming",
         )
 
 
@@ -73,7 +74,8 @@ def check_stored_plain(name: str, config: Any) -> None:
         method = getattr(given.get("quant_method"), "value", given.get("quant_method"))
         raise ModelError(
             f"{name} is stored quantised, by {method}, and cannot be streamed: expected plain "
-            f"weights in safetensors, or a GGUF file (device_map, --stream)"
+            f"weights in safetensors, or a GGUF file (device_map, --stream)",
+            see="streaming",
         )
 
 

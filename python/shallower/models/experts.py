@@ -57,7 +57,8 @@ def find_experts(
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no layer with routed experts in stacked weights: drop "
-            f"whole layers instead"
+            f"whole layers instead",
+            see="experts",
         )
     if len({one.num_experts for one in found}) > 1:
         raise ModelError(
@@ -96,7 +97,8 @@ def counted_experts(config: Any) -> int:
         if type(count := getattr(inner, name, None)) is int and count > 1:
             return count
     raise ModelError(
-        f"the config of {decoder.model_type} counts no routed experts: drop whole layers instead"
+        f"the config of {decoder.model_type} counts no routed experts: drop whole layers instead",
+        see="experts",
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import dispatch_model
+from huggingface_hub import constants
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -374,10 +375,13 @@ def _call(load: Any, source: str, **options: Any) -> Any:
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"there is not enough memory to load {_name(source, options)}: quantise its weights "
-            f"(dtype, --dtype nf4), or spread them over more devices (device_map, --device-map)"
+            f"(dtype, --dtype nf4), or spread them over more devices (device_map, --device-map)",
+            see="streaming",
         ) from error
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
         absent = "" if Path(source).exists() else ", which is no folder here"
+        if absent and constants.HF_HUB_OFFLINE:
+            absent += " (HF_HUB_OFFLINE is set: only the hub's cache was looked in)"
         message = f"cannot load {_name(source, options)}{absent}: {why(error, source)}"
         raise ModelError(message) from error
 

@@ -183,7 +183,8 @@ def _solved(
             raise PatchError(
                 f"there is not enough memory to patch with {tokens.texts} texts of at most "
                 f"{tokens.max_length} tokens in one forward: lower batch_size (--batch-size), or "
-                f"let layers wait in the memory of the CPU (device_map, --device-map)"
+                f"let layers wait in the memory of the CPU (device_map, --device-map)",
+                see="streaming",
             ) from error
         if not done.patched < done.cut:
             raise PatchError(

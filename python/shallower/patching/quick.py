@@ -263,7 +263,8 @@ def out_of_memory(error: torch.OutOfMemoryError) -> PatchError:
     """The error for texts whose forward finds no memory, with its cause."""
     found = PatchError(
         "there is not enough memory to patch with so many texts in one forward: lower batch_size "
-        "(--batch-size)"
+        "(--batch-size)",
+        see="streaming",
     )
     found.__cause__ = error
     return found

@@ -17,6 +17,7 @@ from ..evaluation.loss import evaluate_loss, require_predictable
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
 from ..models.source import place_of
+from ..progress import track
 from ..storage import (
     check_apart,
     check_free,
@@ -207,7 +208,8 @@ def patch_to_folder(
             raise
         measure("patched")
         of_both = (losses["whole"], losses["patched"]) if losses else None
-        save_patched(model, tokenizer, made, done=done, overwrite=True, losses=of_both)
+        with track("save the patched model", show=progress):
+            save_patched(model, tokenizer, made, done=done, overwrite=True, losses=of_both)
         with raise_output_error(Path(out)):
             for file in made.iterdir():
                 file.replace(folder / file.name)

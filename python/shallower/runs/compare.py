@@ -224,7 +224,8 @@ class CompareStudy(Study[CompareSettings]):
         if unknown or not wanted:
             raise CriterionError(
                 f"unknown criterion {', '.join(map(repr, unknown))}: expected some of "
-                f"{', '.join(table)} (criteria, --criteria)"
+                f"{', '.join(table)} (criteria, --criteria)",
+                see="criterion",
             )
         chosen = tuple(table[name] if isinstance(name, str) else name for name in wanted)
         for criterion in chosen:

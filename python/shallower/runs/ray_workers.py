@@ -60,7 +60,8 @@ class RayWorkers(Engine):
         if not self._actors:
             self.__exit__()
             raise ProcessesError(
-                f"no node of the Ray cluster has {self._needs()} for a worker: start one that has"
+                f"no node of the Ray cluster has {self._needs()} for a worker: start one that has",
+                see="cluster",
             )
         return self
 
@@ -85,7 +86,7 @@ class RayWorkers(Engine):
             )
         except (OSError, RuntimeError, ValueError) as error:
             where = f"at RAY_ADDRESS={address}" if address else "here"
-            raise ProcessesError(f"no Ray cluster {where}: {why(error)}") from error
+            raise ProcessesError(f"no Ray cluster {where}: {why(error)}", see="cluster") from error
 
     def __exit__(self, *_: object) -> None:
         import ray
@@ -207,9 +208,12 @@ def _check_address(address: str) -> None:
     if match is None or address.startswith("ray://"):
         raise ProcessesError(
             f"RAY_ADDRESS={address}: expected HOST:PORT of the head of a cluster, from one of its "
-            f"nodes"
+            f"nodes",
+            see="cluster",
         )
     try:
         socket.create_connection((match[1], int(match[2])), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ProcessesError(f"no Ray cluster at RAY_ADDRESS={address}: {why(error)}") from error
+        raise ProcessesError(
+            f"no Ray cluster at RAY_ADDRESS={address}: {why(error)}", see="cluster"
+        ) from error

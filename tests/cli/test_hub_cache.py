@@ -1,0 +1,54 @@
+"""A hub id whose model lies in the hub's cache: every command takes it from there."""
+
+import pytest
+from huggingface_hub import constants
+
+from tests.hub import hub as hub
+
+
+@pytest.fixture
+def cached(hub, tiny, shallower, folder, monkeypatch):
+    """``me/tiny``, downloaded by one command; what follows is without a net."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    hub.repos["me/tiny"] = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    assert shallower("prune", "me/tiny", "--drop", "1", "--out", "cut").status == 0
+    hub.repos["me/cut"] = {path.name: path.read_bytes() for path in (folder / "cut").iterdir()}
+    return hub
+
+
+def without_net(hub, monkeypatch):
+    hub.requests.clear()
+    hub.failing["."] = 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_without_a_net_the_cache_is_enough(cached, shallower, monkeypatch, jsonl):
+    without_net(cached, monkeypatch)
+    for command in (
+        "scan me/tiny --texts {texts} --out scanned",
+        "scan me/tiny --texts {texts} --out streamed --stream",
+        "prune me/tiny --drop 1 --out again --verify",
+        "eval me/tiny --texts {texts} --drop 1",
+    ):
+        done = shallower(*command.format(texts=jsonl).split())
+        assert done.status == 0, done.err
+    assert cached.requests == []
+    said = shallower("prune", "me/other", "--drop", "1", "--out", "other").error
+    assert said.startswith("cannot load me/other, which is no folder here (HF_HUB_OFFLINE is set: ")
+
+
+@pytest.mark.slow
+def test_a_cut_of_the_hub_is_healed_without_a_net(cached, shallower, monkeypatch, jsonl, texts):
+    command = (
+        "heal", "me/cut", "--texts", jsonl, "--eval-texts", texts / "held_out.jsonl",
+        "--steps", "2", "--max-length", "8", "--out", "healed",
+    )  # fmt: skip
+    assert shallower("eval", "me/cut", "--texts", jsonl).status == 0  # fetches all but the plan
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        said = shallower(*command).error
+    assert said.startswith("the hub's cache has no shallower_plan.json of me/cut: unset HF_HUB_OFF")
+    assert shallower(*command, "--dry-run").status == 0  # fetches it
+    without_net(cached, monkeypatch)
+    assert "heal done" in shallower(*command).err  # whether it helps such a model or not
+    assert cached.requests == []
