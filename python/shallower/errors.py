@@ -1,5 +1,8 @@
 """Errors that a user can cause, a class for each kind, and the pages that help with them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 DOCS = "docs/{}.md"
 """Where the pages of the documentation lie."""
 
@@ -18,9 +21,6 @@ PAGES = {
 
 _ABOUT = {"ExpertsError": "experts", "MissingExtraError": "packages"}
 """What every error of a kind is about, where that is one thing."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class ShallowerError(Exception):
