@@ -1,6 +1,5 @@
 """Files and folders that appear whole or not at all: a temporary sibling, then a rename."""
 
-import fcntl
 import glob
 import hashlib
 import os
@@ -13,6 +12,11 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from .errors import OutputError, why
+
+try:
+    import fcntl
+except ImportError:  # not on Unix
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_free(path: Path, overwrite: bool = False) -> None:
@@ -164,6 +168,8 @@ def is_held(path: Path) -> bool:
     with raise_output_error(path):
         if work in _CLAIMS.get() or not work.is_dir():
             return False
+        if fcntl is None:
+            return _lock_file(work).exists()
         descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -310,6 +316,8 @@ def _held(work: Path, path: Path) -> Iterator[None]:
         _CLAIMS.reset(mine)
         if lock is not None:
             os.close(lock)
+            if fcntl is None:
+                _lock_file(work).unlink(missing_ok=True)
 
 
 def _lock(work: Path, path: Path) -> int:
@@ -317,6 +325,8 @@ def _lock(work: Path, path: Path) -> int:
     while True:
         with raise_output_error(path):
             work.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                return _lock_by_file(work, path)
             descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -333,6 +343,21 @@ def _lock(work: Path, path: Path) -> int:
         except OSError:  # this file system knows no locks, as some that lie on a network
             return descriptor
         os.close(descriptor)
+
+
+def _lock_by_file(work: Path, path: Path) -> int:
+    """Hold a folder by a file beside it, which Windows removes when this process dies."""
+    is_temporary = getattr(os, "O_TEMPORARY", 0)  # of Windows
+    try:
+        lock = os.open(_lock_file(work), os.O_RDWR | os.O_CREAT | os.O_EXCL | is_temporary)
+    except FileExistsError as error:
+        raise _busy(path, work) from error
+    _clear(path)
+    return lock
+
+
+def _lock_file(work: Path) -> Path:
+    return work.with_name(f"{work.name}.lock")
 
 
 _LOOKED_AT = 0.2
@@ -417,12 +442,19 @@ def _settle(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
             file.chmod(mode)
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            flush_file(file)
+
+
+def flush_file(path: Path) -> None:
+    """Put on disk what was written into a file."""
+    with path.open("r+b") as opened:  # Windows flushes none that is only read
+        os.fsync(opened.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Put the names in a folder on disk; its files are flushed by their writers."""
+    """Put the names in a folder on disk, where folders can be flushed; not its files."""
+    if not hasattr(os, "O_DIRECTORY"):  # as on Windows
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

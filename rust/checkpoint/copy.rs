@@ -29,6 +29,7 @@ pub(super) type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> ControlFlow<()>;
 ///
 /// On Linux the standard library copies between files in the kernel (`copy_file_range`, and
 /// `sendfile` or a small buffer where the file systems do not support it): no byte passes here.
+/// Elsewhere it reads and writes.
 pub(super) fn append(
     piece: Piece,
     shard: &Shard,
@@ -52,9 +53,15 @@ pub(super) fn append(
     Ok(())
 }
 
-/// Moves to the end of what is written, where [`append`] goes on.
-pub(super) fn seek_end(mut file: &File, path: &Path) -> Result<(), Error> {
-    file.seek(SeekFrom::End(0)).map_err(Error::write(path))?;
+/// Puts the names in a folder on disk, where a folder can be opened and flushed.
+#[cfg(unix)]
+pub(super) fn flush_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+#[cfg(not(unix))]
+#[allow(clippy::unnecessary_wraps)]
+pub(super) fn flush_folder(_: &Path) -> io::Result<()> {
     Ok(())
 }
 

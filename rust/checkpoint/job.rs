@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -133,8 +133,7 @@ impl Job {
         if self.outputs.len() > 1 {
             copy::write_whole(folder, INDEX_FILE, self.index().as_bytes())?;
         }
-        let opened = File::open(folder).map_err(Error::write(folder))?;
-        opened.sync_all().map_err(Error::write(folder))
+        copy::flush_folder(folder).map_err(Error::write(folder))
     }
 
     fn write_shard(
@@ -144,10 +143,9 @@ impl Job {
         copied: &mut dyn FnMut(u64) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let path = folder.join(&output.name);
-        copy::finish(folder, &output.name, |file| {
-            file.write_all_at(&output.header, 0)
+        copy::finish(folder, &output.name, |mut file| {
+            file.write_all(&output.header)
                 .map_err(Error::write(&path))?;
-            copy::seek_end(file, &path)?;
             let mut sources: BTreeMap<usize, File> = BTreeMap::new();
             for &piece in &output.pieces {
                 let shard = &self.checkpoint.shards[piece.shard];
@@ -320,6 +318,6 @@ fn is_complete(path: &Path, output: &Output) -> bool {
     let is_whole =
         fs::symlink_metadata(path).is_ok_and(|found| found.is_file() && found.len() == len);
     let mut header = vec![0; output.header.len()];
-    let read = |file: File| file.read_exact_at(&mut header, 0);
+    let read = |mut file: File| file.read_exact(&mut header);
     is_whole && File::open(path).and_then(read).is_ok() && header == output.header
 }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::error::Error;
 use super::header::{Header, MAX_HEADER_BYTES, Tensor};
@@ -18,19 +19,47 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// The state of a file, which must be the same when it is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stamp {
-    place: (u64, u64),
+    place: Option<(u64, u64)>,
     pub(super) len: u64,
     pub(super) modified: (i64, i64),
 }
 
 impl Stamp {
-    pub(super) fn of(metadata: &Metadata) -> Self {
-        Self {
-            place: (metadata.dev(), metadata.ino()),
+    pub(super) fn of(metadata: &Metadata) -> io::Result<Self> {
+        Ok(Self {
+            place: place(metadata),
             len: metadata.len(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-        }
+            modified: since_1970(metadata.modified()?),
+        })
     }
+}
+
+/// The file system and the file in it; what else systems call so is not stable in Rust.
+#[cfg(unix)]
+#[allow(clippy::unnecessary_wraps)]
+fn place(metadata: &Metadata) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+
+    Some((metadata.dev(), metadata.ino()))
+}
+
+#[cfg(not(unix))]
+fn place(_: &Metadata) -> Option<(u64, u64)> {
+    None
+}
+
+/// Whole seconds, rounded down, and the nanoseconds that follow them.
+fn since_1970(time: SystemTime) -> (i64, i64) {
+    const SECOND: i128 = 1_000_000_000;
+    let nanoseconds = match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => after.as_nanos() as i128,
+        Err(error) => -(error.duration().as_nanos() as i128),
+    };
+    let (seconds, rest) = (
+        nanoseconds.div_euclid(SECOND),
+        nanoseconds.rem_euclid(SECOND),
+    );
+    (seconds as i64, rest as i64)
 }
 
 /// A file of a checkpoint, its header read.
@@ -52,7 +81,8 @@ impl Shard {
     fn read(folder: &Path, name: &str) -> Result<Self, Error> {
         let path = resolve(folder, name)?;
         let file = File::open(&path).map_err(Error::read(&path))?;
-        let stamp = Stamp::of(&file.metadata().map_err(Error::read(&path))?);
+        let stamp = file.metadata().and_then(|metadata| Stamp::of(&metadata));
+        let stamp = stamp.map_err(Error::read(&path))?;
         let json = read_header(&file, stamp.len, &path)?;
         let data_start = json.len() as u64 + 8;
         let header = Header::parse(&json, stamp.len - data_start).map_err(Error::damaged(&path))?;
@@ -79,8 +109,8 @@ impl Shard {
     }
 
     pub(super) fn check_unchanged(&self, file: &File) -> Result<(), Error> {
-        let metadata = file.metadata().map_err(Error::read(&self.path))?;
-        if Stamp::of(&metadata) == self.stamp {
+        let stamp = file.metadata().and_then(|metadata| Stamp::of(&metadata));
+        if stamp.map_err(Error::read(&self.path))? == self.stamp {
             Ok(())
         } else {
             Err(Error::Changed(self.path.clone()))
@@ -89,7 +119,7 @@ impl Shard {
 }
 
 /// The JSON of a header; nothing is allocated that the file does not hold.
-fn read_header(file: &File, len: u64, path: &Path) -> Result<Vec<u8>, Error> {
+fn read_header(mut file: &File, len: u64, path: &Path) -> Result<Vec<u8>, Error> {
     let damaged = |what: String| Error::damaged(path)(what);
     if len < 8 {
         return Err(damaged(format!(
@@ -97,8 +127,7 @@ fn read_header(file: &File, len: u64, path: &Path) -> Result<Vec<u8>, Error> {
         )));
     }
     let mut prefix = [0; 8];
-    file.read_exact_at(&mut prefix, 0)
-        .map_err(Error::read(path))?;
+    file.read_exact(&mut prefix).map_err(Error::read(path))?;
     let header_len = u64::from_le_bytes(prefix);
     if header_len > MAX_HEADER_BYTES {
         return Err(damaged(format!(
@@ -111,8 +140,7 @@ fn read_header(file: &File, len: u64, path: &Path) -> Result<Vec<u8>, Error> {
         )));
     }
     let mut json = vec![0; header_len as usize];
-    file.read_exact_at(&mut json, 8)
-        .map_err(Error::read(path))?;
+    file.read_exact(&mut json).map_err(Error::read(path))?;
     Ok(json)
 }
 
@@ -222,5 +250,33 @@ fn check_places(index: &Index, shards: &[Shard]) -> Result<(), String> {
             "it places the tensor {tensor} in {file}, which lacks it"
         )),
         None => Ok(()),
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// What the portable time gives is what Unix calls the file's, before 1970 as well.
+    #[test]
+    fn stamps_have_the_time_that_the_system_has() {
+        let file = tempfile::tempfile().unwrap();
+        let half = Duration::from_millis(500);
+        for time in [
+            UNIX_EPOCH + half,
+            UNIX_EPOCH,
+            UNIX_EPOCH - half,
+            UNIX_EPOCH - half - half,
+            SystemTime::now(),
+        ] {
+            file.set_modified(time).unwrap();
+            let found = file.metadata().unwrap();
+            let stamp = Stamp::of(&found).unwrap();
+            assert_eq!(stamp.modified, (found.mtime(), found.mtime_nsec()));
+            assert_eq!(stamp.place, Some((found.dev(), found.ino())));
+        }
     }
 }

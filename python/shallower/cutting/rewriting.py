@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,8 +209,8 @@ def _blocks(total: int) -> Iterator[int]:
 class _Reader:
     """Reads on from a place in an open file."""
 
-    def __init__(self, path: Path, descriptor: int, position: int) -> None:
-        self._path, self._descriptor, self._position = path, descriptor, position
+    def __init__(self, path: Path, file: FileIO, position: int) -> None:
+        self._path, self._file, self._position = path, file, position
 
     def __call__(self, count: int) -> bytearray:
         data = bytearray(count)
@@ -217,7 +218,8 @@ class _Reader:
         with memoryview(data) as view:
             while filled < count:
                 try:
-                    got = os.preadv(self._descriptor, [view[filled:]], self._position + filled)
+                    self._file.seek(self._position + filled)
+                    got = self._file.readinto(view[filled:])
                 except OSError as error:
                     raise ModelError(
                         f"cannot read {self._path}: {why(error, self._path)}"
@@ -234,40 +236,37 @@ class _Reader:
 @dataclass(frozen=True, slots=True)
 class _Target:
     path: Path
-    descriptor: int
+    file: FileIO
 
     def write(self, view: memoryview, position: int) -> None:
         written = 0
         with raise_output_error(self.path):
+            self.file.seek(position)
             while written < len(view):
-                written += os.pwrite(self.descriptor, view[written:], position + written)
+                written += self.file.write(view[written:])
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path) -> Iterator[FileIO]:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        file = path.open("rb", buffering=0)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {why(error, path)}") from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    with file:
+        yield file
 
 
 @contextmanager
 def _created(path: Path) -> Iterator[_Target]:
     """A new file: what is there was removed, a link itself too, so none is written through."""
     with raise_output_error(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        yield _Target(path, descriptor)
-    finally:
-        os.close(descriptor)
+        file = path.open("xb", buffering=0)
+    with file:
+        yield _Target(path, file)
 
 
 def _copy(
-    source: int, target: _Target, start: int, *, stop: int, path: Path, report: Report
+    source: FileIO, target: _Target, start: int, *, stop: int, path: Path, report: Report
 ) -> None:
     """Copy bytes to the same place of another file, in the kernel where that is possible."""
     position = start
@@ -283,13 +282,13 @@ def _copy(
         report(done)
 
 
-def _kernel_copy(source: int, target: _Target, position: int, count: int) -> int:
+def _kernel_copy(source: FileIO, target: _Target, position: int, count: int) -> int:
     """The bytes that the kernel copied; 0 where it does not."""
     copy_range = getattr(os, "copy_file_range", None)  # of Linux
     if copy_range is None:
         return 0
     try:
-        return int(copy_range(source, target.descriptor, count, position, position))
+        return int(copy_range(source.fileno(), target.file.fileno(), count, position, position))
     except OSError as error:
         if error.errno in _NO_KERNEL_COPY:
             return 0

@@ -3,12 +3,11 @@
 So an interrupted save is never taken for a checkpoint.
 """
 
-import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from ..storage import flush_folder, write_file
+from ..storage import flush_file, flush_folder, write_file
 
 COMPLETE = "complete"
 """The file that marks a checkpoint; nothing is resumed from one without it."""
@@ -23,8 +22,7 @@ def mark_complete(checkpoint: Path) -> None:
     """Flush a checkpoint to disk, and then mark it; OSError or OutputError if that fails."""
     for file in checkpoint.rglob("*"):
         if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            flush_file(file)
     flush_folder(checkpoint)
     write_file(checkpoint / COMPLETE, b"")
     flush_folder(checkpoint)
