@@ -36,7 +36,7 @@ unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
 .PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-slow lint lint-rust lint-python lint-stubs format demo families \
-	bench build-benches bench-check gpu-check fuzz sanitize release clean
+	bench build-benches bench-check gpu-check fuzz sanitize release wheel wheel-arm test-arm old-cpus licences clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-20s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,8 +61,8 @@ ci:  ## All that must pass before anything lands
 	$(MAKE) $(MAKEOVERRIDES) --jobs 5 --output-sync=target build-python-tests build-rust-tests lint build-benches
 	$(MAKE) $(MAKEOVERRIDES) test bench-check
 	@if git diff --quiet "$$(git rev-list -1 --before='1 day ago' HEAD)" HEAD -- $(PACKAGING); \
-		then echo "skipped: no commit of the last day changes the core or the packaging; 'make release' builds and tests the wheel"; \
-		else $(MAKE) $(MAKEOVERRIDES) release; fi
+		then echo "skipped: no commit of the last day changes the core or the packaging; 'make wheel' builds and tests the wheel"; \
+		else $(MAKE) $(MAKEOVERRIDES) wheel; fi
 	@echo "tests, lint and benchmarks' assertions have passed"
 
 test:  ## All tests but the slow ones, Python's against the installed wheel
@@ -113,7 +113,7 @@ demo: install  ## Scan, cut and measure a real model; results in shallower-demo/
 families: $(VENV)/.dev $(CORE)  ## Write docs/families.md anew
 	$(BIN)/python tests/families.py
 
-bench: release  ## Measure the wheel that is given away; asserts the answers first
+bench: wheel  ## Measure the wheel that is given away; asserts the answers first
 	cargo bench --locked
 	$(BARE)/bin/python -m pytest benches --benchmark-only
 
@@ -135,21 +135,44 @@ sanitize:  ## The core's tests with every access to memory checked, and the pars
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address FUZZ_SECONDS=$(or $(FUZZ_SECONDS),20) cargo test --locked --quiet \
 		--lib --tests --no-fail-fast --target $(shell rustc --print host-tuple) --target-dir target/sanitize
 
-release: dist/.audited $(VENV)/.dev  ## A wheel for any Linux since 2014, tested without compiler and Rust
+release: wheel wheel-arm  ## Wheels for any Linux since 2014, of x86-64 tested without compiler and Rust, of aarch64 audited
+
+wheel: dist/.audited $(VENV)/.dev  ## The one of this processor alone
 	rm -rf $(BARE)
 	$(BIN)/python -m venv --without-pip $(BARE)
 	$(BIN)/python tests/wheel.py lend > "$$(echo $(BARE)/lib/python3*/site-packages)/lent.pth"
-	$(ALONE) -m pip install --quiet --only-binary :all: --force-reinstall --no-deps dist/*.whl
-	$(ALONE) -m pip install --quiet --only-binary :all: --group test dist/*.whl
+	$(ALONE) -m pip install --quiet --only-binary :all: --force-reinstall --no-deps $(NATIVE)
+	$(ALONE) -m pip install --quiet --only-binary :all: --group test $(NATIVE)
 	$(ALONE) tests/wheel.py alone
+	$(ALONE) tests/smoke.py
 	$(ALONE) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(BORDER:%=tests/scanning/test_%.py) tests/values/test_costs.py
+
+wheel-arm: dist/.audited  ## The one for aarch64, where Rust's standard library for it is installed or can be built
+	@if [ -d "$$(rustc --print sysroot)/lib/rustlib/$(ARM)/lib" ]; then $(MAKE) $(MAKEOVERRIDES) dist/.audited-arm; \
+		elif source="$$($(PYTHON) tests/rust_src.py 2>&1)"; then $(MAKE) $(MAKEOVERRIDES) dist/.audited-arm STD_SOURCE="$$source"; \
+		else echo "skipped: the wheel for aarch64 needs 'rustup target add $(ARM)' ($$source)"; fi
+
+# A standard library that is not installed is built, by what is not stable but in the stable toolchain.
+dist/.audited-arm wheel-arm-tests: export RUSTC_BOOTSTRAP := $(if $(STD_SOURCE),1)
+dist/.audited-arm wheel-arm-tests: export CARGO_UNSTABLE_BUILD_STD := $(if $(STD_SOURCE),std\,panic_unwind)
+dist/.audited-arm wheel-arm-tests: export __CARGO_TESTS_ONLY_SRC_ROOT := $(STD_SOURCE)
+dist/.audited-arm: dist/.audited
+	rm -f dist/*_aarch64.whl
+	PATH="$(abspath $(TOOLS))/bin:$$PATH" nice maturin build --quiet --release --zig --target $(ARM) --compatibility manylinux2014 \
+		--interpreter python3.11 --out dist
+	$(TOOLS)/bin/abi3audit --strict --summary dist/*_aarch64.whl
+	$(TOOLS)/bin/python tests/wheel.py audit dist/*_aarch64.whl
+	touch $@
 
 dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 	rm -rf dist
 	PATH="$(abspath $(TOOLS))/bin:$$PATH" maturin build --release --zig --compatibility manylinux2014 --out dist
-	$(TOOLS)/bin/abi3audit --strict --summary dist/*.whl
-	$(TOOLS)/bin/python tests/wheel.py audit dist/*.whl
+	$(TOOLS)/bin/abi3audit --strict --summary $(NATIVE)
+	$(TOOLS)/bin/python tests/wheel.py audit $(NATIVE)
 	touch $@
+
+licences:  ## Write LICENSE-THIRD-PARTY anew, of the crates that are in the wheel
+	$(PYTHON) tests/wheel.py licences
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
