@@ -13,13 +13,15 @@ BARE := target/bare
 ALONE := env -i HOME="$(HOME)" PATH="$(abspath $(BARE))/bin" $(BARE)/bin/python
 BORDER := accuracy bootstrap builder cka merge same_bits scan scan_file scan_refusals search states_file states_file_refusals threads
 RUST := Cargo.toml Cargo.lock $(shell find rust -type f)
-SOURCES := $(RUST) pyproject.toml README.md LICENSE $(shell find python -type f -not -name '*.pyc' -not -name '*.so')
+SOURCES := $(RUST) pyproject.toml README.md LICENSE LICENSE-THIRD-PARTY $(shell find python -type f -not -name '*.pyc' -not -name '*.so')
 # Processes that share the tests, a file each at a time; torch has one thread in each.
 WORKERS ?= 2
 LINTED := python tests benches
 # What the wheel that is given away depends on, but for Python's files, which tests install as a wheel too.
-PACKAGING := rust Cargo.toml Cargo.lock pyproject.toml tests/wheel.py Makefile
+PACKAGING := rust Cargo.toml Cargo.lock LICENSE-THIRD-PARTY pyproject.toml tests/smoke.py tests/wheel.py Makefile
 ARM := aarch64-unknown-linux-gnu
+# The wheel for the processor of this machine, among those in dist/.
+NATIVE := dist/*_$(shell uname -m).whl
 
 # maturin installs into the environment that is active; this is always ours.
 export VIRTUAL_ENV := $(abspath $(VENV))
@@ -35,7 +37,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-slow lint lint-rust lint-python lint-stubs format demo families \
+.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-slow lint lint-rust lint-python lint-stubs lint-workflows format demo families \
 	bench build-benches bench-check gpu-check fuzz sanitize release wheel wheel-arm test-arm old-cpus licences clean
 
 help:  ## This list
@@ -84,7 +86,7 @@ test-slow: install browser  ## The minutes-long tests too, with more examples; e
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
 	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --timeout 3600
 
-lint: lint-rust lint-python lint-stubs  ## Formats, lints and types; also run by pre-commit
+lint: lint-rust lint-python lint-stubs lint-workflows  ## Formats, lints and types; also run by pre-commit
 
 lint-rust:  ## Those of the core, on ARM too where its standard library is installed
 	cargo fmt --check
@@ -101,6 +103,10 @@ lint-python: $(VENV)/.packages  ## Those of the package, its tests and benchmark
 lint-stubs: $(VENV)/.packages $(CORE)  ## The types of the core against the core
 	rm -rf target/stubs && mkdir -p target/stubs && cp $(CORE) $(CORE:.abi3.so=.pyi) target/stubs
 	cd target/stubs && PYTHONPATH=. $(abspath $(BIN))/stubtest _core
+
+lint-workflows: $(VENV)/.packages  ## What a workflow should not do, or may be made to do
+	$(BIN)/zizmor --offline --quiet --persona pedantic .github/workflows
+	$(BIN)/python tests/wheel.py pinned .github/workflows/*.yml
 
 format: $(VENV)/.packages  ## Write what lint wants, where that can be done
 	cargo fmt
@@ -147,22 +153,29 @@ wheel: dist/.audited $(VENV)/.dev  ## The one of this processor alone
 	$(ALONE) tests/smoke.py
 	$(ALONE) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(BORDER:%=tests/scanning/test_%.py) tests/values/test_costs.py
 
-wheel-arm: dist/.audited  ## The one for aarch64, where Rust's standard library for it is installed or can be built
-	@if [ -d "$$(rustc --print sysroot)/lib/rustlib/$(ARM)/lib" ]; then $(MAKE) $(MAKEOVERRIDES) dist/.audited-arm; \
-		elif source="$$($(PYTHON) tests/rust_src.py 2>&1)"; then $(MAKE) $(MAKEOVERRIDES) dist/.audited-arm STD_SOURCE="$$source"; \
-		else echo "skipped: the wheel for aarch64 needs 'rustup target add $(ARM)' ($$source)"; fi
+wheel-arm: dist/.audited  ## The one for aarch64, with a standard library of Rust's for it, or its source, within reach
+	@$(PYTHON) tests/cross.py $(ARM) $(MAKE) $(MAKEOVERRIDES) dist/.audited-arm
 
-# A standard library that is not installed is built, by what is not stable but in the stable toolchain.
-dist/.audited-arm wheel-arm-tests: export RUSTC_BOOTSTRAP := $(if $(STD_SOURCE),1)
-dist/.audited-arm wheel-arm-tests: export CARGO_UNSTABLE_BUILD_STD := $(if $(STD_SOURCE),std\,panic_unwind)
-dist/.audited-arm wheel-arm-tests: export __CARGO_TESTS_ONLY_SRC_ROOT := $(STD_SOURCE)
 dist/.audited-arm: dist/.audited
 	rm -f dist/*_aarch64.whl
-	PATH="$(abspath $(TOOLS))/bin:$$PATH" nice maturin build --quiet --release --zig --target $(ARM) --compatibility manylinux2014 \
-		--interpreter python3.11 --out dist
+	PATH="$(abspath $(TOOLS))/bin:$$PATH" nice maturin build --quiet --release --zig --target $(ARM) --compatibility manylinux2014 --out dist
 	$(TOOLS)/bin/abi3audit --strict --summary dist/*_aarch64.whl
 	$(TOOLS)/bin/python tests/wheel.py audit dist/*_aarch64.whl
 	touch $@
+
+test-arm:  ## The core's tests on aarch64, by qemu-user and gcc-aarch64-linux-gnu; a quarter of an hour
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc PROPTEST_CASES=16 \
+		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+		$(PYTHON) tests/cross.py $(ARM) cargo test --locked --quiet --target $(ARM) --lib --test core
+
+# qemu-user warns of instructions that neither it nor the tests use.
+old-cpus: wheel  ## The border's tests on that wheel as a Nehalem and as a Haswell, by qemu-user; most of an hour
+	for cpu in Nehalem:scalar Haswell:avx2; do \
+		as="$$(command -v qemu-x86_64) -cpu $${cpu%:*}"; \
+		$(ALONE:%/python=$$as %/python) -c "from shallower import _core; tier = _core.tier(); print('$$cpu', tier); assert tier == '$${cpu#*:}'" && \
+		$(ALONE:%/python=$$as %/python) -m pytest -q -p no:cacheprovider --timeout 3000 -m "not slow" \
+			$(BORDER:%=tests/scanning/test_%.py) tests/values/test_costs.py || exit 1; \
+	done
 
 dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 	rm -rf dist

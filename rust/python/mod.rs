@@ -39,7 +39,9 @@ fn tier() -> PyResult<&'static str> {
 }
 
 /// The Rust core of shallower.
-#[pymodule]
+///
+/// It has no state that threads share, and so needs no global lock: see ARCHITECTURE.md.
+#[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
     use super::checkpoint::{PyCheckpoint, PyJob, parse_header};

@@ -10,3 +10,4 @@ mod oracle;
 mod search;
 mod sequences;
 mod stored;
+mod threads;

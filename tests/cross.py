@@ -1,8 +1,9 @@
-"""Find the source of Rust's standard library, of the version of ``rustc``, for another target.
+"""Run a command that builds for another target of Rust, as ``make wheel-arm`` and ``test-arm`` do.
 
-``python tests/rust_src.py`` prints its folder: that of the toolchain (``rustup component add
-rust-src``), or the one that it unpacks from Debian's package into ``target/rust-src``. Without one
-it ends with a sentence. ``make wheel-arm`` uses it where rustup cannot fetch a target.
+``python tests/cross.py TARGET COMMAND…`` takes the standard library that rustup has installed for
+the target, or else has Cargo build it from its source: the toolchain's (``rustup component add
+rust-src``), or that of Debian's package of the same version, which it unpacks into
+``target/rust-src``. Where there is neither it says in a line why the command is skipped.
 """
 
 import os
@@ -71,17 +72,33 @@ def fetch(version):
         output("dpkg-deb", "--extract", next(here.glob("*.deb")), UNPACKED)
 
 
-def main():
-    """Print the folder, and fetch it before if it is not there."""
-    sysroot = Path(output("rustc", "--print", "sysroot").strip())
+def build_std(sysroot):
+    """Variables by which Cargo builds the standard library itself: the stable toolchain can, too."""
     version = re.search(r"^release: (\S+)", output("rustc", "-vV"), re.MULTILINE)[1]
-    own = sysroot / "lib" / "rustlib" / "src" / "rust" / "library"
-    if not own.is_dir():
-        own = library_of(UNPACKED, version)
-        if not own.is_dir():
+    source = sysroot / "lib" / "rustlib" / "src" / "rust" / "library"
+    if not source.is_dir():
+        source = library_of(UNPACKED, version)
+        if not source.is_dir():
             fetch(version)
-    print(own)
+    return {
+        "RUSTC_BOOTSTRAP": "1",
+        "CARGO_UNSTABLE_BUILD_STD": "std,panic_unwind,test",
+        "__CARGO_TESTS_ONLY_SRC_ROOT": str(source),
+    }
+
+
+def main(target, *command):
+    """Run the command, or say why not."""
+    sysroot = Path(output("rustc", "--print", "sysroot").strip())
+    more = {}
+    if not (sysroot / "lib" / "rustlib" / target / "lib").is_dir():
+        try:
+            more = build_std(sysroot)
+        except SystemExit as error:
+            print(f"skipped: what is built for {target} needs 'rustup target add' ({error})")
+            return
+    os.execvpe(command[0], command, {**os.environ, **more})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*sys.argv[1:])
