@@ -73,7 +73,7 @@ def fetch(version):
 
 
 def build_std(sysroot):
-    """Variables by which Cargo builds the standard library itself: the stable toolchain can, too."""
+    """Variables by which Cargo builds the standard library; SystemExit where it has no source."""
     version = re.search(r"^release: (\S+)", output("rustc", "-vV"), re.MULTILINE)[1]
     source = sysroot / "lib" / "rustlib" / "src" / "rust" / "library"
     if not source.is_dir():
