@@ -52,8 +52,8 @@ fn place(_: &Metadata) -> Option<(u64, u64)> {
 fn since_1970(time: SystemTime) -> (i64, i64) {
     const SECOND: i128 = 1_000_000_000;
     let nanoseconds = match time.duration_since(UNIX_EPOCH) {
-        Ok(after) => after.as_nanos() as i128,
-        Err(error) => -(error.duration().as_nanos() as i128),
+        Ok(after) => after.as_nanos().cast_signed(),
+        Err(error) => -error.duration().as_nanos().cast_signed(),
     };
     let (seconds, rest) = (
         nanoseconds.div_euclid(SECOND),

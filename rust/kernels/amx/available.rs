@@ -2,7 +2,6 @@
 
 #![allow(unsafe_code)]
 
-use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 use std::sync::OnceLock;
 
@@ -48,7 +47,7 @@ fn is_permitted() -> bool {
     let mut answer = ARCH_PRCTL;
     // SAFETY: a system call that takes two numbers, and reads and writes no memory.
     unsafe {
-        asm!(
+        std::arch::asm!(
             "syscall",
             inout("rax") answer,
             in("rdi") ARCH_REQ_XCOMP_PERM,
