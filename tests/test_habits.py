@@ -34,7 +34,7 @@ def test_ci_calls_make():
     prepared, checked = re.findall(r"^\t\$\(MAKE\) \$\(MAKEOVERRIDES\) (.*)", recipe, re.MULTILINE)
     assert "lint" in prepared.split()
     assert checked.split() == ["test", "bench-check"]
-    assert "release" in recipe
+    assert "$(MAKE) $(MAKEOVERRIDES) wheel;" in recipe
 
 
 def test_pre_commit_calls_make():

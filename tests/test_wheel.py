@@ -12,7 +12,6 @@ from tests.conftest import ROOT
 VERSION = tomllib.loads((ROOT / "Cargo.toml").read_text(encoding="utf-8"))["package"]["version"]
 MAC = "macosx_11_0_arm64"
 INFO = f"shallower-{VERSION}.dist-info"
-WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,8 @@
 
 ``audit WHEEL…`` needs the group `wheel`, and Cargo; ``needs`` prints what the package and its
 extras depend on, ``lend`` the folders of this environment's packages; ``small`` checks that an
-install without extras has no torch and is small; ``alone`` that the
-environment has the wheel, and nothing that compiles; ``licences`` writes the licences of the crates
-in the wheel.
+install without extras has no torch and is small, ``alone`` that an environment has the wheel, and
+nothing that compiles; ``licences`` writes the licences of the crates in the wheel.
 """
 
 import json

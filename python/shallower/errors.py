@@ -7,7 +7,7 @@ DOCS = "docs/{}.md"
 """Where the pages of the documentation lie."""
 
 PAGES = {
-    "cluster": "how-to/sweep",
+    "cluster": "how-to/share-the-work",
     "criterion": "how-to/add-a-criterion",
     "experts": "how-to/experts",
     "families": "families",
