@@ -26,10 +26,11 @@ def gradients(path, change, evaluate_first=True):
         if "lora_B" in name:
             weight.data = 0.02 * torch.randn(weight.shape, generator=generator)
     ids = torch.randint(0, model.config.vocab_size, (2, 24), generator=generator)
-    with computing(recipe, torch.device("cpu")):
-        if evaluate_first:
-            with torch.inference_mode():
-                adapted.eval()(input_ids=ids)
+    cpu = torch.device("cpu")
+    if evaluate_first:
+        with computing(recipe, cpu), torch.inference_mode():
+            adapted.eval()(input_ids=ids)
+    with computing(recipe, cpu):
         loss = summed_loss(adapted.train()(input_ids=ids, use_cache=False).logits, ids)
     loss.backward()
     return {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
