@@ -342,6 +342,10 @@ class _Arguments(TrainingArguments):
 def trainer_arguments(training: Training) -> TrainingArguments:
     """Name a recipe's settings as the Trainer does; they decide the device as well."""
     recipe, measured = training.recipe, training.held_out is not None
+    recomputing: dict[str, Any] = {
+        RECOMPUTING: recipe.recompute,
+        f"{RECOMPUTING}_kwargs": {"use_reentrant": False} if recipe.recompute else None,
+    }
     cuda = torch.cuda.is_available()
     adapters = [name for name, weight in training.model.named_parameters() if weight.requires_grad]
     return _Arguments(
@@ -364,10 +368,7 @@ def trainer_arguments(training: Training) -> TrainingArguments:
         greater_is_better=False,
         train_sampling_strategy="sequential",
         seed=recipe.seed,
-        **{
-            RECOMPUTING: recipe.recompute,
-            f"{RECOMPUTING}_kwargs": {"use_reentrant": False} if recipe.recompute else None,
-        },
+        **recomputing,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
         label_names=["labels"],
