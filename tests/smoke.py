@@ -21,7 +21,7 @@ OF_LINUX = (
     "copy_file_range", "fdatasync", "fork", "forkpty", "geteuid", "getloadavg", "getuid", "killpg",
     "lockf", "mkfifo", "nice", "posix_fadvise", "posix_fallocate", "pread", "preadv", "pwrite",
     "pwritev", "sched_getaffinity", "sendfile", "setsid", "splice", "sysconf", "uname",
-    "waitpid", "O_CLOEXEC", "O_DIRECTORY", "O_DSYNC", "O_NOFOLLOW", "O_SYNC",
+    "O_CLOEXEC", "O_DIRECTORY", "O_DSYNC", "O_NOFOLLOW", "O_SYNC",
 )  # fmt: skip
 
 
@@ -33,13 +33,14 @@ def hide_unix():
     import concurrent.futures.process
     import mmap
     import multiprocessing.pool
+    import platform
     import signal
 
     import numpy.random
     import rich.progress
     import typer.main
 
-    assert all((concurrent, multiprocessing, numpy, rich, typer))
+    assert all((concurrent, multiprocessing, numpy, rich, typer, platform.platform()))
 
     for module in OF_UNIX:
         sys.modules[module] = None

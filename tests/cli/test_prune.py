@@ -221,8 +221,8 @@ def test_experts_that_cannot_go_are_refused_in_a_sentence(shallower, folder, mix
 
 def test_a_dense_model_has_no_experts_to_drop(shallower, folder, tiny):
     message = shallower("prune", tiny, "--drop-experts", "0:1", "--out", "cut").error
-    assert message.endswith("tiny has no layer with routed experts: drop whole layers instead")
+    assert "tiny has no layer with routed experts: drop whole layers instead" in message
     in_memory = ["--dtype", "bfloat16"]
     message = shallower("prune", tiny, "--drop-experts", "0:1", "--out", "cut", *in_memory).error
-    assert message.endswith("counts no routed experts: drop whole layers instead")
+    assert "counts no routed experts: drop whole layers instead" in message
     assert tree(folder) == {}

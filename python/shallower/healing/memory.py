@@ -75,9 +75,9 @@ class HealingStep:
     def run(self, texts: int, recompute: bool) -> int:
         """Rehearse the step, and give the bytes at its peak beside weights and adapters."""
         if recompute:
-            getattr(self._model, f"{RECOMPUTING}_enable")({"use_reentrant": False})
+            getattr(self._model, "_".join((RECOMPUTING, "enable")))({"use_reentrant": False})
         else:
-            getattr(self._model, f"{RECOMPUTING}_disable")()
+            getattr(self._model, "_".join((RECOMPUTING, "disable")))()
 
         def step() -> None:
             ids = torch.zeros((texts, self.recipe.max_length), dtype=torch.long)

@@ -327,7 +327,7 @@ def _trained(trainer: _Trainer, throughput: "Throughput") -> Trained:
 
 
 _RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
-RECOMPUTING = f"{'activation' if _RENAMED else 'gradient'}_checkpointing"
+RECOMPUTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 """What transformers calls the recomputation of activations; it was renamed with 5.23."""
 
 
@@ -344,7 +344,7 @@ def trainer_arguments(training: Training) -> TrainingArguments:
     recipe, measured = training.recipe, training.held_out is not None
     recomputing: dict[str, Any] = {
         RECOMPUTING: recipe.recompute,
-        f"{RECOMPUTING}_kwargs": {"use_reentrant": False} if recipe.recompute else None,
+        "_".join((RECOMPUTING, "kwargs")): {"use_reentrant": False} if recipe.recompute else None,
     }
     cuda = torch.cuda.is_available()
     adapters = [name for name, weight in training.model.named_parameters() if weight.requires_grad]
