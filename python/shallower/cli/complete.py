@@ -8,6 +8,7 @@ without typer, options and values with it and without anything heavy.
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from . import COMMANDS, command_function, parser
@@ -80,7 +81,7 @@ def _candidates(before: Sequence[str], word: str) -> Candidates | None:
         return _candidates([], word)
     if name not in COMMANDS:
         return []
-    options = {opt: one for one in parser(name).params for opt in (*one.opts, *one.secondary_opts)}
+    options = {opt: one for one in _parameters(name) for opt in (*one.opts, *one.secondary_opts)}
     options = {opt: one for opt, one in options.items() if opt.startswith("-")}
     asked, begun, word = _option_before(given, word, options)
     if asked:
@@ -98,6 +99,12 @@ def _candidates(before: Sequence[str], word: str) -> Candidates | None:
         }
         return _starting(word, [*left.items(), ("--help", "Show this message and exit.")])
     return _argument(name, given, options, word)
+
+
+@cache
+def _parameters(name: str) -> list[Any]:
+    """The parameters of a command; its parser is made once for a Tab."""
+    return list(parser(name).params)
 
 
 def _option_before(
@@ -142,7 +149,7 @@ def _argument(
     name: str, given: Sequence[str], options: dict[str, Any], word: str
 ) -> Candidates | None:
     """The values of a positional argument; files, unless it has choices or none is left."""
-    arguments = [one for one in parser(name).params if one.param_type_name == "argument"]
+    arguments = [one for one in _parameters(name) if one.param_type_name == "argument"]
     values = [""] + [
         one
         for before, one in zip(["", *given], given, strict=False)
