@@ -192,7 +192,7 @@ old-cpus: wheel  ## The border's tests on that wheel as a Nehalem and as a Haswe
 
 # Cheap checks first; then what these targets build. Each failure is printed, not the first alone.
 release-check:  ## All that must be so before a version is tagged, and what to do then
-	@$(PYTHON) tests/release.py dist/.audited docs
+	@$(PYTHON) -m tests.release dist/.audited docs
 
 dist/.audited: $(SOURCES) tests/wheel.py | $(TOOLS)/.installed
 	rm -rf dist

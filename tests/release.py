@@ -1,7 +1,7 @@
 """What must be so before a version is tagged; run by `make release-check`.
 
-Each check takes paths and gives sentences on what is wrong. ``release.py TARGET…`` runs all of
-them and has `make` build the targets, and prints every sentence, or what to do next.
+Each check takes paths and gives sentences on what is wrong. ``python -m tests.release TARGET…``
+runs all of them and has `make` build the targets, and prints every sentence, or what to do next.
 """
 
 import re
@@ -14,11 +14,13 @@ from email.parser import HeaderParser
 from itertools import product
 from pathlib import Path
 
+from tests.wheel import EXACT, STABLE
+
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "shallower"
-ABI3 = {("cp311", "abi3")}
-FREE_THREADED = {("cp314", "cp314t"), ("cp315", "abi3.abi3t")}
-"""Wheels that may lie beside the one that every Python since 3.11 loads."""
+TAGS = [tuple(one.split("-")) for one in (*STABLE, *EXACT)]
+ABI3 = TAGS[0]
+"""The wheel that every Python since 3.11 loads; the others may lie beside it."""
 
 PAPERS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md")
 RELEASED = re.compile(r"^## \[(?P<version>[^\]]+)\](?: - (?P<date>\S+))?[ \t]*$", re.MULTILINE)
@@ -85,7 +87,7 @@ def versions(root):
 def wheels(folder, version):
     """Names, tags and metadata of the wheels; one of them is for every Python since 3.11."""
     files = sorted(folder.glob("*.whl"))
-    if not any(tuple(file.stem.split("-")[2:4]) in ABI3 for file in files):
+    if not any(tuple(file.stem.split("-")[2:4]) == ABI3 for file in files):
         yield f"{folder} has no wheel {NAME}-{version}-cp311-abi3-….whl: 'make release' builds it"
     since = max((file.stat().st_mtime_ns for file in folder.glob(".audited*")), default=0)
     for file in files:
@@ -102,8 +104,8 @@ def _wheel(file, version):
     number, python, abi, platform = more
     if number != version:
         yield f"is of version {number}, Cargo.toml says {version}"
-    if (python, abi) not in ABI3 | FREE_THREADED:
-        allowed = " or ".join("-".join(pair) for pair in sorted(ABI3 | FREE_THREADED))
+    if (python, abi) not in TAGS:
+        allowed = " or ".join("-".join(pair) for pair in sorted(TAGS))
         yield f"is {python}-{abi}, expected {allowed}"
     if platform.startswith("linux_"):
         yield f"is for {platform}, which loads on this Linux alone: expected manylinux or musllinux"
@@ -124,7 +126,7 @@ def _wheel(file, version):
     if set(built.get_all("Tag", [])) != tags:
         yield f"is tagged {', '.join(built.get_all('Tag', []))} inside, unlike its name"
     core = [one for one in cores if one.endswith((".so", ".pyd"))]
-    if (python, abi) in ABI3 and core not in ([f"{NAME}/_core.abi3.so"], [f"{NAME}/_core.pyd"]):
+    if (python, abi) == ABI3 and core not in ([f"{NAME}/_core.abi3.so"], [f"{NAME}/_core.pyd"]):
         yield f"holds {', '.join(core) or 'no core'}, expected {NAME}/_core.abi3.so"
 
 
