@@ -80,7 +80,12 @@ _BARS: ContextVar["Progress | None"] = ContextVar("_BARS", default=None)
 
 
 def _can_redraw() -> bool:
-    """Whether standard error is a terminal that can; without rich, which takes long to import."""
+    """Whether standard error is a terminal that can; without rich, which takes long to import.
+
+    Under bars it is a stand-in, which before rich 15 denies to be a terminal.
+    """
+    if _BARS.get() is not None:
+        return True
     return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
