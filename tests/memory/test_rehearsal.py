@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from shallower.errors import ModelError
-from shallower.memory.rehearsal import Rehearsal, _Rehearsed, build_empty, first_that_runs
+from shallower.memory.rehearsal import (
+    Rehearsal,
+    _Rehearsed,
+    build_empty,
+    first_that_runs,
+    output_of,
+)
 from shallower.models.architecture import evaluating
 from tests.conftest import mostly_slow, tiny_llama
 from tests.families import small_config
@@ -106,3 +113,26 @@ def test_other_ways_to_run_experts_are_tried():
     assert first_that_runs(make) == "done"
     assert tried == [None, "grouped_mm", "batched_mm"]
     assert first_that_runs(lambda _experts: 1 / 0) is None
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "ends"),
+    [
+        ((12, 8), (3, 8, 16), [4, 8, 12]),
+        ((3, 12, 8), (8, 24), [8, 16, 24]),
+        ((16, 12), (12, 24), [4, 8, 12]),
+        ((3, 12, 8), (3, 8, 16), None),
+    ],
+    ids=["rows", "columns", "sums", "a batch"],
+)
+def test_fake_products_by_expert_have_the_shapes_of_real_ones(left, right, ends):
+    def product(run):
+        offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+        return run(
+            torch.ops.aten._grouped_mm.default, (torch.ones(left), torch.ones(right)), offs=offsets
+        )
+
+    real = product(lambda func, args, **kwargs: func(*args, **kwargs))
+    with FakeTensorMode():
+        fake = product(lambda func, args, **kwargs: output_of(func, args, kwargs))
+    assert (fake.shape, fake.dtype) == (real.shape, real.dtype)

@@ -236,6 +236,10 @@ _OTHERS = (
         "a step is rehearsed on tensors without memory",
     ),
     PrivateName(
+        "torch", "ops.aten._grouped_mm",
+        "rehearsed in float32 too, which fake tensors refuse before torch 2.15",
+    ),
+    PrivateName(
         "torch", "UntypedStorage._cdata",
         "tells the storages of a rehearsal apart",
     ),

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
-from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
+from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs, output_of
 from ..memory.weights import num_parameters, stored_bytes, weight_bytes
 from ..models.architecture import evaluating, find_layers, learned_positions, text_config
 from ..models.dtypes import plain_dtype
@@ -151,7 +151,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
+        output = output_of(func, args, kwargs or {})
         given = [one for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor)]
         made = [one for one in tree_iter(output) if isinstance(one, torch.Tensor)]
         name = func.name().partition(".")[0]
