@@ -283,13 +283,14 @@ class WeightProxy:
         """Itself: it holds no values."""
         return self
 
-    def squeeze(self, dim: int) -> "WeightProxy":
-        """Remove an axis of length one."""
-        if self.size(dim) != 1:
-            return self
-        axes = list(self._axes)
-        axis, indices = axes.pop(dim)
-        return WeightProxy(axes, {**self._fixed, axis: int(indices[0])})
+    def squeeze(self, dim: int | None = None) -> "WeightProxy":
+        """Remove an axis of length one, or all that there are."""
+        gone = [
+            k for k in range(self.ndim) if self.size(k) == 1 and dim in (None, k, k - self.ndim)
+        ]
+        axes = [one for k, one in enumerate(self._axes) if k not in gone]
+        fixed = {axis: int(indices[0]) for axis, indices in (self._axes[k] for k in gone)}
+        return WeightProxy(axes, {**self._fixed, **fixed})
 
     def transpose(self, dim0: int, dim1: int) -> "WeightProxy":
         """Swap two axes."""
