@@ -72,7 +72,7 @@ Layers = Iterable[Block | range | SupportsIndex]
 def layer_number(value: Any) -> int:
     """An index or a number of layers as a plain integer; LayersError if it is none."""
     try:
-        if not isinstance(value, bool):
+        if type(value).__name__ != "bool":  # NumPy's too, which 2.0 takes for an index
             return operator.index(value)
     except TypeError:
         pass
