@@ -125,6 +125,13 @@ def _check_kinds(config: Any, survivors: Sequence[int]) -> None:
         first, new_first = kinds[0] in WITHOUT_CACHE, kinds[survivors[0]] in WITHOUT_CACHE
         if config.model_type == "minimax" and new_first and not first:
             raise ValueError("its cache counts tokens by layer 0, which must be an attention layer")
+        shared = getattr(config, "num_kv_shared_layers", None)
+        if isinstance(shared, int) and 0 < shared < len(kinds):
+            producing = {kinds[i] for i in survivors if i < len(kinds) - shared}
+            if lacking := {kinds[i] for i in survivors} - producing:
+                raise ValueError(
+                    f"no layer of {min(lacking)} would be left whose cache others share"
+                )
     indexers = getattr(config, "indexer_types", None)
     if isinstance(indexers, list | tuple) and len(indexers) > max(survivors):
         for index in survivors:
