@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Models = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="MODEL...", help="Local folders, hub ids, or .gguf files, compared in this order."
+        metavar="MODEL", help="Local folders, hub ids, or .gguf files, compared in this order."
     ),
 ]
 CalibrationTexts = Annotated[

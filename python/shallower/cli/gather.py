@@ -13,7 +13,7 @@ def gather_command(
     parts: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PART...", help="Files of shards, or folders of them, as --shard writes."
+            metavar="PART", help="Files of shards, or folders of them, as --shard writes."
         ),
     ],
     *,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Scans = Annotated[
     list[Path],
-    typer.Argument(metavar="SCAN...", help="Scan files or their folders; several are merged."),
+    typer.Argument(metavar="SCAN", help="Scan files or their folders; several are merged."),
 ]
 Metric = Annotated[
     str | None,
