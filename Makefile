@@ -84,8 +84,9 @@ test-python: build-python-tests  ## The package's tests, against the installed w
 
 build-python-tests: $(WHEEL)/.compiled  ## What the package's tests import, compiled alone
 
+# Old versions warn of what has gone since, and of Python's own news.
 test-oldest: $(OLDEST)/.installed  ## The tests against the lowest version of all that pyproject.toml asks for
-	SHALLOWER_WHEEL=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -W ignore::DeprecationWarning $(or $(T),tests)
+	SHALLOWER_WHEEL=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" -W default $(or $(T),tests)
 
 test-slow: install browser  ## The minutes-long tests too, with more examples; every night
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet

@@ -19,6 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from shallower.healing.recomputation import recompute_activations
 from shallower.models.architecture import find_layers
 
 
@@ -134,7 +135,7 @@ def tracked_healing(name, layers, batch, length, rank, recompute, *, attention=F
             module.cast_input_dtype_enabled = False
     adapted.train()
     if recompute:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, True)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     with FakeTensorMode(allow_non_fake_inputs=True):
         _faked(adapted)

@@ -5,19 +5,22 @@ and so is the bias of their choice, where the router has one."""
 
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from shallower.models.architecture import find_layers
 from shallower.models.experts import count_keys, find_experts
-from tests.families import small_config, small_weights
+from tests.families import IS_OLDER, small_config, small_weights
 
 NUM_EXPERTS = 6
 
 
 def mixture(name, num_experts=NUM_EXPERTS, **changes):
     """A small random model of a family, with biases of the choice that decide."""
+    if IS_OLDER and name == "dbrx":
+        pytest.skip("the config of DBRX does not take back what it writes")
     config = small_config(name)
     decoder = config.get_text_config(decoder=True)
     for owner, key in count_keys(decoder, 4):

@@ -18,6 +18,7 @@ from tests.families import (
     DOCUMENT,
     DROP_SETS,
     FAST,
+    IS_OLDER,
     NUM_LAYERS,
     REFUSED,
     SCALES,
@@ -140,12 +141,14 @@ def test_so_it_is_for_every_other_family(name, tmp_path):
     check_family(name, tmp_path)
 
 
+@pytest.mark.skipif(IS_OLDER, reason="the lists are of a later transformers")
 def test_every_model_type_is_tested_or_named():
     known = set(families()) | set(UNTESTED)
     assert known == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) | set(VARIANTS)
     assert set(REFUSED) <= set(families())
 
 
+@pytest.mark.skipif(IS_OLDER, reason="the lists are of a later transformers")
 def test_the_document_says_what_is_tested():
     assert DOCUMENT.read_text() == table(), "make families writes it anew"
 
@@ -154,9 +157,9 @@ def test_tables_beside_the_layers_are_cut_in_memory(tmp_path, words):
     model = random_model("gemma3n_text")
     sh.save_model(model, words, tmp_path / "whole")
     with pytest.raises(sh.InMemoryOnlyError, match="embed_tokens_per_layer"):
-        prepare(tmp_path / "whole", [0, 1])
+        prepare(tmp_path / "whole", [6, 7])
     assert not (tmp_path / "cut").exists()
-    arguments = ["prune", str(tmp_path / "whole"), "--drop", "0:2", "--out", str(tmp_path / "cut")]
+    arguments = ["prune", str(tmp_path / "whole"), "--drop", "6:8", "--out", str(tmp_path / "cut")]
     done = in_this_process(*arguments, "--verify")
     assert done.status == 0, done.err
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
 
 import shallower as sh
+from shallower.healing.recomputation import recompute_activations
 from shallower.models.identity import identify
 from tests.conftest import tiny_llama
 from tests.cutting.tiny_models import (
@@ -234,13 +235,13 @@ def test_tied_embeddings_stay_tied(tmp_path):
 def test_training_goes_on_after_a_cut(llama):
     sh.drop_layers(llama, [2])
     llama.train()
-    llama.activation_checkpointing_enable()
+    recompute_activations(llama, True)
     llama(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in llama.parameters())
 
 
 def test_a_cut_of_a_model_in_training_with_checkpointing_leaves_its_modes(llama):
-    llama.activation_checkpointing_enable()
+    recompute_activations(llama, True)
     llama.train()
     expected = skipping(llama, [2])
     sh.drop_layers(llama, [2])

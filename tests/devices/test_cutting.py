@@ -61,6 +61,7 @@ def test_a_weight_that_holds_a_part_for_every_layer_is_cut(stage):
         assert model.table.weight.shape == (100, 64)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="torch.empty_like of meta in a fake mode")
 def test_a_saved_cut_is_compared_with_its_model(stage):
     saved = Stage(0).llama(2)
     with stage.open(), pytest.MonkeyPatch.context() as patch:

@@ -12,6 +12,7 @@ from shallower.cutting.in_model import drop_layers
 from shallower.errors import ModelError
 from shallower.healing import training
 from shallower.healing.losses import Teacher, TrainingLoss, mean_loss, summed_loss
+from shallower.healing.recomputation import recompute_activations
 from shallower.healing.training import add_adapters
 from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
@@ -68,7 +69,7 @@ def test_the_loss_of_a_model_with_adapters(stage, recompute):
     with stage.open():
         cut, model = adapted(stage)
         if recompute:
-            cut.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(cut, True)
         weights = [p for p in model.parameters() if p.requires_grad]
         assert {p.dtype for p in weights} == {torch.float32}
         assert devices_of(weights) == {f"cuda:{i}" for i in range(stage.devices)}
@@ -161,7 +162,7 @@ def test_backward(recompute):
     with stage.open():
         cut, model = adapted(stage)
         if recompute:
-            cut.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(cut, True)
         given = inputs("cpu")
         loss = loss_of(cut, model, given)
         loss.backward()

@@ -15,7 +15,7 @@ from shallower.cutting.twin import shortened_config
 from shallower.memory.rehearsal import build_empty
 from shallower.savings.account import Recorder, count
 from tests.conftest import mostly_slow
-from tests.families import random_model, small_config
+from tests.families import IS_OLDER, random_model, small_config
 
 CONTEXT, BATCH = 24, 2
 FAMILIES = (
@@ -49,11 +49,12 @@ def test_a_family_counts_as_its_real_model(name):
     model.config._experts_implementation = "eager"  # and no products by expert
     with torch.no_grad(), FlopCounterMode(display=False) as prefill:
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    cache = output.get("cache") or output.past_key_values
+    name = "cache" if "cache" in output else "past_key_values"  # until transformers 5.23
+    cache = output[name]
     assert isinstance(cache, DynamicCache)
     assert found.cache_bytes == sum(found.layer_caches) == bytes_in(cache)
     with torch.no_grad(), FlopCounterMode(display=False) as decode:
-        model(input_ids=ids[:, :1], use_cache=True, cache=cache)
+        model(input_ids=ids[:, :1], use_cache=True, **{name: cache})
     assert found.cache_growth * BATCH == bytes_in(cache) - found.cache_bytes
     for operations, counted in ((found.prefill, prefill), (found.decode, decode)):
         assert sum(one.flops for one in operations) == counted.get_total_flops() > 0
@@ -93,7 +94,9 @@ def test_the_products_of_a_llama_are_those_of_a_count_by_hand(kv_heads):
     found = count(config, "bfloat16", context=64)
     for operations, tokens, seen in ((found.prefill, 64, 64), (found.decode, 1, 65)):
         products = [(o.flops, o.read, o.written) for o in operations if o.flops]
-        assert products == by_hand(config, tokens, seen, 1)
+        expected = by_hand(config, tokens, seen, 1)
+        assert products[-len(expected) :] == expected
+        assert len(products) == len(expected) or IS_OLDER  # the angles of positions: a product
     head = config.hidden_size // config.num_attention_heads
     assert found.cache_growth == 2 * 2 * config.num_hidden_layers * kv_heads * head
 

@@ -18,7 +18,8 @@ from ..models.loading import layers_of
 from ..values.memory import MemoryPlan, format_size, needed_device, usable
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from .losses import Teacher, TrainingLoss
-from .training import RECOMPUTING, add_adapters
+from .recomputation import recompute_activations
+from .training import add_adapters
 
 MOST_KEPT, MOST_RECOMPUTED = 4, 8
 """Texts in one forward at most, without recomputation and with it."""
@@ -74,10 +75,7 @@ class HealingStep:
 
     def run(self, texts: int, recompute: bool) -> int:
         """Rehearse the step, and give the bytes at its peak beside weights and adapters."""
-        if recompute:
-            getattr(self._model, "_".join((RECOMPUTING, "enable")))({"use_reentrant": False})
-        else:
-            getattr(self._model, "_".join((RECOMPUTING, "disable")))()
+        recompute_activations(self._model, recompute)
 
         def step() -> None:
             ids = torch.zeros((texts, self.recipe.max_length), dtype=torch.long)

@@ -36,6 +36,7 @@ from . import trainer_checkpoints
 from .determinism import deterministic
 from .losses import Teacher, TrainingLoss
 from .ranks import agree
+from .recomputation import RECOMPUTING
 
 with hushed():  # the Trainer imports peft, and that bitsandbytes, which advises to get a kernel
     from transformers import (
@@ -324,11 +325,6 @@ def _trained(trainer: _Trainer, throughput: "Throughput") -> Trained:
         tokens_per_second=throughput.tokens_per_second,
         recipe=trainer.training.recipe,
     )
-
-
-_RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
-RECOMPUTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
-"""What transformers calls the recomputation of activations; it was renamed with 5.23."""
 
 
 class _Arguments(TrainingArguments):

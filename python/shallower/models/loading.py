@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import dispatch_model
 from huggingface_hub import constants
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -143,13 +143,7 @@ def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> P
 
 def _stream_gguf(place: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     """Load all of a GGUF file but the layers, which wait in it."""
-    try:
-        from .gguf_streaming import layers_in_file
-    except ImportError as error:
-        raise ModelError(
-            f"layers of a GGUF file are streamed (device_map, --device-map stream) with "
-            f"transformers 5.18 or later; here is {transformers.__version__}"
-        ) from error
+    from .gguf_streaming import layers_in_file
 
     with layers_in_file() as weights:
         everywhere = {"": _streaming_device()}
@@ -187,7 +181,7 @@ def _load_gguf(
     place: str, dtype: torch.dtype, device_map: DeviceMap, *, config: Any, options: dict[str, Any]
 ) -> PreTrainedModel:
     """Load the weights of a GGUF file, dequantised; then quantised anew by ``config``, if any."""
-    plain = _dequantised()
+    plain = GgufConfig(dequantize=True)
     if config is None:
         model = load_weights(place, dtype, device_map, config=plain, options=options)
         clear_gguf_marks(model)
@@ -201,12 +195,6 @@ def _load_gguf(
         model = load_weights(folder, torch.bfloat16, device_map, config=config)
     model.config.name_or_path = model.name_or_path = options["gguf_file"]
     return model
-
-
-def _dequantised() -> Any:
-    """What lets transformers dequantise a GGUF file; before 5.18 it did nothing else."""
-    config = getattr(transformers, "GgufConfig", None)
-    return None if config is None else config(dequantize=True)
 
 
 def _reading(gguf_file: str | None) -> AbstractContextManager[None]:

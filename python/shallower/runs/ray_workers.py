@@ -25,6 +25,7 @@ STORE_BYTES = 128 << 20
 OWN_CLUSTER = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on 127.0.0.1 alone
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # as of Ray 2.60; older ones warn that it comes
     "RAY_memory_monitor_refresh_ms": "0",  # files that are mapped would count as taken
 }
 """Variables of a cluster that is started here."""
