@@ -179,7 +179,7 @@ test-arm:  ## The core's tests on aarch64, by qemu-user and gcc-aarch64-linux-gn
 	@{ command -v qemu-aarch64 && command -v aarch64-linux-gnu-gcc; } > /dev/null || { echo "test-arm needs qemu-user and gcc-aarch64-linux-gnu: apt-get install both"; exit 1; }
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc PROPTEST_CASES=16 \
 		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
-		$(PYTHON) tests/cross.py $(ARM) cargo test --locked --quiet --target $(ARM) --lib --test core
+		$(PYTHON) tests/cross.py $(ARM) cargo test --locked --release --quiet --target $(ARM) --lib --test core
 
 # qemu-user warns of instructions that neither it nor the tests use.
 old-cpus: wheel  ## The border's tests on that wheel as a Nehalem and as a Haswell, by qemu-user; most of an hour
