@@ -175,7 +175,7 @@ dist/.audited-arm: dist/.audited
 	$(TOOLS)/bin/python tests/wheel.py audit dist/*_aarch64.whl
 	touch $@
 
-test-arm:  ## The core's tests on aarch64, by qemu-user and gcc-aarch64-linux-gnu; half an hour
+test-arm:  ## The core's tests on aarch64, by qemu-user and gcc-aarch64-linux-gnu; mostly building
 	@{ command -v qemu-aarch64 && command -v aarch64-linux-gnu-gcc; } > /dev/null || { echo "test-arm needs qemu-user and gcc-aarch64-linux-gnu: apt-get install both"; exit 1; }
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc PROPTEST_CASES=16 \
 		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
