@@ -40,7 +40,8 @@ class Counting:
             os.kill(os.getpid(), signal.SIGKILL)
         if unit == self._described.get("waits_once") and self._first(unit):
             time.sleep(600)
-        while len({process for _, process in done_in(self._folder)}) < self._described.get("at", 1):
+        needed = self._described.get("at", 1) if int(unit) >= self._described.get("since", 0) else 1
+        while len({process for _, process in done_in(self._folder)}) < needed:
             time.sleep(0.05)  # until so many processes are at work
         time.sleep(self._described.get("seconds", 0))
         return str(int(unit) ** 2).encode()

@@ -123,7 +123,10 @@ def test_a_cluster_measures_what_one_process_finds(tmp_path, words):
 
 @pytest.mark.slow
 def test_a_node_that_comes_late_takes_work_and_one_that_goes_gives_it_back(tmp_path, cluster):
-    """The node that goes has a unit which waits for ever there, and ends at once elsewhere."""
+    """The node that goes has a unit which waits for ever there, and ends at once elsewhere.
+
+    From the seventh on units wait for the node that comes, however long it takes.
+    """
 
     def come():
         cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
@@ -133,7 +136,7 @@ def test_a_node_that_comes_late_takes_work_and_one_that_goes_gives_it_back(tmp_p
         cluster.remove_node(node_of(cluster, int(stuck)), allow_graceful=False)
 
     happens = {3: come, 10: go}
-    found, _ = squares(tmp_path, 14, happens=happens, waits_once="0", seconds=0.5)
+    found, _ = squares(tmp_path, 14, happens=happens, waits_once="0", at=3, since=6)
     assert found == all_of(14)
     done = done_in(tmp_path)
     assert [unit for unit, _ in done].count("0") == 2
