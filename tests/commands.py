@@ -9,11 +9,20 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 SHALLOWER = str(Path(sys.executable).with_name("shallower"))
+
+if tuple(map(int, version("typer").split(".")[:2])) >= (0, 29):
+    NO_INTEGER = "Input should be a valid integer"
+    TOO_SMALL = "Input should be greater than or equal"
+else:
+    NO_INTEGER = "'1,2' is not a valid int"
+    TOO_SMALL = "0 is not in the range x>=1"
+"""What typer says of ``1,2`` where one number is expected, and of 0 where 1 is the least."""
 
 
 def beside_progress(text):

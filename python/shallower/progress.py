@@ -84,9 +84,8 @@ def _can_redraw() -> bool:
 
     Under bars it is a stand-in, which before rich 15 denies to be a terminal.
     """
-    if _BARS.get() is not None:
-        return True
-    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    is_terminal = _BARS.get() is not None or sys.stderr.isatty()
+    return is_terminal and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.commands import NO_INTEGER
+
 CODE = """
 import contextlib, io, json, os, sys
 from shallower.cli import main
@@ -57,7 +59,7 @@ EARLY = [
     (RUN + "{texts} --n 1 --speech none.jsonl", "there is no file of prompts none.jsonl"),
     (RUN + "{texts} --texts field.jsonl", "no field `text`"),
     (RUN + "{texts} --n 0", "n = 0: expected at least 1"),
-    (RUN + "{texts} --n 1,2", "a valid integer"),
+    (RUN + "{texts} --n 1,2", f"'--n': {NO_INTEGER}"),
     (RUN + "{texts} --n 2 --params 9", "n and params are given"),
     (RUN + "{texts} --params lots", "no number of parameters"),
     (RUN + "{texts} --heal-steps 2", "--heal-steps without --heal"),

@@ -11,6 +11,7 @@ import torch
 import shallower as sh
 from shallower.cli import main
 from shallower.values.speech import MEASURES
+from tests.commands import TOO_SMALL
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10 w11", "w3 w1"]
 
@@ -170,7 +171,7 @@ def test_prompts_that_are_none_are_one_sentence(shallower, tiny, folder, content
     [
         (("--shard", "1/2", "--out", "out"), "--speech is measured by one process: leave out"),
         (("--workers", "2"), "--speech is measured by one process: leave out --shard, --workers"),
-        (("--speech-tokens", "0"), "'--speech-tokens': "),
+        (("--speech-tokens", "0"), f"'--speech-tokens': {TOO_SMALL}"),
         (("--stream",), "the layers wait on disk"),
     ],
 )

@@ -155,12 +155,13 @@ def test_the_document_says_what_is_tested():
 
 def test_tables_beside_the_layers_are_cut_in_memory(tmp_path, words):
     model = random_model("gemma3n_text")
+    dropped = range(6, 8) if IS_OLDER else range(2)  # others are refused by an older one
     sh.save_model(model, words, tmp_path / "whole")
     with pytest.raises(sh.InMemoryOnlyError, match="embed_tokens_per_layer"):
-        prepare(tmp_path / "whole", [6, 7])
+        prepare(tmp_path / "whole", list(dropped))
     assert not (tmp_path / "cut").exists()
-    arguments = ["prune", str(tmp_path / "whole"), "--drop", "6:8", "--out", str(tmp_path / "cut")]
-    done = in_this_process(*arguments, "--verify")
+    places = ["--drop", f"{dropped.start}:{dropped.stop}", "--out", str(tmp_path / "cut")]
+    done = in_this_process("prune", str(tmp_path / "whole"), *places, "--verify")
     assert done.status == 0, done.err
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     assert found.config.num_hidden_layers == 6
