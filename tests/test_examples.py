@@ -44,7 +44,7 @@ NOT_RUN = {
         "python convert_hf_to_gguf.py", "llama-quantize", "vllm", "shallower eval",
     ],
     "docs/how-to/share-the-work.md": ["srun shallower scan", "srun shallower eval"],
-    "docs/how-to/vllm.md": ["vllm", "curl", "vllm"],
+    "docs/how-to/vllm.md": ["vllm", "curl"],
 }  # fmt: skip
 """How the commands begin that are shown and not run: there is no vLLM, llama.cpp or SLURM here,
 and what the gallery shows takes half an hour."""

@@ -1,7 +1,5 @@
 """``shallower gain``."""
 
-from dataclasses import replace
-
 import shallower as sh
 from shallower.values.gain import Gain
 
@@ -23,29 +21,12 @@ def test_the_table_in_80_columns(shallower, tiny, monkeypatch):
     assert "RTX 4090 24GB, token" in done.out
 
 
-def test_a_draft_is_told(shallower, tiny, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    options = ("--drop", "1:5", "--device", "h100", "--context", 16)
-    done = shallower("gain", tiny, *options)
-    assert "As a draft of its own parent" in done.out
-    assert "faster" in done.out
-    done = shallower("gain", tiny, *options, "--acceptance", "0.9")
-    assert "which accepts 0.900 of its tokens" in done.out
-    assert "speed-up" in done.out
-    assert '"method": "draft_model"' in done.out
-    assert all(len(line) <= 80 for line in done.out.splitlines())
-
-
 def test_json_is_what_python_gives(shallower, tiny, plans):
     options = ("--device", "h100", "--context", 16, "--batch", 2, "--dtype", "float32", "--json")
     found = Gain.from_json(shallower("gain", tiny, "--plan", plans / "tiny", *options).json)
     plan = sh.Plan.load(plans / "tiny" / "shallower_plan.json")
     expected = sh.gain(tiny, plan, device="h100", context=16, batch=2, dtype="float32")
     assert found == expected
-    known = shallower("gain", tiny, "--plan", plans / "tiny", *options, "--acceptance", 0.9).json
-    assert Gain.from_json(known) == replace(expected, acceptance=0.9)
-    assert known["drafts"] == {"h100": replace(expected, acceptance=0.9).drafts()["h100"].to_json()}
-    assert known["drafts"]["h100"]["speedup"] > 1
 
 
 def test_measured_on_this_machine(shallower, tiny):
@@ -60,13 +41,6 @@ def test_bad_input_is_one_sentence(shallower, tiny):
         "unknown device 'tpu': expected one of a100-40, a100-80, h100, h200, l40s, rtx-4090, or "
         "here for this machine (device, --device)"
     )
-    assert shallower("gain", tiny, "--drop", "1:3", "--acceptance", "1.2").error == (
-        "acceptance = 1.2: expected the share of the cut's tokens that the whole model accepts, "
-        "above 0 and 1 at most (acceptance, --acceptance)"
-    )
-    assert "acceptance = nan" in shallower("gain", tiny, "--drop", "1", "--acceptance", "nan").error
-    much = shallower("gain", tiny, "--drop", "1:3", "--acceptance", "much")
-    assert "Invalid value for '--acceptance'" in much.error
     assert "all 6 layers are named" in shallower("gain", tiny, "--drop", "0:6").error
     assert "there is no model at" in shallower("gain", "./none", "--drop", "0:2").error
     assert "either by --drop or by --plan" in shallower("gain", tiny).error

@@ -1,9 +1,7 @@
 """Tables of the stages as a person reads them in the terminal."""
 
-import json
 import math
 import re
-import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 from shallower import Block, Plan, RejectedSamplesWarning, analyse_states
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.curve import curve_story
-from shallower.reporting.stories.gain import draft_lines, draft_table, gain_table
+from shallower.reporting.stories.gain import gain_table
 from shallower.reporting.stories.run import sizes_table
 from shallower.reporting.stories.stages import (
     candidates_table,
@@ -27,7 +25,7 @@ from shallower.values.counts import with_error
 from shallower.values.layers import ranges
 from tests.reporting.comparisons import comparison
 from tests.reporting.stories import curve, made_run
-from tests.values.test_gain import FORECAST, MEASURED, gain
+from tests.values.test_gain import gain
 from tests.values.test_verification import GIVEN_UP, LOSER, LOST_EARLY, TIE, WINNER, verified
 
 
@@ -95,8 +93,6 @@ def every_table(folder):
         "race": candidates_table(run.recommended.verified),
         "sizes": sizes_table(run.recommended, run.table),
         "gain": gain_table(gain()),
-        "draft": draft_table(gain()),
-        "known draft": draft_table(gain(MEASURED, 0.8, 0.02)),
         "plan": plan_table(Plan(30, (Block(2, 4, 0.25, 0.125), Block(7, 8)), metric="angular")),
         "curve": next(table for part in curve_of.sections for table in part.tables),
         "compare": next(table for part in compared_of.sections for table in part.tables),
@@ -106,7 +102,7 @@ def every_table(folder):
 @pytest.mark.parametrize("width", [40, 60])
 @pytest.mark.parametrize(
     "name",
-    ["scan", "race", "sizes", "gain", "draft", "known draft", "plan", "curve", "compare"],
+    ["scan", "race", "sizes", "gain", "plan", "curve", "compare"],
 )
 def test_a_narrow_terminal_shows_layers_and_numbers_whole(printed, tmp_path, name, width):
     table = every_table(tmp_path)[name]
@@ -240,47 +236,3 @@ def test_gains_are_before_after_and_their_ratio(printed):
 
 def test_no_gain_is_shown_that_was_not_measured(printed):
     assert "measured here" not in printed(gain_table(gain(None)))
-
-
-def test_a_draft_is_told_by_what_it_costs(printed):
-    table = draft_table(gain())
-    text = printed(table)
-    assert max(map(len, text.splitlines())) <= 80
-    assert row_of(text, "A100 SXM 80GB") == "A100 SXM 80GB 0.757 75.7 % 99.5 %"
-    assert row_of(text, "measured here") == "measured here 0.500 50.0 % 82.3 %"
-    assert "does not hold both" not in text
-    assert "N, " in draft_lines(gain())[3]
-
-
-def test_a_known_acceptance_is_told_by_what_it_brings(printed):
-    text = printed(draft_table(gain(MEASURED, 0.8, 0.02)))
-    assert "accepts 0.800 ± 0.020 of its tokens" in text
-    assert row_of(text, "A100 SXM 80GB") == "A100 SXM 80GB 0.757 75.7 % 1 1.02 ± 0.01"
-    assert row_of(text, "measured here") == "measured here 0.500 50.0 % 2 1.22 ± 0.03"
-
-
-def test_a_draft_that_does_not_pay(printed):
-    few = gain(None, 0.6)
-    assert row_of(printed(draft_table(few)), "A100").endswith("0.757 75.7 % no draft 1.00")
-    assert draft_lines(few) == ()
-    slower = replace(FORECAST, decode_after=0.008, memory=10**10)
-    slow = replace(gain(None), forecasts=(slower,))
-    text = printed(draft_table(slow))
-    assert row_of(text, "A100") == "A100 SXM 80GB * 1.143 never never"
-    assert "* does not hold both models." in " ".join(text.split())
-    assert draft_lines(slow) == ()
-
-
-@pytest.mark.parametrize(("acceptance", "length"), [(0.9, 3), (0.8, 2)])
-def test_a_draft_is_loaded_with_its_length(acceptance, length):
-    lines = draft_lines(replace(gain(MEASURED, acceptance), forecasts=()))
-    assert max(len(line) for text in lines for line in text.splitlines()) <= 80
-    vllm, llama = (shlex.split(line.replace("\\\n", "")) for line in lines[-2:])
-    assert json.loads(vllm[-1])["num_speculative_tokens"] == length
-    assert llama[-2:] == ["--spec-draft-n-max", str(length)]
-    assert lines[1].endswith(f" = {length}")
-
-
-def test_lengths_that_differ_are_left_to_the_table():
-    lines = "\n".join(draft_lines(gain(MEASURED, 0.9)))
-    assert [line.split()[-1] for line in lines.splitlines() if line.endswith(" N")] == ["N", "N"]

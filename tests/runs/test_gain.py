@@ -8,7 +8,6 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 import shallower as sh
-from shallower.reporting.stories.gain import draft_lines
 from shallower.values.gain import Gain
 from tests.conftest import tiny_llama
 
@@ -80,31 +79,6 @@ def test_the_context_is_within_the_positions_that_are_learned():
     assert sh.gain(small, [1], device="h100").context == 2048
 
 
-def test_an_acceptance_tells_what_the_cut_brings_as_a_draft():
-    config = LlamaConfig(**{**LLAMA_2_7B, "num_hidden_layers": 4})
-    found = sh.gain(config, [range(1, 4)], device="a100-80", acceptance=0.9)
-    a100, draft = found.on("a100-80"), found.drafts()["a100-80"]
-    assert found.acceptance == 0.9
-    assert draft.cost == draft.break_even == a100.decode_after / a100.decode_before
-    cost, power = draft.cost, draft.length + 1
-    assert draft.speedup == pytest.approx((1 - 0.9**power) / (0.1 * (draft.length * cost + 1)))
-    assert draft.speedup > 1.25
-    assert draft.worthwhile < 0.9
-
-
-def test_the_lines_that_load_a_draft_give_the_text_of_the_whole_model():
-    whole, cut = tiny_llama(), tiny_llama()
-    found = sh.gain(whole, [4], device="h100", context=16, acceptance=0.97)
-    sh.drop_layers(cut, [4])
-    inputs = {"input_ids": torch.arange(8)[None], "do_sample": False, "max_new_tokens": 12}
-    expected = whole.generate(**inputs)
-    _, length, generate, *_ = draft_lines(found)
-    given = {"whole": whole, "cut": cut, "inputs": inputs}
-    exec(length, given)
-    assert cut.generation_config.num_assistant_tokens == found.drafts()["h100"].length
-    assert torch.equal(eval(generate, given), expected)
-
-
 @pytest.mark.slow
 def test_what_is_measured_is_measured_on_both():
     model = tiny_llama()
@@ -135,11 +109,6 @@ def test_what_is_measured_is_measured_on_both():
         ({"drop": [range(4, 9)]}, sh.LayersError, "the model has no layer 8"),
         ({"context": 0}, sh.ModelError, r"context = 0: expected at least 1 .*--context"),
         ({"batch": True}, sh.ModelError, r"batch = True: expected at least 1 .*--batch"),
-        ({"acceptance": 0}, sh.ModelError, r"acceptance = 0: expected the share .*--acceptance"),
-        ({"acceptance": 82.0}, sh.ModelError, "acceptance = 82.0: .* above 0 and 1 at most"),
-        ({"acceptance": math.nan}, sh.ModelError, "acceptance = nan: expected the share"),
-        ({"acceptance": True}, sh.ModelError, "acceptance = True: expected the share"),
-        ({"acceptance": "0.8"}, sh.ModelError, "acceptance = '0.8': expected the share"),
         ({"dtype": "fp8"}, sh.ModelError, "unknown dtype 'fp8'"),
         ({"measure": True}, sh.ModelError, "a config has no weights that could be timed"),
         ({"model": 7}, sh.ModelError, "a int is no model"),

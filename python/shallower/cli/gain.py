@@ -46,14 +46,6 @@ def gain_command(
         bool,
         typer.Option("--measure", help="Load the model, and time it here with and without them."),
     ] = False,
-    acceptance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Share of the cut's tokens that the whole model would accept, as shallower eval "
-            "--speech measures it.",
-        ),
-    ] = None,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -61,8 +53,7 @@ def gain_command(
     """Count and forecast what a cut saves, by the config alone.
 
     Parameters, bytes of weights and of keys and values, operations, and the time of a
-    prefill and of a token by the roofline of a device; and what the cut would cost, and
-    bring, as a draft of its own parent in speculative decoding. No weight is read without
+    prefill and of a token by the roofline of a device. No weight is read without
     --measure. --dtype auto is bfloat16, with --measure or --device here that in which
     the model would be loaded here.
     """
@@ -77,7 +68,6 @@ def gain_command(
         batch=batch,
         dtype=dtype,
         measure=measure,
-        acceptance=acceptance,
         gguf_file=gguf_file,
         trust_remote_code=trust_remote_code,
     )
@@ -85,7 +75,7 @@ def gain_command(
         print_json(found.to_json())
         return
     from ..models.source import ModelSource
-    from ..reporting.stories.gain import draft_lines, draft_table, gain_table
+    from ..reporting.stories.gain import gain_table
     from ..reporting.words import megabytes
     from ..savings.weights import stored_bytes
 
@@ -96,4 +86,4 @@ def gain_command(
             f"{place.name} has {megabytes(size)} of quantised weights: they count here as they "
             f"are dequantised, in {found.dtype}"
         )
-    show(*parts, draft_table(found), *draft_lines(found))
+    show(*parts)

@@ -160,7 +160,7 @@ class Section:
         tables: tables.
         drawings: figures.
         samples: of generation.
-        commands: lines for a shell, or to load by.
+        commands: lines for a shell.
     """
 
     title: str

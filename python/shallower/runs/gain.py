@@ -37,7 +37,6 @@ def gain(
     batch: int = 1,
     dtype: Dtype = "auto",
     measure: bool = False,
-    acceptance: float | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> Gain:
@@ -60,9 +59,6 @@ def gain(
         dtype: of the weights. ``auto`` is that of a model in memory; else the one that the model
             would be loaded in here, if this machine is asked for or measured, or bfloat16.
         measure: load the model, and time it here with and without the layers, in turns.
-        acceptance: the share of the cut's tokens that the whole model would accept, above 0 and
-            1 at most: with it :meth:`Gain.drafts` tells how long the drafts of the cut should be,
-            and what they bring in speculative decoding.
         gguf_file: a GGUF file in the folder or hub repository.
         trust_remote_code: run code that comes with the model.
 
@@ -71,7 +67,7 @@ def gain(
 
     Raises:
         ModelError: the model or its config cannot be read, its config cannot describe the cut, or
-            there is no such device, dtype, context, batch or acceptance.
+            there is no such device, dtype, context or batch.
         LayersError, PlanError: the layers are not those of the model, or all of them.
 
     Example:
@@ -87,7 +83,6 @@ def gain(
     for name, value in (("context", 1 if context is None else context), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ModelError(f"{name} = {value!r}: expected at least 1 ({name}, --{name})")
-    share = _share(acceptance)
     devices = _named(device)
     subject = _Subject.of(model, gguf_file, trust_remote_code)
     if measure and subject.source is None and subject.loaded is None:
@@ -97,7 +92,7 @@ def gain(
     chosen = subject.dtype(dtype, here=measure or device == HERE)
     plan, after, room = subject.cut(drop)
     load = _Load(chosen, min(CONTEXT, room) if context is None else context, batch)
-    found = replace(_forecast(subject, plan, after, load=load, devices=devices), acceptance=share)
+    found = _forecast(subject, plan, after, load=load, devices=devices)
     return replace(found, measured=_measured(subject, found, plan)) if measure else found
 
 
@@ -108,19 +103,6 @@ class _Load:
     dtype: str
     context: int
     batch: int
-
-
-def _share(acceptance: float | None) -> float | None:
-    """The acceptance of a draft's tokens, if it can be one."""
-    if acceptance is None:
-        return None
-    is_number = isinstance(acceptance, int | float) and not isinstance(acceptance, bool)
-    if not (is_number and 0 < acceptance <= 1):
-        raise ModelError(
-            f"acceptance = {acceptance!r}: expected the share of the cut's tokens that the whole "
-            f"model accepts, above 0 and 1 at most (acceptance, --acceptance)"
-        )
-    return float(acceptance)
 
 
 def _named(device: str | None) -> list[Device | None]:

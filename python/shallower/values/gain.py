@@ -7,7 +7,6 @@ from statistics import median
 from typing import Any
 
 from ..errors import ExpertsError
-from .draft import Draft
 from .experts import DroppedExperts
 from .layers import blocks_of
 from .plan import Plan
@@ -172,9 +171,6 @@ class Gain:
         forecasts: for one device or several.
         measured: on this machine, if it was.
         versions: of the packages that made the figures.
-        acceptance: the share of the cut's tokens that the whole model accepts, above 0, 1 at most,
-            if that is known.
-        acceptance_stderr: its standard error, if that is known.
         experts: that go of the layers that stay, if any do.
     """
 
@@ -189,8 +185,6 @@ class Gain:
     forecasts: tuple[Forecast, ...]
     measured: Measured | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    acceptance: float | None = None
-    acceptance_stderr: float | None = None
     experts: DroppedExperts | None = None
 
     @property
@@ -210,16 +204,8 @@ class Gain:
         before, after = asdict(self.before), asdict(self.after)
         return {name: after[name] / value for name, value in before.items() if value}
 
-    def drafts(self) -> dict[str, Draft]:
-        """The cut as a draft of its parent: by the name of each device, and as ``measured``."""
-        costs = {one.device: one.decode_ratio for one in self.forecasts}
-        if self.measured is not None:
-            costs["measured"] = self.measured.decode_ratio[0]
-        known = self.acceptance, self.acceptance_stderr
-        return {name: Draft(cost, *known) for name, cost in costs.items()}
-
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values, with the ratios and the drafts beside them."""
+        """The fields as plain JSON values, with the ratios beside them."""
         return {
             "format": "shallower.gain",
             "version": 1,
@@ -235,30 +221,22 @@ class Gain:
             "forecasts": [asdict(one) for one in self.forecasts],
             "measured": self.measured and self.measured.to_json(),
             "versions": dict(self.versions),
-            "acceptance": self.acceptance,
-            "acceptance_stderr": self.acceptance_stderr,
             "experts": self.experts and self.experts.to_json(),
-            "drafts": {name: draft.to_json() for name, draft in self.drafts().items()},
         }
 
     @classmethod
     def from_json(cls, data: Any) -> "Gain":
-        """Read what :meth:`to_json` gave; older versions wrote no acceptance.
+        """Read what :meth:`to_json` gave; older versions wrote no experts.
 
         Raises KeyError, TypeError, ValueError.
         """
         if of_type(dict, data).get("format") != "shallower.gain" or data["version"] != 1:
             raise ValueError("expected a gain of version 1")
-        unknown = {"acceptance": None, "acceptance_stderr": None, "experts": None}
         try:
-            gain = cls(**fields_of(cls, {**unknown, **data}))
+            gain = cls(**fields_of(cls, {"experts": None, **data}))
         except ExpertsError as error:
             raise ValueError(str(error)) from error
         tokens = [time for one in gain.forecasts for time in (one.decode_before, one.decode_after)]
         if not all(0 < time < math.inf for time in tokens):
             raise ValueError("expected times above 0")
-        if not (gain.acceptance is None or 0 < gain.acceptance <= 1):
-            raise ValueError("expected an acceptance above 0, 1 at most")
-        if not (gain.acceptance_stderr is None or 0 <= gain.acceptance_stderr < math.inf):
-            raise ValueError("expected an error of the acceptance of at least 0")
         return gain

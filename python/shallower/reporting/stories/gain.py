@@ -1,12 +1,11 @@
-"""The tables of what a cut saves, before and after, and of what it brings as a draft."""
+"""The table of what a cut saves, before and after."""
 
 from collections.abc import Iterator
 from statistics import median
 
 from ...values.counts import counted
-from ...values.draft import LONGEST, WORTHWHILE, Draft
 from ...values.gain import Forecast, Gain, Measured
-from ..story import Cell, Number, Table
+from ..story import Table
 
 Row = tuple[str, str, str, str]
 """A name, before, after, and their ratio."""
@@ -29,73 +28,6 @@ def gain_table(gain: Gain) -> Table:
         tuple(rows),
         note,
     )
-
-
-def draft_table(gain: Gain) -> Table:
-    """Tabulate what the cut costs and brings as a draft of its own parent, a row a device."""
-    known = gain.acceptance is not None
-    names = (
-        ("length", "speed-up") if known else (f"{WORTHWHILE - 1:.0%} faster".replace("%", " %"),)
-    )
-    both = gain.before.memory + gain.after.memory
-    titles = {
-        one.device: one.title if both <= one.memory else f"{one.title} *" for one in gain.forecasts
-    }
-    rows: list[tuple[Cell, ...]] = [
-        (titles.get(name, "measured here"), *_draft_cells(draft, known))
-        for name, draft in gain.drafts().items()
-    ]
-    title = "As a draft of its own parent"
-    if known:
-        accepted = Number.of(gain.acceptance, gain.acceptance_stderr)
-        title += f", which accepts {accepted.text} of its tokens"
-    told = (
-        "the speed-up is that of the best length"
-        if known
-        else "--acceptance tells its length and speed-up"
-    )
-    note = (
-        f"Cost: its time of a token by that of the whole model, which is taken to read a draft of "
-        f"up to {LONGEST} tokens in the time of one. A draft pays where more of its tokens are "
-        f"accepted than the break-even share; {told}."
-    )
-    if any(title.endswith("*") for title in titles.values()):
-        note += " * does not hold both models."
-    return Table(title, ("", "cost", "break-even", *names), tuple(rows), note)
-
-
-def draft_lines(gain: Gain) -> tuple[str, ...]:
-    """Give the lines that load the cut as a draft, by transformers, vLLM and llama.cpp.
-
-    None where no draft pays; N stands for its length where that is not one and the same.
-    """
-    drafts = gain.drafts().values()
-    lengths = {draft.length for draft in drafts if draft.break_even is not None} - {0}
-    if not lengths:
-        return ()
-    (length,) = lengths if len(lengths) == 1 else (None,)
-    tokens = "N" if length is None else str(length)
-    return (
-        "# as a draft: transformers, vLLM, llama.cpp",
-        f"cut.generation_config.num_assistant_tokens = {tokens}",
-        "whole.generate(**inputs, assistant_model=cut)",
-        "vllm serve WHOLE --speculative-config \\\n"
-        f'    \'{{"model": "CUT", "num_speculative_tokens": {tokens}, "method": "draft_model"}}\'',
-        "llama-server -m WHOLE.gguf -md CUT.gguf \\\n"
-        f"    --spec-type draft-simple --spec-draft-n-max {tokens}",
-    )
-
-
-def _draft_cells(draft: Draft, known: bool) -> tuple[Number, ...]:
-    cost, break_even = Number.of(draft.cost), _share(draft.break_even)
-    if not known:
-        return cost, break_even, _share(draft.worthwhile)
-    length = Number.count(draft.length) if draft.length else Number("no draft", 0.0)
-    return cost, break_even, length, Number.of(draft.speedup, draft.speedup_stderr, 2)
-
-
-def _share(acceptance: float | None) -> Number:
-    return Number("never") if acceptance is None else Number.share(acceptance, 1)
 
 
 def _sizes(gain: Gain) -> Iterator[Row]:

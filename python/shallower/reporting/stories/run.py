@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ...errors import MetricError, ScanError
@@ -14,7 +13,6 @@ from ...values.gain import Gain
 from ...values.layers import drop_option
 from ...values.recommendation import Recommended, SizeRow
 from ...values.scores import Difference
-from ...values.speech import Speech
 from ..charts.run import healing_chart, race_charts, scan_charts, size_charts
 from ..results import Continuations, Run
 from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
@@ -32,7 +30,7 @@ from ..words import (
     small_model,
     splits_words,
 )
-from .gain import draft_lines, draft_table, gain_table
+from .gain import gain_table
 from .speech import repeats_warning, speech_table
 from .stages import candidates_table, failed_proposals, healing_table, rejected, scan_table
 
@@ -127,8 +125,7 @@ class _RunStory:
     """A run, and what is worked out once for several parts of its story."""
 
     def __init__(self, run: Run, recommended: Recommended, gain: Gain | None, drawn: bool) -> None:
-        self._run, self._best, self._drawn = run, recommended, drawn
-        self._gain = _with_acceptance(gain, run.speech.get(recommended.state))
+        self._run, self._best, self._gain, self._drawn = run, recommended, gain, drawn
         self._name = run.scan.model.name if run.scan.model else "model"
         self._weights = None if run.checkpoint is None else count_weights(run.checkpoint)
         self._shares: dict[int, float] | None = None
@@ -297,15 +294,13 @@ class _RunStory:
 
     def _costs(self) -> Section:
         run, gain, drawings = self._run, self._gain, []
-        tables = [] if gain is None else [gain_table(gain), draft_table(gain)]
+        tables = [] if gain is None else [gain_table(gain)]
         tables += [sizes_table(self._best, run.table)] if run.table else []
         tables += [] if run.healing is None else [healing_table(run.healing)]
         if self._drawn:
             drawings += size_charts(run.table, self._best.whole)
             drawings += [healing_chart(run.healing)] if run.healing and run.healing.steps else []
-        title = "What it costs and gains"
-        commands = () if gain is None else draft_lines(gain)
-        return Section(title, tables=tuple(tables), drawings=tuple(drawings), commands=commands)
+        return Section("What it costs and gains", tables=tuple(tables), drawings=tuple(drawings))
 
     def _numbers(self) -> Section:
         best, run, scan = self._best, self._run, self._run.scan
@@ -379,14 +374,6 @@ class _RunStory:
         length = scan.texts[0].max_length if scan.texts else None
         dtype = scan.model.dtype if scan.model else None
         return differs(length, dtype, self._best.plan.versions)
-
-
-def _with_acceptance(gain: Gain | None, speech: Speech | None) -> Gain | None:
-    """What a cut gains, with the acceptance that was measured of it."""
-    if gain is None or speech is None or not (found := speech.of("acceptance")).mean > 0:
-        return gain
-    stderr = found.stderr if math.isfinite(found.stderr) else None
-    return replace(gain, acceptance=found.mean, acceptance_stderr=stderr)
 
 
 def _sample(one: Continuations, *, answered: bool) -> Sample:
