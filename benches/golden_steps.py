@@ -21,8 +21,8 @@ class Step:
 STEPS = {
     "scan": Step(
         f"scan model --texts {{texts}}/c4.jsonl --max-texts 12 {SMALL} --keep-samples "
-        "--keep-states states.safetensors --out scan",
-        tensors=("scan/scan.safetensors", "states.safetensors"),
+        "--out scan",
+        tensors=("scan/scan.safetensors",),
     ),
     "scan-positions": Step(
         f"scan {{gguf}} --texts {{texts}}/c4.jsonl --max-texts 12 {SMALL} --dtype float32 "

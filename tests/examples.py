@@ -74,6 +74,7 @@ def make_folder(folder, tokenizer):
     """What examples read: a model in a folder named as its hub id, a GGUF file, texts."""
     from tests.cutting.gguf_files import write
     from tests.cutting.mixtures import mixture
+    from tests.scanning import state_files
 
     learned_llama(tokenizer, 30).save_pretrained(folder / MODEL)
     tokenizer.save_pretrained(folder / MODEL)
@@ -89,6 +90,7 @@ def make_folder(folder, tokenizer):
     write_jsonl(folder / "mine_eval.jsonl", sentences(NUM_HELD_OUT, seed=5))
     write_items(folder / "items.jsonl", sentences(16, seed=6))
     write(folder / "model.gguf", num_layers=30)
+    state_files.write(folder / "states.safetensors", state_files.walk(num_states=31))
     (folder / "wikitext2.txt").write_text("\n".join(sentences(20, seed=3)))
     rows = [{"passage": one, "question": "w1 w2", "answer": one < "w2"} for one in sentences(12)]
     (folder / "benchmarks" / "boolq").mkdir(parents=True)

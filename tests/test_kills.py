@@ -20,8 +20,7 @@ HEAL = (
     "--batch-size 8 --steps 6 --rank 4 --learning-rate 0.01 --eval-every 1 --out "
 )
 COMMANDS = {
-    "scan": "scan tiny --texts texts.jsonl --max-length 16 --batch-size 1 --out out/scan "
-    "--keep-states out/states.safetensors",
+    "scan": "scan tiny --texts texts.jsonl --max-length 16 --batch-size 1 --out out",
     "run": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl",
     "run --heal": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl --texts many.jsonl "
     "--max-texts 60 --heal --heal-steps 4",

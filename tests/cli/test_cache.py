@@ -18,6 +18,7 @@ from tests.cli.documents import documents, tree
 from tests.commands import in_a_process
 from tests.conftest import mostly_slow, write_jsonl
 from tests.healing.cuts import documents as progressions
+from tests.scanning.state_files import keep
 
 QUICK = (
     "--dtype float32 --max-length 16 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 "
@@ -27,7 +28,6 @@ FEW = "--max-eval-texts 40 "
 COMMANDS = {
     "scan": "scan {tiny} --texts {texts} --out {out}",
     "scan samples": "scan {tiny} --texts {texts} --out {out} --keep-samples --positions last:2",
-    "scan states": "scan {tiny} --texts {texts} --out {out} --keep-states {out}.safetensors",
     "analyse": "analyse {states} --out {out} --cka-batch 8",
     "run": "run {tiny} --texts {texts} --eval-texts {held_out} --n 1 --top 2 --no-speech "
     "--out {out}",
@@ -60,8 +60,7 @@ def place(tmp_path_factory, models, texts, trained, words):
     }
     trained.save_pretrained(names["trained"])
     words.save_pretrained(names["trained"])
-    loaded = sh.load_model(names["tiny"])
-    sh.scan(*loaded, Texts(str(names["texts"])), keep_states=names["states"])
+    keep(names["states"], *sh.load_model(names["tiny"]), Texts(str(names["texts"])))
     sh.prune(names["tiny"], [range(2, 4)], names["cut"])
     recipe = Recipe(
         steps=6, rank=2, learning_rate=0.01, max_length=16, batch_size=8, dtype="float32",

@@ -93,7 +93,6 @@ ERRORS = [
     (SCAN + "{texts} --device-map nowhere", "nowhere"),
     (SCAN + "{texts} --gguf-file none.gguf", r"no file none\.gguf"),
     (SCAN + "{texts} --out {bad}/file/below", "bad/file is not a folder"),
-    (SCAN + "{texts} --keep-states {bad}/file/below.safetensors", "bad/file is not a folder"),
     ("scan ./none --texts {texts} --out out", "no model at .*none"),
     ("scan {bad}/empty --texts {texts} --out out", r"bad/empty holds no config\.json"),
     ("scan {bad}/file --texts {texts} --out out", "bad/file is a file"),

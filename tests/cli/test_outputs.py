@@ -151,12 +151,6 @@ FUNCTIONS = {
     "merge": ("adapters", lambda out, _: sh.merge("all/adapters", out, overwrite=True)),
     "merge, into the cut": ("cut", lambda out, _: sh.merge("all/adapters", out, overwrite=True)),
     "save_model": ("model", lambda out, loaded: sh.save_model(*loaded, out, overwrite=True)),
-    "scan, states": (
-        "model",
-        lambda out, loaded: sh.scan(
-            *loaded, documents(9, 0), keep_states=f"{out}/s.safetensors", overwrite=True
-        ),
-    ),
     "scan, checkpoint": (
         "texts.jsonl",
         lambda out, loaded: sh.scan(*loaded, Texts("all/texts.jsonl"), checkpoint=out),

@@ -14,8 +14,10 @@ import pytest
 import shallower as sh
 from shallower import Scan
 from shallower.reporting.charts import drawing
+from shallower.texts.sources import Texts
 from tests.cli.documents import plain, tree
 from tests.conftest import write_jsonl
+from tests.scanning.state_files import keep
 
 
 # Scanning.
@@ -196,11 +198,12 @@ def test_scan_keeps_samples_if_asked(shallower, folder, models, texts, scans):
 
 
 # States in files.
-def test_scan_keeps_states_and_analyse_gives_the_same_scan(shallower, folder, tiny, jsonl):
-    kept = folder / "kept" / "states.safetensors"
-    done = shallower("scan", tiny, "--texts", jsonl, "--out", "one", "--keep-states", kept)
-    assert done.status == 0
-    assert f"wrote {kept}" in done.out
+def test_analyse_gives_the_scan_of_the_model(shallower, folder, tiny, jsonl):
+    assert shallower("scan", tiny, "--texts", jsonl, "--out", "one").status == 0
+    kept = keep(folder / "states.safetensors", *sh.load_model(tiny), Texts(jsonl), batch_size=8)
+    said = shallower("analyse", kept, "--out", "two", "--dry-run", "--json").json
+    assert (said["samples"], said["states"], said["width"]) == (24, 7, 32)
+    assert not (folder / "two").exists()
     done = shallower("analyse", kept, "--out", "two")
     assert done.status == 0
     assert "[" in done.out
@@ -220,35 +223,6 @@ def test_scan_keeps_states_and_analyse_gives_the_same_scan(shallower, folder, ti
     again = Scan.load(two)
     assert (again.metrics, again.keeps_samples) == (("relative_l2",), True)
     assert again.cka.shape == (7, 7)
-
-
-def test_a_dry_run_says_how_many_bytes_states_take(shallower, folder, tiny, jsonl):
-    command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--keep-states", "kept.safetensors"]
-    said = shallower(*command, "--dtype", "bfloat16", "--dry-run", "--json").json
-    assert said["dtype"] == "bfloat16"
-    assert said["states_bytes_per_token"] == 7 * 32 * 2
-    assert said["states_bytes_at_most"] == 7 * 32 * 2 * 24
-    assert said["free_bytes"] > 0
-    assert said["write"] == ["out/scan.safetensors", "kept.safetensors"]
-    options = ["--dtype", "float32", "--positions", "all", "--max-length", 10]
-    said = shallower(*command, *options, "--dry-run", "--json").json
-    assert said["states_bytes_at_most"] == 7 * 32 * 4 * 24 * 10
-    assert tree(folder) == {}
-    assert shallower(*command, *options).status == 0
-    said = shallower("analyse", "kept.safetensors", "--out", "two", "--dry-run", "--json").json
-    assert (said["states"], said["width"]) == (7, 32)
-    assert said["bytes"] == said["samples"] * 7 * 32 * 4 <= 7 * 32 * 4 * 24 * 10
-    assert not (folder / "two").exists()
-
-
-def test_a_second_scan_replaces_kept_states_only_when_told_so(shallower, folder, tiny, jsonl):
-    (folder / "kept.safetensors").write_text("dear to someone")
-    command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--keep-states", "kept.safetensors"]
-    before = tree(folder)
-    assert "kept.safetensors exists already" in shallower(*command).error
-    assert tree(folder) == before
-    assert shallower(*command, "--overwrite").status == 0
-    assert sh.analyse_states(folder / "kept.safetensors").num_samples == 24
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -71,15 +71,8 @@ def test_a_shard_that_is_there_is_not_scanned_again(shallower, folder, tiny, man
         (["--shard", "9/8"], "there is no shard 9/8"),
         (["--shard", "one"], "expected I/N, as 3/64, or auto"),
         (["--shard", "1/8", "--workers", "2"], "a shard is made by one process"),
-        (
-            ["--shard", "1/8", "--keep-states", "s.safetensors"],
-            "is for a scan of one process",
-        ),
+        (["--shard", "1/8", "--until", "0.99"], "--until is for a scan of one process"),
         (["--workers", "2", "--until", "0.99"], "--until is for a scan of one process"),
-        (
-            ["--workers", "2", "--keep-states", "s.safetensors"],
-            "is for a scan of one process",
-        ),
     ],
 )
 def test_shards_that_cannot_be_are_refused(shallower, folder, tiny, jsonl, options, said):

@@ -58,6 +58,6 @@ def test_a_file_of_texts_is_read_once(folder, tiny, monkeypatch, shallower):
     assert shallower("eval", tiny, "--texts", "texts.jsonl", "--drop", "2").status == 0
     assert read == [1, *range(1, 41)]
     read.clear()
-    limited = ("--max-texts", 5, "--dry-run", "--keep-states", "states.safetensors")
+    limited = ("--max-texts", 5, "--dry-run", "--stream")
     assert shallower("scan", tiny, "--texts", "texts.jsonl", "--out", "new", *limited).status == 0
     assert read == [1, *range(1, 6)]

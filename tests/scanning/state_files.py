@@ -4,7 +4,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file as save_tensors
 
+from shallower.models.decoder import Decoder
 from shallower.scanning import states_file
+from shallower.scanning.hidden_states import stream
+from shallower.scanning.states_file import FORMAT, Origin
+from shallower.texts.batches import TokenBatches
+from shallower.values.positions import Positions
+from shallower.values.tokens import Tokens
 
 
 def walk(num_samples=23, num_states=5, width=24, seed=0, dtype="float32"):
@@ -25,6 +31,24 @@ def write(path, states, **more):
         np.save(path, as_numpy(states))
     else:
         save_tensors({"hidden_states": states, **more}, path)
+    return path
+
+
+def keep(path, model, words, texts, *, positions="last", seed=0, batch_size=4):
+    """The states that a scan of these texts compares, in a file that says where they are from."""
+    batches = TokenBatches(words, texts, Tokens(256, batch_size))
+    chosen = Positions.parse(positions, seed)
+    parts = [(part.states.clone(), part.samples) for part in stream(model, batches, chosen)]
+    states, samples = (list(kind) for kind in zip(*parts, strict=True))
+    origin = Origin(
+        Decoder.of(model).identity, (batches.identity,), batches.num_rejected,
+        tuple(batches.rejections), chosen,
+    )  # fmt: skip
+    tensors = {
+        "hidden_states": torch.cat(states, dim=1).transpose(0, 1).contiguous(),
+        "samples": torch.from_numpy(np.concatenate(samples)),
+    }
+    save_tensors(tensors, path, metadata={FORMAT: origin.to_json()})
     return path
 
 

@@ -13,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import shallower as sh
 from shallower import StatesError, analyse_states
 from shallower.scanning import states_file
 from shallower.scanning.states_file import FORMAT, Origin, StatesFile
 from shallower.values.identity import ModelIdentity, TextsIdentity
 from shallower.values.plan import Rejection
-from tests.scanning.state_files import as_numpy, npy, set_buffers, walk, write
+from tests.conftest import tiny_llama
+from tests.documents import documents
+from tests.scanning.state_files import as_numpy, keep, npy, set_buffers, walk, write
 
 ALL = ("angular", "cosine", "relative_l2", "norm_ratio")
 DTYPES = ["float16", "float32", "float64", "bfloat16"]
@@ -266,3 +269,45 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     assert after - before < 8
     assert after < 150
     assert not torch_loaded
+
+
+# States of a model.
+@pytest.mark.filterwarnings("default::shallower.RejectedSamplesWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_of_a_model_give_its_scan(words, tmp_path, dtype):
+    model = tiny_llama().to(dtype)
+    texts = documents(40)
+    texts[3] = texts[20] = ""
+    path = keep(tmp_path / "states.safetensors", model, words, texts, batch_size=3)
+    options = {"metrics": ALL, "keep_samples": True, "cka_batch": 8}
+    scan = sh.scan(model, words, texts, batch_size=3, **options)
+    again = analyse_states(path, **options)
+    assert saved(again, tmp_path / "again") == saved(scan, tmp_path / "scan")
+    assert [rejection.sample for rejection in again.rejections] == [3, 20]
+    assert again.plan(2) == scan.plan(2)
+    other = analyse_states(path, metrics=("cosine",))
+    assert (other.mean("cosine") == scan.mean("cosine")).all()
+
+
+@pytest.mark.filterwarnings("default::shallower.RejectedSamplesWarning")
+@pytest.mark.parametrize("positions", ["last", "last:4", "random:3", "random:1", "all"])
+@pytest.mark.parametrize("buffer", [1, 4000, 1 << 20])
+def test_positions_and_clusters_of_a_model_are_the_same(
+    words, tmp_path, monkeypatch, positions, buffer
+):
+    set_buffers(monkeypatch, buffer)
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+    texts = documents(30)
+    texts[7] = ""
+    chosen = {"positions": positions, "seed": 3, "batch_size": 4}
+    path = keep(tmp_path / "states.safetensors", model, words, texts, **chosen)
+    options = {"metrics": ALL, "keep_samples": True, "cka_batch": 8}
+    scan = sh.scan(model, words, texts, **chosen, **options)
+    again = analyse_states(path, **options)
+    assert again.num_rejected > 1
+    assert again.rejections == scan.rejections
+    assert again.positions == scan.positions
+    assert again.num_sequences == scan.num_sequences
+    assert saved(again, tmp_path / "again") == saved(scan, tmp_path / "scan")

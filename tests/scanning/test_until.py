@@ -126,14 +126,6 @@ def test_a_scan_that_stops_otherwise_is_not_gone_on_with(scan, tmp_path, monkeyp
         scan(checkpoint=tmp_path / "plain", until=SURE)
 
 
-@pytest.mark.slow
-def test_states_are_kept_of_the_texts_so_far(scan, stopped, tmp_path):
-    done = scan(until=SURE, keep_states=tmp_path / "done.safetensors")
-    scan(TEXTS[: done.num_samples], keep_states=tmp_path / "plain.safetensors")
-    one, other = (tmp_path / f"{name}.safetensors" for name in ("done", "plain"))
-    assert one.read_bytes() == other.read_bytes()
-
-
 def test_a_streamed_scan_stops_after_a_pass(model, words, tmp_path, monkeypatch):
     sh.save_model(model, words, tmp_path / "model")
     streamed, tokenizer = sh.load_model(tmp_path / "model", dtype="float32", device_map="stream")

@@ -58,7 +58,7 @@ def analyse_command(
     """Compare all layers by hidden states in a file, without a model.
 
     Memory is constant. Writes scan.safetensors and, where matplotlib is installed,
-    heat_map.png, for plan. States that scan --keep-states wrote give the same scan again.
+    heat_map.png, for plan.
     """
     from ..reporting.charts.heat_map import draw_heat_map
     from ..runs.store import open_store

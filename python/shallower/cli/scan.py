@@ -1,6 +1,5 @@
 """``shallower scan``."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -64,14 +63,6 @@ def scan_command(
     ] = 0,
     threads: Threads = None,
     keep_samples: KeepSamples = False,
-    keep_states: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write the states to this .safetensors file, for analyse: 2 bytes (4 in float32) "
-            "times compared tokens times layers and one times their width; --dry-run counts them.",
-        ),
-    ] = None,
     experts: Annotated[
         bool,
         typer.Option(
@@ -118,8 +109,8 @@ def scan_command(
     """Compare all layers of a model on texts, in one pass.
 
     The last token of every text is compared, or more by --positions. Writes scan.safetensors
-    and, where matplotlib is installed, heat_map.png. An interrupted scan, its kept states too,
-    goes on where it was when the same command is given again.
+    and, where matplotlib is installed, heat_map.png. An interrupted scan goes on where
+    it was when the same command is given again.
     """
     from ..runs.store import open_store
     from ..values.positions import Positions
@@ -137,7 +128,6 @@ def scan_command(
         positions=Positions.parse(positions, seed),
         threads=threads,
         keep_samples=keep_samples,
-        keep_states=keep_states,
         experts=experts,
         until=_until(until, tolerance, n, exact=exact),
         overwrite=overwrite,

@@ -122,9 +122,14 @@ class ModelSource:
         """Count the decoder layers by the model's config alone.
 
         Raises:
-            ModelError: as :meth:`load`.
+            ModelError: as :meth:`load`; or the config does not say how many there are.
         """
-        return self.states_shape()[0] - 1
+        from .loading import layers_of
+
+        count = layers_of(self.read_config())
+        if count is None:
+            raise ModelError(f"the config of {self.path} does not say how many layers it has")
+        return count
 
     def count_experts(self) -> int:
         """Count the routed experts of a layer by the model's config alone.
@@ -135,20 +140,3 @@ class ModelSource:
         from .experts import counted_experts
 
         return counted_experts(self.read_config())
-
-    def states_shape(self) -> tuple[int, int | None]:
-        """Find the shape of a token's states by the model's config alone.
-
-        L+1, the number of states of a token, and D, their width, or None where it is unknown.
-
-        Raises:
-            ModelError: as :meth:`load`.
-        """
-        from .loading import layers_of
-
-        config = self.read_config()
-        count = layers_of(config)
-        if count is None:
-            raise ModelError(f"the config of {self.path} does not say how many layers it has")
-        width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
-        return count + 1, width if isinstance(width, int) else None

@@ -7,15 +7,13 @@ from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputError, ScanError, StatesError
+from ..errors import ScanError
 from ..models.dtypes import STREAM
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import HEAT_MAP_FILE, draw_heat_map
 from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan, deciding
-from ..scanning.states_file import Origin, StatesFile
-from ..scanning.states_writer import check_keepable
-from ..storage import check_apart, check_free, claimed, free_bytes
+from ..storage import check_apart, check_free, claimed
 from ..texts.sources import Texts, place_of_texts
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.hashing import hash_of
@@ -48,7 +46,6 @@ class ScanJob:
         positions: the tokens of every text that are compared.
         threads: threads of the Rust core, all by default.
         keep_samples: keep the values of single samples.
-        keep_states: a ``.safetensors`` file for the states, if they are to be kept.
         until: stop as soon as the best blocks are as sure as it says.
         experts: also gather statistics of routed experts.
         overwrite: replace what is there, once the new is complete.
@@ -70,7 +67,6 @@ class ScanJob:
     positions: Positions = field(default_factory=Positions)
     threads: int | None = None
     keep_samples: bool = False
-    keep_states: Path | None = None
     until: Until | None = None
     experts: bool = False
     overwrite: bool = False
@@ -80,12 +76,11 @@ class ScanJob:
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics)
-        for place in self.places:
-            check_apart(place, [self.source.place, place_of_texts(self.texts)])
+        check_apart(self.file, [self.source.place, place_of_texts(self.texts)])
         object.__setattr__(self, "known", self._look_up())
         if self.known is None:
             self._check_until()
-            self._check_places()
+            check_free(self.file, self.overwrite)
             if self.experts:
                 self.source.count_experts()  # a ModelError refuses a model that has none
         if isinstance(self.texts, Texts):
@@ -95,35 +90,6 @@ class ScanJob:
         if self.until is not None:
             self.until.check(deciding(self.metrics), self.positions)
             self.until.of(self.source.count_layers())
-
-    def _check_places(self) -> None:
-        check_free(self.file, self.overwrite)
-        if self.keep_states is not None and self._kept is None:
-            check_keepable(self.keep_states, overwrite=self.overwrite)
-            for name in (SCAN_FILE, PARTIAL_FILE):
-                if self.keep_states.absolute() == (self.out / name).absolute():
-                    raise OutputError(
-                        f"{self.keep_states} is the scan itself: keep the states elsewhere"
-                    )
-
-    @cached_property
-    def _kept(self) -> Origin | None:
-        """Of the states of this scan, where it was killed between them and its own file."""
-        if self.keep_states is None or self.overwrite:
-            return None
-        try:
-            before = Scan.load(self.out / PARTIAL_FILE)
-            with StatesFile(self.keep_states) as file:
-                kept = file.origin
-        except (ScanError, StatesError):
-            return None
-        of_both = [(one.model, one.texts, one.positions) for one in (kept, before)]
-        return kept if of_both[0] == of_both[1] else None
-
-    @property
-    def places(self) -> list[Path]:
-        """The files that the job leaves."""
-        return [path for path in (self.file, self.keep_states) if path]
 
     @property
     def file(self) -> Path:
@@ -138,28 +104,22 @@ class ScanJob:
     def describe(self) -> dict[str, Any]:
         """Describe what would be done, by the config of the model alone.
 
-        Where states are kept, ``states_bytes_per_token``, ``states_bytes_at_most`` of all texts,
-        and ``free_bytes`` at the place of their file; None where that is not known.
+        ModelError: the config does not say how many layers the model has.
         """
-        num_states, width = self.source.states_shape()
-        dtype = self.source.resolved().dtype
+        num_layers = self.source.count_layers()
         described = {
             "scan": str(self.source),
-            "dtype": dtype,
+            "dtype": self.source.resolved().dtype,
             "texts": place_of_texts(self.texts) or "given",
             "positions": str(self.positions),
             **({"experts": self.experts} if self.experts else {}),
             "memory": self.memory(self.source),
         }
         if self.until is not None:
-            described["until"] = str(self.until.of(num_states - 1))
+            described["until"] = str(self.until.of(num_layers))
         if self.source.device_map == STREAM:
             described["stream"] = self._planned()
-        if self.keep_states is not None:
-            size = 4 if dtype == "float32" else 2
-            each = width and num_states * width * size
-            described.update(self._room(each))
-        return {**described, "write": [str(path) for path in self.places]}
+        return {**described, "write": [str(self.file)]}
 
     def _planned(self) -> "StreamPlan | str":
         """What is read from disk, at most; a sentence where that cannot be told."""
@@ -196,24 +156,12 @@ class ScanJob:
             positions=self.positions,
         )
 
-    def _room(self, bytes_per_token: int | None) -> dict[str, Any]:
-        assert self.keep_states is not None
-        most = min(self.tokens.max_length, self.positions.count or self.tokens.max_length)
-        count = self.texts.count() if isinstance(self.texts, Texts) else length_hint(self.texts)
-        return {
-            "states_bytes_per_token": bytes_per_token,
-            "states_bytes_at_most": bytes_per_token and count and bytes_per_token * most * count,
-            "free_bytes": free_bytes(self.keep_states),
-        }
-
     @cached_property
-    def _outputs(self) -> list[Output]:
-        """The scan and its heat map, and the states that are kept."""
-        names = (SCAN_FILE, HEAT_MAP_FILE)
-        found = [Output(self.store, "scan", self.out, lambda: self._inputs, names)]
-        if self.keep_states is not None:
-            found.append(Output(self.store, "states", self.keep_states, lambda: self._inputs))
-        return found
+    def _output(self) -> Output:
+        """The scan and its heat map."""
+        return Output(
+            self.store, "scan", self.out, lambda: self._inputs, (SCAN_FILE, HEAT_MAP_FILE)
+        )
 
     @cached_property
     def _inputs(self) -> dict[str, Any] | None:
@@ -234,8 +182,7 @@ class ScanJob:
         )
 
     def _look_up(self) -> Known | None:
-        found = [output.find() for output in self._outputs]
-        return None if None in found else found[0]
+        return self._output.find()
 
     def reuse(self) -> tuple[Scan, list[Path]]:
         """Read the scan that is there already, and name its files."""
@@ -246,11 +193,10 @@ class ScanJob:
 
     def _written(self, scanned: Scan) -> tuple[Scan, list[Path]]:
         """The scan and its files; the heat map is drawn where it is missing."""
-        first, *others = self.places
         heat_map = self.out / HEAT_MAP_FILE
         there = self.known is not None and heat_map.is_file()
         drawn = [heat_map] if there else draw_heat_map(scanned, self.out)
-        return scanned, [first, *drawn, *others]
+        return scanned, [self.file, *drawn]
 
     def run(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
@@ -266,26 +212,19 @@ class ScanJob:
     def _scanned(self, model: Any, tokenizer: Any) -> Scan:
         partial = self.out / PARTIAL_FILE
         try:
-            scanned = self._scan(model, tokenizer, partial)
+            return self._scan(model, tokenizer, partial)
         except ScanError:
             if not self.overwrite:
                 raise
             partial.unlink()
-            scanned = self._scan(model, tokenizer, partial)
-        if self._kept is not None and self._kept.texts != scanned.texts:
-            raise OutputError(
-                f"{self.keep_states} exists already, and has the states of fewer texts: choose "
-                f"another place, or replace it (overwrite=True, --overwrite)"
-            )
-        return scanned
+            return self._scan(model, tokenizer, partial)
 
     def finish(self, scanned: Scan) -> tuple[Scan, list[Path]]:
         """Write the scan and its heat map, and remember them; the scan and its files."""
         done = self._written(scanned)
         scanned.save(self.out / SCAN_FILE)  # the last file: without it all is made anew
         (self.out / PARTIAL_FILE).unlink(missing_ok=True)
-        for output in self._outputs:
-            output.keep({"settled": scanned.settled and scanned.settled.to_json()})
+        self._output.keep({"settled": scanned.settled and scanned.settled.to_json()})
         return done
 
     def _scan(self, model: Any, tokenizer: Any, checkpoint: Path) -> Scan:
@@ -307,8 +246,6 @@ class ScanJob:
             checkpoint=checkpoint,
             keep_samples=self.keep_samples,
             positions=self.positions,
-            keep_states=None if self._kept else self.keep_states,
-            overwrite=self.overwrite,
             until=self.until,
             experts=self.experts,
         )

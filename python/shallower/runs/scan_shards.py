@@ -149,12 +149,11 @@ class SharedScanJob(ScanJob):
 
 def _check_options(job: ScanJob) -> None:
     """Refuse what only a scan of one process can do."""
-    for option, given in (("--keep-states", job.keep_states), ("--until", job.until)):
-        if given is not None:
-            raise ScanError(
-                f"{option} is for a scan of one process, from the first text on: leave it out, or "
-                f"--shard, --workers and --on"
-            )
+    if job.until is not None:
+        raise ScanError(
+            "--until is for a scan of one process, from the first text on: leave it out, or "
+            "--shard, --workers and --on"
+        )
 
 
 class OpenedScan(OpenedShards):

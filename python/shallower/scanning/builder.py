@@ -91,20 +91,12 @@ class ScanBuilder:
         if cka_batch is not None:
             self._cka = CkaBatches(num_states, cka_batch, self._threads)
 
-    def take(
-        self,
-        parts: Iterable[Part],
-        advance: Callable[[int], None],
-        *,
-        also: Callable[[Part], None] | None = None,
-    ) -> None:
-        """Add the parts of a source; ``also`` takes each as well, to write it to a file, say."""
+    def take(self, parts: Iterable[Part], advance: Callable[[int], None]) -> None:
+        """Add the parts of a source."""
         for part in parts:
             self.add(
                 part.states, part.samples, state_first=part.state_first, sequences=part.sequences
             )
-            if also:
-                also(part)
             advance(part.steps)
 
     def add(

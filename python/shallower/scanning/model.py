@@ -30,7 +30,6 @@ from .expert_hooks import ExpertHooks
 from .hidden_states import forward, stream, stream_by_layer
 from .scan import Scan, deciding
 from .settling import Settling
-from .states_writer import StatesWriter, keep_states_in
 
 
 def scan(
@@ -49,8 +48,6 @@ def scan(
     cka_batch: int | None = None,
     positions: str | Positions = "last",
     seed: int = 0,
-    keep_states: str | Path | None = None,
-    overwrite: bool = False,
     until: Until | None = None,
     experts: bool = False,
 ) -> Scan:
@@ -83,9 +80,6 @@ def scan(
             ``random`` and ``all``, has massive activations in most models. A batch's states
             take (L+1) D values a token in memory.
         seed: of ``random:K``; a text's tokens follow from the seed and its index alone.
-        keep_states: a ``.safetensors`` file to write the states to, in the model's dtype: L+1
-            times D values a compared token. :func:`analyse_states` makes the same scan of it.
-        overwrite: replace what is at ``keep_states``, once the new file is complete.
         until: stop as soon as the best blocks are as sure as it says; the scan is that of the
             texts so far, and its :attr:`Scan.settled` says which sizes were sure, and when. The
             values of single samples are kept meanwhile.
@@ -106,14 +100,14 @@ def scan(
             with bounds decides; with bets, PositionsError for several tokens of a text.
         ScanError: ``checkpoint`` is of another model, of other texts or positions, stops otherwise,
             or does not go with ``cka_batch``, whose minibatches a file of sums cannot cut through.
-        OutputError: something is at ``keep_states`` already, or it cannot be written to.
+        OutputError: ``checkpoint`` lies in the model or among the texts.
         ProcessesError: this is one of several processes, as torchrun starts them.
     """
     refuse_several()
     if checkpoint and cka_batch is not None:
         raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
-    for place in [one for one in (checkpoint, keep_states) if one]:
-        check_apart(place, [place_of(model), place_of_texts(texts)])
+    if checkpoint:
+        check_apart(checkpoint, [place_of(model), place_of_texts(texts)])
     if isinstance(positions, str):
         positions = Positions.parse(positions, seed)
     decoder = Decoder.of(model)
@@ -145,36 +139,28 @@ def scan(
         advance = stack.enter_context(track("scan", total, progress))
         if observed:
             stack.enter_context(observed)
-        kept = None
-        if keep_states:
-            kept = stack.enter_context(
-                keep_states_in(keep_states, identity, positions, overwrite=overwrite)
-            )
         if checkpoint and Path(checkpoint).exists():
-            _resume(builder, batches, Path(checkpoint), kept=kept, settling=settling)
+            _resume(builder, batches, Path(checkpoint), settling)
             of = f" of {total:,}" if total else ""
             say_goes_on(f"{batches.num_texts:,}{of} texts were scanned", progress)
             advance(batches.num_texts)
         windows = _unsettled(batches.windows(), settling)
         for states in states_of(decoder, windows, positions, progress=progress, experts=observed):
             with closing(states) as parts:
-                builder.take(parts, advance, also=kept.take if kept else None)
+                builder.take(parts, advance)
             builder.reject(*batches.take_rejections())
             if settling:
                 settling.take(builder.take_samples(settling.metric))
                 settling.judge(batches.num_texts, builder.tokens)
             if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                so_far = builder.so_far(batches.identity)
-                _save(so_far, batches, Path(checkpoint), kept=kept, settling=settling)
+                _save(builder.so_far(batches.identity), Path(checkpoint), settling)
                 saved = time.monotonic()
         if batches.num_texts == 0:
             raise TextsError("there are no texts to scan")
         builder.reject(*batches.take_rejections())  # of texts behind the last states
         done = builder.finish((batches.identity,))
         if checkpoint:
-            _save(done, batches, Path(checkpoint), kept=kept, settling=settling)
-        if kept:
-            kept.finish(batches.identity, batches.num_rejected, batches.rejections)
+            _save(done, Path(checkpoint), settling)
     if settling:
         samples = done.contents.samples if keep_samples else None
         return Scan(replace(done.contents, samples=samples), settling.settled)
@@ -211,29 +197,15 @@ def _unsettled(windows: Iterator[list[Batch]], settling: Settling | None) -> Ite
         yield window
 
 
-def _save(
-    scanned: Scan,
-    batches: TokenBatches,
-    checkpoint: Path,
-    *,
-    kept: StatesWriter | None,
-    settling: Settling | None,
-) -> None:
-    """Save the work so far; the states first, so that a scan never knows more than they."""
-    if kept:
-        kept.mark(batches.identity)
+def _save(scanned: Scan, checkpoint: Path, settling: Settling | None) -> None:
+    """Save the work so far."""
     if settling:
         scanned = Scan(replace(scanned.contents, settled=settling.settled))
     scanned.save(checkpoint)
 
 
 def _resume(
-    builder: ScanBuilder,
-    batches: TokenBatches,
-    checkpoint: Path,
-    *,
-    kept: StatesWriter | None,
-    settling: Settling | None,
+    builder: ScanBuilder, batches: TokenBatches, checkpoint: Path, settling: Settling | None
 ) -> None:
     try:
         before = Scan.load(checkpoint)
@@ -242,8 +214,6 @@ def _resume(
         elif before.contents.settled is not None:
             raise ScanError(f"it stops when {before.contents.settled.until}")
         builder.resume(before, batches.skip(sum(texts.num_texts for texts in before.texts)))
-        if kept:
-            kept.resume(batches.identity)
         batches.take_rejections()  # the scan before has them
         if settling:
             settling.take(builder.take_samples(settling.metric))

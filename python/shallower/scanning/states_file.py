@@ -1,9 +1,8 @@
 """StatesFile: hidden states read part by part in constant memory.
 
 A ``.npy`` file holds one array (samples, L+1, D). A ``.safetensors`` file holds one tensor of
-that shape, and may say more: which text a sample is of, and what :mod:`.states_writer` writes of
-the model and the texts. Nothing in a header is believed before it fits the length
-of the file.
+that shape, and may say more: which text a sample is of, and an :class:`Origin`, the model and the
+texts. Nothing in a header is believed before it fits the length of the file.
 """
 
 import ast
@@ -75,7 +74,7 @@ _NPY_DTYPES: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Memory of a states file of the scan that wrote it.
+    """What a states file says of where its states come from.
 
     Attributes:
         model: the model that the states come from, if known.
@@ -121,7 +120,7 @@ class StatesFile:
     Attributes:
         shape: samples, L+1, D.
         dtype: float16, float32, float64, or uint16 for the bits of bfloat16.
-        origin: the scan that wrote the file, as far as it is known.
+        origin: where the states come from, as far as it is known.
     """
 
     def __init__(self, path: str | Path, tensor: str | None = None) -> None:
