@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from .runs.curve import curve as curve
     from .runs.forecast import memory_forecast as memory_forecast
     from .runs.gain import gain as gain
-    from .runs.push import push as push
     from .runs.report import report as report
     from .runs.run import run as run
     from .runs.sweep import sweep as sweep
@@ -170,7 +169,6 @@ _HOMES = {
     "patch": "patching.patch",
     "plan_prune": "cutting.prune",
     "prune": "cutting.prune",
-    "push": "runs.push",
     "report": "runs.report",
     "run": "runs.run",
     "save_heat_map": "reporting.charts.heat_map",

@@ -20,7 +20,7 @@ def test_prune_drops_the_layers_that_are_named(shallower, folder, tiny):
     assert (plan.dropped, plan.strategy, plan.model.name) == ((0, 3, 4), "manual", "tiny")
     assert "plan: 3 of 6 layers" in done.out
     assert "[1, 3) [5, 6)" in done.out
-    assert "wrote cut" in done.out.splitlines()
+    assert done.out.splitlines()[-2:] == ["wrote cut", "to upload it: hf upload USER/NAME cut"]
 
 
 @pytest.mark.parametrize("name", ["", "shallower_plan.json"])

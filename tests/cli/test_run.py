@@ -83,6 +83,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
         f"Drop layers {blocks}: 33 % of layers",
         "wrote out/checkpoint",
         "page: out/report.html",
+        "to upload it: hf upload USER/NAME out/checkpoint",
     ):
         assert part in done.out
     begun = [re.sub(r" (…|0/\d+)$", "", line) for line in done.err.splitlines()

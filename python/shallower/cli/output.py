@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 _called: list[str] = []
-_WITHOUT_EFFECT = frozenset({"--json", "--no-cache", "--overwrite", "--private"})
-_SHARING = frozenset({"--workers", "--on", "--shard", "--push"})
+_WITHOUT_EFFECT = frozenset({"--json", "--no-cache", "--overwrite"})
+_SHARING = frozenset({"--workers", "--on", "--shard"})
 """Options with a value that changes no result."""
 
 
@@ -35,8 +36,6 @@ def called() -> str:
 
     What changes no result is left out.
     """
-    import shlex
-
     from ..cutting.source import place_name
 
     def shown(before: str, word: str) -> str:
@@ -60,6 +59,11 @@ def show(*parts: "Part") -> None:
     from ..reporting.writers import terminal
 
     terminal.show(*parts)
+
+
+def upload_line(folder: Path) -> str:
+    """Give the command that puts a folder on the hub."""
+    return f"to upload it: hf upload USER/NAME {shlex.quote(str(folder))}"
 
 
 def print_json(value: Any) -> None:

@@ -1,7 +1,7 @@
 """``shallower prune``: a folder on disk or in memory, a GGUF file directly."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -22,11 +22,7 @@ from .options import (
     TrustRemoteCode,
     named_cut,
 )
-from .output import print_json, reuse, say_dry_run, show
-from .pushing import Private, PushTo, planned_push, pushed, say_pushed, wanted_push
-
-if TYPE_CHECKING:
-    from ..runs.push import Push
+from .output import print_json, reuse, say_dry_run, show, upload_line
 
 
 def prune_command(
@@ -59,8 +55,6 @@ def prune_command(
         bool,
         typer.Option("--verify", help="Reload with stock transformers and compare the logits."),
     ] = False,
-    push: PushTo = None,
-    private: Private = False,
     overwrite: Overwrite = False,
     no_cache: NoCache = False,
     dry_run: DryRun = False,
@@ -77,7 +71,6 @@ def prune_command(
     """
     from ..cutting.plans import plan_file
     from ..cutting.prune import plan_prune
-    from ..errors import OutputError
     from ..runs.done import cut_output
     from ..runs.store import open_store
     from ..storage import check_apart
@@ -85,9 +78,6 @@ def prune_command(
 
     reads = [plan_file(read) for read in (plan, experts_plan) if read is not None]
     check_apart(out, [*reads, experts_file(drop_experts or "")])
-    pushing = wanted_push(push, private=private)
-    if pushing is not None and out.suffix == ".gguf":
-        raise OutputError("--push takes a folder: make --out one by --as-gguf")
     layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -101,15 +91,13 @@ def prune_command(
     output = cut_output(
         open_store(no_cache or dry_run), model, layers, experts=experts, out=out, **options
     )
-    if reuse(output, lambda value: _end(_written_at(value, out), out, pushing, as_json=as_json)):
+    if reuse(output, lambda value: _end(_written_at(value, out), out, as_json)):
         return
     planned = plan_prune(model, layers, out, experts=experts, overwrite=overwrite, **options)
-    if pushing is not None:
-        pushing.check_weights(str(file.relative_to(out)) for file in planned.files)
     if dry_run:
-        say_dry_run({**planned.to_json(), **planned_push(pushing)}, as_json)
+        say_dry_run(planned.to_json(), as_json)
         return
-    _end(output.keep(planned.run().to_json()), out, pushing, as_json=as_json)
+    _end(output.keep(planned.run().to_json()), out, as_json)
 
 
 def _written_at(done: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -120,10 +108,10 @@ def _written_at(done: dict[str, Any], out: Path) -> dict[str, Any]:
     return {**done, "written": [str(out.with_name(Path(name).name)) for name in files]}
 
 
-def _end(done: dict[str, Any], out: Path, push: "Push | None", *, as_json: bool) -> None:
-    """Print a cut, from its JSON values, and push it where that is asked for."""
+def _end(done: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Print a cut, from its JSON values."""
     if as_json:
-        print_json({**done, **pushed(push, out)})
+        print_json(done)
         return
     from ..reporting.stories.stages import plan_table
     from ..values.plan import Plan
@@ -132,4 +120,5 @@ def _end(done: dict[str, Any], out: Path, push: "Push | None", *, as_json: bool)
     said = [] if difference is None else [f"logits differ by at most {difference:.2g}"]
     files = [written] if isinstance(written, str) else written
     show(plan_table(Plan.from_json(done)), *said, *(f"wrote {path}" for path in files))
-    say_pushed(push, out)
+    if out.suffix != ".gguf":
+        show(upload_line(out))

@@ -29,14 +29,12 @@ from .options import (
     places,
     read_texts,
 )
-from .output import called, print_json, reuse, say_dry_run_of, show
-from .pushing import Private, PushTo, planned_push, pushed, say_pushed, wanted_push
+from .output import called, print_json, reuse, say_dry_run_of, show, upload_line
 
 if TYPE_CHECKING:
     from ..reporting.results import Run
     from ..reporting.story import Story
     from ..runs.done import Output
-    from ..runs.push import Push
     from ..runs.run import RunStudy
     from ..values.settings import RunSettings
 
@@ -166,8 +164,6 @@ def run_command(
     stream: Stream = False,
     gguf_file: GgufFile = None,
     trust_remote_code: TrustRemoteCode = False,
-    push: PushTo = None,
-    private: Private = False,
     overwrite: OverwriteParts = False,
     no_cache: NoCache = False,
     dry_run: DryRun = False,
@@ -180,7 +176,6 @@ def run_command(
     it, merged into OUT/healed. A run that was cut short goes on where it was, unless the cache is
     off.
     """
-    from ..errors import OutputError
     from ..values.settings import RunSettings
     from ..values.tokens import parse_batch_size
 
@@ -209,11 +204,6 @@ def run_command(
         share=share,
         seed=seed,
     )
-    if push is not None and plan_only:
-        raise OutputError("--push does not go with --plan-only, which saves no model")
-    pushing = wanted_push(push, private=private)
-    if pushing is not None:
-        pushing.check_weights()
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
         ModelSource(model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code),
@@ -222,7 +212,6 @@ def run_command(
         dry_run=dry_run,
         as_json=as_json,
         no_cache=no_cache,
-        push=pushing,
         texts=read_texts(texts),
         eval_texts=held_out,
         out=out,
@@ -310,7 +299,6 @@ def _carry_out(
     dry_run: bool,
     as_json: bool,
     no_cache: bool,
-    push: "Push | None" = None,
     **places: Any,
 ) -> None:
     """Make a run, or show an earlier one or what it would do; ``demo`` is one like any other."""
@@ -326,18 +314,18 @@ def _carry_out(
         **places,
     )
     output = _output(study)
-    if not dry_run and reuse(output, lambda _: _say_again(study.folder, as_json, push)):
+    if not dry_run and reuse(output, lambda _: _say_again(study.folder, as_json)):
         return
     study.check()
     if dry_run:
         target, heals = str(settings.target), bool(settings.heal)
         asked = {"target": target, "judge": settings.judge, "heal": heals}
-        say_dry_run_of(study, {**described, **asked, **planned_push(push)}, as_json)
+        say_dry_run_of(study, {**described, **asked}, as_json)
         return
     done = study.run(lambda so_far: _report(so_far, as_json))
     page, story = save_report(study.folder)
     output.keep({})  # behind the page: a run that was killed while it is drawn draws it anew
-    _say_end(done, page, story, as_json=as_json, push=push)
+    _say_end(done, page, story, as_json)
 
 
 def _output(study: "RunStudy") -> "Output":
@@ -359,7 +347,7 @@ def _output(study: "RunStudy") -> "Output":
     )
 
 
-def _say_again(out: Path, as_json: bool, push: "Push | None") -> None:
+def _say_again(out: Path, as_json: bool) -> None:
     """Print a run from its folder; its page is made where it is missing."""
     from ..reporting.results import Run
     from ..runs.report import read_story, save_report
@@ -370,7 +358,7 @@ def _say_again(out: Path, as_json: bool, push: "Push | None") -> None:
     page = out / REPORT_FILE
     there = page.is_file()
     page, story = (page, read_story(out, drawn=False)) if there else save_report(out)
-    _say_end(done, page, story, as_json=as_json, push=push)
+    _say_end(done, page, story, as_json)
 
 
 def _report(done: "Run", as_json: bool) -> None:
@@ -391,10 +379,8 @@ def say_results(done: "Run", as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _say_end(
-    done: "Run", page: Path, story: "Story", *, as_json: bool, push: "Push | None"
-) -> None:
-    """Print the end of a run: how the models speak, the recommendation, where it was pushed."""
+def _say_end(done: "Run", page: Path, story: "Story", as_json: bool) -> None:
+    """Print the end of a run: how the models speak, the recommendation, what was written."""
     from ..reporting.stories.run import speech_section
     from ..reporting.writers.terminal import show_summary
     from ..values.files import HEALED_FOLDER
@@ -402,7 +388,7 @@ def _say_end(
     if as_json:
         places = {"checkpoint": done.checkpoint, "out": done.out, "page": page}
         named = {name: str(place) for name, place in places.items()}
-        print_json({**done.to_json(), **named, **pushed(push, done.checkpoint or done.out)})
+        print_json({**done.to_json(), **named})
         return
     if done.healing is not None:
         say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)
@@ -414,4 +400,5 @@ def _say_end(
         show(f"stock reload: logits differ by at most {done.difference:.2g}")
     show_summary(story)
     show(f"wrote {done.checkpoint or done.out}", f"page: {page}")
-    say_pushed(push, done.checkpoint or done.out)
+    if done.checkpoint is not None:
+        show(upload_line(done.checkpoint))
