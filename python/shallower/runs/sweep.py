@@ -165,7 +165,7 @@ class SweepRun:
 
     @contextmanager
     def _named(self, model: str, texts: str) -> Iterator[None]:
-        """Name in an error the model, and the line of the key that it is of."""
+        """Name in an error the model, and the key that it is of."""
         try:
             yield
         except ShallowerError as error:
@@ -175,7 +175,7 @@ class SweepRun:
                 TextsError: f"texts: {texts}",
                 MissingExtraError: "states",
             }
-            with self.file.at(keys.get(type(error), ""), f"models: {model}"):
+            with self.file.at(keys.get(type(error), f"models: {model}")):
                 raise ShallowerError(f"{model}: {error}") from error
 
     # What is to be done.

@@ -1,9 +1,9 @@
-"""The file of a sweep: YAML with a schema; an error names the file, the line and the key."""
+"""The file of a sweep: YAML with a schema; an error names the file and the key."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,6 @@ class SweepFile:
             ``healed`` among the states.
         states: in which cuts are looked at.
         losses: nats a token above the whole model, at which the share of layers is told.
-        lines: of keys, and of single models and texts, by their names.
     """
 
     path: Path
@@ -56,12 +55,11 @@ class SweepFile:
     healing: CurveSettings | None
     states: tuple[State, ...]
     losses: tuple[float, ...]
-    lines: Mapping[str, int] = field(repr=False)
 
     @contextmanager
-    def at(self, *keys: str) -> Iterator[None]:
-        """Name the file, and the line of the first key that is there, in errors of the body."""
-        with _at(self.path, next((key, self.lines[key]) for key in keys if key in self.lines)):
+    def at(self, key: str) -> Iterator[None]:
+        """Name the file and a key of it in errors of the body."""
+        with _at(self.path, key):
             yield
 
     def healed(self, strategies: Sequence[str], *n: int) -> CurveSettings:
@@ -80,73 +78,67 @@ def read_sweep(path: Path) -> SweepFile:
 
 
 @contextmanager
-def _at(path: Path, place: tuple[str, int]) -> Iterator[None]:
-    key, line = place
+def _at(path: Path, key: str) -> Iterator[None]:
     try:
         yield
     except (ShallowerError, TypeError, ValueError) as error:
-        raise SettingsError(f"{path}, line {line} ({key}): {why(error)}") from error
+        raise SettingsError(f"{path} ({key}): {why(error)}") from error
+
+
+def _load(path: Path) -> Any:
+    """The plain values of a file; SettingsError where it is no YAML."""
+    import yaml
+
+    class Once(yaml.SafeLoader):  # type: ignore[misc]
+        """Refuses a key that is there twice, of which YAML takes the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise SettingsError(f"{path}: the key {key} is there twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(path.read_bytes(), Once)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:  # no key can be named
+        line = 1 + getattr(error.problem_mark, "line", 0)
+        raise SettingsError(f"{path}, line {line}: {error.problem}") from error
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"cannot read the sweep {path}: {why(error, path)}") from error
 
 
 class _Reader:
     """One file, whose values are read key by key."""
 
     def __init__(self, path: Path) -> None:
-        import yaml
-
-        self._path, self._yaml = path, yaml
-        self._lines: dict[str, int] = {}
-        with self._is_yaml():
-            self._loader = yaml.SafeLoader(path.read_bytes())
-            root = self._loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode):
+        self._path = path
+        found = _load(path)
+        if not isinstance(found, dict):
             raise SettingsError(f"{path} is no sweep: expected keys, of {', '.join(KEYS)}")
-        self._nodes = self._keyed(root, KEYS)
-        missing = [key for key in _REQUIRED if key not in self._nodes]
+        self._check(found, KEYS)
+        self._given = found
+        missing = [key for key in _REQUIRED if key not in found]
         if missing:
             raise SettingsError(f"{path} names no {', '.join(missing)}: a sweep needs all of "
                                 f"{', '.join(_REQUIRED)}")  # fmt: skip
-        self._lines |= {key: _line(node) for key, node in self._nodes.items()}
 
-    @contextmanager
-    def _is_yaml(self) -> Iterator[None]:
-        try:
-            yield
-        except self._yaml.MarkedYAMLError as error:
-            line = 1 + getattr(error.problem_mark, "line", 0)
-            raise SettingsError(f"{self._path}, line {line}: {error.problem}") from error
-        except (self._yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-            words = why(error, self._path)
-            raise SettingsError(f"cannot read the sweep {self._path}: {words}") from error
-
-    def _given(self, node: Any) -> Any:
-        """The plain value of a node."""
-        with self._is_yaml():
-            return self._loader.construct_object(node, deep=True)
-
-    def _keyed(self, node: Any, keys: tuple[str, ...]) -> dict[str, Any]:
-        """The values of a mapping by their keys, which are of those named, each once."""
-        found: dict[str, Any] = {}
-        for key_node, value in node.value:
-            key, line = str(key_node.value), _line(key_node)
+    def _check(self, given: Mapping[Any, Any], keys: tuple[str, ...]) -> None:
+        """Refuse a key that is none of those named."""
+        for key in map(str, given):
             if key not in keys:
                 near = get_close_matches(key, keys, 1)
                 meant = f"did you mean {near[0]}? " if near else ""
                 raise SettingsError(
-                    f"{self._path}, line {line}: there is no key {key}: {meant}expected of "
-                    f"{', '.join(keys)}"
+                    f"{self._path}: there is no key {key}: {meant}expected of {', '.join(keys)}"
                 )
-            if key in found:
-                raise SettingsError(f"{self._path}, line {line}: the key {key} is there twice")
-            found[key] = value
-        return found
 
     def _value(self, key: str, read: Callable[[Any], Any], otherwise: Any = None) -> Any:
-        """Read the value of a key; an error names its line."""
-        if key not in self._nodes:
+        """Read the value of a key; an error names it."""
+        if key not in self._given:
             return otherwise
-        with _at(self._path, (key, self._lines[key])):
-            return read(self._given(self._nodes[key]))
+        with _at(self._path, key):
+            return read(self._given[key])
 
     def read(self) -> SweepFile:
         """The whole file."""
@@ -167,7 +159,6 @@ class _Reader:
             states=self._states,
             healing=self._healing({key: given[key] for key in _COMMON if key in given}),
             losses=self._value("losses", _losses, (0.05, 0.1, 0.2, 0.5)),
-            lines=self._lines,
         )
 
     def _setting(self, kind: Any, key: str, **beside: Any) -> Any:
@@ -189,27 +180,20 @@ class _Reader:
         self, key: str, keys: tuple[str, ...], make: Callable[[str, dict[str, Any]], Any]
     ) -> dict[str, Any]:
         """Models or texts, one or a list, by their names."""
-        node, found = self._nodes[key], {}
-        for item in node.value if isinstance(node, self._yaml.SequenceNode) else [node]:
-            if isinstance(item, self._yaml.MappingNode):
-                given = {one: self._given(of) for one, of in self._keyed(item, keys).items()}
-            else:
-                given = {keys[0]: self._given(item)}
-            with _at(self._path, (key, _line(item))):
+        items, found = self._given[key], {}
+        for item in items if isinstance(items, list) else [items]:
+            given = dict(item) if isinstance(item, dict) else {keys[0]: item}
+            self._check(given, keys)
+            with _at(self._path, key):
                 place = _text(given.pop(keys[0], None))
                 short = Path(place).stem if keys is _OF_TEXTS else Path(place).name
                 name = _text(given.pop("name", short or place))
                 if name in found:
                     raise ValueError(f"two are called {name}: give one another name (name: …)")
                 found[name] = make(place, given)
-            self._lines[f"{key}: {name}"] = _line(item)
         if not found:
-            raise SettingsError(f"{self._path}, line {_line(node)} ({key}): expected one or more")
+            raise SettingsError(f"{self._path} ({key}): expected one or more")
         return found
-
-
-def _line(node: Any) -> int:
-    return int(node.start_mark.line) + 1
 
 
 def _loaded(place: str = "model", **options: Any) -> ModelSource:
