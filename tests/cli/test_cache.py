@@ -294,17 +294,6 @@ def test_without_a_home_there_is_no_cache_and_no_error(shallower, place, monkeyp
     assert "no folder" in shallower("cache").out
 
 
-def test_entries_of_an_earlier_version_are_named_and_removed(shallower, cache_folder):
-    old = cache_folder / "loss" / f"{'0' * 64}.json"
-    old.parent.mkdir(parents=True)
-    old.write_text("{}")
-    (said,) = [line for line in shallower("cache").out.splitlines() if "earlier version" in line]
-    assert "--clear" in said
-    assert shallower("cache", "--clear", "--json").json["cleared_bytes"] == 2
-    assert not old.parent.exists()
-    assert "earlier version" not in shallower("cache").out
-
-
 def test_a_store_of_another_program_is_not_cleared(shallower, cache_folder):
     cache_folder.mkdir(parents=True)
     with contextlib.closing(sqlite3.connect(cache_folder / STORE_FILE)) as theirs:

@@ -42,9 +42,8 @@ def cache_command(
 
 
 def _show(store: "Store", named: str, as_json: bool) -> None:
-    """Print what the store holds, and what an earlier version left in its folder."""
+    """Print what the store holds."""
     from ..reporting.story import Number, Table
-    from ..runs.old_entries import old_entries
     from ..values.memory import format_size
 
     used = store.usage()
@@ -73,8 +72,6 @@ def _show(store: "Store", named: str, as_json: bool) -> None:
     )
     head = ("kind", "entries", "size", "oldest", "newest")
     show(Table("measured before", head, rows) if rows else "nothing was measured yet", named)
-    if store.folder is not None and any(old_entries(store.folder)):
-        show("entries of an earlier version lie there, which are not used: --clear removes them")
 
 
 def _date(time: int) -> str:

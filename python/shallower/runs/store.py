@@ -23,7 +23,6 @@ from typing import Any
 from ..errors import CacheError, why
 from ..values.hashing import hash_of
 from ..values.schema import of_type
-from .old_entries import clear_old
 
 FOLDER_VARIABLE = "SHALLOWER_CACHE"
 """The variable that names the folder of the store."""
@@ -217,14 +216,12 @@ class Store:
         return [KindUsage(kind.decode(errors="replace"), *rest) for kind, *rest in rows]
 
     def clear(self) -> int:
-        """Remove all entries, those of earlier versions too, and count the bytes of their values.
+        """Remove all entries, and count the bytes of their values.
 
         Other processes may use the store meanwhile. A damaged file is removed. Raises CacheError
         if the file is held, is not ours, or cannot be written.
         """
-        if self._file is None or self.folder is None:
-            return 0
-        return self._file.clear() + clear_old(self.folder)
+        return 0 if self._file is None else self._file.clear()
 
 
 class Journal:
