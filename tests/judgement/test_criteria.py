@@ -218,12 +218,3 @@ def test_families_that_say_less_than_others(words, family, refused, missing):
         single = np.diag(criteria[name].costs(subject).blocks, 1)
         assert np.isfinite(single[1:]).all() == (name not in missing)
         assert np.isfinite(single).any()
-
-
-def test_completion_knows_the_names_without_this_module():
-    from shallower._reference import METRICS
-    from shallower.cli import complete
-    from shallower.judgement.criteria import BUILT_IN
-
-    assert tuple(one.name for one in BUILT_IN) == complete.CRITERIA
-    assert tuple(METRICS) == complete.METRICS

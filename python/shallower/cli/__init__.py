@@ -5,6 +5,7 @@ imported when it is called, and heavy packages once all of its options are check
 that the user can cause ends with exit status 2 and one sentence.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -117,11 +118,6 @@ COMMANDS = {
         "Show what was measured before, or remove it.",
         "--clear",
     ),
-    "completion": Command(
-        "completion",
-        "Print the script that completes commands and options in a shell.",
-        "bash",
-    ),
     "info": Command(
         "info",
         "Show what a bug report needs: versions, tiers and the machine.",
@@ -130,13 +126,22 @@ COMMANDS = {
 }
 
 
+INSTALL, SHOW = "--install-completion", "--show-completion"
+"""Typer's options of the whole program."""
+
+COMPLETE = "_SHALLOWER_COMPLETE"
+"""The variable by which the script of a shell asks for what may stand at the cursor."""
+
+
 def help_text() -> str:
     """Write the help of the whole program, at most 80 columns wide."""
     commands = "\n".join(f"  {name:<10}  {command.summary}" for name, command in COMMANDS.items())
     return (
         f"Usage: shallower COMMAND ...\n\n{SUMMARY}\n\nCommands:\n{commands}\n\nOptions:\n"
-        f"  {'--version':<10}  Show the version.\n"
-        f"  {'--help':<10}  Show this message; after a command, its arguments and options.\n"
+        f"  {'--version':<20}  Show the version.\n"
+        f"  {INSTALL:<20}  Install completion of commands for your shell.\n"
+        f"  {SHOW:<20}  Print the script that completes commands.\n"
+        f"  {'--help':<20}  Show this message; after a command, its options.\n"
     )
 
 
@@ -152,21 +157,33 @@ shallower --help                             all commands, each with its --help
 
 def parser(name: str) -> Any:
     """Make the parser of one of ``COMMANDS``; its module is imported."""
+    from importlib import import_module
+
     import typer
 
     # Without rich: its boxes break at 80 columns, and importing it takes as long as all else.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     names = {"help_option_names": ["-h", "--help"]}
-    app.command(name, epilog=_example(name), context_settings=names)(command_function(name))
+    module = import_module(f".{COMMANDS[name].module}", __name__)
+    command = getattr(module, f"{name}_command")
+    app.command(name, epilog=_example(name), context_settings=names)(command)
     return typer.main.get_command(app)
 
 
-def command_function(name: str) -> Any:
-    """Give the function of one of ``COMMANDS``; its module is imported."""
-    from importlib import import_module
+def program() -> Any:
+    """Make the parser of all commands, for typer's completion; each is imported when asked for."""
+    import typer
+    from typer.core import TyperGroup
 
-    module = import_module(f".{COMMANDS[name].module}", __name__)
-    return getattr(module, f"{name}_command")
+    class Commands(TyperGroup):
+        def list_commands(self, _: Any) -> list[str]:
+            return list(COMMANDS)
+
+        def get_command(self, _: Any, name: str) -> Any:
+            return parser(name) if name in COMMANDS else None
+
+    app = typer.Typer(cls=Commands, callback=lambda: None, rich_markup_mode=None)
+    return typer.main.get_command(app)
 
 
 def _example(name: str) -> str:
@@ -186,6 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     The status is 2 for a user's mistake, which is said in one sentence on standard error.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if COMPLETE in os.environ or name in (INSTALL, SHOW):
+        program().main([name, *rest], prog_name="shallower")
     if name == "help":
         name, rest = (rest[0], ["--help"]) if rest else ("--help", [])
     if name == "--version":
@@ -196,10 +215,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("", "-h", "--help"):
         print(help_text() if name else FIRST, end="")
         raise SystemExit(0)
-    if (name, *rest[:1]) == ("completion", "--words"):
-        from .complete import answer
-
-        raise SystemExit(answer(rest[1:]))
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         _fail(f"there is no {kind} {name}: {_meant(name)}expected one of {', '.join(COMMANDS)}")
