@@ -297,62 +297,59 @@ def test_one_bar_may_follow_another(capfd):
 
 
 # Other packages' bars
-def bar_of_another(steps=range(4)):
-    from tqdm.auto import tqdm
+def bars_of_others(steps=range(4)):
+    """Bars of the packages that models, texts and tasks come by."""
+    import datasets
+    import huggingface_hub.utils
+    from transformers.utils import logging
 
-    for _ in tqdm(steps, desc="Loading weights", mininterval=0, disable=False):
-        pass
-
-
-def test_bars_of_other_packages_become_steps_of_ours(capfd, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    with track("load") as shown, hushed(shown):
-        bar_of_another()
-        bar_of_another(range(2))
-    said = capfd.readouterr().err.splitlines()
-    assert said[:2] == ["load …", "load 1/4, 0:00:00"]
-    assert said[-2:] == ["load 6/6, 0:00:00, eta 0:00:00", "load done, 0:00:00"]
-
-
-def test_a_terminal_shows_their_steps_too(terminal):
-    with terminal.watched(), track("load") as shown, hushed(shown):
-        bar_of_another()
-    assert "4/4" in terminal.shown
-    assert "Loading weights" not in terminal.shown
-
-
-def test_a_download_is_a_note(capfd, monkeypatch):
-    from tqdm import tqdm
-
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    with track("load") as shown, hushed(shown), tqdm(total=4_000_000, desc="model: ") as theirs:
-        theirs.update(1_500_000)
-    assert "load 0/?, 0:00:00, model 1.50M/4.00M" in capfd.readouterr().err.splitlines()
+    for kind in (huggingface_hub.utils.tqdm, datasets.utils.tqdm, logging.tqdm):
+        for _ in kind(steps, desc="Loading weights", mininterval=0):
+            pass
 
 
 def in_another_thread():
-    thread = threading.Thread(target=bar_of_another)
+    thread = threading.Thread(target=bars_of_others)
     thread.start()
     thread.join()
 
 
-def test_bars_are_back_afterwards_and_were_never_gone_in_other_threads(capfd):
+@pytest.mark.parametrize("kept_off", [False, True])
+def test_bars_of_other_packages_are_off_and_then_as_they_were(capfd, kept_off):
+    import datasets
+
+    bars_of_others()
+    assert capfd.readouterr().err.count("\n") == 3
+    if kept_off:
+        datasets.disable_progress_bars()
     with hushed():
         with hushed():
-            bar_of_another()
-        bar_of_another()
-        assert capfd.readouterr().err == ""
+            bars_of_others()
+        bars_of_others()
         in_another_thread()
-        assert "4/4" in capfd.readouterr().err
-    bar_of_another()
-    assert "4/4" in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
+    bars_of_others()
+    assert capfd.readouterr().err.count("\n") == 3 - kept_off
+    datasets.enable_progress_bars()
 
 
 def test_bars_are_back_after_an_exception(capfd):
     with pytest.raises(KeyError), hushed():
         raise KeyError
-    bar_of_another()
-    assert "4/4" in capfd.readouterr().err
+    bars_of_others()
+    assert capfd.readouterr().err.count("\n") == 3
+
+
+def test_a_bar_without_a_switch_is_a_line_above_ours(terminal):
+    from tqdm.auto import tqdm
+
+    with terminal.watched(), track("load", 2) as advance, hushed():
+        for _ in tqdm(range(4), desc="of another", mininterval=0, disable=False):
+            pass
+        advance(2)
+    last = terminal.shown.rpartition("load")[2]
+    assert "2/2" in last
+    assert "of another" not in last
 
 
 def test_work_within_other_work_has_a_bar_below_that_of_the_other(terminal):

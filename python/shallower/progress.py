@@ -37,15 +37,10 @@ class Advance(Protocol):
         """Advance by so many steps; ``note`` is shown beside the bar until the next one."""
 
 
-class Shown(Advance, Protocol):
-    """A bar that learns how many steps there are while the work goes on."""
-
-    def expect(self, steps: int) -> None:
-        """Add so many steps to the total."""
-
-
 @contextmanager
-def track(description: str, total: int | None = None, show: bool | None = None) -> Iterator[Shown]:
+def track(
+    description: str, total: int | None = None, show: bool | None = None
+) -> Iterator[Advance]:
     """Show the progress of long work.
 
     Args:
@@ -188,20 +183,12 @@ class _Bar:
         if note:
             self._bars.update(self.task, note=note)
 
-    def expect(self, steps: int) -> None:
-        """As :class:`Shown`."""
-        (task,) = (one for one in self._bars.tasks if one.id == self.task)
-        self._bars.update(self.task, total=(task.total or 0) + steps)
-
 
 class _Silence:
     """No bar."""
 
     def __call__(self, _steps: int, _note: str = "", /) -> None:
         pass
-
-    def expect(self, _steps: int) -> None:
-        """As :class:`Shown`."""
 
 
 def say_goes_on(where: str, show: bool | None = None) -> None:
@@ -224,10 +211,6 @@ class _Lines:
         # a resumed work leaps.
         self._marks: deque[tuple[float, int]] = deque(maxlen=5)
         self._first: tuple[float, int] | None = None
-
-    def expect(self, steps: int) -> None:
-        """As :class:`Shown`."""
-        self._total = (self._total or 0) + steps
 
     def __call__(self, steps: int, note: str = "", /) -> None:
         self._done += steps
@@ -340,19 +323,22 @@ _LOGGERS = (
     "transformers.generation",
 )
 
-_HUSHED: ContextVar[bool] = ContextVar("hushed", default=False)
-_SHOWN: ContextVar[Shown | None] = ContextVar("shown", default=None)
+_SWITCHES = (
+    ("huggingface_hub.utils", "are_progress_bars_disabled", "{}able_progress_bars"),
+    ("datasets", "are_progress_bars_disabled", "{}able_progress_bars"),
+    ("transformers.utils.logging", "is_progress_bar_enabled", "{}able_progress_bar"),
+)
+"""Modules, what tells whether their bars are on or off, and what turns them en- or disabled."""
 
 
 @contextmanager
-def hushed(shown: Shown | None = None) -> Iterator[None]:
-    """Keep other packages' bars and notes off standard error in the body, in this thread.
+def hushed() -> Iterator[None]:
+    """Keep other packages' bars and notes off standard error in the body.
 
-    What they count is shown on ``shown``: loops as steps, and downloads as a note.
+    Bars of all threads are off, by the packages' own switches: of those that are imported before.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [one.level for one in loggers]
-    mine = _HUSHED.set(True), _SHOWN.set(shown or _SHOWN.get())
     with warnings.catch_warnings(), _THEIRS:
         warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
         for one in loggers:
@@ -360,76 +346,33 @@ def hushed(shown: Shown | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            _HUSHED.reset(mine[0])
-            _SHOWN.reset(mine[1])
             for one, level in zip(loggers, levels, strict=True):
                 one.setLevel(level)
 
 
 class _TheirBars:
-    """Replaces tqdm's methods for as long as any thread is hushed; others keep their bars."""
-
-    _NAMES = ("__init__", "__iter__", "update")
+    """Other packages' bars, off for as long as any thread is hushed, then as they were."""
 
     def __init__(self) -> None:
         self._lock, self._depth = Lock(), 0
-        self._theirs: dict[str, Any] = {}
+        self._turn_on: list[Callable[[], object]] = []
 
     def __enter__(self) -> None:
-        from tqdm import tqdm
-
-        with self._lock:
+        with self._lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where a variable of the user decides
             self._depth += 1
-            if self._depth == 1:
-                self._theirs = {name: getattr(tqdm, name) for name in self._NAMES}
-                for name in self._NAMES:
-                    setattr(tqdm, name, self._replaced(name))
+            for name, told, switch in _SWITCHES:
+                module: Any = sys.modules.get(name)
+                if module and getattr(module, told)() == told.endswith("enabled"):
+                    getattr(module, switch.format("dis"))()
+                    self._turn_on.append(getattr(module, switch.format("en")))
 
     def __exit__(self, *_: object) -> None:
-        from tqdm import tqdm
-
-        with self._lock:
+        with self._lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             self._depth -= 1
-            if self._depth == 0:
-                for name, method in self._theirs.items():
-                    setattr(tqdm, name, method)
-
-    def _replaced(self, name: str) -> Callable[..., Any]:
-        all_ours: dict[str, Callable[..., Any]] = {
-            "__init__": _begin,
-            "__iter__": _loop,
-            "update": _count,
-        }
-        theirs, ours = self._theirs[name], all_ours[name]
-
-        def method(bar: Any, *arguments: Any, **options: Any) -> Any:
-            is_hushed = _HUSHED.get() if name == "__init__" else hasattr(bar, "shown")
-            if not is_hushed:
-                return theirs(bar, *arguments, **options)
-            return ours(bar, theirs, *arguments, **options)
-
-        return method
+            while not self._depth and self._turn_on:
+                self._turn_on.pop()()
 
 
 _THEIRS = _TheirBars()
-
-
-def _begin(bar: Any, theirs: Callable[..., None], *arguments: Any, **options: Any) -> None:
-    theirs(bar, *arguments, **{**options, "disable": True})
-    bar.shown, bar.told = _SHOWN.get(), str(options.get("desc") or "").rstrip(" :.")
-    if bar.shown is not None and bar.iterable is not None and bar.total:
-        bar.shown.expect(int(bar.total))
-
-
-def _loop(bar: Any, _theirs: object) -> Iterator[Any]:
-    for one in bar.iterable:
-        yield one
-        if bar.shown is not None and bar.total:
-            bar.shown(1)
-
-
-def _count(bar: Any, _theirs: object, steps: float | None = 1) -> None:
-    bar.n += steps or 0
-    if bar.shown is not None:
-        total = bar.format_sizeof(bar.total) if bar.total else "?"
-        bar.shown(0, f"{bar.told} {bar.format_sizeof(bar.n)}/{total}".strip())

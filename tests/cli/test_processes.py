@@ -1,6 +1,5 @@
 """Commands that several processes cannot share."""
 
-import os
 import sys
 import time
 
@@ -58,18 +57,6 @@ def test_of_several_processes_that_fail_the_others_wait_for_the_main_one(second,
     done = shallower("heal", "nowhere", "--texts", "nowhere.jsonl", "--out", "x")
     assert "nowhere.jsonl" in done.error
     assert time.monotonic() - began >= 0.01
-
-
-@pytest.mark.parametrize(("rank", "terminal", "bars"), [(0, True, 1), (0, False, 0), (1, True, 0)])
-def test_one_process_shows_bars_on_a_terminal(second, monkeypatch, rank, terminal, bars):
-    from shallower.cli.output import quiet_bars
-
-    second(rank)
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    quiet_bars()
-    assert ("TQDM_DISABLE" in os.environ) == (not bars)
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
 
 
 @pytest.mark.slow

@@ -174,6 +174,12 @@ def loaded_by(*arguments):
     return set(done.out.splitlines()[-1].split())
 
 
+def test_the_program_shows_no_bars_of_tqdm(shallower, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert shallower("cache").status == 0
+    assert os.environ.pop("TQDM_DISABLE") == "1"
+
+
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_loads_nothing_heavy(name):
     loaded = loaded_by(*filter(None, [name]), "--help")

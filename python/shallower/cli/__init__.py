@@ -234,11 +234,11 @@ def _call(name: str, arguments: Sequence[str]) -> int:
 
     from ..errors import ShallowerError, naming_extras
     from ..processes import is_main_process
-    from .output import quiet_bars, remember_call, warn
+    from .output import remember_call, warn
 
     if not _has(arguments, "--shard"):
         _refuse_several(name)
-    quiet_bars()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: ours tell of the work
     remember_call(name, arguments)
     warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
     if not is_main_process():

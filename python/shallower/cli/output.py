@@ -1,7 +1,6 @@
 """Printing of the commands: text and tables for people, JSON for machines, warnings."""
 
 import json
-import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -263,14 +262,3 @@ def _experts(scanned: "Scan") -> dict[str, Any]:
     unrouted = {str(layer): list(experts) for layer, experts in found.unrouted.items()}
     of = {"num_experts": found.routing.num_experts, "layers": list(found.layers)}
     return {"experts": {**of, "unrouted": unrouted, "left_out": found.left_out}}
-
-
-def quiet_bars() -> None:
-    """Turn off tqdm's bars where nobody looks, or another process shows the same ones.
-
-    It reads this once, when it is imported.
-    """
-    from ..processes import is_main_process
-
-    if not sys.stderr.isatty() or not is_main_process():
-        os.environ.setdefault("TQDM_DISABLE", "1")

@@ -104,7 +104,7 @@ def load_model(
     if gguf_file:
         options["gguf_file"] = gguf_file
     title = gguf_file or title_of(place)
-    with track(f"load {title}", show=show) as shown, hushed(shown), _reading(gguf_file):
+    with track(f"load {title}", show=show), hushed(), _reading(gguf_file):
         tokenizer = _call(AutoTokenizer.from_pretrained, place, **options)
         if device_map == STREAM:
             stream = _stream_gguf if gguf_file else _load_streamed
@@ -233,7 +233,7 @@ def _read(kind: Any, path_or_id: str | Path, gguf_file: str | None, trust_remote
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     is_far = is_main_process() and not Path(source).is_dir()  # which may take half a minute
     asking = track(f"ask the hub for {source}", show=None if is_far else False)
-    with asking as shown, hushed(shown), _reading(gguf_file):
+    with asking, hushed(), _reading(gguf_file):
         return _call(kind.from_pretrained, source, trust_remote_code=trust_remote_code, **options)
 
 

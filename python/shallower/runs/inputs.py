@@ -302,7 +302,7 @@ def _on_the_hub(source: ModelSource) -> dict[str, Any] | None:
 
     wanted = source.gguf_file or "config.json"
     try:
-        with track(f"ask the hub for {name}") as shown, hushed(shown):
+        with track(f"ask the hub for {name}"), hushed():
             found = Path(hf_hub_download(name, wanted))
     except HfHubHTTPError:
         return None
