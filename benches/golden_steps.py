@@ -20,8 +20,7 @@ class Step:
 
 STEPS = {
     "scan": Step(
-        f"scan model --texts {{texts}}/c4.jsonl --max-texts 12 {SMALL} --keep-samples "
-        "--out scan",
+        f"scan model --texts {{texts}}/c4.jsonl --max-texts 12 {SMALL} --keep-samples --out scan",
         tensors=("scan/scan.safetensors",),
     ),
     "scan-positions": Step(
@@ -31,7 +30,6 @@ STEPS = {
     ),
     "analyse": Step(
         "analyse states.safetensors --out analysed",
-        needs=("scan",),
         tensors=("analysed/scan.safetensors",),
     ),
     "plan": Step(
