@@ -363,7 +363,7 @@ def table() -> str:
         "model in which the same experts cannot be chosen; `tests/cutting/test_experts_on_disk.py` "
         "does so on disk.",
         "",
-        ", ".join(MIXTURES) + ".",
+        "; ".join(MIXTURES) + ".",
         "",
         "Those whose experts stay, each refused in a sentence before anything changes:",
         "",

@@ -1,5 +1,7 @@
 """What lies beside a cut of experts: a card that is true, and no list of another tool."""
 
+import re
+
 import pytest
 
 import shallower as sh
@@ -43,11 +45,12 @@ def test_a_card_makes_the_cut_again(source, tmp_path, monkeypatch, shallower, la
         assert sh.Plan.load("cut/shallower_plan.json") == plan
 
 
+PLAN = sh.Plan(6, (), experts=DroppedExperts(6, {layer: (0, layer) for layer in (1, 2, 4)}))
+
+
 def test_a_card_says_what_went():
-    experts = DroppedExperts(6, {layer: (0, layer) for layer in (1, 2, 4)})
-    plan = sh.Plan(6, (), experts=experts)
-    texts = texts_of(plan, dtype="bfloat16")
-    assert tuple(texts) == export_files(plan) == ("README.md",)
+    texts = texts_of(PLAN, dtype="bfloat16")
+    assert tuple(texts) == export_files(PLAN) == ("README.md",)
     card = texts["README.md"]
     assert "# a/tiny without 2 of 6 experts a layer\n" in card
     assert "Routed experts were cut out of `a/tiny`; `shallower_plan.json` names each" in card
@@ -56,6 +59,15 @@ def test_a_card_says_what_went():
     assert front(card)["tags"] == ["shallower", "expert-pruning"]
     assert not any(word in card for word in ("mergekit-yaml", "--prune-layers"))
     assert "--plan shallower_plan.json" in blocks_of_code(card, "sh")[0]
+
+
+@pytest.mark.parametrize("plan", [PLAN, sh.Plan(6, (sh.Block(1, 3),))], ids=["experts", "layers"])
+def test_a_card_beside_a_gguf_file_names_the_files_that_lie_there(plan):
+    for options, before in (({}, "cut."), ({"as_gguf": True}, "")):
+        card = texts_of(plan, gguf="cut.gguf", options=options)["README.md"]
+        named = re.findall(r"[\w.]*(?:shallower_plan\.json|mergekit\.yaml)", card)
+        expected = {"shallower_plan.json" if plan.experts else "mergekit.yaml"}
+        assert {*named} == {f"{before}{name}" for name in expected}
 
 
 def test_a_card_says_that_layers_went_too():

@@ -19,6 +19,7 @@ from tests.families import (
     DROP_SETS,
     FAST,
     IS_OLDER,
+    MIXTURES,
     NUM_LAYERS,
     REFUSED,
     SCALES,
@@ -151,6 +152,11 @@ def test_every_model_type_is_tested_or_named():
 @pytest.mark.skipif(IS_OLDER, reason="the lists are of a later transformers")
 def test_the_document_says_what_is_tested():
     assert DOCUMENT.read_text() == table(), "make families writes it anew"
+
+
+def test_the_document_names_each_mixture_once():
+    (named,) = (line for line in DOCUMENT.read_text().splitlines() if line.startswith("afmoe;"))
+    assert named.rstrip(".").split("; ") == MIXTURES  # some have a comma in their names
 
 
 def test_tables_beside_the_layers_are_cut_in_memory(tmp_path, words):

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import shallower as sh
 from shallower.models.experts import find_experts
+from shallower.reporting.stories.comparison import comparison_story
 from shallower.runs import compare_experts
 from shallower.scanning.expert_criteria import CRITERIA, EXHAUSTIVE, LAYERS
 from tests.conftest import word_tokenizer
@@ -53,6 +55,25 @@ def test_every_criterion_has_a_row_on_every_text(done):
             assert row.experts.startswith("7:")
         assert 0 < row.parameters_share < 1
     assert done.models[0].num_experts == 6
+
+
+def test_words_tell_both_shares_of_parameters(done):
+    """A layer holds more than the experts that go: nothing says that it is as much."""
+
+    def story(best):
+        rows = (replace(row, regret=float(row.criterion != best)) for row in done.rows)
+        return comparison_story(replace(done, rows=tuple(rows)), drawn=False)
+
+    shares = {row.criterion: f"{100 * row.parameters_share:.1f} %" for row in done.rows}
+    dropped = {len(row.dropped) for row in done.rows if row.criterion == LAYERS}
+    assert shares["reap"] != shares[LAYERS]
+    assert dropped == {1}
+    layers = f"1 layer ({shares[LAYERS]} of the parameters)"
+    experts = f"2 of 6 experts of every layer ({shares['reap']} of the parameters)"
+    assert f"With {experts} or {layers} gone" in story("reap").sentence
+    assert f"The best cut, of {experts}, has" in story("reap").cost
+    assert f"The best cut, of {layers}, has" in story(LAYERS).cost
+    assert story(LAYERS).strips[0].name.endswith("without 1 layer, by layers")
 
 
 @pytest.mark.parametrize("name", ["ean", "man", "msan", "reap", "easy-ep"])

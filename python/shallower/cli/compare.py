@@ -95,7 +95,7 @@ def compare_command(
         Literal["layers", "experts"],
         typer.Option(
             help="What goes: layers, or experts, --n of each layer that has any, by criteria of "
-            "experts, beside a block of layers with as many parameters."
+            "experts, beside the block of layers whose share of the parameters is nearest."
         ),
     ] = "layers",
     judge: Judge = "loss",

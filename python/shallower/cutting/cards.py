@@ -179,7 +179,7 @@ def cut_card(facts: CutFacts) -> str:
         ),
         name=_inline(source.name),
         dropped=_dropped(plan),
-        what=_what(plan, _described(source)),
+        what=_what(facts),
         not_healed=_NOT_HEALED,
         rows=_table(_rows(facts)),
         again=_again(facts),
@@ -199,12 +199,13 @@ def _dropped(plan: Plan, its: str = "") -> str:
     return f"{its}layers {plan.words}" if plan.blocks else plan.words
 
 
-def _what(plan: Plan, source: str) -> str:
+def _what(facts: CutFacts) -> str:
     """What was cut out of a source, in a sentence without its end."""
+    plan, source = facts.plan, _described(facts.source)
     if plan.experts is None:
         return f"Whole decoder layers were cut out of {source}"
     what = "Whole decoder layers and routed experts" if plan.blocks else "Routed experts"
-    return f"{what} were cut out of {source}; `{PLAN_FILE}` names each of them"
+    return f"{what} were cut out of {source}; `{facts.file(PLAN_FILE)}` names each of them"
 
 
 def _pruned(plan: Plan) -> list[str]:

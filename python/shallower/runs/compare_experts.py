@@ -1,7 +1,7 @@
 """The rows of a comparison of experts on one model: what each criterion drops, and what it costs.
 
 Beside the criteria of experts stand the best set by the losses on texts that choose, where there
-are few sets, and a block of layers with as many parameters.
+are few sets, and the block of layers whose share of the parameters is nearest.
 """
 
 import math

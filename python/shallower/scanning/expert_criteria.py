@@ -90,7 +90,7 @@ def criteria_rows() -> list[dict[str, str]]:
     ]
     beside = {
         EXHAUSTIVE: ("loss of every set on texts that choose", f"all sets, {MOST_SETS:,} at most"),
-        LAYERS: ("least angular distance; as many parameters", "one pass"),
+        LAYERS: ("least angular distance; the nearest share of parameters", "one pass"),
     }
     return rows + [{"name": name, "summary": by, "cost": c} for name, (by, c) in beside.items()]
 

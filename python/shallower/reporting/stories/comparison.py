@@ -97,7 +97,8 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     experts = group.model.num_experts
     gone = f"With {best.n} of {total} layers gone"
     if experts is not None:
-        gone = f"With {_experts(best.n, experts)} gone, or as many parameters of layers"
+        cuts = dict.fromkeys(_gone(row, experts) for row in group.rows if row.n == best.n)
+        gone = f"With {' or '.join(cuts)} gone"
     without = f"without layers {ranges(best.dropped)} " if best.dropped else ""
     text = (
         f"{gone}, {leads} {when}: "
@@ -169,6 +170,12 @@ def _experts(n: int, number: int) -> str:
     return f"{n} of {number} experts of every layer"
 
 
+def _gone(row: Row, number: int) -> str:
+    """Say what a cut beside others of experts is without, and its share of the parameters."""
+    what = _experts(row.n, number) if row.experts else layer_count(len(row.dropped))
+    return f"{what} ({Number.share(row.parameters_share, 1).text} of the parameters)"
+
+
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -176,7 +183,7 @@ def _listed(names: Sequence[str]) -> str:
 def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
     return tuple(
         Strip(
-            f"{group.title} without {layer_count(row.n)}, by {row.criterion}",
+            f"{group.title} without {layer_count(len(row.dropped))}, by {row.criterion}",
             group.model.num_layers,
             row.dropped,
             layer_words(row.dropped),
@@ -209,9 +216,8 @@ def _cost(group: Group) -> str:
     experts = group.model.num_experts
     if experts is not None:
         return (
-            f"The best cut of {_experts(row.n, experts)}, or of layers of as many parameters, has "
-            f"{ratio:.2f} times the perplexity of the whole model as a bare cut, and "
-            f"{100 * row.parameters_share:.0f} % of its parameters gone."
+            f"The best cut, of {_gone(row, experts)}, has {ratio:.2f} times the perplexity of the "
+            f"whole model as a bare cut."
         )
     if group.by_patch:
         other = f" As a bare cut it loses {Number.of(row.loss, row.stderr).text} nats a token."
@@ -357,8 +363,8 @@ def _expert_choices(comparison: CriteriaComparison, group: Group, n: int) -> Tab
         tuple(head),
         tuple(rows),
         f"Loss in nats a token, regret in {group.unit}, paired with the best; parameters that go "
-        f"as a share of all. layers: the block of least angular distance with about as many "
-        f"parameters; exhaustive: the best of all sets by the loss on texts that choose.",
+        f"as a share of all. layers: of the blocks of least angular distance the one whose share "
+        f"is nearest; exhaustive: the best of all sets by the loss on texts that choose.",
     )
 
 
