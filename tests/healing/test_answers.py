@@ -300,10 +300,10 @@ def test_with_other_answers_it_starts_anew(cut, tmp_path, monkeypatch, recipe, a
             {"recipe": ALONE, "original": "whole", "from_patch": True}, sh.TextsError,
             r"no texts to heal with: a patch is fitted on some \(from_patch, --from-patch\)",
         ),
-        ({"recipe": ALONE, "answers": []}, sh.TextsError, r"no answers to heal with; give some"),
+        ({"recipe": ALONE, "answers": []}, sh.TextsError, r"no answers to learn from; give some"),
         (
             {"recipe": ALONE, "answers": [Answer((1,), (), True)]}, sh.TextsError,
-            r"no answers to heal with: 1 of 1 sample rejected: sample 0: no token of the answer",
+            r"no answers to learn from: 1 of 1 sample rejected: sample 0: no token of the answer",
         ),
         (
             {"recipe": ALONE, "answers": [Answer((1,), (100,), True)]}, sh.TextsError,

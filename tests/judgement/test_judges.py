@@ -262,7 +262,7 @@ def test_a_long_context_loses_its_start_and_no_option(words):
     long = item("w1 w2 w3 w4 w5 w6", "w7 w8", "w9", answer=0)
     judge = OptionsJudge([long], words, tokens=Tokens(4, 8))
     assert rows(judge.batches) == [[5, 6, 7, 8], [4, 5, 6, 9]]
-    assert judge._given[0].tolist() == [2, 3]
+    assert judge.batches[0].given.tolist() == [2, 3]
 
 
 def with_start(tokenizer):
@@ -300,7 +300,7 @@ def test_white_space_belongs_to_the_option(smol, context, option):
     _, tokenizer = smol
     judge = OptionsJudge([item(context, option, "red")], tokenizer, tokens=Tokens())
     assert rows(judge.batches)[0] == tokenizer("The sky is blue")["input_ids"]
-    assert judge._given[0][0] == len(tokenizer("The sky is")["input_ids"])
+    assert judge.batches[0].given[0] == len(tokenizer("The sky is")["input_ids"])
 
 
 @pytest.mark.parametrize(

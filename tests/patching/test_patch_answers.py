@@ -6,12 +6,14 @@ from fractions import Fraction
 from math import floor
 
 import pytest
+import torch
 
 import shallower as sh
 from shallower.evaluation import answers as evaluation
 from shallower.models.decoder import Decoder
 from shallower.patching import descent
 from shallower.patching.saving import PATCH_FILE
+from shallower.texts.sequences import collate, read_samples
 from shallower.values.answers import Answer
 from shallower.values.patch import Patch
 from tests.conftest import write_jsonl
@@ -58,6 +60,8 @@ def mixed_slowly(texts, answers, share):
 # In Python
 @pytest.mark.parametrize("share", [0.25, 1])
 def test_it_is_fitted_on_texts_and_answers_in_turns(model, learned, words, said, share):
+    """Answers to one token are learned as texts are."""
+    said = [Answer(one.ids[:1], one.ids[1:], one.ended) for one in said]
     done = sh.patch(model, words, BLOCK, texts=TEXTS, answers=said, share=share, max_length=16)
     plain = [words.decode([*one.given, *one.written]) for one in said]
     twin = copy.deepcopy(learned)
@@ -69,6 +73,42 @@ def test_it_is_fitted_on_texts_and_answers_in_turns(model, learned, words, said,
     assert done.patched == expected.patched < done.cut
     for name, weight in twin.state_dict().items():
         assert (model.state_dict()[name] == weight).all(), name
+
+
+def test_of_an_answer_what_was_written_is_learned_as_a_healing_learns_it(
+    model, learned, words, said, monkeypatch
+):
+    """The oracle are the labels of a healing, and the model's own loss of them."""
+    took, make = [], descent.divergence_gradients
+
+    def counted(head, cut, whole):
+        took.append(len(cut))
+        return make(head, cut, whole)
+
+    monkeypatch.setattr(descent, "divergence_gradients", counted)
+    options = {"texts": (), "share": 1, "max_length": 12, "batch_size": 64}
+    done = sh.patch(model, words, BLOCK, answers=said, **options)
+    samples = read_samples(
+        words, (), max_length=12, packing=False, num_samples=99, answers=said, share=1.0
+    )
+    held, rest = samples.rows[7::8], [row for i, row in enumerate(samples.rows) if i % 8 != 7]
+    batch = {name: torch.from_numpy(values) for name, values in collate(held)}
+    losses = {"original": learned(**batch).loss}
+    with sh.without_layers(learned, BLOCK):
+        losses["cut"] = learned(**batch).loss
+    for name, loss in losses.items():
+        assert getattr(done, name) == pytest.approx(float(loss), rel=1e-6), name
+    counts = [sum(int(row.predicted.sum()) + 1 for row in rows) for rows in (rest, held)]
+    assert [done.num_tokens, done.num_held_out] == counts
+    assert {*took} == {counts[0]}
+    assert done.patched < done.cut
+
+
+def test_answers_that_a_healing_would_leave_out_are_left_out(model, words, said):
+    long = [*said, Answer((*range(1, 13),), (3, 4), False)]
+    with pytest.warns(sh.RejectedSamplesWarning, match=r"answers are left out.* a prompt of 12"):
+        done = sh.patch(model, words, BLOCK, texts=(), answers=long, share=1, max_length=12)
+    assert done.num_tokens > 0
 
 
 def test_the_record_and_the_card_tell_of_answers(model, words, said, tmp_path):

@@ -158,7 +158,7 @@ def test_answers_of_which_nothing_can_be_predicted_are_left_out():
     )
     with pytest.warns(sh.RejectedSamplesWarning, match=said):
         assert usable_answers([*bad, *ANSWERS], 16) == ANSWERS
-    for answers, why in ((bad, "3 of 3 samples"), ([], "no answers to heal with; give some")):
+    for answers, why in ((bad, "3 of 3 samples"), ([], "no answers to learn from; give some")):
         with pytest.raises(sh.TextsError, match=why):
             usable_answers(answers, 16)
     with pytest.raises(sh.TextsError, match="answer 1 is of type str: expected Answer"):

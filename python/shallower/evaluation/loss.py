@@ -213,16 +213,10 @@ def next_token_losses(logits: torch.Tensor, expected: torch.Tensor) -> torch.Ten
     return losses
 
 
-def predicting_tokens(batch: Batch, given: NDArray[np.int64] | int = 1) -> NDArray[np.bool_]:
-    """(B, T), true at the tokens whose logits predict a token of the text.
-
-    The first ``given`` tokens, (B,) or of all texts, are not predicted.
-    """
-    places = np.arange(batch.input_ids.shape[1])
-    first = np.broadcast_to(given, len(batch))[:, None] - 1
-    found: NDArray[np.bool_] = (places >= first) & (
-        places < batch.attention_mask.sum(axis=1, keepdims=True) - 1
-    )
+def predicting_tokens(batch: Batch) -> NDArray[np.bool_]:
+    """(B, T), true at the tokens whose logits predict a token of the text that is not given."""
+    last = batch.attention_mask.sum(axis=1, keepdims=True) - 1
+    found: NDArray[np.bool_] = batch.learned & (np.arange(batch.input_ids.shape[1]) < last)
     return found
 
 
@@ -235,12 +229,12 @@ def logits_at(head: Head, batch: Batch, tokens: NDArray[np.bool_]) -> Iterator[t
 
 
 @torch.inference_mode()
-def summed_losses(head: Head, batch: Batch, given: NDArray[np.int64] | int = 1) -> torch.Tensor:
-    """(B,) float64 nats of every text over all tokens but those ``given``, (B,) or of all texts.
+def summed_losses(head: Head, batch: Batch) -> torch.Tensor:
+    """(B,) float64 nats of every text over all tokens but those given.
 
     Nothing is read back from the device.
     """
-    predicting = predicting_tokens(batch, given)
+    predicting = predicting_tokens(batch)
     expected = torch.from_numpy(np.roll(batch.input_ids, -1, axis=1)[predicting])
     parts: list[torch.Tensor] = []
     start = 0

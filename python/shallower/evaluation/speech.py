@@ -152,19 +152,18 @@ class Speaking:
         for start in range(0, len(order), size):
             some = order[start : start + size]
             given = np.array([len(every[index].given) for index in some])
-            found.append(_Spans(padded([(index, rows[index]) for index in some]), given))
+            found.append(_Spans(padded([(index, rows[index]) for index in some], given)))
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Spans:
-    """Prompts with what was said, (B, T), and the (B,) tokens of each that were given.
+    """Prompts with what was said, (B, T).
 
     ``kept`` are the whole model's states at what was said, on the CPU, if it said that.
     """
 
     batch: Batch
-    given: NDArray[np.int64]
     kept: torch.Tensor | None = None
 
     def part(self, batch: Batch) -> "_Spans":
@@ -177,12 +176,12 @@ class _Spans:
         if kept is not None:
             pieces = kept.split(self.predicting.sum(axis=1).tolist())
             kept = torch.cat([pieces[row] for row in rows])
-        return _Spans(batch, self.given[rows], kept)
+        return _Spans(batch, kept)
 
     @property
     def predicting(self) -> NDArray[np.bool_]:
         """(B, T), true at the tokens that words are predicted from."""
-        return predicting_tokens(self.batch, self.given)
+        return predicting_tokens(self.batch)
 
     @property
     def expected(self) -> NDArray[np.int64]:
@@ -275,7 +274,7 @@ class Reference:
         with evaluating(decoder.model):
             for part, sums in _run(
                 self.speaking.batches(decoder, spoken.own),
-                lambda one: _finite(summed_losses(head, one.batch, one.given), head).tolist(),
+                lambda one: _finite(summed_losses(head, one.batch), head).tolist(),
                 ("whole model judges", self.speaking.progress),
             ):
                 found.update(zip(part.batch.samples.tolist(), sums, strict=True))

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -127,7 +128,7 @@ def _describe(plan: Plan, batches: Sequence[Sequence[Batch]], losses: tuple[floa
     """Hash what the bits of a patch depend on: the model, the layers and the texts."""
     texts = hashlib.sha256()
     for batch in (batch for some in batches for batch in some):
-        for values in (batch.input_ids, batch.attention_mask):
+        for values in (batch.input_ids, batch.learned.astype(np.int64)):
             texts.update(repr(values.shape).encode() + values.tobytes())
     return hash_of(
         {

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..memory.budget import BUDGET
 from ..models.head import Head, part_sizes
-from ..models.layerwise import Layerwise, Trace, is_streamed, token_rows
+from ..models.layerwise import Layerwise, Trace, is_streamed, rows
 from ..models.offload import in_file, is_offloaded, is_on_disk, stored_weight, will_need
 from ..texts.batches import Batch
 from .changes import Changes
@@ -345,10 +345,10 @@ class Descent:
         inputs = batch.input_ids, batch.attention_mask
         ids, mask = (torch.from_numpy(values).to(head.decoder.device) for values in inputs)
         with torch.no_grad(), self._model.starting_from(whole, ()):
-            aim = token_rows(batch, head.states(ids, mask))
+            aim = rows(head.states(ids, mask), batch.learned)
         given = cut.clone().requires_grad_()
         with torch.enable_grad(), self._model.starting_from(given, ()):
-            reached = token_rows(batch, head.states(ids, mask))
+            reached = rows(head.states(ids, mask), batch.learned)
         gradients = divergence_gradients(head, reached.detach(), aim)
         (found,) = torch.autograd.grad(reached, given, gradients)
         # Halves are coarse near zero: gradients are made as large as one.

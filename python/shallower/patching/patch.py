@@ -20,7 +20,7 @@ from ..models.architecture import text_config
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..texts.batches import AnyTexts
-from ..texts.sequences import check_answers, mixed
+from ..texts.sequences import check_answers, mixed, usable_answers
 from ..values.answers import Answer
 from ..values.layers import Layers
 from ..values.patch import Patch, refuse_experts
@@ -61,12 +61,14 @@ def patch(
         texts: calibration texts, read once; every eighth is held out, to choose by and to
             report on.
         answers: what the whole model said to prompts, to fit and choose on beside the texts, as
-            :func:`shallower.answer_prompts` gives it; each once, with its prompt.
+            :func:`shallower.answer_prompts` gives it; each once, behind its prompt, which is only
+            given. Those that ``max_length`` leaves no token of are left out, with a warning.
         share: the share of answers among texts and answers, above 0, up to 1; where either are at
             their end, the others go on.
         max_length: tokens of a text at most.
         batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most; by default 131,072, on a CPU 32,768. Their states lie
+        num_tokens: tokens to fit, at most, with those of prompts; by default 131,072, on a CPU
+            32,768. Their states lie
             in temporary files: at most three times ``num_tokens`` times D values. The matrices
             that move are held four times in the memory of the CPU, and a model on the CPU takes up
             to a quarter of what is free for the graphs of its layers.
@@ -167,9 +169,10 @@ def _solved(
     plan = _plan_of(model, layers)
     most = _num_tokens(model, num_tokens)
     check_share(share)
-    answers = tuple(answers)
+    answers = [*answers]
     if answers:
         check_answers(answers, text_config(model).vocab_size)
+        answers = usable_answers(answers, tokens.max_length)
         texts = mixed(tokenizer, texts, answers, share=share, max_length=tokens.max_length)
     fitted, held_out = divide(tokenizer, texts, tokens=tokens, num_tokens=most)
     changes = Changes()

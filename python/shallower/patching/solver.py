@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import PatchError
-from ..evaluation.loss import summed_losses
+from ..evaluation.loss import predicting_tokens, summed_losses
 from ..models.layerwise import Layerwise
 from ..models.offload import is_on_disk, resident
 from ..models.residual_writers import Writer, find_writers
@@ -124,7 +124,7 @@ class Solver:
             advance(0, "all layers")
             descent = self._descend(first, stop, fits[-1].nats, advance)
         num_tokens, num_held_out = (
-            sum(int(batch.attention_mask.sum()) for batch in batches) for batches in self._batches
+            sum(int(batch.learned.sum()) for batch in batches) for batches in self._batches
         )
         return Patch(
             self.plan,
@@ -289,5 +289,5 @@ class Solver:
         for batch, last in zip(batches, moved, strict=True):
             with self.model.starting_from(last, ()):
                 total += sum(summed_losses(self.model.head, batch).tolist())
-            count += int(batch.attention_mask.sum()) - len(batch)
+            count += int(predicting_tokens(batch).sum())
         return total / count if math.isfinite(total) else math.inf

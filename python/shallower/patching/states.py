@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,13 @@ def divide(
             counts[held] += len(tokenised.ids)
     for part in parts:
         part.sort(key=_by_length)  # texts of one length together: less padding
-    fitted, held_out = (list(TokenBatches(tokenizer, part, tokens, min_tokens=2)) for part in parts)
+    fitted, held_out = (
+        [
+            replace(batch, given=np.array([part[index].given for index in batch.samples]))
+            for batch in TokenBatches(tokenizer, part, tokens, min_tokens=2)
+        ]
+        for part in parts
+    )
     if not fitted or not held_out:
         raise TextsError(
             f"{counted(len(parts[0]) + len(parts[1]), 'text')}, too few to fit and to hold out: "
@@ -132,8 +138,8 @@ def _first_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
 
 
 def _other_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
-    """(N, D) of (B, T, D): all tokens but the first and the padding."""
-    mask = batch.attention_mask.astype(bool)
+    """(N, D) of (B, T, D): all tokens that are learned but the first."""
+    mask = batch.learned
     mask[:, 0] = False
     return rows(states, mask)
 
@@ -145,7 +151,8 @@ def missing_equations(
 
     ``states`` are the cut model's before the layer, and those of the whole model to reach behind
     it: first tokens come as near as :data:`FARTHEST` lets them. Inputs of the equations are those
-    of the layer's writers, joined; first tokens are kept apart, and padding is in neither.
+    of the layer's writers, joined; first tokens are kept apart, of prompts too, since all that
+    follows them attends to them. Other tokens of prompts are in neither, nor is padding.
     """
     equations: NormalEquations | None = None
     for batch, inputs, missing, _ in _missing(model, layer, writers, states):

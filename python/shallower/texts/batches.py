@@ -38,14 +38,24 @@ class Batch:
         input_ids: (B, T) int64.
         attention_mask: (B, T) int64, 1 at tokens and 0 at padding.
         samples: (B,) int64, the index of every text among all texts.
+        given: how many of the first tokens of a text are only given, (B,) int64 or of all: its
+            first token, which nothing predicts, or the prompt of an answer.
     """
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     samples: NDArray[np.int64]
+    given: NDArray[np.int64] | int = 1
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def learned(self) -> NDArray[np.bool_]:
+        """(B, T), true at the tokens from the last one that is given on, up to the padding."""
+        first = np.broadcast_to(self.given, len(self))[:, None] - 1
+        found: NDArray[np.bool_] = self.attention_mask.astype(bool)
+        return found & (np.arange(self.input_ids.shape[1]) >= first)
 
     def split(self, num_texts: int) -> "list[Batch]":
         """Split into parts of at most ``num_texts``, without columns that are padding alone."""
@@ -57,17 +67,23 @@ class Batch:
             mask = self.attention_mask[rows]
             used = np.flatnonzero(mask.any(axis=0))
             columns = slice(used[0], used[-1] + 1)
-            parts.append(Batch(self.input_ids[rows, columns], mask[:, columns], self.samples[rows]))
+            given = self.given if isinstance(self.given, int) else self.given[rows]
+            some = self.input_ids[rows, columns], mask[:, columns], self.samples[rows]
+            parts.append(Batch(*some, given))
         return parts
 
 
 @dataclass(frozen=True, slots=True)
 class TokenisedText:
-    """A text with its first ``max_length`` token ids, (T,) int64, special tokens among them."""
+    """A text with its first ``max_length`` token ids, (T,) int64, special tokens among them.
+
+    The first ``given`` of them are not learned.
+    """
 
     text: str
     ids: NDArray[np.int64]
     max_length: int
+    given: int = 1
 
 
 Unpadded = Sequence[tuple[int, NDArray[np.int64]]]
@@ -257,7 +273,7 @@ def _bytes_behind_first(text: str, places: Sequence[tuple[int, int]], *, whole: 
     return len(text[places[0][1] : end].encode())
 
 
-def padded(texts: Unpadded) -> Batch:
+def padded(texts: Unpadded, given: NDArray[np.int64] | int = 1) -> Batch:
     """Make a batch of at least one text, each its index among all and its (T,) token ids."""
     length = max(len(ids) for _, ids in texts)
     input_ids = np.zeros((len(texts), length), dtype=np.int64)
@@ -265,7 +281,7 @@ def padded(texts: Unpadded) -> Batch:
     for row, (_, ids) in enumerate(texts):
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
-    return Batch(input_ids, attention_mask, np.array([sample for sample, _ in texts]))
+    return Batch(input_ids, attention_mask, np.array([sample for sample, _ in texts]), given)
 
 
 @contextmanager

@@ -229,8 +229,8 @@ def usable_answers(answers: Sequence[Answer], max_length: int) -> list[Answer]:
         said = ": " + describe_rejections(len(left_out), len(answers), left_out)
     if not kept:
         raise TextsError(
-            f"there are no answers to heal with{said}; give some with tokens, behind prompts that "
-            f"are shorter than a sequence of {counted(max_length, 'token')} (max_length, heal "
+            f"there are no answers to learn from{said}; give some with tokens, behind prompts that "
+            f"are shorter than a sequence of {counted(max_length, 'token')} (max_length, "
             f"--max-length)"
         )
     if left_out and is_main_process():
@@ -344,12 +344,19 @@ def mixed(
     share: float,
     max_length: int,
 ) -> Iterator[TokenisedText]:
-    """Yield texts and answers with their prompts, to fit a patch on; none of them twice.
+    """Yield texts and answers behind their prompts, to fit a patch on; none of them twice.
 
     Of what the patch holds out the ``share`` of answers is that of the rest. Where either are at
-    their end, the others go on.
+    their end, the others go on. Answers are those that :func:`usable_answers` gave.
     """
-    kinds = tokenise(tokenizer, texts, max_length), _as_texts(tokenizer, answers, max_length)
+    kinds = (
+        tokenise(tokenizer, texts, max_length),
+        (
+            TokenisedText(str(tokenizer.decode(ids)), ids, max_length, len(one.given))
+            for one in answers
+            for ids in [np.array(one.ids, np.int64)[:max_length]]
+        ),
+    )
     taken = [0, 0]  # of the rest, and held out
     for index in count():
         held = is_held_out(index)
@@ -359,16 +366,6 @@ def mixed(
             return
         taken[held] += 1
         yield found
-
-
-def _as_texts(
-    tokenizer: "PreTrainedTokenizerBase", answers: Iterable[Answer], max_length: int
-) -> Iterator[TokenisedText]:
-    """Answers behind their prompts, as texts; without those of which nothing was written."""
-    for one in answers:
-        if one.written:
-            ids = np.array(one.ids, np.int64)[:max_length]
-            yield TokenisedText(str(tokenizer.decode(ids)), ids, max_length)
 
 
 # The order

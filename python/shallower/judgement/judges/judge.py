@@ -80,24 +80,19 @@ class TextJudge(Judge):
     Args:
         batches: texts of at least two tokens, as of :func:`judged_batches`; those of an item, one
             or several, one behind the other.
-        given: by batch, how many of the first tokens of its texts are given, (B,) or of all; by
-            default the first of each.
     """
 
     unit = "nats a token"
 
-    def __init__(
-        self, batches: Sequence[Batch], given: Sequence[NDArray[np.int64] | int] | None = None
-    ) -> None:
+    def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
-        self._given = [1] * len(batches) if given is None else given
         self.items = [np.unique(batch.samples) for batch in batches]
         counts = [self.predicting(index).sum(axis=1) for index in range(len(batches))]
         self.weights = np.concatenate([self.by_item(i, one * 1.0) for i, one in enumerate(counts)])
 
     def predicting(self, index: int) -> NDArray[np.bool_]:
         """(B, T), true at the tokens of a batch that others are predicted from."""
-        return predicting_tokens(self.batches[index], self._given[index])
+        return predicting_tokens(self.batches[index])
 
     def by_item(self, index: int, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum (B,) values of the texts of a batch over each of its items."""
@@ -112,7 +107,7 @@ class LossJudge(TextJudge):
     name = "loss"
 
     def measure(self, head: Head, index: int) -> NDArray[np.float64]:
-        nats = np.array(summed_losses(head, self.batches[index], self._given[index]).tolist())
+        nats = np.array(summed_losses(head, self.batches[index]).tolist())
         return require_finite(self.by_item(index, nats), self.items[index], head)
 
 
@@ -126,10 +121,8 @@ class KLJudge(TextJudge):
 
     name = "kl"
 
-    def __init__(
-        self, batches: Sequence[Batch], given: Sequence[NDArray[np.int64] | int] | None = None
-    ) -> None:
-        super().__init__(batches, given)
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        super().__init__(batches)
         self._whole: dict[int, tuple[Layerwise, torch.Tensor]] = {}
 
     def prepare(self, model: Layerwise, index: int, states: torch.Tensor) -> None:

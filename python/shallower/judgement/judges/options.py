@@ -55,16 +55,16 @@ class OptionsJudge(Judge):
         self.chance = math.fsum(1 / size for size in self._sizes) / len(items)
         encoded = [_encoded(item, tokenizer, tokens) for item in items]
         at_once = max(1, tokens.texts // max(self._sizes))
-        self.batches, self.items, self._given = [], [], []
+        self.batches, self.items = [], []
         for look in looks(len(items), at_once):
             indices = np.arange(look.start, look.stop)
             rows = [(int(index), *row) for index in indices for row in encoded[index]]
-            self.batches.append(padded([(index, ids) for index, ids, _ in rows]))
+            given = np.array([given for *_, given in rows])
+            self.batches.append(padded([(index, ids) for index, ids, _ in rows], given))
             self.items.append(indices)
-            self._given.append(np.array([given for *_, given in rows]))
 
     def measure(self, head: Head, index: int) -> NDArray[np.float64]:
-        nats = np.array(summed_losses(head, self.batches[index], self._given[index]).tolist())
+        nats = np.array(summed_losses(head, self.batches[index]).tolist())
         sums = np.empty(len(self.items[index]))
         start = 0
         for place, item in enumerate(self.items[index]):

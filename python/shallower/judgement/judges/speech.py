@@ -33,12 +33,11 @@ class SpeechJudge(KLJudge):
     def __init__(self, said: Sequence[Sequence[Answer]], *, tokens: Tokens) -> None:
         if not said:
             raise TextsError("there are no prompts that a cut could be judged on")
-        batches, given = [], []
+        batches = []
         for look in looks(len(said), max(1, tokens.texts // len(said[0]))):
             numbered = range(look.start, look.stop)
             rows = [(index, answer) for index in numbered for answer in said[index]]
             ids = [(index, np.array(one.ids, np.int64)) for index, one in rows]
-            batches.append(padded(ids))
-            given.append(np.array([len(one.given) for _, one in rows]))
-        super().__init__(batches, given)
+            batches.append(padded(ids, np.array([len(one.given) for _, one in rows])))
+        super().__init__(batches)
         self.content = hash_of([[astuple(one) for one in answers] for answers in said])
