@@ -23,6 +23,11 @@ ABI3 = TAGS[0]
 """The wheel that every Python since 3.11 loads; the others may lie beside it."""
 
 PAPERS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md")
+INSTALLING = (*PAPERS, "notebooks/*.ipynb")
+INSTALLS = re.compile(
+    rf"""pip install (?:-\S+ )*[\\"']*(?P<what>\.|{NAME})(?P<extras>\[[\w,]*\])?(?![\w/.-])"""
+)
+"""A command that installs this package: a clone, or what an index has."""
 RELEASED = re.compile(r"^## \[(?P<version>[^\]]+)\](?: - (?P<date>\S+))?[ \t]*$", re.MULTILINE)
 SAID = re.compile(rf"\b{NAME}(?:==| v?|-)(\d+\.\d+\.\d+)\b")
 USES = re.compile(r"""(?<![\w-])uses["']?\s*:\s*["']?([^\s"'#,}]*)""")
@@ -82,6 +87,21 @@ def versions(root):
     days = {match["version"]: match["date"] for match in RELEASED.finditer(text)}
     if _day(days.get(version)) and _cited("date-released", cited) != days[version]:
         yield f"CITATION.cff: date-released is not {days[version]}, the day of the changelog"
+
+
+def installs(root, *, is_published=True):
+    """Whether README alone tells how to install the package, and from where a release lies."""
+    for path in sorted({path for pattern in INSTALLING for path in root.glob(pattern)}):
+        name = str(path.relative_to(root))
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = INSTALLS.search(line)
+            if found and name != "README.md":
+                yield f"{name} has '{found[0]}': link to Install in README.md, which alone says it"
+            elif found and is_published and found["what"] == ".":
+                yield (
+                    f"README.md installs a clone, and the tag publishes this version: write "
+                    f"pip install '{NAME}{found['extras'] or ''}'"
+                )
 
 
 def wheels(folder, version):
@@ -175,6 +195,7 @@ def failures(root, targets=()):
     yield from dirt(root)
     yield from changelog(root)
     yield from versions(root)
+    yield from installs(root)
     yield from pinned(root)
     yield from made(targets, root)
     yield from site(root / "target" / "site")

@@ -17,6 +17,8 @@ from tests.conftest import ROOT
 
 PAGES, SITE = ROOT / "target" / "pages", ROOT / "target" / "site"
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+INSTALL = "<!-- Install, of README.md -->"
+"""Where the home page of the site says how the package is installed."""
 PAPERS = ("CHANGELOG.md", "CONTRIBUTING.md", "ARCHITECTURE.md")
 """Pages of the site that stand where people look for them in a repository."""
 
@@ -41,9 +43,19 @@ def stage(root=ROOT, pages=PAGES):
         to.parent.mkdir(parents=True, exist_ok=True)
         if path.endswith(".md"):
             text = (root / path).read_text(encoding="utf-8")
-            to.write_text(_relinked(text, path, root, waiting), encoding="utf-8")
+            text = _relinked(text, path, root, waiting)
+            if INSTALL in text:
+                told = _relinked(installing(root), "README.md", root, waiting)
+                text = text.replace(INSTALL, told)
+            to.write_text(text, encoding="utf-8")
         else:
             shutil.copyfile(root / path, to)
+
+
+def installing(root=ROOT):
+    """The section of README that says how the package is installed: no other page does."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    return re.search(r"^## Install\n.*?(?=\n+## )", text, re.M | re.S)[0]
 
 
 def _relinked(text, path, root, waiting):

@@ -141,6 +141,14 @@ CHANGES = {
     ),
     "another day": (("CITATION.cff", "30", "29"), "date-released is not 2026-11-30"),
     "readme": (("README.md", "0.2.0", "0.1.9"), "README.md says version 0.1.9"),
+    "a clone": (
+        ("README.md", "shallower==0.2.0", "'.[all]'"),
+        "README.md installs a clone, and the tag publishes this version: write pip install 'shall",
+    ),
+    "another page installs": (
+        ("docs/install.md", "nothing.", "'pip install --quiet \"shallower[all]\"'."),
+        "docs/install.md has 'pip install --quiet \"shallower[all]': link to Install in README.md",
+    ),
     "docs": (("docs/install.md", "0.2.0", "0.3.0"), "docs/install.md says version 0.3.0"),
     "python": (
         ("pyproject.toml", 'dynamic = ["version"]', 'version = "0.2.1"'),
@@ -159,6 +167,11 @@ def test_what_is_not_ready_is_told(tree, changed, expected):
     change(tree, *changed)
     (found,) = release.failures(tree)
     assert expected in found
+
+
+def test_no_page_but_readme_tells_how_to_install_this_package():
+    """What a release changes is one place; until then no index has the package."""
+    assert list(release.installs(ROOT, is_published=False)) == []
 
 
 def test_changes_that_no_commit_has_are_told(tree):

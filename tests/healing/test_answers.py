@@ -211,10 +211,10 @@ def test_the_record_and_the_card_tell_of_answers(cut, tmp_path):
     assert sh.Healing.load(out) == record
     card = (out / "README.md").read_text()
     row = f"60 answers of {known.num_tokens} tokens, 50 % of the sequences, packed to 16 tokens"
-    assert f"| answers of the uncut model | {row} |" in card
+    assert f"| answers | {row} |" in card
     assert "| texts | " in card
     (line,) = [one for one in healing_parts(record) if str(one).startswith("trained on")]
-    assert line == f"trained on 60 answers of {known.num_tokens} tokens of the uncut model"
+    assert line == f"trained on 60 answers of {known.num_tokens} tokens"  # whoever wrote them
     assert "--texts TEXTS --answers ANSWERS" in healing_command(record)
     assert " --share 0.5 " in healing_command(record)
     again = json.loads((out / "healing.json").read_text())

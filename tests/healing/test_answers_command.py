@@ -65,7 +65,7 @@ def test_it_is_trained_on_what_the_uncut_model_says(heal, both, cut, folder):
     assert "steps of 16 sequences of 16 tokens, packed, 50 % of them answers" in done.out
     said, _ = said_by(both[0])
     tokens = sum(len(one.written) for one in said)
-    assert f"trained on 40 answers of {tokens} tokens of the uncut model" in done.out
+    assert f"trained on 40 answers of {tokens} tokens\n" in done.out
     recipe = replace(QUICK, steps=2, dropout=0.0)  # as the preset small
     record = sh.heal(cut, TEXTS, folder / "again", recipe=recipe, answers=said)
     assert sh.Healing.load(folder / "out").answers == record.answers
@@ -153,7 +153,7 @@ def test_the_card_makes_the_healing_again_from_answers_and_from_prompts(
     done = heal("first", "--share", share, "--merge", using=("texts", "answers"))
     assert done.status == 0, done.err
     card = (folder / "first" / "README.md").read_text()
-    assert "`ANSWERS` are prompts,\neach with what the source said to it." in card
+    assert "`ANSWERS` are prompts,\neach with its answer; of those without one the source writes them." in card
     cutting, healing = map(one_line, blocks_of_code(card, "sh")[:2])
     assert " --answers ANSWERS --original SOURCE --preset small " in healing
     assert ("--texts TEXTS" in healing) == (share < 1)
@@ -190,7 +190,7 @@ def test_a_dry_run_tells_of_answers_and_loads_nothing(
     given["answers"] = ("--answers",)
     done = heal("out", "--dry-run").out
     assert "answers: to 32 prompts of our own, or beginnings of texts\n" in done
-    write_prompts(folder / "answers.jsonl", {"prompt": "w1", "answer": "w2"})
+    write_prompts(folder / "answers.jsonl", {"prompt": "w1", "answer": "w2", "ended": True})
     given["answers"] = ("--answers", "answers.jsonl")
     alone = heal("out", "--dry-run", "--share", 1, "--json", using=("answers",)).json
     assert (alone["answers"], alone["share"]) == ("1 of a file", 1.0)
@@ -293,7 +293,7 @@ def test_several_processes_write_no_answers(heal, given, monkeypatch, folder):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert "--answers are written by one process: give a file that has the" in heal("out").error
-    write_prompts(folder / "answers.jsonl", {"prompt": "w1", "answer": "w2"})
+    write_prompts(folder / "answers.jsonl", {"prompt": "w1", "answer": "w2", "ended": True})
     given["answers"] = ("--answers", "answers.jsonl")
     dry = heal("out", "--dry-run", "--json", using=("texts", "answers"))
     assert dry.json["answers"] == "1 of a file"

@@ -93,9 +93,9 @@ def test_of_an_answer_what_was_written_is_learned_as_a_healing_learns_it(
     )
     held, rest = samples.rows[7::8], [row for i, row in enumerate(samples.rows) if i % 8 != 7]
     batch = {name: torch.from_numpy(values) for name, values in collate(held)}
-    losses = {"original": learned(**batch).loss}
+    losses = {"original": learned(**batch).loss.detach()}
     with sh.without_layers(learned, BLOCK):
-        losses["cut"] = learned(**batch).loss
+        losses["cut"] = learned(**batch).loss.detach()
     for name, loss in losses.items():
         assert getattr(done, name) == pytest.approx(float(loss), rel=1e-6), name
     counts = [sum(int(row.predicted.sum()) + 1 for row in rows) for rows in (rest, held)]
@@ -117,7 +117,7 @@ def test_the_record_and_the_card_tell_of_answers(model, words, said, tmp_path):
     card = (tmp_path / "patched" / "README.md").read_text()
     assert f"| tokens fitted | {done.num_tokens:,}, 25 % of the texts answers |" in card
     assert "--texts TEXTS --answers ANSWERS --share 0.25" in card.replace(" \\\n    ", " ")
-    assert "`ANSWERS` are prompts,\neach with what the source said to it." in card
+    assert "`ANSWERS` are prompts,\neach with its answer; of those without one the source writes them." in card
     record = json.loads((tmp_path / "patched" / PATCH_FILE).read_text())
     assert Patch.from_json(record) == done
     del record["share"]

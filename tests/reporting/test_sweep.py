@@ -82,6 +82,23 @@ def test_a_line_ends_where_it_leaves_the_figure(swept):
     assert any(losses[-1] > 0.2 for losses in lines.values())
 
 
+@pytest.mark.parametrize("state", ["done", "failed"])
+def test_all_of_them_are_those_that_were_compared(tmp_path, state):
+    names = ("one", "two", "three")
+    states = ("done", "done", state)
+    jobs = [
+        SweepJob(f"compare-{name}", "compare", name, "c4", ("compare",), done)
+        for name, done in zip(names, states, strict=True)
+    ]
+    for job in jobs:
+        if job.state == "done":
+            write(tmp_path / job.folder, "comparison.json", comparison((compared(),)))
+    write(tmp_path, "sweep.json", Sweep("sweep.yaml", tuple(jobs), (0.1,), ("cut",)))
+    story = read_story(tmp_path, drawn=False)
+    where = {"done": "all of them", "failed": "the 2 that are compared"}[state]
+    assert story.sentence.endswith(f" has the least mean regret on {where}.")
+
+
 def test_nothing_is_done_yet(tmp_path):
     job = SweepJob("scan-0", "scan", "m", "t", ("scan",))
     write(tmp_path, "sweep.json", Sweep("sweep.yaml", (job,), (0.1,), ("cut",)))

@@ -111,7 +111,7 @@ def test_it_is_patched_and_healed_on_what_the_whole_model_says(
     assert healing["answers"]["num_tokens"] == sum(len(one.written) for one in said)
     assert done.recommended.healed.nats < done.recommended.cut.nats
     card = (tmp_path / "out" / "healed" / "README.md").read_text()
-    assert "| answers of the uncut model | 40 answers of " in card
+    assert "| answers | 40 answers of " in card
     assert "25 % of the texts answers" in card or "25 % of the sequences" in card
     del written[:]
     assert run(answers=PROMPTS, share=0.25, heal=HEAL).recommended == done.recommended

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import shallower as sh
 from shallower.patching.states import divide
 from shallower.texts.batches import tokenise
-from shallower.texts.prompts import read_prompts
+from shallower.texts.prompts import prompts_fingerprint, read_prompts
 from shallower.texts.sequences import (
     answered,
     answers_turns,
@@ -208,11 +208,24 @@ def prompts_of(folder, *records):
 
 def test_answers_of_a_file_are_those_of_its_model(tmp_path):
     names = ("HuggingFaceTB/SmolLM2-135M", "smollm2-135m", "models/SMOLLM2-135M/", "ab" * 32, None)
-    records = [{"prompt": "w1 w2", "answer": "w3 w4", "model": name} for name in names]
+    said = {"prompt": "w1 w2", "answer": "w3 w4", "ended": True}
+    records = [{**said, "model": name} for name in names]
     records[1]["ended"] = False
     found = answered(WORDS, prompts_of(tmp_path, *records), model=MODEL)
     whole, short = Answer((1, 2), (3, 4, END), True), Answer((1, 2), (3, 4), False)
     assert found == [whole, short, whole, whole, whole]
+
+
+@pytest.mark.parametrize("ended", [{}, {"ended": None}])
+def test_an_answer_that_may_have_been_cut_off_has_no_end(tmp_path, ended):
+    said = {"prompt": "w1 w2", "answer": "w3 w4"}
+    prompts = prompts_of(tmp_path, {**said, "ended": True}, {**said, **ended})
+    with pytest.warns(UserWarning, match="1 of 2 answers may have been cut off.* write `ended`"):
+        whole, other = answered(WORDS, prompts, model=MODEL)
+    assert whole == Answer((1, 2), (3, 4, END), True)
+    assert other == Answer((1, 2), (3, 4), False)
+    cut_off = prompts_of(tmp_path, {**said, "ended": True}, {**said, "ended": False})
+    assert prompts_fingerprint(prompts) == prompts_fingerprint(cut_off)
 
 
 @pytest.mark.parametrize(

@@ -354,21 +354,22 @@ def test_a_template_is_else_written_as_it_stands():
 
 
 def test_an_answer_ends_as_the_model_ends_it(base):
-    assert answered(base, text="w1", answer="w2 w3") == "w2 w3 <eos>"
-    assert answered(base, text="w1", answer="w2 w3", ended=False) == "w2 w3"
-    assert answered(base, text="w1", answer="w2 <eos>") == "w2 <eos>"
+    assert answered(base, text="w1", answer="w2 w3", ended=True) == "w2 w3 <eos>"
+    assert answered(base, text="w1", answer="w2 <eos>", ended=True) == "w2 <eos>"
+    for cut_off in ({}, {"ended": None}, {"ended": False}):
+        assert answered(base, text="w1", answer="w2 w3", **cut_off) == "w2 w3"
     base.eos_token = None
-    assert answered(base, text="w1", answer="w2 w3") == "w2 w3"
+    assert answered(base, text="w1", answer="w2 w3", ended=True) == "w2 w3"
 
 
 def test_an_answer_in_a_chat_ends_as_the_template_ends_it(chat):
-    assert answered(chat, messages=(ASKED,), answer="w2 w3") == "w2 w3 <|end|>"
+    assert answered(chat, messages=(ASKED,), answer="w2 w3", ended=True) == "w2 w3 <|end|>"
     assert answered(chat, messages=(ASKED,), answer="w2 w3", ended=False) == "w2 w3"
-    assert answered(chat, text="w1", answer="w2 w3") == "w2 w3 <eos>"
+    assert answered(chat, text="w1", answer="w2 w3", ended=True) == "w2 w3 <eos>"
     chat.chat_template = "{% for message in messages %}{{ message['content'] }} w7 {% endfor %}"
-    assert answered(chat, messages=(ASKED,), answer="w2 w3") == "w2 w3 <eos>"
+    assert answered(chat, messages=(ASKED,), answer="w2 w3", ended=True) == "w2 w3 <eos>"
     chat.chat_template = "<s> {{ messages[0]['content'] }} <|end|>"
-    assert answered(chat, messages=(ASKED,), answer="w2 w3") == "w2 w3 <eos>"
+    assert answered(chat, messages=(ASKED,), answer="w2 w3", ended=True) == "w2 w3 <eos>"
 
 
 def test_tokenising_leaves_the_tokenizer_as_it_was(chat):
@@ -377,7 +378,7 @@ def test_tokenising_leaves_the_tokenizer_as_it_was(chat):
     before = chat.backend_tokenizer.to_str()
     assert asked(chat, messages=(ASKED,)).split()[-1] == "<|assistant|>"
     assert asked(chat, text="w1 w2 w3 w4 w5 w6") == "<s> w1 w2 w3 w4 w5 w6"
-    assert answered(chat, text="w1", answer="w1 w2 w3 w4") == "w1 w2 w3 w4 <eos>"
+    assert answered(chat, text="w1", answer="w1 w2 w3 w4", ended=True) == "w1 w2 w3 w4 <eos>"
     assert chat.backend_tokenizer.to_str() == before
 
 
@@ -392,5 +393,5 @@ def test_a_real_tokenizer_takes_all_of_ours(smol):
             "<|im_start|>assistant\n"
         )
         assert 30 < len(ids) < 300
-    said = answer_ids(tokenizer, Prompt(messages=(ASKED,), answer="Yes."))
+    said = answer_ids(tokenizer, Prompt(messages=(ASKED,), answer="Yes.", ended=True))
     assert tokenizer.decode(said) == "Yes.<|im_end|>"

@@ -10,7 +10,7 @@ from shallower.values.sweep import BestCut, Sweep, SweepJob, borne, share_borne
 def cuts(*losses, stderr=0.05):
     """Cuts of 10 %, 20 %, … of the layers."""
     return [
-        BestCut("m", "cut", place / 10, lost, stderr, (1,), "angular")
+        BestCut("m", "cut", place / 10, lost, stderr, tuple(range(place)), "angular")
         for place, lost in enumerate(losses, 1)
     ]
 
@@ -36,12 +36,18 @@ def test_the_error_is_of_lines_that_are_one_standard_error_higher_and_lower():
     assert (low.low, low.share) == (pytest.approx(0.05), pytest.approx(0.1))
     assert low.high == pytest.approx(0.1 + 0.1 * 0.1 / 0.4)
     assert low.stderr == pytest.approx((low.high - low.low) / 2)
-    assert str(low) == "10.0 % (5.0 to 12.5)"
+    assert str(low) == "10.0 % (5.0 to 12.5), 1 of 10 layers"
     assert (end.share, end.high, end.most) == (0.2, 0.2, 0.2)
     assert math.isnan(end.stderr)
-    assert str(end) == "≥ 20.0 % (17.5 to ≥ 20.0)"
+    assert str(end) == "≥ 20.0 % (17.5 to ≥ 20.0), 2 of 10 layers"
     (all_of_it,) = borne(cuts(0.1), (0.5,))
-    assert str(all_of_it) == "≥ 10.0 %"
+    assert str(all_of_it) == "≥ 10.0 %, 1 of 10 layers"
+
+
+def test_less_than_one_layer_is_no_share_that_can_go():
+    (less, more) = borne(cuts(0.2, 0.4), (0.19, 0.3))
+    assert (less.share, str(less)) == (pytest.approx(0.095), "less than 1 of 10 layers")
+    assert str(more).startswith("15.0 % (") and str(more).endswith(", 1 of 10 layers")
 
 
 def test_a_record_is_read_as_it_was_written():

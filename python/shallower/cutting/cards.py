@@ -119,7 +119,7 @@ On the same texts it ends in this model, and in the numbers above.{placeholder} 
 _PLACES = """Other words in
 capitals are places of texts: those that it is fitted on, and those of the held-out loss."""
 _ANSWERS = """ `ANSWERS` are prompts,
-each with what the source said to it."""
+each with its answer; of those without one the source writes them."""
 _NAMES = "Names of files\nare those of the machine that made it."
 
 _HEALED_AGAIN = """\

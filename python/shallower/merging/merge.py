@@ -151,7 +151,7 @@ def _trained_on(healing: Healing) -> Iterator[tuple[str, str]]:
         yield "texts", f"{healing.texts.num_texts}, {length}"
     if answers is not None and recipe.share is not None:
         share = f"{100 * recipe.share:g} % of the sequences"
-        yield "answers of the uncut model", f"{answers}, {share}, {length}"
+        yield "answers", f"{answers}, {share}, {length}"
 
 
 def healing_command(healing: Healing) -> str:

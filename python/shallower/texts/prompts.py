@@ -50,7 +50,7 @@ class Prompt:
             tokenizer that has a template for chats is given these, any other one the text.
         kind: what it asks for, as ``story``; empty where that is not said.
         answer: what a model said, if it was let to.
-        ended: whether the answer ended by itself.
+        ended: whether the answer ended by itself; None where that is not known.
         model: which model said it, if that is known.
         line: where it stands in its file; for errors.
     """
@@ -59,7 +59,7 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...] = ()
     kind: str = ""
     answer: str | None = None
-    ended: bool = True
+    ended: bool | None = None
     model: str | None = None
     line: int = field(default=0, compare=False)
 
@@ -145,7 +145,7 @@ def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
     """SHA-256 of all that prompts say, whatever file they are in."""
     digest = hashlib.sha256()
     for one in prompts:
-        said = [one.text, list(map(dict, one.messages)), one.answer, one.ended]
+        said = [one.text, list(map(dict, one.messages)), one.answer, bool(one.ended)]
         digest.update(json.dumps(said).encode() + b"\n")
     return digest.hexdigest()
 
@@ -170,7 +170,7 @@ def prompt_ids(
 
 
 def answer_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> NDArray[np.int64]:
-    """Tokenise the answer of a prompt, (A,) int64, with the token that ends it if it ended.
+    """Tokenise the answer of a prompt, (A,) int64; if it is known to have ended, with its end.
 
     That is the one which the tokenizer's template writes behind an answer in a chat, and the one
     that ends a text otherwise; none where the tokenizer has none. Raises TextsError for an answer
@@ -290,7 +290,7 @@ def _prompt(record: object, line: int, place: str) -> Prompt:
         messages,
         _string(record, "kind", place) or "",
         _string(record, "answer", place, blank=False),
-        ended is not False,
+        ended,
         _string(record, "model", place),
         line,
     )

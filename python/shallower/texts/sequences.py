@@ -308,7 +308,8 @@ def answered(
 ) -> list[Answer]:
     """Take the answers of a file's prompts, which are of the uncut ``model``, if it is known.
 
-    A prompt that does not name whose its answer is, is taken to be right. Raises TextsError, which
+    A prompt that does not name whose its answer is, is taken to be right; of one that does not say
+    whether its answer ended, no end is learned, and a warning says so. Raises TextsError, which
     names the line, where there is no answer, or one of another model.
     """
     for index, one in enumerate(prompts):
@@ -324,8 +325,15 @@ def answered(
                 f"({model.fingerprint[:12]}): give answers of that one, or name it so in the "
                 f"field `model` if it is the same"
             )
+    unknown = sum(one.ended is None for one in prompts)
+    if unknown and is_main_process():
+        warnings.warn(
+            f"{unknown:,} of {counted(len(prompts), 'answer')} may have been cut off, so that "
+            f"nothing is learned of how they end: write `ended`, true or false, in every line",
+            stacklevel=2,
+        )
     return [
-        Answer(tuple(given.tolist()), tuple(answer_ids(tokenizer, one).tolist()), one.ended)
+        Answer(tuple(given.tolist()), tuple(answer_ids(tokenizer, one).tolist()), bool(one.ended))
         for one, given in zip(prompts, prompt_ids(tokenizer, prompts), strict=True)
     ]
 

@@ -103,7 +103,7 @@ class Healing:
             known.
         tokens_per_second: speed of the training in the process that ended it.
         merge: the comparison of the merged checkpoint, if the adapters were merged.
-        answers: identity of the uncut model's answers, if there were any to train on.
+        answers: identity of the answers that it was trained on, if there were any.
         versions: versions of the packages that made it.
     """
 

@@ -153,6 +153,7 @@ class Borne:
         high: the same of losses that are one standard error lower.
         most: the share of the largest size that was measured; ``share`` that reaches it is no
             less.
+        num_layers: of the model, of which whole ones alone can go.
     """
 
     model: str
@@ -162,6 +163,7 @@ class Borne:
     low: float
     high: float
     most: float
+    num_layers: int
 
     @property
     def stderr(self) -> float:
@@ -172,9 +174,13 @@ class Borne:
         def written(share: float) -> str:
             return f"{'≥ ' if share >= self.most else ''}{100 * share:.1f}"
 
-        if self.low >= self.most:
-            return f"{written(self.most)} %"
-        return f"{written(self.share)} % ({100 * self.low:.1f} to {written(self.high)})"
+        whole = math.floor(self.share * self.num_layers + 1e-9)
+        if not whole:
+            return f"less than 1 of {self.num_layers} layers"
+        share = f"{written(self.share)} %"
+        if self.low < self.most:
+            share += f" ({100 * self.low:.1f} to {written(self.high)})"
+        return f"{share}, {whole} of {self.num_layers} layers"
 
     def to_json(self) -> dict[str, Any]:
         """Give all fields by name."""
@@ -207,6 +213,7 @@ def borne(cuts: Sequence[BestCut], losses: Sequence[float]) -> list[Borne]:
             share_borne(cuts, loss, 1.0),
             share_borne(cuts, loss, -1.0),
             cuts[-1].share,
+            round(len(cuts[-1].dropped) / cuts[-1].share),
         )
         for loss in losses
     ]

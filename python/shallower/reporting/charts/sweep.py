@@ -190,7 +190,8 @@ def loss_charts(found: Sequence[Found], sweep: Sweep) -> list[Drawing]:
         title="Which share of its layers each model bears at a loss",
         text="Where the line through its best cuts first exceeds so many nats a token above the "
         "whole model, with half of what lies between the lines that are one standard error higher "
-        "and lower. What has no bar reaches the largest size that was measured, and may bear more.",
+        "and lower. What has no bar reaches the largest size that was measured, and may bear more; "
+        "of what lies below one layer nothing can go.",
         x=Axis("layers that can go", is_share=True),
     )
     return [lost, bears]
@@ -313,4 +314,4 @@ def _point(cut: BestCut) -> Point:
 
 
 def _share(row: int, name: str, found: Borne) -> Point:
-    return Point(row, found.share, found.stderr, f"{name}, at {found.loss:g} nats")
+    return Point(row, found.share, found.stderr, f"{name}, at {found.loss:g} nats: {found}")

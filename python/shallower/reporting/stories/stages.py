@@ -135,7 +135,7 @@ def healing_parts(healing: Healing) -> list[str | Table]:
     """Give the table of a healing, its answers, its speed, and what merging changed."""
     parts: list[str | Table] = [healing_table(healing)]
     if healing.answers:
-        parts.append(f"trained on {healing.answers} of the uncut model")
+        parts.append(f"trained on {healing.answers}")
     if healing.tokens_per_second:
         parts.append(f"{healing.tokens_per_second:,.0f} tokens a second")
     if merged := healing.merge:

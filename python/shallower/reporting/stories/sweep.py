@@ -121,7 +121,8 @@ def _sentence(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne]) -> s
         if means:
             best[one.title] = min(means, key=lambda name: means[name][0])
     if len(set(best.values())) == 1 and len(best) > 1:
-        return f"{text} {next(iter(best.values()))} has the least mean regret on all of them."
+        of_all = "all of them" if len(best) == len(found) else f"the {len(best)} that are compared"
+        return f"{text} {next(iter(best.values()))} has the least mean regret on {of_all}."
     names = "; ".join(f"{name} on {title}" for title, name in best.items())
     return f"{text} Least mean regret: {names}." if names else text
 
@@ -173,7 +174,8 @@ def _bears(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne], drawn: 
     note = (
         "The share of layers at which the line through the best cut of every size first exceeds "
         "the loss, in nats a token above the whole model; in brackets by lines that are one paired "
-        "standard error higher and lower. ≥: the largest size that was measured stays below."
+        "standard error higher and lower, and the whole layers in it. ≥: the largest size that was measured "
+        "stays below."
     )
     cells: list[tuple[Cell, ...]] = [
         (
