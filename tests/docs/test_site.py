@@ -62,7 +62,8 @@ def test_pages_are_staged_with_what_they_link_to(tmp_path):
     site.stage(root, pages)
     staged = {str(file.relative_to(pages)) for file in pages.rglob("*") if file.is_file()}
     assert staged == {
-        "CHANGELOG.md", "index.md", "maths.md", "how-to/one.md", "benches/README.md", "benches/record/a.svg",
+        "CHANGELOG.md", "index.md", "maths.md", "how-to/one.md", "benches/README.md",
+        "benches/record/a.svg",
     }  # fmt: skip
     assert (pages / "CHANGELOG.md").read_text() == "[maths](maths.md#x)"
     installing = "## Install\n\n    it\n\n[m](maths.md)"

@@ -401,7 +401,7 @@ def test_positions_that_were_not_learned_are_refused():
         model, WORDS, ["w1 w2 w3", "w1 " * 8], whole=model, num_tokens=12, progress=False
     )
     assert speech.mean("acceptance") == 1
-    with pytest.raises(sh.TextsError, match=r"prompt 1 has 8 tokens.* has learned 20 positions"):
+    with pytest.raises(sh.TextsError, match=r"prompt 1 with .* has 21 tokens.* has learned 20 pos"):
         sh.evaluate_speech(
             model, WORDS, ["w1 w2 w3", "w1 " * 8], whole=model, num_tokens=13, progress=False
         )

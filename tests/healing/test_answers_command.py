@@ -153,7 +153,7 @@ def test_the_card_makes_the_healing_again_from_answers_and_from_prompts(
     done = heal("first", "--share", share, "--merge", using=("texts", "answers"))
     assert done.status == 0, done.err
     card = (folder / "first" / "README.md").read_text()
-    assert "`ANSWERS` are prompts,\neach with its answer; of those without one the source writes them." in card
+    assert "`ANSWERS` are prompts,\neach with its answer; of those without one " in card
     cutting, healing = map(one_line, blocks_of_code(card, "sh")[:2])
     assert " --answers ANSWERS --original SOURCE --preset small " in healing
     assert ("--texts TEXTS" in healing) == (share < 1)

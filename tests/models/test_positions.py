@@ -50,9 +50,28 @@ def test_layers_are_not_run_on_a_longer_text(family):
         layerwise.embed(batch(length=10))
 
 
-def test_a_text_may_be_longer_than_computed_positions(words):
+LONG = " ".join(random.Random(1).choices(WORDS, k=140))
+PROMPTS = ["w1 w2", " ".join(["w3"] * 120)]
+MEASURES = {
+    "scan": lambda model, words: sh.scan(model, words, [LONG]).num_samples == 1,
+    "loss": lambda model, words: sh.evaluate_loss(model, words, [LONG]).num_tokens == 139,
+    "perplexity": lambda model, words: (
+        sh.evaluate_perplexity(model, words, LONG, context=130).num_tokens == 129
+    ),
+    "answers": lambda model, words: (
+        len(sh.answer_prompts(model, words, PROMPTS, num_tokens=9)[1].written) <= 9
+    ),
+    "layers": lambda model, _: Layerwise(model).embed(batch(length=129)).shape[1] == 129,
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_is_longer_than_a_config_admits_is_measured_and_said(words, name):
+    """As of a model that computes its positions, by RoPE."""
     model = tiny_llama()
     assert model.config.max_position_embeddings == 128
-    text = [" ".join(random.Random(1).choices(WORDS, k=140))]
-    assert sh.scan(model, words, text).num_samples == 1
-    assert sh.evaluate_loss(model, words, text).num_tokens == 139
+    what = "prompt 1 with an answer of 9 tokens" if name == "answers" else "a text"
+    with pytest.warns(UserWarning, match=f"^{what} is longer than the 128 tokens that the"):
+        assert MEASURES[name](model, words)
+    model.config.max_position_embeddings = 140
+    assert MEASURES[name](model, words)

@@ -85,7 +85,10 @@ def test_answers_are_drawn_by_the_seed_and_found_again(words, written):
 
 
 def test_what_lies_in_a_file_is_taken(words, written):
-    there = [Prompt("w1", answer="w2 w3", ended=False, model="a/b"), Prompt("w4", answer="w5", ended=True)]
+    there = [
+        Prompt("w1", answer="w2 w3", ended=False, model="a/b"),
+        Prompt("w4", answer="w5", ended=True),
+    ]
     wanted = WantedAnswers(there[1:], 9)
     assert wanted.are_there
     assert [one.written for one in by(wanted, words)] == [(5, words.eos_token_id)]

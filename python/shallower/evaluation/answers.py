@@ -186,12 +186,13 @@ def check_prompts(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], num_to
     for index, ids in enumerate(prompts):
         if not len(ids):
             raise TextsError(f"prompt {index} has no token: write a longer one")
-        if decoder.positions is not None and len(ids) + num_tokens > decoder.positions:
-            raise TextsError(
-                f"prompt {index} has {counted(len(ids), 'token')}, and an answer up to "
-                f"{num_tokens}: the model has learned {decoder.positions} positions, so shorten "
-                f"it, or the answers (num_tokens, --answer-tokens)"
-            )
+    longest = max(map(len, prompts))
+    place = next(index for index, ids in enumerate(prompts) if len(ids) == longest)
+    decoder.check_length(
+        longest + num_tokens,
+        f"prompt {place} with an answer of {counted(num_tokens, 'token')}",
+        "shorten it, or the answers (num_tokens, --answer-tokens)",
+    )
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,7 +18,7 @@ from ..errors import ModelError, TextsError
 from ..memory.plan import Forward, fitting
 from ..memory.retry import Halving
 from ..memory.streaming import Streamed
-from ..models.architecture import check_length, evaluating
+from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import LOGITS_AT_ONCE, Head
 from ..models.layerwise import Layerwise, is_streamed
@@ -158,7 +158,7 @@ class TextLosses:
         """
         if self._streamed is None:
             for batch in chain.from_iterable(windows):
-                check_length(batch.input_ids.shape[1], self.head.decoder.positions)
+                self.head.decoder.check_length(batch.input_ids.shape[1])
                 for part in _parts(batch, self.head):
                     yield part, list(text_losses(self.head, part, self._halving))
             return

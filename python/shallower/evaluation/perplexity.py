@@ -56,11 +56,6 @@ def evaluate_perplexity(
     """
     decoder = Decoder.of(model)
     windows, num_rest = windows_of(tokenizer, text, context, bos=bos)
-    if decoder.positions is not None and context > decoder.positions:
-        raise TextsError(
-            f"a window has {counted(context, 'token')}, and the model has learned "
-            f"{decoder.positions} positions: take a shorter one (context, --context)"
-        )
     texts = int(fitting_tokens(decoder, Tokens(context, batch_size)).batch_size)
     losses = TextLosses(decoder, progress)
     batches = (windows[start : start + texts] for start in range(0, len(windows), texts))

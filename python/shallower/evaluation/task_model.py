@@ -1,6 +1,7 @@
 """A model in memory as lm-eval uses it: log-likelihoods of continuations, and generated text."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from ..errors import ModelError, TextsError
 from ..memory.retry import Halving
-from ..models.architecture import evaluating
+from ..models.architecture import admitted_length, evaluating
 from ..models.decoder import Decoder
 from ..models.head import Head
 from ..progress import track
@@ -73,9 +74,7 @@ class TaskModel:
     @property
     def max_length(self) -> int:
         """Tokens that a text may have."""
-        positions = self._decoder.positions
-        known = getattr(self._decoder.config, "max_position_embeddings", None)
-        return int(positions or known or 2048)
+        return admitted_length(self._decoder.config) or 2048
 
     def as_lm(self) -> Any:
         """Give the model as lm-eval's ``LM``."""
@@ -137,8 +136,20 @@ class TaskModel:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
         return ids
 
+    def _say_cut_off(self, lengths: Iterable[int], room: int) -> None:
+        """Warn of requests that lose their beginnings, as they do by lm-eval."""
+        long = sum(length > room for length in lengths)
+        if long:
+            warnings.warn(
+                f"{counted(long, 'request')} of tasks would not fit the {self.max_length:,} tokens "
+                f"that the model's config admits: each goes without its beginning (--num-shots "
+                f"makes them shorter)",
+                stacklevel=3,
+            )
+
     def _distinct(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[_Sequence]:
         """The sequences to run, the longest first, each once."""
+        self._say_cut_off((len(one) + len(other) - 1 for one, other in requests), self.max_length)
         sequences: dict[tuple[int, ...], _Sequence] = {}
         for place, (context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
@@ -230,6 +241,7 @@ class TaskModel:
             for places in alike.values():
                 way = settings[places[0]]
                 encoded = {place: self._tokens(requests[place].args[0]) for place in places}
+                self._say_cut_off(map(len, encoded.values()), self.max_length - way.num_tokens)
                 places.sort(key=lambda place: (-len(encoded[place]), place))
                 step = 8 if self._batch_size == "auto" else self._batch_size
                 for start in range(0, len(places), step):

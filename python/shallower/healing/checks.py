@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file
 
 from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError, why
 from ..memory.device import device_room
-from ..models.architecture import find_layers
+from ..models.architecture import admitted_length, find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
@@ -172,11 +172,10 @@ def auto_dtype() -> Literal["bfloat16", "float32"]:
 def facts(config: PretrainedConfig, num_layers: int) -> ModelFacts:
     """Find the properties that decide the preset of a model, of so many layers before the cut."""
     decoder: Any = config.get_text_config(decoder=True)
-    positions = getattr(decoder, "max_position_embeddings", None)
     return ModelFacts(
         model_type=decoder.model_type,
         hidden_size=decoder.hidden_size,
         num_layers=num_layers,
-        positions=positions if isinstance(positions, int) and positions > 0 else None,
+        positions=admitted_length(decoder),
         vocab_size=getattr(decoder, "vocab_size", None),
     )

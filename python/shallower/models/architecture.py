@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError, TextsError
-from ..values.counts import counted
+from ..errors import ModelError
 from .layer_config import layer_counts
 from .offload import execution_device
 
@@ -255,18 +254,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def learned_positions(runner: nn.Module, config: Any) -> int | None:
     """The number of positions that a model has learned; None if it computes them, as by RoPE."""
-    count = getattr(config, "max_position_embeddings", None)
+    count = admitted_length(config)
     tables = [module for module in runner.modules() if isinstance(module, nn.Embedding)]
     sizes = {table.num_embeddings for table in tables} - {config.vocab_size}
     # OPT and its kin keep two rows more, for padding.
-    learned = isinstance(count, int) and any(0 <= size - count <= 2 for size in sizes)
+    learned = count is not None and any(0 <= size - count <= 2 for size in sizes)
     return count if learned else None
 
 
-def check_length(num_tokens: int, positions: int | None) -> None:
-    """Raise TextsError for a text that is longer than a model's learned positions, if any."""
-    if positions is not None and num_tokens > positions:
-        raise TextsError(
-            f"a text has {counted(num_tokens, 'token')}, and the model has learned {positions} "
-            f"positions: choose a max_length (--max-length) of {positions} at most"
-        )
+def admitted_length(config: Any) -> int | None:
+    """The longest text that a config admits, in tokens, if it says so."""
+    count = getattr(config, "max_position_embeddings", None)
+    return count if isinstance(count, int) and count > 0 else None

@@ -1,5 +1,6 @@
 """Decoder: the facts about a causal language model, found out once and handed on."""
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -8,8 +9,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import TextsError
+from ..values.counts import counted
 from ..values.identity import ModelIdentity
-from .architecture import DecoderLayers, find_layers, input_device, learned_positions, text_config
+from .architecture import (
+    DecoderLayers,
+    admitted_length,
+    find_layers,
+    input_device,
+    learned_positions,
+    text_config,
+)
 from .identity import identify
 
 
@@ -43,6 +53,31 @@ class Decoder:
         config = text_config(model)
         positions = learned_positions(layers.runner, config)
         return cls(cast("PreTrainedModel", model), layers, config, input_device(layers), positions)
+
+    def check_length(
+        self,
+        num_tokens: int,
+        what: str = "a text",
+        way_out: str = "choose a max_length (--max-length; --context of windows) of at most that",
+    ) -> None:
+        """Refuse what is longer than the positions that the model has learned, by TextsError.
+
+        Of a model that computes them a warning names what is longer than its config admits.
+        """
+        admitted = admitted_length(self.config)
+        if admitted is None or num_tokens <= admitted:
+            return
+        if self.positions is not None:
+            raise TextsError(
+                f"{what} has {counted(num_tokens, 'token')}, and the model has learned {admitted} "
+                f"positions: {way_out}"
+            )
+        warnings.warn(
+            f"{what} is longer than the {admitted:,} tokens that the model's config admits "
+            f"(max_position_embeddings), so that figures are not of the model as it is used: "
+            f"{way_out}",
+            stacklevel=2,
+        )
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..texts.batches import Batch
-from .architecture import check_length, evaluating
+from .architecture import evaluating
 from .decoder import Decoder
 from .head import Head, one_of_each, replaced
 from .offload import is_offloaded, is_on_disk, read_to_cpu, reading_of, stored_bytes
@@ -90,7 +90,6 @@ class Layerwise:
         self.modules = decoder.layers.modules
         self._model, self._device = decoder.model, decoder.device
         self._runner, self._path = decoder.layers.runner, decoder.layers.path
-        self._positions = decoder.positions
         self._extras: list[int] = []
         self._is_evaluating = self._is_checked = False
         self._ahead = Ahead()
@@ -105,7 +104,7 @@ class Layerwise:
 
         Raises TextsError for texts longer than the positions that the model has learned.
         """
-        check_length(batch.input_ids.shape[1], self._positions)
+        self.head.decoder.check_length(batch.input_ids.shape[1])
         return self._reach(batch, None, (0,), run_last=False)
 
     def run(

@@ -364,11 +364,11 @@ def divergence_gradients(head: Head, cut: torch.Tensor, whole: torch.Tensor) -> 
     """
     gradients = torch.empty_like(cut)
     sizes = part_sizes(len(cut), COPIES * head.vocab_size)
-    for rows, aim, found in zip(*(x.split(sizes) for x in (cut, whole, gradients)), strict=True):
+    for some, aim, found in zip(*(x.split(sizes) for x in (cut, whole, gradients)), strict=True):
         with torch.no_grad():
             wanted = head.logits(aim).softmax(-1)
         with torch.enable_grad():
-            given = rows.clone().requires_grad_()
+            given = some.clone().requires_grad_()
             logits = head.logits(given)
         errors = logits.detach().softmax(-1).sub_(wanted)
         found.copy_(torch.autograd.grad(logits, given, errors)[0])

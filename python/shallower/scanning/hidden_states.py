@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..memory.plan import Forward
 from ..memory.retry import Halving
 from ..memory.streaming import Streamed
-from ..models.architecture import DecoderLayers, check_length, evaluating
+from ..models.architecture import DecoderLayers, evaluating
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise, check_states, is_streamed
 from ..models.transfers import Gathered, HostCopies, HostCopy
@@ -111,7 +111,7 @@ def stream(
                 return hooks.run(batch, rows, columns, decoder.device), batch.samples[rows]
 
         for batch in batches:
-            check_length(batch.input_ids.shape[1], decoder.positions)
+            decoder.check_length(batch.input_ids.shape[1])
             for part, (gathered, texts) in halving.run(batch, forward):
                 copy = copies.start(gathered)
                 if pending:

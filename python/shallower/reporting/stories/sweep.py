@@ -174,8 +174,8 @@ def _bears(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne], drawn: 
     note = (
         "The share of layers at which the line through the best cut of every size first exceeds "
         "the loss, in nats a token above the whole model; in brackets by lines that are one paired "
-        "standard error higher and lower, and the whole layers in it. ≥: the largest size that was measured "
-        "stays below."
+        "standard error higher and lower; and the whole layers in it, which alone can go. ≥: the "
+        "largest size that was measured stays below."
     )
     cells: list[tuple[Cell, ...]] = [
         (
