@@ -171,7 +171,7 @@ def test_the_fingerprint_tells_contents_and_no_names(write):
         {"prompt": "w2"},
         {"prompt": "w1", "messages": [ASKED]},
         {"prompt": "w1", "messages": [{**ASKED, "role": "system"}, ASKED]},
-        {"prompt": "w1", "answer": "w2"},
+        {"prompt": "w1", "answer": "w2", "ended": True},
         {"prompt": "w1", "answer": "w2", "ended": False},
     ]
     found = [prompts_fingerprint(read_prompts(write(line))) for line in lines]

@@ -224,11 +224,8 @@ def front_matter(
 ) -> str:
     """The lines between the two ``---`` of a cut's card, as the hub reads them.
 
-    From ``inherited``, the front matter of the source, license, languages, task and tags go over.
-    ``base`` is the hub id of the source; where it has none, its own base model is the nearest
-    ancestor that the hub knows. ``relation`` to it is ``finetune``, ``quantized`` or ``adapter``:
-    the hub's words, which has none for a model with fewer layers. ``library`` loads the cut;
-    ``pruned`` and ``tags`` are tags of it.
+    Without a ``base``, the source's own is the nearest ancestor that the hub knows; ``relation`` is
+    a word of the hub's, which has none for a model with fewer layers.
     """
     base_model = base or inherited.get("base_model")
     theirs = inherited.get("tags", [])

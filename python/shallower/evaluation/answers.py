@@ -119,23 +119,9 @@ def write_answers(
     """Let a model go on from prompts, (P,) int64 token ids each, as far as it wants to.
 
     The likeliest token is taken each time, or, with a ``seed``, one drawn by the probabilities as
-    they are: no temperature, cut-off or penalty, whatever the model's settings prefer. What is
-    drawn depends on the seed and on the tokens of the prompt, and not on the prompts beside it.
-
-    Args:
-        decoder: the model.
-        tokenizer: its tokenizer. What ends a text or an answer by it ends one here, and what the
-            model's own settings name.
-        prompts: token ids.
-        num_tokens: tokens of an answer at most.
-        seed: of what is drawn; None for the likeliest.
-        batch_size: prompts at once.
-        progress: a bar with ETA on standard error; by default if that is a terminal.
-        description: the name of the bar.
-
-    Raises:
-        ModelError: the model cannot generate text, or its layers wait on disk.
-        TextsError: a prompt and its answer are longer than the positions that it has learned.
+    they are. What is drawn depends on the seed and on the tokens of the prompt, and not on the
+    prompts beside it. Raises ModelError where the model cannot generate text, or its layers wait on
+    disk, and TextsError as :func:`check_prompts`.
     """
     check_speaks(decoder)
     check_prompts(decoder, prompts, num_tokens)

@@ -87,13 +87,6 @@ def find_writers(model: Layerwise, layer: int, *, batch: Batch, states: torch.Te
     return Writers(attention, Writer(last, found[last], scale))
 
 
-@contextmanager
-def silenced(writer: Writer) -> Iterator[None]:
-    """Make a linear map write zeros into the stream inside the ``with`` statement."""
-    with _output(writer.module, torch.zeros_like):
-        yield
-
-
 def _is_plain(module: nn.Module, width: int) -> bool:
     """Whether a module is a linear map of floating-point weights to ``width`` values."""
     weight = getattr(module, "weight", None)

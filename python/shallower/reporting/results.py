@@ -229,16 +229,6 @@ def is_sweep(out: Path) -> bool:
     return True
 
 
-def marks_in(out: Path) -> dict[str, Any]:
-    """Read the marks of the results in a folder; none where there are no results, or damaged."""
-    try:
-        values = json.loads((out / RESULTS_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    marks = values.get("marks") if isinstance(values, dict) else None
-    return marks if isinstance(marks, dict) else {}
-
-
 def weights_mark(folder: Path) -> str:
     """Hash all bytes of the safetensors of a checkpoint, SHA-256 in hexadecimal digits; of a
     folder that is not there, that of nothing. Raises OSError where one cannot be read.

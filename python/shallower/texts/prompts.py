@@ -145,7 +145,8 @@ def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
     """SHA-256 of all that prompts say, whatever file they are in."""
     digest = hashlib.sha256()
     for one in prompts:
-        said = [one.text, list(map(dict, one.messages)), one.answer, bool(one.ended)]
+        ended = one.answer is None or bool(one.ended)
+        said = [one.text, list(map(dict, one.messages)), one.answer, ended]
         digest.update(json.dumps(said).encode() + b"\n")
     return digest.hexdigest()
 

@@ -115,19 +115,10 @@ def read_samples(
     """Read texts until they make ``num_samples`` sequences, or end.
 
     With answers, which :func:`usable_answers` gave, a ``share`` of the sequences is left to them;
-    all of them are taken, however many that is.
-
-    Packed: every sequence begins where a document does, and is filled up to ``max_length`` with
-    the next ones, each with the end-of-text token behind it. What does not fit of the last is set
-    aside; where the texts end too early, the rests are one stream, cut into the sequences that are
-    missing, and what is left of it is left out. Else every text of at least two tokens is one
-    sequence, truncated. An answer is one sequence with its prompt, truncated; packed, it goes into
-    the first sequence that has room for all of it, behind the end-of-text token if the answer
-    before it has no end of its own.
-
-    Raises:
-        TextsError: there are too few tokens for one step, a text is not a string, or the
-            tokenizer has no end-of-text token to pack with.
+    all of them are taken, however many that is. Packed, every sequence begins where a document
+    does, and is filled up to ``max_length``: by the next ones with end-of-text tokens between them,
+    then by what did not fit; of answers by whole ones. Raises TextsError for too few tokens for one
+    step, what is no string, or a tokenizer without an end-of-text token to pack with.
     """
     turns = answers_turns(num_samples, share)
     wanted = int(np.count_nonzero(~turns))

@@ -77,9 +77,7 @@ class Judge(ABC):
 class TextJudge(Judge):
     """A judge of texts by what their tokens are predicted with: all of a text but those given.
 
-    Args:
-        batches: texts of at least two tokens, as of :func:`judged_batches`; those of an item, one
-            or several, one behind the other.
+    Texts have at least two tokens; those of an item lie one behind the other.
     """
 
     unit = "nats a token"

@@ -27,18 +27,9 @@ class OptionsJudge(Judge):
     there; a text that would begin with its option gets the beginning-of-text token, or the
     end-of-text token where there is none.
 
-    Args:
-        items: of :func:`shallower.texts.options.read_options`.
-        tokenizer: of the model.
-        tokens: the length of a context with an option at most, beyond which a context is
-            truncated at its start; and options in one forward, unless one item has more.
-
-    Attributes:
-        chance: the accuracy of a guess, the mean of 1 / K.
-
-    Raises:
-        TextsError: there are no items, an option has no tokens or more than fit, or a context
-            has none and there is no end-of-text token.
+    A context that is too long beside an option is truncated at its start; options of one item run
+    in one forward, and ``chance`` is the mean of 1 / K. Raises TextsError for no items, an option
+    without tokens or with more than fit, and a context without any where no token ends a text.
     """
 
     name = "options"

@@ -17,15 +17,8 @@ class SpeechJudge(KLJudge):
     """KL(p ‖ q) on what the whole model says, p its next-token distribution and q the cut's.
 
     As :class:`KLJudge`, summed over the tokens of answers alone: those of prompts are given. An
-    item is a prompt with its answers, which weighs as many tokens as they have.
-
-    Args:
-        said: by prompt the answers of the whole model to it, as its likeliest words and words that
-            were drawn; of each prompt as many, one at least.
-        tokens: answers with their prompts in one forward, unless one prompt has more.
-
-    Raises:
-        TextsError: there are no prompts.
+    item is a prompt with its answers, which weighs as many tokens as they have; of each prompt
+    there are as many in ``said``, one at least. Raises TextsError where there are no prompts.
     """
 
     name = "speech"
