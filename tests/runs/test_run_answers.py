@@ -134,7 +134,8 @@ def test_answers_of_a_file_are_those_of_its_model(run, learned, words, tmp_path,
 
 
 def test_of_prompts_of_our_own_the_texts_that_fit_are_begun(run, study, words, written):
-    done = run(answers=True)
+    with pytest.warns(sh.RejectedSamplesWarning, match="answers are left out: .* a prompt of"):
+        done = run(answers=True)  # of 16 tokens, where some beginnings have more
     assert sum(written) == min(512, len(study().split.fit)) < len(TEXTS)
     assert done.recommended.state == "patched"
 

@@ -233,7 +233,7 @@ def test_prompts_of_our_own_that_do_not_fit_are_left_out(short, words, tmp_path)
 
 
 def test_given_prompts_that_do_not_fit_are_refused_before_the_scan(short, words, tmp_path):
-    with pytest.raises(sh.TextsError, match="prompt 0 with an answer of 64 tokens has 67 tokens"):
+    with pytest.raises(sh.TextsError, match="prompt 2 with an answer of 64 tokens has 68 tokens"):
         sh.run(short, words, TEXTS, **TAKEN, out=tmp_path / "out")
     assert not (tmp_path / "out" / "scan.safetensors").exists()
 
