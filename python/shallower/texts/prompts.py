@@ -158,10 +158,7 @@ def prompt_ids(
 
     Chats are written by the tokenizer's template: without thoughts before the answer where it lets
     us choose, and on the same day always where it names the day. Of a text the token that ends
-    one, which some tokenizers add, is left out.
-
-    Raises TextsError, which names the prompt, where the tokenizer has no template for a chat that
-    is no text, or where it makes no token of a prompt.
+    one, which some tokenizers add, is left out. Raises TextsError, which names the prompt.
     """
     with untouched(tokenizer):
         return [
@@ -173,9 +170,8 @@ def prompt_ids(
 def answer_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> NDArray[np.int64]:
     """Tokenise the answer of a prompt, (A,) int64; if it is known to have ended, with its end.
 
-    That is the one which the tokenizer's template writes behind an answer in a chat, and the one
-    that ends a text otherwise; none where the tokenizer has none. Raises TextsError for an answer
-    that cannot be tokenised.
+    In a chat that is what the template writes behind an answer, else what ends a text, if anything
+    does. Raises TextsError for an answer that cannot be tokenised.
     """
     assert prompt.answer is not None
     with untouched(tokenizer):

@@ -73,11 +73,6 @@ def _title(comparison: CriteriaComparison) -> str:
     return f"{criteria} criteria on {', '.join(model.title for model in comparison.models)}"
 
 
-def _largest(group: Group) -> int:
-    """The largest number of layers that go."""
-    return max(row.n for row in group.rows)
-
-
 def _best(group: Group) -> list[tuple[Row, Standing]]:
     """The best choice of each size."""
     sizes = sorted({row.n for row in group.rows})
@@ -86,7 +81,7 @@ def _best(group: Group) -> list[tuple[Row, Standing]]:
 
 def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     """Say whose cut is the best in the state by which cuts are ranked, and who in the other."""
-    ranked = [] if group is None else group.ranked(_largest(group))
+    ranked = [] if group is None else group.ranked(max(row.n for row in group.rows))
     if group is None or not ranked:
         return "No criterion could be compared."
     (best, standing), total = ranked[0], group.model.num_layers
@@ -302,9 +297,7 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
 
 
 def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
-    """Tabulate what the criteria drop of one model, a number of layers, by regret in the state by
-    which cuts are ranked; those without one last.
-    """
+    """Tabulate what the criteria drop of one model by regret, those without one last."""
     ranked = [row for row, _ in group.ranked(n)]
     others = [row for row in group.rows if row.n == n and group.standing(row) is None]
     rows = [*ranked, *sorted(others, key=lambda row: (math.isnan(row.regret), row.regret))]
