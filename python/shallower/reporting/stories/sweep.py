@@ -121,8 +121,8 @@ def _sentence(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne]) -> s
         if means:
             best[one.title] = min(means, key=lambda name: means[name][0])
     if len(set(best.values())) == 1 and len(best) > 1:
-        of_all = "all of them" if len(best) == len(found) else f"the {len(best)} that are compared"
-        return f"{text} {next(iter(best.values()))} has the least mean regret on {of_all}."
+        where = "all of them" if len(best) == len(found) else f"the {len(best)} that are compared"
+        return f"{text} {next(iter(best.values()))} has the least mean regret on {where}."
     names = "; ".join(f"{name} on {title}" for title, name in best.items())
     return f"{text} Least mean regret: {names}." if names else text
 
