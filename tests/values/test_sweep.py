@@ -47,7 +47,7 @@ def test_the_error_is_of_lines_that_are_one_standard_error_higher_and_lower():
 def test_less_than_one_layer_is_no_share_that_can_go():
     (less, more) = borne(cuts(0.2, 0.4), (0.19, 0.3))
     assert (less.share, str(less)) == (pytest.approx(0.095), "less than 1 of 10 layers")
-    assert str(more) == "15.0 % (12.0 to 18.3), 1 of 10 layers"
+    assert str(more) == "15.0 % (12.5 to 17.5), 1 of 10 layers"
 
 
 def test_a_record_is_read_as_it_was_written():
