@@ -1,7 +1,10 @@
 """What a folder holds, and a disk that is full."""
 
+import json
 import resource
 from contextlib import contextmanager
+
+from shallower.storage import RECORD
 
 
 def tree(folder):
@@ -14,6 +17,22 @@ def tree(folder):
         else:
             found[name] = None if path.is_dir() else path.read_bytes()
     return found
+
+
+def tree_of_ours(folder):
+    """Everything below a folder but the records, which name all files beside and below them."""
+    found = tree(folder)
+    for name in [name for name in found if name.endswith(RECORD)]:
+        inside = name.removesuffix(RECORD)
+        files = {one for one, content in found.items() if content is not None}
+        below = {one.removeprefix(inside) for one in files if one.startswith(inside)} - {RECORD}
+        assert json.loads(found[name])["files"] == sorted(below), name
+    return {name: content for name, content in found.items() if not name.endswith(RECORD)}
+
+
+def record(folder, *names):
+    """Make a folder that such files were written into."""
+    (folder / RECORD).write_text(json.dumps({"files": names}))
 
 
 @contextmanager

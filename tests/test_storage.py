@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import threading
@@ -14,8 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import OutputError
-from shallower.storage import check_free, new_folder, partial_folder, resumable_folder, write_file
-from tests.folders import full_disk, tree
+from shallower.storage import (
+    RECORD,
+    check_free,
+    new_folder,
+    partial_folder,
+    resumable_folder,
+    write_file,
+)
+from tests.folders import full_disk, record, tree, tree_of_ours
 
 NOBODY = 65534
 
@@ -54,12 +62,14 @@ def forbidden(tmp_path):
 
 @pytest.fixture
 def occupied(tmp_path):
-    """A file, a folder, and symlinks to each and to nowhere, by name."""
+    """A file, a folder that was written here, and symlinks to each and to nowhere, by name."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").write_bytes(b"kept")
     (tmp_path / "file").write_bytes(b"old")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     (tmp_path / "folder" / "inner" / "old").write_bytes(b"old")
+    record(tmp_path / "elsewhere", "kept")
+    record(tmp_path / "folder", "inner/old")
     (tmp_path / "to_folder").symlink_to("elsewhere")
     (tmp_path / "to_file").symlink_to("elsewhere/kept")
     (tmp_path / "to_nowhere").symlink_to("nowhere")
@@ -175,8 +185,8 @@ def test_a_folder_appears_when_the_body_is_done(tmp_path):
     with new_folder(path) as partial:
         fill(partial)
         assert not path.exists()
-    assert tree(path) == FILLED
-    assert tree(path.parent).keys() == {"out", *(f"out/{name}" for name in FILLED)}
+    assert tree_of_ours(path) == FILLED
+    assert tree_of_ours(path.parent).keys() == {"out", *(f"out/{name}" for name in FILLED)}
 
 
 def test_a_process_that_is_killed_while_it_tidies_up_is_in_nobodys_way(tmp_path, monkeypatch):
@@ -210,7 +220,7 @@ def test_an_empty_folder_is_free(tmp_path):
     (tmp_path / "out").mkdir()
     with new_folder(tmp_path / "out") as partial:
         fill(partial)
-    assert tree(tmp_path / "out") == FILLED
+    assert tree_of_ours(tmp_path / "out") == FILLED
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
@@ -260,9 +270,59 @@ def test_overwriting_replaces_and_leaves_nothing_else(occupied, name):
     with new_folder(occupied / name, overwrite=True) as partial:
         fill(partial)
     assert not (occupied / name).is_symlink()
-    assert tree(occupied / name) == FILLED
+    assert tree_of_ours(occupied / name) == FILLED
     assert {path.name for path in occupied.iterdir()} == others
     assert (occupied / "elsewhere" / "kept").read_bytes() == b"kept"
+
+
+def resumed_folder(path, overwrite):
+    return resumable_folder(path, "job", overwrite)
+
+
+FOREIGN = {
+    "thesis.txt": "thesis.txt",
+    ".git/HEAD": ".git/",
+    "inner/thesis.txt": "inner/thesis.txt",
+    "inner/.git/HEAD": "inner/.git/",
+}
+"""Files that somebody put into a folder of ours, and what a refusal names."""
+
+
+@pytest.mark.parametrize("work", [new_folder, resumed_folder])
+@pytest.mark.parametrize("foreign", FOREIGN)
+@pytest.mark.parametrize("name", ["folder", "to_folder"])
+def test_what_was_not_written_here_is_never_replaced(occupied, work, name, foreign):
+    (occupied / name / foreign).parent.mkdir(parents=True, exist_ok=True)
+    (occupied / name / foreign).write_bytes(b"dear to someone")
+    before, words = tree(occupied), f"wrote {re.escape(FOREIGN[foreign])} there; choose another"
+    if name == "to_folder" and foreign.startswith("inner"):
+        words = "wrote inner/ there; choose another"
+    with pytest.raises(OutputError, match=words):
+        check_free(occupied / name, overwrite=True)
+    with pytest.raises(OutputError, match=words), work(occupied / name, True):
+        pytest.fail("the body ran")
+    assert tree(occupied) == before
+
+
+@pytest.mark.parametrize("work", [new_folder, resumed_folder])
+def test_what_comes_into_a_folder_meanwhile_is_never_replaced(occupied, work):
+    with (  # noqa: PT012
+        pytest.raises(OutputError, match="wrote thesis there"),
+        work(occupied / "folder", True) as new,
+    ):
+        fill(new)
+        (occupied / "folder" / "thesis").write_bytes(b"dear to someone")
+    assert (occupied / "folder" / "thesis").read_bytes() == b"dear to someone"
+    assert (occupied / "folder" / "inner" / "old").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("damaged", [b"", b"[]", b"{", b'{"files": 1}', b'{"files": [1, null]}'])
+def test_a_folder_without_a_sound_record_is_not_ours(tmp_path, damaged):
+    for index in range(5):
+        (tmp_path / f"file{index}").write_bytes(b"mine")
+    (tmp_path / RECORD).write_bytes(damaged)
+    with pytest.raises(OutputError, match=r"file0, file1(, file2)? and [23] more there"):
+        check_free(tmp_path, overwrite=True)
 
 
 def test_a_folder_that_filled_meanwhile_is_kept(tmp_path):
@@ -299,7 +359,7 @@ def test_a_relative_path_is_from_the_working_folder(tmp_path, monkeypatch):
     with new_folder(Path("out")) as partial:
         fill(partial)
     write_file(Path("file"), b"new")
-    assert tree(tmp_path / "out") == FILLED
+    assert tree_of_ours(tmp_path / "out") == FILLED
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
@@ -338,7 +398,7 @@ def test_a_body_that_fails_goes_on_from_what_it_left(tmp_path):
         assert tree(folder) == {"a": b"a"}
         (folder / "b").write_bytes(b"b")
         assert not path.exists()
-    assert tree(tmp_path) == {"new": None, "new/a": b"a", "new/b": b"b"}
+    assert tree_of_ours(tmp_path) == {"new": None, "new/a": b"a", "new/b": b"b"}
 
 
 def test_what_another_job_or_another_place_left_is_discarded(tmp_path):
@@ -393,16 +453,17 @@ def test_a_death_before_the_journal_was_written_is_no_obstacle(tmp_path):
     (tmp_path / ".new.partial" / ".journal.0123.partial").write_bytes(b"j")
     with resumable_folder(tmp_path / "new", "job") as folder:
         (folder / "a").write_bytes(b"a")
-    assert tree(tmp_path) == {"new": None, "new/a": b"a"}
+    assert tree_of_ours(tmp_path) == {"new": None, "new/a": b"a"}
 
 
 def test_a_death_after_the_renaming_is_no_obstacle(tmp_path):
     half_done(tmp_path / "new", a=b"a")
+    record(tmp_path / ".new.partial" / "folder", "a")
     (tmp_path / ".new.partial" / "folder").rename(tmp_path / "new")
     with resumable_folder(tmp_path / "new", "job", overwrite=True) as folder:
         assert tree(folder) == {}
         (folder / "b").write_bytes(b"b")
-    assert tree(tmp_path) == {"new": None, "new/b": b"b"}
+    assert tree_of_ours(tmp_path) == {"new": None, "new/b": b"b"}
 
 
 def test_one_at_a_time_writes_a_folder(tmp_path):
@@ -413,7 +474,7 @@ def test_one_at_a_time_writes_a_folder(tmp_path):
             resumable_folder(tmp_path / "new", "job"),
         ):
             pytest.fail("the body ran")
-    assert tree(tmp_path) == {"new": None, "new/a": b"a"}
+    assert tree_of_ours(tmp_path) == {"new": None, "new/a": b"a"}
 
 
 def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
@@ -425,7 +486,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
         (folder / "a").write_bytes(b"a")
     with new_folder(tmp_path / "other") as folder:
         (folder / "b").write_bytes(b"b")
-    assert tree(tmp_path) == {"new": None, "new/a": b"a", "other": None, "other/b": b"b"}
+    assert tree_of_ours(tmp_path) == {"new": None, "new/a": b"a", "other": None, "other/b": b"b"}
 
 
 @pytest.mark.parametrize("name", OCCUPIED)
@@ -439,7 +500,7 @@ def test_resumed_work_replaces_only_when_told_so(occupied, name):
     assert tree(occupied) == before
     with resumable_folder(occupied / name, "job", overwrite=True) as folder:
         (folder / "a").write_bytes(b"a")
-    assert tree(occupied / name) == {"a": b"a"}
+    assert tree_of_ours(occupied / name) == {"a": b"a"}
     assert not list(occupied.glob(".*"))
 
 

@@ -2,11 +2,12 @@
 
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -22,8 +23,8 @@ except ImportError:  # not on Unix
 def check_free(path: Path, overwrite: bool = False) -> None:
     """Refuse a path that holds something already; an empty folder is free.
 
-    Raises OutputError if something is there and ``overwrite`` is off, a parent is a file, or
-    another process writes there.
+    Raises OutputError if something is there and ``overwrite`` is off, a folder there holds what was
+    not written here, a parent is a file, or another process writes there.
     """
     check_alone(path)
     _check_taken(path, overwrite)
@@ -42,11 +43,47 @@ def _check_taken(path: Path, overwrite: bool) -> None:
                 f"{path} exists already: choose another place, or replace it (overwrite=True, "
                 "--overwrite)"
             )
+        if path.is_dir():
+            check_ours(path, list(_foreign(path, _recorded(path))))
         for parent in path.parents:
             if parent.exists():
                 if not parent.is_dir():
                     raise OutputError(f"cannot write {path}: {parent} is not a folder")
                 break
+
+
+RECORD = ".shallower.json"
+"""The names of all files that were written into a folder, in it: nothing else is replaced."""
+
+
+def check_ours(path: Path, foreign: Sequence[str]) -> None:
+    """Refuse to replace a path together with ``foreign`` files, if there are any: OutputError."""
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise OutputError(
+            f"cannot replace {path}: no record says that shallower wrote {', '.join(foreign[:3])}"
+            f"{more} there; choose another place, or move them away"
+        )
+
+
+def _recorded(folder: Path) -> set[str]:
+    """The names that the record in a folder has; none where there is no record."""
+    try:
+        return {RECORD, *map(str, json.loads((folder / RECORD).read_bytes())["files"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def _foreign(folder: Path, recorded: Collection[str], inside: str = "") -> Iterator[str]:
+    """The files and folders that are not recorded, by their names; of a folder only its own."""
+    for entry in sorted(folder.iterdir()):
+        name = f"{inside}{entry.name}"
+        if not entry.is_dir() or entry.is_symlink():
+            yield from () if name in recorded else (name,)
+        elif any(one.startswith(f"{name}/") for one in recorded):
+            yield from _foreign(entry, recorded, f"{name}/")
+        else:
+            yield f"{name}/"
 
 
 def check_apart(path: str | Path, inputs: Iterable[object]) -> None:
@@ -223,10 +260,7 @@ def new_folder(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Itera
             partial.mkdir(parents=True)
         try:
             yield partial
-            _check_taken(path, overwrite)
-            with raise_output_error(path):
-                _settle(partial)
-                _put(partial, path)
+            _put(partial, path, overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -247,12 +281,7 @@ def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[
     path = Path(path)
     with _working(path, job, overwrite) as folder:
         yield folder
-        _check_taken(path, overwrite)
-        with raise_output_error(path):
-            _settle(folder)
-            flush_folder(folder)
-            _put(folder, path)
-            flush_folder(path.absolute().parent)
+        _put(folder, path, overwrite)
 
 
 @contextmanager
@@ -404,10 +433,7 @@ def _clear(path: Path) -> None:
     """Remove what a process that was killed left of a path, which this one holds now."""
     name = _hidden(path, "partial").name
     for left in path.absolute().parent.glob(f"{glob.escape(name)}.{'[0-9a-f]' * 8}"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        _remove(left)
 
 
 def _hidden(path: Path, suffix: str) -> Path:
@@ -419,30 +445,42 @@ def _hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name[:200]}.{suffix}")
 
 
-def _put(partial: Path, path: Path) -> None:
-    if not path.exists() and not path.is_symlink():
-        partial.rename(path)
-        return
-    displaced = _sibling(path, "replaced")
-    path.rename(displaced)
-    try:
-        partial.rename(path)
-    except OSError:
-        displaced.rename(path)
-        raise
-    if displaced.is_dir() and not displaced.is_symlink():
-        shutil.rmtree(displaced, ignore_errors=True)
+def _put(folder: Path, path: Path, overwrite: bool) -> None:
+    """Make a complete folder ``path``, in the place of what is there."""
+    _check_taken(path, overwrite)
+    with raise_output_error(path):
+        _settle(folder)
+        displaced = _sibling(path, "replaced")
+        if path.exists() or path.is_symlink():
+            path.rename(displaced)
+        try:
+            folder.rename(path)
+        except OSError:
+            with suppress(FileNotFoundError):
+                displaced.rename(path)
+            raise
+        flush_folder(path.absolute().parent)
+    _remove(displaced)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a link, or a folder with all that is in it; or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        displaced.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _settle(folder: Path) -> None:
-    """Give every file the permissions that a new file has here, and flush it to disk."""
+    """Record all files, give them the permissions that a new file has here, and flush them."""
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    (folder / RECORD).write_text(json.dumps({"files": sorted(names - {RECORD})}, indent=1) + "\n")
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
             file.chmod(mode)
             flush_file(file)
+    flush_folder(folder)
 
 
 def flush_file(path: Path) -> None:

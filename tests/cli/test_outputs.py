@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import shallower as sh
+from shallower.models.source import ModelSource
 from shallower.patching import saving as shallower_patch
 from shallower.texts.sources import Texts
 from tests.cli.documents import tree
@@ -75,7 +76,21 @@ def made(tmp_path_factory, models, scans, plans, words):
     sh.prune(folder / "model", [2, 3], folder / "cut")
     sh.heal(folder / "cut", documents(120, 0), folder / "adapters", recipe=QUICK)
     (root / "to").symlink_to("all")
+    fill_with_theirs(root, folder / "cut")
     return root
+
+
+def fill_with_theirs(root, cut):
+    """Folders that hold a thesis and a repository of git: alone, beside a cut, and in one."""
+    theirs = root / "theirs"
+    for name in ("mine", "checkpoint", "healed"):
+        (theirs / name / ".git").mkdir(parents=True)
+        (theirs / name / ".git" / "HEAD").write_text("ref: refs/heads/main")
+        (theirs / name / "thesis.txt").write_text("three years")
+    shutil.copytree(theirs / "mine", theirs / "cut")
+    shutil.copytree(cut, theirs / "cut", dirs_exist_ok=True)
+    shutil.copytree(theirs / "mine", theirs / "cut" / "inner")
+    (root / "linked").symlink_to("theirs/cut")
 
 
 @pytest.fixture
@@ -106,6 +121,70 @@ def test_a_command_refuses_to_write_to_what_it_reads(read, shallower, command, n
         assert done.status == 2
         assert f"cannot write {out}" in done.err, done.err
         assert "which is read: choose another place" in done.err
+
+
+THEIRS = {
+    "theirs/mine": ".git/, thesis.txt",
+    "theirs/cut": ".git/, inner/, thesis.txt",
+    "theirs/cut/inner": ".git/, thesis.txt",
+    "all/../theirs/cut": ".git/, inner/, thesis.txt",
+    "linked": ".git/, inner/, thesis.txt",
+    "theirs": "checkpoint/, cut/, healed/ and 1 more",
+}
+"""Folders that hold what no command wrote, and what a refusal names of each."""
+
+WHOLE = [
+    *(one for one in COMMANDS if one.split()[0] in ("patch", "heal", "merge")),
+    *(one for one in COMMANDS if one.startswith("prune all/model") or "--as-gguf" in one),
+    f"heal all/cut {ON_TEXTS} --merge",
+]
+"""Commands that replace a folder as a whole."""
+
+IN_THEIRS = [(command, place, place) for command in WHOLE for place in THEIRS]
+IN_THEIRS += [
+    (f"run all/model {ON_TEXTS} --n 2", "theirs", "theirs/checkpoint"),
+    (f"run all/model {ON_TEXTS} --n 2 --heal", "theirs", "theirs/checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("command", "place", "named"), IN_THEIRS)
+def test_a_folder_with_what_no_command_wrote_is_not_replaced(
+    read, shallower, monkeypatch, command, place, named
+):
+    os.chdir(read)
+    monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("loaded"))
+    foreign = THEIRS[place] if named == place else ".git/, thesis.txt"
+    for options in ([], ["--dry-run"], ["--no-cache"]):
+        done = shallower(*command.split(), "--out", place, "--overwrite", *options)
+        assert done.status == 2
+        assert f"cannot replace {named}: no record says that shallower wrote {foreign} there; " in (
+            done.error
+        )
+        assert "choose another place, or move them away" in done.error
+
+
+def test_what_lies_beside_the_files_of_a_command_stays(made, shallower, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    texts, few = "--texts all/texts.jsonl", "--n 1 --max-texts 40 --max-eval-texts 8"
+    shallower("scan", "all/model", *texts.split(), "--out", tmp_path / "shards", "--shard", "1/1")
+    shutil.copytree(made / "theirs" / "mine", tmp_path / "out")
+    before = tree(tmp_path / "out")
+    for command in (
+        "analyse all/states.npy",
+        f"scan all/model {texts} --max-texts 9",
+        f"gather {tmp_path / 'shards'}",
+        "plan all/scans/scan.safetensors --n 2",
+        f"eval all/model {texts} --max-texts 9",
+        f"compare all/model {texts} {few} --criteria deepest",
+        f"curve all/model {texts} {few} --strategies deepest",
+    ):
+        for _ in range(2):
+            done = shallower(
+                *command.split(), "--out", tmp_path / "out", "--overwrite", "--no-cache"
+            )
+            assert done.status == 0, done.err
+        now = tree(tmp_path / "out")
+        assert {name: now.get(name) for name in before} == before, command
 
 
 LONG = [command for command in COMMANDS if not command.startswith("plan")]
@@ -145,12 +224,18 @@ def test_a_full_disk_is_found_before_the_work(read, shallower, monkeypatch, comm
     assert " are needed" in done.err
 
 
+PATCHED = sh.Patch(sh.Plan(6, (sh.Block(1, 2),)), "feed_forward", 90, 10, 1.0, 3.0, 2.0)
+
 FUNCTIONS = {
     "prune": ("model", lambda out, _: sh.prune("all/model", [1], out, overwrite=True)),
     "heal": ("cut", lambda out, _: sh.heal("all/cut", documents(9, 0), out, overwrite=True)),
     "merge": ("adapters", lambda out, _: sh.merge("all/adapters", out, overwrite=True)),
     "merge, into the cut": ("cut", lambda out, _: sh.merge("all/adapters", out, overwrite=True)),
     "save_model": ("model", lambda out, loaded: sh.save_model(*loaded, out, overwrite=True)),
+    "save_patched": (
+        "model",
+        lambda out, loaded: sh.save_patched(*loaded, out, done=PATCHED, overwrite=True),
+    ),
     "scan, checkpoint": (
         "texts.jsonl",
         lambda out, loaded: sh.scan(*loaded, Texts("all/texts.jsonl"), checkpoint=out),
@@ -186,12 +271,21 @@ def test_a_function_refuses_to_write_to_what_it_reads(read, name, place):
         call(PLACES[place].format(reads), loaded)
 
 
+@pytest.mark.parametrize("place", THEIRS)
+@pytest.mark.parametrize("name", ["prune", "heal", "merge", "save_model", "save_patched", "run"])
+def test_a_function_replaces_nothing_that_none_wrote(read, name, place):
+    loaded, named = sh.load_model("all/model"), place
+    if name == "run":
+        place, named = "theirs", "theirs/checkpoint"
+    words = f"cannot replace {named}: no record says that shallower wrote "
+    with pytest.raises(sh.OutputError, match=words):
+        FUNCTIONS[name][1](place, loaded)
+
+
 def test_a_patched_model_is_not_saved_over_its_source(read, words):
     model, tokenizer = sh.load_model("all/model")
-    plan = sh.Plan(6, (sh.Block(1, 2),))
-    done = sh.Patch(plan, "feed_forward", 90, 10, 1.0, 3.0, 2.0)
     with pytest.raises(sh.OutputError, match="it is all/model, which is read"):
-        sh.save_patched(model, tokenizer, "all/model", done=done, overwrite=True)
+        sh.save_patched(model, tokenizer, "all/model", done=PATCHED, overwrite=True)
 
 
 def test_a_hub_id_and_texts_that_are_given_are_no_places(tmp_path):

@@ -121,8 +121,12 @@ def test_a_place_that_is_taken_is_refused(source, tmp_path):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "mine").write_text("mine")
     assert_refused(OutputError, "exists already", source, tmp_path / "cut")
-    sh.prune(source, DROPPED, tmp_path / "cut", overwrite=True)
-    assert not (tmp_path / "cut" / "mine").exists()
+    with pytest.raises(OutputError, match="wrote mine there; choose another place"):
+        sh.prune(source, DROPPED, tmp_path / "cut", overwrite=True)
+    assert (tmp_path / "cut" / "mine").read_text() == "mine"
+    (tmp_path / "cut" / "mine").unlink()
+    for _ in range(2):
+        sh.prune(source, DROPPED, tmp_path / "cut", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 

@@ -6,9 +6,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, si
 
 import shallower as sh
 from shallower.cutting.exports import export_path
+from shallower.cutting.gguf import plan_path
 from tests.cutting.card_tools import LICENSED, front
 from tests.cutting.gguf_files import files_of_cut, write
-from tests.folders import tree
+from tests.folders import tree, tree_of_ours
 from tests.models.gguf_files import write_gguf
 
 DROPPED = [1, 3, 4]
@@ -50,6 +51,13 @@ def test_a_file_beside_a_gguf_is_not_replaced_unasked(tmp_path, shallower, index
     refused = shallower("prune", source, "--drop", "1", "--out", out, "--dry-run")
     assert f"{taken.name} exists already" in refused.error
     assert tree(tmp_path) == before
+    if index > 1:  # the plan says that all are of an earlier cut
+        with pytest.raises(sh.OutputError, match=f"cut.gguf: no .* wrote {taken.name} there"):
+            sh.prune(source, DROPPED, out, overwrite=True)
+        refused = shallower("prune", source, "--drop", "1", "--out", out, "--overwrite")
+        assert f"wrote {taken.name} there; choose another place" in refused.error
+        assert tree(tmp_path) == before
+        plan_path(out).write_text("of an earlier cut")
     sh.prune(source, DROPPED, out, overwrite=True)
     assert taken.read_bytes() != b"mine"
     taken.unlink()
@@ -119,18 +127,22 @@ def test_a_folder_for_the_hub_holds_the_file_and_its_card(tmp_path, shallower):
     assert sorted(there) == [str(out / name) for name in FILES]
     assert not out.exists()
     assert shallower(*words, "--json").json["written"] == str(out)
-    assert sorted(tree(out)) == FILES
+    assert sorted(tree_of_ours(out)) == FILES
     sh.prune(source, DROPPED, tmp_path / "beside.gguf")
     assert (out / "small.gguf").read_bytes() == (tmp_path / "beside.gguf").read_bytes()
     assert sh.Plan.load(out / "shallower_plan.json").dropped == tuple(DROPPED)
     card = (out / "README.md").read_text()
     assert front(card)["library_name"] == "gguf"
     assert "mergekit-yaml mergekit.yaml merged" in card
-    assert "exists already" in shallower(*words).error
-    assert "exists already" in shallower(*words, "--dry-run").error
     before = tree(out)
-    assert shallower(*words, "--overwrite").status == 0
-    assert tree(out) == before
+    other = [word if word != "1,3:5" else "1" for word in words]
+    assert "exists already" in shallower(*other).error
+    assert "exists already" in shallower(*other, "--dry-run").error
+    for options in ((), ("--overwrite",), ("--overwrite", "--no-cache")):
+        again = shallower(*words, *options)
+        assert again.status == 0, again.err
+        assert ("already there, made from the same" in again.err) == ("--no-cache" not in options)
+        assert tree(out) == before
 
 
 def test_a_folder_for_the_hub_has_the_license_of_a_folder_with_a_card(tmp_path):

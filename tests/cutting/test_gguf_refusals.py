@@ -178,10 +178,10 @@ def test_a_sparse_giant_is_refused_at_once(tmp_path):
         file.write(b"GGUF" + struct.pack("<IQQ", 3, 1, 1))
         file.write(struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 8, 2**36))
         file.truncate(2**40)
-    start = time.perf_counter()
+    start = time.thread_time()  # not of others, on a loaded machine
     with pytest.raises(sh.ModelError, match="elements are counted, and there is room for"):
         Gguf(path)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_the_command_line(real, shallower, tmp_path):

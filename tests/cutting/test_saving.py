@@ -8,7 +8,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import shallower as sh
+from shallower.storage import RECORD
 from tests.cutting.tiny_models import GATED, logits_of, reload
+from tests.folders import record
 
 
 def test_a_checkpoint_is_saved_with_its_tokenizer_and_plan(llama, words, tmp_path):
@@ -24,7 +26,7 @@ def test_a_checkpoint_is_saved_with_its_tokenizer_and_plan(llama, words, tmp_pat
 def test_without_tokenizer_and_plan_there_are_none(llama, tmp_path):
     sh.save_model(llama, None, tmp_path / "cut")
     names = {file.name for file in (tmp_path / "cut").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", RECORD}
 
 
 def test_a_tokenizer_saved_after_a_scan_truncates_no_more_than_before(llama, words, tmp_path):
@@ -55,10 +57,12 @@ def test_overwriting_replaces_what_is_there_and_nothing_else(llama, tmp_path, ki
     other = tmp_path / "other"
     other.mkdir()
     (other / "note").write_text("mine")
+    record(other, "note")
     target = tmp_path / "cut"
     if kind == "folder":
         target.mkdir()
         (target / "note").write_text("old")
+        record(target, "note")
     elif kind == "file":
         target.write_text("old")
     else:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.numpy import load_file
 
 import shallower as sh
+from shallower.healing import training
 from shallower.healing.training import Throughput
 from shallower.texts.sequences import order
 from tests.conftest import mostly_slow
@@ -43,6 +43,7 @@ def test_adapters_are_a_repository_of_peft(healed, cut):
     assert {file.name for file in out.iterdir()} == {
         "LICENSE", "README.md", "adapter_config.json", "adapter_model.safetensors", "healing.json",
         "healing.png", "shallower_plan.json", "tokenizer.json", "tokenizer_config.json",
+        ".shallower.json",
     }  # fmt: skip
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 4, 0.05)
@@ -151,13 +152,18 @@ def test_the_process_is_as_it_was(cut, tmp_path):
 @pytest.mark.parametrize(("device", "waited"), [("cpu", []), ("cuda:0", ["cuda:0"])])
 def test_a_step_has_ended_when_its_device_has_done_it(monkeypatch, device, waited):
     """Else the time of the last forward and backward would be counted nowhere."""
-    calls = []
+    calls, now = [], [1.0]
+
+    def clock():
+        now[0] += 0.001
+        return now[0]
 
     def synchronize(of):
         calls.append(str(of))
-        time.sleep(0.05)
+        now[0] += 0.05
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock))
     arguments = SimpleNamespace(device=torch.device(device))
     state = SimpleNamespace(global_step=1)
     throughput = Throughput(np.array([7]), None)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -209,13 +210,27 @@ def test_a_cache_that_is_off_asks_for_nothing(model, monkeypatch):
     assert texts_inputs(["a"], Store(None)) is None
 
 
-def test_a_file_that_changes_right_now_is_not_known_by_its_time(tmp_path):
+def test_what_is_known_of_a_file_does_not_depend_on_its_age(tmp_path):
     path = tmp_path / "states.npy"
     path.write_bytes(b"x")
-    assert file_inputs(path) is None
+    new = file_inputs(path)
+    assert new is not None
     settled(path)
-    assert file_inputs(path) == file_inputs(path) is not None
+    assert file_inputs(path) == new
+    os.utime(path, (OLD, OLD))
+    old = file_inputs(path)
+    assert old not in (new, None)
+    settled(path)
+    assert file_inputs(path) == old
     assert file_inputs(tmp_path / "none") is None
+
+
+def test_a_file_that_goes_on_changing_is_not_known_by_its_time(tmp_path, monkeypatch):
+    path = tmp_path / "states.npy"
+    path.write_bytes(b"x")
+    clock = SimpleNamespace(time=lambda: path.stat().st_mtime, sleep=lambda _: None)
+    monkeypatch.setattr(inputs, "time", clock)
+    assert file_inputs(path) is None
 
 
 def test_the_code_and_the_versions_count():

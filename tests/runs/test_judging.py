@@ -1,7 +1,6 @@
 """Studies whose cuts are chosen by the divergence on the whole model's own words."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -137,7 +136,6 @@ def places(tmp_path_factory, sharp, words):
     lines = [json.dumps({"prompt": one}) + "\n" for one in ASKED]
     (folder / "prompts.jsonl").write_text("".join(lines))
     (folder / "others.jsonl").write_text("".join(lines[1:]))
-    time.sleep(0.2)  # files that have just changed are read again
     return folder
 
 

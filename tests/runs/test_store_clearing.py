@@ -50,7 +50,7 @@ def test_clearing_goes_on_while_others_write(store):
     started = [start(store, name, quiet=True) for name in ("one", "two")]
     ending = time.monotonic() + 1.0
     freed = 0
-    while time.monotonic() < ending:
+    while time.monotonic() < ending or not freed:  # on a loaded machine they begin later
         freed += store.clear()
     for process in started:
         assert process.poll() is None

@@ -1,7 +1,6 @@
 """Parts of a study shared by workers and by hand: the study of one process comes of it."""
 
 import json
-import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -32,7 +31,6 @@ def places(tmp_path_factory, words):
         words.save_pretrained(folder / name)
     write_jsonl(folder / "texts.jsonl", documents(24))
     write_jsonl(folder / "held_out.jsonl", documents(8, seed=1))
-    time.sleep(0.2)  # files that have just changed are read again
     return folder
 
 

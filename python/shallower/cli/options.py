@@ -91,12 +91,12 @@ Threads = Annotated[
     typer.Option(metavar="N", help="Threads of the core; all processors by default.", min=1),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is at --out, once the new is complete.")
+    bool, typer.Option("--overwrite", help="Replace an earlier output once the new is complete.")
 ]
 OverwriteParts = Annotated[
     bool,
     typer.Option(
-        "--overwrite", help="Replace what is in --out, part by part as the new ones are complete."
+        "--overwrite", help="Replace earlier results in --out, part by part as new ones are there."
     ),
 ]
 DeviceMemory = Annotated[

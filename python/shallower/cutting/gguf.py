@@ -15,7 +15,7 @@ from typing import Any
 from .._core import Gguf
 from ..errors import ModelError
 from ..progress import BytesProgress, track_copy
-from ..storage import check_free, new_file, new_folder, write_file
+from ..storage import check_free, check_ours, new_file, new_folder, write_file
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
 from ..values.plan import Plan
@@ -66,6 +66,8 @@ class PreparedGguf:
         """Refuse a place that is taken: OutputError."""
         for path in self.files if self.gguf == self.out else [self.out]:
             check_free(path, overwrite)
+        if self.gguf == self.out and not self._plan_path.exists():  # not of an earlier cut
+            check_ours(self.out, [path.name for path in self.texts if path.exists()])
 
     def write(
         self, *, overwrite: bool = False, progress: BytesProgress | bool | None = None

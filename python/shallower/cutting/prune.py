@@ -75,7 +75,7 @@ def prune(
         experts: routed experts that go of the layers that stay: by layer, 0-based, their indices;
             a text of them, as ``0:3,5;1:2,7``, or a file with a layer a line; or a plan that drops
             nothing else. As many of every layer that has any.
-        overwrite: replace what is at ``out``, once the new files are complete.
+        overwrite: replace an earlier output at ``out``, once the new files are complete.
         dtype: of the weights; by default as stored in a folder of safetensors, else bfloat16.
         max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``, which is
             the default; for cuts on disk.

@@ -65,7 +65,7 @@ def save_model(
         tokenizer: saved beside it, unless ``None``.
         path: a folder that does not exist yet, or is empty.
         plan: what was dropped; saved as ``shallower_plan.json``.
-        overwrite: replace what is at ``path``, once the new checkpoint is complete.
+        overwrite: replace an earlier output at ``path``, once the new checkpoint is complete.
         losses: the held-out loss before and after the cut, for the model card.
 
     Raises:

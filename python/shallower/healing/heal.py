@@ -102,7 +102,7 @@ def heal(
         losses: the losses of the uncut model and of the cut before a patch, in nats a token on
             ``eval_texts`` at the recipe's ``max_length``, where they were measured already; what
             is given is not measured again.
-        overwrite: replace what is at ``out``, once the new folder is complete.
+        overwrite: replace an earlier output at ``out``, once the new folder is complete.
         progress: whether to show bars with ETA on standard error; by default if that is a
             terminal.
         trust_remote_code: run code that comes with the models.

@@ -49,7 +49,7 @@ def merge(
         adapters: the folder that :func:`shallower.heal` left.
         out: a folder that does not exist yet, or is empty.
         model: the cut; by default where it was when it was healed.
-        overwrite: replace what is at ``out``, once the new folder is complete.
+        overwrite: replace an earlier output at ``out``, once the new folder is complete.
         progress: whether to show a bar on standard error; by default if that is a terminal.
         trust_remote_code: run code that comes with the model.
 

@@ -66,7 +66,7 @@ def save_patched(
         tokenizer: saved beside it, unless ``None``.
         path: a folder that does not exist yet, or is empty.
         done: what :func:`shallower.patch` gave; its plan is saved as well.
-        overwrite: replace what is at ``path``, once the new checkpoint is complete.
+        overwrite: replace an earlier output at ``path``, once the new checkpoint is complete.
         losses: the losses before the cut and after the patch, on text that no choice was made
             on.
         more: files to put beside it, by name.

@@ -26,7 +26,13 @@ from ..values.provenance import versions
 from .store import Store
 
 RACY_SECONDS = 0.1
-"""A file that changed so recently may change again without another time of change."""
+"""A file that changed so recently may change again without another time of change: it is awaited,
+so that what is known of a file does not depend on its age."""
+
+_LOOKS = 40
+"""How often files are looked at, a quarter of those seconds apart, before they are given up."""
+
+_STAMPS = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_dev", "st_ino")
 
 LARGE_BYTES = 1 << 30
 """From here on hashing is shown by a bar."""
@@ -147,7 +153,7 @@ def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str
 def file_inputs(path: str | Path) -> list[Any] | None:
     """Identify a file by its place, size and time of change, without reading it.
 
-    None if it is not there, or changes right now.
+    None if it is not there, or goes on changing.
     """
     try:
         return _stamps([Path(path).expanduser()])
@@ -313,27 +319,19 @@ def _on_the_hub(source: ModelSource) -> dict[str, Any] | None:
 
 
 def _stamps(files: Iterable[Path]) -> list[Any] | None:
-    """Place, size, times and number of files; None if one is not there, or changes right now."""
-    found = []
-    for file in files:
+    """Place, size, times and number of files that rest; None if one is not there, or never does."""
+    files = list(files)
+    for _ in range(_LOOKS):
         try:
-            status = file.stat()
+            found = [(str(file.absolute()), file.stat()) for file in files]
         except OSError:
             return None
         now = time.time()
-        if min(abs(now - status.st_mtime), abs(now - status.st_ctime)) < RACY_SECONDS:
-            return None
-        found.append(
-            [
-                str(file.absolute()),
-                status.st_size,
-                status.st_mtime_ns,
-                status.st_ctime_ns,
-                status.st_dev,
-                status.st_ino,
-            ]
-        )
-    return found
+        ages = (abs(now - at) for _, one in found for at in (one.st_mtime, one.st_ctime))
+        if min(ages, default=RACY_SECONDS) >= RACY_SECONDS:
+            return [[place, *(getattr(one, name) for name in _STAMPS)] for place, one in found]
+        time.sleep(RACY_SECONDS / 4)
+    return None
 
 
 def _hash_of_texts(texts: Iterable[str]) -> dict[str, Any] | None:
