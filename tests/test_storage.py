@@ -275,28 +275,18 @@ def test_overwriting_replaces_and_leaves_nothing_else(occupied, name):
     assert (occupied / "elsewhere" / "kept").read_bytes() == b"kept"
 
 
-def resumed_folder(path, overwrite):
-    return resumable_folder(path, "job", overwrite)
+WORK = [new_folder, lambda path, overwrite: resumable_folder(path, "job", overwrite)]
 
 
-FOREIGN = {
-    "thesis.txt": "thesis.txt",
-    ".git/HEAD": ".git/",
-    "inner/thesis.txt": "inner/thesis.txt",
-    "inner/.git/HEAD": "inner/.git/",
-}
-"""Files that somebody put into a folder of ours, and what a refusal names."""
-
-
-@pytest.mark.parametrize("work", [new_folder, resumed_folder])
-@pytest.mark.parametrize("foreign", FOREIGN)
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("foreign", ["thesis.txt", ".git/HEAD", "inner/thesis.txt", "inner/a/b"])
 @pytest.mark.parametrize("name", ["folder", "to_folder"])
 def test_what_was_not_written_here_is_never_replaced(occupied, work, name, foreign):
     (occupied / name / foreign).parent.mkdir(parents=True, exist_ok=True)
     (occupied / name / foreign).write_bytes(b"dear to someone")
-    before, words = tree(occupied), f"wrote {re.escape(FOREIGN[foreign])} there; choose another"
-    if name == "to_folder" and foreign.startswith("inner"):
-        words = "wrote inner/ there; choose another"
+    named = {".git/HEAD": ".git/", "inner/a/b": "inner/a/"}.get(foreign, foreign)
+    named = "inner/" if name == "to_folder" and "inner" in foreign else named
+    before, words = tree(occupied), f"wrote {re.escape(named)} there; choose another place"
     with pytest.raises(OutputError, match=words):
         check_free(occupied / name, overwrite=True)
     with pytest.raises(OutputError, match=words), work(occupied / name, True):
@@ -304,16 +294,14 @@ def test_what_was_not_written_here_is_never_replaced(occupied, work, name, forei
     assert tree(occupied) == before
 
 
-@pytest.mark.parametrize("work", [new_folder, resumed_folder])
+@pytest.mark.parametrize("work", WORK)
 def test_what_comes_into_a_folder_meanwhile_is_never_replaced(occupied, work):
-    with (  # noqa: PT012
-        pytest.raises(OutputError, match="wrote thesis there"),
-        work(occupied / "folder", True) as new,
-    ):
+    path, words = occupied / "folder", "wrote thesis there"
+    with pytest.raises(OutputError, match=words), work(path, True) as new:  # noqa: PT012
         fill(new)
-        (occupied / "folder" / "thesis").write_bytes(b"dear to someone")
-    assert (occupied / "folder" / "thesis").read_bytes() == b"dear to someone"
-    assert (occupied / "folder" / "inner" / "old").read_bytes() == b"old"
+        (path / "thesis").write_bytes(b"dear to someone")
+    assert (path / "thesis").read_bytes() == b"dear to someone"
+    assert (path / "inner" / "old").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("damaged", [b"", b"[]", b"{", b'{"files": 1}', b'{"files": [1, null]}'])

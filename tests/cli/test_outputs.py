@@ -166,22 +166,24 @@ def test_a_folder_with_what_no_command_wrote_is_not_replaced(
 def test_what_lies_beside_the_files_of_a_command_stays(made, shallower, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
     texts, few = "--texts all/texts.jsonl", "--n 1 --max-texts 40 --max-eval-texts 8"
-    shallower("scan", "all/model", *texts.split(), "--out", tmp_path / "shards", "--shard", "1/1")
+    for shard in ("0/2", "1/2"):
+        words = (*texts.split(), "--out", tmp_path / "shards", "--shard", shard)
+        assert shallower("scan", "all/model", *words).status == 0
+    states = np.random.default_rng(0).standard_normal((4, 7, 8), dtype=np.float32)
+    np.save(tmp_path / "states.npy", states)
     shutil.copytree(made / "theirs" / "mine", tmp_path / "out")
     before = tree(tmp_path / "out")
     for command in (
-        "analyse all/states.npy",
-        f"scan all/model {texts} --max-texts 9",
+        f"analyse {tmp_path / 'states.npy'} --no-cache",
+        f"scan all/model {texts} --max-texts 9 --no-cache",
         f"gather {tmp_path / 'shards'}",
         "plan all/scans/scan.safetensors --n 2",
-        f"eval all/model {texts} --max-texts 9",
-        f"compare all/model {texts} {few} --criteria deepest",
-        f"curve all/model {texts} {few} --strategies deepest",
+        f"eval all/model {texts} --max-texts 9 --no-cache",
+        f"compare all/model {texts} {few} --criteria deepest --no-cache",
+        f"curve all/model {texts} {few} --strategies deepest --no-cache",
     ):
         for _ in range(2):
-            done = shallower(
-                *command.split(), "--out", tmp_path / "out", "--overwrite", "--no-cache"
-            )
+            done = shallower(*command.split(), "--out", tmp_path / "out", "--overwrite")
             assert done.status == 0, done.err
         now = tree(tmp_path / "out")
         assert {name: now.get(name) for name in before} == before, command
