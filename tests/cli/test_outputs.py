@@ -165,7 +165,7 @@ def test_a_folder_with_what_no_command_wrote_is_not_replaced(
 
 def test_what_lies_beside_the_files_of_a_command_stays(made, shallower, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
-    texts, few = "--texts all/texts.jsonl", "--n 1 --max-texts 40 --max-eval-texts 8"
+    texts, few = "--texts all/texts.jsonl", "--eval-texts all/held.jsonl --n 1 --max-texts 40"
     for shard in ("0/2", "1/2"):
         words = (*texts.split(), "--out", tmp_path / "shards", "--shard", shard)
         assert shallower("scan", "all/model", *words).status == 0

@@ -87,8 +87,14 @@ def test_a_place_that_is_taken_is_refused(cut, tmp_path):
     (tmp_path / "out" / "file").write_text("mine")
     with pytest.raises(sh.OutputError, match="exists already"):
         sh.heal(cut, TEXTS, tmp_path / "out", recipe=QUICK)
-    sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=1), overwrite=True)
-    assert not (tmp_path / "out" / "file").exists()
+    with pytest.raises(sh.OutputError, match="wrote file there; choose another place"):
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe=QUICK, overwrite=True)
+    assert (tmp_path / "out" / "file").read_text() == "mine"
+    (tmp_path / "out" / "file").unlink()
+    for seed in (0, 1):
+        once = replace(QUICK, steps=1, seed=seed)
+        sh.heal(cut, TEXTS, tmp_path / "out", recipe=once, overwrite=True)
+    assert sh.Healing.load(tmp_path / "out").recipe.seed == 1
 
 
 def test_adapters_of_another_model_are_refused(healed, cut, words, tmp_path):
