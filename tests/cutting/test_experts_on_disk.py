@@ -6,6 +6,7 @@ which dropped experts cannot be chosen."""
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower.cutting import checkpoint
+from shallower.cutting.checkpoint import identity_of
 from shallower.cutting.prune import plan_prune
+from shallower.healing.loaded_models import OriginalModel
 from shallower.models.experts import find_experts
 from shallower.models.identity import identify
 from tests.cutting.checkpoints import read_json, stored
@@ -208,3 +211,36 @@ def test_a_plain_mixture_is_cut_without_torch_and_in_little_memory(name, tmp_pat
     assert heavy == []
     assert float(peak) < 64
     assert read_json(tmp_path / "cut" / "config.json")["hidden_size"] == 32
+
+
+@pytest.fixture
+def whole_and_cut(words, tmp_path):
+    """A mixture, and what a plan of experts leaves of it, with the tokenizer of both."""
+    model = mixture("mixtral")
+    sh.save_model(model, words, tmp_path / "whole")
+    sh.prune(tmp_path / "whole", (), tmp_path / "cut", experts=some_experts(model))
+    return tmp_path / "whole", tmp_path / "cut"
+
+
+def test_a_plan_of_the_whole_does_not_cut_the_cut(whole_and_cut, tmp_path):
+    """By layers, which are as many in both: on disk, in memory, and of an original to learn from."""
+    whole, cut = whole_and_cut
+    plan = replace(sh.Plan.of(8, [1]), model=identity_of(whole))
+    sh.prune(whole, plan, tmp_path / "fits")
+    for taken in (
+        lambda: sh.prune(cut, plan, tmp_path / "out"),
+        lambda: sh.prune(cut, plan, tmp_path / "out", dtype="bfloat16"),
+        lambda: sh.drop_layers(sh.load_model(cut, "float32")[0], plan),
+        lambda: sh.gain(cut, plan, device="a100-80"),
+        lambda: OriginalModel(str(cut), plan, trust_remote_code=False).load("float32"),
+    ):
+        with pytest.raises(sh.PlanError, match="the plan was made for whole .* cut is another"):
+            taken()
+    assert not (tmp_path / "out").exists()
+
+
+def test_scans_of_the_whole_and_of_the_cut_do_not_merge(whole_and_cut):
+    texts = ["w1 w2 w3", "w4 w5"]
+    first, other = (sh.scan(*sh.load_model(one, "float32"), texts) for one in whole_and_cut)
+    with pytest.raises(sh.ScanError, match="cannot merge scans of different models"):
+        sh.Scan.merge([first, other])

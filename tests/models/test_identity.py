@@ -5,9 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shallower as sh
+from shallower.cutting.checkpoint import identity_of
 from shallower.models.identity import identify, stored_dtype, weights_hash
 from shallower.models.loading import load_model
 from tests.conftest import tiny_llama
+from tests.cutting.mixtures import mixture, some_experts
 from tests.models.checkpoints import lively, logits_of, wide_llama, wide_qwen
 
 
@@ -110,3 +112,27 @@ def test_the_hash_of_quantised_weights_is_that_of_their_bits(words, tmp_path, dt
 
 def test_offloaded_weights_have_no_hash():
     assert weights_hash(tiny_llama().to("meta")) is None
+
+
+# Mixtures.
+DENSE = "4aa16f02f6b1"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "granitemoe", "qwen2_moe", "dbrx"])
+def test_the_fingerprint_counts_experts(name, tmp_path):
+    """In memory, on disk and loaded, by the config and by a model that is built of it."""
+    model = mixture(name)
+    model.save_pretrained(tmp_path / "whole")
+    whole = identify(model)
+    assert identity_of(tmp_path / "whole").fingerprint == whole.fingerprint
+    sh.prune(tmp_path / "whole", (), tmp_path / "cut", experts=some_experts(model))
+    cut = identity_of(tmp_path / "cut")
+    assert cut.num_layers == whole.num_layers
+    assert cut.fingerprint != whole.fingerprint
+    sh.drop_experts(model, some_experts(model))
+    assert identify(model).fingerprint == cut.fingerprint
+
+
+def test_the_fingerprint_of_a_dense_model_is_that_of_earlier_versions():
+    """Plans and scans of users have it."""
+    assert identify(tiny_llama()).fingerprint.startswith(DENSE)

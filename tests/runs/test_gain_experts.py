@@ -34,3 +34,19 @@ def test_experts_that_the_router_needs_stay(model):
     dropped = sh.DroppedExperts(6, some_experts(model, 5))
     with pytest.raises(sh.ExpertsError, match="keep at least 2"):
         sh.gain(model, sh.Plan(8, (), experts=dropped), device="a100-80")
+
+
+@pytest.mark.parametrize("by", ["place", "config", "memory"])
+def test_a_plan_of_another_mixture_is_refused_as_prune_refuses_it(tmp_path, by):
+    """Of as many layers and experts, which is all that a config says of a cut."""
+    other, own = mixture("qwen3_moe", mlp_only_layers=[]), mixture("mixtral")
+    own.save_pretrained(tmp_path / "mixtral")
+    other.save_pretrained(tmp_path / "qwen")
+    plan = sh.prune(tmp_path / "qwen", (), tmp_path / "cut", experts=some_experts(other))
+    with pytest.raises(sh.PlanError, match="the plan was made for qwen"):
+        sh.prune(tmp_path / "mixtral", plan, tmp_path / "out")
+    given = {"place": tmp_path / "mixtral", "config": own.config, "memory": own}[by]
+    with pytest.raises(sh.PlanError, match=r"the plan was made for qwen .* is another model"):
+        sh.gain(given, plan, device="a100-80")
+    whole = {"place": tmp_path / "qwen", "config": other.config, "memory": other}[by]
+    assert sh.gain(whole, plan, device="a100-80").experts == plan.experts

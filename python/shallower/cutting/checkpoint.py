@@ -146,12 +146,10 @@ def prepare(
     """
     size = parse_size(SHARD_SIZE if max_shard_size is None else max_shard_size, OutputError)
     folder = Path(source).expanduser().resolve()
-    stored = Checkpoint(folder)
-    raw = read_config(stored.resolve(CONFIG_FILE))
-    weights = {tensor[0]: Stored(*tensor[1:]) for tensor in stored.tensors()}
+    stored, raw, weights = _opened(folder)
     mixed = experts is not None or (isinstance(layers, Plan) and layers.experts is not None)
     model = _describe(folder, raw, trust_remote_code, experts_of=weights if mixed else None)
-    total = model.shape[1]
+    total = model.shape.num_layers
     wanted = agreed_plan(
         label or str(source),
         total,
@@ -194,6 +192,25 @@ def prepare(
         texts,
         {name: path for name, path in files.items() if name not in texts},
     )
+
+
+def identity_of(source: str | Path, trust_remote_code: bool = False) -> ModelIdentity | None:
+    """The identity that the model in a local folder of safetensors has when it is loaded.
+
+    None where the names of the tensors hide it. ModelError: no model is described there.
+    """
+    folder = Path(source).expanduser().resolve()
+    _, raw, weights = _opened(folder)
+    model = _describe(folder, raw, trust_remote_code, experts_of=None)
+    prefix = find_prefix(weights, model.path, model.shape.num_layers, num_more=_num_more(raw))
+    return _identify(model, config_dtype(raw), weights, prefix)
+
+
+def _opened(folder: Path) -> tuple[Checkpoint, dict[str, Any], "dict[str, Stored]"]:
+    """A checkpoint, its config and its tensors by their names."""
+    stored = Checkpoint(folder)
+    raw = read_config(stored.resolve(CONFIG_FILE))
+    return stored, raw, {tensor[0]: Stored(*tensor[1:]) for tensor in stored.tensors()}
 
 
 def _num_more(raw: Mapping[str, Any]) -> int:
@@ -313,8 +330,7 @@ def _identify(
         )
     except KeyError:
         return None
-    model_type, total, _, _ = model.shape
-    return ModelIdentity(model.name, model_type, total, dtype, hashed)
+    return ModelIdentity(model.name, model.shape.model_type, model.shape.num_layers, dtype, hashed)
 
 
 def _bfloat16_bits(stored: Stored) -> bytes:

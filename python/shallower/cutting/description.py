@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from ..values.identity import Shape
 from ..values.plan import Plan
 from .mixture import Mixture, StoredLayer
 
@@ -15,8 +16,8 @@ class Description(Protocol):
         """Name of its folder."""
 
     @property
-    def shape(self) -> tuple[str, int, int, int]:
-        """Model type, layers, hidden size, vocabulary size."""
+    def shape(self) -> Shape:
+        """Its sizes."""
 
     @property
     def path(self) -> str:

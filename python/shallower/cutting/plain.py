@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 from ..errors import ModelError
 from ..models.layer_config import shorten
+from ..values.identity import Shape
 from ..values.plan import Plan
 from ..values.routing import Routing
 from .mixture import Mixture, StoredLayer
@@ -93,7 +94,7 @@ class PlainModel:
     """A model of one of these families; a :class:`.description.Description`."""
 
     name: str
-    shape: tuple[str, int, int, int]
+    shape: Shape
     defaults: Mapping[str, Any]
     routing: Routing | None = None
 
@@ -105,12 +106,12 @@ class PlainModel:
     @property
     def kinds(self) -> Sequence[object]:
         """All layers are alike."""
-        return (None,) * self.shape[1]
+        return (None,) * self.shape.num_layers
 
     def vectors(self) -> Iterator[tuple[str, str]]:
         """The names of the one-dimensional weights, in the order of the modules; stored alike."""
-        for index in range(self.shape[1]):
-            for name in VECTORS[self.shape[0]]:
+        for index in range(self.shape.num_layers):
+            for name in VECTORS[self.shape.model_type]:
                 yield (f"{self.path}.{index}.{name}",) * 2
         yield ("model.norm.weight",) * 2
 
@@ -121,13 +122,13 @@ class PlainModel:
                 f"{self.name} has no layer with routed experts: drop whole layers instead",
                 see="experts",
             )
-        return Mixture(self.name, self.routing, frozenset(range(self.shape[1])))
+        return Mixture(self.name, self.routing, frozenset(range(self.shape.num_layers)))
 
     def stored_experts(self, plan: Plan) -> Mapping[int, StoredLayer]:
         """Of layers with routed experts, how a stock loader stores them."""
         if plan.experts is None:
             return {}
-        stacks = _MIXTURES[self.shape[0]][1:]
+        stacks = _MIXTURES[self.shape.model_type][1:]
         heads = frozenset(name.partition(".")[0] for name in stacks)
         lengths = dict.fromkeys(stacks, plan.experts.num_experts)
         return dict.fromkeys(plan.experts.by_layer, StoredLayer(lengths, frozenset(), heads))
@@ -141,14 +142,14 @@ class PlainModel:
         after = SimpleNamespace(**before)
         try:
             if plan.blocks:
-                shorten(after, self.shape[1], plan.survivors)
+                shorten(after, self.shape.num_layers, plan.survivors)
         except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ModelError(
                 f"the config cannot describe the layers {list(plan.survivors)} alone: {error}",
                 see="families",
             ) from error
         if plan.experts is not None:
-            setattr(after, _MIXTURES[self.shape[0]][0], plan.experts.num_kept)
+            setattr(after, _MIXTURES[self.shape.model_type][0], plan.experts.num_kept)
         return edit_config(raw, before, vars(after), aliases={})
 
 
@@ -168,6 +169,9 @@ def plain_model(
     lists = _LISTS.get(family, ())
     if any(raw.get(key) for key in _UNUSUAL) or (raw.get("layer_types") and not lists):
         return None
+    number = _num_experts(family, raw)
+    if number is None:
+        return None
     defaults = _defaults(family, total, raw)
     described = {**defaults, **raw}
     for name in lists:
@@ -176,7 +180,8 @@ def plain_model(
             return None
         if any(not isinstance(kind, str | int) or kind not in _KINDS for kind in kinds):
             return None
-    model = PlainModel(folder.name, (family, total, width, vocabulary), defaults)
+    shape = Shape(family, total, width, vocabulary, number)
+    model = PlainModel(folder.name, shape, defaults)
     if experts_of is None or family not in _MIXTURES:
         return model
     routing = _routing(family, raw, experts_of)
@@ -190,10 +195,19 @@ def _routing(family: str, raw: Mapping[str, Any], names: Iterable[str]) -> Routi
     parts = {match[1] for name in names if (match := inner.search(name))}
     if any(part not in stacks and not SINGLE_EXPERT.search(part) for part in parts):
         return None
-    counts = [raw.get(name) for name in (key, "num_experts_per_tok")]
-    if not all(map(_is_size, counts)) or {"num_experts", "num_local_experts"} <= raw.keys():
+    if not _is_size(raw.get("num_experts_per_tok")):
         return None
     return Routing.of(SimpleNamespace(**raw), raw[key])
+
+
+def _num_experts(family: str, raw: Mapping[str, Any]) -> int | None:
+    """The routed experts of a layer, 0 for none; None if they are counted in an unusual way."""
+    if family not in _MIXTURES:
+        return 0
+    number = raw.get(_MIXTURES[family][0])
+    if not _is_size(number) or {"num_experts", "num_local_experts"} <= raw.keys():
+        return None
+    return number if number > 1 else 0
 
 
 _SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")

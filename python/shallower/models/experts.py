@@ -89,13 +89,18 @@ def count_keys(config: Any, num_experts: int) -> list[tuple[Any, str]]:
     return [(config, name) for name in names if getattr(config, name, None) == num_experts]
 
 
+def num_experts(decoder: Any) -> int:
+    """The number of routed experts that a decoder's config counts in a layer; 0 for none."""
+    inner = getattr(decoder, "ffn_config", decoder)
+    counts = [getattr(inner, name, None) for name in COUNTS]
+    return next((count for count in counts if type(count) is int and count > 1), 0)
+
+
 def counted_experts(config: Any) -> int:
     """Count the routed experts of a layer by a model's config; ModelError if it counts none."""
     decoder = config.get_text_config(decoder=True)
-    inner = getattr(decoder, "ffn_config", decoder)
-    for name in COUNTS:
-        if type(count := getattr(inner, name, None)) is int and count > 1:
-            return count
+    if count := num_experts(decoder):
+        return count
     raise ModelError(
         f"the config of {decoder.model_type} counts no routed experts: drop whole layers instead",
         see="experts",

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..values.identity import ModelIdentity, fingerprint
+from ..values.identity import ModelIdentity, Shape, fingerprint
 from .architecture import DecoderLayers, find_layers, require_weights, text_config
+from .experts import num_experts
 
 
 def identify(model: PreTrainedModel, layers: DecoderLayers | None = None) -> ModelIdentity:
@@ -26,8 +27,8 @@ def identify(model: PreTrainedModel, layers: DecoderLayers | None = None) -> Mod
     shape = shape_of(model, layers)
     return ModelIdentity(
         name=model_name(model),
-        model_type=shape[0],
-        num_layers=shape[1],
+        model_type=shape.model_type,
+        num_layers=shape.num_layers,
         dtype=stored_dtype(model),
         fingerprint=fingerprint(shape, _read_vectors(model)),
     )
@@ -49,16 +50,16 @@ def vectors_of(model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield path, name
 
 
-def shape_of(
-    model: PreTrainedModel, layers: DecoderLayers | None = None
-) -> tuple[str, int, int, int]:
-    """The model type, number of decoder layers, hidden and vocabulary size, for the fingerprint.
+def shape_of(model: PreTrainedModel, layers: DecoderLayers | None = None) -> Shape:
+    """The sizes of a model, for the fingerprint.
 
     Raises ModelError if the model has no list of decoder layers.
     """
     config = text_config(model)
     count = len(layers if layers is not None else find_layers(model))
-    return config.model_type, count, config.hidden_size, config.vocab_size
+    return Shape(
+        config.model_type, count, config.hidden_size, config.vocab_size, num_experts(config)
+    )
 
 
 def stored_digest(path: str | Path) -> str:

@@ -165,12 +165,31 @@ class _Subject:
 
         built = build_empty(self.config, torch.bfloat16)
         plan = agreed_plan(self.name, len(find_layers(built)), drop)
+        self._check(plan)
         context = longest_context(built)
         if plan.experts is not None:
             mixture_of(built, find_experts(built)).check(plan.experts, gone=plan.dropped)
             built = with_fewer_experts(built, plan.experts)
         after = shortened_config(built, plan.survivors) if plan.blocks else built.config
         return plan, after, context
+
+    def _check(self, plan: Plan) -> None:
+        """Refuse a plan of another model: PlanError; by its type alone where weights are not here.
+
+        They are not where they are in no local folder of safetensors.
+        """
+        from ..cutting.checkpoint import identity_of
+        from ..cutting.checkpoint_files import is_checkpoint
+        from ..models.identity import identify
+
+        known = None
+        if self.loaded is not None:
+            known = identify(self.loaded)
+        elif self.source is not None and is_checkpoint(self.source.path):
+            known = identity_of(self.source.path, self.source.trust_remote_code)
+        if known is not None:
+            plan.check_model(known)
+        plan.check_type(self.name, self.config.get_text_config(decoder=True).model_type)
 
     def load(self, dtype: Any) -> "PreTrainedModel":
         if self.loaded is not None:

@@ -4,9 +4,9 @@ Knows no model; a scan hands them to its blocks and plans, and these to the card
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from .counts import counted
 from .positions import Positions
@@ -16,9 +16,9 @@ from .positions import Positions
 class ModelIdentity:
     """Identity of a model, kept by scans and plans so that a plan is not used on another one.
 
-    ``fingerprint`` covers the shape and the one-dimensional weights (norms and biases,
-    which no quantiser touches) rounded to bfloat16: the same for every dtype that the
-    model is loaded in.
+    ``fingerprint`` covers the shape, the number of experts too, and the one-dimensional weights
+    (norms and biases, which no quantiser touches) rounded to bfloat16: the same for every dtype
+    that the model is loaded in.
     """
 
     name: str
@@ -39,13 +39,24 @@ def title_of(name: str) -> str:
     return parts[-1] if parts and is_place else name
 
 
-def fingerprint(shape: Sequence[Any], vectors: Iterable[tuple[str, bytes]]) -> str:
+class Shape(NamedTuple):
+    """The sizes of a model; ``num_experts`` are the routed ones of a layer, 0 if it has none."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_experts: int = 0
+
+
+def fingerprint(shape: Shape, vectors: Iterable[tuple[str, bytes]]) -> str:
     """Hash what distinguishes models, for :class:`ModelIdentity`, in hexadecimal digits.
 
-    ``shape``: model type, layers, hidden size, vocabulary size. ``vectors``: names and bfloat16
-    bits of the one-dimensional weights, in the order of the model's modules.
+    ``vectors`` are names and bfloat16 bits of the one-dimensional weights, in the order of the
+    model's modules. A model without experts is hashed as before experts were counted.
     """
-    digest = hashlib.sha256(repr(tuple(shape)).encode())
+    counted_sizes = tuple(shape) if shape.num_experts else tuple(shape)[:-1]
+    digest = hashlib.sha256(repr(counted_sizes).encode())
     for name, bits in vectors:
         digest.update(name.encode() + bits)
     return digest.hexdigest()

@@ -280,11 +280,19 @@ class Plan:
                 f"the plan is for {self.num_layers} layers, {model.name} has {model.num_layers}"
             )
         if self.model and self.model.fingerprint != model.fingerprint:
-            raise PlanError(
-                f"the plan was made for {self.model.name} ({self.model.fingerprint[:12]}), and "
-                f"{model.name} is another model ({model.fingerprint[:12]}): plan again, or name "
-                f"the layers yourself"
-            )
+            raise self._of_another(self.model.fingerprint[:12], model.name, model.fingerprint[:12])
+
+    def check_type(self, name: str, model_type: str) -> None:
+        """Refuse a model of another type, where no more is known of it: PlanError."""
+        if self.model and self.model.model_type != model_type:
+            raise self._of_another(self.model.model_type, name, model_type)
+
+    def _of_another(self, mine: str, name: str, theirs: str) -> PlanError:
+        """The error for the model ``name``, by what differs."""
+        return PlanError(
+            f"the plan was made for {self.model and self.model.name} ({mine}), and {name} is "
+            f"another model ({theirs}): plan again, or name the layers yourself"
+        )
 
 
 def key_of(plan: Plan | None) -> dict[str, Any]:
