@@ -70,6 +70,15 @@ def tiny_llama(num_layers=6, seed=0, **options):
     return LlamaForCausalLM(config).eval()
 
 
+def edited(model):
+    """A copy of a model with other values in one matrix, which its fingerprint does not cover."""
+    import copy
+
+    model = copy.deepcopy(model)
+    model.model.layers[2].mlp.up_proj.weight.data[1:] *= 1.5
+    return model
+
+
 def pytest_collection_modifyitems(items):
     """The file that takes longest comes first: no process waits for it in the end."""
     items.sort(key=lambda item: item.path.name != "test_examples.py")

@@ -3,10 +3,12 @@
 import json
 import random
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
 import shallower as sh
+from shallower.runs.store import open_store
 from shallower.values.measured import MeasuredShard, gather_evaluation
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
@@ -149,13 +151,56 @@ def test_gather_refuses_shards_that_are_of_different_work(shallower, folder, com
 
 
 def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder, words, command):
-    """A fingerprint covers norms alone, which are ones in both."""
+    """A fingerprint covers norms alone, which are ones in both; without a cache, too."""
     tiny_llama(seed=5).save_pretrained(folder / "tiny")
     words.save_pretrained(folder / "tiny")
     other = ["eval", "tiny", *command[2:]]
     for index, words_of in enumerate((command, other)):
-        assert shallower(*words_of, "--out", "parts", "--shard", f"{index}/2").status == 0
-    assert "their inputs differ" in shallower("gather", "parts", "--out", "out").error
+        shard = ["--out", "parts", "--shard", f"{index}/2", "--no-cache"]
+        assert shallower(*words_of, *shard).status == 0
+    assert "their weights differ" in shallower("gather", "parts", "--out", "out").error
+
+
+@pytest.mark.parametrize("change", [{"path": "twin"}, {"trust_remote_code": True}, {"dtype": 1}])
+def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
+    shallower, folder, models, command, shards, change
+):
+    """The shards name a model that was not measured, or one whose code would be run."""
+    shards(2)
+    if "path" in change:
+        change = {"path": str(models / "twin")}
+    for path in (folder / "shards").iterdir():
+        shard = MeasuredShard.load(path)
+        source = {**shard.described["source"], **change}
+        other = replace(shard, described={**shard.described, "source": source})
+        path.write_bytes(other.to_bytes())
+    done = shallower("gather", "shards", "--out", "gathered")
+    assert done.status == 0
+    assert "eval will not find this in the cache" in done.err
+    assert {one.kind for one in open_store().usage()} <= {"hashes"}
+    twin = shallower("eval", models / "twin", *command[2:], "--json")
+    assert twin.json != json.loads((folder / "gathered" / "eval.json").read_text())
+    assert "measured before" not in twin.err
+
+
+def test_a_shard_that_is_damaged_says_so_and_one_of_other_work_too(shallower, folder, command):
+    """By hand and by workers, before anything is loaded."""
+    command = [*command, "--out", "out"]
+    place = folder / "out" / "eval.0-of-64.json"
+    assert shallower(*command, "--shard", "0/64", "--no-cache").status == 0
+    assert "is already there" in shallower(*command, "--shard", "0/64").err
+    for content, said in (
+        (place.read_bytes()[:-9], "is damaged"),
+        (place.read_bytes().replace(b'"num_items": 74', b'"num_items": 75'), "checksum"),
+        (replace(MeasuredShard.load(place), job="x").to_bytes(), "exists already, and is no shard"),
+    ):
+        place.write_bytes(content)
+        for how in (["--shard", "0/64"], ["--workers", "1"]):
+            message = shallower(*command, *how).error
+            assert "out/eval.0-of-64.json" in message
+            assert said in message
+            assert "or replace it (overwrite=True, --overwrite)" in message
+            assert place.read_bytes() == content
 
 
 # By workers.

@@ -1,11 +1,15 @@
 """A command that was cut short says where it goes on when it is called again."""
 
+import shutil
+
 import pytest
 
+import shallower as sh
 from shallower.runs.compare_rows import _Choosing
 from shallower.runs.curve import CurveStudy
 from shallower.runs.recommending import Recommending
 from shallower.scanning import model as scanning
+from tests.conftest import edited, tiny_llama
 
 
 @pytest.fixture
@@ -48,6 +52,30 @@ def test_a_scan_says_how_many_texts_were_scanned(cut_short, monkeypatch, tiny, j
     said = cut_short(command, scanning, "_save", 1)
     assert said.startswith("goes on: 16 ")
     assert said.endswith(" texts were scanned")
+
+
+@pytest.mark.parametrize("options", [[], ["--no-cache"], ["--stream"]])
+@pytest.mark.usefixtures("undrawn")
+def test_a_scan_does_not_go_on_with_other_weights(
+    shallower, monkeypatch, folder, tiny, words, jsonl, options
+):
+    """The files of the model are changed between the kill and the same command."""
+    shutil.copytree(tiny, folder / "model")
+    monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+    command = ("scan", "model", "--texts", jsonl, "--batch-size", 1, "--out", "out", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(scanning.ScanBuilder, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            shallower(*command)
+    sh.save_model(edited(tiny_llama()), words, folder / "model", overwrite=True)
+    said = shallower(*command).error
+    assert "cannot go on from out/scan.partial.safetensors" in said
+    assert "with other weights" in said
+    assert [path.name for path in (folder / "out").iterdir()] == ["scan.partial.safetensors"]
+    assert shallower(*command, "--overwrite").status == 0
+    assert shallower(*command[: -1 - len(options)], "new", *options).status == 0
+    of = [(folder / name / "scan.safetensors").read_bytes() for name in ("out", "new")]
+    assert of[0] == of[1]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -2,16 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 
 import pytest
 
+import shallower as sh
+from shallower import ModelSource, ProcessesError
+from shallower.runs.eval_shards import OpenedEval, SharedEvalJob
+from shallower.runs.measures import LossOfTexts
+from shallower.runs.scan_shards import OpenedScan, SharedScanJob
 from shallower.runs.shards import NUM_SHARDS
+from shallower.runs.store import open_store
 from shallower.scanning.shards import ScannedShard
+from shallower.texts.sources import Texts
 from tests.commands import SHALLOWER, in_a_process
-from tests.conftest import write_jsonl
+from tests.conftest import edited, tiny_llama, write_jsonl
 from tests.documents import documents
 
 SMALL = ["--max-length", 16, "--batch-size", 1]
@@ -93,7 +101,68 @@ def test_gather_refuses_what_is_missing_or_taken(shallower, folder, tiny, jsonl,
     assert shallower("plan", "shards/scan.0-of-3.safetensors", "--n", "1", "--out", "p").error
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_shards_are_of_weights_and_not_of_a_folder(shallower, folder, words, tiny, many, whole):
+    """A copy by another name, without a cache, is the same model; an edited one is not."""
+    shutil.copytree(tiny, folder / "copy")
+    sh.save_model(edited(tiny_llama()), words, folder / "edited")
+    for index, model in ((0, tiny), (1, "copy")):
+        command = ["scan", model, "--texts", many, "--out", "shards", *SMALL, "--no-cache"]
+        assert shallower(*command, "--shard", f"{index}/2").status == 0
+    assert shallower("gather", "shards", "--out", "out").status == 0
+    assert (folder / "out" / "scan.safetensors").read_bytes() == whole
+    command = ["scan", "edited", *command[2:], "--shard", "1/2"]
+    assert "scan.1-of-2.safetensors exists already" in shallower(*command).error
+    assert shallower(*command, "--overwrite").status == 0
+    assert "their weights differ" in shallower("gather", "shards", "--out", "other").error
+    assert not (folder / "other").exists()
+
+
 # By workers.
+@pytest.mark.usefixtures("undrawn")
+def test_workers_without_a_cache_go_on_with_their_own_shards(
+    shallower, folder, tiny, many, whole, cache_folder
+):
+    command = ["scan", tiny, "--texts", many, "--out", "out", *SMALL]
+    first = folder / "out" / "scan.0-of-64.safetensors"
+    (folder / "out").mkdir()
+    first.write_bytes(b"damaged")
+    workers = [*command, "--workers", "1", "--no-cache"]
+    said = shallower(*workers).error
+    assert "out/scan.0-of-64.safetensors is truncated" in said
+    assert "or replace it (overwrite=True, --overwrite)" in said
+    assert first.read_bytes() == b"damaged"
+    assert shallower(*command, "--shard", "0/64", "--overwrite").status == 0
+    before = {path: path.read_bytes() for path in cache_folder.rglob("*") if path.is_file()}
+    done = shallower(*workers)
+    assert "goes on: 1 of 64 shards were scanned" in done.err
+    assert (folder / "out" / "scan.safetensors").read_bytes() == whole
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize("no_cache", [True, False])
+@pytest.mark.parametrize("kind", ["scan", "eval"])
+@pytest.mark.parametrize("changed", ["model", "texts"])
+def test_workers_open_nothing_but_what_the_driver_has(folder, tiny, many, kind, changed, no_cache):
+    shutil.copytree(tiny, folder / "model")
+    store, texts = open_store(no_cache), Texts(str(many))
+    source = ModelSource(folder / "model", "float32")
+    if kind == "scan":
+        job = SharedScanJob(source=source, texts=texts, out=folder, workers=1, store=store)
+        shared, opens = job.shared(), OpenedScan
+    else:
+        measures = [LossOfTexts(texts)]
+        job = SharedEvalJob(source=source, measures=measures, workers=1, store=store)
+        shared, opens = job.shared(folder), OpenedEval
+    described = json.loads(json.dumps(shared.engine()._job.described))
+    assert opens(described).run("0/64")
+    place = {"model": folder / "model" / "model.safetensors", "texts": many}[changed]
+    with place.open("ab") as file:
+        file.write(b'{"text": "w1 w2"}\n')
+    with pytest.raises(ProcessesError, match=rf"on this node is no {changed} of the driver"):
+        opens(described)
+
+
 def test_workers_scan_to_the_bytes_of_the_whole(shallower, folder, tiny, many, whole):
     command = ["scan", tiny, "--texts", many, "--out", "out", *SMALL, "--workers", "2"]
     done = shallower(*command, "--json")

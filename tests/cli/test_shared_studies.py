@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from shallower.runs.store import open_store
+from shallower.runs.store import Store, open_store
+from shallower.values.hashing import hash_of
 from tests.commands import SHALLOWER, in_a_process
 
 
@@ -88,8 +89,73 @@ def test_gather_trusts_no_code_by_the_word_of_a_file(shallower, folder, asked, m
     elsewhere(monkeypatch, folder, "there")
     assert shallower(*command, "--out", "shards", "--shard", "0/1").status == 0
     elsewhere(monkeypatch, folder, "here")
-    assert "gather runs no code" in shallower("gather", "shards", "--out", "out").error
-    assert "goes on: 2 of 2 choices" in shallower(*command).err
+    gather = ["gather", "shards", "--out", "out"]
+    assert "gather runs no code" in shallower(*gather).error
+    assert [one.kind for one in open_store().usage()] == []
+    assert shallower(*gather, "--trust-remote-code").status == 0
+    assert "measured before" in shallower(*command, "--out", "out").err
+
+
+def crafted(file, change):
+    """A shard whose content was changed, with a checksum that fits."""
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    change(content)
+    file.write_text(json.dumps({**content, "sha256": hash_of(content)}))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_gather_takes_what_the_comparison_asks_for_and_nothing_else(
+    shallower, folder, asked, monkeypatch
+):
+    """Entries of another work, of files and of another kind under a key that is asked for."""
+    elsewhere(monkeypatch, folder, "there")
+    command = [*compared(asked, "deepest"), "--out", "shards", "--shard", "0/1"]
+    assert shallower(*command).status == 0
+    stranger = Store(folder / "stranger")
+    stranger.put("loss", {"of": "another eval"}, {"loss": 5.407})
+    foreign = stranger.give({})["measurements"]
+    stranger.put("hashes", {"file": ["model.safetensors"]}, {"sha256": "0"})
+    hashes = Store(folder / "stranger")._file.rows("SELECT * FROM measurements")
+    foreign += [[one.decode() if isinstance(one, bytes) else one for one in row] for row in hashes]
+    (file,) = (folder / "shards").iterdir()
+    crafted(file, lambda content: content["entries"]["measurements"].extend(foreign))
+    elsewhere(monkeypatch, folder, "here")
+    assert shallower("gather", "shards", "--out", "out").status == 0
+    assert open_store().get("loss", {"of": "another eval"}) is None
+    assert open_store().get("hashes", {"file": ["model.safetensors"]}) is None
+    assert "measured before" in shallower(*compared(asked, "deepest"), "--out", "out").err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda content: content.update(entries={}),
+            "the shards have no measurement of whole model",
+        ),
+        (
+            lambda content: content["described"]["identities"][0]["model"].update(sha256="0"),
+            "here is not the model of the driver",
+        ),
+        (
+            lambda content: content["described"]["identities"][0].update(dtype="float16"),
+            "here is not the model of the driver",
+        ),
+    ],
+)
+def test_gather_believes_no_shard_that_says_less_or_other_than_is_here(
+    shallower, folder, asked, change, said, monkeypatch
+):
+    """Without a measurement, or with keys of another model."""
+    elsewhere(monkeypatch, folder, "there")
+    command = [*compared(asked, "deepest"), "--out", "shards", "--shard", "0/1"]
+    assert shallower(*command).status == 0
+    (file,) = (folder / "shards").iterdir()
+    crafted(file, change)
+    elsewhere(monkeypatch, folder, "here")
+    assert said in shallower("gather", "shards", "--out", "out").error
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(

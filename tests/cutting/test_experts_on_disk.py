@@ -223,7 +223,7 @@ def whole_and_cut(words, tmp_path):
 
 
 def test_a_plan_of_the_whole_does_not_cut_the_cut(whole_and_cut, tmp_path):
-    """By layers, which are as many in both: on disk, in memory, and of an original to learn from."""
+    """By layers, which are as many in both: on disk, in memory, and as a teacher."""
     whole, cut = whole_and_cut
     plan = replace(sh.Plan.of(8, [1]), model=identity_of(whole))
     sh.prune(whole, plan, tmp_path / "fits")
@@ -234,7 +234,7 @@ def test_a_plan_of_the_whole_does_not_cut_the_cut(whole_and_cut, tmp_path):
         lambda: sh.gain(cut, plan, device="a100-80"),
         lambda: OriginalModel(str(cut), plan, trust_remote_code=False).load("float32"),
     ):
-        with pytest.raises(sh.PlanError, match="the plan was made for whole .* cut is another"):
+        with pytest.raises(sh.PlanError, match=r"the plan was made for whole .* cut is another"):
             taken()
     assert not (tmp_path / "out").exists()
 

@@ -181,7 +181,6 @@ def test_what_others_cannot_open_is_not_shared(places, tmp_path):
     [
         ("versions", {"shallower": "0.9.9"}, r"has shallower 0\.\d+\.\d+, the driver 0\.9\.9"),
         ("machine", {"cpu": "other"}, "the processors here are not those"),
-        ("models", [{"sha256": "0"}], "here is not the model of the driver"),
         ("texts", [{}, ""], "the texts here are not those of the driver"),
     ],
 )

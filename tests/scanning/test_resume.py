@@ -6,7 +6,7 @@ import pytest
 
 import shallower as sh
 from shallower import Scan, ScanError, TextsError
-from tests.conftest import tiny_llama
+from tests.conftest import edited, tiny_llama
 from tests.documents import HELD_OUT, TEXTS, broken_after, documents
 
 
@@ -62,6 +62,7 @@ def test_a_scan_does_not_go_on_from_another_one(llama, words, tmp_path):
         (llama, words, TEXTS, {"max_length": 5}),
         (llama, words, TEXTS, {"metrics": ("cosine",)}),
         (tiny_llama(num_layers=5), words, TEXTS, {}),
+        (edited(llama), words, TEXTS, {}),
         (copy.deepcopy(llama).bfloat16(), words, TEXTS, {}),
     ]
     for model, tokenizer, texts, options in others:

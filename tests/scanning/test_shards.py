@@ -12,6 +12,7 @@ from shallower.scanning.scan_file import scan_bytes
 from shallower.scanning.shards import ScannedShard, Shards, gather
 from shallower.values.shard import Shard
 from shallower.values.tokens import Tokens
+from tests.conftest import edited
 from tests.documents import TEXTS, documents
 
 BATCH = 2
@@ -121,6 +122,9 @@ def test_an_interrupted_shard_goes_on_to_the_same_bytes(llama, words, tmp_path, 
     assert shards.scan(Shard(1, 2), checkpoint=place, progress=False).to_bytes() == expected
     with pytest.raises(ScanError, match=r"cannot go on from .*other work"):
         shards.scan(Shard(0, 2), checkpoint=place, progress=False)
+    other = shards_of(edited(llama), words, documents(120), keep_samples=True)
+    with pytest.raises(ScanError, match=r"cannot go on from .* with other weights"):
+        other.scan(Shard(1, 2), checkpoint=place, progress=False)
 
 
 # What is refused.
@@ -178,6 +182,14 @@ def test_shards_of_other_scans_are_refused(llama, words, parts, tmp_path, option
         gather([parts / Shard(0, 3).file, tmp_path, parts / Shard(2, 3).file])
 
 
+def test_shards_of_other_weights_are_refused(llama, words, parts, tmp_path):
+    """Which neither shapes nor norms tell apart."""
+    other = shards_of(edited(llama), words, TEXTS).scan(Shard(1, 3), progress=False)
+    (tmp_path / Shard(1, 3).file).write_bytes(other.to_bytes())
+    with pytest.raises(ScanError, match=r"their weights differ \(\w{12} and \w{12}\)"):
+        gather([parts / Shard(0, 3).file, tmp_path, parts / Shard(2, 3).file])
+
+
 def test_two_files_of_one_shard_that_differ_are_both_named(parts, tmp_path):
     with pytest.raises(ScanError, match=r"1-of-3.*other.*are both shard 1/3, and differ"):
         gather([parts, *changed(parts, tmp_path, job="another")])
@@ -211,4 +223,4 @@ def test_a_damaged_shard_is_refused(parts, tmp_path):
     with pytest.raises(ScanError, match=r"damaged\.safetensors is (damaged|truncated)"):
         gather([place])
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert [*header["__metadata__"]] == ["shallower.shard.1"]
+    assert [*header["__metadata__"]] == ["shallower.shard.2"]

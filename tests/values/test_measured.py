@@ -33,7 +33,6 @@ def part(kind, items):
         num_items=7,
         fingerprint="cd" * 32,
         settings=SETTINGS[kind],
-        inputs={"model": {"machine": "here"}},
         items=items,
         counts=(3,) * len(items),
         num_bytes=(11,) * len(items) if kind == "loss" else None,
@@ -43,7 +42,17 @@ def part(kind, items):
 
 def shard(index):
     parts = {kind: part(kind, ITEMS[index]) for kind in SETTINGS}
-    return MeasuredShard(Shard(index, 3), "job", VERSIONS, MODEL, Plan.of(6, [1, 2]), parts)
+    return MeasuredShard(
+        Shard(index, 3),
+        "job",
+        VERSIONS,
+        machine={"cpu": "here"},
+        described={"source": {}},
+        model=MODEL,
+        weights="12" * 32,
+        plan=Plan.of(6, [1, 2]),
+        parts=parts,
+    )
 
 
 def write(folder, *shards):
@@ -71,17 +80,13 @@ def test_shards_in_any_order_are_the_losses_of_all_texts_in_theirs(parts):
     window = found.values["perplexity"]["base"]
     assert (window.context, window.bos, window.num_rest) == (4, False, 2)
     assert window.by_window.sums.tolist() == loss.by_text.sums.tolist()
-    assert found.inputs == {kind: {"model": {"machine": "here"}} for kind in SETTINGS}
-    assert {side: plan and plan.dropped for side, plan in found.cuts.items()} == {
-        "base": None,
-        "cut": (1, 2),
-    }
+    assert (found.job, found.machine) == ("job", {"cpu": "here"})
+    assert found.plan.dropped == (1, 2)
 
 
 def test_what_is_of_several_machines_is_found_by_none(parts):
-    other = replace(part("loss", ITEMS[1]), inputs={"model": {"machine": "there"}})
-    write(parts, replace(shard(1), parts={**shard(1).parts, "loss": other}))
-    assert gather_evaluation([parts]).inputs["loss"] is None
+    write(parts, replace(shard(1), machine={"cpu": "there"}))
+    assert gather_evaluation([parts]).machine is None
 
 
 def test_missing_shards_are_named(parts):
@@ -101,6 +106,9 @@ def test_a_shard_that_is_there_twice_and_differs_is_refused(parts, tmp_path):
         ({"job": "another"}, r"of different evals: their inputs differ \(job and another\)"),
         ({"versions": {"shallower": "0.0.9"}}, "their versions differ"),
         ({"model": replace(MODEL, fingerprint="ef" * 32)}, "their model differs"),
+        ({"job": None}, "their inputs differ"),
+        ({"weights": "ef" * 32}, r"their weights differ \(121212121212 and efefefefefef\)"),
+        ({"weights": None}, "their weights differ"),
         ({"plan": Plan.of(6, [3])}, "their cut differs"),
         ({"shard": Shard(1, 4)}, r"their number of shards differs \(3 and 4\)"),
         ({"parts": {"loss": part("loss", ITEMS[1])}}, "their measures differ"),
@@ -128,11 +136,6 @@ def test_shards_of_other_texts_are_refused(parts, changed, said):
     write(parts, replace(shard(1), parts={**shard(1).parts, "loss": other}))
     with pytest.raises(ScanError, match=said):
         gather_evaluation([parts])
-
-
-def test_a_shard_without_the_store_has_no_job_and_fits(parts):
-    write(parts, replace(shard(1), job=None))
-    assert gather_evaluation([parts]).values["loss"]["base"].num_texts == 7
 
 
 # Damaged files.
@@ -188,7 +191,7 @@ def test_a_damaged_shard_is_named(parts, place, value):
         (b"[]", "is damaged"),
         (b"{", "is damaged"),
         (b'{"loss": 1}', "it has no 'format'"),
-        (b'{"format": "shallower.eval.shard.2"}', "expected format shallower.eval.shard.1"),
+        (b'{"format": "shallower.eval.shard.1"}', "expected format shallower.eval.shard.2"),
         (b"[" * 100_000, "is damaged"),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, Out, Overwrite
+from .options import Json, Out, Overwrite, TrustRemoteCode
 from .output import eval_names, say_eval, say_scan, warn
 
 
@@ -18,6 +18,7 @@ def gather_command(
     ],
     *,
     out: Out,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> int:
@@ -28,7 +29,8 @@ def gather_command(
     eval.json, what eval --json prints, and eval finds the result in the cache; of a comparison all
     that compare writes: its model is loaded for its shape, and nothing is measured.
     """
-    from ..runs.gather import gather_eval_into, gather_into
+    from ..runs.eval_shards import gather_eval_into
+    from ..runs.gather import gather_into
     from ..runs.store import open_store
     from ..values.files import EVAL_FILE
     from ..values.shard import kind_of
@@ -41,17 +43,19 @@ def gather_command(
         from ..runs.study_units import gather_study
         from .compare import say_comparison
 
-        study, comparison = gather_study(parts, out, overwrite=overwrite)
+        study, comparison = gather_study(
+            parts, out, overwrite=overwrite, trust_remote_code=trust_remote_code
+        )
         return say_comparison(comparison, study, as_json)
-    found = gather_eval_into(parts, out, store=open_store(), overwrite=overwrite)
+    found, is_kept = gather_eval_into(parts, out, store=open_store(), overwrite=overwrite)
     names = eval_names(found.model.name, found.plan)
     written = out / EVAL_FILE
     say_eval(
         found.values, found.model.dtype, found.plan, names=names, written=written, as_json=as_json
     )
-    if None in found.inputs.values():
+    if not is_kept:
         warn(
-            "eval will not find this in the cache: shards were measured on different machines, or "
-            "by --no-cache"
+            "eval will not find this in the cache: the model or the texts are not here as the "
+            "shards say, or different machines measured them"
         )
     return 0

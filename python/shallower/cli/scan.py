@@ -157,14 +157,14 @@ def _carry_out(job: "ScanJob", as_json: bool) -> None:
 
     if isinstance(job, ShardJob):
         if job.known is None:
-            job.run_shard(*job.source.load())
+            job.run_shard()
         say_shard(job.file, as_json)
     elif job.known is not None:
         say_scan(*job.reuse(), as_json)
     elif isinstance(job, SharedScanJob):
         say_scan(*job.run_shared(), as_json)
     else:
-        loaded = job.source.load()
+        loaded = job.load()
         say_scan(*job.run(*loaded), as_json, reading=job.reading(loaded[0]))
     if job.known is not None:
         say_known(job.known.made, job.file if isinstance(job, ShardJob) else job.out)

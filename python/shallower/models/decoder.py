@@ -20,7 +20,7 @@ from .architecture import (
     learned_positions,
     text_config,
 )
-from .identity import identify
+from .identity import identify, weights_hash
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Decoder:
         config: the part of its config that describes the decoder.
         device: where token ids go.
         positions: how many positions it has learned; None if it computes them, as by RoPE.
+        files: a hash of the files that it was loaded from, where they are known.
     """
 
     model: PreTrainedModel
@@ -40,10 +41,11 @@ class Decoder:
     config: Any
     device: torch.device
     positions: int | None
+    files: str | None = None
 
     @classmethod
-    def of(cls, model: "nn.Module | Decoder") -> "Decoder":
-        """Describe a model; a decoder is returned as it is.
+    def of(cls, model: "nn.Module | Decoder", files: str | None = None) -> "Decoder":
+        """Describe a model, loaded from ``files`` and as it was then; a decoder stays as it is.
 
         Raises ModelError if it has no config of transformers, or no list of decoder layers.
         """
@@ -52,7 +54,8 @@ class Decoder:
         layers = find_layers(model)
         config = text_config(model)
         positions = learned_positions(layers.runner, config)
-        return cls(cast("PreTrainedModel", model), layers, config, input_device(layers), positions)
+        device = input_device(layers)
+        return cls(cast("PreTrainedModel", model), layers, config, device, positions, files)
 
     def check_length(
         self,
@@ -81,6 +84,14 @@ class Decoder:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def content(self) -> str | None:
+        """A hash of all weights, by which work that is cut short or shared knows its model.
+
+        None where weights wait on disk, and their files are not known.
+        """
+        return self.files or weights_hash(self.model)
 
     @cached_property
     def identity(self) -> ModelIdentity:

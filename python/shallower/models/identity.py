@@ -85,9 +85,11 @@ def stored_digest(path: str | Path) -> str:
 def weights_hash(model: PreTrainedModel) -> str | None:
     """SHA-256, in hex, of all that a model computes with: weights, buffers, config.
 
-    None where weights are offloaded, and not there to read.
+    The place that it was loaded from is no part of it. None where weights are offloaded, and not
+    there to read.
     """
-    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    named = {**model.config.to_dict(), "_name_or_path": None}
+    config = json.dumps(named, sort_keys=True, default=str)
     attention = getattr(model.config, "_attn_implementation", None)
     digest = hashlib.sha256(f"{type(model).__name__} {attention} {config}".encode())
     tensors = {**dict(model.named_buffers()), **model.state_dict()}

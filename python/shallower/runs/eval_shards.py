@@ -1,7 +1,7 @@
 """Shards of an evaluation: one by hand, or all of them by workers."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..errors import ProcessesError, SettingsError
-from ..storage import claimed, write_file
+from ..errors import ProcessesError, SettingsError, ShallowerError
+from ..models.source import ModelSource
+from ..storage import check_apart, claimed, write_file
 from ..texts.sources import Texts, read_whole
 from ..values.files import EVAL_FILE
 from ..values.measured import Evaluation, MeasuredShard, Part, gather_evaluation
@@ -19,8 +20,9 @@ from ..values.plan import Plan
 from ..values.provenance import forward_versions
 from ..values.shard import Shard
 from ..values.tokens import Tokens
-from .evaluate import EvalJob, Result, Results
-from .gather import keep_evaluation
+from .evaluate import EvalJob, KnownResults, Result, Results
+from .gather import write_evaluation
+from .inputs import machine
 from .measures import LossOfTexts, Measure, PerplexityOfText
 from .shards import (
     OpenedShards,
@@ -30,10 +32,10 @@ from .shards import (
     described_texts,
     when_made,
 )
+from .store import Store
 
 if TYPE_CHECKING:
     from ..evaluation.shards import AllBatches
-    from ..models.source import ModelSource
 
 OPENER = f"{__name__}:OpenedEval"
 """What a worker opens."""
@@ -42,20 +44,27 @@ OPENER = f"{__name__}:OpenedEval"
 class EvalShards:
     """A model that is loaded, of which any shard of an evaluation can be measured.
 
-    ``inputs`` and ``mark`` are :attr:`EvalJob.inputs` and :attr:`EvalJob.job`, of whoever drives.
-    Raises PlanError for a plan of another model, and what the measures raise.
+    ``content`` and ``mark`` are :attr:`EvalJob.content` and :attr:`EvalJob.job`, of whoever drives,
+    who ``described`` the evaluation. Raises PlanError for a plan of another model, and what the
+    measures raise.
     """
 
     def __init__(
-        self, job: EvalJob, loaded: Any, *, inputs: Mapping[str, Any], mark: str | None
+        self,
+        job: EvalJob,
+        loaded: Any,
+        *,
+        content: str | None,
+        mark: str | None,
+        described: Mapping[str, Any],
     ) -> None:
         from ..models.decoder import Decoder
 
         model, tokenizer = loaded
-        self._decoder, self._plan = Decoder.of(model), job.plan
+        self._decoder, self._plan = Decoder.of(model, content), job.plan
         if self._plan:
             self._plan.check_model(self._decoder.identity)
-        self._inputs, self._mark = inputs, mark
+        self._mark, self._described = mark, described
         self._all = {
             one.kind: _batches(one, tokenizer, tokens=job.fitted(one)) for one in job.measures
         }
@@ -67,6 +76,7 @@ class EvalShards:
         return {
             "dtype": model.dtype,
             "model": model.fingerprint,
+            "weights": self._decoder.content,
             "texts": {kind: one.fingerprint for kind, one in self._all.items()},
             "number of batches": {kind: len(one.batches) for kind, one in self._all.items()},
         }
@@ -88,13 +98,21 @@ class EvalShards:
             name = f"without {self._plan.words}, shard {shard}"
             with without_layers(self._decoder.model, self._plan):
                 found["cut"] = self._losses(shard, name, progress)
-        made_by = forward_versions()
         parts = {
             kind: self._part(kind, {side: one[kind] for side, one in found.items()})
             for kind in self._all
         }
-        model = self._decoder.identity
-        return MeasuredShard(shard, self._mark, made_by, model, self._plan, parts)
+        return MeasuredShard(
+            shard,
+            self._mark,
+            forward_versions(),
+            machine=machine(),
+            described=self._described,
+            model=self._decoder.identity,
+            weights=self._decoder.content,
+            plan=self._plan,
+            parts=parts,
+        )
 
     def _losses(self, shard: Shard, name: str, progress: bool | None) -> dict[str, Any]:
         """The losses of a shard by measure, each with the size of the vocabulary."""
@@ -121,7 +139,6 @@ class EvalShards:
             num_items=every.num_items,
             fingerprint=every.fingerprint,
             settings={**every.settings, **({"vocab_size": vocab_size} if kind == "loss" else {})},
-            inputs=self._inputs[kind],
             items=items,
             counts=tuple(count for _, _, count in losses),
             num_bytes=None if sizes is None else tuple(sizes[item] for item in items),
@@ -181,13 +198,18 @@ class EvalShardJob(EvalJob):
 
     @cached_property
     def made(self) -> str | None:
-        """When the shard was measured, if that very shard is there."""
-        return when_made(self.file, self.shard, self.job, load=MeasuredShard.load)
+        """When the shard was measured, if that very shard is there.
+
+        OutputError: something else is there, and not to be replaced.
+        """
+        place, load, overwrite = self.file, MeasuredShard.load, self.overwrite
+        return when_made(place, self.shard, lambda: self.job, load=load, overwrite=overwrite)
 
     def run_shard(self) -> None:
         """Measure the shard into its file; OutputError if another one is there."""
+        of = {"mark": self.job, "content": self.content}  # of the files that are loaded then
         with claimed(self.file, self.overwrite):
-            shards = EvalShards(self, self.source.load(), inputs=self.inputs, mark=self.job)
+            shards = EvalShards(self, self.source.load(), **of, described=described_job(self))
             write_file(self.file, shards.measure(self.shard).to_bytes())
 
 
@@ -224,7 +246,7 @@ class SharedEvalJob(EvalJob):
             found = gather_evaluation(shared.files)
             for place in shared.files:
                 place.unlink()
-        keep_evaluation(found, self.store)
+        _keep(found, self)
         return results_of(found)
 
     @contextmanager
@@ -238,21 +260,16 @@ class SharedEvalJob(EvalJob):
 
     def shared(self, out: Path) -> SharedShards:
         """The evaluation as workers receive it: names, hashes and options, no weights or texts."""
-        measures = {one.kind: _described(one) for one in self.measures}
         return SharedShards(
             kind="eval",
             source=self.source,
             out=out,
             job=self.job,
+            content=self.content,
             overwrite=self.overwrite,
             load=MeasuredShard.load,
             opener=OPENER,
-            described={
-                "measures": measures,
-                "plan": self.plan and self.plan.to_json(),
-                "device_memory": self.device_memory,
-                "inputs": self.inputs,
-            },
+            described=described_job(self),
             expects={_NAMES[one.kind]: one.inputs(self.store) for one in self.measures},
             on=self.on,
             workers=self.workers,
@@ -264,6 +281,27 @@ class SharedEvalJob(EvalJob):
 
 _NAMES = {"loss": "texts", "perplexity": "text"}
 """What a measure is of, by its kind."""
+
+
+def described_job(job: EvalJob) -> dict[str, Any]:
+    """An evaluation as another process makes it again; ProcessesError where texts were given."""
+    return {
+        "source": {**asdict(job.source), "path": absolute(str(job.source.path))},
+        "measures": {one.kind: _described(one) for one in job.measures},
+        "plan": job.plan and job.plan.to_json(),
+        "device_memory": job.device_memory,
+    }
+
+
+def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
+    """The evaluation that :func:`described_job` described."""
+    return EvalJob(
+        source=ModelSource(**described["source"]),
+        measures=[_measure_of(kind, one) for kind, one in described["measures"].items()],
+        layers=described["plan"] and Plan.from_json(described["plan"]),
+        device_memory=described["device_memory"],
+        store=store,
+    )
 
 
 def _described(measure: Measure[Any]) -> dict[str, Any]:
@@ -289,21 +327,19 @@ def _measure_of(kind: str, described: Mapping[str, Any]) -> Measure[Any]:
 class OpenedEval(OpenedShards):
     """An evaluation that a worker has opened."""
 
-    def open(self, source: "ModelSource", described: Mapping[str, Any]) -> EvalShards:
+    def open(self, source: ModelSource, described: Mapping[str, Any]) -> EvalShards:
         """Check the texts, and load the model."""
-        measures = described["measures"].items()
-        job = EvalJob(
-            source=source,
-            measures=[_measure_of(kind, one) for kind, one in measures],
-            layers=described["plan"] and Plan.from_json(described["plan"]),
-            device_memory=described["device_memory"],
-            store=self.store,
-        )
+        job = _job_of(described, self.store)
         for one in job.measures:
             place = described["measures"][one.kind]["source"]
             self.check(_NAMES[one.kind], place, partial(one.inputs, self.store))
-        loaded, mark = source.load(progress=False), described["job"]
-        self._shards = EvalShards(job, loaded, inputs=described["inputs"], mark=mark)
+        self._shards = EvalShards(
+            job,
+            source.load(progress=False),
+            content=self.content,
+            mark=described["job"],
+            described=described_job(job),
+        )
         return self._shards
 
     def run(self, unit: str) -> bytes:
@@ -317,3 +353,37 @@ def results_of(found: Evaluation) -> Results:
         kind: {side: Result(value, found.model) for side, value in sides.items()}
         for kind, sides in found.values.items()
     }
+
+
+def gather_eval_into(
+    parts: Iterable[Path], out: Path, *, store: Store, overwrite: bool = False
+) -> tuple[Evaluation, bool]:
+    """Put shards of an evaluation together, and write what was found; the shards stay.
+
+    It is remembered where model and texts lie here as the shards say. Returns it, and whether it
+    is. Raises ScanError as :func:`gather_evaluation`, and OutputError.
+    """
+    parts = list(parts)
+    check_apart(out / EVAL_FILE, [str(part) for part in parts if not part.is_dir()])
+    with claimed(out / EVAL_FILE, overwrite):
+        found = gather_evaluation(parts)
+        write_evaluation(out, found.values, found.model.dtype, plan=found.plan)
+    try:
+        if found.described["source"]["trust_remote_code"]:  # by the word of a file
+            return found, False
+        return found, _keep(found, _job_of(found.described, store))
+    except (ShallowerError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return found, False  # it describes nothing that is here
+
+
+def _keep(found: Evaluation, job: EvalJob) -> bool:
+    """Remember what shards found, if they are of this very job, as what one process measured."""
+    if None in (found.machine, job.job, *job.inputs.values()) or found.job != job.job:
+        return False
+    for measure in job.measures:
+        inputs: Any = job.inputs[measure.kind]
+        of = {**inputs, "model": {**inputs["model"], "machine": found.machine}}
+        known = KnownResults(job.store, measure, of)
+        for side, value in found.values[measure.kind].items():
+            known.keep(job.sides[side], value, found.model)
+    return True

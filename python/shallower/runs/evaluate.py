@@ -14,7 +14,6 @@ from ..errors import CacheError, TextsError
 from ..models.source import ModelSource
 from ..storage import check_apart
 from ..values.files import EVAL_FILE
-from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
 from ..values.layers import Block
 from ..values.memory import MemoryPlan
@@ -22,7 +21,7 @@ from ..values.plan import Plan, key_of
 from ..values.schema import read
 from ..values.tokens import Tokens
 from .given_models import ModelStore
-from .inputs import inputs_of, model_inputs
+from .inputs import inputs_of, job_of, model_content, model_inputs
 from .measures import Measure, SpeechOnPrompts
 from .store import Store
 
@@ -110,22 +109,24 @@ class EvalJob:
         """The file that is written, if there is one."""
         return None if self.out is None else self.out / EVAL_FILE
 
-    @cached_property
+    @property
     def inputs(self) -> dict[str, dict[str, Any] | None]:
         """All that a measure's results depend on beside the layers, by its kind."""
         return {kind: known.inputs for kind, known in self.results.items()}
 
     @cached_property
+    def content(self) -> str | None:
+        """A hash of the files of the model; None where they are not known."""
+        return model_content(self.source, self.store)
+
+    @cached_property
     def job(self) -> str | None:
         """A hash of all that the results depend on but machine and places; None if not known."""
-        found = []
-        for inputs in self.inputs.values():
-            if inputs is None:
-                return None
-            model = {name: one for name, one in inputs["model"].items() if name != "machine"}
-            files = {name: one for name, one in model["model"].items() if name != "names"}
-            found.append({**inputs, "model": {**model, "model": files}})
-        return hash_of([found, self.plan.key if self.plan else {}])
+        measures = {one.kind: one.inputs(self.store) for one in self.measures}
+        if None in measures.values():
+            return None
+        inputs = {**measures, "device_memory": self.device_memory, **key_of(self.plan)}
+        return job_of(self.source, self.content, inputs)
 
     @cached_property
     def results(self) -> dict[str, KnownResults]:

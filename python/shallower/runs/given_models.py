@@ -66,6 +66,7 @@ class InMemory:
             return None
         return {
             "weights": content,
+            "name": str(self),  # which stands in the results
             "tokenizer": _tokenizer_hash(self.tokenizer),
             "device": str(self.model.device),
             "machine": machine(),

@@ -56,45 +56,76 @@ def model_inputs(source: ModelSource, store: Store, *, stat: bool = False) -> di
     With ``stat``, weights are known by place, size and time of change, and not read. None where it
     is not known, or the store is off.
     """
-    if store.folder is None:
+    files = None if store.folder is None else _files_of(source, store, stat=stat)
+    if files is None:
         return None
-    try:
-        content = _local(source, store, stat) or _on_the_hub(source)
-    except (OSError, ValueError, AttributeError, RuntimeError):
-        return None  # not there or damaged: loading it says so
-    if content is None:
-        return None
+    place, names = source.place.expanduser(), [str(source.path)]  # which stand in the results
+    if place.exists():
+        names = [Path(source.path).name, place.resolve().name]
     return {
-        "model": content,
+        "model": {**files, "names": names},
+        **_loaded_by(source),
+        "machine": machine(),  # on which last bits depend
+    }
+
+
+def _loaded_by(source: ModelSource) -> dict[str, Any]:
+    """The way a model is loaded, and the packages that do it."""
+    return {
         "dtype": source.dtype,
         "device_map": repr(source.device_map),
         "trust_remote_code": source.trust_remote_code,
-        "machine": machine(),
         "made_by": made_by(),
     }
 
 
-def model_content(source: ModelSource, store: Store) -> dict[str, Any] | None:
-    """Identify the files of a model, wherever they lie; None where that is not known."""
-    found = model_inputs(source, store)
-    if found is None:
+def model_content(source: ModelSource, store: Store) -> str | None:
+    """Hash the files of a model, wherever they lie and whatever the store; None if not known.
+
+    The store remembers the hash of a file, where it is on.
+    """
+    files = _files_of(source, store)
+    return None if files is None else hash_of(files)
+
+
+def _files_of(source: ModelSource, store: Store, *, stat: bool = False) -> dict[str, Any] | None:
+    try:
+        return _local(source, store, stat) or _on_the_hub(source)
+    except (OSError, ValueError, AttributeError, RuntimeError):
+        return None  # not there or damaged: loading it says so
+
+
+def job_of(source: ModelSource, content: str | None, inputs: Any) -> str | None:
+    """Name work on a model by all that its result depends on but the machine and places.
+
+    ``content`` is :func:`model_content`, and ``inputs`` all else. None if either is not known.
+    """
+    if content is None or inputs is None:
         return None
-    return {name: value for name, value in found["model"].items() if name != "names"}
+    return hash_of({"model": content, **_loaded_by(source), "of": inputs})
 
 
 def texts_inputs(texts: Texts | Iterable[str] | None, store: Store) -> dict[str, Any] | None:
+    """Identify texts as :func:`texts_content`, for a key of the store.
+
+    None where the store is off, or they are a whole dataset of the hub, too much to read for this.
+    """
+    is_whole = isinstance(texts, Texts) and texts.limit is None
+    if store.folder is None or (is_whole and not Path(texts.source).expanduser().is_file()):
+        return None
+    return texts_content(texts, store)
+
+
+def texts_content(texts: Texts | Iterable[str] | None, store: Store) -> dict[str, Any] | None:
     """Identify texts by the strings that are read, whatever file they come from.
 
-    None where that is not known: the store is off, the texts are broken, or they are a whole
-    dataset of the hub, too much to read for this.
+    None where they are broken.
     """
-    if store.folder is None or texts is None:
+    if texts is None:
         return None
     stamps = None
     if isinstance(texts, Texts):
         path = Path(texts.source).expanduser()
-        if not path.is_file() and texts.limit is None:
-            return None
         stamps = path.is_file() and _stamps([path])
     memo = {"texts": stamps, "limit": getattr(texts, "limit", None)} if stamps else None
     known = store.get("hashes", memo)
@@ -170,7 +201,8 @@ def hash_of_files(files: list[Path], store: Store) -> str:
     with track("hash, MiB", total >> 20, None if total >= LARGE_BYTES else False) as advance:
         found = []
         for file in files:
-            found.append([file.name, _hash_of_file(file, store)])
+            # A file that is all of it may have any name.
+            found.append([file.name if len(files) > 1 else "", _hash_of_file(file, store)])
             advance(file.stat().st_size >> 20)
     return hash_of(found)
 
@@ -261,9 +293,7 @@ def _lines(path: Path) -> list[str]:
 
 def _local(source: ModelSource, store: Store, stat: bool) -> dict[str, Any] | None:
     """A folder by all files directly in it, or a GGUF file; None if it is neither."""
-    path = Path(source.path).expanduser()
-    if source.gguf_file is not None and path.is_dir():
-        path /= source.gguf_file
+    path = source.place.expanduser()
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -272,7 +302,7 @@ def _local(source: ModelSource, store: Store, stat: bool) -> dict[str, Any] | No
         return None
     if _reaches_elsewhere(files):
         return None
-    found: dict[str, Any] = {"names": [Path(source.path).name, path.resolve().name]}
+    found: dict[str, Any] = {}
     weights = [file for file in files if stat and file.suffix in _WEIGHTS]
     if weights:
         found["stamps"] = _stamps(weights)
@@ -315,7 +345,7 @@ def _on_the_hub(source: ModelSource) -> dict[str, Any] | None:
     commit = found.parents[wanted.count("/")].name
     if not _COMMIT.fullmatch(commit) or _reaches_elsewhere([found]):
         return None
-    return {"names": [name], "commit": commit, "gguf_file": source.gguf_file}
+    return {"commit": commit, "gguf_file": source.gguf_file}
 
 
 def _stamps(files: Iterable[Path]) -> list[Any] | None:

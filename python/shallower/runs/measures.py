@@ -19,7 +19,7 @@ from ..values.speech import Speech
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize, Tokens
 from .answers import KeptAnswers
-from .inputs import hash_of_files, model_inputs, texts_inputs
+from .inputs import hash_of_files, model_inputs, texts_content
 from .store import Store
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class LossOfTexts(Measure[Loss]):
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Identify the texts by their content."""
-        texts = texts_inputs(self.texts, store)
+        texts = texts_content(self.texts, store)
         return texts and {"texts": texts, "tokens": asdict(self.tokens)}
 
     def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":

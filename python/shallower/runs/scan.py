@@ -16,14 +16,13 @@ from ..scanning.scan import Scan, deciding
 from ..storage import check_apart, check_free, claimed
 from ..texts.sources import Texts, place_of_texts
 from ..values.files import PARTIAL_FILE, SCAN_FILE
-from ..values.hashing import hash_of
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.schema import read
 from ..values.tokens import DEFAULT_BATCH, Tokens
 from ..values.until import Settled, Until
 from .done import Known, Output
-from .inputs import inputs_of
+from .inputs import inputs_of, job_of, model_content, texts_content
 from .store import Store
 
 if TYPE_CHECKING:
@@ -97,9 +96,28 @@ class ScanJob:
         return self.out / SCAN_FILE
 
     @cached_property
+    def content(self) -> str | None:
+        """A hash of the files of the model; None where they are not known."""
+        return model_content(self.source, self.store)
+
+    @cached_property
     def job(self) -> str | None:
-        """A hash of all that the scan depends on; None where that is not known."""
-        return None if self._inputs is None else hash_of(self._inputs)
+        """A hash of all that the scan depends on but machine and places; None if not known."""
+        texts = texts_content(self.texts, self.store) if self._are_read_again else None
+        return job_of(self.source, self.content, texts and {**self._settings, "texts": texts})
+
+    @property
+    def _are_read_again(self) -> bool:
+        return isinstance(self.texts, Texts | list)
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """Load the model, after its files were identified."""
+        self.identify()
+        return self.source.load()
+
+    def identify(self) -> None:
+        """Find out what the scan is of before it begins: files may change meanwhile."""
+        self.content, self._inputs  # noqa: B018 - both are kept
 
     def describe(self) -> dict[str, Any]:
         """Describe what would be done, by the config of the model alone.
@@ -166,20 +184,22 @@ class ScanJob:
     @cached_property
     def _inputs(self) -> dict[str, Any] | None:
         """All that the scan depends on, without the threads; None for texts that are read once."""
-        if not isinstance(self.texts, Texts | list):
+        if not self._are_read_again:
             return None
-        return inputs_of(
-            self.store,
-            {"model": self.source},
-            {"texts": self.texts},
-            tokens=asdict(self.tokens),
-            metrics=list(self.metrics),
-            positions=asdict(self.positions),
-            keep_samples=self.keep_samples,
-            until=None if self.until is None else asdict(self.until),
-            device_memory=self.device_memory,
+        models, texts = {"model": self.source}, {"texts": self.texts}
+        return inputs_of(self.store, models, texts, **self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "tokens": asdict(self.tokens),
+            "metrics": list(self.metrics),
+            "positions": asdict(self.positions),
+            "keep_samples": self.keep_samples,
+            "until": None if self.until is None else asdict(self.until),
+            "device_memory": self.device_memory,
             **({"experts": self.experts} if self.experts else {}),
-        )
+        }
 
     def _look_up(self) -> Known | None:
         return self._output.find()
@@ -228,6 +248,7 @@ class ScanJob:
         return done
 
     def _scan(self, model: Any, tokenizer: Any, checkpoint: Path) -> Scan:
+        from ..models.decoder import Decoder
         from ..scanning.model import scan
 
         batch_size = self.tokens.batch_size
@@ -236,7 +257,7 @@ class ScanJob:
             if self.until is not None:
                 batch_size = min(batch_size, DEFAULT_BATCH)
         return scan(
-            model,
+            Decoder.of(model, self.content),
             tokenizer,
             self.texts,
             max_length=self.tokens.max_length,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..errors import ScanError
 from ..models.source import ModelSource
@@ -15,12 +15,9 @@ from ..values.positions import Positions
 from ..values.shard import Shard
 from ..values.tokens import Tokens
 from .done import Known
-from .inputs import texts_inputs
+from .inputs import texts_content
 from .scan import ScanJob
 from .shards import OpenedShards, SharedShards, check_workers, described_texts, when_made
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OPENER = f"{__name__}:OpenedScan"
 """What a worker opens."""
@@ -51,15 +48,20 @@ class ShardJob(ScanJob):
 
     def _look_up(self) -> Known | None:
         """When the shard was scanned, if that very shard is there."""
-        made = when_made(self.file, self.shard, self.job, load=ScannedShard.load)
+        place, load, overwrite = self.file, ScannedShard.load, self.overwrite
+        made = when_made(place, self.shard, lambda: self.job, load=load, overwrite=overwrite)
         return None if made is None else Known({}, made)
 
-    def run_shard(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    def run_shard(self) -> None:
         """Scan the shard into its file; an interrupted one goes on where it was."""
+        from ..models.decoder import Decoder
+
+        job = self.job  # of the files that are loaded then
+        model, tokenizer = self.source.load()
         partial = self.file.with_suffix(".partial")
         with claimed(self.file, overwrite=True):
             shards = Shards(
-                model,
+                Decoder.of(model, self.content),
                 tokenizer,
                 self.texts,
                 self.tokens,
@@ -68,7 +70,7 @@ class ShardJob(ScanJob):
                 threads=self.threads,
                 keep_samples=self.keep_samples,
                 experts=self.experts,
-                job=self.job,
+                job=job,
             )
             try:
                 done = shards.scan(self.shard, checkpoint=partial)
@@ -111,6 +113,7 @@ class SharedScanJob(ScanJob):
         ProcessesError: there are no workers, or shards failed too often; the others stay for the
         same command.
         """
+        self.identify()
         with claimed(self.file, overwrite=True):
             shared = self.shared()
             shared.make()
@@ -127,6 +130,7 @@ class SharedScanJob(ScanJob):
             source=self.source,
             out=self.out,
             job=self.job,
+            content=self.content,
             overwrite=self.overwrite,
             load=ScannedShard.load,
             opener=OPENER,
@@ -139,7 +143,7 @@ class SharedScanJob(ScanJob):
                 "keep_samples": self.keep_samples,
                 "experts": self.experts,
             },
-            expects={"texts": texts_inputs(self.texts, self.store)},
+            expects={"texts": texts_content(self.texts, self.store)},
             on=self.on,
             workers=self.workers,
             memory=None if self.device_memory is None else self.memory,
@@ -161,10 +165,14 @@ class OpenedScan(OpenedShards):
 
     def open(self, source: ModelSource, described: Mapping[str, Any]) -> Shards:
         """Check the texts, and load the model."""
+        from ..models.decoder import Decoder
+
         texts = Texts(**described["texts"])
-        self.check("texts", texts.source, lambda: texts_inputs(texts, self.store))
+        self.check("texts", texts.source, lambda: texts_content(texts, self.store))
+        model, tokenizer = source.load(progress=False)
         self._shards = Shards(
-            *source.load(progress=False),
+            Decoder.of(model, self.content),
+            tokenizer,
             texts,
             Tokens(**described["tokens"]),
             metrics=described["metrics"],

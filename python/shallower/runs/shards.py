@@ -37,17 +37,27 @@ Load = Callable[[Path], ShardContent]
 """Reads a shard from its file; ScanError where it is none."""
 
 
-def when_made(place: Path, shard: Shard, job: str | None, *, load: Load) -> str | None:
-    """Tell when a shard was made, in ISO 8601, if that very shard lies at its place, whole."""
-    if not place.is_file() or job is None:
+def when_made(
+    place: Path, shard: Shard, job: Callable[[], str | None], *, load: Load, overwrite: bool
+) -> str | None:
+    """Tell when a shard was made, in ISO 8601, if that very shard lies at its place, whole.
+
+    ``job`` names its work. OutputError: something else is there, and not to be replaced.
+    """
+    if not place.exists():
         return None
+    fault = f"{place} exists already, and is no shard of this work"
     try:
         found = load(place)
-    except ScanError:
+        if (name := job()) is None:
+            fault = f"{place} exists already, and the files of model and texts do not show of what"
+        elif (found.shard, found.job, found.is_complete) == (shard, name, True):
+            return datetime.fromtimestamp(place.stat().st_mtime, UTC).isoformat()
+    except ScanError as error:
+        fault = str(error)
+    if overwrite:
         return None
-    if (found.shard, found.job) != (shard, job) or not found.is_complete:
-        return None
-    return datetime.fromtimestamp(place.stat().st_mtime, UTC).isoformat()
+    raise OutputError(f"{fault}: choose another --out, or replace it (overwrite=True, --overwrite)")
 
 
 def check_workers(workers: int | None, on: str, kind: str) -> None:
@@ -80,6 +90,7 @@ class SharedShards:
         source: the model.
         out: the folder of the work.
         job: a hash of all that the work depends on; None where that is not known.
+        content: a hash of the files of the model; None where that is not known.
         overwrite: replace shards of other work.
         load: reads a shard.
         opener: what a worker opens, as that of a :class:`Job`.
@@ -96,6 +107,7 @@ class SharedShards:
     source: ModelSource
     out: Path
     job: str | None
+    content: str | None
     overwrite: bool
     load: Load
     opener: str
@@ -146,14 +158,9 @@ class SharedShards:
 
     def _is_there(self, shard: Shard) -> bool:
         """Whether a shard of this very work lies in its folder; OutputError for one of another."""
-        place = self._place(shard)
-        is_ours = when_made(place, shard, self.job, load=self.load) is not None
-        if place.exists() and not is_ours and not self.overwrite:
-            raise OutputError(
-                f"{place} is no shard of this {self.kind}: choose another --out, or replace it "
-                f"(overwrite=True, --overwrite)"
-            )
-        return is_ours
+        place, job = self._place(shard), lambda: self.job
+        made = when_made(place, shard, job, load=self.load, overwrite=self.overwrite)
+        return made is not None
 
     def engine(self) -> Engine:
         """Find the workers."""
@@ -162,11 +169,8 @@ class SharedShards:
             "source": {**asdict(self.source), "path": absolute(str(self.source.path))},
             "job": self.job,
             "shards": len(self.shards),
-            "expects": {
-                "versions": made_by(),
-                "model": model_content(self.source, self.store),
-                **self.expects,
-            },
+            "no_cache": self.store.folder is None,
+            "expects": {"versions": made_by(), "model": self.content, **self.expects},
         }
         job = Job(self.opener, described, threads_of(self.workers))
         return workers_of(job, self.workers, on=self.on, gpus=self._gpus())
@@ -200,7 +204,8 @@ class OpenedShards(ABC):
     def __init__(self, described: Mapping[str, Any]) -> None:
         self._expects = described["expects"]
         check_made_by(self._expects["versions"])
-        self.store, source = open_store(), ModelSource(**described["source"])
+        self.store, source = open_store(described["no_cache"]), ModelSource(**described["source"])
+        self.content = self._expects["model"]
         self.check("model", str(source), lambda: model_content(source, self.store))
         work = self.open(source, described)
         shards = [Shard(index, described["shards"]) for index in range(described["shards"])]
@@ -209,8 +214,8 @@ class OpenedShards(ABC):
 
     def check(self, name: str, place: str, found: Callable[[], Any]) -> None:
         """Refuse what is not what the driver has: ProcessesError."""
-        if self._expects[name] is not None and found() not in (None, self._expects[name]):
-            raise ProcessesError(f"{place} on this node is not the {name} of the driver")
+        if self._expects[name] is not None and found() != self._expects[name]:
+            raise ProcessesError(f"{place} on this node is no {name} of the driver, or not there")
 
     @abstractmethod
     def open(self, source: ModelSource, described: Mapping[str, Any]) -> ShardMaker:

@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,7 +32,9 @@ STORE_FILE = "store.sqlite"
 BUSY_SECONDS = 10.0
 """How long one access waits for other processes at most."""
 
-_FORMAT = ["shallower.store", 1]
+_FORMAT = ["shallower.store", 2]
+"""In every key: with another number nothing is found that was kept before."""
+
 _APPLICATION = 0x5368616C  # "Shal": marks the file as ours
 _VERSION = 1
 _SCHEMA = (
@@ -48,8 +50,12 @@ _FIND = "SELECT made, value, checksum FROM measurements WHERE key = ?"
 _PUT = "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?)"
 _READ = "SELECT made, value, checksum FROM records WHERE key = ? ORDER BY number"
 _APPEND = "INSERT INTO records (key, kind, made, value, checksum) VALUES (?, ?, ?, ?, ?)"
+_OF_FILES = ("hashes", "output")
+"""Entries of the files of this machine, which no other one gives."""
+
 _GIVEN = (
-    "SELECT rowid, key, kind, made, value, checksum FROM {} WHERE rowid > ? AND kind <> 'hashes'"
+    "SELECT rowid, key, kind, made, value, checksum FROM {} WHERE rowid > ? "
+    f"AND kind NOT IN {_OF_FILES}"
 )
 _TAKEN = {
     "measurements": "INSERT OR IGNORE INTO measurements VALUES (?, ?, ?, ?, ?)",
@@ -152,6 +158,7 @@ class Store:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._file = None if folder is None else _File(folder / STORE_FILE)
+        self._offered: dict[str, list[tuple[str, list[Any]]]] = {}
 
     def key(self, kind: str, inputs: Mapping[str, Any]) -> str:
         """Hash what a result depends on."""
@@ -166,7 +173,7 @@ class Store:
         """Look up a measurement, and when it was made."""
         if self._file is None or inputs is None:
             return None
-        key = self.key(kind, inputs)
+        key = self._accepted(kind, inputs)
         found = self._file.entries(_FIND, key, kind)
         return found[0] if found else None
 
@@ -179,7 +186,7 @@ class Store:
         """Open the records of work that may be interrupted; None if nothing is kept."""
         if self._file is None or inputs is None:
             return None
-        return Journal(self._file, self.key(kind, inputs), kind)
+        return Journal(self._file, self._accepted(kind, inputs), kind)
 
     def give(self, behind: dict[str, int]) -> Entries:
         """Give the entries behind the rows that ``behind`` numbers, and number the last there.
@@ -198,14 +205,27 @@ class Store:
         return found
 
     def take(self, entries: Any) -> None:
-        """Keep entries that another store gave; CacheError, and none is kept, if one is damaged."""
-        try:
-            rows = [(_TAKEN[table], row) for table, found in entries.items() for row in found]
-            whole = all(_checksum(*row[:4]) == row[4] and len(row) == 5 for _, row in rows)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise CacheError("these are no entries of a store") from error
-        if not whole:
-            raise CacheError("an entry is damaged: it has not the checksum that it was made with")
+        """Keep entries that a worker's store gave; CacheError, and none is kept, if one is damaged.
+
+        Those of the files of a machine are left out.
+        """
+        self._keep(_given(entries))
+
+    def offer(self, entries: Any) -> None:
+        """Hold entries of whoever made a shard: one is kept once work asks for its very key.
+
+        CacheError, and none is held, if one is damaged.
+        """
+        for query, row in _given(entries):
+            self._offered.setdefault(row[0], []).append((query, row))
+
+    def _accepted(self, kind: str, inputs: Mapping[str, Any]) -> str:
+        """The key of what is asked for, kept now if it is offered."""
+        key = self.key(kind, inputs)
+        self._keep([(query, row) for query, row in self._offered.pop(key, ()) if row[1] == kind])
+        return key
+
+    def _keep(self, rows: Iterable[tuple[str, Sequence[Any]]]) -> None:
         for query, row in rows:
             if self._file is not None:
                 self._file.take(query, row)
@@ -222,6 +242,19 @@ class Store:
         if the file is held, is not ours, or cannot be written.
         """
         return 0 if self._file is None else self._file.clear()
+
+
+def _given(entries: Any) -> list[tuple[str, list[Any]]]:
+    """Entries as :meth:`Store.give` gave them, each with the query that keeps it; CacheError."""
+    try:
+        rows = [(_TAKEN[table], row) for table, found in entries.items() for row in found]
+        whole = all(_checksum(*row[:4]) == row[4] and len(row) == 5 for _, row in rows)
+        rows = [(query, row) for query, row in rows if row[1] not in _OF_FILES]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CacheError("these are no entries of a store") from error
+    if not whole:
+        raise CacheError("an entry is damaged: it has not the checksum that it was made with")
+    return rows
 
 
 class Journal:

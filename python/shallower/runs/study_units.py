@@ -27,7 +27,7 @@ from ..values.hashing import hash_of
 from ..values.schema import of_type
 from ..values.shard import Shard, shard_files
 from .engines import workers_of
-from .inputs import check_machine, check_made_by, machine, made_by, model_content
+from .inputs import check_machine, check_made_by, machine, made_by, model_inputs
 from .shards import absolute, check_workers
 from .store import Store, open_store
 from .study import Part, Study
@@ -112,7 +112,6 @@ def describe(study: Study[Any], *, store: Path | None = None) -> dict[str, Any]:
         "expects": {
             "versions": made_by(),
             "machine": machine(),
-            "models": [model_content(one, study.store) for one in models],
             "texts": [study.fitted, study.reported],
         },
     }
@@ -154,12 +153,18 @@ def opened(
         **more,
     )
     hashes = open_store()
-    for model, content in zip(models, expects["models"], strict=True):
-        if model_content(model, store if hashes.folder is None else hashes) != content:
+    for model, identity in zip(models, described["identities"], strict=True):
+        here = model_inputs(model, store if hashes.folder is None else hashes)
+        if here is None or _without_places(here) != _without_places(identity):
             raise ProcessesError(f"{model} here is not the model of the driver")
     if [study.fitted, study.reported] != expects["texts"]:
         raise ProcessesError("the texts here are not those of the driver")
     return study
+
+
+def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity of a model without the names of its folder and the machine."""
+    return {**identity, "model": {**identity["model"], "names": None}, "machine": None}
 
 
 class OpenedStudy:
@@ -217,14 +222,16 @@ def measure_shard(study: "CompareStudy", shard: Shard) -> dict[str, Any]:
 
 
 def gather_study(
-    parts: Iterable[Path], out: Path, *, overwrite: bool = False
+    parts: Iterable[Path], out: Path, *, overwrite: bool = False, trust_remote_code: bool = False
 ) -> "tuple[CompareStudy, CriteriaComparison]":
-    """Put shards of a comparison into the cache, and carry the comparison out, which finds all.
+    """Carry out the comparison of some shards, which finds in them what it asks for.
+
+    That alone is put into the cache, whatever else the files hold.
 
     Raises:
-        ProcessesError: shards are damaged, missing or of different comparisons, or of other
-            packages, processors, models or texts than are here; or of a model that runs its own
-            code, which is not trusted by the word of a file.
+        ProcessesError: shards are damaged, missing, without a measurement or of different
+            comparisons, or of other packages, processors, models or texts than are here; or of a
+            model that runs its own code, without ``trust_remote_code``.
         ShallowerError: as :func:`shallower.compare`.
     """
     read = {file: _read(file) for file in shard_files(parts, "compare")}
@@ -240,19 +247,24 @@ def gather_study(
     store, described = open_store(), shard["described"]
     if store.folder is None:
         raise ProcessesError("there is no cache to put shards into: name one (SHALLOWER_CACHE)")
-    for file, one in read.items():
-        try:
-            store.take(one["entries"])
-        except CacheError as error:
-            raise ProcessesError(f"{file}: {error}") from error
-    if any(one["trust_remote_code"] for one in described["models"]):
+    if any(one["trust_remote_code"] for one in described["models"]) and not trust_remote_code:
         raise ProcessesError(
-            "gather runs no code that comes with a model: what was measured is in the cache now, "
-            "and the same compare without --shard finds it"
+            "gather runs no code that comes with a model by the word of a file: allow it yourself "
+            "(trust_remote_code=True, --trust-remote-code)"
         )
     given = [one["path"] for one in described["models"]]
     is_here = described["places"] == list(map(absolute, given))
     study: Any = opened(described, store, as_named=is_here, out=out, overwrite=overwrite)
+    for file, one in read.items():
+        try:
+            store.offer(one["entries"])
+        except CacheError as error:
+            raise ProcessesError(f"{file}: {error}") from error
+    if lacking := [str(part) for part in study.parts() if not is_known(study, part)]:
+        raise ProcessesError(
+            f"the shards have no measurement of {', '.join(lacking[:3])}: make them anew "
+            f"(compare --shard --overwrite)"
+        )
     done = study.run()
     study.found.clear()  # of the shards
     return study, done
@@ -266,5 +278,7 @@ def _read(file: Path) -> dict[str, Any]:
         if hash_of(content) == found["sha256"]:
             return content
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ProcessesError(f"{file} is no shard of a comparison: {why(error, file)}") from error
+        raise ProcessesError(
+            f"{file} is damaged, or no shard of a comparison: {why(error, file)}"
+        ) from error
     raise ProcessesError(f"{file} is damaged: make it anew (compare --shard --overwrite)")

@@ -6,7 +6,7 @@ Sees the Rust core and NumPy, no torch and no model.
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,8 @@ class ScanBuilder:
     """A scan in the making: parts go in one by one, and a :class:`Scan` comes out.
 
     The threads of the core live as long as the builder, not as long as the scan. ``experts`` are
-    statistics that grow elsewhere, and are part of the scan. MetricError, StatesError,
-    ThreadsError: an argument is out of range.
+    statistics that grow elsewhere, and are part of the scan; ``content`` is a hash of the weights.
+    MetricError, StatesError, ThreadsError: an argument is out of range.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class ScanBuilder:
         cka_batch: int | None = None,
         positions: Positions | None = None,
         experts: ExpertStatistics | None = None,
+        content: str | None = None,
     ) -> None:
         self._metrics = check_metrics(metrics)
         if cka_batch is not None:
@@ -86,6 +87,7 @@ class ScanBuilder:
         self._model = model
         self._positions = positions
         self._experts = experts
+        self._content = content
         self._last: tuple[np.int64, np.int64] | None = None  # the last sequence and its length
         self._cka = None
         if cka_batch is not None:
@@ -164,6 +166,8 @@ class ScanBuilder:
                 f"it is of {before.model} by {', '.join(before.metrics)}, not of {self._model} by "
                 f"{', '.join(self._metrics)}"
             )
+        if before.contents.content != self._content:
+            raise ScanError("it is of a model with other weights, or does not say which they are")
         if before.positions != self._positions:
             raise ScanError(f"it is of the positions {before.positions}, not {self._positions}")
         if before.texts != (texts,):
@@ -204,7 +208,8 @@ class ScanBuilder:
 
         No CKA, as its minibatch may be incomplete.
         """
-        return self._scan((texts,), None)
+        so_far = self._scan((texts,), None).contents
+        return Scan(replace(so_far, content=self._content))
 
     def finish(self, texts: tuple[TextsIdentity, ...] = ()) -> Scan:
         """The scan of all samples, with a warning of rejected ones.

@@ -33,7 +33,7 @@ from .settling import Settling
 
 
 def scan(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Decoder,
     tokenizer: PreTrainedTokenizerBase,
     texts: AnyTexts,
     *,
@@ -98,19 +98,20 @@ def scan(
             observed, with ``experts``.
         LayersError, MetricError: ``until`` names sizes that the model cannot lose, or no metric
             with bounds decides; with bets, PositionsError for several tokens of a text.
-        ScanError: ``checkpoint`` is of another model, of other texts or positions, stops otherwise,
-            or does not go with ``cka_batch``, whose minibatches a file of sums cannot cut through.
+        ScanError: ``checkpoint`` is of another model or other weights, of other texts or positions,
+            stops otherwise, or does not go with ``cka_batch``, whose minibatches a file of sums
+            cannot cut through.
         OutputError: ``checkpoint`` lies in the model or among the texts.
         ProcessesError: this is one of several processes, as torchrun starts them.
     """
     refuse_several()
     if checkpoint and cka_batch is not None:
         raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
+    decoder = Decoder.of(model)
     if checkpoint:
-        check_apart(checkpoint, [place_of(model), place_of_texts(texts)])
+        check_apart(checkpoint, [place_of(decoder.model), place_of_texts(texts)])
     if isinstance(positions, str):
         positions = Positions.parse(positions, seed)
-    decoder = Decoder.of(model)
     settling = None
     if until is not None:
         metric = deciding(metrics)
@@ -131,6 +132,7 @@ def scan(
         cka_batch=cka_batch,
         positions=positions,
         experts=observed.statistics if observed else None,
+        content=decoder.content if checkpoint else None,
     )
     if total is None:
         total = length_hint(texts) or None
@@ -160,7 +162,7 @@ def scan(
         builder.reject(*batches.take_rejections())  # of texts behind the last states
         done = builder.finish((batches.identity,))
         if checkpoint:
-            _save(done, Path(checkpoint), settling)
+            _save(builder.so_far(batches.identity), Path(checkpoint), settling)
     if settling:
         samples = done.contents.samples if keep_samples else None
         return Scan(replace(done.contents, samples=samples), settling.settled)

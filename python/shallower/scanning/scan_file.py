@@ -31,7 +31,7 @@ from .expert_statistics import ExpertStatistics
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
 
-SHARD_FORMAT = "shallower.shard.1"
+SHARD_FORMAT = "shallower.shard.2"
 """The key of the metadata of a shard's file, which is a scan of some of its texts."""
 
 T = TypeVar("T", Sums, Cka, ExpertSums)
@@ -62,6 +62,7 @@ class Contents:
         positions: which tokens of the texts were compared, if that is known.
         settled: what a scan that stops when it is sure goes on with; only while it is not done.
         experts: the statistics of experts, if the scan has them.
+        content: a hash of the weights of the model; only while it is not done.
     """
 
     sums: Sums
@@ -73,6 +74,7 @@ class Contents:
     positions: Positions | None = None
     settled: Settled | None = None
     experts: ExpertStatistics | None = None
+    content: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rejections", tuple(self.rejections[:NAMED_REJECTIONS]))
@@ -157,6 +159,8 @@ def scan_bytes(contents: Contents, shard: ShardOfScan | None = None) -> bytes:
     }
     if contents.settled is not None:
         header["settled"] = contents.settled.to_json()
+    if contents.content is not None:
+        header["content"] = contents.content
     arrays: dict[str, NDArray[Any]] = {SUMS: np.frombuffer(contents.sums.to_bytes(), np.uint8)}
     if contents.cka is not None:
         arrays[CKA] = np.frombuffer(contents.cka.to_bytes(), np.uint8)
@@ -287,6 +291,7 @@ def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
         read(Positions | None, header["positions"]),
         read(Settled | None, header.get("settled")),
         experts,
+        read(str | None, header.get("content")),
     )
     return contents, read(ShardOfScan, header["shard"]) if key == SHARD_FORMAT else None
 

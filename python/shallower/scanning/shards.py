@@ -27,6 +27,7 @@ from .scan_file import Contents, read_shard, scan_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..models.decoder import Decoder
     from ..texts.batches import AnyTexts, Batch
     from .expert_hooks import ExpertHooks
 
@@ -61,7 +62,12 @@ class ScannedShard:
     @property
     def common(self) -> dict[str, object]:
         """What all shards of a scan have in common, by the words of an error."""
-        of = {"model": _model_of, "texts": _texts_of, "settings": _settings_of}
+        of = {
+            "model": _model_of,
+            "weights": lambda one: str(one.content)[:12],
+            "texts": _texts_of,
+            "settings": _settings_of,
+        }
         return {**self.of.common, **{name: one(self.contents) for name, one in of.items()}}
 
     def to_bytes(self) -> bytes:
@@ -86,7 +92,7 @@ class Shards:
 
     def __init__(
         self,
-        model: "PreTrainedModel",
+        model: "PreTrainedModel | Decoder",
         tokenizer: "PreTrainedTokenizerBase",
         texts: "AnyTexts",
         tokens: Tokens,
@@ -127,6 +133,7 @@ class Shards:
         return {
             "dtype": model.dtype,
             "model": model.fingerprint,
+            "weights": self._decoder.content,
             "texts": texts.fingerprint,
             "number of batches": self.num_batches,
         }
@@ -154,6 +161,7 @@ class Shards:
             keep_samples=self._keep,
             positions=self._positions,
             experts=observed.statistics if observed else None,
+            content=self._decoder.content,
         )
         mine, of = shard.of(self.num_batches), self._of(shard)
         if checkpoint is not None and checkpoint.exists():
@@ -280,6 +288,7 @@ def _joined(shards: Sequence[ScannedShard]) -> Scan:
         keep_samples=first.samples is not None,
         positions=first.positions,
         experts=first.experts and ExpertStatistics(first.experts.layers, first.experts.routing),
+        content=first.content,
     )
     for shard in shards:
         builder.resume(Scan(replace(shard.contents, model=first.model)), *first.texts)

@@ -23,7 +23,7 @@ from .schema import of_type, read
 from .scores import Scores
 from .shard import Shard, read_shards
 
-FORMAT = "shallower.eval.shard.1"
+FORMAT = "shallower.eval.shard.2"
 
 SIDES = ("base", "cut")
 """The whole model, and that without layers."""
@@ -45,8 +45,6 @@ class Part:
         num_items: texts, or windows, in all.
         fingerprint: a hash of all token ids.
         settings: what a result says beside its losses, by the names of ``LEAST``.
-        inputs: all that it depends on beside the layers, as the store takes it; None where that is
-            not known.
         items: (S,) the indices of the shard's texts among all, ascending.
         counts: (S,) the predicted tokens of each.
         num_bytes: (S,) the bytes of what is predicted of each; None where they are not counted.
@@ -58,7 +56,6 @@ class Part:
     num_items: int
     fingerprint: str
     settings: Mapping[str, int]
-    inputs: Mapping[str, Any] | None
     items: tuple[int, ...]
     counts: tuple[int, ...]
     num_bytes: tuple[int, ...] | None
@@ -96,7 +93,10 @@ class MeasuredShard:
         job: a hash of all that the evaluation depends on but the machine; None where that is not
             known.
         versions: of the packages that made it.
+        machine: on which the last bits depend.
+        described: the evaluation, from which a process makes it again.
         model: the whole model.
+        weights: a hash of all that it is made of; None where that is not known.
         plan: of the layers that ``cut`` is without; None where there is no cut.
         parts: what it has of each measure, ``loss`` or ``perplexity``.
     """
@@ -104,7 +104,10 @@ class MeasuredShard:
     shard: Shard
     job: str | None
     versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    described: Mapping[str, Any]
     model: ModelIdentity
+    weights: str | None
     plan: Plan | None
     parts: Mapping[str, Part]
 
@@ -132,6 +135,7 @@ class MeasuredShard:
             "number of shards": self.shard.count,
             "versions": dict(self.versions),
             "model": str(replace(self.model, name="the model")),
+            "weights": str(self.weights)[:12],
             "cut": self._cut,
             "measures": "; ".join(f"{kind}, {part}" for kind, part in parts),
             "texts": "; ".join(f"{part.num_items:,}, {part.fingerprint[:12]}" for _, part in parts),
@@ -152,7 +156,10 @@ class MeasuredShard:
             "shard": asdict(self.shard),
             "job": self.job,
             "versions": dict(self.versions),
+            "machine": dict(self.machine),
+            "described": dict(self.described),
             "model": asdict(self.model),
+            "weights": self.weights,
             "plan": self.plan and self.plan.to_json(),
             "parts": {
                 kind: {
@@ -196,19 +203,17 @@ class Evaluation:
         values: by the measure and the side, a :class:`Loss` or :class:`Perplexity`.
         model: the whole model.
         plan: of the layers that ``cut`` is without; None where there is no cut.
-        inputs: all that each measure depends on beside the layers, as the store takes it; None
-            where that is not known, or the shards were measured on different machines.
+        job: as of the shards.
+        described: the evaluation, as the first shard says.
+        machine: that which measured; None for several that differ.
     """
 
     values: Mapping[str, Mapping[str, Any]]
     model: ModelIdentity
     plan: Plan | None
-    inputs: Mapping[str, Mapping[str, Any] | None]
-
-    @property
-    def cuts(self) -> dict[str, Plan | None]:
-        """The cut of each side; None for the whole model."""
-        return {"base": None} if self.plan is None else {"base": None, "cut": self.plan}
+    job: str | None
+    described: Mapping[str, Any]
+    machine: Mapping[str, Any] | None
 
 
 def gather_evaluation(parts: Iterable[str | Path]) -> Evaluation:
@@ -217,7 +222,7 @@ def gather_evaluation(parts: Iterable[str | Path]) -> Evaluation:
     ScanError: as :func:`shallower.gather`, or texts are missing in a shard.
     """
     shards = read_shards(parts, MeasuredShard.load, "eval")
-    first, values, inputs = shards[0], {}, {}
+    first, values = shards[0], {}
     for kind, part in first.parts.items():
         of_kind = [shard.parts[kind] for shard in shards]
         items = [item for one in of_kind for item in one.items]
@@ -227,8 +232,8 @@ def gather_evaluation(parts: Iterable[str | Path]) -> Evaluation:
                 f"measure them again"
             )
         values[kind] = {side: _VALUES[kind](of_kind, side) for side in part.nats}
-        inputs[kind] = part.inputs if all(one.inputs == part.inputs for one in of_kind) else None
-    return Evaluation(values, first.model, first.plan, inputs)
+    machine = first.machine if all(one.machine == first.machine for one in shards) else None
+    return Evaluation(values, first.model, first.plan, first.job, first.described, machine)
 
 
 def _loss(parts: Sequence[Part], side: str) -> Loss:

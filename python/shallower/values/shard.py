@@ -15,7 +15,7 @@ MOST_SHARDS = 100_000
 SUFFIXES = {"scan": "safetensors", "eval": "json", "compare": "json"}
 """The kinds of work that falls into shards, and how their files end."""
 
-PLURAL = ("inputs", "measures", "settings", "texts", "versions")
+PLURAL = ("inputs", "measures", "settings", "texts", "versions", "weights")
 """What several shards have in common, of those that differ without an s."""
 
 
@@ -145,7 +145,7 @@ class ShardContent(Protocol):
 
     @property
     def common(self) -> Mapping[str, object]:
-        """What all shards have in common, by the words of an error; None where it is not known."""
+        """What all shards have in common, by the words of an error."""
 
     def to_bytes(self) -> bytes:
         """Give its file."""
@@ -226,7 +226,7 @@ def _check_alike(first: tuple[Path, Content], other: tuple[Path, Content], kind:
     """Refuse shards of different works, by what differs."""
     for name, mine in first[1].common.items():
         theirs = other[1].common[name]
-        if mine != theirs and None not in (mine, theirs):
+        if mine != theirs:
             raise ScanError(
                 f"{first[0]} and {other[0]} are shards of different {kind}s: their {name} differ"
                 f"{'' if name in PLURAL else 's'} ({mine} and {theirs})"
