@@ -180,7 +180,6 @@ def test_what_others_cannot_open_is_not_shared(places, tmp_path):
     ("name", "other", "said"),
     [
         ("versions", {"shallower": "0.9.9"}, r"has shallower 0\.\d+\.\d+, the driver 0\.9\.9"),
-        ("machine", {"cpu": "other"}, "the processors here are not those"),
         ("texts", [{}, ""], "the texts here are not those of the driver"),
     ],
 )
@@ -189,6 +188,20 @@ def test_a_worker_that_has_something_else_refuses(places, name, other, said):
     expects = {**described["expects"], name: other}
     with pytest.raises(ProcessesError, match=said):
         OpenedStudy({**described, "expects": expects})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"machine": {"cpu": "other"}}, "the processors here are not those"),
+        ({"model": {"sha256": "0"}}, "here is not the model of the driver"),
+    ],
+)
+def test_a_worker_that_has_another_model_or_processor_refuses(places, change, said):
+    described = describe(comparison(places))
+    identities = [{**one, **change} for one in described["identities"]]
+    with pytest.raises(ProcessesError, match=said):
+        OpenedStudy({**described, "identities": identities})
 
 
 def test_entries_that_were_changed_are_refused(places):

@@ -218,9 +218,9 @@ def _check_against(*, is_cut: bool, is_shared: bool) -> None:
 
 
 def _read(texts: str, max_texts: int | None, part: dict[str, Any]) -> "Texts | list[str]":
-    """The texts, read once; workers read them themselves."""
+    """The texts, read once; of a work that is shared they are named, for other processes."""
     found = read_texts(texts, max_texts)
-    return found if "workers" in part else list(found)
+    return found if part else list(found)
 
 
 def _carry_out_shard(job: "EvalJob", as_json: bool) -> None:

@@ -110,9 +110,10 @@ def texts_inputs(texts: Texts | Iterable[str] | None, store: Store) -> dict[str,
 
     None where the store is off, or they are a whole dataset of the hub, too much to read for this.
     """
-    is_whole = isinstance(texts, Texts) and texts.limit is None
-    if store.folder is None or (is_whole and not Path(texts.source).expanduser().is_file()):
+    if store.folder is None:
         return None
+    if isinstance(texts, Texts) and texts.limit is None:
+        return texts_content(texts, store) if Path(texts.source).expanduser().is_file() else None
     return texts_content(texts, store)
 
 

@@ -27,7 +27,7 @@ from ..values.hashing import hash_of
 from ..values.schema import of_type
 from ..values.shard import Shard, shard_files
 from .engines import workers_of
-from .inputs import check_machine, check_made_by, machine, made_by, model_inputs
+from .inputs import check_machine, check_made_by, made_by, model_inputs
 from .shards import absolute, check_workers
 from .store import Store, open_store
 from .study import Part, Study
@@ -111,7 +111,6 @@ def describe(study: Study[Any], *, store: Path | None = None) -> dict[str, Any]:
         "store": None if store is None else str(store.absolute()),
         "expects": {
             "versions": made_by(),
-            "machine": machine(),
             "texts": [study.fitted, study.reported],
         },
     }
@@ -135,7 +134,8 @@ def opened(
 
     expects = described["expects"]
     check_made_by(expects["versions"])
-    check_machine(expects["machine"])
+    for identity in described["identities"]:
+        check_machine(identity["machine"])
     kinds: dict[str, Any] = {one.KIND: one for one in (CompareStudy, CurveStudy)}
     models = [
         ModelSource(**{**given, "path": given["path"] if as_named else place})
@@ -255,6 +255,8 @@ def gather_study(
     given = [one["path"] for one in described["models"]]
     is_here = described["places"] == list(map(absolute, given))
     study: Any = opened(described, store, as_named=is_here, out=out, overwrite=overwrite)
+    if study.KIND != "compare":
+        raise ProcessesError(f"{first} is of a {study.KIND}: expected shards of a comparison")
     for file, one in read.items():
         try:
             store.offer(one["entries"])
