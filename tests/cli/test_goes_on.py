@@ -79,6 +79,32 @@ def test_a_scan_does_not_go_on_with_other_weights(
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_curve_does_not_go_on_with_the_scan_of_other_weights(
+    shallower, monkeypatch, folder, tiny, words, texts
+):
+    shutil.copytree(tiny, folder / "model")
+    monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+    files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
+    command = ("curve", "model", *files, "--max-length", 16)
+    command = (*command, "--n", 1, "--strategies", "similarity", "--states", "cut", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(scanning.ScanBuilder, "finish", interrupted)
+        assert shallower(*command, "--out", "out").status == 130
+    assert (folder / "out" / "scan.partial.safetensors").exists()
+    sh.save_model(edited(tiny_llama()), words, folder / "model", overwrite=True)
+    for out in ("out", "new"):
+        done = shallower(*command, "--out", out, "--no-cache")
+        assert done.status == 0, done.err
+    of = [(folder / name / "scan.safetensors").read_bytes() for name in ("out", "new")]
+    assert of[0] == of[1]
+
+
+def interrupted(*_):
+    """Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_curve_says_how_many_points_are_there(cut_short, asked):
     command = ("curve", *asked, "--n", "1,2", "--strategies", "deepest", "--states", "cut")
     said = cut_short(command, CurveStudy, "write_curve", 2)

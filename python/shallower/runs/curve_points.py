@@ -16,6 +16,7 @@ from ..errors import (
     ModelError,
     OutputError,
     PatchError,
+    ScanError,
     ShallowerError,
     TextsError,
     one_sentence,
@@ -31,6 +32,7 @@ from ..scanning.scan import Scan
 from ..storage import write_file
 from ..values.curve import SCANNED, STATES, Curve, CurvePoint, State
 from ..values.files import PARTIAL_FILE, SCAN_FILE
+from ..values.hashing import hash_of
 from ..values.identity import title_of
 from ..values.layers import deepest_block, layer_count
 from ..values.plan import Plan
@@ -260,16 +262,23 @@ class CurvePoints:
         place, partial = study.folder / SCAN_FILE, study.folder / PARTIAL_FILE
         if self._recall_scan() or (study.goes_on and place.exists()):
             return Scan.load(place)
-        scanned = scan(
-            measuring.model,
-            measuring.tokenizer,
-            measuring.split.fit,
-            max_length=measuring.tokens.max_length,
-            batch_size=measuring.tokens.batch_size,
-            threads=study.settings.threads,
-            checkpoint=partial,
-            progress=study.progress,
-        )
+        of_model = study.of_models[str(study.model)]
+        try:
+            scanned = scan(
+                replace(self._decoder, files=of_model and hash_of(of_model)),
+                measuring.tokenizer,
+                measuring.split.fit,
+                max_length=measuring.tokens.max_length,
+                batch_size=measuring.tokens.batch_size,
+                threads=study.settings.threads,
+                checkpoint=partial,
+                progress=study.progress,
+            )
+        except ScanError:
+            if not partial.exists():
+                raise
+            partial.unlink()  # of another study, or of other weights
+            return self._scan
         scanned.save(place)
         partial.unlink(missing_ok=True)
         content = b64encode(place.read_bytes()).decode()
