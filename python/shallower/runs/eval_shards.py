@@ -44,27 +44,18 @@ OPENER = f"{__name__}:OpenedEval"
 class EvalShards:
     """A model that is loaded, of which any shard of an evaluation can be measured.
 
-    ``content`` and ``mark`` are :attr:`EvalJob.content` and :attr:`EvalJob.job`, of whoever drives,
-    who ``described`` the evaluation. Raises PlanError for a plan of another model, and what the
-    measures raise.
+    ``content`` and ``mark`` are :attr:`EvalJob.content` and :attr:`EvalJob.job`, of whoever drives.
+    Raises PlanError for a plan of another model, and what the measures raise.
     """
 
-    def __init__(
-        self,
-        job: EvalJob,
-        loaded: Any,
-        *,
-        content: str | None,
-        mark: str | None,
-        described: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, job: EvalJob, loaded: Any, *, content: str | None, mark: str | None) -> None:
         from ..models.decoder import Decoder
 
         model, tokenizer = loaded
         self._decoder, self._plan = Decoder.of(model, content), job.plan
         if self._plan:
             self._plan.check_model(self._decoder.identity)
-        self._mark, self._described = mark, described
+        self._mark, self._described = mark, described_job(job)
         self._all = {
             one.kind: _batches(one, tokenizer, tokens=job.fitted(one)) for one in job.measures
         }
@@ -207,9 +198,9 @@ class EvalShardJob(EvalJob):
 
     def run_shard(self) -> None:
         """Measure the shard into its file; OutputError if another one is there."""
-        of = {"mark": self.job, "content": self.content}  # of the files that are loaded then
+        content, mark = self.content, self.job  # of the files that are loaded then
         with claimed(self.file, self.overwrite):
-            shards = EvalShards(self, self.source.load(), **of, described=described_job(self))
+            shards = EvalShards(self, self.source.load(), content=content, mark=mark)
             write_file(self.file, shards.measure(self.shard).to_bytes())
 
 
@@ -333,13 +324,8 @@ class OpenedEval(OpenedShards):
         for one in job.measures:
             place = described["measures"][one.kind]["source"]
             self.check(_NAMES[one.kind], place, partial(one.inputs, self.store))
-        self._shards = EvalShards(
-            job,
-            source.load(progress=False),
-            content=self.content,
-            mark=described["job"],
-            described=described_job(job),
-        )
+        loaded, mark = source.load(progress=False), described["job"]
+        self._shards = EvalShards(job, loaded, content=self.content, mark=mark)
         return self._shards
 
     def run(self, unit: str) -> bytes:
