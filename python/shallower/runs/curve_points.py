@@ -265,7 +265,7 @@ class CurvePoints:
         of_model = study.of_models[str(study.model)]
         try:
             scanned = scan(
-                replace(self._decoder, files=of_model and hash_of(of_model)),
+                replace(self._decoder, files=None if of_model is None else hash_of(of_model)),
                 measuring.tokenizer,
                 measuring.split.fit,
                 max_length=measuring.tokens.max_length,
