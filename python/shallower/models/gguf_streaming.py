@@ -5,14 +5,13 @@ processors of tensors for most architectures, and conversions for the newer ones
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.gguf.reader import load_gguf_state_dict
 from transformers.integrations.gguf.utils import add_gguf_load_ops, get_gguf_conversion_mapping
 from transformers.modeling_gguf_pytorch_utils import (
@@ -24,66 +23,22 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
-from .architecture import find_layers
-
-
-class GgufWeights(Mapping[str, torch.Tensor]):
-    """The weights of the layers of a model that wait in a GGUF file, made anew at every look.
-
-    Attributes:
-        index: where the tensors of each weight lie.
-        state_dict: weights that were changed, in front of the file.
-    """
-
-    def __init__(self) -> None:
-        self.index: dict[str, dict[str, list[tuple[str, int, int]]]] = {}
-        self.state_dict: dict[str, torch.Tensor] = {}
-        self._rules: _Processed | _Converted
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.index:
-            raise KeyError(name)
-        return self.state_dict[name] if name in self.state_dict else self._rules.make(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.index)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def take_layers(self, quantizer: Any, file: str, model: PreTrainedModel) -> dict[str, Any]:
-        """Take over the weights of a model's layers that a file holds; give all else that it holds.
-
-        What is given is as transformers loads it.
-        """
-        import gguf
-
-        self._rules = (_Converted if quantizer.supported else _Processed)(quantizer, file, model)
-        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-        path, gone = f"{find_layers(model).path}.", set()
-        for name, weight in model.named_parameters():
-            sources = self._rules.sources.get(name, []) if name.startswith(path) else []
-            found = [tensors[source] for source in sources]
-            if sum(int(tensor.n_elements) for tensor in found) == weight.numel():
-                begins = [(int(t.data_offset), int(t.n_bytes)) for t in found]
-                self.index[name] = {"places": [(file, at, at + size) for at, size in begins]}
-                gone |= {*sources}
-                setattr(weight, "_is_hf_initialized", True)  # noqa: B010
-        return self._rules.state_dict(name for name in tensors if name not in gone)
+from .stored_layers import Converted, LayerWeights, Place
 
 
 @contextmanager
-def layers_in_file() -> Iterator[GgufWeights]:
+def layers_in_file() -> Iterator[LayerWeights]:
     """Let transformers load a GGUF file without its layers, whose weights stay on the meta device.
 
     Within :func:`faster_gguf`, which lets in one thread at a time.
     """
-    weights, stock, handles = GgufWeights(), GgufHfQuantizer.get_state_dict, []
+    weights, stock, handles = LayerWeights(), GgufHfQuantizer.get_state_dict, []
 
     def get_state_dict(quantizer: Any, file: str, model: PreTrainedModel) -> dict[str, Any]:
-        found = weights.take_layers(quantizer, file, model)
+        rules = (_Converted if quantizer.supported else _Processed)(quantizer, file, model)
+        taken = weights.take(model, rules)
         handles.append(model.register_state_dict_post_hook(drop))  # else they count as missing
-        return found
+        return rules.state_dict(name for name in rules.tensors if name not in taken)
 
     def drop(_model: Any, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
         for name in weights:
@@ -98,21 +53,48 @@ def layers_in_file() -> Iterator[GgufWeights]:
             handle.remove()
 
 
-class _Processed:
+class _InGguf:
+    """The tensors of a GGUF file.
+
+    Attributes:
+        sources: by the name of a weight the tensors that it is made of.
+        tensors: where each lies, by its name.
+    """
+
+    sources: dict[str, list[str]]
+
+    def __init__(self, file: str) -> None:
+        import gguf
+
+        self._file = file
+        self.tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+    def fits(self, target: str, weight: torch.Tensor) -> bool:
+        """As ``Rules``."""
+        found = (int(self.tensors[name].n_elements) for name in self.sources[target])
+        return sum(found) == weight.numel()
+
+    def place(self, name: str) -> Place:
+        """As ``Rules``."""
+        tensor = self.tensors[name]
+        return self._file, int(tensor.data_offset), int(tensor.data_offset + tensor.n_bytes)
+
+
+class _Processed(_InGguf):
     """Weights by transformers' processors of tensors, as ``load_gguf_checkpoint`` makes them."""
 
     def __init__(self, quantizer: Any, file: str, model: PreTrainedModel) -> None:
         import gguf
 
+        super().__init__(file)
         reader = gguf.GGUFReader(file)
         architecture = read_field(reader, "general.architecture")[0]
         config = load_gguf_checkpoint(file)["config"]
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
         self._names = get_gguf_hf_weights_map(model, self._processor)
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._dequantize, self._dtype = gguf.dequantize, quantizer.dtype
-        self.sources: dict[str, list[str]] = defaultdict(list)
-        for name in self._tensors:
+        self.sources = defaultdict(list)
+        for name in self.tensors:
             # Experts are known without what their tensor's name ends on.
             target = self._names.get(name) or self._names.get(name.removesuffix(".weight"))
             if target is not None:
@@ -121,12 +103,14 @@ class _Processed:
             self._dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
 
     def make(self, target: str) -> torch.Tensor:
+        """As ``Rules``."""
         return self.state_dict(self.sources[target])[target]
 
     def state_dict(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Make the weights of some tensors."""
         parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         for name in names:
-            tensor = self._tensors[name]
+            tensor = self.tensors[name]
             done = self._processor.process(
                 weights=self._dequantize(tensor.data, tensor.tensor_type),
                 name=name,
@@ -139,10 +123,11 @@ class _Processed:
         return parsed["tensors"]
 
 
-class _Converted:
-    """Weights by transformers' conversions, as ``convert_and_load_state_dict_in_model`` does it."""
+class _Converted(_InGguf, Converted):
+    """Weights by transformers' conversions."""
 
-    def __init__(self, quantizer: Any, _file: str, model: PreTrainedModel) -> None:
+    def __init__(self, quantizer: Any, file: str, model: PreTrainedModel) -> None:
+        _InGguf.__init__(self, file)
         header = quantizer.header
         mapping = add_gguf_load_ops(
             get_gguf_conversion_mapping(header.architecture, model.config),
@@ -150,27 +135,13 @@ class _Converted:
             header,
             quantizer.dtype,
         )
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._converters = {pattern: one for one in converters for pattern in one.source_patterns}
-        self._config, self._tensors = model.config, load_gguf_state_dict(header)
-        self._patterns: dict[str, str] = {}
-        self.sources: dict[str, list[str]] = defaultdict(list)
-        empty, prefix = model.state_dict(), model.base_model_prefix
-        for name in self._tensors:
-            target, pattern = rename_source_key(name, renamings, converters, prefix, empty)
-            if pattern is not None:
-                self.sources[target].append(name)
-                self._patterns[name] = pattern
+        self._read = load_gguf_state_dict(header)
+        Converted.__init__(self, self._read, mapping, model)
 
     def make(self, target: str) -> torch.Tensor:
-        converter: Any = None
-        for name in self.sources[target]:
-            converter = self._converters[self._patterns[name]]
-            read = self._tensors[name]
-            converter.add_tensor(target, name, self._patterns[name], lambda read=read: read[...])
-        made = converter.convert(target, config=self._config)[target]
-        return made[0] if isinstance(made, list) else made
+        """As ``Rules``."""
+        return self.convert(target, lambda name: self._read[name][...])[target]
 
     def state_dict(self, names: Iterable[str]) -> dict[str, Any]:
-        return {name: self._tensors[name] for name in names}
+        """The tensors of some names, unread."""
+        return {name: self._read[name] for name in names}

@@ -4,8 +4,7 @@ import logging
 import sys
 import tempfile
 import warnings
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,22 +122,16 @@ def load_model(
 
 
 def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    """Load all but the layers, which wait on disk; what transformers joins is written there.
+    """Load all but the layers, which wait in their files."""
+    from .stored_layers import layers_on_disk
 
-    That is in a folder of its own, as experts, which goes with the model.
-    """
     empty = empty_model(place, options["trust_remote_code"])
     check_stored_plain(place, empty.config)
-    places = _places(empty)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shallower-"))
-        options = {**options, "offload_folder": folder}
-        with warnings.catch_warnings():  # weights that are no module's have places, too
-            warnings.filterwarnings("ignore", "The following device_map keys do not match")
-            model = load_weights(place, dtype, places, options=options)
-        weakref.finalize(model, stack.pop_all().close)
-    _begin_streaming(model)
-    return model
+    with warnings.catch_warnings(), layers_on_disk() as weights:
+        # Weights that are no module's have places, too.
+        warnings.filterwarnings("ignore", "The following device_map keys do not match")
+        model = load_weights(place, dtype, _places(empty), options=options)
+    return _begin_streaming(model, weights)
 
 
 def _stream_gguf(place: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
@@ -154,16 +147,18 @@ def _stream_gguf(place: str, dtype: torch.dtype, options: dict[str, Any]) -> Pre
         offload_index=weights.index,
         skip_keys=model._skip_keys_device_placement,
     )
-    bring_from(model, weights)
-    _begin_streaming(model)
-    return model
+    return _begin_streaming(model, weights)
 
 
-def _begin_streaming(model: PreTrainedModel) -> None:
+def _begin_streaming(
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
     """Bring layers as a whole, and count what is read while the model has all of them."""
+    bring_from(model, weights)
     for layer in find_layers(model).modules:
         run_resident(layer)
     reading_of(model)
+    return model
 
 
 def _streaming_device() -> int | str:

@@ -85,7 +85,7 @@ def is_on_disk(module: nn.Module) -> bool:
 
 def stored_bytes(module: nn.Module) -> int:
     """Count the bytes of the weights of a module that wait in files, as they are stored."""
-    return sum(stop - start for _, start, stop in _in_files(module))
+    return sum(stop - start for _, start, stop in set(_in_files(module)))
 
 
 def read_to_cpu(model: nn.Module) -> None:
@@ -148,7 +148,7 @@ def _in_files(module: nn.Module, unchanged: bool = False) -> Iterator[tuple[str,
                     continue
                 yield from found.get("places", ())  # of a GGUF file
                 if path := found.get("safetensors_file"):
-                    yield path, *_places_in(path)[found["weight_name"]]
+                    yield path, *places_in(path)[found["weight_name"]]
 
 
 def bring_from(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -160,7 +160,7 @@ def bring_from(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 @lru_cache(maxsize=256)
-def _places_in(path: str) -> dict[str, tuple[int, int]]:
+def places_in(path: str) -> dict[str, tuple[int, int]]:
     """Where the tensors of a file of safetensors begin and end, by name."""
     with Path(path).open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
