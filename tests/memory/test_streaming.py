@@ -1,6 +1,5 @@
 """Models whose layers wait on disk: the same bits as in memory, each layer read once a pass."""
 
-import gc
 import json
 import os
 import subprocess
@@ -170,7 +169,7 @@ def test_texts_without_tokens_are_counted_wherever_they_are(folder, tmp_path, te
 def test_states_that_find_no_room_are_another_pass(folder, tmp_path, monkeypatch):
     streamed, whole, tokenizer = both(folder)
     whole_scan = sh.scan(whole, tokenizer, TEXTS, batch_size=2, max_length=12)
-    monkeypatch.setattr(budget.BUDGET, "bound", 40_000)
+    monkeypatch.setattr(budget.BUDGET, "bound", 400_000)
     scanned = sh.scan(streamed, tokenizer, TEXTS, batch_size=2, max_length=12)
     assert reading_of(streamed).passes == 5
     np.testing.assert_array_equal(scanned.distance, whole_scan.distance)
@@ -197,16 +196,16 @@ def test_an_interrupted_streamed_scan_goes_on(folder, tmp_path, monkeypatch):
 
 def test_little_is_read_before_the_first_pass(folder, monkeypatch):
     """A layer of each class, to learn what a model's parts return."""
-    from accelerate.utils.offload import OffloadedWeightsLoader
+    from shallower.models.stored_layers import LayerWeights
 
     streamed, _, tokenizer = both(folder)
-    read, loaded = [], OffloadedWeightsLoader.__getitem__
+    read, loaded = [], LayerWeights.__getitem__
 
     def counting(self, key):
         read.append(key)
         return loaded(self, key)
 
-    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counting)
+    monkeypatch.setattr(LayerWeights, "__getitem__", counting)
     sh.evaluate_loss(streamed, tokenizer, TEXTS[:8])
     matrices = [key for key in read if key.endswith("mlp.down_proj.weight")]
     assert sorted(matrices)[2:] == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(6)]
@@ -245,9 +244,6 @@ def test_a_streamed_model_leaves_no_folder_and_its_tokenizer_names_none(
     model, tokenizer = sh.load_model(folder, "float32", "stream", progress=False)
     tokenizer.save_pretrained(tmp_path / "saved")
     assert "offload" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
-    assert list(tmp_path.glob("shallower-*"))
-    del model
-    gc.collect()
     assert not list(tmp_path.glob("shallower-*"))
     (broken := tmp_path / "broken").mkdir()
     for file in folder.iterdir():
@@ -271,8 +267,13 @@ def test_the_commands_say_what_was_read(folder, tmp_path, shallower):
     planned = shallower(*scan, tmp_path / "d", "--dry-run", "--json").json
     assert planned["stream"]["passes"] == 1
     assert planned["stream"]["bytes_read"] == pytest.approx(185_856, rel=0.05)
-    streamed = shallower("eval", folder, *common, "--stream", "--json").json
-    assert streamed == shallower("eval", folder, *common, "--json").json
+    for more, times in ([], 1), (["--against", folder], 2), (["--drop", "1:2"], 2):
+        streamed = shallower("eval", folder, *common, *more, "--stream", "--json").json
+        read = {"passes": streamed.pop("passes"), "bytes_read": streamed.pop("bytes_read")}
+        assert read == {"passes": times, "bytes_read": times * 185_856 - 30_976 * (more[:1] == ["--drop"])}
+        assert streamed == shallower("eval", folder, *common, *more, "--json").json
+    said = shallower("eval", folder, *common, "--stream").out
+    assert "of layers from disk, in 1 pass\n" in said
 
 
 def test_a_plan_counts_passes_by_what_is_free(folder, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 import shallower as sh
 from shallower import Scan, ScanError, SettingsError, Until, _reference
+from shallower.models.offload import reading_of
 from tests.conftest import tiny_llama
 from tests.documents import broken_after, documents
 
@@ -19,6 +20,12 @@ def bytes_of(scanned, path):
     return path.read_bytes()
 
 
+@pytest.fixture(autouse=True)
+def judged(monkeypatch):
+    """Judge every 16 texts: so few are not worth a text of their own in other tests."""
+    monkeypatch.setattr("shallower.scanning.model.JUDGED", 16)
+
+
 @pytest.fixture
 def model():
     """A model with two blocks that are nearly alike."""
@@ -27,8 +34,10 @@ def model():
 
 @pytest.fixture
 def scan(model, words):
-    """Scan the model; windows are of 16 texts."""
-    return lambda texts=TEXTS, **options: sh.scan(model, words, texts, batch_size=1, **options)
+    """Scan the model, a text at a time."""
+    return lambda texts=TEXTS, batch_size=1, **options: sh.scan(
+        model, words, texts, batch_size=batch_size, **options
+    )
 
 
 @pytest.fixture
@@ -53,6 +62,11 @@ def test_it_says_when_each_size_was_settled(stopped):
     assert max(by_size.values()) == stopped.num_samples > min(by_size.values()) >= 64
     assert {count % 16 for count in by_size.values()} == {0}
     assert str(stopped.settled).startswith("sure by 0.9 within 0.005: n = 1 after ")
+
+
+@pytest.mark.parametrize("batch_size", [3, 16, 50])
+def test_texts_are_judged_as_often_whatever_the_batch(scan, stopped, batch_size):
+    assert scan(until=SURE, batch_size=batch_size).settled == stopped.settled
 
 
 def test_no_text_behind_the_stop_is_read(scan, stopped):
@@ -126,13 +140,15 @@ def test_a_scan_that_stops_otherwise_is_not_gone_on_with(scan, tmp_path, monkeyp
         scan(checkpoint=tmp_path / "plain", until=SURE)
 
 
-def test_a_streamed_scan_stops_after_a_pass(model, words, tmp_path, monkeypatch):
+def test_a_streamed_scan_stops_at_the_same_text(model, words, tmp_path):
     sh.save_model(model, words, tmp_path / "model")
     streamed, tokenizer = sh.load_model(tmp_path / "model", dtype="float32", device_map="stream")
-    monkeypatch.setattr("shallower.memory.streaming.BUDGET.share", lambda _: 1)  # a window a pass
-    done = sh.scan(streamed, tokenizer, TEXTS, batch_size=1, until=SURE)
-    plain = sh.scan(model, words, TEXTS, batch_size=1, until=SURE)
+    done = sh.scan(streamed, tokenizer, TEXTS, batch_size=4, until=SURE)
+    whole, _ = sh.load_model(tmp_path / "model", dtype="float32", progress=False)
+    plain = sh.scan(whole, words, TEXTS, batch_size=4, until=SURE)
     assert done.settled == plain.settled
+    assert bytes_of(done, tmp_path / "a") == bytes_of(plain, tmp_path / "b")
+    assert reading_of(streamed).passes == done.num_samples // 16
 
 
 # Refusals.

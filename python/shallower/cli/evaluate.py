@@ -182,7 +182,8 @@ def eval_command(
     elif shard is not None:
         _carry_out_shard(job, as_json)
     elif pair is None:
-        _say(job, _results(job), eval_names(model, job.plan), as_json=as_json)
+        results = _results(job)
+        _say(job, results, eval_names(model, job.plan), read=job.readings, as_json=as_json)
     else:
         pair.check_tokens()
         sides = {"against": _results(pair.against), "model": _results(pair.model)}
@@ -190,7 +191,9 @@ def eval_command(
             kind: {side: found[kind]["base"] for side, found in sides.items()}
             for kind in sides["model"]
         }
-        _say(job, results, {"against": str(against), "model": str(model)}, as_json=as_json)
+        read = [*pair.against.readings, *pair.model.readings]
+        names = {"against": str(against), "model": str(model)}
+        _say(job, results, names, read=read, as_json=as_json)
 
 
 def _kind(part: dict[str, Any]) -> "type[EvalJob]":
@@ -285,7 +288,9 @@ def _measures(
     return found
 
 
-def _say(job: "EvalJob", results: "Results", names: dict[str, str], *, as_json: bool) -> None:
+def _say(
+    job: "EvalJob", results: "Results", names: dict[str, str], *, read: list[Any], as_json: bool
+) -> None:
     """Print what was found, and write it where it is to be; what was measured before is said."""
     from ..runs.gather import write_evaluation
 
@@ -295,7 +300,7 @@ def _say(job: "EvalJob", results: "Results", names: dict[str, str], *, as_json: 
     dtype = next(one.model.dtype for sides in results.values() for one in sides.values())
     if job.out is not None:
         write_evaluation(job.out, values, dtype, plan=job.plan, overwrite=job.overwrite)
-    say_eval(values, dtype, job.plan, names=names, written=job.file, as_json=as_json)
+    say_eval(values, dtype, job.plan, names=names, read=read, written=job.file, as_json=as_json)
     every = [(kind, one) for kind, sides in results.items() for one in sides.values()]
     made = [one.made for _, one in every if one.made]
     if made:

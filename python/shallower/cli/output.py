@@ -222,17 +222,20 @@ def say_eval(
     plan: "Plan | None",
     *,
     names: dict[str, str],
+    read: "Sequence[Reading]" = (),
     written: Path | None,
     as_json: bool,
 ) -> None:
-    """Print what was found of a model and of a cut, and the file, if there is one."""
+    """Print what was found of a model and of a cut, what was read from disk, and the file."""
     from ..reporting.stories.evaluation import evaluation_parts, evaluation_record
+    from ..values.counts import summed
 
     if as_json:
-        print_json(evaluation_record(values, dtype, plan))
+        counts = summed(one.to_json() for one in read)
+        print_json({**evaluation_record(values, dtype, plan), **counts})
     else:
         wrote = [] if written is None else [f"wrote {written}"]
-        show(*evaluation_parts(values, names), f"weights: {dtype}", *wrote)
+        show(*evaluation_parts(values, names), f"weights: {dtype}", *map(str, read), *wrote)
 
 
 def _described(scanned: "Scan") -> dict[str, Any]:

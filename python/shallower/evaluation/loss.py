@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ModelError, TextsError
 from ..memory.plan import Forward, fitting
 from ..memory.retry import Halving
-from ..memory.streaming import Streamed
+from ..memory.streaming import Streamed, text_steps
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import LOGITS_AT_ONCE, Head
@@ -110,19 +110,19 @@ def measure_loss(
     rank, size = rank_and_size(shared)
 
     def measure() -> tuple[list[TextLoss], int]:
-        losses, index = TextLosses(decoder, progress), count()
+        losses, index, steps = TextLosses(decoder), count(), text_steps(decoder)
         found: list[TextLoss] = []
-        with track(description, total, progress) as advance, evaluating(decoder.model):
+        bar = track(description, total and total * steps, progress)
+        with bar as advance, evaluating(decoder.model):
 
             def mine() -> Iterator[list[Batch]]:
                 for window in batches.windows():
                     own = [batch for batch in window if next(index) % size == rank]
-                    advance(sum(map(len, window)) - sum(map(len, own)))
+                    advance(steps * (sum(map(len, window)) - sum(map(len, own))))
                     yield own
 
-            for part, some in losses.of(mine()):
+            for some in losses.of(mine(), advance):
                 found += some
-                advance(len(part))
         return found, losses.head.vocab_size
 
     by_rank = gathered(measure, size)
@@ -144,29 +144,33 @@ class TextLosses:
         head: what makes logits of the final states.
     """
 
-    def __init__(self, decoder: Decoder, progress: bool | None = None) -> None:
-        self._streamed = None
-        if is_streamed(decoder):
-            self._streamed = Streamed(Layerwise(decoder), progress)
+    def __init__(self, decoder: Decoder) -> None:
+        self._streamed = Streamed(Layerwise(decoder)) if is_streamed(decoder) else None
         self.head = Head.of(decoder) if self._streamed is None else self._streamed.model.head
         self._halving = Halving()
 
-    def of(self, windows: Iterable[list[Batch]]) -> Iterator[tuple[Batch, list[TextLoss]]]:
-        """Yield batches, or parts of them, with the losses of their texts.
+    def of(
+        self, windows: Iterable[list[Batch]], advance: Callable[[int], object]
+    ) -> Iterator[list[TextLoss]]:
+        """Yield the losses of the texts of batches, or of parts of them.
 
-        The model is to be evaluating meanwhile. Raises as :func:`text_losses`.
+        The model is to be evaluating meanwhile. ``advance`` receives the texts that are done, by
+        each layer on disk. Raises as :func:`text_losses`.
         """
+        batches = chain.from_iterable(windows)
         if self._streamed is None:
-            for batch in chain.from_iterable(windows):
+            for batch in batches:
                 self.head.decoder.check_length(batch.input_ids.shape[1])
                 for part in _parts(batch, self.head):
-                    yield part, list(text_losses(self.head, part, self._halving))
+                    yield list(text_losses(self.head, part, self._halving))
+                    advance(len(part))
             return
-        for group in self._streamed.groups(windows):
+        for group in self._streamed.groups([batch] for batch in batches):
             parts = [part for batch in group for part in _parts(batch, self.head)]
-            for part, states in zip(parts, self._streamed.run(parts), strict=True):
+            behind = self._streamed.run(parts, advance=advance)
+            for part, states in zip(parts, behind, strict=True):
                 with self._streamed.model.starting_from(states, ()):
-                    yield part, list(text_losses(self.head, part, self._halving))
+                    yield list(text_losses(self.head, part, self._halving))
 
 
 def text_losses(head: Head, batch: Batch, halving: Halving) -> Iterator[TextLoss]:

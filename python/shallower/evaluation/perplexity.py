@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import TextsError
+from ..memory.streaming import text_steps
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..progress import track
@@ -57,14 +58,14 @@ def evaluate_perplexity(
     decoder = Decoder.of(model)
     windows, num_rest = windows_of(tokenizer, text, context, bos=bos)
     texts = int(fitting_tokens(decoder, Tokens(context, batch_size)).batch_size)
-    losses = TextLosses(decoder, progress)
+    losses = TextLosses(decoder)
     batches = (windows[start : start + texts] for start in range(0, len(windows), texts))
     sums = np.zeros(len(windows))
-    with track(description, len(windows), progress) as advance, evaluating(decoder.model):
-        for part, found in losses.of([padded(batch)] for batch in batches):
+    bar = track(description, len(windows) * text_steps(decoder), progress)
+    with bar as advance, evaluating(decoder.model):
+        for found in losses.of(([padded(batch)] for batch in batches), advance):
             for window, nats, _ in found:
                 sums[window] = nats
-            advance(len(part))
     return Perplexity(context, bos, num_rest, Scores(sums, np.full(len(sums), context - 1.0)))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ..memory.streaming import text_steps
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..progress import track
@@ -85,10 +86,9 @@ def losses_of(
 
     Raises TextsError and ModelError as :func:`shallower.evaluate_loss`.
     """
-    losses, found = TextLosses(decoder, progress), []
-    total = sum(map(len, batches))
+    losses, found = TextLosses(decoder), []
+    total = sum(map(len, batches)) * text_steps(decoder)
     with track(description, total, progress) as advance, evaluating(decoder.model):
-        for part, some in losses.of([padded(batch)] for batch in batches):
+        for some in losses.of(([padded(batch)] for batch in batches), advance):
             found += some
-            advance(len(part))
     return sorted(found), losses.head.vocab_size

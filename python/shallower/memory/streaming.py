@@ -18,10 +18,11 @@ from transformers import PretrainedConfig
 
 from ..models.architecture import find_layers
 from ..models.gguf_reading import layer_bytes
+from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise, is_streamed
+from ..models.offload import reading_of
 from ..models.loading import layers_of
 from ..models.transfers import Gathered, HostCopies, HostCopy, is_apart
-from ..progress import track
 from ..texts.batches import Batch
 from ..values.counts import counted
 from ..values.memory import format_size
@@ -31,6 +32,9 @@ from .weights import num_parameters
 
 SAMPLE = 64 << 20
 """Bytes of a file by which the speed of a disk is measured."""
+
+LEAST_KEPT = 256 << 20
+"""Bytes of compared states that a pass may keep of any model."""
 
 Look = Callable[[int, int, torch.Tensor], object]
 """Receives the place of a batch, the index of a state and its (B, T, D) values."""
@@ -43,7 +47,8 @@ class StreamPlan:
     Attributes:
         passes: passes over its layers.
         bytes_read: bytes of layers that are read in them.
-        states_bytes: bytes of the states between two layers, of the texts of one pass.
+        states_bytes: bytes of the states that one pass holds: of its texts between two layers,
+            and all that it compares.
         seconds: of reading, at the speed that this disk has now.
     """
 
@@ -60,7 +65,7 @@ class StreamPlan:
         return (
             f"{counted(self.passes, 'pass', 'passes')} over the layers, "
             f"{format_size(self.bytes_read)} from disk, about {self.seconds:,.0f} s of reading; "
-            f"states of {format_size(self.states_bytes)} between two layers"
+            f"states of {format_size(self.states_bytes)} in a pass"
         )
 
 
@@ -71,10 +76,12 @@ def plan_stream(
     *,
     num_tokens: float = 0,
     passes: Sequence[tuple[float, float]] = (),
+    num_compared: float = 0,
 ) -> StreamPlan:
     """Plan a pass of so many tokens over a model in files, on what is free now.
 
-    Or several ``passes``: how many there are of a kind, and the tokens of each.
+    Or several ``passes``: how many there are of a kind, and the tokens of each. Of
+    ``num_compared`` tokens of a pass all states are kept.
     """
     if files[0].suffix == ".gguf":
         layers = layer_bytes(files[0], layers_of(config) or 0)
@@ -82,10 +89,14 @@ def plan_stream(
         layers = _layers_share(config, files, dtype)
     width = int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
     room, of_token = max(1, BUDGET.left // 2), width * dtype.itemsize
-    kinds = [(count, tokens * of_token) for count, tokens in passes or [(1, num_tokens)]]
-    total = math.ceil(sum(count * max(1, math.ceil(size / room)) for count, size in kinds))
-    states = round(min(room, max(size for _, size in kinds)))
-    return StreamPlan(total, total * layers, states, total * layers / disk_speed(files[0]))
+    kept = num_compared * of_token * ((layers_of(config) or 0) + 1)
+    total, states = 0.0, 0.0
+    for count, tokens in passes or [(1, num_tokens)]:
+        size = tokens * of_token + kept
+        each = max(1, math.ceil(size / room), math.ceil(kept / max(LEAST_KEPT, layers)))
+        total, states = total + count * each, max(states, size / each)
+    read = math.ceil(total) * layers
+    return StreamPlan(math.ceil(total), read, round(states), read / disk_speed(files[0]))
 
 
 def _layers_share(config: PretrainedConfig, files: Sequence[Path], dtype: torch.dtype) -> int:
@@ -151,36 +162,48 @@ class _Travelling:
 class Streamed:
     """A model whose layers are each read once a pass over many batches.
 
-    The states between two layers lie in the memory of the CPU, within a share of the process's
-    budget. Raises ModelError where more than those states goes from layer to layer.
+    The states lie in the memory of the CPU, within a share of the process's budget; those that are
+    compared also within what the layers take on disk. Raises ModelError where more than states goes
+    from layer to layer.
     """
 
-    def __init__(self, model: Layerwise, progress: bool | None = None) -> None:
-        self.model, self._progress = model, progress
+    def __init__(self, model: Layerwise) -> None:
+        self.model = model
         self._is_sure = model.check_joints()
-        self._room = BUDGET.share(self)
+        layers = reading_of(model.head.decoder.model).of
+        self._room = BUDGET.share(self), max(LEAST_KEPT, layers)
         self._of_token = 0
 
-    def groups(self, windows: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+    def groups(
+        self, windows: Iterable[list[Batch]], compared: Callable[[Batch], int] = lambda _: 0
+    ) -> Iterator[list[Batch]]:
         """Join windows of batches whose states find room together: the batches of one pass.
 
-        None is read before those of the last pass were given away.
+        All states are kept of so many tokens of a batch as are ``compared``. No window is read
+        before those of the last pass were given away.
         """
         group: list[Batch] = []
         left = self._room
         for window in windows:
-            size = sum(map(self._bytes_of, window))
-            group, left = [*group, *window], left - size
-            if left < size:  # of the next one, which is about as large
+            size = self._bytes_of(window, compared)
+            group, left = [*group, *window], (left[0] - size[0], left[1] - size[1])
+            if left[0] < size[0] or left[1] < size[1]:  # of the next one, which is about as large
                 yield group
                 group, left = [], self._room
         if group:
             yield group
 
-    def run(self, batches: Sequence[Batch], *, look: Look | None = None) -> list[torch.Tensor]:
+    def run(
+        self,
+        batches: Sequence[Batch],
+        *,
+        look: Look | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> list[torch.Tensor]:
         """Run all layers on batches, and give the (B, T, D) states behind them, on the CPU.
 
-        ``look`` sees every state, from the embedding on.
+        ``look`` sees every state, from the embedding on; ``advance`` receives the texts of a batch
+        that a layer has run on.
         """
         if not self._is_sure:
             self.model.check(batches[0].split(1)[0])
@@ -188,8 +211,7 @@ class Streamed:
         states = _Travelling(self.model.head.decoder.device, len(batches))
         for place, batch in enumerate(batches):
             states[place] = self.model.embed(batch)
-        bar = track("layers read", len(layers), self._progress)
-        with self.model.evaluating(), bar as advance:
+        with self.model.evaluating():
             for layer in self.model.one_by_one(layers):
                 for place, given in enumerate(states.on_device()):
                     if look is not None:
@@ -198,19 +220,27 @@ class Streamed:
                         reached = self.model.run(batches[place], given, (layer,))
                     states[place] = reached
                     del given, reached
-                advance(1)
+                    advance(len(batches[place]))
         behind = states.all()
         if look is not None:
             for place, one in enumerate(behind):
                 look(place, len(layers), one)
         return behind
 
-    def _bytes_of(self, batch: Batch) -> int:
-        """The bytes of a state of a batch."""
-        if not self._of_token:
-            states = self.model.embed(batch.split(1)[0])
+    def _bytes_of(
+        self, window: Sequence[Batch], compared: Callable[[Batch], int]
+    ) -> tuple[int, int]:
+        """The bytes of all states of a window that are held at once, and of those compared."""
+        if not self._of_token and window:
+            states = self.model.embed(window[0].split(1)[0])
             self._of_token = states.shape[-1] * states.element_size()
-        return batch.input_ids.size * self._of_token
+        kept = sum(map(compared, window)) * (len(self.model) + 1) * self._of_token
+        return sum(batch.input_ids.size for batch in window) * self._of_token + kept, kept
+
+
+def text_steps(decoder: Decoder) -> int:
+    """The steps of a text on a bar: one, or as many as layers where each runs on its own."""
+    return len(decoder) if is_streamed(decoder) else 1
 
 
 def look_at_states(model: Layerwise, batches: Sequence[Batch], look: Look) -> None:
@@ -219,7 +249,7 @@ def look_at_states(model: Layerwise, batches: Sequence[Batch], look: Look) -> No
     A batch at a time; all that find room, where the layers wait on disk.
     """
     if is_streamed(model.head.decoder):
-        first, streamed = 0, Streamed(model, progress=False)
+        first, streamed = 0, Streamed(model)
         for group in streamed.groups([batch] for batch in batches):
             streamed.run(group, look=lambda place, *found, first=first: look(first + place, *found))
             first += len(group)

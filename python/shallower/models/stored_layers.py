@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from threading import RLock, get_ident
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from safetensors import safe_open
@@ -105,7 +106,7 @@ class Converted:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._converters = {pattern: one for one in converters for pattern in one.source_patterns}
-        self._config = model.config
+        self._model = ref(model)
         self._patterns: dict[str, str | None] = {}
         self.sources: dict[str, list[str]] = defaultdict(list)
         empty, prefix = model.state_dict(), model.base_model_prefix
@@ -126,7 +127,8 @@ class Converted:
                 return {first: read(name)}
             converter = self._converters[pattern]
             converter.add_tensor(first, name, pattern, partial(read, name))
-        made = converter.convert(first, config=self._config)
+        model: Any = self._model()
+        made = converter.convert(first, model=model, config=model.config)
         return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
 
 

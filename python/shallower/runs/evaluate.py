@@ -87,6 +87,7 @@ class EvalJob:
         store: where results are looked for and kept.
         out: the folder for ``eval.json``, if there is to be one.
         overwrite: replace what is there.
+        readings: what was read of each model whose layers wait on disk.
 
     Raises:
         OutputError: ``out`` holds what is read.
@@ -99,6 +100,7 @@ class EvalJob:
     store: Store = field(default_factory=lambda: Store(None))
     out: Path | None = None
     overwrite: bool = False
+    readings: list[Any] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.file is not None:
@@ -200,11 +202,11 @@ class EvalJob:
         missing = [one for one in self.measures if len(found[one.kind]) < len(self.sides)]
         for measure in missing:
             if measure.whole is not None:
-                self._meet(measure, _loaded(measure.whole), measure.whole)
+                self._meet(measure, self._loaded(measure.whole), measure.whole)
         identity, waiting = self._measured(missing, found)
         for measure, side, value in waiting:
             assert measure.whole is not None
-            completed = measure.complete(value, _loaded(measure.whole)[0])
+            completed = measure.complete(value, self._loaded(measure.whole)[0])
             found[measure.kind][side] = self._kept(measure, side, completed, identity)
         return {kind: {side: some[side] for side in self.sides} for kind, some in found.items()}
 
@@ -219,7 +221,7 @@ class EvalJob:
         """Measure the model; what waits for another whole model comes back beside ``found``."""
         from ..cutting.in_model import without_layers
 
-        decoder, tokenizer = loaded = _loaded(self.source)
+        decoder, tokenizer = loaded = self._loaded(self.source)
         if self.plan:
             self.plan.check_model(decoder.identity)
         for measure in missing:
@@ -258,6 +260,18 @@ class EvalJob:
     def _kept(self, measure: Measure[Any], side: str, value: Any, model: ModelIdentity) -> Result:
         return self.results[measure.kind].keep(self.sides[side], value, model)
 
+    def _loaded(self, source: ModelSource) -> "tuple[Decoder, PreTrainedTokenizerBase]":
+        """A model and its tokenizer; the memory of one before it is free."""
+        from ..memory.device import free_memory
+        from ..models.decoder import Decoder
+        from ..models.offload import reading_of
+
+        free_memory()
+        model, tokenizer = source.load()
+        if source.waits_on_disk:
+            self.readings.append(reading_of(model))
+        return Decoder.of(model), tokenizer
+
     def fitted(self, measure: Measure[Any]) -> Tokens:
         """Give the tokens of a measure, of as many texts in a forward as the memory holds."""
         tokens = measure.tokens
@@ -265,16 +279,6 @@ class EvalJob:
             return tokens
         planned = self.memory(self.source.resolved(), tokens)
         return Tokens(tokens.max_length, planned.micro_batch)
-
-
-def _loaded(source: ModelSource) -> "tuple[Decoder, PreTrainedTokenizerBase]":
-    """A model and its tokenizer; the memory of one before it is free."""
-    from ..memory.device import free_memory
-    from ..models.decoder import Decoder
-
-    free_memory()
-    model, tokenizer = source.load()
-    return Decoder.of(model), tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import suppress
 from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any
 
 from ..errors import ProcessesError
@@ -91,10 +92,19 @@ class LocalWorkers(Engine):
         return how
 
 
+def _end_with_driver() -> None:
+    """End this process when the one that started it is gone, whatever is being done."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    wait([driver.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _serve(connection: Any, job: Job) -> None:
     """Work until the one who drives has no more, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it goes to all; the driver ends the others
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what a unit began is ended
+    Thread(target=_end_with_driver, daemon=True).start()
     worker = Worker(job)
     try:
         connection.send(worker.open())

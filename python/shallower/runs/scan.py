@@ -13,13 +13,14 @@ from ..models.source import ModelSource
 from ..reporting.charts.heat_map import HEAT_MAP_FILE, draw_heat_map
 from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan, deciding
+from ..scanning.settling import JUDGED
 from ..storage import check_apart, check_free, claimed
 from ..texts.sources import Texts, place_of_texts
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.schema import read
-from ..values.tokens import DEFAULT_BATCH, Tokens
+from ..values.tokens import Tokens
 from ..values.until import Settled, Until
 from .done import Known, Output
 from .inputs import inputs_of, job_of, model_content, texts_content
@@ -149,18 +150,21 @@ class ScanJob:
         count = self.texts.count() if isinstance(self.texts, Texts) else length_hint(self.texts)
         if not files or not count:
             return "cannot be told before: the weights, or the number of texts, are not known here"
+        length = self.tokens.max_length
+        texts = count if self.until is None else min(count, JUDGED)
         return plan_stream(
             self.source.read_config(),
             files,
             getattr(torch, self.source.resolved().dtype),
-            num_tokens=count * self.tokens.max_length,
+            passes=[(-(-count // texts), texts * length)],
+            num_compared=texts * min(length, self.positions.count or length),
         )
 
     def reading(self, model: "PreTrainedModel") -> "Reading | None":
         """What was read of a model whose layers wait on disk; None of one in memory."""
         from ..models.offload import reading_of
 
-        return reading_of(model) if self.source.device_map == STREAM else None
+        return reading_of(model) if self.source.waits_on_disk else None
 
     def memory(self, source: ModelSource) -> MemoryPlan:
         """Forecast what a forward takes."""
@@ -254,8 +258,6 @@ class ScanJob:
         batch_size = self.tokens.batch_size
         if self.device_memory is not None:
             batch_size = self.memory(self.source.resolved()).micro_batch
-            if self.until is not None:
-                batch_size = min(batch_size, DEFAULT_BATCH)
         return scan(
             Decoder.of(model, self.content),
             tokenizer,

@@ -25,6 +25,7 @@ from ..texts.prompts import Prompt, given_prompts, read_prompts
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
 from ..values.commands import option_words
+from ..values.counts import summed
 from ..values.hashing import hash_of
 from ..values.settings import StudySettings
 from .given_models import InMemory, ModelStore, inputs_of_one
@@ -247,8 +248,7 @@ class Study(ABC, Generic[Settings]):
     @property
     def read(self) -> dict[str, int]:
         """The passes over layers on disk, and the bytes of them; nothing of models in memory."""
-        found = [reading.to_json() for reading in self.readings]
-        return {key: sum(one[key] for one in found) for key in (found[0] if found else ())}
+        return summed(reading.to_json() for reading in self.readings)
 
     # What the study is of.
     @property

@@ -7,7 +7,7 @@ norm. Nothing else of a batch is kept. On CUDA the rows travel to pinned memory 
 batch runs (``models.transfers``).
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -66,6 +66,11 @@ def chosen_tokens(
     return np.concatenate(rows), np.concatenate(columns)
 
 
+def compared_of(positions: Positions) -> Callable[[Batch], int]:
+    """Count the tokens of a batch that are compared."""
+    return lambda batch: len(chosen_tokens(batch, positions)[0])
+
+
 def stream(
     model: nn.Module | Decoder,
     batches: Iterable[Batch],
@@ -74,13 +79,15 @@ def stream(
     copies: HostCopies | None = None,
     halving: Halving | None = None,
     experts: ExpertHooks | None = None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> Generator[Part, None, None]:
     """Run batches through a model, and keep the states of the chosen tokens.
 
     A part is given while the next batch runs, so that two batches' states are in memory at most;
     where layers wait on disk, those of as many batches as find room, by :func:`stream_by_layer`.
     ``copies`` and ``halving`` of earlier calls bring buffers, and how many texts the device takes.
-    ``experts`` count what runs meanwhile.
+    ``experts`` count what runs meanwhile. ``advance`` receives the texts of a batch that a layer on
+    disk has run on, of which no part is a step.
 
     Yields:
         A part for each batch, or several where the device has no memory for the whole. The states
@@ -95,9 +102,10 @@ def stream(
     """
     decoder = Decoder.of(model)
     if is_streamed(decoder):
-        streamed = Streamed(Layerwise(decoder), progress=False)
-        for group in streamed.groups([batch] for batch in batches):
-            yield from stream_by_layer(streamed, group, positions, experts=experts)
+        streamed = Streamed(Layerwise(decoder))
+        yield from stream_by_layer(
+            streamed, batches, positions, experts=experts, advance=advance
+        )
         return
     copies, halving = copies or HostCopies(), halving or Halving()
     with ExitStack() as stack:
@@ -123,15 +131,29 @@ def stream(
 
 def stream_by_layer(
     streamed: Streamed,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     positions: Positions = LAST,
     *,
     experts: ExpertHooks | None = None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> Generator[Part, None, None]:
-    """Run batches through a model whose layers wait on disk, each read once.
+    """Run batches through a model whose layers wait on disk, each read once for all with room.
 
     Gives what :func:`stream` does, to the same bits on a CPU, when the last layer has run.
+    ``advance`` receives the texts of a batch that a layer has run on.
     """
+    for group in streamed.groups(([batch] for batch in batches), compared_of(positions)):
+        yield from _in_one_pass(streamed, group, positions, experts=experts, advance=advance)
+
+
+def _in_one_pass(
+    streamed: Streamed,
+    batches: Sequence[Batch],
+    positions: Positions,
+    *,
+    experts: ExpertHooks | None,
+    advance: Callable[[int], object],
+) -> Generator[Part, None, None]:
     chosen = [chosen_tokens(batch, positions) for batch in batches]
     places = [
         torch.from_numpy(rows * batch.input_ids.shape[1] + columns)
@@ -150,11 +172,11 @@ def stream_by_layer(
             experts.turn_to(batches[place])
             experts.check_stream(state - 1, states)
 
-    streamed.run(batches, look=look)
+    streamed.run(batches, look=look, advance=advance)
     if experts is not None:
         experts.turn_to(None)
     for batch, (rows, _), states in zip(batches, chosen, found, strict=True):
-        yield _part(states, batch.samples[rows], len(batch), positions)
+        yield _part(states, batch.samples[rows], 0, positions)
 
 
 def _part(states: torch.Tensor, texts: NDArray[np.int64], steps: int, positions: Positions) -> Part:

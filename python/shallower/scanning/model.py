@@ -1,7 +1,7 @@
 """The scan of a model: hidden states streamed from a forward into the comparison of all layers."""
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from operator import length_hint
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ScanError, TextsError
 from ..memory.plan import fitting
 from ..memory.retry import Halving
-from ..memory.streaming import Streamed
+from ..memory.streaming import Streamed, text_steps
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise, is_streamed
 from ..models.source import place_of
@@ -27,9 +27,9 @@ from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
 from ..values.until import Until
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, Part, ScanBuilder
 from .expert_hooks import ExpertHooks
-from .hidden_states import forward, stream, stream_by_layer
+from .hidden_states import compared_of, forward, stream, stream_by_layer
 from .scan import Scan, deciding
-from .settling import Settling
+from .settling import JUDGED, Settling
 
 
 def scan(
@@ -61,8 +61,7 @@ def scan(
         max_length: tokens of a text at most.
         batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
             CPU 8 at most, and 8 with ``cka_batch``, whose minibatches follow the order of the
-            batches, and with ``until``, which is judged every 16 batches. No text's values
-            depend on it but for rounding.
+            batches. No text's values depend on it but for rounding.
         metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
         threads: threads of the Rust core, all by default.
         progress: a bar with ETA on standard error; by default if that is a terminal.
@@ -117,10 +116,10 @@ def scan(
         metric = deciding(metrics)
         until.check(metric, positions)
         settling = Settling(until.of(len(decoder)), len(decoder), str(metric))
-    if batch_size == "auto" and (cka_batch is not None or settling):
+    if batch_size == "auto" and cka_batch is not None:
         batch_size = DEFAULT_BATCH
     tokens = fitting(decoder, Tokens(max_length, batch_size), forward(positions))
-    batches = TokenBatches(tokenizer, texts, tokens)
+    batches = TokenBatches(tokenizer, texts, tokens, window=JUDGED if settling else None)
     identity = decoder.identity
     observed = ExpertHooks(decoder) if experts else None
     builder = ScanBuilder(
@@ -138,16 +137,24 @@ def scan(
         total = length_hint(texts) or None
     saved = time.monotonic()
     with ExitStack() as stack:
-        advance = stack.enter_context(track("scan", total, progress))
+        steps = text_steps(decoder)
+        advance = stack.enter_context(track("scan", total and total * steps, progress))
         if observed:
             stack.enter_context(observed)
         if checkpoint and Path(checkpoint).exists():
             _resume(builder, batches, Path(checkpoint), settling)
             of = f" of {total:,}" if total else ""
             say_goes_on(f"{batches.num_texts:,}{of} texts were scanned", progress)
-            advance(batches.num_texts)
-        windows = _unsettled(batches.windows(), settling)
-        for states in states_of(decoder, windows, positions, progress=progress, experts=observed):
+            advance(batches.num_texts * steps)
+        found = states_of(
+            decoder,
+            _unsettled(batches.windows(), settling),
+            positions,
+            experts=observed,
+            advance=advance,
+            apart=settling is not None,
+        )
+        for states in found:
             with closing(states) as parts:
                 builder.take(parts, advance)
             builder.reject(*batches.take_rejections())
@@ -174,12 +181,14 @@ def states_of(
     windows: Iterable[list[Batch]],
     positions: Positions,
     *,
-    progress: bool | None = None,
+    advance: Callable[[int], object],
     experts: ExpertHooks | None = None,
+    apart: bool = False,
 ) -> Iterator[Generator[Part, None, None]]:
     """The states of windows of batches; of a model whose layers wait on disk, of several at once.
 
-    Each is to be closed before the next is asked for. ``experts`` count what runs meanwhile.
+    Each is to be closed before the next is asked for. ``experts`` and ``advance`` as for
+    :func:`stream`; windows stay ``apart`` where each is judged.
     """
     copies, halving = HostCopies(), Halving()
     if not is_streamed(decoder):
@@ -188,9 +197,9 @@ def states_of(
                 decoder, window, positions, copies=copies, halving=halving, experts=experts
             )
         return
-    streamed = Streamed(Layerwise(decoder), progress)
-    for group in streamed.groups(windows):
-        yield stream_by_layer(streamed, group, positions, experts=experts)
+    streamed = Streamed(Layerwise(decoder))
+    for group in windows if apart else streamed.groups(windows, compared_of(positions)):
+        yield stream_by_layer(streamed, group, positions, experts=experts, advance=advance)
 
 
 def _unsettled(windows: Iterator[list[Batch]], settling: Settling | None) -> Iterator[list[Batch]]:

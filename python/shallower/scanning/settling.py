@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from ..errors import ScanError
 from ..values.until import Settled, Until
 
+JUDGED = 128
+"""Texts from one judgement to the next, whatever the batch: each is a chance to be wrong."""
+
 BURN_IN = 64
 """Texts before which no limit theorem is trusted."""
 

@@ -150,6 +150,7 @@ class Shards:
 
         ScanError: what is at ``checkpoint`` is of other work.
         """
+        from ..memory.streaming import text_steps
         from .expert_hooks import ExpertHooks
 
         observed = ExpertHooks(self._decoder) if self._experts else None
@@ -170,9 +171,10 @@ class Shards:
         elif shard.index == 0:
             builder.reject(*self._rejected)  # once, however many shards there are
         saved = time.monotonic()
-        bar = track(f"scan, shard {shard}", self._num_texts(mine), progress)
+        steps = text_steps(self._decoder)
+        bar = track(f"scan, shard {shard}", self._num_texts(mine) * steps, progress)
         with bar as advance, observed or nullcontext():
-            advance(self._num_texts(mine[: of.num_done]))
+            advance(self._num_texts(mine[: of.num_done]) * steps)
             for num_batches in self._take(builder, mine[of.num_done :], advance, experts=observed):
                 of = replace(of, num_done=of.num_done + num_batches)
                 if (
@@ -210,7 +212,7 @@ class Shards:
 
         added = 0
         found = states_of(
-            self._decoder, windows(), self._positions, progress=False, experts=experts
+            self._decoder, windows(), self._positions, advance=advance, experts=experts
         )
         for states in found:
             with closing(states) as parts:

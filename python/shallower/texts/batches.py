@@ -112,7 +112,8 @@ class TokenBatches:
     """An iterable of batches that reads texts once, a window of batches at a time.
 
     Texts that are tokenised already are not tokenised again. Texts of fewer than ``min_tokens``
-    tokens are rejected; ``count_bytes`` fills ``predicted_bytes``, of plain texts alone.
+    tokens are rejected; ``count_bytes`` fills ``predicted_bytes``, of plain texts alone. A window
+    is of ``window`` texts, by default of 16 batches.
 
     Raises:
         TextsError: ``texts`` is no iterable of strings, or ``max_length`` leaves no room beside
@@ -135,6 +136,7 @@ class TokenBatches:
         *,
         min_tokens: int = 1,
         count_bytes: bool = False,
+        window: int | None = None,
     ) -> None:
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise TextsError(f"texts must be an iterable of strings, got {type(texts).__name__}")
@@ -142,6 +144,7 @@ class TokenBatches:
         self._texts = iter(texts)
         self._max_length = tokens.max_length
         self._batch_size = tokens.texts
+        self._window = window or WINDOW * tokens.texts
         self._min_tokens = min_tokens
         self._num_special = tokenizer.num_special_tokens_to_add(pair=False)
         if self._max_length <= self._num_special:
@@ -169,7 +172,7 @@ class TokenBatches:
 
     def unpadded(self) -> Iterator[list[Unpadded]]:
         """Yield the texts of the batches that :meth:`windows` yields."""
-        while texts := list(islice(self._texts, WINDOW * self._batch_size)):
+        while texts := list(islice(self._texts, self._window)):
             yield self._batches(self._tokenise(texts))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -185,7 +188,7 @@ class TokenBatches:
     def skip(self, num_texts: int) -> TextsIdentity:
         """Read on until ``num_texts`` are read in all; the identity of all that were read."""
         while remaining := num_texts - self.num_texts:
-            texts = list(islice(self._texts, min(remaining, WINDOW * self._batch_size)))
+            texts = list(islice(self._texts, min(remaining, self._window)))
             if not texts:
                 break
             self._tokenise(texts)

@@ -1,6 +1,16 @@
-"""How numbers are printed: a count with its noun, a figure with its error."""
+"""Counts added up; how numbers are printed: a count with its noun, a figure with its error."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+
+def summed(found: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add counts up by their names."""
+    total: Counter[str] = Counter()
+    for one in found:
+        total.update(one)
+    return dict(total)
 
 
 def counted(count: int, noun: str, many: str | None = None) -> str:

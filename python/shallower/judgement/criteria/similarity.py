@@ -11,6 +11,7 @@ from torch import nn
 from ...errors import CriterionError
 from ...models.layerwise import rows
 from ...models.residual_writers import find_writers
+from ...memory.streaming import text_steps
 from ...progress import track
 from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
@@ -130,9 +131,11 @@ def _scan(subject: Subject) -> Scan:
         positions=positions,
         cka_batch=-(-count // minibatches) if count >= MIN_BATCH else None,
     )
-    states = stream(subject.decoder, subject.batches, positions)
-    with track("scan", count, subject.progress) as advance, closing(states) as parts:
-        builder.take(parts, advance)
+    steps = count * text_steps(subject.decoder)
+    with track("scan", steps, subject.progress) as advance:
+        states = stream(subject.decoder, subject.batches, positions, advance=advance)
+        with closing(states) as parts:
+            builder.take(parts, advance)
     return builder.finish(subject.texts)
 
 
