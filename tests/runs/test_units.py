@@ -1,6 +1,10 @@
 """Units of work shared among workers: whatever happens to these, the same comes out."""
 
 import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -148,6 +152,41 @@ def test_a_process_that_is_killed_is_replaced(tmp_path):
     assert found == {str(unit): str(unit**2).encode() for unit in range(6)}
     done = [unit for unit, _ in done_in(tmp_path)]
     assert sorted(done) == [*"0122345"]
+
+
+_DRIVER = """
+import sys
+from pathlib import Path
+from shallower.runs.local_workers import LocalWorkers
+from shallower.runs.units import Ledger, drive
+from tests.runs.counting import job_of
+if __name__ == "__main__":
+    engine = LocalWorkers(job_of(Path(sys.argv[1]), seconds=600), 2)
+    drive(engine, Ledger(["0", "1"]), lambda *_: None, ready=lambda *_: None)
+"""
+
+
+def test_workers_end_with_the_one_that_drives(tmp_path):
+    (tmp_path / "driver.py").write_text(_DRIVER)
+    driver = subprocess.Popen([sys.executable, tmp_path / "driver.py", tmp_path])
+    found = []
+    while len(found) < 2:
+        time.sleep(0.1)
+        found = done_in(tmp_path) if (tmp_path / "done").exists() else []
+    driver.kill()
+    driver.wait()
+    left, until = [int(process) for _, process in found], time.monotonic() + 60
+    while left and time.monotonic() < until:
+        time.sleep(0.1)
+        left = [process for process in left if _is_running(process)]
+    assert not left
+
+
+def _is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_what_fails_wherever_it_is_done_is_given_up(tmp_path):
