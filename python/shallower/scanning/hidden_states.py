@@ -103,9 +103,7 @@ def stream(
     decoder = Decoder.of(model)
     if is_streamed(decoder):
         streamed = Streamed(Layerwise(decoder))
-        yield from stream_by_layer(
-            streamed, batches, positions, experts=experts, advance=advance
-        )
+        yield from stream_by_layer(streamed, batches, positions, experts=experts, advance=advance)
         return
     copies, halving = copies or HostCopies(), halving or Halving()
     with ExitStack() as stack:

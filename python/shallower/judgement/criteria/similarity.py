@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ...errors import CriterionError
+from ...memory.streaming import text_steps
 from ...models.layerwise import rows
 from ...models.residual_writers import find_writers
-from ...memory.streaming import text_steps
 from ...progress import track
 from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
