@@ -168,8 +168,8 @@ class Streamed:
     """A model whose layers are each read once a pass over many batches.
 
     The states lie in the memory of the CPU, within a share of the process's budget; those that are
-    compared also within a quarter of what the layers take on disk. Raises ModelError where more than states goes
-    from layer to layer.
+    compared also within a quarter of what the layers take on disk. Raises ModelError where more
+    than states goes from layer to layer.
     """
 
     def __init__(self, model: Layerwise) -> None:
