@@ -214,7 +214,6 @@ def job_of(folder, *words):
         "words": [*words],
         "folder": str(folder),
         "log": "jobs/a/log.txt",
-        "environment": {"X": "1"},
     }
 
 

@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import shallower as sh
+from shallower import processes
 from shallower.errors import ModelError
 from shallower.memory import device as memory
 from shallower.memory.device import device_room
@@ -95,7 +96,7 @@ def test_processes_that_must_agree_take_the_smallest_card(monkeypatch):
 
 
 def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(processes, "_CGROUPS", tmp_path)
     free = memory.available_bytes(torch.device("cpu"))
     for name, text in (
         ("memory.max", f"{free}\n"),

@@ -1,5 +1,6 @@
 """Work for workers that needs no model: a unit is a number, its result the number's square."""
 
+import errno
 import os
 import signal
 import time
@@ -16,7 +17,20 @@ OPENER = f"{__name__}:Counting"
 
 def job_of(folder, **described):
     """A job whose workers write into a folder what they do."""
-    return Job(OPENER, {"folder": str(folder), **described}, 1)
+    return Job(OPENER, {"folder": str(folder), **described})
+
+
+def _raise():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/part")
+
+
+def _stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return b"another"
+
+
+_SICK = {"raises": _raise, "stops": _stop, "dies": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+"""What happens in a process that is sick."""
 
 
 class Counting:
@@ -28,6 +42,8 @@ class Counting:
             os.kill(os.getpid(), signal.SIGKILL)
         if refusal := described.get("refuses"):
             raise TextsError(refusal)
+        if described.get("sick") == "refuses" and self._first("opened"):
+            raise TextsError("there are none")
         self.hello = {"process": os.getpid()}
 
     def run(self, unit):
@@ -36,6 +52,8 @@ class Counting:
             file.write(f"{unit} {os.getpid()}\n")
         if unit == self._described.get("poison"):
             raise ValueError("poison")
+        if self._described.get("sick") in _SICK and self._is_sick():
+            return _SICK[self._described["sick"]]()
         if unit == self._described.get("kills_once") and self._first(unit):
             os.kill(os.getpid(), signal.SIGKILL)
         if unit == self._described.get("waits_once") and self._first(unit):
@@ -44,7 +62,14 @@ class Counting:
         while len({process for _, process in done_in(self._folder)}) < needed:
             time.sleep(0.05)  # until so many processes are at work
         time.sleep(self._described.get("seconds", 0))
+        if self._described.get("shows"):
+            threads, cards = os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]
+            return f"{threads} threads, GPUs {cards}".encode()
         return str(int(unit) ** 2).encode()
+
+    def _is_sick(self):
+        """Whether this process is the first that did anything."""
+        return done_in(self._folder)[0][1] == str(os.getpid())
 
     def _first(self, unit):
         """Whether no process was here before."""

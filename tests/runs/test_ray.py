@@ -2,17 +2,20 @@
 
 import logging
 import os
+import re
 import shutil
+import socket
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 import shallower
 from shallower.errors import ProcessesError, TextsError
-from shallower.runs import ray_workers
+from shallower.runs import ray_workers, units
 from shallower.runs.eval_shards import SharedEvalJob
 from shallower.runs.measures import LossOfTexts
 from shallower.runs.ray_workers import RayWorkers
@@ -21,6 +24,7 @@ from shallower.runs.store import Store
 from shallower.runs.study_units import share
 from shallower.runs.units import Ledger, drive
 from shallower.texts.sources import Texts
+from shallower.values.memory import MemoryPlan
 from shallower.values.tokens import Tokens
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
@@ -29,6 +33,11 @@ from tests.runs.test_study_units import comparison, rows
 from tests.runs.test_study_units import measured as measured
 
 ray = pytest.importorskip("ray")
+
+
+def small():
+    """The memory that a replica takes which is not known."""
+    return MemoryPlan(None, 1, None, 1)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def squares(folder, count=6, *, happens=None, **described):
         found[unit] = content
         (happens or {}).get(len(found), lambda: None)()
 
-    engine = RayWorkers(job_of(folder, **described), None)
+    engine = RayWorkers(job_of(folder, **described), None, memory=small)
     drive(engine, ledger, accept, ready=lambda _worker, _hello: None)
     return found, ledger
 
@@ -205,13 +214,79 @@ def test_a_cluster_sends_all_that_a_comparison_takes(tmp_path, words, measured):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_worker_that_no_node_has_room_for_is_refused_at_once(tmp_path):
-    job = job_of(tmp_path)
+def test_a_worker_that_no_node_has_room_for_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
     with (
-        pytest.raises(ProcessesError, match=r"no node of the Ray cluster has 64 CPU for a worker"),
-        RayWorkers(type(job)(job.opener, job.described, 64), None),
+        pytest.raises(
+            ProcessesError, match=r"no node of the Ray cluster has 64 CPU .*for a worker"
+        ),
+        RayWorkers(job_of(tmp_path), None, memory=small),
     ):
         pass
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    ("sick", "said"),
+    [
+        ("raises", "takes no more part: 3 in a row failed, the last by OSError: no space"),
+        ("stops", "has been at "),
+    ],
+)
+def test_one_that_is_sick_is_named_and_others_do_all(tmp_path, monkeypatch, capfd, sick, said):
+    monkeypatch.setattr(units, "LATE_SECONDS", 1.0)
+    found, ledger = squares(tmp_path, 20, sick=sick, at=2)
+    assert found == all_of(20)
+    assert ledger.given_up == {}
+    assert re.search(rf"worker \d+ on node \w+ {said}", capfd.readouterr().err)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_who_waits_for_room_says_until_when(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(ray_workers, "SAID_SECONDS", 1.0)
+    monkeypatch.setattr(ray_workers, "ROOM_SECONDS", 3.0)
+
+    @ray.remote(num_cpus=1)
+    class Other:
+        def here(self):
+            return True
+
+    others = [Other.remote() for _ in range(2)]
+    ray.get([other.here.remote() for other in others])
+    try:
+        with pytest.raises(ProcessesError, match=r"and 0 of 2 are free after \d s"):
+            squares(tmp_path)
+    finally:
+        for other in others:
+            ray.kill(other)
+    said = capfd.readouterr().err
+    assert re.search(r"each takes 1 CPU, and 0 of 2 are free; waiting until \d\d:\d\d:\d\d", said)
+
+
+def test_where_something_else_listens_is_no_cluster(tmp_path, monkeypatch):
+    """A server that says nothing, or something else."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_workers, "CONNECT_SECONDS", 0.5)
+    for answer, said in (
+        (b"HTTP/1.1 400 Bad Request", "something else listens"),
+        (b"", "timed out"),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+            talk = Thread(target=lambda server=server, answer=answer: held(server, answer))
+            talk.start()
+            with pytest.raises(ProcessesError, match=said):
+                RayWorkers(job_of(tmp_path), None, memory=small).__enter__()
+            talk.join()
+
+
+def held(server, answer):
+    """Answer the first who comes, and wait until it goes."""
+    connection, _ = server.accept()
+    with connection, suppress(OSError):
+        connection.sendall(answer)
+        while connection.recv(64):
+            pass
 
 
 @pytest.mark.parametrize(
@@ -226,7 +301,10 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(tmp_path, monkeypatch
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     began = time.monotonic()
-    with pytest.raises(ProcessesError, match=said), RayWorkers(job_of(tmp_path), None):
+    with (
+        pytest.raises(ProcessesError, match=said),
+        RayWorkers(job_of(tmp_path), None, memory=small),
+    ):
         pass
     assert time.monotonic() - began < 10
     assert os.environ["RAY_ADDRESS"] == address
@@ -247,7 +325,7 @@ def test_a_cluster_of_our_own_asks_for_a_token(tmp_path, monkeypatch, given, mod
         monkeypatch.setenv(name, value)
     monkeypatch.delitem(sys.modules, "ray")
     monkeypatch.syspath_prepend(tmp_path)
-    RayWorkers._join()
+    ray_workers._join()
     assert sys.modules["ray"].FOUND["RAY_AUTH_MODE"] == mode
 
 

@@ -318,7 +318,7 @@ def _described(
     described |= {name: value for name, value in named.items() if value is not None}
     write = {} if job.file is None else {"write": [str(job.file)]}
     if pair is None:
-        return {**described, "memory": job.memory(job.source), **write}
+        return {**described, **job.describe(), **write}
     larger, memory = pair.larger()
     loaded = f"one after the other; {larger.source} needs more memory"
     return {**described, "loaded": loaded, "memory": memory, **write}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..processes import memory_limits, processors
 from .options import Json
 from .output import print_json, show
 
@@ -66,20 +67,13 @@ def machine() -> dict[str, Any]:
         "glibc": " ".join(platform.libc_ver()).strip() or None,
         "torch_cuda": _torch_cuda(),
         "processor": first_processor().get("model name") or platform.machine(),
-        "cores": {"all": os.cpu_count(), "ours": _own_cores()},
+        "cores": {"all": os.cpu_count(), "ours": processors()},
         "memory": _memory(),
         "cuda_devices": _cuda_devices(),
         "cache": _place(store_folder()),
         "hub": {**_place(_hub_cache()), "token": _has_token()},
         "environment": _environment(),
     }
-
-
-def _own_cores() -> int | None:
-    """The processors that this process may use."""
-    if not hasattr(os, "sched_getaffinity"):  # macOS and Windows
-        return os.cpu_count()
-    return len(os.sched_getaffinity(0))
 
 
 def _memory() -> dict[str, int | None]:
@@ -89,14 +83,10 @@ def _memory() -> dict[str, int | None]:
         found = {name: 1024 * int(kib) for name, kib in re.findall(r"(\w+): +(\d+) kB", text)}
     except OSError:
         found = {}
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
-    except OSError:
-        limit = ""
     return {
         "all": found.get("MemTotal"),
         "free": found.get("MemAvailable"),
-        "limit": int(limit) if limit.isdecimal() else None,
+        "limit": min((limit for limit, _ in memory_limits()), default=None),
     }
 
 

@@ -1,15 +1,13 @@
 """The bytes that a device has, and those that are free for this process."""
 
 import gc
-from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from ..errors import ModelError
+from ..processes import memory_limits
 from ..values.memory import parse_size
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class Room(NamedTuple):
@@ -19,31 +17,25 @@ class Room(NamedTuple):
     card: bool
 
 
-def available_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device | Literal["cpu"]) -> int:
     """Count the bytes that a device has free for this process.
 
     On a GPU what the driver and torch's own cache have left; on the CPU the memory that is
     available without swapping, and that the limit of a container leaves.
     """
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
     import psutil
 
-    return int(min(psutil.virtual_memory().available, _free_in_container()))
+    left = [free for _, free in memory_limits()]
+    return int(min([psutil.virtual_memory().available, *left]))
 
 
-def _free_in_container() -> float:
-    """The bytes that the limit of a container leaves; files that are cached can be let go."""
-    try:
-        limit = float((_CGROUP / "memory.max").read_text())
-        used = float((_CGROUP / "memory.current").read_text())
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-        cached = sum(float(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-    except (OSError, ValueError):
-        return float("inf")  # no limit, or none that can be read
-    return limit - used + cached
+def num_cards() -> int:
+    """Count the GPUs that this process sees; CUDA is not initialised."""
+    return torch.cuda.device_count()
 
 
 def free_memory() -> None:

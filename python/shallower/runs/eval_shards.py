@@ -30,6 +30,7 @@ from .shards import (
     absolute,
     check_workers,
     described_texts,
+    described_workers,
     when_made,
 )
 from .store import Store
@@ -218,10 +219,15 @@ class SharedEvalJob(EvalJob):
 
     def __post_init__(self) -> None:
         _check_measures(self)
-        check_workers(self.workers, self.on, "eval")
+        check_workers(self.workers, self.on, "eval", self.source)
         for measure in self.measures:
             _described(measure)
         super().__post_init__()
+
+    def describe(self) -> dict[str, Any]:
+        """Describe what the evaluation would take, and what each worker would get."""
+        plan = self.memory(self.source, processes=2)
+        return described_workers(self.source, self.workers, on=self.on, plan=plan)
 
     def run_shared(self) -> Results:
         """Let workers measure, each with a model of its own, and put their shards together.
@@ -264,7 +270,8 @@ class SharedEvalJob(EvalJob):
             expects={_NAMES[one.kind]: one.inputs(self.store) for one in self.measures},
             on=self.on,
             workers=self.workers,
-            memory=None if self.device_memory is None else self.memory,
+            memory=lambda: self.memory(self.source, processes=2),
+            device_memory=self.device_memory,
             store=self.store,
             is_kept=self.out is not None,
         )

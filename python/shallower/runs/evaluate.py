@@ -163,13 +163,23 @@ class EvalJob:
         """The longest texts of all measures."""
         return max((one.tokens for one in self.measures), key=lambda tokens: tokens.max_length)
 
-    def memory(self, source: ModelSource, tokens: Tokens | None = None) -> MemoryPlan:
+    def memory(
+        self, source: ModelSource, tokens: Tokens | None = None, *, processes: int = 1
+    ) -> MemoryPlan:
         """Plan the memory of the evaluation, by default of the longest texts."""
         from .forecast import forecast_source
 
         return forecast_source(
-            source, "eval", tokens or self.tokens, device_memory=self.device_memory
+            source,
+            "eval",
+            tokens or self.tokens,
+            device_memory=self.device_memory,
+            processes=processes,
         )
+
+    def describe(self) -> dict[str, Any]:
+        """Describe what the evaluation would take."""
+        return {"memory": self.memory(self.source)}
 
     def known(self) -> Results | None:
         """Look for the results; None if one must be measured."""

@@ -197,6 +197,7 @@ def forecast_source(
     device_memory: str | int | None = None,
     positions: Positions | None = None,
     num_tokens: int | None = None,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Plan the memory of a stage for a model by its place, as :func:`memory_forecast`.
 
@@ -222,4 +223,5 @@ def forecast_source(
         positions=positions or "last",
         device_memory=device_memory,
         num_tokens=num_tokens or 131_072,
+        processes=processes,
     )

@@ -4,58 +4,58 @@ import multiprocessing
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
-from ..errors import ProcessesError
 from .units import SECONDS, Engine, Event, Job, Worker
 
 LAST_SECONDS = 2.0
 """How long a worker may take to see that there is no more work, before it is ended."""
 
-MOST_DEATHS = 3
-"""So many workers may end before they are ready."""
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a worker has for itself: threads, and the GPUs that it sees; all where that is None."""
+
+    threads: int
+    cards: str | None = None
 
 
 class LocalWorkers(Engine):
     """Processes that are started anew (spawn), so that none inherits threads or a device."""
 
-    def __init__(self, job: Job, count: int) -> None:
-        self._job, self._count = job, count
+    def __init__(self, job: Job, seats: Sequence[Seat]) -> None:
+        super().__init__(job)
+        self.seats = seats
         self._workers: dict[str, tuple[Any, Any]] = {}
-        self._ready: set[str] = set()
-        self._started = self._deaths = 0
-
-    def __enter__(self) -> "LocalWorkers":
-        for _ in range(self._count):
-            self._start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         for _, connection in self._workers.values():
             connection.close()
         for process, _ in self._workers.values():
             process.join(LAST_SECONDS)
-            process.terminate()
-            process.join()
+        super().__exit__()
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+    def room(self) -> Mapping[int, int]:
+        """One worker a seat."""
+        return dict.fromkeys(range(len(self.seats)), 1)
+
+    def start(self, place: int, number: int) -> str:
+        """Start a process at a seat."""
+        context, seat = multiprocessing.get_context("spawn"), self.seats[place]
         ours, theirs = context.Pipe()
-        process: Any = context.Process(target=_serve, args=(theirs, self._job), daemon=True)
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(self._job.threads)
-        try:
+        process: Any = context.Process(target=_serve, args=(theirs, self.job), daemon=True)
+        cards = {} if seat.cards is None else {"CUDA_VISIBLE_DEVICES": seat.cards}
+        with _environment({"OMP_NUM_THREADS": str(seat.threads), **cards}):
             process.start()
-        finally:
-            del os.environ["OMP_NUM_THREADS"]
-            if before is not None:
-                os.environ["OMP_NUM_THREADS"] = before
         theirs.close()
-        self._workers[f"worker {self._started}"] = process, ours
-        self._started += 1
+        name = f"worker {number}" + (f" on GPU {seat.cards}" if seat.cards else "")
+        self._workers[name] = process, ours
+        return name
 
     def give(self, worker: str, unit: str) -> None:
         """Send a unit; a worker that is dead is found by :meth:`events`."""
@@ -69,27 +69,40 @@ class LocalWorkers(Engine):
         return [self._heard(worker) for worker in named]
 
     def _heard(self, worker: str) -> Event:
+        process, connection = self._workers[worker]
         try:
-            event = Event(worker, *self._workers[worker][1].recv())
+            return Event(worker, *connection.recv())
         except (EOFError, OSError):
-            return Event(worker, "lost", self._lose(worker))
-        self._ready.add(worker)
-        return event
-
-    def _lose(self, worker: str) -> str:
-        """Replace a worker that died; how it ended."""
-        process, connection = self._workers.pop(worker)
-        connection.close()
-        process.join()
+            process.join()
         how = f"the process ended with exit code {process.exitcode}"
         if process.exitcode and process.exitcode < 0:
             how = f"the process was ended by {signal.Signals(-process.exitcode).name}"
-        if worker not in self._ready:
-            self._deaths += 1
-            if self._deaths >= MOST_DEATHS:
-                raise ProcessesError(f"no worker came to work: {how}; start fewer (--workers)")
-        self._start()
-        return how
+        return Event(worker, "lost", how)
+
+    def kill(self, worker: str) -> None:
+        """End a process, also one that is stopped; it may end what it has begun."""
+        process, connection = self._workers.pop(worker)
+        connection.close()
+        process.terminate()
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGCONT)
+        process.join(LAST_SECONDS)
+        process.kill()
+        process.join()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables, for what is started in the body."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def _end_with_driver() -> None:

@@ -10,14 +10,24 @@ import re
 import socket
 import sys
 import time
-from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from typing import Any
 
 from ..errors import MissingExtraError, ProcessesError, ShallowerError, why
+from ..processes import asked_threads, processors
+from ..values.memory import MemoryPlan, needed_device
 from .units import SECONDS, Engine, Event, Job, Message, Worker
 
 CONNECT_SECONDS = 5.0
+"""How long a head may take to answer."""
+
+SAID_SECONDS, ROOM_SECONDS = 10.0, 600.0
+"""How long the first worker may wait for its place before that is said, and at all."""
+
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client of a head begins; the head answers with settings of its own, a frame of type 4."""
 
 STORE_BYTES = 128 << 20
 """Shared memory of a cluster that is started here: all that passes are sums."""
@@ -30,9 +40,6 @@ OWN_CLUSTER = {
 }
 """Variables of a cluster that is started here."""
 
-MOST_DEATHS = 3
-"""So many workers of a node may end before they are ready."""
-
 
 class RayWorkers(Engine):
     """Replicas of the model on the nodes of the cluster that ``RAY_ADDRESS`` names, or of one here.
@@ -42,133 +49,140 @@ class RayWorkers(Engine):
         ProcessesError: there is no cluster at the address, or none of its nodes has enough.
     """
 
-    def __init__(self, job: Job, count: int | None, *, gpus: int = 1) -> None:
+    def __init__(
+        self, job: Job, count: int | None, *, gpus: int = 1, memory: Callable[[], MemoryPlan]
+    ) -> None:
         if find_spec("ray") is None:
             raise MissingExtraError("ray", "cluster", "--on ray")
-        self._job, self._count, self._gpus = job, count, gpus
-        self._actors: dict[str, tuple[Any, str]] = {}
+        super().__init__(job, count)
+        self._memory = memory
+        self._needs = {"CPU": 1, "GPU": gpus}
+        self._actors: dict[str, Any] = {}
         self._waiting: dict[Any, str] = {}
-        self._ready: set[str] = set()
-        self._deaths: Counter[str] = Counter()
-        self._refusals: dict[str, ShallowerError] = {}
-        self._started, self._is_ours, self._looked = 0, False, 0.0
+        self._unplaced: list[Any] = []
+        self._nodes: dict[str, dict[str, float]] = {}
+        self._is_ours, self._looked, self._entered, self._is_waiting = False, 0.0, 0.0, False
 
-    def __enter__(self) -> "RayWorkers":
+    def __enter__(self) -> "Engine":
         if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
-            self._join()
+            _join()
             self._is_ours = True
-        self._fill()
-        if not self._actors:
-            self.__exit__()
-            raise ProcessesError(
-                f"no node of the Ray cluster has {self._needs()} for a worker: start one that has",
-                see="cluster",
-            )
-        return self
-
-    @staticmethod
-    def _join() -> None:
-        """Join the cluster that ``RAY_ADDRESS`` names, or start one of this machine alone."""
-        address = os.environ.get("RAY_ADDRESS")
-        more: dict[str, Any] = {}
-        if address:
-            _check_address(address)
-        else:
-            for name, value in OWN_CLUSTER.items():
-                os.environ.setdefault(name, value)
-            if "ray" not in sys.modules:  # it reads the mode when it is imported
-                os.environ.setdefault("RAY_AUTH_MODE", "token")
-            more = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-        import ray
-
-        try:
-            ray.init(
-                address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **more
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            where = f"at RAY_ADDRESS={address}" if address else "here"
-            raise ProcessesError(f"no Ray cluster {where}: {why(error)}", see="cluster") from error
+        self._entered = time.monotonic()
+        return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
         import ray
 
-        for actor, _node in self._actors.values():
-            ray.kill(actor)
-        self._actors, self._waiting = {}, {}
+        super().__exit__()
         if self._is_ours:
             ray.shutdown()
 
-    def _needs(self) -> str:
-        gpus = f" and {self._gpus} GPU" if self._on_gpus else ""
-        return f"{self._job.threads} CPU{gpus}"
-
-    @property
-    def _nodes(self) -> dict[str, dict[str, float]]:
-        """The resources of the nodes that are alive and take this work, by their id."""
+    def room(self) -> dict[str, int]:
+        """How many workers each node that is alive has room for."""
         import ray
 
+        if not self.places or time.monotonic() - self._looked > SECONDS:
+            self._looked = time.monotonic()
+            self._nodes = {one["NodeID"]: one["Resources"] for one in ray.nodes() if one["Alive"]}
+            if not self._begun:
+                self._decide()
         return {
-            node["NodeID"]: node["Resources"]
-            for node in ray.nodes()
-            if node["Alive"] and node["NodeID"] not in self._refusals
+            node: min(int(has.get(name, 0) // size) for name, size in self._needs.items())
+            for node, has in self._nodes.items()
         }
 
+    def _decide(self) -> None:
+        """Decide what a worker takes, by what the nodes have that are there at the beginning."""
+        nodes = list(self._nodes.values())
+        if self.job.device_map == "cpu" or not any(node.get("GPU") for node in nodes):
+            del self._needs["GPU"]
+            self._needs["memory"] = needed_device(self._memory().peak_bytes or 0)
+        shares = [
+            (int(node.get("CPU", 0)), int(node.get("GPU", 0) // self._needs["GPU"]))
+            if "GPU" in self._needs
+            else (int(node.get("CPU", 0)), 1)
+            for node in nodes
+        ]
+        self._needs["CPU"] = asked_threads() or threads_of(shares, self.count)
+
     @property
-    def _on_gpus(self) -> bool:
-        import ray
+    def nobody(self) -> ShallowerError:
+        """Say what no node has."""
+        units = {"memory": " bytes of memory"}
+        needs = " and ".join(
+            f"{n:,}{units.get(name, ' ' + name)}" for name, n in self._needs.items()
+        )
+        has = ", ".join(f"{int(node.get('CPU', 0))} CPU" for node in self._nodes.values())
+        return ProcessesError(
+            f"no node of the Ray cluster has {needs} for a worker (they have {has or 'nothing'}): "
+            f"start one that has",
+            see="cluster",
+        )
 
-        on_cpu = self._job.described.get("source", {}).get("device_map") == "cpu"
-        return not on_cpu and any(node["Resources"].get("GPU") for node in ray.nodes())
-
-    def _fill(self) -> None:
-        """Start as many workers as nodes have room for, and were asked for."""
+    def start(self, place: str, number: int) -> str:
+        """Start an actor on a node."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._looked = time.monotonic()
-        has = Counter(node for _, node in self._actors.values())
-        gpus = self._gpus if self._on_gpus else 0
-        for node, resources in self._nodes.items():
-            room = int(resources.get("CPU", 0) // self._job.threads)
-            if gpus:
-                room = min(room, int(resources.get("GPU", 0) // gpus))
-            for _ in range(room - has[node]):
-                if self._count is not None and len(self._actors) >= self._count:
-                    return
-                # Restarts and retries are the driver's: it counts what a unit has cost.
-                actor = ray.remote(Worker).options(
-                    num_cpus=self._job.threads,
-                    num_gpus=gpus,
-                    max_restarts=0,
-                    max_task_retries=0,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-                    runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._job.threads)}},
-                )
-                self._start(actor.remote(self._job), node)
-
-    def _start(self, actor: Any, node: str) -> None:
-        worker = f"worker {self._started} on node {node[:8]}"
-        self._started += 1
-        self._actors[worker] = actor, node
+        threads, worker = self._needs["CPU"], f"worker {number} on node {place[:8]}"
+        # Restarts and retries are the driver's: it counts what a unit has cost.
+        of = ray.remote(Worker).options(
+            num_cpus=threads,
+            num_gpus=self._needs.get("GPU", 0),
+            memory=self._needs.get("memory"),
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(place, soft=False),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        )
+        actor: Any = of.remote(self.job)
+        self._actors[worker] = actor
+        self._unplaced.append(actor.__ray_ready__.remote())
         self._waiting[actor.open.remote()] = worker
+        return worker
+
+    def kill(self, worker: str) -> None:
+        """End an actor; what it says from now on is not heard."""
+        import ray
+
+        ray.kill(self._actors.pop(worker))
+        self._waiting = {one: of for one, of in self._waiting.items() if of != worker}
 
     def give(self, worker: str, unit: str) -> None:
         """Send a unit."""
-        self._waiting[self._actors[worker][0].run.remote(unit)] = worker
+        self._waiting[self._actors[worker].run.remote(unit)] = worker
 
     def events(self) -> list[Event]:
-        """Wait for messages and deaths, and for nodes that came."""
+        """Wait for messages and deaths."""
         import ray
 
+        if not self._waiting:
+            time.sleep(SECONDS)
+            return []
         done, _ = ray.wait(list(self._waiting), num_returns=1, timeout=SECONDS)
-        found = [self._heard(reference) for reference in done]
-        lost = not self._actors or any(one.kind == "lost" for one in found)
-        if lost or time.monotonic() - self._looked > SECONDS:
-            self._fill()
-        if not self._actors:
-            none = ProcessesError(f"no node of the Ray cluster has {self._needs()} any more")
-            raise next(iter(self._refusals.values()), none)
-        return found
+        self._look_for_room(bool(done))
+        return [self._heard(reference) for reference in done]
+
+    def _look_for_room(self, is_placed: bool) -> None:
+        """Say that no worker has a place yet, and wait for one no longer than is said."""
+        import ray
+
+        if not self._unplaced:
+            return
+        if is_placed or ray.wait(self._unplaced, num_returns=1, timeout=0)[0]:
+            self._unplaced.clear()
+            return
+        waited, free = time.monotonic() - self._entered, ray.available_resources().get("CPU", 0)
+        where = (
+            f"no worker has started on the Ray cluster: each takes {self._needs['CPU']} CPU, and "
+            f"{free:g} of {sum(node.get('CPU', 0) for node in self._nodes.values()):g} are free"
+        )
+        if waited > ROOM_SECONDS:
+            raise ProcessesError(f"{where} after {waited:.0f} s", see="cluster")
+        if waited > SAID_SECONDS and not self._is_waiting:
+            self._is_waiting = True
+            until = datetime.now() + timedelta(seconds=ROOM_SECONDS - waited)
+            print(f"{where}; waiting until {until:%H:%M:%S}", file=sys.stderr, flush=True)
 
     def _heard(self, reference: Any) -> Event:
         import ray
@@ -178,33 +192,50 @@ class RayWorkers(Engine):
         try:
             message: Message = ray.get(reference)
         except RayError as error:
-            return Event(worker, "lost", self._lose(worker, error))
-        if message[0] == "ready":
-            self._ready.add(worker)
+            self._looked = 0.0  # its node may be gone
+            return Event(worker, "lost", why(error))
         return Event(worker, *message)
 
-    def _lose(self, worker: str, error: Exception) -> str:
-        """Forget a worker that died; how it ended."""
-        _, node = self._actors.pop(worker)
-        how = why(error)
-        if worker not in self._ready:
-            self._deaths[node] += 1
-            if self._deaths[node] >= MOST_DEATHS:
-                self._refusals[node] = ProcessesError(f"no worker came to work on a node: {how}")
-        return how
 
-    def refuse(self, worker: str, error: ShallowerError) -> None:
-        """Use no more workers on the node of one that refuses the work."""
-        import ray
+def threads_of(nodes: Sequence[tuple[int, int]], count: int | None) -> int:
+    """The threads of a worker, the same everywhere, by the CPUs and the workers' shares of nodes.
 
-        actor, node = self._actors.pop(worker)
-        ray.kill(actor)
-        self._refusals[node] = error
-        print(f"{worker} takes no part: {error}", file=sys.stderr, flush=True)
+    As many as the node with fewest can give each of its shares; where a number of workers is asked
+    for, on CPUs, as many as all of them can have.
+    """
+    found = [cpus // shares for cpus, shares in nodes if shares and cpus >= shares]
+    if count is None or any(shares > 1 for _, shares in nodes):
+        return min(found, default=1)
+    most = range(max(found, default=1), 0, -1)
+    return next((n for n in most if sum(cpus // n for cpus, _ in nodes) >= count), 1)
+
+
+def _join() -> None:
+    """Join the cluster that ``RAY_ADDRESS`` names, or start one of this machine alone."""
+    address = os.environ.get("RAY_ADDRESS")
+    more: dict[str, Any] = {}
+    if address:
+        _check_address(address)
+    else:
+        for name, value in OWN_CLUSTER.items():
+            os.environ.setdefault(name, value)
+        if "ray" not in sys.modules:  # it reads the mode when it is imported
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        more = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        more["num_cpus"] = processors()
+    import ray
+
+    try:
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **more
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        where = f"at RAY_ADDRESS={address}" if address else "here"
+        raise ProcessesError(f"no Ray cluster {where}: {why(error)}", see="cluster") from error
 
 
 def _check_address(address: str) -> None:
-    """Refuse an address where nobody listens, for which Ray would wait for minutes."""
+    """Refuse an address where no cluster answers, for which Ray would wait for minutes."""
     match = re.fullmatch(r"(?:ray://)?(.+):(\d{1,5})", address)
     if match is None or address.startswith("ray://"):
         raise ProcessesError(
@@ -213,8 +244,14 @@ def _check_address(address: str) -> None:
             see="cluster",
         )
     try:
-        socket.create_connection((match[1], int(match[2])), CONNECT_SECONDS).close()
+        with socket.create_connection((match[1], int(match[2])), CONNECT_SECONDS) as connection:
+            connection.sendall(HTTP2)
+            is_head = os.environ.get("RAY_USE_TLS", "0") != "0" or connection.recv(9)[3:4] == b"\4"
     except (OSError, OverflowError) as error:
         raise ProcessesError(
             f"no Ray cluster at RAY_ADDRESS={address}: {why(error)}", see="cluster"
         ) from error
+    if not is_head:
+        raise ProcessesError(
+            f"no Ray cluster at RAY_ADDRESS={address}: something else listens there", see="cluster"
+        )

@@ -166,8 +166,8 @@ class ScanJob:
 
         return reading_of(model) if self.source.waits_on_disk else None
 
-    def memory(self, source: ModelSource) -> MemoryPlan:
-        """Forecast what a forward takes."""
+    def memory(self, source: ModelSource, processes: int = 1) -> MemoryPlan:
+        """Forecast what a forward takes; ``processes`` as :func:`memory_forecast`."""
         from .forecast import forecast_source
 
         return forecast_source(
@@ -176,6 +176,7 @@ class ScanJob:
             self.tokens,
             device_memory=self.device_memory,
             positions=self.positions,
+            processes=processes,
         )
 
     @cached_property

@@ -17,7 +17,14 @@ from ..values.tokens import Tokens
 from .done import Known
 from .inputs import texts_content
 from .scan import ScanJob
-from .shards import OpenedShards, SharedShards, check_workers, described_texts, when_made
+from .shards import (
+    OpenedShards,
+    SharedShards,
+    check_workers,
+    described_texts,
+    described_workers,
+    when_made,
+)
 
 OPENER = f"{__name__}:OpenedScan"
 """What a worker opens."""
@@ -97,13 +104,15 @@ class SharedScanJob(ScanJob):
 
     def __post_init__(self) -> None:
         _check_options(self)
-        check_workers(self.workers, self.on, "scan")
+        check_workers(self.workers, self.on, "scan", self.source)
         described_texts(self.texts)
         super().__post_init__()
 
     def describe(self) -> dict[str, Any]:
         """Describe what would be done, as :meth:`ScanJob.describe`."""
-        return {"on": self.on, "workers": self.workers, **super().describe()}
+        plan = self.memory(self.source, processes=2)
+        shared = described_workers(self.source, self.workers, on=self.on, plan=plan)
+        return {**super().describe(), **shared}
 
     def run_shared(self) -> tuple[Scan, list[Path]]:
         """Let workers scan, each with a model of its own, and put their shards together.
@@ -146,7 +155,8 @@ class SharedScanJob(ScanJob):
             expects={"texts": texts_content(self.texts, self.store)},
             on=self.on,
             workers=self.workers,
-            memory=None if self.device_memory is None else self.memory,
+            memory=lambda: self.memory(self.source, processes=2),
+            device_memory=self.device_memory,
             store=self.store,
         )
 

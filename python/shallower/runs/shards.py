@@ -19,10 +19,10 @@ from ..storage import raise_output_error, write_file
 from ..texts.sources import Texts
 from ..values.memory import MemoryPlan
 from ..values.shard import Shard, ShardContent
-from .engines import workers_of
+from .engines import Memory, cards_for, seats, workers_of
 from .inputs import check_made_by, made_by, model_content
 from .store import Store, open_store
-from .units import Engine, Job, Ledger, drive, threads_of
+from .units import Engine, Job, Ledger, drive
 
 NUM_SHARDS = 64
 """A work that workers share falls into so many shards, whatever their number."""
@@ -60,12 +60,25 @@ def when_made(
     raise OutputError(f"{fault}: choose another --out, or replace it (overwrite=True, --overwrite)")
 
 
-def check_workers(workers: int | None, on: str, kind: str) -> None:
+def check_workers(workers: int | None, on: str, kind: str, *models: ModelSource) -> None:
     """Refuse a number of workers that there cannot be: ProcessesError."""
-    if workers is None and on == "local":
+    if workers is None and on == "local" and not any(cards_for(one.device_map) for one in models):
         raise ProcessesError(f"how many processes are to share the {kind}? (workers, --workers)")
     if workers is not None and workers < 1:
         raise ProcessesError(f"workers (--workers) is {workers}: expected at least 1")
+
+
+def described_workers(
+    source: ModelSource, workers: int | None, *, on: str, plan: MemoryPlan
+) -> dict[str, Any]:
+    """Describe what workers take, and get here; ProcessesError: there is not enough."""
+    shared: dict[str, Any] = {"on": on, "workers": workers, "memory": plan}
+    if on == "local":
+        found = seats(source.device_map, workers, lambda: plan)
+        shared |= {"workers": len(found), "threads": found[0].threads}
+        cards = [one.cards for one in found if one.cards is not None]
+        shared |= {"gpus": " ".join(cards)} if cards else {}
+    return shared
 
 
 def described_texts(texts: object) -> dict[str, Any]:
@@ -98,7 +111,8 @@ class SharedShards:
         expects: what a worker's own inputs must be, by their names.
         on: where the workers are: ``local`` processes, or those of a ``ray`` cluster.
         workers: their number; on a cluster as many as it has room for by default.
-        memory: forecasts what a forward takes; None where the memory of a device is not given.
+        memory: forecasts what a replica takes.
+        device_memory: that of a GPU, where it is given.
         store: what is known of the content of files.
         is_kept: whether the folder outlives the work.
     """
@@ -115,7 +129,8 @@ class SharedShards:
     expects: Mapping[str, Any]
     on: Literal["local", "ray"]
     workers: int | None
-    memory: Callable[[ModelSource], MemoryPlan] | None
+    memory: Memory
+    device_memory: str | None
     store: Store
     is_kept: bool = True
 
@@ -172,15 +187,13 @@ class SharedShards:
             "no_cache": self.store.folder is None,
             "expects": {"versions": made_by(), "model": self.content, **self.expects},
         }
-        job = Job(self.opener, described, threads_of(self.workers))
-        return workers_of(job, self.workers, on=self.on, gpus=self._gpus())
-
-    def _gpus(self) -> int:
-        """The GPUs of a replica, each of the memory that was given; one where it was not."""
-        if self.on == "local" or self.source.device_map == STREAM or self.memory is None:
-            return 1
-        plan = self.memory(self.source)
-        return max(1, -(-(plan.peak_bytes or 0) // plan.device_bytes))
+        return workers_of(
+            Job(self.opener, described),
+            self.workers,
+            on=self.on,
+            memory=self.memory,
+            device_memory=self.device_memory,
+        )
 
 
 DONE = {"scan": "scanned", "eval": "measured"}

@@ -26,12 +26,12 @@ from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from ..values.schema import of_type
 from ..values.shard import Shard, shard_files
-from .engines import workers_of
+from .engines import memory_of, workers_of
 from .inputs import check_machine, check_made_by, made_by, model_inputs
 from .shards import absolute, check_workers
 from .store import Store, open_store
 from .study import Part, Study
-from .units import Job, Ledger, drive, threads_of
+from .units import Job, Ledger, drive
 
 if TYPE_CHECKING:
     from ..values.comparison import CriteriaComparison
@@ -52,7 +52,8 @@ def share(study: Study[Any], workers: int | None, on: Literal["local", "ray"] = 
         ProcessesError: the study cannot be shared, or there are no workers.
         ShallowerError: as :meth:`Study.check`.
     """
-    check_workers(workers, on, "work")
+    models = [one for one in study.models if isinstance(one, ModelSource)]
+    check_workers(workers, on, "work", *models)
     study.check()
     described = describe(study, store=study.store.folder if on == "local" else None)
     if study.entry is not None:
@@ -61,7 +62,7 @@ def share(study: Study[Any], workers: int | None, on: Literal["local", "ray"] = 
     done = [str(part) for part in study.parts() if is_known(study, part)]
     if done:
         say_goes_on(f"{len(done)} of {len(parts)} parts are known", study.progress)
-    ledger, job = Ledger(parts, done), Job(OPENER, described, threads_of(workers))
+    ledger = Ledger(parts, done, exact=False)  # what a worker sends depends on what it has sent
     with study.alone(), track(f"{study.KIND}, parts", len(parts), study.progress) as advance:
         advance(len(done))
 
@@ -70,7 +71,13 @@ def share(study: Study[Any], workers: int | None, on: Literal["local", "ray"] = 
             advance(1, unit)
 
         if not ledger.is_settled:
-            drive(workers_of(job, workers, on=on), ledger, accept, ready=lambda *_: None)
+            engine = workers_of(
+                Job(OPENER, described),
+                workers,
+                on=on,
+                memory=lambda: memory_of(models, study.settings.tokens),
+            )
+            drive(engine, ledger, accept, ready=lambda *_: None)
     for name, errors in ledger.given_up.items():
         said = f"{name} failed {len(errors)} times, by {errors[-1]}: it is measured here"
         print(said, file=sys.stderr, flush=True)

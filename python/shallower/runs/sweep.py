@@ -36,11 +36,11 @@ from ..values.files import SWEEP_FILE
 from ..values.hashing import hash_of
 from ..values.layers import check_sizes
 from ..values.sweep import JobKind, Sweep, SweepJob
-from .engines import workers_of
+from .engines import memory_of, workers_of
 from .inputs import check_made_by, inputs_of, made_by
 from .store import Store, open_store
 from .sweep_file import SweepFile, read_sweep
-from .units import Job, Ledger, drive, threads_of
+from .units import Job, Ledger, drive
 
 _LOOKED_AT = 0.2
 """Seconds between two looks at a process that runs."""
@@ -272,7 +272,7 @@ class SweepRun:
 
     def _carry_out(self, jobs: dict[str, SweepJob], left: Sequence[SweepJob]) -> None:
         """Let workers carry out the jobs that are left; the record is written after each."""
-        ledger = Ledger(job.name for job in left)
+        ledger = Ledger((job.name for job in left), exact=False)  # they tell their time
         with track("sweep, jobs", len(left), self.progress) as advance:
 
             def end(name: str, outcome: Mapping[str, Any]) -> None:
@@ -280,7 +280,13 @@ class SweepRun:
                 self._write(jobs)
                 advance(1, f"{name} {jobs[name].state}")
 
-            engine = workers_of(self._described(left), self.workers, on=self.on)
+            models = {job.model: self.file.models[job.model] for job in left}
+            engine = workers_of(
+                self._described(left),
+                self.workers,
+                on=self.on,
+                memory=lambda: memory_of(models.values(), self.file.settings.tokens),
+            )
             drive(
                 engine,
                 ledger,
@@ -300,19 +306,16 @@ class SweepRun:
 
     def _described(self, jobs: Sequence[SweepJob]) -> Job:
         """The jobs as workers receive them."""
-        threads = threads_of(self.workers)
-        is_shared = self.on == "ray" or (self.workers or 1) > 1
         described = {
             job.name: {
                 "words": [*job.words],
                 "folder": str(Path.cwd()),
                 "log": str(self.out / job.log),
                 "results": str(self.out / job.folder / JOB_FILES[job.kind]),
-                "environment": {"OMP_NUM_THREADS": str(threads)} if is_shared else {},
             }
             for job in jobs
         }
-        return Job(f"{__name__}:OpenedJobs", {"jobs": described, "versions": made_by()}, threads)
+        return Job(f"{__name__}:OpenedJobs", {"jobs": described, "versions": made_by()})
 
     def _ended(self, job: SweepJob, outcome: Mapping[str, Any]) -> SweepJob:
         """A job by what lies in its folder, and how its command ended."""
@@ -344,9 +347,8 @@ def run_job(job: Mapping[str, Any], stopped: Callable[[], bool] = lambda: False)
     """Carry out a command in a process of its own, until it ends or is ``stopped``.
 
     ``job`` and the answer are plain JSON values: ``words`` of the command behind ``shallower``, the
-    ``folder`` that it works in, the ``log`` of what it prints, and variables of its
-    ``environment``; then its exit ``status``, the last sentence of its ``error`` and the
-    ``seconds`` that it took.
+    ``folder`` that it works in and the ``log`` of what it prints; then its exit ``status``, the
+    last sentence of its ``error`` and the ``seconds`` that it took.
     """
     log, began = Path(job["folder"], job["log"]), time.monotonic()
     command = [sys.executable, "-P", "-m", "shallower", *job["words"]]
@@ -358,7 +360,6 @@ def run_job(job: Mapping[str, Any], stopped: Callable[[], bool] = lambda: False)
         subprocess.Popen(
             command,
             cwd=job["folder"],
-            env={**os.environ, **job["environment"]},
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.STDOUT,

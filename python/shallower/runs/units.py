@@ -1,16 +1,18 @@
 """Independent units of work, done by several processes or machines: who has which, what was lost.
 
 The one who drives hands out a unit at a time, so that the slow take fewer. What a worker had when
-it was lost goes back; nothing that comes out depends on who did what, or when.
+it was lost goes back, and what one could not do is done by another; nothing that comes out depends
+on who did what, or when.
 """
 
 import hashlib
-import os
+import sys
 from abc import ABC, abstractmethod
-from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from time import monotonic
 from typing import Any, Protocol
 
 from .. import errors
@@ -20,50 +22,105 @@ SECONDS = 1.0
 """How long an engine waits for its workers at a time."""
 
 ATTEMPTS = 3
-"""A unit that failed so often is given up."""
+"""A unit is given up after so many workers failed it; a worker that failed so many units one after
+the other leaves."""
+
+MOST_DEATHS = 3
+"""So many workers of a place may end before they have done anything."""
+
+LATE, LATE_SECONDS, FIRST_SECONDS = 3, 10.0, 600.0
+"""A unit is done by an idle worker too after so many times the longest that any has taken, and at
+least so many seconds; after the last as long as none is done. A worker opens the work by then."""
 
 
 class Ledger:
-    """Which units wait, which are being done, what came of them."""
+    """Which units wait, which are being done, what came of them.
 
-    def __init__(self, units: Iterable[str], done: Collection[str] = ()) -> None:
+    Where units are ``exact``, two results of one must be equal.
+    """
+
+    def __init__(
+        self,
+        units: Iterable[str],
+        done: Collection[str] = (),
+        *,
+        exact: bool = True,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self._waiting = deque(unit for unit in units if unit not in done)
-        self._given: dict[str, str] = {}
+        self._given: dict[str, tuple[str, float]] = {}
         self._results: dict[str, tuple[str, str]] = {}
-        self._failures: dict[str, list[str]] = defaultdict(list)
+        self._failures: dict[str, dict[str, str]] = defaultdict(dict)
+        self._given_up: dict[str, None] = {}
+        self._in_a_row: Counter[str] = Counter()
+        self._places: dict[str, Hashable] = {}
+        self._proven: set[Hashable] = set()
+        self._longest = 0.0
+        self._exact, self._clock = exact, clock
 
     @property
     def is_settled(self) -> bool:
         """Whether every unit is done or given up."""
-        return not self._waiting and not self._given
+        return not self._waiting and not self._being_done
+
+    @property
+    def _being_done(self) -> dict[str, tuple[str, float]]:
+        """The units that are given and have no result, with who has each last, and since when."""
+        given = sorted(self._given.items(), key=lambda item: item[1][1])
+        last = {unit: (worker, since) for worker, (unit, since) in given}
+        ended = {*self._results, *self._given_up}
+        return {unit: one for unit, one in last.items() if unit not in ended}
+
+    @property
+    def _late(self) -> dict[str, tuple[str, float]]:
+        """The units that have been given for too long, each with who has it, and the seconds."""
+        patience = max(LATE_SECONDS, LATE * self._longest) if self._proven else FIRST_SECONDS
+        now = self._clock()
+        found = {unit: (worker, now - since) for unit, (worker, since) in self._being_done.items()}
+        return {unit: one for unit, one in found.items() if one[1] > patience}
 
     @property
     def given_up(self) -> dict[str, list[str]]:
         """The errors of the units that failed too often."""
         return {
-            unit: failures
-            for unit, failures in self._failures.items()
-            if len(failures) >= ATTEMPTS and unit not in self._results
+            unit: [*self._failures[unit].values()]
+            for unit in self._given_up
+            if unit not in self._results
         }
 
-    def take(self, worker: str) -> str | None:
-        """Give a worker the next unit; None if none waits."""
-        if not self._waiting:
+    def take(self, worker: str, place: Hashable = None) -> str | None:
+        """Give a worker a unit that it has not failed, the next or a late one; None if none is.
+
+        What fails at a ``place`` where nothing was ever done says little of the unit.
+        """
+        self._places[worker] = worker if place is None else place
+        late = self._late
+        units = (unit for unit in (*self._waiting, *late) if worker not in self._failures[unit])
+        if (unit := next(units, None)) is None:
             return None
-        self._given[worker] = self._waiting.popleft()
-        return self._given[worker]
+        if unit in late:
+            other, seconds = late[unit]
+            _say(f"{other} has been at {unit} for {seconds:.0f} s: {worker} does it too")
+        else:
+            self._waiting.remove(unit)
+        self._given[worker] = unit, self._clock()
+        return unit
 
     def finish(self, worker: str, unit: str, content: bytes) -> bool:
         """Note the result of a unit; False if it was there before.
 
         ProcessesError: it was there before, and was another one.
         """
-        if self._given.get(worker) == unit:
-            del self._given[worker]
+        if self._given.get(worker, ("", 0.0))[0] == unit:
+            _, since = self._given.pop(worker)
+            if unit not in self._results:
+                self._longest = max(self._longest, self._clock() - since)
+        self._proven.add(self._places.get(worker, worker))
+        self._in_a_row[worker] = 0
         digest = hashlib.sha256(content).hexdigest()
         if unit in self._results:
             before, other = self._results[unit]
-            if before != digest:
+            if self._exact and before != digest:
                 raise ProcessesError(
                     f"{other} and {worker} found different results of {unit}: their machines or "
                     f"packages differ"
@@ -74,14 +131,44 @@ class Ledger:
             self._waiting.remove(unit)
         return True
 
-    def fail(self, worker: str, error: str) -> None:
-        """Note that a worker was lost, or could not do what it had: that goes back."""
-        unit = self._given.pop(worker, None)
-        if unit is None or unit in self._results:
-            return
-        self._failures[unit].append(error)
-        if len(self._failures[unit]) < ATTEMPTS:
-            self._waiting.append(unit)
+    def fail(self, worker: str, error: str) -> bool:
+        """Note that a worker was lost, or could not do what it had; whether it only fails.
+
+        The unit goes back, unless too many failed it at places where others were done.
+        """
+        unit, _ = self._given.pop(worker, (None, 0))
+        if unit is None:
+            return False
+        self._in_a_row[worker] += 1
+        self._failures[unit][worker] = f"{error} (on {worker})"
+        if unit not in {*self._results, *self._given_up, *self._being_done}:
+            if self._proven_failures(unit) < ATTEMPTS:
+                self._waiting.append(unit)
+            else:
+                self._given_up[unit] = None
+        return self._in_a_row[worker] >= ATTEMPTS
+
+    def stuck(self, idle: Iterable[str]) -> list[str] | None:
+        """The idle workers that fresh ones are to replace, as nobody here can do what is left.
+
+        None where that is not so. What failed too often by then is given up.
+        """
+        late = self._late
+        if {*self._being_done} - {*late}:
+            return None
+        most = ATTEMPTS**2 if self._proven else ATTEMPTS
+        failed = {unit: len(self._failures[unit]) for unit in (*self._waiting, *late)}
+        for unit, times in failed.items():
+            if self._proven_failures(unit) >= ATTEMPTS or (times >= most and not late):
+                self._given_up[unit] = None
+        self._waiting = deque(unit for unit in self._waiting if unit not in self._given_up)
+        count = sum(times < most for unit, times in failed.items() if unit not in self._given_up)
+        useful_first = sorted(idle, key=lambda one: (self._places[one] not in self._proven, one))
+        return useful_first[:count] if count else None
+
+    def _proven_failures(self, unit: str) -> int:
+        """The failures of a unit at places where another was done."""
+        return sum(self._places[worker] in self._proven for worker in self._failures[unit])
 
 
 class Opened(Protocol):
@@ -105,18 +192,15 @@ class Job:
     Attributes:
         opener: the function that opens it, as ``module:name`` in this package or the driver's.
         described: its argument.
-        threads: threads of a worker.
     """
 
     opener: str
     described: Mapping[str, Any]
-    threads: int
 
-
-def threads_of(workers: int | None) -> int:
-    """The threads of each of some workers: ``OMP_NUM_THREADS``, or their share of this machine."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() else max(1, (os.cpu_count() or 1) // (workers or 1))
+    @property
+    def device_map(self) -> Any:
+        """Where its model goes, as :class:`ModelSource` takes it."""
+        return self.described.get("source", {}).get("device_map")
 
 
 class Worker:
@@ -156,15 +240,46 @@ class Event:
 
 
 class Engine(ABC):
-    """Workers, wherever they are; a context manager that starts and stops them."""
+    """Workers, wherever they are; a context manager that starts and stops them.
 
-    @abstractmethod
+    Each has a place, which has room for some; ``count`` are started at most, if it is given.
+    """
+
+    clock = staticmethod(monotonic)
+
+    def __init__(self, job: Job, count: int | None = None) -> None:
+        self.job, self.count = job, count
+        self.places: dict[str, Hashable] = {}
+        self._reached: dict[str, str] = {}
+        self._left: Counter[Hashable] = Counter()
+        self._deaths: Counter[Hashable] = Counter()
+        self._closed: dict[Hashable, ShallowerError] = {}
+        self._begun: dict[str, float] = {}
+
     def __enter__(self) -> "Engine":
-        """Start workers; ProcessesError if there can be none."""
+        try:
+            self.fill()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-    @abstractmethod
     def __exit__(self, *_: object) -> None:
         """Stop all workers."""
+        for worker in [*self.places]:
+            self.end(worker)
+
+    @abstractmethod
+    def room(self) -> Mapping[Any, int]:
+        """How many workers each place has room for."""
+
+    @abstractmethod
+    def start(self, place: Any, number: int) -> str:
+        """Start a worker at a place; its name, which says which of all it is."""
+
+    @abstractmethod
+    def kill(self, worker: str) -> None:
+        """End a worker, whatever it does."""
 
     @abstractmethod
     def give(self, worker: str, unit: str) -> None:
@@ -172,11 +287,77 @@ class Engine(ABC):
 
     @abstractmethod
     def events(self) -> list[Event]:
-        """Wait a little for what workers say; workers that were lost are replaced."""
+        """Wait a little for what workers say."""
 
-    def refuse(self, _worker: str, error: ShallowerError) -> None:
-        """Go on without a worker that cannot do the work; by default none could: raise."""
-        raise error
+    @property
+    def nobody(self) -> ShallowerError:
+        """Say why no worker can be started."""
+        return ProcessesError("there is room for no worker")
+
+    def fill(self) -> None:
+        """Start as many workers as there is room for, and were asked for.
+
+        Those that left are replaced only where nobody else can do what waits. ProcessesError, or
+        what the first of them refused the work with: there can be none.
+        """
+        if not self.places:
+            self._left.clear()
+        has = self._left + Counter(self.places.values())
+        for place, room in self.room().items():
+            for _ in range(0 if place in self._closed else room - has[place]):
+                if self.count is None or len(self.places) < self.count:
+                    worker = self.start(place, len(self._begun))
+                    self.places[worker], self._begun[worker] = place, self.clock()
+        if not self.places:
+            raise next(iter(self._closed.values()), self.nobody)
+
+    def end(self, worker: str) -> Any:
+        """End a worker, and forget it; its place."""
+        self.kill(worker)
+        return self.places.pop(worker)
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether a worker may soon have opened the work."""
+        opening = [self._begun[worker] for worker in self.places if worker not in self._reached]
+        return any(self.clock() - begun < FIRST_SECONDS for begun in opening)
+
+    def renew(self, workers: Collection[str]) -> None:
+        """Let fresh workers take the place of some; of those that left where these are none."""
+        for worker in workers:
+            self.end(worker)
+        if not workers:
+            self._left.clear()
+
+    def note(self, event: Event) -> None:
+        """Note how far a worker came: that it was ``ready``, or has ``done`` something."""
+        if event.kind in ("ready", "done"):
+            self._reached[event.worker] = event.kind
+
+    def lose(self, worker: str, how: str) -> None:
+        """Forget a worker that ended; replace none at a place where they only end."""
+        place, reached = self.end(worker), self._reached.get(worker)
+        _say(f"{worker} was lost: {how}")
+        self._deaths[place] += reached != "done"
+        if self._deaths[place] < MOST_DEATHS:
+            return
+        if reached:
+            self._deaths[place] = 0
+            self._left[place] += 1
+        else:
+            self._closed[place] = ProcessesError(
+                f"no worker came to work: {how}; start fewer (--workers)"
+            )
+
+    def leave(self, worker: str, error: str) -> None:
+        """Go on without a worker that only fails."""
+        self._left[self.end(worker)] += 1
+        _say(f"{worker} takes no more part: {ATTEMPTS} in a row failed, the last by {error}")
+
+    def refuse(self, worker: str, error: ShallowerError) -> None:
+        """Use no more workers at the place of one that refuses the work."""
+        self._closed[self.end(worker)] = error
+        _say(f"{worker} takes no part: {error}")
 
 
 def drive(
@@ -199,27 +380,37 @@ def drive(
         while not ledger.is_settled:
             for event in engine.events():
                 idle.add(event.worker)
+                engine.note(event)
                 if event.kind == "ready":
                     ready(event.worker, event.value)
                 elif event.kind == "done":
                     unit, content = event.value
                     if ledger.finish(event.worker, unit, content):
                         accept(unit, content)
-                elif event.kind == "failed":
-                    ledger.fail(event.worker, f"{event.value[1]} (on {event.worker})")
                 else:
-                    idle.discard(event.worker)
                     _without(engine, ledger, event)
+            idle &= {*engine.places}
             for worker in sorted(idle):
-                if (next_unit := ledger.take(worker)) is not None:
+                if (next_unit := ledger.take(worker, engine.places[worker])) is not None:
                     idle.discard(worker)
                     engine.give(worker, next_unit)
+            if not engine.is_starting and (stuck := ledger.stuck(idle)) is not None:
+                engine.renew(stuck)
+            if not ledger.is_settled:
+                engine.fill()
 
 
 def _without(engine: Engine, ledger: Ledger, event: Event) -> None:
-    """Go on without a worker that was lost, or that refuses the work."""
-    if event.kind == "lost":
-        ledger.fail(event.worker, f"{event.value} (on {event.worker})")
-    else:
+    """Go on without what failed, or without a worker that was lost, or refuses the work."""
+    if event.kind == "refused":
         kind, text = event.value
         engine.refuse(event.worker, getattr(errors, kind, ProcessesError)(text))
+    elif event.kind == "lost":
+        ledger.fail(event.worker, event.value)
+        engine.lose(event.worker, event.value)
+    elif ledger.fail(event.worker, event.value[1]):
+        engine.leave(event.worker, event.value[1])
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)

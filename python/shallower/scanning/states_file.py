@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .._core import parse_header
 from ..errors import PositionsError, StatesError, why
+from ..processes import processors
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import Rejection
 from ..values.positions import Positions
@@ -172,7 +173,7 @@ class StatesFile:
         cannot be read.
         """
         num_samples = self.shape[0]
-        shared = SAMPLES_A_THREAD * (threads or os.cpu_count() or 1) * self._sample_bytes
+        shared = SAMPLES_A_THREAD * (threads or processors()) * self._sample_bytes
         room = min(max(shared, BUFFER_BYTES), MAX_BUFFER_BYTES)
         step = min(max(1, room // self._sample_bytes), PART_SAMPLES, num_samples)
         try:
