@@ -1,18 +1,24 @@
 """Experts cut out of every family, saved, and reloaded by stock transformers."""
 
 import copy
+from dataclasses import replace
 from itertools import count
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import shallower as sh
 from shallower.cutting.experts import Slice
 from shallower.models.experts import find_experts
 from shallower.values.experts import DroppedExperts
+from shallower.values.layers import Block
+from tests.conftest import mostly_slow
 from tests.cutting.mixtures import NUM_EXPERTS, mixture, some_experts, unchosen
 from tests.cutting.test_families import check_generation, generation, logits, reload
+from tests.documents import TEXTS
 from tests.families import EXPERTS_STAY, MIXTURES, SCALES
+from tests.models.offloaded import offloaded
 
 FAST = ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "llama4_text", "mixtral", "qwen2_moe"]
 """On every change: routers that differ most. All others are slow tests."""
@@ -79,3 +85,30 @@ def test_a_cut_without_room_for_its_parts_leaves_the_model_whole(cut, monkeypatc
         cut(model, plan)
     assert model.config.to_dict() == config
     assert all(value is tensors[name] for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", mostly_slow(FAST, ["gpt_oss", "mixtral"]))
+@pytest.mark.parametrize("place", ["stream", "cpu"])
+def test_experts_are_cut_as_offloaded_layers_are_read(name, place, tmp_path, words):
+    sh.save_model(mixture(name), words, tmp_path / "model")
+    whole, _ = sh.load_model(tmp_path / "model", dtype="float32", progress=False)
+    if place == "stream":
+        away, _ = sh.load_model(tmp_path / "model", "float32", "stream", progress=False)
+    else:
+        away = offloaded(mixture(name), range(8))
+    assert any(weight.is_meta for weight in away.parameters())
+    plan = sh.Plan(8, (), experts=DroppedExperts(NUM_EXPERTS, some_experts(whole)))
+    for cut in (plan, replace(plan, blocks=(Block(3, 5),), experts=plan.experts.without([3, 4]))):
+        before, found = sh.evaluate_loss(away, words, TEXTS), []
+        for model in (whole, away):
+            with sh.without_layers(model, cut):
+                found.append(sh.evaluate_loss(model, words, TEXTS))
+        assert found[0] == found[1] != before
+        assert sh.evaluate_loss(away, words, TEXTS) == before
+    for model, folder in ((whole, "a"), (away, "b")):
+        sh.drop_experts(model, plan.experts.by_layer)
+        sh.save_model(model, words, tmp_path / folder)
+    found = (load_file(tmp_path / one / "model.safetensors") for one in "ab")
+    first, second = (dict(sorted(one.items())) for one in found)
+    assert [*first] == [*second]
+    assert all(torch.equal(one, second[key]) for key, one in first.items())

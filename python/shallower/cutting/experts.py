@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from ..models.architecture import DecoderLayers, find_layers, text_config
 from ..models.experts import RoutedExperts, count_keys, find_experts, routing_of
+from ..models.offload import bring_part
 from ..values.experts import DroppedExperts
+from ..values.plan import Plan
 from .mixture import Mixture
-from .twin import BUILDING_ERRORS, plain_attributes
+from .twin import BUILDING_ERRORS, plain_attributes, shortened_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,16 @@ def with_fewer_experts(model: PreTrainedModel, dropped: DroppedExperts) -> PreTr
             f"{' '.join(str(error).split())}",
             see="experts",
         ) from error
+
+
+def config_left(model: PreTrainedModel, plan: Plan) -> Any:
+    """The config of what a plan leaves of a model, with weights or without; raises as the cut."""
+    if plan.experts is not None:
+        found = find_layers(model)
+        mixture_of(model, find_experts(model, found)).check(plan.experts, plan.dropped)
+        whole, model = model, with_fewer_experts(model, plan.experts)
+        compare_layers(whole, found, model, dropped=plan.experts)
+    return shortened_config(model, plan.survivors) if plan.blocks else model.config
 
 
 def compare_layers(
@@ -204,10 +217,8 @@ def _divide(
         held: Any = module._parameters if one.name in module._parameters else module._buffers
         whole = held[one.name]
         if whole.is_meta:
-            raise ModelError(
-                f"{one.path}.{one.name} waits on disk: experts are cut in memory, or from folder "
-                f"to folder (prune)"
-            )
+            cut = partial(one.of, kept=kept, num_experts=dropped.num_experts)
+            undo.callback(bring_part(module, one.name, cut))
         part = one.of(whole, kept, dropped.num_experts)
         if isinstance(whole, nn.Parameter):
             part = nn.Parameter(part, whole.requires_grad)

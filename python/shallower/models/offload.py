@@ -9,7 +9,7 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -197,6 +197,38 @@ def read_weight(hook: AlignDevicesHook, name: str) -> torch.Tensor:
 
 
 _READING = Lock()
+
+
+class _InPart(Mapping[str, torch.Tensor]):
+    """The stored weights of a module, of which one is brought in part."""
+
+    def __init__(
+        self, stored: Any, name: str, part: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        self.dataset, self.prefix = getattr(stored, "dataset", None), getattr(stored, "prefix", "")
+        self._stored, self._name, self._part = stored, name, part
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = self._stored[name]
+        return self._part(found) if name == self._name else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def bring_part(
+    module: nn.Module, name: str, part: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[], None]:
+    """Let hooks bring a part of an offloaded weight; give what lets them bring all of it again."""
+    with ExitStack() as undo:
+        for hook in _hooks(module):
+            if hook.weights_map is not None:
+                undo.callback(setattr, hook, "weights_map", hook.weights_map)
+                hook.weights_map = _InPart(hook.weights_map, name, part)
+        return undo.pop_all().close
 
 
 def write_weight(module: nn.Module, name: str, value: torch.Tensor) -> None:
