@@ -2,18 +2,25 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import shallower as sh
+from shallower.judgement.judges import JUDGES
 from shallower.models.experts import find_experts
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.runs import compare_experts
+from shallower.runs.items import judged_items
 from shallower.scanning.expert_criteria import CRITERIA, EXHAUSTIVE, LAYERS
-from tests.conftest import word_tokenizer
+from tests.conftest import word_tokenizer, write_jsonl
 from tests.cutting.mixtures import mixture
+from tests.judgement.test_judges import cut, margins
+from tests.judgement.test_speech_judge import plain_divergences
+from tests.runs.test_judging import said_to
 
 LAST = 7
 
@@ -102,6 +109,68 @@ def sh_text(pair):
     return f"{first}:{second + 1}" if second == first + 1 else f"{first},{second}"
 
 
+OPTIONS = [
+    {"context": f"w{i} w{2 * i}", "options": [f"w{3 * i}", f"w{3 * i + 1}"], "answer": i % 2}
+    for i in range(1, 17)
+]
+PROMPTS = [f"w{i} w{2 * i} w{3 * i}" for i in range(1, 9)]
+UNITS = {"experts": ["frequency", "random", EXHAUSTIVE, LAYERS], "layers": ["deepest", "random"]}
+
+
+def plain_score(judge, whole, without, tokenizer, *, held_out, items):
+    """The mean score of a cut by float64 loops over what each of both models predicts."""
+    if judge == "options":
+        return -np.mean(margins(without, tokenizer, items))
+    if judge == "speech":
+        tokens = sum(len(one.written) for answers in items for one in answers)
+        return sum(plain_divergences(whole, without, items)) / tokens
+    nats, texts = 0.0, [tokenizer(text)["input_ids"] for text in held_out]
+    for ids in texts:
+        p, q = whole(ids), without(ids)
+        for place in range(1, len(ids)):
+            if judge == "loss":
+                nats -= q[place - 1, ids[place]]
+            else:
+                nats += sum(np.exp(p[place - 1]) * (p[place - 1] - q[place - 1]))
+    return nats / sum(len(ids) - 1 for ids in texts)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("judge", JUDGES)
+def test_every_judge_scores_every_cut_beside_the_whole_model(judge, unit, place, tmp_path):
+    model, tokenizer, held_out = sparse((1, 4)), word_tokenizer(), documents(7, 6)
+    given = {"speech": {"prompts": PROMPTS}, "options": {"options": tmp_path / "options.jsonl"}}
+    given = given.get(judge, {})
+    (tmp_path / "options.jsonl").write_text("\n".join(map(json.dumps, OPTIONS)))
+    study = {"n": [3], "unit": unit, "criteria": UNITS[unit], "judge": judge, "num_choosing": 8}
+    study |= {"cache": False, "progress": False, **given}
+    subject = model
+    if place == "disk":
+        sh.save_model(model, tokenizer, tmp_path / "model")
+        subject, _ = sh.load_model(tmp_path / "model", "float32", "stream", progress=False)
+    if place == "disk" and judge == "speech":
+        with pytest.raises(sh.ModelError, match="leave out --stream, or the judge speech"):
+            sh.compare(subject, tokenizer, documents(1, 24), held_out, **study)
+        return
+    done = sh.compare(subject, tokenizer, documents(1, 24), held_out, **study)
+    items = judged_items(judge, seed=0, **given)[1]
+    if judge == "speech":
+        items = said_to(items, model, tokenizer)
+    scores = []
+    for row in done.rows:
+        experts = row.experts and sh.DroppedExperts.of(6, row.experts)
+        plan = sh.Plan(8, (), experts=experts) if experts else row.dropped
+        score = plain_score(
+            judge, cut(model, ()), cut(model, plan), tokenizer, held_out=held_out, items=items
+        )
+        assert row.score == pytest.approx(score, rel=1e-4, abs=1e-6)
+        scores.append(score)
+    assert max(scores) - min(scores) > 5e-4
+    if judge in ("kl", "speech"):
+        assert min(scores) > 5e-4
+
+
 def test_bad_input_is_one_sentence(words):
     model, texts, held_out = sparse(), documents(1, 24), documents(7, 12)
     options = {"unit": "experts", "num_choosing": 8, "cache": False, "progress": False}
@@ -127,11 +196,33 @@ def test_all_sets_are_tried_by_default_where_they_are_few(words, monkeypatch):
     assert "at most 14 sets in all are tried" in done.skipped["exhaustive, n = 2"]
 
 
-def test_the_command_leaves_a_page(shallower, tmp_path):
-    sh.save_model(sparse((1, 4)), word_tokenizer(), tmp_path / "model")
+def on_disk(folder):
+    """The mixture and the texts in files, as the options of a command."""
+    sh.save_model(sparse((1, 4)), word_tokenizer(), folder / "model")
     for name, start, count in (("texts", 1, 24), ("held_out", 7, 12)):
-        lines = [json.dumps({"text": text}) for text in documents(start, count)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        write_jsonl(folder / f"{name}.jsonl", documents(start, count))
+
+
+@pytest.mark.parametrize(
+    "criteria", [(), ("--criteria", "reap,exhaustive,layers", "--judge", "kl")]
+)
+def test_a_dry_run_bounds_the_passes_over_layers_on_disk(shallower, tmp_path, criteria):
+    on_disk(tmp_path)
+    command = (
+        "compare", tmp_path / "model", "--unit", "experts", "--n", 2, "--texts",
+        tmp_path / "texts.jsonl", "--eval-texts", tmp_path / "held_out.jsonl", "--dtype",
+        "float32", "--stream", *criteria,
+    )  # fmt: skip
+    planned = shallower(*command, "--dry-run", "--json").json["stream"]["passes"]
+    done = shallower(*command)
+    assert done.status == 0, done.err
+    passes = int(re.search(r"of layers from disk, in (\d+) passes", done.err)[1])
+    assert passes <= planned <= 2 * passes + 10
+    assert ("exhaustive" in done.out) == bool(criteria)
+
+
+def test_the_command_leaves_a_page(shallower, tmp_path):
+    on_disk(tmp_path)
     out = tmp_path / "out"
     found = shallower(
         "compare", tmp_path / "model", "--unit", "experts", "--n", "1,2", "--criteria",

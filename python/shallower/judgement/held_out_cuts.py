@@ -183,12 +183,19 @@ class HeldOutCuts:
             yield cut, found
 
 
+def scores_as_it_is(model: Layerwise, judge: Judge) -> Scores:
+    """Judge a model with the layers and weights that it has now; a CriterionError says that the
+    judge needs the whole model's states, and trials of that one have not prepared it.
+    """
+    return Trials(model, judge, prepared=True).scores(())
+
+
 def loss_as_it_is(model: Layerwise, judge: LossJudge, *, num_rejected: int) -> Loss:
     """Measure the loss of a model with the layers that it has now: cut, patched or healed maybe.
 
     ``num_rejected`` texts have fewer than two tokens.
     """
-    return _as_loss(Trials(model, judge).scores(()), model, num_rejected)
+    return _as_loss(scores_as_it_is(model, judge), model, num_rejected)
 
 
 def _as_loss(scores: Scores, model: Layerwise, num_rejected: int) -> Loss:

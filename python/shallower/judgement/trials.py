@@ -105,11 +105,12 @@ class Trials:
     the trials before it (:class:`Prefixes`).
 
     Args:
-        model: the whole model.
+        model: the whole model; or a changed one, of which the judge knows the whole.
         judge: with the items that choose, or those that report.
         journal: records of trials of this model and judge that were made before; new ones are
             appended. A CacheError names a record that is damaged.
         memory: bytes for states that trials share, as for :class:`Prefixes`.
+        prepared: whether the judge knows the whole model, as ``model`` is a changed one.
 
     Attributes:
         count: layers of the open search or race; None outside :meth:`counted`.
@@ -127,13 +128,14 @@ class Trials:
         *,
         journal: Journal | None = None,
         memory: int | None = None,
+        prepared: bool = False,
     ) -> None:
         self.model, self.judge = model, judge
         self.count: Count | None = None
         self.clock = Clock()
         self.report: Callable[[int], object] | None = None
         self.prefixes = Prefixes(model, judge.batches, memory=memory)
-        self._prepares = type(judge).prepare is not Judge.prepare
+        self._prepares = type(judge).prepare is not Judge.prepare and not prepared
         self._prepared: set[int] = set()
         self._journal = journal
         self.is_streamed = is_streamed(model.head.decoder)

@@ -143,9 +143,6 @@ class CompareStudy(Study[CompareSettings]):
         if self.prompts:
             way_out = "leave out how the cuts speak (speech, --speech)"
             self.refuse_on_disk("every token of an answer", way_out)
-        if self.by_experts:
-            way_out = "cut them on disk (shallower prune --drop-experts)"
-            self.refuse_on_disk("the experts of every layer", way_out)
         if len(self.models) == 1 and self.entry is None:
             if self.by_experts:
                 check_counts(self.settings.n, self.model.count_experts())

@@ -1,7 +1,7 @@
 """The rows of a comparison of experts on one model: what each criterion drops, and what it costs.
 
-Beside the criteria of experts stand the best set by the losses on texts that choose, where there
-are few sets, and the block of layers whose share of the parameters is nearest.
+Beside the criteria of experts stand the best set by the judge on what chooses, where there are few
+sets, and the block of layers whose share of the parameters is nearest.
 """
 
 import math
@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 from ..cutting.in_model import without_layers
 from ..errors import ExpertsError, LayersError, one_sentence
-from ..judgement.judges.judge import Judge, LossJudge, judged_batches
+from ..judgement.held_out_cuts import judge_inputs, scores_as_it_is
 from ..judgement.trials import ResultStore, Trials, recalled
 from ..memory.weights import num_parameters
-from ..models.decoder import Decoder
 from ..models.experts import find_experts
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
@@ -100,9 +99,9 @@ class _Choosing:
             progress=self.study.progress,
         )
         self.seconds = time.perf_counter() - started
-        choose = self.measuring.texts[self.texts].choose
-        tokens = self.measuring.tokens
-        self.judge = LossJudge(judged_batches(self.measuring.tokenizer, choose, tokens))
+        measuring = self.measuring
+        judge = measuring.judges.choosing(measuring.texts[self.texts].choose)
+        self.choosing = Trials(measuring.held_out.model, judge)
 
     def measured(self) -> Iterator[MeasuredRow]:
         """Choose and measure, a row for each criterion and number of experts."""
@@ -124,10 +123,13 @@ class _Choosing:
                     advance(1)
 
     def _names(self, n: int) -> list[str]:
-        """The criteria that are named; by default all but one that would try too many sets."""
+        """The criteria that are named; by default all but one that would try too many sets, each
+        by a pass over layers on disk.
+        """
         experts = self.scanned.experts
         sets = _num_sets(experts.routing.num_experts, n, len(experts.layers))
-        all_tried = sets <= MOST_SETS or self.study.settings.criteria is not None
+        few = sets <= MOST_SETS and not self.choosing.is_streamed
+        all_tried = few or self.study.settings.criteria is not None
         return [name for name in self.criteria if all_tried or name != EXHAUSTIVE]
 
     def _choice(self, name: str, n: int, share: float) -> tuple[Plan, float, int]:
@@ -152,7 +154,7 @@ class _Choosing:
         return min(plans, key=lambda one: abs(self.measuring.parameters_share(one.dropped) - share))
 
     def _exhaustive(self, n: int) -> tuple[Plan, float, int]:
-        """The best of all sets, by the loss on texts that choose; ExpertsError: too many."""
+        """The best of all sets, by the judge on what chooses; ExpertsError: too many."""
         statistics = self.scanned.experts
         number, layers = statistics.routing.num_experts, statistics.layers
         count = _num_sets(number, n, len(layers))
@@ -172,32 +174,35 @@ class _Choosing:
             except ExpertsError:
                 continue  # of groups that are not alike
             plan = Plan(self.scanned.num_layers, (), experts=dropped)
-            with without_layers(self.measuring.model, plan):
-                loss = self._scores(self.judge).mean
-            if loss < least:
-                least, best = loss, plan
+            _, (scores,) = self._measured(plan, self.choosing)
+            if scores.mean < least:
+                least, best = scores.mean, plan
         if best is None:
             raise ExpertsError(f"no set of {n} experts can go")
-        forwards = count * self.scanned.num_layers * self.judge.num_items
-        return best, time.perf_counter() - started, forwards
+        texts = sum(map(len, self.choosing.judge.batches))
+        return best, time.perf_counter() - started, count * self.scanned.num_layers * texts
 
-    def _scores(self, judge: Judge) -> Scores:
-        """The scores of the model with what it has now."""
-        return Trials(Layerwise(Decoder.of(self.measuring.model)), judge).scores(())
+    def _measured(self, plan: Plan, *several: Trials) -> tuple[float, list[Scores]]:
+        """The share of parameters that go by a plan, and its scores on each of several trials."""
+        model, whole = self.measuring.model, self.measuring.num_parameters
+        for trials in several:
+            trials.prepare_together(trials.first(None))
+        with without_layers(model, plan):
+            share = 1 - num_parameters(model) / whole
+            if plan.experts is not None:
+                return share, [scores_as_it_is(Layerwise(model), one.judge) for one in several]
+        return share, [trials.scores(plan.dropped) for trials in several]
 
     def _kept(self, plan: Plan) -> tuple[Scores, Scores, float]:
         """The judge's scores of a bare cut, its losses, and the share of parameters that go."""
-        inputs = {**plan.key, "items": self.study.reported, "judge": self.study.judges[1]}
+        held_out = self.measuring.held_out
+        inputs = {**plan.key, "items": self.study.reported, **judge_inputs(held_out.scores.judge)}
         known = self.store.get("experts_cut", inputs)
         if known is not None:
             return recalled(_read, known, "a cut of experts")
-        measuring = self.measuring
-        judge = measuring.held_out.scores.judge
-        with without_layers(measuring.model, plan):
-            losses = self._scores(measuring.judge)
-            judged = losses if judge is measuring.judge else self._scores(judge)
-            left = num_parameters(measuring.model)
-        share = 1 - left / measuring.num_parameters
+        trials = dict.fromkeys((held_out.losses, held_out.scores))  # one, where the loss judges
+        share, scores = self._measured(plan, *trials)
+        losses, judged = scores[0], scores[-1]
         plain = {"judged": _plain(judged), "losses": _plain(losses), "share": share}
         self.store.put("experts_cut", inputs, plain)
         return judged, losses, share
@@ -245,6 +250,8 @@ def num_forwards(model: PreTrainedModel, study: Study[CompareSettings]) -> tuple
     each = 1 if settings.judge == "loss" else 2
     sets = [_num_sets(experts[0].num_experts, n, len(experts)) for n in settings.n]
     tried = sum(some for some in sets if some <= MOST_SETS) if EXHAUSTIVE in names else 0
+    if settings.criteria is None and any(one.waits_on_disk for one in study.models):
+        tried = 0
     return each * (1 + len(names) * len(settings.n)), tried
 
 

@@ -317,16 +317,18 @@ class _Model:
             if self._patch_tokens:  # and its checkpoint, saved and compared
                 passes += [*found.patched(self._middle, self._num_steps), (2, 0)]
         elif isinstance(settings, CurveSettings):
-            subject, chosen = self._subject(self._first_texts, settings.n), self._foreign
-            passes += found.of_curve(subject, chosen)
+            passes += found.of_curve(self._subject(self._first_texts, settings.n), self._foreign)
             if self._patch_tokens:
                 passes += self._num_patches * found.patched(self._middle, self._num_steps)
         else:
             assert isinstance(self.study, CompareStudy)
             for name in self.study.splits:
                 found = replace(found, texts=self._texts(name))
-                subject = self._subject(self._texts(name), settings.n)
-                passes += found.of_comparison(subject, self.study.criteria)
+                if self.study.by_experts:
+                    passes += found.of_experts(*num_forwards(self.empty, self.study))
+                else:
+                    subject = self._subject(self._texts(name), settings.n)
+                    passes += found.of_comparison(subject, self.study.criteria)
         return plan_passes(self.source, passes)
 
     def steps(self) -> StepsPlan:
@@ -394,8 +396,8 @@ class _Model:
         assert isinstance(study, CompareStudy)
         if study.by_experts:  # which a scan takes twice
             reporting, choosing = num_forwards(self.empty, study)
-            scanned = self._scan(len(texts.fit)) * 2 + self._measured(0) * reporting
-            return scanned + _run(Forwards(self.layers, 1), texts.choose) * choosing
+            scanned = self._scan(len(texts.fit)) * 2 + self._measured(0) * reporting + self._spoken
+            return scanned + _run(Forwards(self.layers, 1), texts.judged) * choosing
         work, chosen = self._measured(0) + self._spoken, study.criteria
         truth = Forwards(self.layers * (self.layers + 1) / 2, self.layers + 1)
         work += _run(truth, texts.report[:TRUTH_ITEMS])

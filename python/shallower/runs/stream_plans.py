@@ -115,6 +115,12 @@ class StudyPasses:
             passes += [(1, report), (1, choose), together[0]]
         return passes + together
 
+    def of_experts(self, reporting: int, choosing: int) -> list[Pass]:
+        """Bound the passes of a comparison of experts, of so many forwards over each set."""
+        texts, most = self.texts, TOGETHER
+        fit, report, choose = (x.sum() for x in (texts.fit, texts.report, texts.choose))
+        return [CHECKED, (2, fit), (reporting, most * report), (choosing, most * choose)]
+
     def patched(self, dropped: Sequence[int], steps: int) -> list[Pass]:
         """Count those of a full patch and of its loss."""
         return [*patched(self.num_layers, dropped, steps), (1, self.texts.report.sum())]

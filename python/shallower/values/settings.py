@@ -398,10 +398,10 @@ class CompareSettings(StudySettings):
         object.__setattr__(self, "n", _sizes(self.n, least=1))
         if self.unit not in ("layers", "experts"):
             raise CriterionError(f"unit {self.unit!r}: expected layers or experts (unit, --unit)")
-        if self.unit == "experts" and (self.speech or self.judge == "speech"):
+        if self.unit == "experts" and self.speech:
             raise CriterionError(
                 "how a model speaks without experts is not compared: measure it with shallower "
-                "eval --plan PLAN --speech (speech, judge)"
+                "eval --plan PLAN --speech (speech)"
             )
         self._take_places("options")
         object.__setattr__(self, "prompts", _prompts(self.prompts))
