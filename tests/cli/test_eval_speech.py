@@ -172,7 +172,6 @@ def test_prompts_that_are_none_are_one_sentence(shallower, tiny, folder, content
         (("--shard", "1/2", "--out", "out"), "--speech is measured by one process: leave out"),
         (("--workers", "2"), "--speech is measured by one process: leave out --shard, --workers"),
         (("--speech-tokens", "0"), f"'--speech-tokens': {TOO_SMALL}"),
-        (("--stream",), "the layers wait on disk"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(shallower, tiny, asked, options, said):

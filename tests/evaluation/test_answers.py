@@ -15,6 +15,7 @@ import shallower as sh
 from shallower.evaluation import answers as module
 from shallower.evaluation.answers import write_answers
 from shallower.models.decoder import Decoder
+from shallower.models.offload import reading_of
 from tests.conftest import mostly_slow, tiny_llama, word_tokenizer
 from tests.evaluation.answering import log_softmax, plain_answer, plain_logits
 from tests.families import random_model
@@ -303,11 +304,13 @@ def test_positions_that_were_not_learned_are_refused():
         said(model, prompts, 9)
 
 
-def test_layers_on_disk_are_refused(spread, tmp_path):
+@pytest.mark.parametrize("seed", [None, 3])
+def test_layers_on_disk_say_the_same_by_a_pass_a_token(spread, tmp_path, seed):
     sh.save_model(spread, WORDS, tmp_path / "tiny")
     streamed, tokenizer = sh.load_model(tmp_path / "tiny", "float32", "stream", progress=False)
-    with pytest.raises(sh.ModelError, match=r"layers wait on disk.* leave out --stream, or what"):
-        said(streamed, tokenizer=tokenizer)
+    expected = said(spread, seed=seed)
+    assert said(streamed, seed=seed, tokenizer=tokenizer) == expected
+    assert reading_of(streamed).passes == max(len(one.written) for one in expected)
 
 
 def test_nothing_is_said_beside_the_answers(spread, capfd):

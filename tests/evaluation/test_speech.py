@@ -14,8 +14,9 @@ import shallower as sh
 from shallower.evaluation import speech as module
 from shallower.evaluation.speech import Reference, Speaking
 from shallower.models.decoder import Decoder
+from shallower.models.offload import reading_of, stored_bytes
 from shallower.texts.prompts import given_prompts, prompt_ids, read_prompts
-from shallower.values.speech import MEASURES, OF_WHOLE, WAYS
+from shallower.values.speech import MEASURES, OF_OWN, OF_WHOLE, ON_WORDS, WAYS, Speech
 from tests.conftest import mostly_slow, tiny_llama, word_tokenizer
 from tests.evaluation.answering import log_softmax, plain_answer, plain_logits
 
@@ -407,12 +408,38 @@ def test_positions_that_were_not_learned_are_refused():
         )
 
 
-def test_layers_on_disk_and_models_that_do_not_speak_are_refused(llama, tmp_path, monkeypatch):
-    sh.save_model(llama, WORDS, tmp_path / "tiny")
-    streamed, tokenizer = sh.load_model(tmp_path / "tiny", "float32", "stream", progress=False)
-    for whole in (streamed, llama):
-        with pytest.raises(sh.ModelError, match="layers wait on disk"):
-            sh.evaluate_speech(streamed, tokenizer, PROMPTS, whole=whole, **OPTIONS)
+@pytest.mark.parametrize("away", ["whole", "cut", "both", "itself"])
+def test_layers_on_disk_are_compared_on_the_words_of_the_whole_model(sharp, cut, tmp_path, away):
+    models, plain = {"whole": sharp, "cut": cut}, {"whole": sharp, "cut": cut}
+    for name, model in models.items():
+        sh.save_model(model, WORDS, tmp_path / name)
+        if away in (name, "both", "itself"):
+            models[name], _ = sh.load_model(tmp_path / name, "float32", "stream", progress=False)
+    if away == "itself":
+        models["cut"], plain["cut"] = models["whole"], sharp
+    expected = sh.evaluate_speech(plain["cut"], WORDS, PROMPTS, whole=sharp, **OPTIONS)
+    found = sh.evaluate_speech(models["cut"], WORDS, PROMPTS, whole=models["whole"], **OPTIONS)
+    assert found.words == expected.words
+    speaks = away in ("whole", "itself")
+    for name in MEASURES if speaks else ON_WORDS:
+        for way in WAYS:
+            one, other = found.of(name, way), expected.of(name, way)
+            np.testing.assert_allclose(one.sums, other.sums, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(one.weights, other.weights)
+    for name in () if speaks else OF_OWN:
+        assert math.isnan(found.mean(name))
+        assert name not in found.to_json()
+        assert math.isnan(found.minus(expected)[name].mean)
+    again = Speech.from_json(found.to_record())
+    assert again.to_record() == found.to_record()
+    assert not again.repeats
+    if away == "both":
+        reading = reading_of(models["cut"])
+        assert reading.bytes_read == sum(map(stored_bytes, models["cut"].model.layers))
+        assert reading_of(models["whole"]).passes == 2 * NUM_TOKENS + 1
+
+
+def test_models_that_do_not_speak_are_refused(llama, monkeypatch):
     monkeypatch.setattr(type(llama), "can_generate", classmethod(lambda _: False))
     with pytest.raises(sh.ModelError, match="cannot generate text"):
         sh.evaluate_speech(llama, WORDS, PROMPTS, whole=llama, **OPTIONS)

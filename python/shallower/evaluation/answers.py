@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from transformers import (
 
 from ..errors import ModelError, TextsError
 from ..memory.retry import Halving
+from ..memory.streaming import Streamed
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
-from ..models.layerwise import is_streamed
+from ..models.layerwise import Layerwise, is_streamed
 from ..progress import hushed, track
 from ..texts.batches import Batch, padded
 from ..texts.prompts import (
@@ -35,6 +37,7 @@ from ..texts.prompts import (
 from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.tokens import BatchSize, Tokens
+from .loss import fitting_tokens, logits_at
 
 AT_ONCE = 32
 """Prompts that are answered at once: the weights are read once a token for all of them."""
@@ -87,6 +90,7 @@ def answer_prompts(
         0.5
     """
     decoder = Decoder.of(model)
+    check_at_hand(decoder)
     _ = Tokens(batch_size=batch_size)
     if prompts is None and not has_template(tokenizer):
         raise TextsError(
@@ -120,12 +124,21 @@ def write_answers(
 
     The likeliest token is taken each time, or, with a ``seed``, one drawn by the probabilities as
     they are. What is drawn depends on the seed and on the tokens of the prompt, and not on the
-    prompts beside it. Raises ModelError where the model cannot generate text, or its layers wait on
-    disk, and TextsError as :func:`check_prompts`.
+    prompts beside it. Where layers wait on disk, each token takes a pass over them, in which all
+    answers go on. Raises ModelError where the model cannot generate text, or its layers cannot be
+    run one by one, and TextsError as :func:`check_prompts`.
     """
     check_speaks(decoder)
     check_prompts(decoder, prompts, num_tokens)
     ends = ends_of(decoder.model, tokenizer)
+    if is_streamed(decoder):
+        answers: list[Answer] = []
+        tokens = Tokens(max(map(len, prompts)) + num_tokens, batch_size)
+        with track(description, num_tokens, progress) as advance, evaluating(decoder.model):
+            passes = _in_passes(decoder, prompts, {*ends}, tokens=tokens, seed=seed)
+            for answers in islice(passes, num_tokens):  # noqa: B007 - the last are all
+                advance(1)
+        return answers
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     found: dict[int, Answer] = {}
     halving = Halving()
@@ -146,13 +159,18 @@ def write_answers(
     return [found[index] for index in range(len(prompts))]
 
 
-def check_speaks(decoder: Decoder) -> None:
-    """Refuse, by ModelError, a model that cannot be let to speak."""
+def check_at_hand(decoder: Decoder) -> None:
+    """Refuse, by ModelError, a model that cannot be let to speak, or would be read for it often."""
     if is_streamed(decoder):
         raise ModelError(
             "the layers wait on disk, and all of them would be read once a token of every answer: "
             "leave out --stream, or what the model is to say (speech, --speech)"
         )
+    check_speaks(decoder)
+
+
+def check_speaks(decoder: Decoder) -> None:
+    """Refuse, by ModelError, a model that cannot generate text."""
     if not decoder.model.can_generate():
         raise ModelError(
             f"{type(decoder.model).__name__} cannot generate text: leave out what it is to say "
@@ -269,6 +287,43 @@ def _up_to_end(prompt: NDArray[np.int64], row: list[int], ends: set[int]) -> Ans
     return Answer(tuple(prompt.tolist()), tuple(written), stop is not None)
 
 
+def _in_passes(
+    decoder: Decoder,
+    prompts: Sequence[NDArray[np.int64]],
+    ends: set[int],
+    *,
+    tokens: Tokens,
+    seed: int | None,
+) -> Iterator[list[Answer]]:
+    """Answer prompts by passes over layers on disk; give what there is of all after each token."""
+    streamed, rows = Streamed(Layerwise(decoder)), [one.tolist() for one in prompts]
+    drawing = [None if seed is None else _Drawing([one], seed) for one in prompts]
+    size, going = fitting_tokens(decoder, tokens).texts, {*range(len(rows))}
+    while going:
+        for index, logits in _next_logits(streamed, {one: rows[one] for one in going}, size):
+            drawn = drawing[index]
+            token = int((logits if drawn is None else drawn(None, logits)).argmax())
+            rows[index].append(token)
+            going -= {index} if token in ends else set()
+        pairs = zip(prompts, rows, strict=True)
+        yield [_up_to_end(prompt, row[len(prompt) :], ends) for prompt, row in pairs]
+
+
+@torch.inference_mode()
+def _next_logits(
+    streamed: Streamed, rows: Mapping[int, list[int]], size: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Run rows of token ids in one pass; give (1, V) float32 logits of what comes behind each."""
+    order = sorted(rows, key=lambda index: (-len(rows[index]), index))
+    ids = [(index, np.array(rows[index], np.int64)) for index in order]
+    batches = ([padded(ids[start : start + size])] for start in range(0, len(ids), size))
+    for batch in streamed.reached(batches):
+        lengths = batch.attention_mask.sum(axis=1, keepdims=True)
+        last = np.arange(batch.input_ids.shape[1]) == lengths - 1
+        logits = torch.cat([*logits_at(streamed.model.head, batch, last)])
+        yield from zip(batch.samples.tolist(), logits.float().split(1), strict=True)
+
+
 class _Drawing(LogitsProcessor):
     """Leaves of every row the token alone that its own random numbers draw.
 
@@ -278,7 +333,7 @@ class _Drawing(LogitsProcessor):
     def __init__(self, prompts: Sequence[NDArray[np.int64]], seed: int) -> None:
         self._random = [np.random.default_rng(_stream(prompt, seed)) for prompt in prompts]
 
-    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, _input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
         drawn = torch.tensor([one.random() for one in self._random], dtype=torch.float64)
         sums = scores.double().softmax(-1).cumsum(-1)
         places = torch.searchsorted(sums, drawn.to(sums.device)[:, None] * sums[:, -1:], right=True)

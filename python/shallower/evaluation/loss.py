@@ -157,20 +157,22 @@ class TextLosses:
         The model is to be evaluating meanwhile. ``advance`` receives the texts that are done, by
         each layer on disk. Raises as :func:`text_losses`.
         """
-        batches = chain.from_iterable(windows)
+        parts = (self._parts(batch) for batch in chain.from_iterable(windows))
         if self._streamed is None:
-            for batch in batches:
-                self.head.decoder.check_length(batch.input_ids.shape[1])
-                for part in _parts(batch, self.head):
-                    yield list(text_losses(self.head, part, self._halving))
-                    advance(len(part))
+            for part in chain.from_iterable(parts):
+                yield list(text_losses(self.head, part, self._halving))
+                advance(len(part))
             return
-        for group in self._streamed.groups([batch] for batch in batches):
-            parts = [part for batch in group for part in _parts(batch, self.head)]
-            behind = self._streamed.run(parts, advance=advance)
-            for part, states in zip(parts, behind, strict=True):
-                with self._streamed.model.starting_from(states, ()):
-                    yield list(text_losses(self.head, part, self._halving))
+        for part in self._streamed.reached(parts, advance):
+            yield list(text_losses(self.head, part, self._halving))
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The batch; in parts, if the model makes all logits of it at once and they are many."""
+        self.head.decoder.check_length(batch.input_ids.shape[1])
+        if self.head.by_rows:
+            return [batch]
+        most = LOGITS_AT_ONCE // (batch.input_ids.shape[1] * self.head.vocab_size)
+        return batch.split(max(1, most))
 
 
 def text_losses(head: Head, batch: Batch, halving: Halving) -> Iterator[TextLoss]:
@@ -268,13 +270,6 @@ def nothing_to_predict(batches: TokenBatches) -> TextsError:
         "no text has two tokens, so nothing can be predicted: "
         + describe_rejections(batches.num_rejected, batches.num_texts, batches.rejections)
     )
-
-
-def _parts(batch: Batch, head: Head) -> list[Batch]:
-    """The batch; in parts, if the model makes all logits of it at once and they are many."""
-    if head.by_rows:
-        return [batch]
-    return batch.split(max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * head.vocab_size)))
 
 
 def _require_finite(sums: list[float], batch: Batch, head: Head) -> None:

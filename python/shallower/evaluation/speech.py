@@ -13,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ModelError, TextsError
 from ..memory.plan import fitting
 from ..memory.retry import Halving
+from ..memory.streaming import Streamed
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import Head
+from ..models.layerwise import Layerwise, is_streamed
 from ..progress import track
 from ..texts.batches import Batch, padded
 from ..texts.prompts import Prompt, given_prompts, prompt_ids
@@ -56,7 +58,8 @@ def evaluate_speech(
 
     The whole model answers every prompt twice, by its likeliest tokens and by tokens that are
     drawn; on these words both are compared token by token. Then the model answers them itself, and
-    the whole one judges its words. See :class:`shallower.Speech` for the measures.
+    the whole one judges its words; not if its layers wait on disk, since each token would take a
+    pass over them. See :class:`shallower.Speech` for the measures.
 
     Args:
         model: a causal language model of transformers, as a cut, patched or healed.
@@ -75,8 +78,8 @@ def evaluate_speech(
     Raises:
         TextsError: there are no prompts, or what is none; a chat without a template; a prompt that
             leaves no room for an answer.
-        ModelError: a model cannot generate text, has its layers on disk, or logits that are not
-            finite; or the two do not share a vocabulary.
+        ModelError: a model cannot generate text, or its logits are not finite; or the two do not
+            share a vocabulary.
 
     Example:
         >>> import copy
@@ -199,10 +202,10 @@ class _Spans:
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """How a model speaks, as long as the whole model has not judged its own words."""
+    """How a model speaks, as long as the whole model has not judged its own words, if any."""
 
     speech: Speech
-    own: Words
+    own: Words | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +239,7 @@ class Reference:
                 speaking.batches(decoder, words),
                 lambda one: one.states(head).cpu(),
                 ("whole model on its words", speaking.progress),
+                decoder,
             ):
                 parts.append(replace(part, kept=states))
             probe = _probe(head, parts[0])
@@ -243,7 +247,7 @@ class Reference:
 
     @torch.inference_mode()
     def compare(self, decoder: Decoder, whole: Decoder | None = None, name: str = "cut") -> Spoken:
-        """Measure a model on the words, and let it speak.
+        """Measure a model on the words, and let it speak unless its layers wait on disk.
 
         ``whole`` makes the whole model's logits, if it is in memory; by default the head of this
         very model does, which must be the same.
@@ -260,15 +264,21 @@ class Reference:
                 self.parts,
                 lambda one: _rows(one, head, its_head or head),
                 (f"{name} on those words", self.speaking.progress),
+                decoder,
             ):
                 pieces = np.split(rows, np.cumsum(part.predicting.sum(axis=1))[:-1])
                 found.update(zip(part.batch.samples.tolist(), pieces, strict=True))
-        is_itself = whole is not None and whole.model is decoder.model
-        own = self.words if is_itself else self.speaking.words(decoder, name)
+        own: Words | None = None
+        if whole is not None and whole.model is decoder.model:
+            own = self.words
+        elif not is_streamed(decoder):
+            own = self.speaking.words(decoder, name)
         return Spoken(self._speech(found, own), own)
 
     def judged(self, spoken: Spoken, decoder: Decoder) -> Speech:
         """Let the whole model judge what another one said, by its loss; ModelError as above."""
+        if spoken.own is None:
+            return spoken.speech
         head = Head.of(decoder)
         found: dict[int, float] = {}
         with evaluating(decoder.model):
@@ -276,6 +286,7 @@ class Reference:
                 self.speaking.batches(decoder, spoken.own),
                 lambda one: _finite(summed_losses(head, one.batch), head).tolist(),
                 ("whole model judges", self.speaking.progress),
+                decoder,
             ):
                 found.update(zip(part.batch.samples.tolist(), sums, strict=True))
         scores = {}
@@ -310,7 +321,7 @@ class Reference:
         except RuntimeError:  # of another dtype or size
             return False
 
-    def _speech(self, found: Mapping[int, NDArray[np.float64]], own: Words) -> Speech:
+    def _speech(self, found: Mapping[int, NDArray[np.float64]], own: Words | None) -> Speech:
         scores: dict[str, dict[str, Scores]] = {}
         by_token: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
         count = len(self.words[WAYS[0]])
@@ -325,25 +336,39 @@ class Reference:
                 for name, values in by_token[way].items()
             }
             scores[way]["departure"] = _each([_departure(one[:, 0]) for one in rows])
-            scores[way] |= _of_own(own[way])
-            pairs = zip(self.words[way], own[way], strict=True)
-            scores[way]["ends"] = _each([one.ended == other.ended for one, other in pairs])
+            if own is not None:
+                scores[way] |= _of_own(own[way])
+                pairs = zip(self.words[way], own[way], strict=True)
+                scores[way]["ends"] = _each([one.ended == other.ended for one, other in pairs])
         whole, speaking = {way: _of_own(self.words[way]) for way in WAYS}, self.speaking
         mark = hash_of({way: list(map(astuple, self.words[way])) for way in WAYS})
         return Speech(speaking.num_tokens, speaking.seed, mark, scores, whole, by_token)
 
 
 def _run(
-    spans: Sequence[_Spans], work: Callable[[_Spans], Any], bar: tuple[str, bool | None]
+    spans: Sequence[_Spans],
+    work: Callable[[_Spans], Any],
+    bar: tuple[str, bool | None],
+    decoder: Decoder,
 ) -> Iterator[tuple[_Spans, Any]]:
     """Do work on batches, in parts where memory is short, and yield the parts with its results."""
     halving = Halving()
     with track(bar[0], sum(len(one.batch) for one in spans), bar[1]) as advance:
-        for one in spans:
+        for one in _ready(spans, decoder):
             of_part = one.part
             for part, done in halving.run(one.batch, lambda some: work(of_part(some))):  # noqa: B023
                 yield of_part(part), done
                 advance(len(part))
+
+
+def _ready(spans: Sequence[_Spans], decoder: Decoder) -> Iterator[_Spans]:
+    """Give batches; of layers on disk, each while forwards start from its final states."""
+    if not is_streamed(decoder):
+        yield from spans
+        return
+    streamed = Streamed(Layerwise(decoder))
+    for one, _ in zip(spans, streamed.reached([one.batch] for one in spans), strict=True):
+        yield one
 
 
 @torch.inference_mode()

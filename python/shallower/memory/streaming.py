@@ -232,6 +232,15 @@ class Streamed:
                 look(place, len(layers), one)
         return behind
 
+    def reached(
+        self, windows: Iterable[list[Batch]], advance: Callable[[int], object] = lambda _: None
+    ) -> Iterator[Batch]:
+        """Give batches, each while every forward of the model starts from its final states."""
+        for group in self.groups(windows):
+            for batch, states in zip(group, self.run(group, advance=advance), strict=True):
+                with self.model.starting_from(states, ()):
+                    yield batch
+
     def _bytes_of(
         self, window: Sequence[Batch], compared: Callable[[Batch], int]
     ) -> tuple[int, int]:

@@ -66,9 +66,12 @@ class KeptAnswers:
     ) -> list[Answer]:
         """Answer prompts as :func:`write_answers`; CacheError where the store is damaged."""
         from ..evaluation.answers import check_prompts, check_speaks, ends_of, write_answers
+        from ..models.layerwise import is_streamed
 
         check_speaks(decoder)
         check_prompts(decoder, prompts, num_tokens)
+        in_passes = is_streamed(decoder)  # over all layers, in each of which all answers go on
+        at_once = len(prompts) if in_passes else AT_ONCE
         found: list[Answer] = []
         settings = {
             "num_tokens": num_tokens,
@@ -77,8 +80,8 @@ class KeptAnswers:
             "ends": ends_of(decoder.model, tokenizer),
         }
         with track(description, len(prompts), progress) as advance:
-            for start in range(0, len(prompts), AT_ONCE):
-                some = prompts[start : start + AT_ONCE]
+            for start in range(0, len(prompts), at_once):
+                some = prompts[start : start + at_once]
                 ids = [one.tolist() for one in some]
                 inputs = {"prompts": hash_of(ids), **settings}
                 known = self.store.get("answers", inputs)
@@ -90,7 +93,8 @@ class KeptAnswers:
                         num_tokens=num_tokens,
                         seed=seed,
                         batch_size=batch_size,
-                        progress=False,
+                        progress=progress if in_passes else False,
+                        description=f"{description}, tokens",
                     )
                     self.store.put("answers", inputs, {"answers": [asdict(one) for one in answers]})
                 else:
@@ -229,9 +233,9 @@ class WantedAnswers:
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
     ) -> "list[NDArray[np.int64]]":
         """The token ids of the prompts."""
-        from ..evaluation.answers import check_prompts, check_speaks
+        from ..evaluation.answers import check_at_hand, check_prompts
 
-        check_speaks(decoder)
+        check_at_hand(decoder)
         ids = prompt_ids(tokenizer, self._prompts(tokenizer, texts))
         check_prompts(decoder, ids, self.num_tokens)
         return ids

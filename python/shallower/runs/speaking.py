@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, TextsError
-from ..evaluation.answers import check_prompts, check_speaks
+from ..evaluation.answers import check_at_hand, check_prompts
 from ..evaluation.speech import SPEECH_TOKENS, Reference, Speaking, Spoken
 from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
@@ -62,7 +62,7 @@ class StudySpeech:
         if not study.prompts:
             return False
         try:
-            check_speaks(decoder)
+            check_at_hand(decoder)
             check_prompts(decoder, prompt_ids(tokenizer, study.prompts), SPEECH_TOKENS)
         except (ModelError, TextsError) as error:
             if study.settings.prompts is not None:
@@ -96,7 +96,10 @@ class StudySpeech:
 
     def samples(self, said: Mapping[str, Spoken]) -> tuple[Continuations, ...]:
         """Show what the whole model and others said, greedily, to the first prompts."""
-        words = {"whole": self.reference.words, **{name: one.own for name, one in said.items()}}
+        words = {
+            "whole": self.reference.words,
+            **{name: one.own or {} for name, one in said.items()},
+        }
         found = []
         for place, prompt in enumerate(self.study.prompts[:NUM_SAMPLES]):
             texts = {name: self._text(one["greedy"][place].written) for name, one in words.items()}

@@ -49,7 +49,7 @@ class Speech:
         seed: of what is drawn.
         words: SHA-256 of what the whole model said, and of the prompts.
         scores: by way, and by measure; ``loss_under_whole`` is missing as long as the whole model
-            has not judged the words.
+            has not judged the words, and all of its own words where layers wait on disk.
         whole: by way, ``repetition`` and ``length`` of the words of the whole model.
         by_token: by way and measure by token, an array for every prompt; None where it was read.
     """
@@ -69,7 +69,9 @@ class Speech:
         return len(self.scores[WAYS[0]]["agreement"].sums)
 
     def of(self, measure: str, way: str | None = None) -> Scores:
-        """Give a measure by prompt, of one way or of both together."""
+        """Give a measure by prompt, of one way or of both together; NaN where it is missing."""
+        if measure in OF_OWN and measure not in self.scores[WAYS[0]]:
+            return Scores(np.full(self.num_prompts, np.nan), np.ones(self.num_prompts))
         return _together(self.scores, measure, way)
 
     def of_whole(self, measure: str, way: str | None = None) -> Scores:
@@ -130,7 +132,8 @@ class Speech:
         """Read what :meth:`to_record` gave; raises KeyError, TypeError, ValueError."""
         known = of_type(dict, of_type(dict, data)["by_prompt"])
         speech = cls(**fields_of(cls, {**data, **known, "by_token": None}))
-        for found, names in ((speech.scores, MEASURES), (speech.whole, OF_WHOLE)):
+        own = OF_OWN if OF_OWN[0] in speech.scores.get(WAYS[0], ()) else ()
+        for found, names in ((speech.scores, (*ON_WORDS, *own)), (speech.whole, OF_WHOLE)):
             if {*found} != {*WAYS} or any({*one} != {*names} for one in found.values()):
                 raise ValueError(f"expected {', '.join(names)} of {' and '.join(WAYS)}")
             if {len(one.sums) for of_way in found.values() for one in of_way.values()} != {

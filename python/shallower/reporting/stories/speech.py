@@ -52,6 +52,10 @@ def speech_table(found: Mapping[str, Speech]) -> Table:
         f"{' and '.join(WAYS)}. The first five on the words of the whole model: acceptance is the "
         f"share of tokens that speculative decoding would accept. Errors are over prompts{tied}."
     )
+    if not all(math.isfinite(one.mean("length")) for one in found.values()):
+        note += (
+            " A model on disk says nothing itself: each token would take a pass over its layers."
+        )
     return Table("speech", tuple(head), tuple(rows), note)
 
 
