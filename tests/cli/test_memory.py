@@ -22,6 +22,10 @@ def test_a_dry_run_tells_the_memory(shallower, tiny, jsonl, command):
     text = shallower(command, *options, "--batch-size", 3, "--device-memory", "16GB").out
     assert "memory: " in text
     assert "; 3 texts a forward\n" in text
+    assert "--stream" not in text
+    small = (*options, "--device-memory", "10MB")
+    assert "way out: let the layers wait on disk (--stream)\n" in shallower(command, *small).out
+    assert "way out" not in shallower(command, *small, "--stream", "--json").json
 
 
 @pytest.mark.parametrize("wrong", ["0", "many", "-1", "1.5"])

@@ -235,10 +235,14 @@ def test_weights_that_are_missing_are_told_once(checkpoint, logged):
     assert "stray" in report
 
 
-def test_a_model_that_does_not_fit_is_told_with_ways_out(checkpoint, monkeypatch):
+@pytest.mark.parametrize("where", ["a card", "the CPU"])
+def test_a_model_that_does_not_fit_is_told_with_ways_out(checkpoint, monkeypatch, where):
     def out_of_memory(*_args, **_options):
+        if where == "the CPU":
+            torch.empty(1 << 60)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", out_of_memory)
-    with pytest.raises(sh.ModelError, match=r"not enough memory to load .*--dtype nf4.*--device-"):
+    ways = r"not enough memory to load .*--stream.*--dtype nf4.*--device-map"
+    with pytest.raises(sh.ModelError, match=ways):
         load_model(checkpoint)

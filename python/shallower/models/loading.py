@@ -352,16 +352,21 @@ def _report_unless_refused() -> Iterator[None]:
         logger.handle(record)
 
 
+_NO_MEMORY = "allocate memory"
+"""What torch, safetensors and the system say of a CPU's memory, by plain errors."""
+
+
 def _call(load: Any, source: str, **options: Any) -> Any:
     try:
         return load(source, **options)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"there is not enough memory to load {_name(source, options)}: quantise its weights "
-            f"(dtype, --dtype nf4), or spread them over more devices (device_map, --device-map)",
-            see="streaming",
-        ) from error
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY in str(error):
+            raise ModelError(
+                f"there is not enough memory to load {_name(source, options)}: let its layers wait "
+                f"on disk (device_map, --stream), quantise its weights (dtype, --dtype nf4), or "
+                f"spread them over more devices (device_map, --device-map)",
+                see="streaming",
+            ) from error
         absent = "" if Path(source).exists() else ", which is no folder here"
         if absent and constants.HF_HUB_OFFLINE:
             absent += " (HF_HUB_OFFLINE is set: only the hub's cache was looked in)"

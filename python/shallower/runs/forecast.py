@@ -189,6 +189,13 @@ def _forward(what: Stage, positions: str | Positions) -> "Forward":
     return forward(positions) if what == "scan" else FORWARD
 
 
+def memory_facts(source: ModelSource, plan: MemoryPlan) -> dict[str, Any]:
+    """A forecast for a dry run, with the way out where it does not fit."""
+    if plan.fits or source.waits_on_disk:
+        return {"memory": plan}
+    return {"memory": plan, "way out": "let the layers wait on disk (--stream)"}
+
+
 def forecast_source(
     source: ModelSource,
     what: Stage,

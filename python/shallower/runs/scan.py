@@ -125,6 +125,8 @@ class ScanJob:
 
         ModelError: the config does not say how many layers the model has.
         """
+        from .forecast import memory_facts
+
         num_layers = self.source.count_layers()
         described = {
             "scan": str(self.source),
@@ -132,7 +134,7 @@ class ScanJob:
             "texts": place_of_texts(self.texts) or "given",
             "positions": str(self.positions),
             **({"experts": self.experts} if self.experts else {}),
-            "memory": self.memory(self.source),
+            **memory_facts(self.source, self.memory(self.source)),
         }
         if self.until is not None:
             described["until"] = str(self.until.of(num_layers))
