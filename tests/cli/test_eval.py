@@ -110,7 +110,7 @@ def test_a_model_is_paired_with_another_one(shallower, tiny, texts, folder, word
 def test_what_cannot_be_paired_is_refused(shallower, tiny, texts, folder, words):
     options = ("--texts", texts / "held_out.jsonl")
     error = shallower("eval", tiny, "--against", tiny, "--drop", "1", *options).error
-    assert error == "--against compares two checkpoints: leave out --drop and --plan"
+    assert error == "--against compares two checkpoints: name no cut beside it (as --drop)"
 
 
 @pytest.fixture

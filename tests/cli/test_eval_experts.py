@@ -7,6 +7,8 @@ import pytest
 
 import shallower as sh
 from shallower.values.experts import DroppedExperts
+from shallower.values.layers import Block, blocks_of
+from shallower.values.speech import MEASURES, ON_WORDS
 from tests.conftest import word_tokenizer
 from tests.cutting.mixtures import mixture, some_experts
 
@@ -40,6 +42,78 @@ def test_a_plan_with_experts_is_measured_and_found_again(shallower, folder, text
     assert told.err.count("measured before") == 1
     second = shallower(*command, tmp_path / "other.json", "--json")
     assert second.json["cut"] != first.json["cut"]
+    named = ("--drop-experts", plan.experts), ("--experts-plan", tmp_path / "plan.json")
+    for cut in named:
+        assert shallower(*command[:-1], *cut, "--json").json == first.json
+    layers = replace(plan, blocks=(Block(3, 5),), experts=plan.experts.without([3, 4]))
+    third = shallower(*command[:-1], "--drop", "3:5", "--drop-experts", layers.experts, "--json")
+    with sh.without_layers(model, layers):
+        loss = sh.evaluate_loss(model, tokenizer, held_out)
+    assert third.json["cut"]["nats"] == pytest.approx(loss.nats, rel=1e-12)
+    assert "not both" in shallower(*command[:-1], *named[0], *named[1]).error
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--stream",), ("--dry-run",), ("--shard", "1/2", "--out", "shards")]
+)
+def test_a_cut_that_cannot_be_is_refused_before_anything_is_read(
+    shallower, folder, texts, options, monkeypatch
+):
+    monkeypatch.setattr("shallower.models.loading.load_weights", lambda *_, **__: 1 / 0)
+    command = ["eval", folder, "--texts", texts / "held_out.jsonl", *options, "--drop-experts"]
+    every = ";".join(f"{layer}:0:5" for layer in range(8))
+    assert "keep at least 2" in shallower(*command, every).error
+    assert "layer 1 would keep all of its 6 experts" in shallower(*command, "0:1").error
+
+
+@pytest.mark.parametrize("cut", [("--drop", "3:5"), ("--drop-experts", "0:1")])
+def test_a_cut_that_cannot_be_made_is_refused_before_anything_is_measured(
+    shallower, folder, texts, cut, monkeypatch
+):
+    def refuse(*_arguments, **_options):
+        raise sh.ModelError("no config describes the cut")
+
+    for name in ("in_model.checked_twin", "in_model.cut_experts", "experts.config_left"):
+        monkeypatch.setattr(f"shallower.cutting.{name}", refuse)
+    monkeypatch.setattr("shallower.evaluation.loss.measure_loss", lambda *_, **__: 1 / 0)
+    error = shallower("eval", folder, "--texts", texts / "held_out.jsonl", *cut).error
+    assert "no config describes the cut" in error
+
+
+@pytest.mark.parametrize("place", [(), ("--stream",)])
+@pytest.mark.parametrize("layers", [(), (3, 4)])
+def test_a_cut_by_a_plan_is_measured_as_the_cut_on_disk(shallower, folder, tmp_path, layers, place):
+    model, _ = sh.load_model(folder, dtype="float32")
+    dropped = DroppedExperts.of(6, some_experts(model)).without(layers)
+    plan = sh.Plan(8, blocks_of(layers), experts=dropped)
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 97}" for i in range(200)))
+    asked = [json.dumps({"prompt": f"w{i} w{2 * i}"}) for i in range(1, 9)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(asked))
+    cut = ["--plan", tmp_path / "plan.json"]
+    assert shallower("prune", folder, *cut, "--out", tmp_path / "cut").status == 0
+    options = ["--perplexity", tmp_path / "text.txt", "--context", 32, "--speech"]
+    options += [tmp_path / "asked.jsonl", "--speech-tokens", 6, "--dtype", "float32", "--json"]
+    expected = shallower("eval", tmp_path / "cut", "--against", folder, *options).json
+    command = ["eval", folder, *cut, *options, *place]
+    done = shallower(*command)
+    assert done.status == 0, done.err
+    found, speech = done.json, done.json["speech"]
+    assert found["perplexity"]["cut"]["nats"] == pytest.approx(
+        expected["perplexity"]["model"]["nats"], rel=1e-6
+    )
+    assert speech["words"] == expected["speech"]["words"]
+    assert expected["speech"]["agreement"] < 1
+    for name in ON_WORDS if place else MEASURES:
+        assert speech[name] == pytest.approx(expected["speech"][name], rel=1e-5)
+        lost = speech["difference"][name]["mean"]
+        assert lost == pytest.approx(expected["speech"]["difference"][name]["mean"], rel=1e-4)
+    told = shallower(*(one for one in command if one != "--json"))
+    assert told.status == 0, told.err
+    assert ("says nothing itself" in told.out) == bool(place)
+    planned = shallower(*command, "--dry-run").json
+    assert planned["drop"] == plan.words
+    assert planned["stream"]["passes"] == 20 if place else "stream" not in planned
 
 
 def test_a_plan_with_experts_cannot_be_patched(folder, texts):

@@ -11,8 +11,10 @@ from .options import (
     DeviceMap,
     DeviceMemory,
     Drop,
+    DropExperts,
     DryRun,
     Dtype,
+    ExpertsPlan,
     GgufFile,
     Json,
     MaxLength,
@@ -26,7 +28,7 @@ from .options import (
     Stream,
     TrustRemoteCode,
     Workers,
-    named_layers,
+    named_cut,
     part_of,
     places,
     read_texts,
@@ -78,6 +80,8 @@ def eval_command(
     ] = 64,
     drop: Drop = None,
     plan: PlanPath = None,
+    drop_experts: DropExperts = None,
+    experts_plan: ExpertsPlan = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -144,8 +148,11 @@ def eval_command(
     from ..values.tokens import Tokens, parse_batch_size
 
     part = part_of(shard, on, workers)
+    layers, experts = None, None
+    if is_cut := any(one is not None for one in (drop, plan, drop_experts, experts_plan)):
+        layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
     if against is not None:
-        _check_against(is_cut=(drop, plan) != (None, None), is_shared=bool(part))
+        _check_against(is_cut=is_cut, is_shared=bool(part))
     job = _kind(part)(
         source=ModelSource(
             model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
@@ -161,7 +168,8 @@ def eval_command(
             pass_at=pass_at,
             seed=seed,
         ),
-        layers=None if drop is None and plan is None else named_layers(drop, plan),
+        layers=layers,
+        experts=experts,
         device_memory=device_memory,
         store=open_store(no_cache or dry_run),
         out=out,
@@ -212,7 +220,7 @@ def _check_against(*, is_cut: bool, is_shared: bool) -> None:
     from ..errors import PlanError, SettingsError
 
     if is_cut:
-        raise PlanError("--against compares two checkpoints: leave out --drop and --plan")
+        raise PlanError("--against compares two checkpoints: name no cut beside it (as --drop)")
     if is_shared:
         raise SettingsError(
             "--against compares two checkpoints, and shards are of one: measure each of the two "
@@ -231,6 +239,7 @@ def _carry_out_shard(job: "EvalJob", as_json: bool) -> None:
 
     assert isinstance(job, EvalShardJob)
     if job.made is None:
+        job.prepare()
         job.run_shard()
     say_eval_shard(job.file, as_json)
     if job.made is not None:
@@ -321,4 +330,4 @@ def _described(
         return {**described, **job.describe(), **write}
     larger, memory = pair.larger()
     loaded = f"one after the other; {larger.source} needs more memory"
-    return {**described, "loaded": loaded, "memory": memory, **write}
+    return {**described, "loaded": loaded, **larger.describe(memory), **write}

@@ -16,6 +16,7 @@ from ..storage import check_apart, claimed, write_file
 from ..texts.sources import Texts, read_whole
 from ..values.files import EVAL_FILE
 from ..values.measured import Evaluation, MeasuredShard, Part, gather_evaluation
+from ..values.memory import MemoryPlan
 from ..values.plan import Plan
 from ..values.provenance import forward_versions
 from ..values.shard import Shard
@@ -224,10 +225,11 @@ class SharedEvalJob(EvalJob):
             _described(measure)
         super().__post_init__()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, memory: MemoryPlan | None = None) -> dict[str, Any]:
         """Describe what the evaluation would take, and what each worker would get."""
-        plan = self.memory(self.source, processes=2)
-        return described_workers(self.source, self.workers, on=self.on, plan=plan)
+        plan = memory or self.memory(self.source, processes=2)
+        shared = described_workers(self.source, self.workers, on=self.on, plan=plan)
+        return {**super().describe(plan), **shared}
 
     def run_shared(self) -> Results:
         """Let workers measure, each with a model of its own, and put their shards together.

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cutting.plans import agreed_plan
+from ..cutting.plans import NamedExperts, agreed_plan
 from ..errors import CacheError, TextsError
 from ..models.source import ModelSource
 from ..storage import check_apart
@@ -26,9 +26,8 @@ from .measures import Measure, SpeechOnPrompts
 from .store import Store
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ..models.decoder import Decoder
+    from ..memory.streaming import StreamPlan
+    from .measures import Loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +82,7 @@ class EvalJob:
         source: the model.
         measures: what it is measured by, of different kinds; at least one.
         layers: the plan or the blocks that are cut; None for none.
+        experts: which experts go of the layers that stay; the blocks may be none then.
         device_memory: the memory that may be used, as ``16GB``; what is free by default.
         store: where results are looked for and kept.
         out: the folder for ``eval.json``, if there is to be one.
@@ -96,6 +96,7 @@ class EvalJob:
     source: ModelSource
     measures: Sequence[Measure[Any]]
     layers: Plan | list[Block] | None = None
+    experts: NamedExperts | None = None
     device_memory: str | None = None
     store: Store = field(default_factory=lambda: Store(None))
     out: Path | None = None
@@ -153,7 +154,13 @@ class EvalJob:
             return None
         known = next((one.model for one in self.whole.values() if one), None)
         count = self.source.count_layers() if known is None else known.num_layers
-        plan = agreed_plan(str(self.source.path), count, self.layers)
+        plan = agreed_plan(
+            str(self.source.path),
+            count,
+            self.layers,
+            experts=self.experts,
+            count_experts=self.source.count_experts,
+        )
         if known is not None:
             plan.check_model(known)
         return plan
@@ -177,9 +184,27 @@ class EvalJob:
             processes=processes,
         )
 
-    def describe(self) -> dict[str, Any]:
-        """Describe what the evaluation would take."""
-        return {"memory": self.memory(self.source)}
+    def describe(self, memory: MemoryPlan | None = None) -> dict[str, Any]:
+        """Describe what the evaluation would take, of ``memory`` where that is planned already."""
+        from .forecast import memory_facts
+
+        return {**memory_facts(self.source, memory or self.memory(self.source)), **self._stream()}
+
+    def _stream(self) -> "dict[str, StreamPlan | str]":
+        """Plan what speech reads where layers wait on disk, at most; else nothing."""
+        from .stream_plans import CHECKED, plan_passes
+
+        speech = [one for one in self.measures if isinstance(one, SpeechOnPrompts)]
+        if not speech or not self.source.waits_on_disk:
+            return {}
+        passes = [CHECKED, (len(self.measures) * len(self.sides), 0)]
+        for one in speech:  # each token of both ways, those words, and their judgement
+            size = 2 * len(one.prompts) * one.tokens.max_length
+            passes.append((2 * one.num_tokens + 2, size))
+        try:
+            return {"stream": plan_passes(self.source, passes)}
+        except FileNotFoundError as error:
+            return {"stream": f"cannot be told before: {error}"}
 
     def known(self) -> Results | None:
         """Look for the results; None if one must be measured."""
@@ -194,7 +219,14 @@ class EvalJob:
         return found
 
     def prepare(self) -> None:
-        """Find out what is wrong with the measures before a model is loaded."""
+        """Find out what is wrong with experts and measures before a model is loaded."""
+        if self.plan is not None and self.plan.experts is not None:
+            import torch
+
+            from ..cutting.experts import config_left
+            from ..memory.rehearsal import build_empty
+
+            config_left(build_empty(self.source.read_config(), torch.bfloat16), self.plan)
         for measure in self.measures:
             measure.prepare()
 
@@ -231,21 +263,21 @@ class EvalJob:
         """Measure the model; what waits for another whole model comes back beside ``found``."""
         from ..cutting.in_model import without_layers
 
-        decoder, tokenizer = loaded = self._loaded(self.source)
+        decoder, _ = loaded = self._loaded(self.source)
         if self.plan:
-            self.plan.check_model(decoder.identity)
+            with without_layers(decoder.model, self.plan):
+                pass  # refused, if it is, before anything is measured
         for measure in missing:
             if measure.whole is None:
                 self._meet(measure, loaded, self.source)
         waiting = []  # until all layers are back, or the other model is loaded
         for side, plan in self.sides.items():
-            name = f" without {plan.words}" if plan else ""
             with without_layers(decoder.model, plan) if plan else nullcontext():
                 for measure in missing:
                     if side in found[measure.kind]:
                         continue
                     tokens = self.fitted(measure)
-                    value = measure.measure(decoder, tokenizer, tokens=tokens, name=name)
+                    value = measure.measure(loaded, tokens=tokens, plan=plan)
                     if measure.needs_whole:
                         waiting.append((measure, side, value))
                     else:
@@ -257,20 +289,15 @@ class EvalJob:
                 found[measure.kind][side] = self._kept(measure, side, completed, decoder.identity)
         return decoder.identity, [one for one in waiting if one[0].whole is not None]
 
-    def _meet(
-        self,
-        measure: Measure[Any],
-        loaded: "tuple[Decoder, PreTrainedTokenizerBase]",
-        source: ModelSource,
-    ) -> None:
+    def _meet(self, measure: Measure[Any], loaded: "Loaded", source: ModelSource) -> None:
         """Let a measure see the whole model, which ``source`` names."""
         store = ModelStore(self.store, model_inputs(source, self.store), [])
-        measure.meet(*loaded, tokens=self.fitted(measure), store=store)
+        measure.meet(loaded, tokens=self.fitted(measure), store=store)
 
     def _kept(self, measure: Measure[Any], side: str, value: Any, model: ModelIdentity) -> Result:
         return self.results[measure.kind].keep(self.sides[side], value, model)
 
-    def _loaded(self, source: ModelSource) -> "tuple[Decoder, PreTrainedTokenizerBase]":
+    def _loaded(self, source: ModelSource) -> "Loaded":
         """A model and its tokenizer; the memory of one before it is free."""
         from ..memory.device import free_memory
         from ..models.decoder import Decoder

@@ -15,6 +15,7 @@ from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.perplexity import Perplexity
+from ..values.plan import Plan
 from ..values.speech import Speech
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize, Tokens
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import ChosenTasks
     from ..judgement.trials import ResultStore
     from ..models.decoder import Decoder
+
+    Loaded = tuple[Decoder, PreTrainedTokenizerBase]
 
 T = TypeVar("T")
 
@@ -70,21 +73,12 @@ class Measure(ABC, Generic[T]):
         """
         yield from ()
 
-    def meet(
-        self,
-        decoder: "Decoder",
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        tokens: Tokens,
-        store: "ResultStore",
-    ) -> None:
+    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """See the whole model before anything is measured; ``store`` has that one's results."""
 
     @abstractmethod
-    def measure(
-        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
-    ) -> Any:
-        """Measure a model; ``name`` is that of the bar."""
+    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Any:
+        """Measure a model without what a plan drops; the whole one has none."""
 
     def complete(self, value: Any, decoder: "Decoder") -> T:
         """Complete what was measured, when the whole model is there."""
@@ -124,16 +118,12 @@ class LossOfTexts(Measure[Loss]):
 
         yield from (one.ids for one in tokenise(tokenizer, self.texts, self.tokens.max_length))
 
-    def measure(
-        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
-    ) -> Loss:
+    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Loss:
         """Measure the loss."""
         from ..evaluation.loss import fitting_tokens, measure_loss
 
-        fitted = fitting_tokens(decoder, tokens)
-        return measure_loss(
-            decoder, tokenizer, self.texts, tokens=fitted, description=f"loss{name}"
-        )
+        fitted = fitting_tokens(loaded[0], tokens)
+        return measure_loss(*loaded, self.texts, tokens=fitted, description=_bar("loss", plan))
 
     def record(self, value: Loss) -> dict[str, Any]:
         """Give a loss."""
@@ -179,20 +169,17 @@ class PerplexityOfText(Measure[Perplexity]):
         windows, _ = windows_of(tokenizer, self.text, self.context, bos=self.bos)
         yield from (ids for _, ids in windows)
 
-    def measure(
-        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
-    ) -> Perplexity:
+    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Perplexity:
         """Measure the perplexity."""
         from ..evaluation.perplexity import evaluate_perplexity
 
         return evaluate_perplexity(
-            decoder,
-            tokenizer,
+            *loaded,
             self.text,
             context=self.context,
             bos=self.bos,
             batch_size=tokens.batch_size,
-            description=f"perplexity{name}",
+            description=_bar("perplexity", plan),
         )
 
     def record(self, value: Perplexity) -> dict[str, Any]:
@@ -257,11 +244,11 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         self.chosen  # noqa: B018 - it is kept
 
     def measure(
-        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None
     ) -> tuple[TaskScores, ...]:
         """Score the model."""
         return self.chosen.evaluate(
-            decoder, tokenizer, batch_size=tokens.batch_size, description=f"tasks{name}"
+            *loaded, batch_size=tokens.batch_size, description=_bar("tasks", plan)
         )
 
     def record(self, value: tuple[TaskScores, ...]) -> dict[str, Any]:
@@ -318,29 +305,19 @@ class SpeechOnPrompts(Measure[Speech]):
         """Yield the token ids of every prompt."""
         yield from prompt_ids(tokenizer, self.prompts)
 
-    def meet(
-        self,
-        decoder: "Decoder",
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        tokens: Tokens,
-        store: "ResultStore",
-    ) -> None:
+    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """Let the whole model speak, and keep its states at its words."""
         from ..evaluation.speech import Reference, Speaking
 
+        decoder, tokenizer = loaded
         ids = [*self.token_ids(tokenizer)]
         speaking = Speaking(tokenizer, ids, self.num_tokens, self.seed, tokens.batch_size)
         self._reference = Reference.of(speaking, decoder, KeptAnswers(store).write)
-        self._num_layers = len(decoder)
 
-    def measure(
-        self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase", *, tokens: Tokens, name: str
-    ) -> Any:
+    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Any:
         """Compare a model with the whole one, and let it speak."""
-        is_whole = self.whole is None and len(decoder) == self._num_layers
-        whole = decoder if is_whole else None
-        return self._reference.compare(decoder, whole, name=f"model{name}")
+        whole = loaded[0] if self.whole is None and plan is None else None
+        return self._reference.compare(loaded[0], whole, name=_bar("model", plan))
 
     def complete(self, value: Any, decoder: "Decoder") -> Speech:
         """Let the whole model judge what was said."""
@@ -353,3 +330,8 @@ class SpeechOnPrompts(Measure[Speech]):
     def read(self, record: Mapping[str, Any]) -> Speech:
         """Read a speech."""
         return Speech.from_json(record["speech"])
+
+
+def _bar(what: str, plan: Plan | None) -> str:
+    """Name a bar of a measure."""
+    return what if plan is None else f"{what} without {plan.words}"
