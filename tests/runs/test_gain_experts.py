@@ -30,6 +30,23 @@ def test_what_is_left_is_counted(model):
     assert found.words == "[2, 4) and 2 of 6 experts a layer"
 
 
+def test_experts_are_named_as_to_prune(shallower, model, tmp_path):
+    sh.save_model(model, None, tmp_path / "model")
+    dropped = sh.DroppedExperts(6, some_experts(model))
+    expected = sh.gain(model, sh.Plan(8, (), experts=dropped), context=16, device="a100-80")
+    options = {"context": 16, "device": "a100-80"}
+    for experts in (dropped, dropped.by_layer):
+        assert sh.gain(model, (), experts=experts, **options).after == expected.after
+    (tmp_path / "experts.txt").write_text(str(dropped))
+    command = ["gain", tmp_path / "model", "--context", 16, "--device", "a100-80", "--json"]
+    command += ["--dtype", "float32"]
+    for named in (dropped, tmp_path / "experts.txt"):
+        done = shallower(*command, "--drop-experts", named)
+        assert done.status == 0, done.err
+        assert done.json["after"] == expected.to_json()["after"]
+    assert "name the layers to drop" in shallower(*command).error
+
+
 def test_experts_that_the_router_needs_stay(model):
     dropped = sh.DroppedExperts(6, some_experts(model, 5))
     with pytest.raises(sh.ExpertsError, match="keep at least 2"):

@@ -7,13 +7,15 @@ import typer
 from ..savings.devices import DEVICES, HERE
 from .options import (
     Drop,
+    DropExperts,
     Dtype,
+    ExpertsPlan,
     GgufFile,
     Json,
     Model,
     PlanPath,
     TrustRemoteCode,
-    named_layers,
+    named_cut,
 )
 from .output import print_json, show
 
@@ -23,6 +25,8 @@ def gain_command(
     *,
     drop: Drop = None,
     plan: PlanPath = None,
+    drop_experts: DropExperts = None,
+    experts_plan: ExpertsPlan = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -59,10 +63,11 @@ def gain_command(
     """
     from ..runs.gain import gain
 
-    layers = named_layers(drop, plan)
+    layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
     found = gain(
         model,
         layers,
+        experts=experts,
         device=device,
         context=context,
         batch=batch,

@@ -18,6 +18,7 @@ from ..values.provenance import versions
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from ..cutting.plans import NamedExperts
     from ..savings.account import Account, Operation
 
 CONTEXT = 2048
@@ -32,6 +33,7 @@ def gain(
     model: "PreTrainedModel | PretrainedConfig | ModelSource | str | Path",
     drop: Plan | Layers,
     *,
+    experts: "NamedExperts | None" = None,
     device: str | None = None,
     context: int | None = None,
     batch: int = 1,
@@ -51,6 +53,8 @@ def gain(
         model: the folder, the hub id or the ``.gguf`` file of the uncut model; or its config, or
             the model in memory.
         drop: the layers that go: a plan, or blocks, ranges or indices, 0-based.
+        experts: routed experts that go of the layers that stay, as for :func:`shallower.prune`; the
+            layers may be none then, ``()``.
         device: one GPU of the table, such as ``a100-80``, or ``here`` for this machine, which is
             measured in a few seconds; by default all of them.
         context: tokens that a text has before it is continued; by default 2,048, or as many as the
@@ -69,6 +73,7 @@ def gain(
         ModelError: the model or its config cannot be read, its config cannot describe the cut, or
             there is no such device, dtype, context or batch.
         LayersError, PlanError: the layers are not those of the model, or all of them.
+        ExpertsError: experts that are not there, or that a router cannot do without.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -90,7 +95,7 @@ def gain(
             "a config has no weights that could be timed: measure a model (measure, --measure)"
         )
     chosen = subject.dtype(dtype, here=measure or device == HERE)
-    plan, after, room = subject.cut(drop)
+    plan, after, room = subject.cut(drop, experts)
     load = _Load(chosen, min(CONTEXT, room) if context is None else context, batch)
     found = _forecast(subject, plan, after, load=load, devices=devices)
     return replace(found, measured=_measured(subject, found, plan)) if measure else found
@@ -151,27 +156,29 @@ class _Subject:
             return dtype
         return choose_dtype(choose_device_map(None))[0] if here else "bfloat16"
 
-    def cut(self, drop: Plan | Layers) -> "tuple[Plan, PretrainedConfig, int]":
+    def cut(
+        self, drop: Plan | Layers, named: "NamedExperts | None"
+    ) -> "tuple[Plan, PretrainedConfig, int]":
         """The plan that is carried out, the config of what it leaves, and the longest context."""
         import torch
 
-        from ..cutting.experts import mixture_of, with_fewer_experts
+        from ..cutting.experts import config_left
         from ..cutting.plans import agreed_plan
-        from ..cutting.twin import shortened_config
         from ..memory.rehearsal import build_empty
         from ..models.architecture import find_layers
         from ..models.experts import find_experts
         from ..savings.account import longest_context
 
         built = build_empty(self.config, torch.bfloat16)
-        plan = agreed_plan(self.name, len(find_layers(built)), drop)
+        plan = agreed_plan(
+            self.name,
+            len(find_layers(built)),
+            drop,
+            experts=named,
+            count_experts=lambda: find_experts(built)[0].num_experts,
+        )
         self._check(plan)
-        context = longest_context(built)
-        if plan.experts is not None:
-            mixture_of(built, find_experts(built)).check(plan.experts, gone=plan.dropped)
-            built = with_fewer_experts(built, plan.experts)
-        after = shortened_config(built, plan.survivors) if plan.blocks else built.config
-        return plan, after, context
+        return plan, config_left(built, plan), longest_context(built)
 
     def _check(self, plan: Plan) -> None:
         """Refuse a plan of another model: PlanError; by its type alone where weights are not here.
