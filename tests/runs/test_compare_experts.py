@@ -214,11 +214,11 @@ def test_a_dry_run_bounds_the_passes_over_layers_on_disk(shallower, tmp_path, cr
         "float32", "--stream", *criteria,
     )  # fmt: skip
     planned = shallower(*command, "--dry-run", "--json").json["stream"]["passes"]
-    done = shallower(*command)
+    done = shallower(*command, "--json")
     assert done.status == 0, done.err
     passes = int(re.search(r"of layers from disk, in (\d+) passes", done.err)[1])
     assert passes <= planned <= 2 * passes + 10
-    assert ("exhaustive" in done.out) == bool(criteria)
+    assert (EXHAUSTIVE in {row["criterion"] for row in done.json["rows"]}) == bool(criteria)
 
 
 def test_the_command_leaves_a_page(shallower, tmp_path):

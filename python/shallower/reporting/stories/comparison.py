@@ -357,7 +357,7 @@ def _expert_choices(comparison: CriteriaComparison, group: Group, n: int) -> Tab
         tuple(rows),
         f"Loss in nats a token, regret in {group.unit}, paired with the best; parameters that go "
         f"as a share of all. layers: of the blocks of least angular distance the one whose share "
-        f"is nearest; exhaustive: the best of all sets by the loss on texts that choose.",
+        f"is nearest; exhaustive: the best of all sets by the judge on what chooses.",
     )
 
 
