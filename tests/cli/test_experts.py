@@ -5,7 +5,7 @@ import json
 import pytest
 
 import shallower as sh
-from tests.cutting.mixtures import mixture
+from tests.cutting.mixtures import mixture, unchosen
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,21 @@ def scanned(mixtral, jsonl, tmp_path_factory):
     place = tmp_path_factory.mktemp("scans") / "scan.safetensors"
     texts = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
     sh.scan(*sh.load_model(mixtral, "float32"), texts, experts=True).save(place)
+    return place
+
+
+UNSEEN = (1, 4)
+"""Experts that the texts of a narrow domain never call, of every layer."""
+
+
+@pytest.fixture(scope="module")
+def narrow(words, jsonl, tmp_path_factory):
+    place = tmp_path_factory.mktemp("narrow") / "scan.safetensors"
+    texts = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
+    model = mixture("mixtral")
+    said = "16 of 48 experts were sent no token by these texts, and go first"
+    with unchosen(model, dict.fromkeys(range(8), UNSEEN)), pytest.warns(UserWarning, match=said):
+        sh.scan(model, words, texts, experts=True).save(place)
     return place
 
 
@@ -82,6 +97,25 @@ def test_plan_names_experts_without_tokens(shallower, scanned):
     for layer, one in as_json["scores"].items():
         assert one["drop"] == as_json["experts"]["drop"][layer]
         assert max(one["scores"]) <= one["next"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fate"),
+    [
+        (("--experts", 1), "8 of them go, 8 stay"),
+        (("--experts", 3), "16 of them go, 0 stay"),
+        (("--experts", 3, "--criterion", "man"), "16 of them go, 0 stay"),
+        (("--experts", 2, "--n", 2), "12 of them go, 0 stay"),
+    ],
+)
+def test_plan_says_what_becomes_of_them(shallower, narrow, options, fate):
+    """And lets none go that the texts call while one is left that they do not."""
+    done = shallower("plan", narrow, *options)
+    assert fate in " ".join(done.out.split())
+    found = shallower("plan", narrow, *options, "--json").json
+    for gone in found["experts"]["drop"].values():
+        assert {*gone} <= {*UNSEEN} or {*UNSEEN} <= {*gone}
+    assert found["unrouted"] == {layer: [*UNSEEN] for layer in found["experts"]["drop"]}
 
 
 def test_plan_of_layers_and_experts(shallower, scanned, folder):

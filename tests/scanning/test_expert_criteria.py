@@ -12,12 +12,13 @@ import shallower as sh
 from shallower.models.experts import find_experts
 from shallower.scanning.expert_criteria import (
     CRITERIA,
+    DEFAULT,
     chosen_experts,
     expert_scores,
     expert_stderr,
     experts_to_drop,
 )
-from shallower.scanning.expert_statistics import VALUES, ExpertStatistics
+from shallower.scanning.expert_statistics import VALUES, ExpertStatistics, pair_places
 from shallower.values.routing import Routing
 from tests.cutting.mixtures import mixture
 from tests.documents import documents
@@ -38,7 +39,13 @@ def statistics(tokens, num_experts=6, layers=(1, 3), **routing):
             if where == place:
                 counts[texts.index(text), expert] += 1
                 values[texts.index(text), expert] += (g, f, f * f, g * f, g * g * f * f, s * g * f)
-        found.add(place, counts, values)
+        of_one = pair_places(*[np.arange(num_experts)] * 2, num_experts)
+        pairs = [
+            np.zeros((len(texts), num_experts * (num_experts + 1) // 2, *some))
+            for some in ((), (1,))
+        ]
+        pairs[0][:, of_one], pairs[1][:, of_one, 0] = counts, values[..., 4]
+        found.add(place, counts, values, pairs=(pairs[0].astype(np.uint64), pairs[1]))
     found.aimer = np.random.default_rng(0).uniform(0.1, 0.9, found.aimer.shape)
     return found
 
@@ -73,15 +80,17 @@ def test_scores_are_those_of_a_slow_twin(tokens, criterion):
 
 
 @given(st.lists(token, min_size=1, max_size=60), st.sampled_from(BY_SCORE), st.integers(1, 4))
-def test_the_lowest_go_and_those_without_evidence_last(tokens, criterion, count):
+def test_those_without_a_token_go_and_then_the_lowest(tokens, criterion, count):
     found = statistics(tokens)
     dropped = experts_to_drop(found, count, criterion=criterion, seed=3)
     assert dropped.criterion == criterion
     scores = expert_scores(found, criterion, 3)
     assert [*dropped.by_layer] == [1, 3]
-    for row, (layer, gone) in zip(scores, dropped.by_layer.items(), strict=True):
+    reads_texts = criterion not in ("aimer", "random")
+    unseen = (found.counts == 0) & reads_texts
+    for row, none, (layer, gone) in zip(scores, unseen, dropped.by_layer.items(), strict=True):
         keys = -row if criterion == "aimer" else row
-        order = sorted(range(6), key=lambda e: (np.isnan(keys[e]), np.nan_to_num(keys[e]), e))
+        order = sorted(range(6), key=lambda e: (not none[e], 0 if none[e] else keys[e], e))
         assert gone == tuple(sorted(order[:count]))
         assert len(dropped.kept(layer)) == 6 - count
     rows = chosen_experts(found, dropped, 3)
@@ -91,7 +100,7 @@ def test_the_lowest_go_and_those_without_evidence_last(tokens, criterion, count)
         kept = list(dropped.kept(one.layer))
         sign = -1 if criterion == "aimer" else 1
         if not np.isnan(one.last[0]) and not np.isnan(one.next[0]):
-            assert sign * one.last[0] == max(sign * row[list(one.experts)])
+            assert sign * one.last[0] == np.nanmax(sign * row[list(one.experts)])
             assert sign * one.next[0] == np.nanmin(sign * row[kept])
             assert any(np.array_equal(one.next[1], each, equal_nan=True) for each in error)
 
@@ -99,8 +108,20 @@ def test_the_lowest_go_and_those_without_evidence_last(tokens, criterion, count)
 def test_experts_that_were_sent_nothing_are_named():
     found = statistics([(0, 0, 2, 1, 1, 1), (0, 1, 3, 1, 1, 1), (1, 0, 0, 1, 1, 1)])
     assert found.unrouted == {1: (0, 1, 4, 5), 3: (1, 2, 3, 4, 5)}
-    assert experts_to_drop(found, 2, criterion="reap").by_layer == {1: (2, 3), 3: (0, 1)}
-    assert experts_to_drop(found, 2, criterion="ean").by_layer == {1: (0, 1), 3: (1, 2)}
+    for criterion in (*OF_ACTIVATIONS, "frequency", "soft-frequency"):
+        gone = experts_to_drop(found, 2, criterion=criterion).by_layer
+        assert gone == {1: (0, 1), 3: (1, 2)}, criterion
+
+
+@given(st.lists(token, min_size=1, max_size=60), st.integers(1, 4))
+def test_what_the_texts_use_stays_while_something_unused_can_go(tokens, count):
+    """By every criterion that reads texts, the default among them."""
+    found = statistics(tokens)
+    used = [{e for w, _, e, *_ in tokens if w == place} for place in range(2)]
+    for criterion in (*OF_ACTIVATIONS, "frequency", "soft-frequency", DEFAULT):
+        gone = experts_to_drop(found, count, criterion=criterion).by_layer
+        for mine, some in zip(used, gone.values(), strict=True):
+            assert not mine & {*some} or not {*range(6)} - mine - {*some}, criterion
 
 
 @given(
@@ -189,7 +210,7 @@ def planted_products(seed, num_experts, **routing):
     """Statistics with the products of made-up outputs, and those products."""
     added = np.random.default_rng(seed).normal(size=(num_experts, 3)) + 0.5
     products = added @ added.T
-    found = statistics([(0, 0, 0, 1, 1, 1)], num_experts, (0,), **routing)
+    found = statistics([(0, 0, 0, 1, 0, 1)], num_experts, (0,), **routing)
     pairs = products[np.triu_indices(num_experts)]
     found.pairs.update(0, np.ones((1, len(pairs)), np.uint64), pairs[None, :, None])
     np.testing.assert_allclose(found.products()[0], products, rtol=1e-12)

@@ -19,6 +19,7 @@ from tests.documents import documents
 
 TEXTS = documents(40)
 OPTIONS = {"max_length": 12, "batch_size": 2, "experts": True}
+UNUSED = pytest.warns(UserWarning, match=r"\d+ of 48 experts were sent no token by these texts")
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +124,18 @@ def test_layers_that_wait_on_disk_give_the_same_bytes(name, words, tmp_path, mon
 
 
 def test_a_text_without_tokens_is_no_text_of_the_statistics(mixtral, words):
-    with pytest.warns(sh.RejectedSamplesWarning):
+    with UNUSED, pytest.warns(sh.RejectedSamplesWarning):
         found = sh.scan(mixtral, words, ["w1 w2", "", "w3"], **OPTIONS)
     assert found.experts.num_texts == 2
+
+
+def test_unused_experts_are_counted_once_all_shards_are_there(mixtral, words, tmp_path):
+    """A shard alone says nothing of them: its error would be one here."""
+    shards = Shards(mixtral, words, ["w1 w2", "w3"], Tokens(12, 1), experts=True)
+    for shard in (Shard(0, 2), Shard(1, 2)):
+        (tmp_path / shard.file).write_bytes(shards.scan(shard, progress=False).to_bytes())
+    with UNUSED:
+        gather([tmp_path])
 
 
 def test_bfloat16_is_observed(words):

@@ -212,7 +212,7 @@ class ScanBuilder:
         return Scan(replace(so_far, content=self._content))
 
     def finish(self, texts: tuple[TextsIdentity, ...] = ()) -> Scan:
-        """The scan of all samples, with a warning of rejected ones.
+        """The scan of all samples, with a warning of rejected ones, and of many unused experts.
 
         StatesError if none was accepted.
         """
@@ -225,6 +225,8 @@ class ScanBuilder:
             warnings.warn(described, RejectedSamplesWarning, stacklevel=3)
         elif not accepted:
             raise StatesError("there are no samples to compare")
+        if self._experts is not None:
+            self._experts.warn_of_unrouted()
         return done
 
     def _scan(self, texts: tuple[TextsIdentity, ...], cka: Cka | None) -> Scan:

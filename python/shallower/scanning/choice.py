@@ -26,7 +26,7 @@ class ScanChoice:
         num_resamples: how often it was resampled.
         seed: of the resampling.
         experts: the experts that go, by layer, if any do.
-        unrouted: by layer, the experts of which no token counts, if any go.
+        unrouted: by layer that stays, the experts of which no token counts, if any go.
         left_out: experts' parts of texts that held NaN or infinity, if any go.
     """
 
@@ -136,9 +136,8 @@ def choose(
     assert plan.experts is not None
     found = scanned.experts
     rows = chosen_experts(found, plan.experts, seed)
-    return replace(
-        chosen, plan=plan, experts=rows, unrouted=found.unrouted, left_out=found.left_out
-    )
+    unrouted = {layer: some for layer, some in found.unrouted.items() if layer in plan.survivors}
+    return replace(chosen, plan=plan, experts=rows, unrouted=unrouted, left_out=found.left_out)
 
 
 def _choose_layers(

@@ -27,10 +27,8 @@ class ExpertCriterion:
 
     Attributes:
         what: the score in words.
-        kind: a ``total`` over tokens, by which an expert that no token is sent to goes first; a
-            ``mean`` over them, of which such an expert has none, so that it goes last; a total of
-            which a whole ``set`` has another than its experts one by one; of the ``weights``, or
-            ``drawn``.
+        kind: a ``total`` over tokens; a ``mean`` over them; a total of which a whole ``set`` has
+            another than its experts one by one; of the ``weights``, or ``drawn``.
         value: what is summed, as :class:`ExpertStatistics` names it.
         paper: where it comes from.
         highest_go: whether the highest scores go first instead.
@@ -151,6 +149,7 @@ def experts_to_drop(
 ) -> DroppedExperts:
     """Choose ``count`` experts of every layer that has any: those that a criterion lets go first.
 
+    By a criterion that reads texts an expert that no token was sent to goes before all others.
     Where a router chooses contiguous groups first, as many of each group. Of equals the smaller
     index goes. Layers that are ``gone`` whole lose no experts.
 
@@ -162,7 +161,7 @@ def experts_to_drop(
     _check_count(routing, count)
     together = criterion_of(criterion).kind == "set"
     scores = None if together else expert_scores(statistics, criterion, seed)
-    rows = statistics.products() if scores is None else _keys(scores, criterion)
+    rows = statistics.products() if scores is None else _keys(statistics, scores, criterion)
     choose = _least_together if together else _lowest
     left = set(statistics.layers) - set(gone)
     by_layer = {
@@ -209,7 +208,7 @@ def chosen_experts(
     """The experts that go by a criterion, with their scores, a row for each layer."""
     name = str(dropped.criterion)
     scores, stderr = expert_scores(statistics, name, seed), expert_stderr(statistics, name)
-    keys = _keys(scores, name)
+    keys = _keys(statistics, scores, name)
     rows = []
     for place, layer in enumerate(statistics.layers):
         if layer not in dropped.by_layer:
@@ -222,10 +221,11 @@ def chosen_experts(
     return tuple(rows)
 
 
-def _keys(scores: Array, criterion: str) -> Array:
-    """What experts go by, the lowest first; infinite where nothing is known."""
-    keys = -scores if CRITERIA[criterion].highest_go else scores
-    return np.where(np.isnan(keys), np.inf, keys)
+def _keys(statistics: ExpertStatistics, scores: Array, criterion: str) -> Array:
+    """What experts go by, the lowest first: where texts are read, those without a token."""
+    row = CRITERIA[criterion]
+    keys = -scores if row.highest_go else scores
+    return keys if row.kind in _COSTS else np.where(statistics.counts, keys, -np.inf)
 
 
 def _check_count(routing: Routing, count: int) -> None:

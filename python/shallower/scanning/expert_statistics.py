@@ -3,6 +3,7 @@
 Sees the Rust core and NumPy, no torch and no model.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from .._core import ExpertSums
 from ..errors import ExpertsError, ScanError
+from ..values.counts import counted
 from ..values.routing import Routing
 from ..values.schema import of_type, read
 
@@ -22,6 +24,9 @@ MOVED = VALUES.index("moved")
 
 MOST_PAIRS = 2**20
 """Pairs of experts of all layers whose products are summed; of a model with more none are."""
+
+MANY_UNROUTED = 0.1
+"""Share of experts without a token above which a scan warns."""
 
 Array = NDArray[np.float64]
 Pairs = tuple[NDArray[Any], NDArray[Any]]
@@ -88,6 +93,17 @@ class ExpertStatistics:
         rows = zip(self.layers, self.counts, strict=True)
         none = {layer: np.flatnonzero(row == 0).tolist() for layer, row in rows}
         return {layer: tuple(experts) for layer, experts in none.items() if experts}
+
+    def warn_of_unrouted(self) -> None:
+        """Warn if many experts were sent no token: they go first, though others may need them."""
+        num, total = sum(map(len, self.unrouted.values())), self.counts.size
+        if num > MANY_UNROUTED * total:
+            warnings.warn(
+                f"{num:,} of {counted(total, 'expert')} were sent no token by these texts, and go "
+                f"first by every criterion that reads texts: scan more texts, of every kind that "
+                f"the cut is to serve",
+                stacklevel=4,
+            )
 
     def total(self, value: str) -> Array:
         """The sum of one of ``VALUES``, or of ``count``, over the tokens of each expert, (M, E)."""

@@ -34,11 +34,17 @@ def experts_table(chosen: ScanChoice) -> Table:
 
 
 def unknown(chosen: ScanChoice) -> list[str]:
-    """Name the experts that no token was sent to, and count what was left out, if there is any."""
+    """Name the experts that no token was sent to, and say what becomes of them.
+
+    What was left out is counted, too; nothing is said where there is neither.
+    """
     left_out = [_left_out(chosen.left_out)] if chosen.left_out else []
     if not chosen.unrouted:
         return left_out
     num = sum(map(len, chosen.unrouted.values()))
+    gone = sum(
+        len({*one.experts} & {*chosen.unrouted.get(one.layer, ())}) for one in chosen.experts
+    )
     named = [
         f"{layer}: {_named(some)}" for layer, some in list(chosen.unrouted.items())[:MOST_UNROUTED]
     ]
@@ -46,7 +52,9 @@ def unknown(chosen: ScanChoice) -> list[str]:
     and_more = f"; and of {counted(more, 'more layer')}" if more > 0 else ""
     said = "was sent no token" if num == 1 else "were sent no tokens"
     return [
-        f"{counted(num, 'expert')} {said} by these texts (by layer {'; '.join(named)}{and_more})",
+        f"{counted(num, 'expert')} {said} by these texts (by layer {'; '.join(named)}{and_more}): "
+        f"{gone:,} of them {'goes' if gone == 1 else 'go'}, {num - gone:,} "
+        f"{'stays' if num - gone == 1 else 'stay'}",
         *left_out,
     ]
 
