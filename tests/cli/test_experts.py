@@ -5,6 +5,8 @@ import json
 import pytest
 
 import shallower as sh
+from shallower.runs import speed
+from shallower.runs.speed import Work
 from tests.cutting.mixtures import mixture, unchosen
 
 
@@ -56,10 +58,27 @@ def test_scan_describes_them_in_json(shallower, mixtral, jsonl, scanned):
     assert found["unrouted"] == {str(layer): list(some) for layer, some in unrouted.items()}
 
 
-def test_a_dry_run_says_so(shallower, mixtral, jsonl):
-    options = ("--texts", jsonl, "--out", "out", "--dry-run", "--json")
-    assert shallower("scan", mixtral, *options, "--experts").json["experts"] is True
-    assert "experts" not in shallower("scan", mixtral, *options).json
+def test_a_dry_run_counts_the_second_run_of_the_experts(shallower, mixtral, jsonl, monkeypatch):
+    each = Work(layers=1.0, observed=1.5)
+    monkeypatch.setattr(speed, "measure_speed", lambda *_args, **_options: each)
+    options = ("--texts", jsonl, "--out", "out", "--max-length", 32, "--dry-run", "--json")
+    found, plain = (
+        shallower("scan", mixtral, *options, *more).json for more in (["--experts"], [])
+    )
+    assert found["experts"] is True
+    assert "experts" not in plain
+    assert found["memory"]["peak_bytes"] > 1.1 * plain["memory"]["peak_bytes"]
+    num_texts = len(jsonl.read_text().splitlines())
+    assert plain["time"]["seconds"] == 8 * 32 * num_texts
+    assert found["time"]["seconds"] == 1.5 * plain["time"]["seconds"]
+
+
+def test_a_dry_run_times_a_layer_and_its_experts(shallower, mixtral, jsonl):
+    options = ("--texts", jsonl, "--out", "out", "--dry-run")
+    assert "time: at most about" in shallower("scan", mixtral, *options, "--experts").out
+    card = shallower("scan", mixtral, *options, "--experts", "--device-memory", "16GB").out
+    assert "time: " not in card, "of a card that is not here"
+    assert "memory: " in card
 
 
 def test_shards_gather_them_too(shallower, mixtral, jsonl, folder, scanned):

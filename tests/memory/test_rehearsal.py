@@ -1,11 +1,13 @@
 """Steps on weights without memory hold what they hold on real ones."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from shallower.errors import ModelError
+from shallower.memory.plan import ForwardStep
 from shallower.memory.rehearsal import (
     Rehearsal,
     _Rehearsed,
@@ -14,7 +16,13 @@ from shallower.memory.rehearsal import (
     output_of,
 )
 from shallower.models.architecture import evaluating
+from shallower.models.decoder import Decoder
+from shallower.scanning.expert_hooks import ExpertHooks
+from shallower.scanning.hidden_states import forward as scanned
+from shallower.scanning.hidden_states import stream
+from shallower.texts.batches import Batch
 from tests.conftest import mostly_slow, tiny_llama
+from tests.cutting.mixtures import mixture
 from tests.families import small_config
 
 FAMILIES = (
@@ -49,6 +57,27 @@ def test_a_forward_holds_what_it_holds_with_weights(name):
     rehearsal = Rehearsal(build_empty(config, torch.float32))
     found = rehearsal.run(lambda: forward(rehearsal.model))
     assert found == pytest.approx(held_by(model, forward), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "llama4_text"])
+def test_a_scan_of_experts_holds_what_it_holds_with_weights(name):
+    """Experts run twice; the products of what they add are kept until the forward is through."""
+    model = mixture(name)
+    tokens = np.random.default_rng(0).integers(3, 100, (3, 40))
+    batch = Batch(tokens, np.ones((3, 40), np.int64), np.arange(3))
+
+    def observed(model):
+        with ExpertHooks(model) as hooks:
+            for part in stream(model, [batch], experts=hooks):
+                del part
+
+    step = ForwardStep(
+        model.config, "float32", scanned(experts=True), length=40, card=False, loaded=True
+    )
+    states = 3 * scanned().beside(Decoder.of(model), 40)  # of the batch before
+    assert step.parts(3)["activations"] - states == pytest.approx(
+        held_by(model, observed), rel=0.05
+    )
 
 
 def test_a_backward_holds_what_it_holds_with_weights():

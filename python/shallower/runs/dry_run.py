@@ -10,9 +10,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
-from ..errors import one_sentence
 from ..evaluation.speech import SPEECH_TOKENS
 from ..judgement.bounds import verifying_forwards
 from ..judgement.choosing_size import STEPS, curve_sizes, sizes_beside
@@ -24,13 +22,12 @@ from ..judgement.proposals import PROPOSING_TEXTS
 from ..judgement.subject import Subject
 from ..judgement.token_states import PROBED
 from ..judgement.verifying import PATCH_TEXTS
-from ..memory.device import main_device
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import StreamPlan
 from ..memory.weights import num_parameters, weight_bytes
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
-from ..models.dtypes import STREAM, plain_dtype
+from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.memory import writer_widths
@@ -40,7 +37,7 @@ from ..storage import free_bytes
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
 from ..values.curve import OWN_STRATEGIES, SCANNED
-from ..values.estimates import Disk, Divided, Time, Unknown
+from ..values.estimates import Disk, Divided, Time
 from ..values.forwards import Forwards
 from ..values.memory import MemoryPlan
 from ..values.recipe import GLOBAL_BATCH, Recipe
@@ -51,7 +48,7 @@ from .compare import CompareStudy
 from .compare_experts import num_forwards
 from .forecast import Stage, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
-from .speed import Work, measure_speed
+from .speed import Work, device_of, measure_speed, told
 from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
@@ -100,12 +97,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
         ways["stream"] = lambda: max((one.stream() for one in models()), key=_read)
         if _patches(study.settings):
             ways["steps"] = lambda: models()[0].steps()
-    for name, way in ways.items():
-        try:
-            described[name] = way()
-        except Exception as error:  # whatever a family does without its weights
-            described[name] = Unknown(one_sentence(error))
-    return described
+    return {**described, **{name: told(way) for name, way in ways.items()}}
 
 
 def _read(plan: StreamPlan) -> int:
@@ -169,14 +161,14 @@ class _Model:
         self.empty = build_empty(self.config, plain_dtype(self.source.dtype))
         self.decoder = Decoder.of(self.empty)
         self.layers = len(self.decoder)
-        has_card = self.source.waits_on_disk and torch.cuda.is_available()
-        self.on_cpu = str(self.source.device_map) in ("None", "cpu", STREAM) and not has_card
+        self.on_cpu = device_of(self.source).type == "cpu"
         self.forward = self._planned("eval")
 
     # Memory and disk.
     def memory(self) -> MemoryPlan:
         """The memory of the stage that needs most."""
-        found = [self.forward, self._planned("scan")]
+        by_experts = getattr(self.study, "by_experts", False)
+        found = [self.forward, self._planned("scan", experts=by_experts)]
         if fitted := self._patch_tokens:
             found.append(self._planned("patch", num_tokens=fitted))
         if self._recipe is not None:
@@ -260,15 +252,8 @@ class _Model:
             self.texts = self._texts(name)
             work += self._work()
         lengths = self.texts.report
-        each = measure_speed(
-            self.config,
-            str(self.source.dtype),
-            torch.device("cpu") if self.on_cpu else main_device(),
-            texts=self.texts.at_once,
-            length=int(lengths.mean()),
-            work=work,
-        )
-        return work.seconds(each)
+        at_once, length = self.texts.at_once, int(lengths.mean())
+        return work.seconds(measure_speed(self.source, texts=at_once, length=length, work=work))
 
     def _work(self) -> Work:
         if isinstance(self.settings, RunSettings):
@@ -394,10 +379,11 @@ class _Model:
     def _of_comparison(self) -> Work:
         study, texts = self.study, self.texts
         assert isinstance(study, CompareStudy)
-        if study.by_experts:  # which a scan takes twice
+        if study.by_experts:
             reporting, choosing = num_forwards(self.empty, study)
-            scanned = self._scan(len(texts.fit)) * 2 + self._measured(0) * reporting + self._spoken
-            return scanned + _run(Forwards(self.layers, 1), texts.judged) * choosing
+            scanned = Work(observed=self.layers * float(texts.fit.sum())) + self._spoken
+            choosing_work = _run(Forwards(self.layers, 1), texts.judged) * choosing
+            return scanned + self._measured(0) * reporting + choosing_work
         work, chosen = self._measured(0) + self._spoken, study.criteria
         truth = Forwards(self.layers * (self.layers + 1) / 2, self.layers + 1)
         work += _run(truth, texts.report[:TRUTH_ITEMS])

@@ -39,6 +39,7 @@ def memory_forecast(
     drop: int = 0,
     num_tokens: int = 131_072,
     positions: str | Positions = "last",
+    experts: bool = False,
     device_memory: str | int | None = None,
     processes: int = 1,
     trust_remote_code: bool = False,
@@ -62,6 +63,7 @@ def memory_forecast(
         drop: decoder layers of ``config`` that will have been dropped.
         num_tokens: tokens that a patch fits, at most.
         positions: the tokens of every text that a scan compares.
+        experts: whether a scan gathers statistics of experts, too, which then run twice.
         device_memory: the memory of a card, here or not, in bytes or as ``16GB``; by default
             what this machine's device has free.
         processes: processes that share a healing, each on a device of its own.
@@ -115,7 +117,8 @@ def memory_forecast(
         return plan_patch(config, dtype, tokens=tokens, num_tokens=num_tokens, room=room)
     from ..memory.plan import plan_forward
 
-    return plan_forward(config, dtype, _forward(what, positions), tokens=tokens, room=room)
+    rehearsed = _forward(what, positions, experts=experts)
+    return plan_forward(config, dtype, rehearsed, tokens=tokens, room=room)
 
 
 def _decided(dtype: str | None, what: Stage, *, card: bool) -> str:
@@ -180,13 +183,13 @@ def _healing(
     )
 
 
-def _forward(what: Stage, positions: str | Positions) -> "Forward":
+def _forward(what: Stage, positions: str | Positions, *, experts: bool) -> "Forward":
     from ..evaluation.loss import FORWARD
     from ..scanning.hidden_states import forward
 
     if isinstance(positions, str):
         positions = Positions.parse(positions)
-    return forward(positions) if what == "scan" else FORWARD
+    return forward(positions, experts=experts) if what == "scan" else FORWARD
 
 
 def memory_facts(source: ModelSource, plan: MemoryPlan) -> dict[str, Any]:
@@ -203,6 +206,7 @@ def forecast_source(
     *,
     device_memory: str | int | None = None,
     positions: Positions | None = None,
+    experts: bool = False,
     num_tokens: int | None = None,
     processes: int = 1,
 ) -> MemoryPlan:
@@ -228,6 +232,7 @@ def forecast_source(
         max_length=tokens.max_length,
         batch_size=tokens.batch_size,
         positions=positions or "last",
+        experts=experts,
         device_memory=device_memory,
         num_tokens=num_tokens or 131_072,
         processes=processes,

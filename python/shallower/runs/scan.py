@@ -7,7 +7,7 @@ from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ScanError
+from ..errors import ModelError, ScanError, TextsError
 from ..models.dtypes import STREAM
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import HEAT_MAP_FILE, draw_heat_map
@@ -16,6 +16,7 @@ from ..scanning.scan import Scan, deciding
 from ..scanning.settling import JUDGED
 from ..storage import check_apart, check_free, claimed
 from ..texts.sources import Texts, place_of_texts
+from ..values.estimates import Time
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
@@ -126,33 +127,35 @@ class ScanJob:
         ModelError: the config does not say how many layers the model has.
         """
         from .forecast import memory_facts
+        from .speed import told
 
-        num_layers = self.source.count_layers()
+        num_layers, memory = self.source.count_layers(), self.memory(self.source)
         described = {
             "scan": str(self.source),
             "dtype": self.source.resolved().dtype,
             "texts": place_of_texts(self.texts) or "given",
             "positions": str(self.positions),
             **({"experts": self.experts} if self.experts else {}),
-            **memory_facts(self.source, self.memory(self.source)),
+            **memory_facts(self.source, memory),
         }
+        if self.device_memory is None:  # else it is of a card that is not here
+            described["time"] = told(lambda: self._time(memory.micro_batch))
         if self.until is not None:
             described["until"] = str(self.until.of(num_layers))
         if self.source.device_map == STREAM:
-            described["stream"] = self._planned()
+            described["stream"] = told(self._planned)
         return {**described, "write": [str(self.file)]}
 
-    def _planned(self) -> "StreamPlan | str":
-        """What is read from disk, at most; a sentence where that cannot be told."""
+    def _planned(self) -> "StreamPlan":
+        """What is read from disk, at most; raises what no plan can be made of."""
         import torch
 
         from ..memory.streaming import plan_stream
 
         files = self.source.weight_files
-        count = self.texts.count() if isinstance(self.texts, Texts) else length_hint(self.texts)
-        if not files or not count:
-            return "cannot be told before: the weights, or the number of texts, are not known here"
-        length = self.tokens.max_length
+        if not files:
+            raise ModelError("the weights are not known here")
+        length, count = self.tokens.max_length, self._num_texts
         texts = count if self.until is None else min(count, JUDGED)
         return plan_stream(
             self.source.read_config(),
@@ -161,6 +164,24 @@ class ScanJob:
             passes=[(-(-count // texts), texts * length)],
             num_compared=texts * min(length, self.positions.count or length),
         )
+
+    def _time(self, texts: int) -> Time:
+        """The seconds of so many texts a forward; raises what no forecast can be made of."""
+        from .speed import Work, measure_speed
+
+        length = self.tokens.max_length
+        tokens = float(self._num_texts * length * self.source.count_layers())
+        work = Work(observed=tokens) if self.experts else Work(tokens)
+        each = measure_speed(self.source.resolved(), texts=texts, length=length, work=work)
+        return Time(work.seconds(each))
+
+    @cached_property
+    def _num_texts(self) -> int:
+        """How many texts there are; TextsError: that is not known."""
+        count = self.texts.count() if isinstance(self.texts, Texts) else length_hint(self.texts)
+        if not count:
+            raise TextsError("the number of texts is not known here")
+        return count
 
     def reading(self, model: "PreTrainedModel") -> "Reading | None":
         """What was read of a model whose layers wait on disk; None of one in memory."""
@@ -179,6 +200,7 @@ class ScanJob:
             device_memory=self.device_memory,
             positions=self.positions,
             processes=processes,
+            experts=self.experts,
         )
 
     @cached_property

@@ -12,20 +12,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
-from ..errors import ModelError
+from ..errors import ModelError, one_sentence
 from ..evaluation.loss import summed_losses
-from ..memory.device import available_bytes
+from ..memory.device import available_bytes, main_device
 from ..memory.rehearsal import build_empty
 from ..memory.weights import module_bytes, num_parameters
 from ..models.architecture import find_layers
+from ..models.dtypes import STREAM
 from ..models.layerwise import Layerwise, token_rows
 from ..models.loading import layers_of
+from ..models.source import ModelSource
 from ..patching.changes import Changes
 from ..patching.descent import MovingMatrix, divergence_gradients, matrices
 from ..savings.timing import settle
+from ..scanning.expert_hooks import ExpertHooks
 from ..texts.batches import Batch
+from ..values.estimates import Unknown
 from .forecast import shortened
 
 ENOUGH, LEAST, MOST = 0.4, 3, 40
@@ -44,6 +47,7 @@ class Work:
 
     Attributes:
         layers: through a layer forward, times layers.
+        observed: the same, where statistics of its experts are gathered.
         heads: through the final norm and the head, to their losses.
         layer_steps: through a layer forward and backward, times layers.
         head_steps: through the head for both models of a descent, and back.
@@ -54,6 +58,7 @@ class Work:
     """
 
     layers: float = 0
+    observed: float = 0
     heads: float = 0
     layer_steps: float = 0
     head_steps: float = 0
@@ -76,22 +81,30 @@ class Work:
         return [getattr(self, one.name) for one in fields(self)]
 
 
-def measure_speed(
-    config: PretrainedConfig,
-    dtype: str,
-    device: torch.device,
-    *,
-    texts: int,
-    length: int,
-    work: Work,
-) -> Work:
-    """Measure the seconds of each kind of work that there is any of.
+def told(way: Callable[[], Any]) -> Any:
+    """What something takes; or why that cannot be told, whatever a family does without weights."""
+    try:
+        return way()
+    except Exception as error:
+        return Unknown(one_sentence(error))
+
+
+def device_of(source: ModelSource) -> torch.device:
+    """The device that computes with a resolved model; layers that wait on disk come to a GPU."""
+    waits = source.waits_on_disk and torch.cuda.is_available()
+    on_cpu = str(source.device_map) in ("None", "cpu", STREAM) and not waits
+    return torch.device("cpu") if on_cpu else main_device()
+
+
+def measure_speed(source: ModelSource, *, texts: int, length: int, work: Work) -> Work:
+    """Measure the seconds of each kind of work that there is any of, with a resolved model.
 
     Batches have so many texts of so many tokens, or fewer texts where a layer takes long.
 
     Raises:
         ModelError: the time of a model of this kind cannot be told before it is loaded.
     """
+    config, dtype, device = source.read_config(), str(source.dtype), device_of(source)
     if dtype in ("nf4", "int8"):
         raise ModelError(f"weights in {dtype} are not timed before they are loaded")
     total = layers_of(config) or 1
@@ -105,7 +118,7 @@ def measure_speed(
     _fill(model)
     kinds = {one.name for one in fields(work) if getattr(work, one.name)} | {"layers"}
     found = _timed(Layerwise(model), texts, length, kinds)
-    of_layers = {"layers", "layer_steps", "updates", "decoded_layers"}
+    of_layers = {"layers", "observed", "layer_steps", "updates", "decoded_layers"}
     return Work(**{k: v * (mean if k in of_layers else 1.0) for k, v in found.items()})
 
 
@@ -120,6 +133,8 @@ def _timed(model: Layerwise, texts: int, length: int, kinds: Collection[str]) ->
     moving = [MovingMatrix(*found) for found in matrices(layer)]
     weights = [getattr(one.module, one.name) for one in moving]
     changes = Changes()
+    if "observed" in kinds:
+        observed = ExpertHooks(model.head.decoder)
 
     def step() -> None:
         model.trace(batch, states, 0, weights=weights).gradients(states.float())
@@ -132,6 +147,12 @@ def _timed(model: Layerwise, texts: int, length: int, kinds: Collection[str]) ->
         with model.starting_from(given, ()):
             summed_losses(model.head, some)
 
+    def observe() -> None:
+        with observed:
+            observed.turn_to(batch)
+            model.run(batch, states, (0,))
+            observed.turn_to(None)
+
     rows = token_rows(batch, states)
 
     def descend_head() -> None:
@@ -140,6 +161,7 @@ def _timed(model: Layerwise, texts: int, length: int, kinds: Collection[str]) ->
     two = _batch(1, 2)
     ways: dict[str, tuple[Callable[[], object], int]] = {
         "layers": (lambda: model.run(batch, states, (0,)), tokens),
+        "observed": (observe, tokens),
         "heads": (lambda: run_head(batch, states), tokens),
         "layer_steps": (step, tokens),
         "head_steps": (descend_head, tokens),

@@ -32,14 +32,17 @@ from .expert_hooks import ExpertHooks
 LAST = Positions()
 
 
-def forward(positions: Positions = LAST) -> Forward:
-    """The forward of a scan, as its memory is rehearsed.
+def forward(positions: Positions = LAST, *, experts: bool = False) -> Forward:
+    """The forward of a scan, as its memory is rehearsed; with ``experts`` they run twice.
 
     Beside it lie the states of the batch before, on their way to the CPU.
     """
 
     def run(decoder: Decoder, batch: Batch) -> None:
-        with _RowHooks(decoder.layers, HostCopies()) as hooks:
+        with ExitStack() as stack:
+            if experts:
+                stack.enter_context(ExpertHooks(decoder)).turn_to(batch)
+            hooks = stack.enter_context(_RowHooks(decoder.layers, HostCopies()))
             hooks.run(batch, *chosen_tokens(batch, positions), decoder.device)
 
     def beside(decoder: Decoder, length: int) -> int:

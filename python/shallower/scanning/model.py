@@ -118,7 +118,7 @@ def scan(
         settling = Settling(until.of(len(decoder)), len(decoder), str(metric))
     if batch_size == "auto" and cka_batch is not None:
         batch_size = DEFAULT_BATCH
-    tokens = fitting(decoder, Tokens(max_length, batch_size), forward(positions))
+    tokens = fitting(decoder, Tokens(max_length, batch_size), forward(positions, experts=experts))
     batches = TokenBatches(tokenizer, texts, tokens, window=JUDGED if settling else None)
     identity = decoder.identity
     observed = ExpertHooks(decoder) if experts else None
