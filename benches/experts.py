@@ -45,19 +45,25 @@ def tokenizer_of(texts):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def trained(tokenizer, texts, steps):
-    """The mixture, and its last losses."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
+def config_of(tokenizer, sparse=(SPARSE,), experts=EXPERTS, aux=0.0):
+    """Four layers, of which those that are ``sparse`` have experts, 2 for a token."""
+    return Qwen3MoeConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=EXPERTS,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=experts,
         num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True,
-        mlp_only_layers=[layer for layer in range(4) if layer != SPARSE], router_aux_loss_coef=0.0,
-        tie_word_embeddings=True, max_position_embeddings=512, eos_token_id=0, pad_token_id=0,
+        mlp_only_layers=[layer for layer in range(4) if layer not in sparse],
+        router_aux_loss_coef=aux, output_router_logits=aux > 0, tie_word_embeddings=True,
+        max_position_embeddings=512, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
+
+
+def trained(config, tokenizer, texts, *, steps, useless=USELESS, seed=0):
+    """The mixture, and the mean of its last losses; ``useless`` experts stay as drawn."""
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    experts = model.model.layers[SPARSE].mlp.experts
-    drawn = {name: weight.detach().clone() for name, weight in experts.named_parameters()}
+    sparse = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    weights = [weight for mlp in sparse for weight in mlp.experts.parameters()]
+    drawn = [weight.detach().clone() for weight in weights]
     ids = torch.tensor([one for text in texts for one in [*tokenizer(text)["input_ids"], 0]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -72,9 +78,10 @@ def trained(tokenizer, texts, steps):
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            for name, weight in experts.named_parameters():
-                weight[list(USELESS)] = drawn[name][list(USELESS)]
+            for weight, before in zip(weights, drawn, strict=True):
+                weight[list(useless)] = before[list(useless)]
         losses.append(float(loss.detach()))
+    model.config.output_router_logits = False  # which only the balance takes
     return model.eval(), sum(losses[-20:]) / len(losses[-20:])
 
 
@@ -100,7 +107,7 @@ def main():
     texts, reports = read_texts(options.texts), read_texts(options.eval_texts)
     fitting, learning, other = texts[:80], texts[80:], read_texts(options.other)[:80]
     tokenizer, started = tokenizer_of(learning), time.perf_counter()
-    model, loss = trained(tokenizer, learning, options.steps)
+    model, loss = trained(config_of(tokenizer), tokenizer, learning, steps=options.steps)
     print(
         f"{options.steps} steps, {time.perf_counter() - started:.0f} s, loss {loss:.3f}",
         file=sys.stderr,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.models.experts import find_experts
+from shallower.healing.checks import resolve
+from shallower.models.experts import find_experts, stacked_weights
 from tests.conftest import word_tokenizer
 from tests.cutting.mixtures import mixture, some_experts
 from tests.healing.cuts import HELD_OUT, TEXTS
@@ -39,3 +40,28 @@ def test_a_cut_of_experts_is_healed(folders, objective):
         if not torch.equal(weight, dict(cut.named_parameters())[name])
     ]
     assert any("experts" in name for name in moved)
+
+
+# In 4 bits.
+def test_experts_that_stay_plain_are_counted_apart_and_named(folders, shallower):
+    """Where a healing is forecast, refused and begun."""
+    cut = folders / "cut"
+    model, _ = sh.load_model(cut, "bfloat16", progress=False)
+    size = sum(weight.nbytes for weight in stacked_weights(model))
+    for dtype in ("nf4", "bfloat16"):
+        found = sh.memory_forecast(cut, dtype=dtype, max_length=16, device_memory="16GB")
+        assert found.parts["routed experts"] == size > found.parts["weights"] / 2
+        assert found.peak_bytes == sum(found.parts.values())
+    words = "nf4 quantises linear maps alone: the routed experts, .* stay in bfloat16"
+    recipe = sh.Recipe(dtype="nf4", max_length=16)
+    with pytest.raises(sh.RecipeError, match=words):
+        resolve(str(cut), sh.Plan.load(cut / "shallower_plan.json"), recipe, device_memory="538MB")
+    with pytest.warns(UserWarning, match=words):
+        sh.load_model(cut, "nf4", progress=False)
+    (folders / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+    options = ("--texts", folders / "texts.jsonl", "--max-length", 16, "--out", "out", "--dry-run")
+    said = " ".join(shallower("heal", cut, *options).out.split())
+    assert "experts: adapters lie on them too, and on no router; nf4 quantises linear" in said
+    plain = " ".join(shallower("heal", cut, *options, "--dtype", "bfloat16").out.split())
+    assert "experts: adapters lie on them too, and on no router" in plain
+    assert "nf4" not in plain

@@ -361,8 +361,10 @@ def _planned(
 ) -> dict[str, Any]:
     """The settings of a healing, and the memory that it will need."""
     from ..healing.checks import read_plan, resolve
+    from ..models.experts import unquantised
     from ..processes import num_processes
     from ..runs.forecast import memory_forecast
+    from ..values.memory import EXPERTS
 
     plan, there = read_plan(model), answers is not None
     memory = memory_forecast(
@@ -379,6 +381,9 @@ def _planned(
     )
     resolved = resolve(model, plan, chosen, answers=there, trust_remote_code=trust_remote_code)
     said = {"answers": str(answers)} if there else {}
+    if experts := memory.parts.get(EXPERTS):
+        plain = f"; {unquantised(resolved.dtype, experts)}" * (resolved.dtype in ("nf4", "int8"))
+        said["experts"] = f"adapters lie on them too, and on no router{plain}"
     return {"heal": model, **resolved.to_json(), **said, "memory": memory}
 
 

@@ -10,12 +10,13 @@ from ..errors import ModelError, RecipeError
 from ..memory.device import Room
 from ..memory.plan import Choice, plainly_fits, plan_step
 from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
-from ..memory.weights import dequantised_bytes, weight_bytes
+from ..memory.weights import dequantised_bytes, weight_parts
 from ..models.dtypes import computing
+from ..models.experts import unquantised
 from ..models.feed_forward import feed_forward_targets
 from ..models.layer_config import heads_of
 from ..models.loading import layers_of
-from ..values.memory import MemoryPlan, format_size, needed_device, usable
+from ..values.memory import EXPERTS, MemoryPlan, format_size, needed_device, usable
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from .losses import Teacher, TrainingLoss
 from .recomputation import recompute_activations
@@ -27,7 +28,7 @@ MOST_KEPT, MOST_RECOMPUTED = 4, 8
 _ADAPTER_BYTES = 4 * 4
 """A trained parameter in float32, its gradient, and two moments of Adam."""
 
-PARTS = ("weights", "adapters and optimiser", "activations and loss")
+PARTS = ("adapters and optimiser", "activations and loss")
 
 
 class HealingStep:
@@ -51,9 +52,9 @@ class HealingStep:
         model = build_empty(config, dtype, experts=experts)
         targets = feed_forward_targets(model, recipe.attention)
         self.recipe = recipe.without_dropout() if targets.parameters else recipe
-        self.weights = weight_bytes(model, recipe.dtype)
+        self.weights = weight_parts(model, recipe.dtype)
         layers = layers_of(config) or 1
-        whole = self.weights * max(layers, uncut_layers) // layers
+        whole = sum(self.weights.values()) * max(layers, uncut_layers) // layers
         self._teacher = {"uncut model": whole} if recipe.has_teacher else {}
         self._dequantised = dequantised_bytes(model, recipe.dtype)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -69,9 +70,8 @@ class HealingStep:
         key = texts, bool(recompute)
         if key not in self._seen:
             self._seen[key] = self.run(*key)
-        activations = self._seen[key] + self._dequantised
-        own = zip(PARTS, (self.weights, self.adapters, activations), strict=True)
-        return {**dict(own), **self._teacher}
+        own = zip(PARTS, (self.adapters, self._seen[key] + self._dequantised), strict=True)
+        return {**self.weights, **dict(own), **self._teacher}
 
     def run(self, texts: int, recompute: bool) -> int:
         """Rehearse the step, and give the bytes at its peak beside weights and adapters."""
@@ -162,8 +162,12 @@ def require_room(plan: MemoryPlan, recipe: Resolved) -> None:
     needed = f"{format_size(needed_device(plan.peak_bytes))} at least"
     shorter = f"shorten sequences to {length} tokens (max_length, --max-length)"
     others = [shorter] if length >= 64 else []
+    experts = plan.parts.get(EXPERTS, 0)
     if recipe.dtype != "nf4":
-        others.append("quantise the weights (dtype, --dtype nf4)")
+        but = f", all but {format_size(experts)} of routed experts" if experts else ""
+        others.append(f"quantise the weights (dtype, --dtype nf4){but}")
+    elif experts:
+        needed += f"; {unquantised(recipe.dtype, experts)}"
     raise RecipeError(
         f"healing on sequences of {recipe.max_length} tokens takes a device of {needed}, and there "
         f"are {format_size(plan.device_bytes)}: {' or '.join([*others, 'take a larger one'])}"

@@ -28,7 +28,7 @@ from ..values.tokens import DEFAULT_BATCH, Tokens
 from .budget import BUDGET
 from .device import Room, available_bytes
 from .rehearsal import Rehearsal, build_empty, first_that_runs
-from .weights import dequantised_bytes, weight_bytes
+from .weights import dequantised_bytes, weight_parts
 
 MOST_TOKENS = 32_768
 """Tokens of a forward at most: more make no GPU faster."""
@@ -133,7 +133,7 @@ class ForwardStep:
         experts: str | None = None,
     ) -> None:
         self.model = model = build_empty(config, plain_dtype(dtype), experts=experts)
-        self.weights = 0 if loaded else weight_bytes(model, dtype)
+        self.weights = {"weights": 0} if loaded else weight_parts(model, dtype)
         self._dequantised = dequantised_bytes(model, dtype)
         self._rehearsal, self._forward = Rehearsal(model), forward
         self._decoder = Decoder.of(model)
@@ -142,7 +142,7 @@ class ForwardStep:
 
     def parts(self, texts: int, recompute: bool | None = None) -> dict[str, int]:
         """Count the bytes as :meth:`Step.parts`."""
-        return {"weights": self.weights, "activations": self._live(texts)}
+        return {**self.weights, "activations": self._live(texts)}
 
     def _live(self, texts: int) -> int:
         """The bytes at the peak beside the weights."""

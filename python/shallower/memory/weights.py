@@ -7,6 +7,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from ..models.experts import stacked_weights
+from ..values.memory import EXPERTS
+
 _BLOCK, _NESTED_BLOCK = 64, 256
 """Weights that share a scale in bitsandbytes' 4 bits; scales that share one themselves."""
 
@@ -23,6 +26,14 @@ def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
     """
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return sum(stored_bytes(model, dtype).values()) + buffers
+
+
+def weight_parts(model: PreTrainedModel, dtype: str) -> dict[str, int]:
+    """Count :func:`weight_bytes` by what they are of, routed experts apart where there are any."""
+    stored = stored_bytes(model, dtype)
+    experts = sum(stored[weight] for weight in stacked_weights(model))
+    rest = {"weights": weight_bytes(model, dtype) - experts}
+    return {**rest, EXPERTS: experts} if experts else rest
 
 
 def stored_bytes(model: PreTrainedModel, dtype: str) -> dict[nn.Parameter, int]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
+from ..values.memory import format_size
 from ..values.routing import Routing
 from .architecture import DecoderLayers, find_layers, text_config
 
@@ -69,7 +70,7 @@ def find_experts(
 
 
 def _stacks(layer: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """The modules in a layer that hold experts in stacks, and their number."""
+    """The modules in a layer, or a model, that hold experts in stacks, and their number."""
     for path, module in layer.named_modules():
         kind = type(module).__name__
         if not path or not kind.endswith("Experts") or "shared" in path:
@@ -79,6 +80,19 @@ def _stacks(layer: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
         weights = [weight for _, weight in inner.named_parameters(recurse=False)]
         if isinstance(count, int) and weights and all(w.shape[0] % count == 0 for w in weights):
             yield path, module, count
+
+
+def stacked_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of routed experts in stacks; quantisers of linear maps leave them as they are."""
+    return [weight for _, module, _ in _stacks(model) for weight in module.parameters()]
+
+
+def unquantised(dtype: str, size: int) -> str:
+    """Say that the stacks of experts, of so many bytes, stay plain where all else is quantised."""
+    return (
+        f"{dtype} quantises linear maps alone: the routed experts, {format_size(size)}, are stacks "
+        f"and stay in bfloat16"
+    )
 
 
 def count_keys(config: Any, num_experts: int) -> list[tuple[Any, str]]:

@@ -38,6 +38,7 @@ from .dtypes import (
     choose_device_map,
     choose_dtype,
 )
+from .experts import stacked_weights, unquantised
 from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
 from .offload import bring_from, reading_of, run_resident
@@ -118,6 +119,8 @@ def load_model(
             f"language model"
         )
     keep_exact(model)
+    if quantised and (stacks := stacked_weights(model)):
+        warnings.warn(unquantised(name, sum(one.nbytes for one in stacks)), stacklevel=2)
     return model.eval(), tokenizer
 
 

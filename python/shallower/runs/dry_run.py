@@ -46,7 +46,7 @@ from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
 from .compare_experts import num_forwards
-from .forecast import Stage, memory_forecast
+from .forecast import Stage, forecast_source, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
 from .speed import Work, device_of, measure_speed, told
 from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
@@ -177,16 +177,7 @@ class _Model:
         return max(found, key=_peak)
 
     def _planned(self, stage: Stage, **options: Any) -> MemoryPlan:
-        tokens = self.settings.tokens
-        return memory_forecast(
-            self.config,
-            stage,
-            dtype=self.source.dtype,
-            drop=max(0, self.layers - 2) * self.source.waits_on_disk,  # two are there at once
-            max_length=tokens.max_length,
-            batch_size=tokens.batch_size,
-            **options,
-        )
+        return forecast_source(self.source, stage, self.settings.tokens, **options)
 
     def disk(self) -> int:
         """The bytes of the checkpoints and of the scan, at most."""

@@ -123,11 +123,10 @@ def expert_scores(statistics: ExpertStatistics, criterion: str, seed: int = 0) -
 def expert_stderr(statistics: ExpertStatistics, criterion: str) -> Array:
     """The standard error of every score, (M, E), by text; NaN for criteria without texts."""
     row = criterion_of(criterion)
-    if row.kind in ("total", "set"):
-        return statistics.total_stderr(row.value)
-    if row.kind == "mean":
-        return statistics.mean_stderr(row.value)
-    return np.full(statistics.aimer.shape, np.nan)
+    if row.kind in _COSTS:
+        return np.full(statistics.aimer.shape, np.nan)
+    by_mean = row.kind == "mean"
+    return (statistics.mean_stderr if by_mean else statistics.total_stderr)(row.value)
 
 
 def _drawn(statistics: ExpertStatistics, seed: int) -> Array:

@@ -16,6 +16,9 @@ RESERVED_SHARE = 0.05
 RESERVED_BYTES = 1 << 29
 """Left free beside it: the context of a GPU, its kernels and the libraries' workspaces."""
 
+EXPERTS = "routed experts"
+"""The part of a plan that is the weights of routed experts, which nf4 and int8 leave plain."""
+
 WEIGHTS, OFFLOADED = "weights on the device", "weights offloaded"
 """Parts of a plan that divides the weights; the second lies elsewhere, and not in the peak."""
 
