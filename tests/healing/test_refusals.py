@@ -122,6 +122,7 @@ def test_quantised_weights_cannot_be_merged_into(words, tmp_path):
         sh.heal(tmp_path / "cut", TEXTS, tmp_path / "out", recipe=QUICK, merge=True)
 
 
+@pytest.mark.filterwarnings("ignore:nf4 quantises linear maps alone:UserWarning")
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's words
 def test_what_peft_would_not_adapt_is_refused(words, tmp_path):
     torch.manual_seed(0)
