@@ -47,7 +47,6 @@ class Work:
 
     Attributes:
         layers: through a layer forward, times layers.
-        observed: the same, where statistics of its experts are gathered.
         heads: through the final norm and the head, to their losses.
         layer_steps: through a layer forward and backward, times layers.
         head_steps: through the head for both models of a descent, and back.
@@ -55,10 +54,10 @@ class Work:
         decoded_layers: decoded one by one, times layers.
         decoded_heads: decoded one by one.
         flops: of equations that are solved.
+        observed: as ``layers``, where statistics of their experts are gathered.
     """
 
     layers: float = 0
-    observed: float = 0
     heads: float = 0
     layer_steps: float = 0
     head_steps: float = 0
@@ -66,6 +65,7 @@ class Work:
     decoded_layers: float = 0
     decoded_heads: float = 0
     flops: float = 0
+    observed: float = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
