@@ -74,7 +74,7 @@ def test_a_dry_run_counts_the_second_run_of_the_experts(shallower, mixtral, json
 
 
 def test_a_dry_run_times_a_layer_and_its_experts(shallower, mixtral, jsonl):
-    options = ("--texts", jsonl, "--out", "out", "--dry-run")
+    options = ("--texts", jsonl, "--out", "out", "--max-length", 32, "--dry-run")
     assert "time: at most about" in shallower("scan", mixtral, *options, "--experts").out
     card = shallower("scan", mixtral, *options, "--experts", "--device-memory", "16GB").out
     assert "time: " not in card, "of a card that is not here"
