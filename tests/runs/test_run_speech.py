@@ -36,7 +36,13 @@ def one_cache(measured, cache_folder, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def done(trained, words, measured, tmp_path_factory):
+def heard():
+    """The names of the cuts that generated in the run that has ended, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def done(trained, words, measured, heard, tmp_path_factory):
     """A run that has ended."""
     model = tiny_llama(6)
     model.load_state_dict(trained.state_dict())
@@ -44,6 +50,12 @@ def done(trained, words, measured, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SHALLOWER_CACHE", str(measured))
+        plain = StudySpeech.hear
+        patched.setattr(
+            StudySpeech,
+            "hear",
+            lambda self, model, name: heard.append(name) or plain(self, model, name),
+        )
         found = sh.run(model, words, TEXTS, **TAKEN, out=out)
     assert_same(before, state_of(model))
     return found
@@ -83,6 +95,11 @@ def test_every_state_speaks_as_if_measured_alone(done, learned, words):
     assert 0 < done.speech["cut"].mean("acceptance") < 1
     patched, bare = (done.speech[name].mean("divergence") for name in ("patched", "cut"))
     assert 0 < patched < bare
+
+
+def test_only_cuts_whose_speech_is_in_the_results_generate(done, heard):
+    assert heard == ["patched", "cut"]
+    assert {*done.speech} == {"whole", *heard}
 
 
 def test_samples_are_what_was_said_greedily_to_the_first_prompts(done, learned, words):

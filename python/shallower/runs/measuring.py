@@ -232,6 +232,10 @@ class Measuring:
             raise PatchError(found)
         return found
 
+    def loss_of_cut(self, dropped: Sequence[int]) -> Loss:
+        """Measure the loss of a bare cut alone, without tasks or speech."""
+        return self.held_out.loss(self.scores(dropped, "cut"))
+
     def measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
         """Measure a cut in one of its states, or give what was measured before.
 
@@ -287,7 +291,7 @@ class Measuring:
         if state in ("cut", "quick") and is_told_by_loss:
             return Measured(self.held_out.loss(self.scores(dropped, state)))
         if state == "cut":
-            loss = self.held_out.loss(self.scores(dropped, state))
+            loss = self.loss_of_cut(dropped)
             with without_layers(self.model, dropped) if dropped else nullcontext():
                 tasks = self._tasks.scores(self.model, self.tokenizer)
             return Measured(loss, tasks, speech=self.speech_of_cut(dropped))

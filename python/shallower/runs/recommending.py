@@ -220,12 +220,12 @@ class Recommending:
         self._write_plan(plan)
         with track("measure the cut", 2, self._study.progress) as advance:
             advance(0, "loss")
-            cut = measuring.measure(plan.dropped, "cut").loss
+            cut = measuring.loss_of_cut(plan.dropped)
             advance(1, "loss of the most similar block")
             block = self._scan.best_block(choice.n)
             worse = None
             if set(block.layers) != set(plan.dropped):
-                worse = measuring.measure(tuple(block.layers), "cut").loss.minus(cut)
+                worse = measuring.loss_of_cut(block.layers).minus(cut)
             advance(1)
         recommended = Recommended(
             verified,
