@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 
-import shallower as sh
 from shallower.runs.compare_rows import _Choosing
 from shallower.runs.curve import CurveStudy
 from shallower.runs.recommending import Recommending
@@ -57,7 +56,7 @@ def test_a_scan_says_how_many_texts_were_scanned(cut_short, monkeypatch, tiny, j
 @pytest.mark.parametrize("options", [[], ["--no-cache"], ["--stream"]])
 @pytest.mark.usefixtures("undrawn")
 def test_a_scan_does_not_go_on_with_other_weights(
-    shallower, monkeypatch, folder, tiny, words, jsonl, options
+    shallower, monkeypatch, folder, tiny, jsonl, options
 ):
     """The files of the model are changed between the kill and the same command."""
     shutil.copytree(tiny, folder / "model")
@@ -67,7 +66,7 @@ def test_a_scan_does_not_go_on_with_other_weights(
         patch.setattr(scanning.ScanBuilder, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             shallower(*command)
-    sh.save_model(edited(tiny_llama()), words, folder / "model", overwrite=True)
+    edited(tiny_llama()).save_pretrained(folder / "model")
     said = shallower(*command).error
     assert "cannot go on from out/scan.partial.safetensors" in said
     assert "with other weights" in said
@@ -80,7 +79,7 @@ def test_a_scan_does_not_go_on_with_other_weights(
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_curve_does_not_go_on_with_the_scan_of_other_weights(
-    shallower, monkeypatch, folder, tiny, words, texts
+    shallower, monkeypatch, folder, tiny, texts
 ):
     shutil.copytree(tiny, folder / "model")
     monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
@@ -91,7 +90,7 @@ def test_a_curve_does_not_go_on_with_the_scan_of_other_weights(
         patch.setattr(scanning.ScanBuilder, "finish", interrupted)
         assert shallower(*command, "--out", "out").status == 130
     assert (folder / "out" / "scan.partial.safetensors").exists()
-    sh.save_model(edited(tiny_llama()), words, folder / "model", overwrite=True)
+    edited(tiny_llama()).save_pretrained(folder / "model")
     for out in ("out", "new"):
         done = shallower(*command, "--out", out, "--no-cache")
         assert done.status == 0, done.err

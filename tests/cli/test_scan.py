@@ -259,7 +259,8 @@ SURE = ["--until", 0.9, "--tolerance", 0.3, "--exact", "--batch-size", 1]
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_scan_stops_when_it_is_sure(shallower, folder, tiny, jsonl):
+def test_a_scan_stops_when_it_is_sure(shallower, folder, tiny, jsonl, monkeypatch):
+    monkeypatch.setattr("shallower.scanning.model.JUDGED", 16)
     command = ["scan", tiny, "--texts", jsonl, "--out"]
     done = shallower(*command, "sure", *SURE, "--json").json
     assert done["samples"] == 16

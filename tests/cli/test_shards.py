@@ -154,7 +154,7 @@ def test_workers_open_nothing_but_what_the_driver_has(folder, tiny, many, kind, 
         measures = [LossOfTexts(texts)]
         job = SharedEvalJob(source=source, measures=measures, workers=1, store=store)
         shared, opens = job.shared(folder), OpenedEval
-    described = json.loads(json.dumps(shared.engine()._job.described))
+    described = json.loads(json.dumps(shared.engine().job.described))
     assert opens(described).run("0/64")
     place = {"model": folder / "model" / "model.safetensors", "texts": many}[changed]
     with place.open("ab") as file:

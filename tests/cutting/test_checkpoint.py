@@ -26,6 +26,7 @@ from shallower.cutting import checkpoint
 from shallower.cutting.exports import EXPORT_FILES
 from shallower.cutting.plain import VECTORS
 from shallower.models.quantised import quantisation
+from shallower.storage import RECORD
 from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
 from tests.cutting.tiny_models import GATED, HEADS, OTHERS, WINDOWS, WITH_LISTS, build, logits_of
@@ -331,7 +332,8 @@ def test_what_belongs_to_the_model_is_carried_over(copied, tmp_path):
         sh.prune(copied, DROPPED, tmp_path / "cut")
     there = tree(tmp_path / "cut")
     expected = {"config.json", "generation_config.json", "model.safetensors", "shallower_plan.json"}
-    expected |= {"tokenizer.json", "tokenizer_config.json", "inside.txt", *carried, *EXPORT_FILES}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "inside.txt", RECORD, *carried}
+    expected |= {*EXPORT_FILES}
     assert set(there) == expected | {
         "additional_chat_templates",
         "additional_chat_templates/tool.jinja",

@@ -16,7 +16,7 @@ from tests.devices.stage import Stage
 
 def test_states_come_layer_by_layer(stage):
     with stage.open():
-        streamed = Streamed(Layerwise(stage.model()), progress=False)
+        streamed = Streamed(Layerwise(stage.model()))
         for part in stream_by_layer(streamed, [batch(), batch()]):
             assert as_array(part.states).shape == (5, 3, 4096)
 
@@ -61,7 +61,7 @@ def test_what_experts_do_arrives_on_the_cpu(stage, family):
 def test_experts_of_layers_on_disk_are_seen_layer_by_layer():
     with STREAMING.open():
         model = STREAMING.mixture(MIXTRAL)
-        streamed = Streamed(Layerwise(model), progress=False)
+        streamed = Streamed(Layerwise(model))
         with ExpertHooks(model) as hooks:
             for _ in stream_by_layer(streamed, [batch(), batch()], experts=hooks):
                 pass
