@@ -36,7 +36,7 @@ def verifying_forwards(
 ) -> Forwards:
     """Bound what a verification takes, times texts, about: what is sure, and what it may add.
 
-    ``looks`` are the items of each batch of those that choose, and ``texts_of_item`` the texts
+    ``looks`` are the items of each selection batch, and ``texts_of_item`` the texts
     that run for each; ``proposing`` are the layers that criteria run, and ``patch_texts`` the texts
     of a quick patch.
     """

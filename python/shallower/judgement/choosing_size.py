@@ -40,14 +40,13 @@ def choose_size(
     left: Callable[[int], float],
     left_at_least: Callable[[int], float],
 ) -> SizeChoice:
-    """Find how many layers of ``num_layers`` are to go, and why.
-
-    ``lost`` is what the model loses without so many layers, after a quick patch, on texts that
-    choose; it is called for no more sizes than it takes, and taken to grow with them. ``left`` is
-    what the best cut of so many layers leaves, in the unit of the target (parameters, the share of
-    the time of a token, or bytes), and ``left_at_least`` what any cut leaves at least.
+    """Find how many of ``num_layers`` layers to drop, and the reason.
 
     Raises as :func:`require_possible`.
+
+    ``lost`` gives the loss of a size after a quick patch, on selection texts; it is called rarely,
+    and taken to grow with the size. ``left`` and ``left_at_least`` give what the best cut and any
+    cut of a size leave, in the unit of the target (parameters, share of a token's time, bytes).
     """
     require_possible(target, num_layers, left_at_least)
     n = target.size(num_layers)
@@ -164,12 +163,10 @@ def _within(most: float, num_layers: int, lost: Callable[[int], Difference]) -> 
 
 
 def knee(lost: Mapping[int, Difference]) -> SizeChoice:
-    """Find the knee of a curve: the size that lies farthest below the line between its ends.
+    """Find the knee of a curve, the size farthest below the line between its ends, and the reason.
 
-    The line goes from no layer and no loss to the largest size (Satopää et al. 2011, Kneedle,
-    without smoothing; as both axes are only scaled, the distance is measured along the losses).
-    The reason names what a layer costs before the knee and behind it. Of a curve that nowhere lies
-    below the line it is the least size.
+    The line goes from no layer to the largest size (Kneedle, Satopää et al. 2011, unsmoothed). A
+    curve nowhere below it gives the least size.
     """
     sizes = sorted(lost)
     end = sizes[-1]

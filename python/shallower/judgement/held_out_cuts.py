@@ -1,4 +1,4 @@
-"""HeldOutCuts: cuts of one model on the texts that report, which no criterion has seen."""
+"""HeldOutCuts: cuts of one model on the test texts, which no criterion has seen."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -29,14 +29,14 @@ def judge_inputs(judge: Judge) -> dict[str, Any]:
 
 
 class HeldOutCuts:
-    """The losses and scores of cuts on the texts that report.
+    """The losses and scores of cuts on the test texts.
 
     Args:
         model: the whole model.
-        losses: the next-token loss of the texts that report.
-        judge: on items that report; the same as ``losses`` if the loss judges.
+        losses: the next-token loss of the test texts.
+        judge: on test items; the same as ``losses`` if the loss judges.
         store: results that were measured before.
-        texts: identity of the texts that report, for the store.
+        texts: identity of the test texts, for the store.
         num_rejected: texts with fewer than two tokens.
 
     Attributes:
@@ -80,7 +80,7 @@ class HeldOutCuts:
         )
 
     def loss(self, scores: Scores) -> Loss:
-        """Give the scores of all texts that report, by :class:`LossJudge`, as a loss."""
+        """Give the scores of all test texts, by :class:`LossJudge`, as a loss."""
         return _as_loss(scores, self.model, self._num_rejected)
 
     def single_layers(self) -> tuple[float, ...]:
@@ -100,11 +100,10 @@ class HeldOutCuts:
     def patched(
         self, patch: QuickPatch, plan: Plan, *, fitted: str, looks: int | None = None
     ) -> Scores | str:
-        """Measure the loss of a cut after a quick patch, on the first ``looks`` batches or all.
+        """Measure a cut after a quick patch on the first ``looks`` batches or all.
 
-        ``fitted`` is the identity of the texts that the patch is fitted on, for the store. Gives
-        the scores by text, NaN for those that were not looked at; a sentence that says why where
-        the cut cannot be patched.
+        ``fitted`` identifies the calibration texts. Gives scores by text, NaN where not measured,
+        or a sentence that says why not.
         """
         self._patch_all(patch, [plan], fitted, looks)
         found = self._patched[fitted, plan.dropped, len(self.losses.first(looks))]

@@ -30,7 +30,7 @@ class PatchedTrials:
     Args:
         trials: of the same model as it is cut; they judge, know the states before a patch, and
             count.
-        patch: on texts that fit.
+        patch: on calibration texts.
         num_texts: how many those are.
         journal: records of looks that were made before; new ones are appended. A CacheError names
             a record that is damaged.

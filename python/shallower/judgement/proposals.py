@@ -163,14 +163,12 @@ def exchanges(
     allows: Callable[[Cut], bool],
     goes_on: Callable[[], bool],
 ) -> Iterator[Cut]:
-    """Search for a better cut of as many layers: one that is gone exchanged for one that stays.
+    """Search for a better cut of as many layers by exchanging one dropped for one kept layer.
 
-    There are n (L - n) exchanges. What one is worth is guessed by the sum of its halves: the
-    score with the one layer back and that without the other one too, L trials in all. The most
-    promising are judged, and the search goes on from the best of them as long as it gains.
-
-    Yields every cut that was judged. ``score`` is of several cuts, infinity for one that cannot be
-    judged; ``guess`` the same of fewer items; ``goes_on`` decides before each step.
+    The n (L - n) exchanges are ranked by the sum of their halves, L trials in all; the most
+    promising are judged, as long as that gains. Yields every judged cut. ``score`` takes several
+    cuts (infinity: not judgeable), ``guess`` uses fewer items, ``goes_on`` decides before each
+    step.
     """
     best, tried = start, {start}
     while len(best) + 1 < num_layers and goes_on():

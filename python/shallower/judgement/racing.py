@@ -39,13 +39,10 @@ def race(
     alpha: float = ALPHA,
     advance: Advance | None = None,
 ) -> Race:
-    """Find the best of several cuts.
+    """Find the best of several cuts, dropping at each look those that are worse (:func:`lost`).
 
-    After each look those cuts are lost whose mean on what was seen so far is worse than that of
-    another one by more than chance: see :func:`lost`. So the cut that is best on all items wins
-    with a probability of at least ``1 - alpha``; with ``alpha`` 0 all cuts are judged on all items.
-    The bar has as many steps as there are cuts times looks. A ModelError says that a score is not
-    finite.
+    The best on all items wins with a probability of at least ``1 - alpha``; with 0 all cuts are
+    judged on all items. The bar counts cuts times looks. ModelError for a score that is not finite.
     """
     dropped = [frozenset(cut) for cut in cuts]
     order = sorted(range(len(cuts)), key=lambda number: trials.path(dropped[number]))
@@ -115,12 +112,10 @@ def lost(
 
 
 def common_variance(variances: NDArray[np.float64], degrees: int) -> tuple[float, float]:
-    """Estimate the distribution that variances come from, by their logarithms (Smyth 2004, §6.2).
+    """Estimate d0 and v0 of the distribution ``v0 d0 / chi²(d0)`` of variances (Smyth 2004, §6.2).
 
-    A variance is ``v0 d0 / chi²(d0)``, and an estimate of it has ``degrees`` of its own: then the
-    logarithms of the estimates have the variance ``trigamma(degrees/2) + trigamma(d0/2)``. Gives
-    d0, the degrees of freedom that the others add to each of them, and v0; d0 is 0 where there are
-    not two estimates, and between 0.1 and 1000 else.
+    The logarithms of estimates with ``degrees`` have the variance ``trigamma(degrees/2) +
+    trigamma(d0/2)``. d0 is 0 for fewer than two estimates, else 0.1 to 1000.
     """
     logs = np.log(variances[variances > 0])
     if len(logs) < 2:

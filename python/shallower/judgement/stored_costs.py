@@ -76,10 +76,7 @@ def stored_costs(
 def stored_choice(
     criterion: Criterion, subject: Subject, n: int, *, store: ResultStore, inputs: Mapping[str, Any]
 ) -> tuple[Plan, Work]:
-    """Let a criterion choose ``n`` layers, or give what it chose before, with what that took.
-
-    Otherwise as :func:`stored_costs`.
-    """
+    """Let a criterion choose ``n`` layers, or look that up, as :func:`stored_costs`."""
     inputs, kept = {"n": n, **inputs}, is_built_in(criterion)
     known = store.get("choice", inputs) if kept else None
     if known is not None:

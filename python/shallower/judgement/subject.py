@@ -20,10 +20,10 @@ class Subject:
 
     Attributes:
         decoder: the whole model. A criterion leaves it as it is.
-        batches: the texts that fit: what similarity is measured on, and maps are solved on.
-        trials: cuts judged on the texts that choose.
+        batches: the calibration texts: what similarity is measured on, and maps are solved on.
+        trials: cuts judged on the selection texts.
         sizes: how many layers are to go, ascending.
-        texts: identity of the texts that fit.
+        texts: identity of the calibration texts.
         seed: of whatever is drawn.
         progress: bars with ETA on standard error; by default if that is a terminal.
         made: what several criteria need, by name, as :meth:`shared` has made it.
@@ -45,7 +45,7 @@ class Subject:
 
     @property
     def num_texts(self) -> int:
-        """Texts that fit."""
+        """The calibration texts."""
         return sum(len(batch) for batch in self.batches)
 
     @cached_property

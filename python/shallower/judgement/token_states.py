@@ -1,4 +1,4 @@
-"""All tokens of the texts that fit, state by state: what every layer does to them, as sums."""
+"""All tokens of the calibration texts, state by state: what every layer does to them, as sums."""
 
 import warnings
 from collections.abc import Sequence
@@ -60,9 +60,8 @@ def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
 def layer_changes(subject: Subject) -> LayerChanges:
     """Sum what every layer does to all tokens, once for all criteria.
 
-    Texts that have a state of NaN, infinity or only zeros are left out, counted and named with a
-    warning. A StatesError says that no text is left; a ModelError, that more than the residual
-    stream goes from layer to layer.
+    Texts with NaN, infinite or zero states are left out with a warning; StatesError if none is
+    left, ModelError for hidden inputs of layers.
     """
     return subject.shared("layer_changes", lambda: _layer_changes(subject))
 

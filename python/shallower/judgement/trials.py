@@ -106,7 +106,7 @@ class Trials:
 
     Args:
         model: the whole model; or a changed one, of which the judge knows the whole.
-        judge: with the items that choose, or those that report.
+        judge: with the selection items, or the test items.
         journal: records of trials of this model and judge that were made before; new ones are
             appended. A CacheError names a record that is damaged.
         memory: bytes for states that trials share, as for :class:`Prefixes`.
@@ -160,10 +160,9 @@ class Trials:
             self.count = before
 
     def scores(self, dropped: Iterable[int], looks: int | None = None) -> Scores:
-        """Judge a cut on the items of the first batches, ``looks`` of them or all.
+        """Judge a cut on the first ``looks`` batches or all; scores are NaN elsewhere.
 
-        The scores are NaN for items that were not looked at. A LayersError names a layer that the
-        model does not have; a ModelError says that a score is not finite.
+        LayersError for a layer that does not exist, ModelError for a score that is not finite.
         """
         gone = frozenset(dropped)
         if foreign := gone - set(range(len(self.model))):

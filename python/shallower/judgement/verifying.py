@@ -58,11 +58,11 @@ class Verifier:
     """Proposals of several criteria for one model that is loaded, and a judge that races them.
 
     Attributes:
-        subject: the model, the texts that fit and those that choose.
-        patch: the quick patch on texts that fit.
+        subject: the model, with its calibration and selection texts.
+        patch: the quick patch on calibration texts.
         patched: cuts judged after it.
         store: what was measured before, and where results are kept as they are found.
-        texts: identity of the texts that fit and choose, for the store.
+        texts: identity of the calibration and selection texts, for the store.
         top: the best so many blocks of each criterion are proposals, and twice as many cuts
             come into the last race.
         after: when proposals are judged: ``none``, as they are cut; ``patch``, after a quick patch.
@@ -87,11 +87,11 @@ class Verifier:
 
     @property
     def trials(self) -> Trials:
-        """Cuts judged as they are, on the texts that choose."""
+        """Cuts judged as they are, on the selection texts."""
         return self.subject.trials
 
     def scores(self, dropped: Iterable[int], *, after: str) -> Scores:
-        """Judge a cut on all items that choose, as it is cut (``none``) or patched (``patch``).
+        """Judge a cut on all selection items, as it is cut (``none``) or patched (``patch``).
 
         A LayersError names a layer that the model does not have; a PatchError says why the cut
         cannot be patched; a ModelError, that a score is not finite.
@@ -451,11 +451,7 @@ class _Verification:
         return int(sum(np.cumsum(each) <= rest))
 
     def _result(self, scores: dict[Cut, Scores]) -> Verified:
-        """The winner and the others.
-
-        Of cuts that a quick patch cannot tell apart, the one wins that loses least as it is cut, on
-        the first of the items.
-        """
+        """The winner and the others; of a tie after a patch, the best as bare cuts wins."""
         complete = [cut for cut, found in scores.items() if found.complete]
         winner = min(complete, key=lambda cut: scores[cut].mean)
         if self.after == "patch":

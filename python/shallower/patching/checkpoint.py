@@ -31,11 +31,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 class PatchCheckpoint:
-    """Files in a folder; what another patch has left there is not read.
+    """Files of an unfinished patch in a folder, if there is one; failed writes are ignored.
 
-    What cannot be written is not kept: the patch is made all the same. Without a folder nothing is.
-    A patch is known by its layers, its texts, and the losses of the whole model and of the cut on
-    them, which differ wherever a weight does.
+    A patch is identified by its layers, its texts and both models' losses on them.
     """
 
     def __init__(

@@ -186,10 +186,9 @@ def graph_bytes(layer: nn.Module, tokens: int) -> int:
 
 
 class Descent:
-    """The descent of a patched cut.
+    """The descent of a patched cut over ``layers``, ascending, from the first that moves.
 
-    ``layers`` are those left from the first whose matrices move on, ascending. ``states`` hold the
-    cut's states before the first of them, and the whole model's behind all of its own layers.
+    ``states`` are the cut's before it, and the whole model's behind all of its own.
     """
 
     def __init__(

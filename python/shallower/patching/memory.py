@@ -107,11 +107,10 @@ def plan_patch(
 
 
 def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:
-    """Count what the descent of a patched cut takes beside the model.
+    """Count what a descent of all layers takes, in bytes of the CPU and of the device.
 
-    The bytes in the memory of the CPU, if all layers move: their old values, twice, moves and
-    momenta. And those on the device of the widest layer: the graph of its forward, by the inputs
-    and outputs of its linear maps, its slopes, and the step of its largest matrix.
+    On the CPU lie old values, twice, moves and momenta; on the device the widest layer's graph and
+    slopes, and the step of its largest matrix.
     """
     size, layers, most = getattr(model, "dtype", torch.float32).itemsize, find_layers(model), 0
     for layer in layers.modules:
@@ -124,8 +123,7 @@ def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:
 def writer_widths(model: nn.Module) -> tuple[int, int]:
     """Find the widths of the linear maps that a patch solves, by structure.
 
-    They are F, the inputs of the widest layer's last maps of attention and feed-forward together,
-    and D, the channels of the residual stream.
+    F are the inputs of the widest layer's writers together, D the channels of the residual stream.
     """
     decoder = Decoder.of(model)
     width = int(decoder.config.hidden_size)

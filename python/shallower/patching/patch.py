@@ -1,9 +1,7 @@
 """Healing in minutes: the layer before a cut is solved in closed form, then all behind it descend.
 
-The last matrices of that layer, which write into the residual stream, are found again by least
-squares, so that the stream jumps to where the dropped layers would have taken it, x^(stop) of the
-whole model. Then all matrices from there on take a few steps towards the whole model's next-token
-distributions. No parameter is added, and the checkpoint stays standard.
+Least squares fits that layer's last matrices to x^(stop) of the whole model; then all matrices
+descend towards its next-token distributions. No parameter is added.
 """
 
 from collections.abc import Iterator, Sequence

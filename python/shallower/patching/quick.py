@@ -73,10 +73,8 @@ class _Part:
 class QuickPatch:
     """Quick patches of cuts of one model, on the same texts: a few thousand tokens.
 
-    The whole model runs on them once, when the first cut is patched; its states,
-    ``(L+1)·tokens·D`` values of the model's dtype, lie in memory within ``room`` bytes, by default
-    what is left of the budget, and else in a temporary file. Raises TextsError for fewer than two
-    texts.
+    The whole model runs once; its states, ``(L+1)·tokens·D`` values in its dtype, lie in ``room``
+    bytes of memory, or in a temporary file. TextsError for fewer than two texts.
     """
 
     def __init__(

@@ -197,8 +197,7 @@ class Solver:
     def _descend(self, first: int, stop: int, nats: float, advance: Advance) -> tuple[float, ...]:
         """Descend the divergence from the whole model, as far as the held-out loss falls.
 
-        The states of the whole model are before the layer ``stop``; no layer from there on has
-        changed.
+        The whole model's states are before the layer ``stop``, from which on no layer has changed.
         """
         if not self.model.head.by_rows:
             return ()

@@ -1,11 +1,8 @@
 """The account of a model by its config alone: parameters, bytes, and the operations of a forward.
 
-The model is built without weights, and its own forward runs on tensors that have shapes alone: so
-tied embeddings, experts, shared keys and layers of several kinds count as what they are.
-
-Products (of matrices, convolutions, fused attention) are counted one by one. Whatever lies between
-two of them is counted as one fused kernel, which reads what comes into the stretch and writes what
-is read behind it: norms, activations, rotations and residual sums.
+The model's own forward runs on tensors without values, so no family has a formula. Each product (of
+matrices, convolutions, fused attention) counts alone; what lies between two products counts as one
+fused kernel.
 """
 
 import inspect
@@ -172,8 +169,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         """Record a product.
 
-        ``by_expert``: the second input holds a matrix for every expert, of which no more are read
-        than there are rows.
+        ``by_expert``: of the second input's experts no more are read than there are rows.
         """
         self._stretch = None
         operation = Operation(flops, launches=1, layer=self._layer)
@@ -275,10 +271,9 @@ class Recorder(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Counts scaled dot-product attention as one product, which reads each key once.
+    """Counts scaled dot-product attention as one product that reads shared keys and the mask once.
 
-    Heads that share keys read them together, and scores never reach memory; a mask is read, and
-    what it hides is computed, as by torch's own counter.
+    Scores never reach memory; masked products count, as in torch's own counter.
     """
 
     def __init__(self, recorder: Recorder) -> None:

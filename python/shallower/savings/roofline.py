@@ -14,8 +14,7 @@ from .timing import own_device, this_machine
 def seconds(operations: Iterable[Operation], device: Device, dtype: str) -> float:
     """Forecast the time of operations that run one after the other.
 
-    An operation takes as long as its arithmetic at the device's peak, or as its bytes at the
-    device's bandwidth, whichever is longer; and, where that is known, the time of its launches.
+    Each takes the longer of its arithmetic at peak and its bytes at bandwidth, plus launches.
     """
     peak = device.peak(dtype)
     return sum(

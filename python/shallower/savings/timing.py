@@ -1,8 +1,4 @@
-"""Time and memory on this machine: of the machine by itself, and of forwards of a model.
-
-The machine is a device of the roofline by a benchmark of a second. A model's prefill and tokens
-are timed with a cut and without it, in turns.
-"""
+"""Time and memory on this machine: as a device of the roofline, and of forwards of a model."""
 
 import inspect
 import platform
@@ -49,12 +45,10 @@ REPEATS = 5
 
 
 def this_machine(dtype: str, clock: Callable[[], float] = time.perf_counter) -> Device:
-    """Measure this machine: its GPU if it has one, else its CPU.
+    """Measure this machine, its GPU if it has one, else its CPU, by medians of a few repeats.
 
-    Bandwidth is that of products of a vector with matrices that no cache holds, the peak that of
-    products of matrices (in ``dtype`` alone), and a launch the time of an operation on one number
-    inside a module: the medians of a few repeats. The ``clock`` of the process leaves out what
-    others take of a busy CPU.
+    Bandwidth is that of uncached vector-matrix products, the peak that of matrix products in
+    ``dtype``. The process ``clock`` leaves out what others take of a busy CPU.
     """
     name = "bfloat16" if dtype in ("nf4", "int8") else dtype
     device, plain = main_device(), getattr(torch, name)
@@ -153,10 +147,9 @@ def time_forwards(
     steps: int = STEPS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
-    """Seconds of one prefill, and of a token behind it: the median of ``steps`` greedy ones.
+    """Seconds of one prefill, and of a token behind it, the median of ``steps`` greedy ones.
 
-    The tokens are drawn at random, always the same. The ``clock`` of the process leaves out what
-    others take of a busy CPU.
+    Tokens are random but fixed; the process ``clock`` leaves out what others take of a busy CPU.
     """
     device = model.device
     with torch.inference_mode(), evaluating(model):

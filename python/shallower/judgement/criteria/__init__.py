@@ -33,8 +33,5 @@ criteria: dict[str, Criterion] = {criterion.name: criterion for criterion in BUI
 
 
 def is_built_in(criterion: Criterion) -> bool:
-    """Whether a criterion is one of this package as it comes, which its version tells.
-
-    One of the table whose attributes were changed is not.
-    """
+    """Whether a criterion is one of this package, with its attributes unchanged."""
     return any(criterion is one for one in BUILT_IN) and not vars(criterion)

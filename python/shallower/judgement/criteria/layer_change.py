@@ -10,10 +10,7 @@ from ..token_states import ALL_TOKENS, PROBED, layer_changes, layer_costs
 
 
 class LayerChange(Criterion):
-    """A criterion of the one pass over all tokens that such criteria share.
-
-    Padding never counts; the first tokens of texts do, as in the papers.
-    """
+    """A criterion of one shared pass over all tokens of texts, also the first, but no padding."""
 
     cost = "One pass over the texts, shared by block_influence, magnitude and xmerge; two states."
 

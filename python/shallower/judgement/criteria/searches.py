@@ -268,11 +268,7 @@ def select(trials: Trials, cuts: list[Cut]) -> Cut:
 def mutations(
     parent: Cut, num_layers: int, random: np.random.Generator, *, seen: set[Cut]
 ) -> list[Cut]:
-    """Exchange layers that are gone for layers that stay.
-
-    Different cuts of as many layers as the parent, none of them in ``seen``; :data:`OFFSPRING` of
-    them, or fewer where draws keep finding what has been seen.
-    """
+    """Exchange layers that go for layers that stay: :data:`OFFSPRING` new cuts, or fewer."""
     gone, stays = sorted(parent), sorted(set(range(num_layers)) - parent)
     most = min(MOST_SWITCHES, len(gone), len(stays))
     found: dict[Cut, None] = {}

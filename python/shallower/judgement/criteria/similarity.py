@@ -112,11 +112,9 @@ class LinearCka(Scanned):
 
 
 def shared_scan(subject: Subject) -> Scan:
-    """Compare all states at the last tokens of the texts that fit, once for all criteria.
+    """Compare all states at the last tokens of calibration texts, once for all criteria.
 
-    The scan is by ``METRICS``, and by CKA where there are enough texts: its minibatches are all
-    of one size but for one text. Texts that cannot be compared are counted and named with a
-    warning; a StatesError says that none could.
+    CKA needs enough texts. Rejected ones are counted with a warning; StatesError if none is left.
     """
     return subject.shared("scan", lambda: _scan(subject))
 

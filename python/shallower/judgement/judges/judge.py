@@ -110,11 +110,10 @@ class LossJudge(TextJudge):
 
 
 class KLJudge(TextJudge):
-    """KL(p ‖ q), p the next-token distribution of the whole model and q that of the cut.
+    """KL(p ‖ q), p the next-token distribution of the whole model and q that of the cut, in nats.
 
-    Nats, summed over the tokens that the loss predicts from: all of a text but the last. Kept of
-    the whole model are its states before the final norm, on the CPU, (B, T, D) of a batch in its
-    dtype; logits of both are made of a few tokens at a time.
+    It is summed over the predicted tokens. The whole model's states before the final norm, (B, T,
+    D), are kept on the CPU, and logits are made of a few tokens at a time.
     """
 
     name = "kl"
@@ -150,11 +149,9 @@ class KLJudge(TextJudge):
 
 
 def divergences(whole: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
-    """Take KL(p ‖ q) of every row of logits.
+    """Take KL(p ‖ q) of every row of (R, V) float logits: (R,) float64 nats, of float32 terms.
 
-    The logits are (R, V), of any float dtype and on one device; one of ``whole`` may be -inf. Gives
-    (R,) float64 nats, of float32 terms: within 2e-7 and a share of 1e-5, so that none is less
-    than -2e-7.
+    The error is within 2e-7 and a share of 1e-5; a logit of ``whole`` may be -inf.
     """
     rows = len(whole) if whole.is_cuda else max(1, LOGITS_PER_CHUNK // whole.shape[1])
     found = whole.new_empty(len(whole), dtype=torch.float64)
@@ -186,10 +183,7 @@ def judged_batches(
 def require_finite(
     sums: NDArray[np.float64], items: NDArray[np.int64], head: Head
 ) -> NDArray[np.float64]:
-    """Refuse scores, (B,) over each item of a batch, that are not finite.
-
-    The ModelError names the first such item.
-    """
+    """Refuse scores by item, (B,), that are not finite; the ModelError names the first of them."""
     for item in items[~np.isfinite(sums)]:
         raise ModelError(
             f"the score of item {item} is not finite: the model's logits overflow or are NaN in "
@@ -199,10 +193,7 @@ def require_finite(
 
 
 def looks(num_items: int, at_once: int) -> list[slice]:
-    """Divide items into consecutive batches, of at most so many, of which each look doubles them.
-
-    There are 2, 2, 4, 8, … items in a look.
-    """
+    """Divide items into consecutive batches of at most so many; looks end at 2, 4, 8, … items."""
     found, start, stop = [], 0, min(FIRST_LOOK, num_items)
     while start < num_items:
         for first in range(start, stop, at_once):

@@ -14,11 +14,10 @@ from .judge import KLJudge, looks
 
 
 class SpeechJudge(KLJudge):
-    """KL(p ‖ q) on what the whole model says, p its next-token distribution and q the cut's.
+    """KL(p ‖ q) on the whole model's answers, p its next-token distribution and q that of the cut.
 
-    As :class:`KLJudge`, summed over the tokens of answers alone: those of prompts are given. An
-    item is a prompt with its answers, which weighs as many tokens as they have; of each prompt
-    there are as many in ``said``, one at least. Raises TextsError where there are no prompts.
+    An item is a prompt with its answers in ``said``, weighted by their tokens. TextsError without
+    prompts.
     """
 
     name = "speech"
