@@ -282,10 +282,9 @@ def _require_finite(sums: list[float], batch: Batch, head: Head) -> None:
 
 
 def rank_and_size(shared: bool) -> tuple[int, int]:
-    """The rank of this process and the number of those that share a measurement.
+    """The rank and number of processes that share a measurement; 0 and 1 if alone.
 
-    0 and 1 where it measures alone, or where no group was made. All of a group must agree on
-    ``shared``.
+    All must agree on ``shared``.
     """
     if shared and distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()

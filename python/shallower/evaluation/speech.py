@@ -249,11 +249,8 @@ class Reference:
     def compare(self, decoder: Decoder, whole: Decoder | None = None, name: str = "cut") -> Spoken:
         """Measure a model on the words, and let it speak unless its layers wait on disk.
 
-        ``whole`` makes the whole model's logits, if it is in memory; by default the head of this
-        very model does, which must be the same.
-
-        Raises:
-            ModelError: it is not the same, or logits are not finite.
+        ``whole`` makes the whole model's logits, by default this model's head, which must be the
+        same. ModelError if it is not, or for logits that are not finite.
         """
         head = Head.of(decoder)
         its_head = None if whole is None else Head.of(whole)

@@ -45,15 +45,10 @@ def find_tasks(
     tasks_dir: str | Path | None = None,
     data: str | Path | None = None,
 ) -> list[TaskGroup]:
-    """Load tasks by their names.
+    """Load tasks by name, from ``tasks_dir``, our own task files or lm-eval, in this order.
 
-    A name is looked up in ``tasks_dir``, then, where there is a folder of data, among our own
-    task files, then in lm-eval's. Relative ``data_files`` of a task file of JSON lines lie in the
-    folder of data, or beside the task file.
-
-    Raises:
-        TextsError: there is no such task, a task file is damaged, or its data is missing.
-        MissingExtraError: lm-eval is not installed.
+    Our own need a folder of data; relative ``data_files`` lie there or beside the task file.
+    TextsError for a missing or damaged task or data, MissingExtraError without lm-eval.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -85,10 +80,9 @@ def files_of(
     tasks_dir: str | Path | None = None,
     data: str | Path | None = None,
 ) -> list[Path] | None:
-    """Find the files that the scores on tasks depend on; loads no lm-eval.
+    """Find the files that task scores depend on (tasks, code, data), without lm-eval.
 
-    Those are task files, the code beside them, and the data of all of them; None where a task is
-    not from here, or has more than rows of JSON lines.
+    None where a task is not from here, or has more than rows of JSON lines.
     """
     there = data_folder(data)
     folders = [OURS] if there is not None else []
@@ -124,10 +118,7 @@ def files_of(
 
 
 class _Local:
-    """lm-eval's index of task files, some of whose data lies in files here.
-
-    It is changed where a task is split.
-    """
+    """lm-eval's index of task files, some with data in files here; a split of a task changes it."""
 
     def __init__(self, index: dict[str, Any], data: Path | None) -> None:
         self._index, self._data = index, data

@@ -50,10 +50,8 @@ class _Sequence:
 class TaskModel:
     """A causal language model that answers lm-eval; :meth:`as_lm` is what lm-eval takes.
 
-    lm-eval's own ``HFLM(pretrained=model)`` has the same answers, but holds all logits of a batch
-    beside their softmax, finds the batch by running out of a GPU's memory, and changes the
-    tokenizer. This one holds few logits, and takes as many texts in one forward as there is room
-    for. ``sampling`` goes before a task's own settings of generation.
+    Unlike ``HFLM`` it holds few logits, plans its batches by free memory, and leaves the tokenizer
+    alone. ``sampling`` precedes a task's own generation settings.
     """
 
     def __init__(
@@ -95,13 +93,10 @@ class TaskModel:
         return TaskLM()
 
     def loglikelihood(self, requests: Instances) -> list[tuple[float, bool]]:
-        """The log-likelihood in nats of every continuation, and whether it is the greedy one.
+        """Log-likelihood in nats of each (context, continuation), and whether it is the greedy one.
 
-        A request is a pair of a context and its continuation.
-
-        Raises:
-            TextsError: a continuation has no token of its own, or more than the model takes.
-            ModelError: a log-likelihood is not finite.
+        TextsError if a continuation has no own token or too many, ModelError for a value that is
+        not finite.
         """
         distinct = self._distinct([self._encode(*one.args) for one in requests])
         tokens = Tokens(max(2, len(distinct[0].ids)), self._batch_size)
@@ -219,10 +214,9 @@ class TaskModel:
         raise TextsError("a task of perplexity is measured by --perplexity (evaluate_perplexity)")
 
     def generate_until(self, requests: Instances) -> list[str]:
-        """Continue texts, each until one of its stop sequences, its end, or the last token allowed.
+        """Continue each (text, settings) until a stop sequence, its end, or the last token allowed.
 
-        A request is a pair of a text and the settings of its generation. Raises ModelError where
-        the model cannot generate, or has no room for what a task wants.
+        ModelError where the model cannot generate, or has no room.
         """
         if not self._decoder.model.can_generate():
             raise ModelError(

@@ -29,9 +29,7 @@ from .memory import is_small, plan_healing, require_room
 def read_plan(path: str) -> Plan:
     """Read the plan beside a cut, in its folder or at the hub.
 
-    Raises:
-        PlanError: there is none, or it is damaged.
-        ModelError: there is no such folder or repository.
+    PlanError if it is missing or damaged, ModelError if the folder or repository is missing.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -67,15 +65,10 @@ def resolve(
     device_memory: str | int | None = None,
     answers: bool = False,
 ) -> Resolved:
-    """Resolve the settings for a cut, by its config and the memory of the device alone.
+    """Resolve the settings for a cut by its config and the device's memory; given ones stay.
 
-    A batch size and recomputation that are named are taken as they are. ``device_memory`` is in
-    bytes or as ``16GB``, by default what the device has free. ``answers`` says whether there are
-    answers to train on.
-
-    Raises:
-        RecipeError: settings that do not fit the model, the number of processes or the device.
-        ModelError: the config cannot be read.
+    ``device_memory`` is in bytes or as ``16GB``, by default what is free; ``answers`` says whether
+    there are any. RecipeError for settings that do not fit, ModelError for an unreadable config.
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
     resolved = recipe.resolve(
@@ -111,13 +104,8 @@ def require_healable(
 ) -> Resolved:
     """Refuse what can be known before the uncut ``model`` is cut, patched and healed.
 
-    Of the texts as many are read as one step takes, beside ``answers`` if there will be some.
-
-    Raises:
-        RecipeError: settings that do not fit the model, or weights of 4 or 8 bits, into which
-            adapters are not merged.
-        TextsError: too few texts for one step.
-        MissingExtraError: peft is not installed.
+    No more texts are read than one step takes. Raises RecipeError (settings that do not fit,
+    weights of 4 or 8 bits), TextsError (too few texts) and MissingExtraError (no peft).
     """
     require_peft()
     dtype = stored_dtype(model)

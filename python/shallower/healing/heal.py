@@ -198,10 +198,7 @@ def _instead_of_texts(answers: Sequence[Answer] | None, from_patch: bool) -> str
 
 
 class _Healer:
-    """A healing in progress.
-
-    Of all models it holds one at a time on a device, but for a student and its teacher.
-    """
+    """A healing in progress, with one model at a time on a device, or a student and its teacher."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

@@ -150,10 +150,9 @@ def finished(folder: Path) -> Healing | None:
 
 
 class MeasuredLosses:
-    """Held-out losses in a file, by name, so that a resumed healing measures none again.
+    """Held-out losses by name in a file, reused by a resumed healing; given ones are not measured.
 
-    Losses that are given are not measured. Of processes that are together all must get the same
-    losses, in the same order.
+    All processes together must get the same losses, in the same order.
     """
 
     def __init__(self, folder: Path, given: Mapping[str, Loss]) -> None:
@@ -188,10 +187,9 @@ class MeasuredLosses:
 
 # The patched cut that the training starts from
 def patched_cut(job: Job, out: Path, dtype: str) -> Path:
-    """Patch a cut for its healing, unless an earlier run of the same healing did.
+    """Patch a cut for its healing, in a hidden sibling of ``out``, unless an earlier run did.
 
-    The patched cut is a hidden sibling of ``out``. The original model, in the dtype that the cut
-    is stored in, is loaded only if there is no patch yet, and is as before afterwards.
+    The original is loaded in the cut's dtype, and restored.
 
     Raises:
         RecipeError: the cut is patched already.

@@ -38,11 +38,9 @@ class LoadedOnce:
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load the model and its tokenizer, unless they are in memory in this dtype.
+        """Load the model and its tokenizer once in a dtype, as :func:`shallower.load_model`.
 
-        Raises:
-            ModelError, MissingExtraError: as :func:`shallower.load_model`.
-            PlanError: it is not the model that the plan was made for.
+        PlanError if it is not the model that the plan was made for.
         """
         if self._loaded is None or not self.is_loaded(dtype):
             self.release()

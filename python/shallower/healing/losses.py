@@ -194,11 +194,10 @@ class Teacher:
 
 
 class TrainingLoss:
-    """The loss of a model that is trained, made inside its forward.
+    """The loss of a trained model, made inside its forward, below peft, accelerate and DDP.
 
-    So it is made through whatever is wrapped around the model: peft, accelerate, DDP. Where the
-    head is not frozen, or takes more than final states, the loss is made of all logits. The model,
-    without peft's around it, runs once on a few tokens.
+    All logits are made where the head is trained or takes more than states; the bare model is
+    probed once.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

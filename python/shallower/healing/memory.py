@@ -34,10 +34,7 @@ PARTS = ("adapters and optimiser", "activations and loss")
 class HealingStep:
     """One forward and backward of a healing, on a cut without weights.
 
-    The uncut model, of ``uncut_layers``, lies beside the cut if the recipe has a teacher.
-
-    Raises:
-        ModelError: no model can be built from the config, or nothing of it can be adapted.
+    A teacher, of ``uncut_layers``, lies beside it. ModelError if no model can be built, or adapted.
     """
 
     def __init__(
@@ -149,11 +146,7 @@ def _choices(
 
 
 def require_room(plan: MemoryPlan, recipe: Resolved) -> None:
-    """Refuse a healing that no choice makes fit, and say what would.
-
-    Raises:
-        RecipeError: the device has no room.
-    """
+    """Refuse a healing that no choice makes fit, by a RecipeError that says what would."""
     if plan.fits or plan.peak_bytes is None:
         return
     fixed = plan.peak_bytes - plan.parts[PARTS[-1]]

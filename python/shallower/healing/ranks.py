@@ -87,11 +87,7 @@ def _is_about_the_others(error: RuntimeError) -> bool:
 
 
 def agree(decide: Callable[[], T]) -> T:
-    """Let the main process decide for all that are together; the result must be picklable.
-
-    All that depends on files or clocks is decided so: they may be read before or after the main
-    process writes.
-    """
+    """Let the main process decide, by a picklable result, what depends on files or clocks."""
     if not distributed.is_initialized():
         return decide()
     decided: list[Any] = [decide() if is_main_process() else None]
@@ -101,10 +97,9 @@ def agree(decide: Callable[[], T]) -> T:
 
 
 def own_device_map() -> dict[str, int] | None:
-    """Give this process its GPU, which holds the whole of every model, as a device map.
+    """Give this process the GPU of its number on its machine, as a device map.
 
-    It is the GPU of this process's number on its machine, the first one of a single process; None,
-    the CPU, where there is no CUDA. ProcessesError if there are more processes than GPUs.
+    None (CPU) without CUDA. ProcessesError for more processes than GPUs.
     """
     if not torch.cuda.is_available():
         return None

@@ -1,8 +1,4 @@
-"""The training: transformers' Trainer over peft's adapters, resumable at any moment.
-
-Steps, order and random numbers depend on the recipe and the checkpoint alone, so that a resumed
-run ends with the bits of an uninterrupted one on the CPU.
-"""
+"""The training: transformers' Trainer over peft's adapters, resumable bit for bit on the CPU."""
 
 import contextlib
 import logging
@@ -98,10 +94,8 @@ class Trained:
 def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, base: str) -> Any:
     """Freeze a model and give it, inside peft's, with float32 adapters; alpha is the rank.
 
-    ``base`` is the name by which the adapters find their model.
-
-    Raises:
-        ModelError: peft adapts other weights than ``targets``; or layers are offloaded.
+    Adapters name the model ``base``. ModelError for other weights than ``targets``, or offloaded
+    ones.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -1,7 +1,6 @@
 """Whole models in memory: logits with adapters and merged, and a merge without safetensors.
 
-Where weights are not stored one by one as safetensors, peft merges the whole model in float32:
-large and slow. ``merging`` does without wherever it can.
+For weights that are not stored one by one as safetensors, peft merges the whole model in float32.
 """
 
 import copy

@@ -73,10 +73,9 @@ class LowRank:
                 yield left[start:stop].to(device), moved
 
     def changed(self, read: Read, device: torch.device) -> Iterator[Any]:
-        """Yield the bytes of the merged weight: float32 sums, each rounded once.
+        """Yield the bytes of the merged weight, float32 sums each rounded once.
 
-        ``read`` reads the bytes of the weight as it is stored. Raises ModelError if a value is not
-        finite, before or after.
+        ``read`` gives the stored bytes. ModelError if a value is not finite, before or after.
         """
         for left, right in self.panels(device):
             weight = self.read(read, left, right)
@@ -121,10 +120,7 @@ def rounding(
 
 
 class Deviations:
-    """The differences of merged weights from sums in float64, which must be rounding alone.
-
-    A merged value may be off by half a unit in its last place, which is what rounding once
-    costs, and by the rounding of the float32 sum before it.
+    """The differences of merged weights from their float64 sums, which must be rounding alone.
 
     Attributes:
         relative: the greatest ‖merged − sum‖ / ‖sum‖ of a weight.

@@ -1,7 +1,6 @@
 """Adapters folded into the plain weights of their model, and the check of the result.
 
-Weight by weight from file to file, in the memory of the adapters and of a few rows: a model of
-70 billion parameters is merged in 2 GB, and so on any machine that has the disk for it.
+Weight by weight from file to file: 70 billion parameters are merged in 2 GB of memory.
 """
 
 import warnings

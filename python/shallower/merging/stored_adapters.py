@@ -1,8 +1,6 @@
-"""Adapters of peft by the weights that they change, as those are stored in a checkpoint.
+"""Adapters of peft by the stored weights that they change, which may be named and split otherwise.
 
-Weights may be stored under other names than the model's, and stacks of experts apart.
-transformers' own conversion is run backwards on proxies that hold no values, and track which
-rows and columns of a weight became which of a stored one.
+Transformers' own conversion runs backwards on valueless proxies, which track rows and columns.
 """
 
 import json
@@ -243,10 +241,7 @@ class WeightProxy:
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> "WeightProxy":
-        """The proxy of a whole weight, (M, N) or (E, M, N) of a stack of experts.
-
-        Of a plain matrix the experts' axis is gone.
-        """
+        """The proxy of a whole weight, (M, N) or, stacked by expert, (E, M, N)."""
         first = 3 - len(shape)
         axes = [(first + k, np.arange(size)) for k, size in enumerate(shape)]
         return cls(axes, {0: 0} if first else {})

@@ -201,10 +201,7 @@ JOB_FILES: dict[JobKind, str] = {
 
 
 def read_job(out: Path, job: SweepJob) -> "CriteriaComparison | Curve | Scan | None":
-    """Read the results of a job of the sweep in a folder.
-
-    None where they are not there, are damaged, or are of a curve that has not ended.
-    """
+    """Read a sweep job's results; None if missing, damaged, or of an unfinished curve."""
     from ..scanning.scan import Scan
 
     place = out / job.folder / JOB_FILES[job.kind]

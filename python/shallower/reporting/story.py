@@ -238,10 +238,9 @@ BY_ITEM = ("by_text", "by_item", "items", "marks", "job")
 
 
 def without_items(value: Any) -> Any:
-    """Leave out of nested plain values what is as long as the texts, the single steps of a
-    training, which its figure shows, and what is not finite, which JSON has not.
+    """Leave out of plain values what no page shows: by text, by single step, or not finite.
 
-    A page is shown to others, so of places on this machine the last part is left.
+    Of places on this machine the last part stays, as pages are shown to others.
     """
     if isinstance(value, Mapping):
         return {

@@ -168,10 +168,9 @@ def dot_chart(
     x: Axis,
     reference: Reference | None = None,
 ) -> Drawing:
-    """Draw rows of points with bars of one standard error, the first label above.
+    """Draw rows of points with bars of one standard error, and an upright reference.
 
-    The points' ``x`` is the number of a row and their ``y`` the value; the reference is an upright
-    line.
+    ``x`` is the number of a row, with the first label above, and ``y`` the value.
     """
     require_matplotlib(_PURPOSE)
     import matplotlib

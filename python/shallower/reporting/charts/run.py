@@ -160,10 +160,7 @@ def _training(healing: Healing) -> tuple[Point, ...]:
 
 
 def smoothed(values: NDArray[np.float64], weight: float) -> NDArray[np.float64]:
-    """Smooth (steps,) values by an exponential moving average, without the pull of its start.
-
-    ``weight``, in [0, 1), is what a value counts of the one after it.
-    """
+    """Smooth (steps,) values by an unbiased exponential moving average, ``weight`` in [0, 1)."""
     sums = norms = 0.0
     means = []
     for value in values:

@@ -17,10 +17,9 @@ _TEMPLATES = files(__package__) / "templates"
 
 
 def to_html(story: Story) -> str:
-    """Write a story as one HTML page: style, script, figures and numbers in it.
+    """Write a story as one HTML page with style, script, figures and numbers.
 
-    All words are escaped, and the page's own policy lets no browser load anything or run
-    another script than ours.
+    All words are escaped, and its policy lets no browser load anything or run another script.
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
     from markupsafe import Markup
@@ -51,10 +50,9 @@ _INLINED = ("report.css", "report.js")
 
 
 def write_page(story: Story, page: Path) -> None:
-    """Write the page, Markdown and JSON beside it, and the figures into ``figures``.
+    """Write the page, Markdown and JSON beside it, and ``figures``.
 
-    Raises OutputError where the place cannot be written to, or what no page has written lies
-    beside it.
+    OutputError where the place cannot be written to, or foreign files lie there.
     """
     written = [page, page.with_suffix(".md"), page.with_suffix(".json")]
     _require_own(*written[1:])
