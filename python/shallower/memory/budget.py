@@ -1,9 +1,7 @@
 """One bound for the states that a process keeps: all stores of states draw on it.
 
-A store keeps what would else run again, so it can do with any number of bytes. Half of the memory
-that is free when the first store begins, or half of a limit, is for all of them together; what
-they do not hold is for what is computed. Each store gets half of what is left, and what it has is
-left again when it is gone.
+It is half of the memory free when the first store begins, or of a limit. Each store gets half of
+what is left, and gives it back when it is gone.
 """
 
 import weakref
@@ -70,12 +68,9 @@ BUDGET = Budget()
 
 @contextmanager
 def limit(size: str | int | None) -> Iterator[None]:
-    """Bound what is kept and planned with while the body runs, in bytes or as ``4GB``.
+    """Bound what is cached and planned with in the body, in bytes or as ``4GB``.
 
-    None changes nothing.
-
-    Raises:
-        ModelError: the size is none.
+    None changes nothing. ModelError for a size that is none.
     """
     before = BUDGET.bound
     if size is not None:

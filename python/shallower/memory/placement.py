@@ -18,10 +18,7 @@ _BESIDE_WEIGHTS = 1 << 30
 
 
 def place_for(num_bytes: int) -> Literal["auto", "cpu"] | None:
-    """Find where a model of a number of bytes fits into what is free now.
-
-    Returns ``auto`` for the GPUs, else ``cpu``; None where it fits nowhere.
-    """
+    """Where so many bytes of a model fit now: ``auto`` for the GPUs, else ``cpu``, else None."""
     needed = num_bytes + num_bytes // 8 + _BESIDE_WEIGHTS
     place = _place_for(needed)
     if place == "auto" or (place and not torch.cuda.is_available()):
@@ -72,14 +69,10 @@ def map_within(
     device: int | str = 0,
     spare: Iterable[int] = (),
 ) -> dict[str, int | str]:
-    """Divide a model between one GPU, for a budget of bytes, and the memory of the CPU.
+    """Divide a model between one GPU, within a budget of bytes, and the CPU's memory.
 
-    What is not a layer stays on the GPU. Of the layers, as many go to the CPU as must, those of
-    ``spare`` first, because they seldom run; and one of them finds room on the GPU while it runs.
-    The device map has one entry where all fits.
-
-    Raises:
-        ModelError: not even one layer at a time fits beside what is not a layer.
+    Only layers go to the CPU, those in ``spare`` first, with room on the GPU for one that runs. The
+    device map has one entry if all fits; ModelError if one layer at a time does not fit.
     """
     layers = find_layers(model)
     sizes = [_bytes_of(layer, dtype) for layer in layers.modules]

@@ -1,8 +1,7 @@
 """The texts in one forward, and recomputation, that a device has room for.
 
-What a device is to do is a :class:`Step`, whose bytes are known before it is done: a forward
-(here), a healing (``healing.memory``), a patch (``patching.memory``). :func:`plan_step` is the one
-search for the choice that fits; ``runs.forecast`` names the stages.
+A :class:`Step` is work whose bytes are known before it is done; :func:`plan_step` is the one search
+for the choice that fits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,10 +44,7 @@ class Step(Protocol):
 
 
 def plan_step(step: Step | None, choices: Sequence[Choice], device_bytes: int) -> MemoryPlan:
-    """Choose the first that fits, or else the last; no step is one that cannot be rehearsed.
-
-    Choices stand from the fastest on, and the last needs least.
-    """
+    """Choose the first (fastest) choice that fits, else the last; None if none can be rehearsed."""
     if step is None:
         return MemoryPlan(None, *choices[0], device_bytes)
     several = len({texts for texts, _ in choices}) > 1
@@ -78,10 +74,7 @@ def _may_fit(step: Step, choice: Choice, device_bytes: int) -> bool:
 
 
 def estimate(step: Step, choice: Choice) -> int:
-    """The bytes at the peak if every text took as many more as the second.
-
-    More texts take as much as these, but for what is shared.
-    """
+    """The bytes at the peak, if every text takes as many more as the second does."""
     texts, recompute = choice
     one, two = (peak_of(step, (few, recompute)) for few in (1, 2))
     return one + (texts - 1) * (two - one)
@@ -214,10 +207,10 @@ def _sizes(tokens: Tokens, card: bool) -> Iterator[int]:
 
 
 def fitting(decoder: Decoder, tokens: Tokens, forward: Forward) -> Tokens:
-    """Decide how many texts make a forward of a model that is loaded, where that is ``auto``.
+    """Decide how many texts make a forward of a loaded model, where that is ``auto``.
 
-    On a CPU 8, unless memory is short; on a GPU as many as fit, of 32,768 tokens at most, beside
-    two layers where layers come there only to run.
+    On a CPU 8, if memory allows; on a GPU what fits, beside two layers where they come there only
+    to run, of 32,768 tokens at most.
     """
     if tokens.batch_size != "auto":
         return tokens

@@ -1,8 +1,6 @@
-"""States behind the first layers that cuts have in common, kept so that no layer runs twice.
+"""States behind the first layers that cuts share, cached so that no layer runs twice.
 
-A cut is run layer by layer, and what it runs is a path: the indices of its layers. Two cuts whose
-paths begin alike have the same states that far, so those behind a path's first layers are kept,
-and a cut starts from the longest beginning that is known. All paths together are a tree.
+A cut's path is the indices of its layers; it starts from its longest cached beginning.
 """
 
 import math
@@ -28,13 +26,10 @@ Place = tuple[int, tuple[int, ...]]
 
 
 class Known:
-    """Which states are known within a bound; the states themselves lie elsewhere.
+    """Which states are cached, within ``capacity`` bytes; the least recently used are evicted.
 
-    Those that were longest not needed are forgotten first. Where some states are needed, those
-    before them are needed as well, to go on from if the cut differs earlier.
-
-    ``capacity`` is the bytes of all states at most, ``sizes`` those of a
-    state of each batch. The embedding is kept, and the states behind every k-th layer (``every``).
+    The states lie elsewhere. Using one counts as using those before it. ``sizes`` are bytes by
+    batch; kept are the embedding and every ``every``-th layer.
     """
 
     def __init__(self, capacity: int, sizes: Sequence[int], every: int) -> None:
@@ -46,10 +41,7 @@ class Known:
         return place in self._places
 
     def start(self, index: int, path: tuple[int, ...]) -> int | None:
-        """Find how many layers of a path need not run again on a batch.
-
-        None where not even the embedding is known.
-        """
+        """Find how many layers of a path need not run on a batch; None without the embedding."""
         depths = [d for d in range(len(path), -1, -1) if (index, path[:d]) in self._places]
         for depth in depths:
             self._places.move_to_end((index, path[:depth]))
@@ -70,10 +62,9 @@ class Known:
 
 
 class Prefixes:
-    """Cuts run on batches, each from the states that it shares with those before it.
+    """Cuts run on batches, each from states that it shares with those before it.
 
-    States are kept in the model's dtype, in the CPU's memory: ``memory`` bytes of them at most, by
-    default a share of the process's budget.
+    States lie on the CPU in the model's dtype: ``memory`` bytes, by default a share of the budget.
     """
 
     def __init__(

@@ -1,8 +1,6 @@
 """A step run on a model without weights, and the bytes that it would hold at its peak.
 
-The model is built from its config on the meta device; its weights become torch's fake tensors,
-which have shapes and strides and no memory, and what is then run is the real code, forward and
-backward. A dispatch mode sees every storage come and go. A second or two for a model of any size.
+The real code runs on fake tensors, while a dispatch mode sees every storage come and go.
 """
 
 import copy
@@ -29,12 +27,10 @@ EXPERTS = (None, "grouped_mm", "batched_mm")
 def build_empty(
     config: PretrainedConfig, dtype: torch.dtype, *, experts: str | None = None
 ) -> PreTrainedModel:
-    """Build a causal language model without weights, on the meta device.
+    """Build a causal model without weights on the meta device.
 
-    ``experts`` is the way that experts are run; None is the model's own.
-
-    Raises:
-        ModelError: transformers cannot build a causal language model from the config.
+    ``experts`` is how experts run, None its own way. ModelError if transformers cannot build one
+    from the config.
     """
     trusted = type(config).__module__.startswith("transformers_modules.")  # its code has run
     config = copy.deepcopy(config)
@@ -56,10 +52,9 @@ _COMPARISONS = (torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
 
 
 def first_that_runs(make: Callable[[str | None], Step]) -> Step | None:
-    """Make a rehearsal with the model's own way to run experts, or with one without loops.
+    """Rehearse once by ``make``, with the model's own way to run experts, or one without loops.
 
-    ``make`` builds it with a way to run experts, and rehearses once. None where the family cannot
-    be rehearsed in any way.
+    None if none works.
     """
     for experts in EXPERTS:
         try:
@@ -75,11 +70,8 @@ _BY_EXPERT = torch.ops.aten._grouped_mm.default
 
 
 def output_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What an operation gives within a dispatch mode.
-
-    Fake products by expert: before 2.15 torch knows them of bfloat16 alone. Two matrices are
-    multiplied by groups of their sums, others by groups of rows or columns.
-    """
+    """What an operation gives within a dispatch mode; grouped products are faked by shape."""
+    # Before 2.15 torch knows fake products by expert of bfloat16 alone.
     if (
         func is not _BY_EXPERT
         or args[0].dtype == torch.bfloat16

@@ -1,8 +1,4 @@
-"""Work that goes on with less in one forward where the memory of a device does not hold it.
-
-One mechanism (:func:`_attempt`), for batches (:class:`Halving`) and for trainings
-(:class:`Shrinking`).
-"""
+"""Work that goes on with smaller forwards where memory is short (:func:`_attempt`)."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -35,11 +31,7 @@ def _attempt(work: Callable[[], Result], refusal: Exception | None) -> list[Resu
 
 
 class Halving:
-    """Forwards of batches, in parts that are no larger than the device has taken so far.
-
-    A text has the same states and losses in a batch of any size, but for the rounding of its
-    products, so that a scan or an evaluation goes on with smaller batches.
-    """
+    """Forwards of batches in parts of a size that fits; results differ by rounding alone."""
 
     def __init__(self) -> None:
         self._texts: int | None = None
@@ -47,12 +39,9 @@ class Halving:
     def run(
         self, batch: Batch, forward: Callable[[Batch], Result]
     ) -> Iterator[tuple[Batch, Result]]:
-        """Run a batch in as many parts as it takes, and yield them in order with their results.
+        """Run a batch in parts, yielding each in order with its result.
 
-        ``forward`` leaves nothing behind when it fails.
-
-        Raises:
-            ModelError: there is no memory for a single text.
+        ``forward`` leaves nothing if it fails. ModelError if there is no memory for a single text.
         """
         waiting = [batch]
         while waiting:
@@ -104,10 +93,9 @@ class Shrinking:
         }
 
     def run(self, train: Callable[[Resolved], Result]) -> Result:
-        """Train by the settings, if need be several times.
+        """Train, if need be several times.
 
-        Raises:
-            RecipeError: there is not enough memory, and nothing left that may be changed.
+        RecipeError if memory is short, and nothing is left to change.
         """
         while True:
             smaller = self._smaller()

@@ -1,9 +1,7 @@
 """Streaming: a model whose layers wait on disk, run layer by layer over many batches.
 
-Transformers loads everything beside the layers; accelerate's hooks bring the weights of a layer
-from its safetensors, or out of a GGUF file, when it runs. Layers are outside and batches inside:
-each layer is read once in a pass over as many batches as their states find room, and the next one
-is fetched meanwhile.
+Accelerate's hooks load a layer when it runs, and the next is fetched meanwhile. A pass reads each
+layer once for as many batches as their states find room.
 """
 
 import math
@@ -124,10 +122,7 @@ def disk_speed(file: Path) -> float:
 
 
 class _Travelling:
-    """(B, T, D) states of batches in the CPU's memory, sent to a device and back.
-
-    On CUDA they travel while it computes: the next ones come, and those of the batch before leave.
-    """
+    """(B, T, D) states of batches on the CPU, sent to a device and back; on CUDA meanwhile."""
 
     def __init__(self, device: torch.device, num_batches: int) -> None:
         self._device, self._copies = device, HostCopies()

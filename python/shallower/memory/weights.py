@@ -18,11 +18,10 @@ _NF4_TABLES = 4 * (16 + 256 + 1)
 
 
 def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
-    """Count the bytes of a model's weights and buffers as they are loaded.
+    """Bytes of a plain or meta model's weights and buffers as loaded in a dtype, shared ones once.
 
-    The model is in plain weights, or on the meta device; weights that it shares count once. The
-    dtype is ``float32``, ``bfloat16``, ``float16``, or bitsandbytes' ``nf4`` (with double
-    quantisation) or ``int8``, by which embeddings, head and norms stay in bfloat16.
+    Dtypes: ``float32``, ``bfloat16``, ``float16``, or bitsandbytes' ``nf4`` or ``int8``, with
+    embeddings, head and norms in bfloat16.
     """
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return sum(stored_bytes(model, dtype).values()) + buffers
@@ -62,10 +61,7 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def dequantised_bytes(model: PreTrainedModel, dtype: str) -> int:
-    """Count the bytes of the largest quantised weight in bfloat16, made while it is multiplied.
-
-    For plain weights there are none.
-    """
+    """Bytes of the largest quantised weight in bfloat16, as it is multiplied; 0 for plain ones."""
     if dtype not in ("nf4", "int8"):
         return 0
     return max((2 * _weight(module).numel() for module in _quantised(model)), default=0)

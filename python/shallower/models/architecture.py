@@ -40,10 +40,7 @@ class DecoderLayers:
 
 
 def text_config(model: nn.Module) -> Any:
-    """Find the config of a model's decoder; that of the text part where there are several.
-
-    Raises ModelError if the model has no config of transformers.
-    """
+    """Find the config of a model's decoder, of the text part if several; ModelError for none."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ModelError(

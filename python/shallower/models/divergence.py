@@ -8,8 +8,7 @@ def divergence_terms(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The terms of KL(p ‖ q), and p and q, from normalised (R, V) logits, which are overwritten.
 
-    A term is p (log p - log q) + q - p, in which what the two normalisations err by cancels: equal
-    logits give 0 exactly.
+    A term is p (log p - log q) + q - p, so that rounding cancels: equal logits give 0 exactly.
     """
     p = log_p.exp()
     terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)

@@ -1,7 +1,4 @@
-"""The dtype and the devices that a model is loaded with where the user names none.
-
-Torch is imported late.
-"""
+"""The default dtype and devices of a model; torch is imported late."""
 
 import os
 from contextlib import AbstractContextManager
@@ -30,11 +27,7 @@ bits every time. cuBLAS and torch read it once, at the first product on a GPU.""
 
 
 def check_dtype(dtype: object) -> None:
-    """Refuse a dtype that does not exist.
-
-    Raises:
-        ModelError: it is none of :data:`Dtype`.
-    """
+    """Refuse a dtype that is none of :data:`Dtype` by a ModelError."""
     if dtype not in get_args(Dtype):
         raise ModelError(f"unknown dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
 
@@ -48,11 +41,7 @@ def plain_dtype(name: str) -> "torch.dtype":
 
 
 def check_streamed(name: str, dtype: str, device_map: DeviceMap) -> None:
-    """Refuse to quantise a model whose layers are to wait on disk.
-
-    Raises:
-        ModelError: it is to be quantised.
-    """
+    """Refuse, by a ModelError, to quantise a model whose layers are to wait on disk."""
     if device_map == STREAM and dtype in ("nf4", "int8"):
         raise ModelError(
             f"{name} cannot be both streamed and quantised to {dtype}, which saves nothing where a "
@@ -63,11 +52,7 @@ def check_streamed(name: str, dtype: str, device_map: DeviceMap) -> None:
 
 
 def check_stored_plain(name: str, config: Any) -> None:
-    """Refuse to stream a model that is stored quantised otherwise than in a GGUF file.
-
-    Raises:
-        ModelError: its config says so.
-    """
+    """Refuse, by a ModelError, to stream a model stored quantised in anything but a GGUF file."""
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         given = stored if isinstance(stored, dict) else vars(stored)
@@ -80,12 +65,10 @@ def check_stored_plain(name: str, config: Any) -> None:
 
 
 def choose_device_map(device_map: DeviceMap) -> DeviceMap:
-    """Decide where a model goes.
+    """Decide where a model goes: where the user says, else ``auto``, every GPU, if there is CUDA.
 
-    ``auto``, which is every GPU, if none is named and there is CUDA; else what the user named.
-    Every model that is loaded comes by here before it is anywhere. So where there is CUDA, this
-    also sets :data:`CUBLAS_WORKSPACE`, unless the user did: a healing later in the process needs
-    it, and then it would be too late. ``import shallower`` leaves the process alone.
+    With CUDA this also sets :data:`CUBLAS_WORKSPACE`, unless the user did: a later healing needs
+    it, and every model passes here before it is anywhere.
     """
     import torch
 

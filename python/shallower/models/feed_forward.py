@@ -1,7 +1,6 @@
-"""The linear maps of a decoder's feed-forward parts, found by structure; healing adapts them.
+"""The linear maps of a decoder's feed-forward parts, found by the names and classes on their way.
 
-A part is known by the names and classes of the modules on the way to it, below its layer. The
-words are data; ``tests/models/test_feed_forward.py`` holds them against every family.
+Healing adapts them; ``tests/models/test_feed_forward.py`` holds the words against every family.
 """
 
 import re

@@ -1,11 +1,7 @@
-"""GGUF files parsed once for transformers, with long rows.
+"""GGUF files parsed once for transformers, with long rows; the results are the same to the bit.
 
-For most families transformers reads a GGUF file three times, for the tokenizer, the config and
-the weights, and each time makes an array of NumPy of every token and every merge of its
-vocabulary, byte by byte; it makes the table of all tensor names once for every module; and it
-dequantises 16 rows at a time. Within :func:`faster_gguf` the file is parsed once, strings stay
-views of its bytes, the table is made once, and short rows are dequantised together. What comes
-out is the same, to the bit.
+Transformers parses a file three times, copies every string of its vocabulary, remakes the table of
+tensor names for every module, and dequantises 16 rows at a time.
 """
 
 import math
@@ -29,10 +25,7 @@ _LOCK = RLock()
 
 @contextmanager
 def faster_gguf() -> Iterator[None]:
-    """Read GGUF files faster for as long as the body runs.
-
-    A file must stay as it is meanwhile: it is parsed once.
-    """
+    """Read GGUF files faster in the body; a file is parsed once, and must not change meanwhile."""
     import gguf
 
     with _LOCK:

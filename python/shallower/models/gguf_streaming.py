@@ -1,7 +1,6 @@
 """Layers that wait in a GGUF file, each weight made as transformers makes it, when it is needed.
 
-Transformers loads all else. It knows two ways from the tensors of a file to the weights of a model:
-processors of tensors for most architectures, and conversions for the newer ones.
+Transformers loads all else, by processors of tensors or, for newer architectures, conversions.
 """
 
 from collections import defaultdict

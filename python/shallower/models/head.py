@@ -43,13 +43,9 @@ class _Reached(Exception):  # noqa: N818 - no error
 class Head:
     """The part of a causal language model behind its inner model.
 
-    The model's own forward does the work, while the forward of its inner model returns the rows
-    in question. So soft caps, scales, casts and projections stay the model's own, on
-    whatever device and inside whatever hooks.
-
-    A model whose logits are made of more than the final states, or that has no inner model, gives
-    them by its whole forward (``by_rows`` is False). None of the families in ``docs/families.md``
-    does; :meth:`of` checks it.
+    The model's own forward makes the logits while its inner model returns the given states, so soft
+    caps, scales and hooks stay its own. If that is impossible the whole forward runs (``by_rows``
+    is False); :meth:`of` checks it.
 
     Attributes:
         decoder: the model.
@@ -72,10 +68,9 @@ class Head:
 
     @classmethod
     def probe(cls, decoder: Decoder) -> tuple["Head", torch.Tensor, torch.Tensor | None]:
-        """Run a model on a few tokens, as a whole and from its final states, and compare nothing.
+        """Run a model on a few tokens, as a whole and from its final states.
 
-        Returns the head, and the logits of some of the tokens: by the model's whole forward, and by
-        the head; None if the head cannot make them.
+        Returns the head (None if impossible), and the logits of some tokens both ways, uncompared.
         """
         runner, outputs = decoder.layers.runner, []
         run = runner.forward
@@ -125,10 +120,7 @@ class Head:
         )
 
     def reached_by(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run a forward that calls the inner model, and end it behind that.
-
-        Returns (B, T, D) final states; raises ModelError if the inner model is not called.
-        """
+        """Run a forward up to the inner model's (B, T, D) states; ModelError if that never runs."""
         runner = self.decoder.layers.runner
         run = runner.forward
 
@@ -161,8 +153,7 @@ class Head:
     ) -> Iterator[torch.Tensor]:
         """Make the logits of some tokens, in parts of (R, V).
 
-        ``tokens`` are places in the batch, ascending, counted through all texts; the mask is 1 at
-        tokens and 0 at padding.
+        ``tokens`` are ascending places counted through the batch; the mask is 0 at padding.
         """
         if not self.by_rows:
             outputs = self.decoder.model(
@@ -213,11 +204,7 @@ class Head:
 
 
 def part_sizes(num_rows: int, vocab_size: int) -> list[int]:
-    """Share rows out to parts whose logits are made at once.
-
-    No part has more than ``LOGITS_AT_ONCE`` logits, unless it would be of fewer than
-    ``FEWEST_ROWS`` rows.
-    """
+    """Divide rows into parts of ``LOGITS_AT_ONCE`` logits at most, ``FEWEST_ROWS`` at least."""
     most = max(1, LOGITS_AT_ONCE // vocab_size)
     parts = max(1, min(-(-num_rows // most), num_rows // FEWEST_ROWS))
     return [num_rows * (i + 1) // parts - num_rows * i // parts for i in range(parts)]

@@ -51,10 +51,7 @@ def vectors_of(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def shape_of(model: PreTrainedModel, layers: DecoderLayers | None = None) -> Shape:
-    """The sizes of a model, for the fingerprint.
-
-    Raises ModelError if the model has no list of decoder layers.
-    """
+    """The sizes of a model, for the fingerprint; ModelError without a list of decoder layers."""
     config = text_config(model)
     count = len(layers if layers is not None else find_layers(model))
     return Shape(
@@ -83,10 +80,9 @@ def stored_digest(path: str | Path) -> str:
 
 
 def weights_hash(model: PreTrainedModel) -> str | None:
-    """SHA-256, in hex, of all that a model computes with: weights, buffers, config.
+    """SHA-256, in hex, of all weights, buffers and the config of a model, without its place.
 
-    The place that it was loaded from is no part of it. None where weights are offloaded, and not
-    there to read.
+    None where offloaded weights cannot be read.
     """
     named = {**model.config.to_dict(), "_name_or_path": None}
     config = json.dumps(named, sort_keys=True, default=str)
@@ -103,10 +99,7 @@ def weights_hash(model: PreTrainedModel) -> str | None:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """The name of the folder or repository that a model comes from.
-
-    The name of its class where there is none.
-    """
+    """The folder or repository name that a model comes from, or the name of its class."""
     return Path(str(text_config(model).name_or_path)).name or type(model).__name__
 
 

@@ -1,7 +1,6 @@
-"""Rewriting a config for the layers that survive a cut; the rules as data.
+"""Rewriting a config for the layers that survive a cut; the rules are data, and only propose.
 
-A rule here only proposes. :mod:`shallower.cutting.twin` builds a model from the shortened config
-and refuses the cut if its layers are not the survivors.
+:mod:`shallower.cutting.twin` builds a model from the result, and refuses other layers.
 """
 
 import math
@@ -52,11 +51,10 @@ WITHOUT_CACHE = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "mo
 
 
 def shorten(config: Any, total: int, survivors: Sequence[int]) -> None:
-    """Rewrite a decoder's config of ``total`` layers for the survivors, ascending, in place.
+    """Rewrite a decoder's config of ``total`` layers in place for the survivors, ascending.
 
-    Values are put past the config's own validation, which looks at one key at a time; they are
-    validated together when the config is read back. Raises ValueError for a pattern that the
-    survivors do not follow.
+    Values are validated together, when it is read back; ValueError for a pattern that survivors do
+    not follow.
     """
     values = vars(config)
     changes: dict[str, Any] = {}

@@ -1,9 +1,7 @@
 """Running some of a model's layers, from the states before them.
 
-The model's own forward makes everything else that its layers are given (positions, masks,
-caches); only the layers in question do their work, the others pass on what they get. So states
-can be kept between layers, and a layer can be run again and again, in any family whose layers
-are joined by the residual stream alone.
+The model's own forward makes positions, masks and caches, while all other layers pass on what they
+get. This works in any family whose layers are joined by the residual stream alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,10 +133,7 @@ class Layerwise:
     def trace(
         self, batch: Batch, states: torch.Tensor, layer: int, *, weights: Sequence[torch.Tensor]
     ) -> "Trace":
-        """Run a layer from (B, T, D) states, and keep the graph to some of its weights.
-
-        The weights may be frozen.
-        """
+        """Run a layer from (B, T, D) states, with its graph to some weights, frozen or not."""
         given = states.clone().requires_grad_()
         with _requiring_grad(weights):
             return Trace(given, self.differentiable(batch, given, layer), weights)
@@ -160,11 +155,10 @@ class Layerwise:
         yield from self._there([iter(order)], dict(pairwise(order)).get)
 
     def in_step(self, jobs: Iterable[Iterator[int]], order: Iterable[int] | None = None) -> None:
-        """Carry out jobs, each of which gives the layers that it needs, ascending.
+        """Carry out jobs, each of which yields the ascending layers that it needs.
 
-        A job goes on when its layer has its weights on its device, so that one that waits on disk
-        is read once for all jobs. Those that need the same layer take turns in their order. Which
-        layers jobs need at all, ``order``, helps to fetch the next one; by default all.
+        Each layer is brought to its device once for all jobs that wait for it. ``order``, by
+        default all layers, helps to fetch the next one.
         """
         needed = sorted(range(len(self)) if order is None else order)
         for _ in self._there(jobs, dict(pairwise(needed)).get):
@@ -445,9 +439,6 @@ def token_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
 
 
 def rows(states: torch.Tensor, mask: NDArray[np.bool_]) -> torch.Tensor:
-    """(N, D) of (B, T, D): the states where a (B, T) mask is true, on their device.
-
-    The places are found on the CPU: no device is waited for to count them.
-    """
+    """(N, D) of (B, T, D) where a (B, T) mask is true, found on the CPU without synchronising."""
     places = torch.from_numpy(np.flatnonzero(mask)).to(states.device)
     return states.flatten(0, 1).index_select(0, places)

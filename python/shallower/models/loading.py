@@ -202,11 +202,7 @@ def _reading(gguf_file: str | None) -> AbstractContextManager[None]:
 def read_config(
     path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """Read the config of a model, and nothing else.
-
-    Raises:
-        ModelError: as :func:`load_model`.
-    """
+    """Read only the config of a model; ModelError as :func:`load_model`."""
     config: PretrainedConfig = _read(AutoConfig, path_or_id, gguf_file, trust_remote_code)
     return config
 
@@ -214,11 +210,7 @@ def read_config(
 def load_tokenizer(
     path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, and nothing else.
-
-    Raises:
-        ModelError: as :func:`load_model`.
-    """
+    """Load only the tokenizer of a model; ModelError as :func:`load_model`."""
     tokenizer: PreTrainedTokenizerBase = _read(
         AutoTokenizer, path_or_id, gguf_file, trust_remote_code
     )
@@ -246,11 +238,7 @@ def layers_of(config: PretrainedConfig) -> int | None:
 
 
 def empty_model(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build the model that a folder's config describes, without weights, on the meta device.
-
-    Raises:
-        ModelError: as :func:`load_model`.
-    """
+    """Build a folder's model without weights, on ``meta``; ModelError as :func:`load_model`."""
     source, _ = _locate(folder, None)
     options = {"trust_remote_code": trust_remote_code}
     config = _call(AutoConfig.from_pretrained, source, **options)
@@ -300,13 +288,11 @@ def load_weights(
     config: Any = None,
     options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint by stock transformers, whole.
+    """Load a whole checkpoint by stock transformers.
 
-    ``dtype`` is of the weights, or of what is not quantised by ``config``; ``options`` are more of
-    ``from_pretrained``. Without a device map plain weights go to the CPU.
-
-    Raises:
-        ModelError: it cannot be loaded, or lacks weights.
+    ModelError if that fails, or weights are missing. ``dtype`` is of what ``config`` does not
+    quantise; ``options`` go to ``from_pretrained``. Without a device map plain weights go to the
+    CPU.
     """
     options = options or {}
     if config is not None:

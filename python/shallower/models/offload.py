@@ -1,7 +1,6 @@
-"""Weights that wait in the CPU's memory, or on disk, until their forward: accelerate's hooks.
+"""Weights that wait on the CPU or on disk, and are on the meta device except in their forward.
 
-Such a weight is on the meta device but for the forward of its module, whose hook brings it from
-a map of stored tensors. To change it, change the stored tensor.
+Accelerate's hooks bring them from a map of stored tensors; to change a weight, change that.
 """
 
 import ctypes
@@ -118,10 +117,7 @@ def will_need(*tensors: torch.Tensor) -> None:
 
 
 def in_file(like: torch.Tensor) -> torch.Tensor:
-    """Make zeros of a tensor's shape and dtype in a temporary file, which goes when they do.
-
-    Raises OutputError where the folder of temporary files has no room.
-    """
+    """Zeros of a tensor's shape and dtype in a temporary file; OutputError if there is no room."""
     with (
         raise_output_error(Path(tempfile.gettempdir())),
         tempfile.NamedTemporaryFile(prefix="shallower-") as file,
@@ -133,10 +129,7 @@ def in_file(like: torch.Tensor) -> torch.Tensor:
 
 
 def _in_files(module: nn.Module, unchanged: bool = False) -> Iterator[tuple[str, int, int]]:
-    """The file, and the first byte and the one behind the last, of each weight on disk.
-
-    Of all, or of those alone that no change stands in front of.
-    """
+    """The file and byte range of each weight on disk, of all or of the unchanged ones alone."""
     for part in module.modules():
         for hook in _hooks(part):
             stored = hook.weights_map
@@ -232,10 +225,9 @@ def bring_part(
 
 
 def write_weight(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Change a weight where it is stored, and where a resident module has it now.
+    """Change a weight where it is stored and resident, by values of any dtype and device.
 
-    The new values may be of any dtype, on any device. A file of weights is not changed: those of a
-    weight on disk are kept in front of it, :func:`in_file`, until :func:`forget_change`.
+    Files stay: values in front of them lie :func:`in_file` until :func:`forget_change`.
     """
     live = getattr(module, name)
     for held, key in _in_front(module, name):

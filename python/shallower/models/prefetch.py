@@ -1,9 +1,7 @@
 """The layer that runs next, on its way to the device while the one before it computes.
 
-On a CUDA device a thread reads its weights from where they wait and sends them, from pinned memory
-and on a stream of their own, into memory that was allocated for them. What computes waits for them
-when their layer begins. So the weights of two layers lie there; elsewhere, the system is asked to
-read the files.
+On CUDA a thread sends it from pinned memory on its own stream, so two layers lie there. Elsewhere
+the system is asked to read the files.
 """
 
 from collections.abc import Iterator

@@ -6,10 +6,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def first_processor() -> dict[str, str]:
-    """The fields of the first processor by name, as ``model name``; none where they are not known.
-
-    Those of hundreds of others are alike, and would take their time.
-    """
+    """The fields of the first processor by name, as ``model name``; none where they are unknown."""
     found: dict[str, str] = {}
     try:
         with _CPUINFO.open(encoding="utf-8", errors="replace") as file:

@@ -1,9 +1,7 @@
 """Quantised weights: bitsandbytes' kept exact, GGUF's made plain.
 
-On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight at its first forward and
-rounds its block scales to bfloat16; saving then quantises the rounded scales anew, and the
-checkpoint is another model (logits of SmolLM2-135M moved by more than 1). So the scales are
-kept as they were loaded, and put back whenever a state dict is made.
+Bitsandbytes 0.50 rounds 4-bit block scales at the first forward on CPUs with AVX512-BF16, and would
+save another model. So the loaded scales go into every state dict.
 """
 
 import logging

@@ -1,9 +1,7 @@
 """The linear maps by which a layer writes into the residual stream, found by probing.
 
-A layer adds to its input what its attention and its feed-forward make; the last matrices of
-both, ``o_proj`` and ``down_proj`` of a Llama, write into the stream. Names differ by family, and
-norms or experts may stand between a matrix and the stream. So each candidate is tried: what
-is added to its output must appear in the layer's output, times one number.
+They are the last matrices of attention and feed-forward (``o_proj`` and ``down_proj`` of a Llama).
+What is added to a candidate's output must appear in the layer's, times one number.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,6 @@
 """Layers that wait in files, each weight made as transformers makes it, when it is needed.
 
-Transformers loads all else. What it joins of several stored tensors, as the experts of a layer, is
-joined when the layer is read: nothing is written anywhere.
+What it joins of stored tensors, as experts, is joined in memory at each read.
 """
 
 from collections import defaultdict

@@ -1,9 +1,7 @@
 """States on their way to the CPU; states, weights and token ids on theirs to the device.
 
-On CUDA all of them travel while the model computes: token ids leave pinned memory, the states of a
-batch leave on a stream of their own, into one of two pinned buffers, while the next batch runs, and
-what is needed next comes on such a stream into memory that is its own from the beginning.
-:class:`SideStreams` makes all the calls to CUDA; without CUDA, nothing here calls it.
+On CUDA they travel on streams of their own through pinned memory, while the model computes.
+:class:`SideStreams` makes all calls to CUDA.
 """
 
 from collections import deque
@@ -55,10 +53,7 @@ class Upload:
 
 
 class SideStreams:
-    """A stream on each device beside the one that computes.
-
-    The only calls to CUDA of a scan and of streaming are here, so that a fake can take their place.
-    """
+    """A stream on each device beside the computing one; all calls to CUDA are here, to be faked."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -102,10 +97,9 @@ class SideStreams:
         return Upload(device, begun, torch.cuda.Event())
 
     def bring(self, upload: Upload, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copy tensors of the CPU, each into its target, while the device computes; any thread may.
+        """Copy tensors of the CPU into targets while the device computes, by any thread.
 
-        PyTorch keeps the pinned copies until they have been sent. The caller keeps the targets
-        until :meth:`arrive`: only then may the device use their memory for something else.
+        The caller keeps the targets until :meth:`arrive`, as only then their memory may be reused.
         """
         side = self._beside(upload.device)
         side.wait_event(upload.begun)
@@ -166,9 +160,8 @@ class HostCopies:
     def start(self, gathered: list[Gathered]) -> "HostCopy":
         """Start the copy of all states of a batch; nobody else may keep the gathered rows.
 
-        On CUDA it takes the buffer of the copy before the last one, whose reader must be done by
-        then: :func:`stream` starts the copy of a batch when its consumer has requested the part
-        before, and so is done with the one before that.
+        On CUDA it reuses the buffer of the copy before the last, whose reader is done:
+        :func:`stream` sees to it.
         """
         shape = sum(len(one.states) for one in gathered), *gathered[0].rows.shape[1:]
         dtype = gathered[0].rows.dtype
