@@ -165,7 +165,7 @@ class CompareStudy(Study[CompareSettings]):
 
     @cached_property
     def items(self) -> tuple[Items, Items]:
-        """The items that choose and those that report, of the judges ``options`` and ``speech``."""
+        """The selection and test items, of the judges ``options`` and ``speech``."""
         of = self.settings
         return judged_items(of.judge, options=of.options, prompts=of.prompts, seed=of.seed)
 
@@ -189,7 +189,7 @@ class CompareStudy(Study[CompareSettings]):
 
     @cached_property
     def fitted(self) -> dict[str, str]:
-        """Hashes of the texts that fit and choose, and of the items that choose, by their name."""
+        """Hashes of the calibration and selection texts and the selection items, by name."""
         items = items_fingerprint(self.settings.judge, self.items[0])
         tokens = asdict(self.settings.tokens)
         return {
@@ -199,7 +199,7 @@ class CompareStudy(Study[CompareSettings]):
 
     @cached_property
     def reported(self) -> str:
-        """A hash of the texts and of the items that report."""
+        """A hash of the texts and of the test items."""
         tokens = asdict(self.settings.tokens)
         items = items_fingerprint(self.settings.judge, self.items[1])
         return hash_of([self.split.report, tokens, items])
@@ -297,10 +297,9 @@ class CompareStudy(Study[CompareSettings]):
         return None if None in self.of_models.values() else super().entry
 
     def run(self) -> CriteriaComparison:
-        """Compare, or give what is known already; the results are written as they are found.
+        """Compare, or give what is known; results are written as they are found.
 
-        Raises:
-            ModelError, LayersError, OutputError, CacheError: as :func:`compare`.
+        Raises as :func:`compare`.
         """
         with self.alone():
             comparison = self._measure() if self.entry is None else _read(self.entry)

@@ -1,7 +1,6 @@
 """The rows of a comparison of experts on one model: what each criterion drops, and what it costs.
 
-Beside the criteria of experts stand the best set by the judge on what chooses, where there are few
-sets, and the block of layers whose share of the parameters is nearest.
+Beside them stand the judge's best set, where there are few, and the block nearest in parameters.
 """
 
 import math
@@ -48,9 +47,8 @@ def compare_experts_on(
 ) -> Outcome:
     """Compare criteria of experts on one model, and give the rows with their regret.
 
-    Raises:
-        ModelError: no layer has routed experts, or a loss is not finite.
-        TextsError: no text has two tokens.
+    ModelError for no routed experts or a loss that is not finite, TextsError for no text of two
+    tokens.
     """
     loaded, tokenizer = study.load(model)
     number = find_experts(loaded)[0].num_experts
@@ -154,7 +152,7 @@ class _Choosing:
         return min(plans, key=lambda one: abs(self.measuring.parameters_share(one.dropped) - share))
 
     def _exhaustive(self, n: int) -> tuple[Plan, float, int]:
-        """The best of all sets, by the judge on what chooses; ExpertsError: too many."""
+        """The best of all sets, by the judge on the selection set; ExpertsError: too many."""
         statistics = self.scanned.experts
         number, layers = statistics.routing.num_experts, statistics.layers
         count = _num_sets(number, n, len(layers))
@@ -244,7 +242,7 @@ def _num_sets(num_experts: int, n: int, num_layers: int) -> int:
 
 
 def num_forwards(model: PreTrainedModel, study: Study[CompareSettings]) -> tuple[int, int]:
-    """How often a whole model runs over all texts that report, and that choose, at most."""
+    """How often a whole model runs over all test and selection texts, at most."""
     experts, settings = find_experts(model), study.settings
     names = expert_criteria(settings.criteria)
     each = 1 if settings.judge == "loss" else 2

@@ -68,10 +68,8 @@ def compare_on(
 ) -> Outcome:
     """Compare criteria on one model, and give the rows with their regret.
 
-    Raises:
-        LayersError: a size that the model cannot lose.
-        ModelError: its layers cannot be run one by one, or a loss is not finite.
-        TextsError: no text has two tokens.
+    Raises LayersError (impossible size), ModelError (layers do not run one by one, loss not finite)
+    and TextsError (no text of two tokens).
     """
     loaded, tokenizer = study.load(model)
     measuring = Measuring(study, loaded, tokenizer, store=store)
@@ -263,10 +261,7 @@ class _Choosing:
             self.skipped[name] = one_sentence(error)
 
     def _measured(self, criterion: Criterion) -> tuple[float | None, Work]:
-        """Kendall's τ-b of the costs of single layers with the true losses without them.
-
-        And what the criterion takes for all sizes together; τ is None of one that searches.
-        """
+        """Kendall's τ-b of layer costs with true losses, None for a search; the work in all."""
         passes = criterion.layer_forwards(self.subject)
         if not has_costs(criterion):
             return None, Work(passes)
@@ -287,7 +282,7 @@ class _Choosing:
         return {"criterion": criterion.name, **self._chosen_on}
 
     def measured(self, choices: Sequence[_Choice]) -> Iterator[MeasuredRow]:
-        """Measure what was chosen, on the texts that report."""
+        """Measure what was chosen, on the test texts."""
         measuring, held_out = self.measuring, self.measuring.held_out
         measuring.judge_together([choice.plan.dropped for choice in choices], self.patch)
         whole = measuring.scores((), "cut")

@@ -45,10 +45,9 @@ from .tasks import StudyTasks
 
 
 class CurvePoints:
-    """The points of a curve on one model that is loaded; ``write`` gets what is known so far.
+    """The points of a curve on one loaded model; ``write`` gets those known so far.
 
-    ``is_complete`` is false where something failed that may go well another time, as for want of
-    memory.
+    ``is_complete`` is false where a failure, as for want of memory, may not recur.
     """
 
     def __init__(
@@ -257,7 +256,7 @@ class CurvePoints:
 
     @cached_property
     def _scan(self) -> Scan:
-        """The comparison of all layers on the texts that fit, as it lies in the folder."""
+        """The comparison of all layers on the calibration texts, as it lies in the folder."""
         study, measuring = self._study, self._measuring
         place, partial = study.folder / SCAN_FILE, study.folder / PARTIAL_FILE
         if self._recall_scan() or (study.goes_on and place.exists()):

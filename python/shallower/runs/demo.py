@@ -43,10 +43,9 @@ def model_path() -> Path:
 def texts(
     source: str | None, num_calibration: int, num_held_out: int
 ) -> tuple[list[str], list[str]]:
-    """Take calibration and held-out passages of documents, by default of Python's documentation.
+    """Take calibration and held-out passages of documents, by default Python's documentation.
 
-    Every fourth document is held out, so that no document is on both sides. Raises TextsError if
-    the source cannot be read, or is too small.
+    Every fourth document is held out; TextsError if the source is unreadable or too small.
     """
     documents = list(Texts(source)) if source else _documentation()
     documents = list(dict.fromkeys(documents))

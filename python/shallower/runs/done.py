@@ -1,8 +1,7 @@
 """Commands that were carried out before: what they left is still there, so they say it again.
 
-The store holds, by the place of an output, the hash of the job that made it, the mark of each of
-its files (the hash of a small one, the size and time of change of a large one), and what the
-command printed. An output that somebody has changed since is nothing that is known.
+The store has by output its job's hash, its files' marks (hash, or size and time of large ones) and
+what was printed. A changed output counts as unknown.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -136,11 +135,7 @@ def cut_output(
     as_gguf: bool,
     **options: Any,
 ) -> Output:
-    """Describe the output of :func:`shallower.prune`.
-
-    The weights are known by their place and time of change: to hash them would take longer than
-    to cut them.
-    """
+    """Describe the output of :func:`shallower.prune`, whose weights would take long to hash."""
     names = None
     if out.suffix == ".gguf":
         names = (out.name, *(export_path(out, name).name for name in EXPORT_FILES))

@@ -1,7 +1,6 @@
-"""What a study would take, before anything is loaded: texts, memory, disk and time.
+"""What a study takes at most, before anything is loaded: texts, memory, disk and time.
 
-The work is counted from the settings, as much as it can be at most; what each part of it takes is
-measured on one layer of the model with random weights (``runs.speed``).
+The settings give the work; its speed is that of one layer with random weights (``runs.speed``).
 """
 
 from collections.abc import Callable, Sequence
@@ -68,12 +67,9 @@ QUICK_SOLVES = 1 + len(RIDGES) / 2
 
 
 def describe(study: Study[Any]) -> dict[str, Any]:
-    """Describe what a study of sources would take; what cannot be told says why.
+    """Describe what a study of sources would take, or why that is unknown.
 
-    The split of the texts, the memory of the stage that needs most, the disk and the time.
-
-    Raises:
-        TextsError: too few texts.
+    These are the split, the largest memory, disk and time. TextsError for too few texts.
     """
     counts = {
         name: (len(split.fit), len(split.choose), len(split.report))
@@ -395,7 +391,7 @@ class _Model:
         return Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
 
     def _measured(self, n: int) -> Work:
-        """The loss of a cut on the texts that report."""
+        """The loss of a cut on the test texts."""
         return _run(Forwards(self.layers - n, 1), self.texts.report)
 
     def _scan(self, most: int) -> Work:

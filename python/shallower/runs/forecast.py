@@ -210,12 +210,10 @@ def forecast_source(
     num_tokens: int | None = None,
     processes: int = 1,
 ) -> MemoryPlan:
-    """Plan the memory of a stage for a model by its place, as :func:`memory_forecast`.
+    """Plan a stage's memory for a model by its place, as :func:`memory_forecast`.
 
-    A dtype that is ``auto`` is that of this machine, or of the card whose memory is given.
-
-    Raises:
-        ModelError: the config cannot be read, or ``device_memory`` is no size.
+    ``auto`` is this machine's or the given card's dtype. ModelError for an unreadable config or a
+    bad ``device_memory``.
     """
     dtype = source.dtype
     if dtype == "auto":

@@ -181,10 +181,7 @@ class _Subject:
         return plan, config_left(built, plan), longest_context(built)
 
     def _check(self, plan: Plan) -> None:
-        """Refuse a plan of another model: PlanError; by its type alone where weights are not here.
-
-        They are not where they are in no local folder of safetensors.
-        """
+        """Refuse a plan of another model by PlanError; by type alone without local safetensors."""
         from ..cutting.checkpoint import identity_of
         from ..cutting.checkpoint_files import is_checkpoint
         from ..models.identity import identify

@@ -116,10 +116,9 @@ class ModelStore:
 def given_models(
     model: Any, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[ModelSource | InMemory, ...]:
-    """The models that are named, or the one in memory.
+    """The named models, or the one in memory.
 
-    Raises:
-        ModelError: it is no model, or one in memory without its tokenizer, or one of several.
+    ModelError if it is none, lacks its tokenizer, or is one of several.
     """
     several = isinstance(model, Sequence) and not isinstance(model, str)
     places = [*model] if several else [model]

@@ -1,4 +1,4 @@
-"""The healing of a run's checkpoint, and what it is worth on the texts that report."""
+"""The healing of a run's checkpoint, and what it is worth on the test texts."""
 
 import warnings
 from collections.abc import Sequence
@@ -45,8 +45,7 @@ def choose_recipe(model: "PreTrainedModel", heal_steps: int | None, seed: int) -
 class HealingStage:
     """The stage of a run that trains adapters on its checkpoint, and merges them.
 
-    :meth:`check` comes before any long work, :meth:`heal` when the whole model is not needed in
-    memory any more.
+    :meth:`check` comes before any long work, :meth:`heal` when the whole model may leave memory.
     """
 
     study: Study[RunSettings]
@@ -58,24 +57,19 @@ class HealingStage:
     def check(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, answers: bool
     ) -> None:
-        """Refuse what the healing would refuse after all the work of the run.
+        """Refuse before all work what the healing would refuse, as :func:`require_healable`.
 
-        ``answers`` says whether there will be some to train on.
-
-        Raises:
-            RecipeError, TextsError, MissingExtraError: as :func:`require_healable`.
+        ``answers`` says whether there will be some.
         """
         require_healable(model, tokenizer, self.texts, recipe=self.recipe, answers=answers)
 
     def heal(
         self, results: Run, speech: StudySpeech | None, answers: Sequence[Answer] | None = None
     ) -> Run:
-        """Train on the checkpoint, and measure the healed model, reloaded; also how it speaks.
+        """Train the checkpoint, and measure the healed model, reloaded; also how it speaks.
 
-        Trained on are the texts, and ``answers`` of the whole model if there are any.
-
-        Where the training makes it no better, a warning says so, and the checkpoint stays what is
-        recommended.
+        ``answers``, if any, are trained on, too. If that does not help, a warning says so, and the
+        checkpoint stays recommended.
         """
         assert results.recommended is not None
         recommended, place = results.recommended, results.out / HEALED_FOLDER

@@ -1,6 +1,6 @@
-"""What a result depends on, by which the store finds it: models, texts, the machine.
+"""What a result depends on, by which the store finds it: models, texts, machine.
 
-Loads no torch: a result that is known is found within a fraction of a second.
+Loads no torch, so that known results are found in a fraction of a second.
 """
 
 import hashlib
@@ -118,10 +118,7 @@ def texts_inputs(texts: Texts | Iterable[str] | None, store: Store) -> dict[str,
 
 
 def texts_content(texts: Texts | Iterable[str] | None, store: Store) -> dict[str, Any] | None:
-    """Identify texts by the strings that are read, whatever file they come from.
-
-    None where they are broken.
-    """
+    """Identify texts by the strings that are read, from any file; None for broken ones."""
     if texts is None:
         return None
     stamps = None
@@ -163,10 +160,9 @@ def inputs_of(
 
 
 def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str, Any] | None:
-    """Identify adapters by their files, and by the cut that they were trained for.
+    """Identify adapters by their files and their cut, ``model`` or the one that they name.
 
-    ``model`` is that cut, by default where the adapters say that it was. None where that is
-    not known, or the store is off.
+    None if unknown, or the store is off.
     """
     if store.folder is None:
         return None
@@ -183,10 +179,7 @@ def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str
 
 
 def file_inputs(path: str | Path) -> list[Any] | None:
-    """Identify a file by its place, size and time of change, without reading it.
-
-    None if it is not there, or goes on changing.
-    """
+    """Identify a file, unread, by place, size and time of change; None if there is none."""
     try:
         return _stamps([Path(path).expanduser()])
     except (ValueError, RuntimeError):  # no name of a file, or of no home
@@ -194,10 +187,7 @@ def file_inputs(path: str | Path) -> list[Any] | None:
 
 
 def hash_of_files(files: list[Path], store: Store) -> str:
-    """Hash the names and contents of files; one that was hashed before is not read again.
-
-    Raises OSError if a file cannot be read.
-    """
+    """Hash names and contents of files, each read only once; OSError if one cannot be read."""
     total = sum(file.stat().st_size for file in files)
     with track("hash, MiB", total >> 20, None if total >= LARGE_BYTES else False) as advance:
         found = []

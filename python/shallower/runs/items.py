@@ -16,7 +16,7 @@ Items = Sequence[OptionItem] | Sequence[Prompt]
 def judged_items(
     judge: str, *, options: str | Path | None = None, prompts: Prompts = None, seed: int
 ) -> tuple[Items, Items]:
-    """Read the items that choose and those that report; none of a judge of texts.
+    """Read the selection and test items; none of a judge of texts.
 
     Prompts of the judge ``speech`` are by default our own. Raises TextsError for what is none, and
     for fewer than 8 items.

@@ -20,7 +20,7 @@ from .study import Study
 
 
 class Judges:
-    """Makes judges of what chooses and of what reports; the whole model speaks once for them.
+    """Makes judges of the selection set and of the test set; the whole model speaks once for them.
 
     Making one of speech raises as :func:`shallower.texts.prompts.prompt_ids` and
     :func:`shallower.evaluation.answers.write_answers`.
@@ -40,13 +40,13 @@ class Judges:
         self._said: dict[int, list[tuple[Answer, ...]]] = {}
 
     def choosing(self, texts: Sequence[TokenisedText], most: int | None = None) -> Judge:
-        """The judge that cuts are chosen by, on the texts or items that choose: the first
+        """The judge that cuts are chosen by, on the selection texts or items: the first
         ``most`` of them, or all.
         """
         return self._judge(texts[:most], 0, most)
 
     def reporting(self, texts: Sequence[TokenisedText]) -> Judge:
-        """The judge that scores cuts beside their loss, on the texts or items that report."""
+        """The judge that scores cuts beside their loss, on the test texts or items."""
         return self._judge(texts, 1, None)
 
     def _judge(self, texts: Sequence[TokenisedText], half: int, most: int | None) -> Judge:
@@ -60,7 +60,7 @@ class Judges:
         return judge_of(name, self._tokenizer, texts, tokens=tokens, items=said)
 
     def _answers(self, half: int) -> list[tuple[Answer, ...]]:
-        """What the whole model says to each of the prompts that choose, or of those that report."""
+        """What the whole model says to each selection prompt, or each test prompt."""
         if half not in self._said:
             prompts = cast(Sequence[Prompt], self._study.items[half])
             speaking = speaking_on(self._study, self._tokenizer, prompts)

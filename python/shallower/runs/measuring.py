@@ -1,4 +1,4 @@
-"""Measuring: the cuts of one model in their states, on the texts that report, each once.
+"""Measuring: the cuts of one model in their states, on the test texts, each once.
 
 ``run``'s table, ``curve``'s points and ``compare``'s rows are cuts that are measured here.
 """
@@ -97,13 +97,13 @@ class Measuring:
         decoder: the whole model, which is as before afterwards.
         tokens: length of texts, and how many make one forward.
         texts: the texts of the study, tokenised once, by their name.
-        judge: the loss on the texts that report.
-        judges: makes judges of what chooses.
+        judge: the loss on the test texts.
+        judges: makes judges of the selection set.
         held_out: cuts as they are and after a quick patch, from states that they share.
-        num_rejected: texts that report with fewer than two tokens.
+        num_rejected: test texts with fewer than two tokens.
 
     Raises:
-        TextsError: no text that reports has two tokens; or a prompt cannot be answered.
+        TextsError: no test text has two tokens; or a prompt cannot be answered.
         ModelError: the layers of the model cannot be run one by one; or it cannot speak, and is to.
     """
 
@@ -216,13 +216,10 @@ class Measuring:
         *,
         patch: "FittedPatch | None" = None,
     ) -> Scores:
-        """Measure the loss of a cut by text, on the first ``looks`` batches or on all texts.
+        """Loss of a cut by text on the first ``looks`` batches or all.
 
-        A quick patch is that of the verified plans, or ``patch``.
-
-        Raises:
-            PatchError: the cut cannot be patched.
-            ModelError: a loss is not finite.
+        ``patch`` replaces the verified plans' one. PatchError where it cannot be patched,
+        ModelError for a loss that is not finite.
         """
         if state == "cut":
             return self.held_out.losses.scores(dropped, looks)
@@ -237,12 +234,10 @@ class Measuring:
         return self.held_out.loss(self.scores(dropped, "cut"))
 
     def measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
-        """Measure a cut in one of its states, or give what was measured before.
+        """Measure a cut in one of its states, or look it up.
 
-        Raises:
-            PatchError: the cut cannot be patched.
-            ModelError, TextsError: a loss is not finite, or a task cannot be done.
-            CacheError: what the store holds is damaged.
+        Raises PatchError, CacheError (damaged store), and ModelError or TextsError for a loss that
+        is not finite or a task that cannot be done.
         """
         key, clock = (dropped, state), self.held_out.losses.clock
         if key not in self._measured:

@@ -1,8 +1,4 @@
-"""Workers that are actors of a Ray cluster, each on a node that the driver chooses.
-
-A node that comes late gets its share of workers, one that goes takes its own with it, and one that
-refuses the work gets no more.
-"""
+"""Workers that are actors of a Ray cluster, placed by the driver on nodes that come and go."""
 
 import logging
 import os
@@ -42,11 +38,9 @@ OWN_CLUSTER = {
 
 
 class RayWorkers(Engine):
-    """Replicas of the model on the nodes of the cluster that ``RAY_ADDRESS`` names, or of one here.
+    """Replicas of the model on the nodes of the cluster at ``RAY_ADDRESS``, or of one here.
 
-    Raises:
-        MissingExtraError: ray is not installed.
-        ProcessesError: there is no cluster at the address, or none of its nodes has enough.
+    MissingExtraError without ray, ProcessesError for no cluster or no node large enough.
     """
 
     def __init__(
@@ -198,10 +192,9 @@ class RayWorkers(Engine):
 
 
 def threads_of(nodes: Sequence[tuple[int, int]], count: int | None) -> int:
-    """The threads of a worker, the same everywhere, by the CPUs and the workers' shares of nodes.
+    """The threads of every worker: what the smallest node can give each of its shares.
 
-    As many as the node with fewest can give each of its shares; where a number of workers is asked
-    for, on CPUs, as many as all of them can have.
+    For a given number of workers on CPUs, what all of them can have.
     """
     found = [cpus // shares for cpus, shares in nodes if shares and cpus >= shares]
     if count is None or any(shares > 1 for _, shares in nodes):

@@ -71,12 +71,10 @@ all are estimated by what the whole model loses on the others.
 
 
 class Recommending:
-    """A run on one model that is loaded, which is as before afterwards.
+    """A run on one loaded model, which is restored afterwards.
 
-    Raises:
-        TextsError: no text that reports has two tokens, or a given prompt is too long.
-        ModelError: the layers of the model cannot be run one by one, or prompts are given, and it
-            cannot answer.
+    TextsError for no test text of two tokens or a long prompt, ModelError where layers do not run
+    one by one or given prompts cannot be answered.
     """
 
     def __init__(
@@ -287,7 +285,7 @@ class Recommending:
 
     @property
     def _fitted(self) -> list[str]:
-        """The texts that fit."""
+        """The calibration texts."""
         return [text.text for text in self._measuring.split.fit]
 
     @property
@@ -399,10 +397,9 @@ class Recommending:
         return results
 
     def _row(self, n: int, whole: Scores, *, in_passing: bool) -> SizeRow:
-        """The verified cut of a size on the texts that report, and the deepest layers beside it.
+        """The verified cut of a size on the test set, and the deepest layers beside it.
 
-        ``in_passing`` races the proposals and measures the cuts on fewer texts, as nothing is
-        decided by this size.
+        ``in_passing`` uses fewer texts, for a size that decides nothing.
         """
         plans, num_layers = self._plans, len(self._decoder)
         verified = plans.verify_in_passing(n) if in_passing else plans.verify(n)
@@ -451,10 +448,9 @@ def _estimated(scores: Scores | None, whole: Scores) -> tuple[float | None, floa
 
 
 def patch_tokens(parameters: int, *, on_cpu: bool) -> int:
-    """Say how many tokens the patch of a run fits.
+    """Say how many tokens the patch of a run fits: ``PATCH_TOKENS``.
 
-    ``PATCH_TOKENS``; on a CPU fewer for a model of more than some 150 million parameters, as many
-    fewer as it is larger, but at least a sixth: as many as ``patch`` by default.
+    On a CPU there are fewer for more than some 150 million parameters, but at least a sixth.
     """
     if not on_cpu:
         return PATCH_TOKENS

@@ -177,7 +177,7 @@ class RunStudy(Study[RunSettings]):
 
     @cached_property
     def items(self) -> tuple[Items, Items]:
-        """The prompts that choose and those that report, of the judge ``speech``."""
+        """The selection and test prompts, of the judge ``speech``."""
         prompts, seed = self.settings.prompts or None, self.settings.seed
         return judged_items(self.judges[0], prompts=prompts, seed=seed)
 
@@ -191,7 +191,7 @@ class RunStudy(Study[RunSettings]):
         return report[:NUM_PROMPTS] if given is None else report
 
     def more_inputs(self) -> dict[str, Any]:
-        """The texts that are trained on, and the prompts that choose, and that models speak on."""
+        """The training texts, the selection prompts and the prompts that models speak on."""
         return {
             "trained_on": self.trained_on() if self.settings.heal else None,
             "items": self._choosing_items,
@@ -201,7 +201,7 @@ class RunStudy(Study[RunSettings]):
 
     @property
     def _choosing_items(self) -> str:
-        """A hash of the prompts that choose; of nothing where texts do."""
+        """A hash of the selection prompts; of nothing where texts do."""
         return items_fingerprint(self.judges[0], self.items[0])
 
     def _chooses_by(self) -> dict[str, Any]:

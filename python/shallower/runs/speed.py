@@ -1,8 +1,4 @@
-"""Speed: what one layer and the head of a model take on this machine, timed on random weights.
-
-Of a model that is not loaded one layer is built from its config, in the dtype and on the device
-that will be used, and the real code runs on it for a second or two.
-"""
+"""Speed: what a layer and the head of a model take here, timed on random weights."""
 
 import time
 from collections.abc import Callable, Collection
@@ -99,10 +95,7 @@ def device_of(source: ModelSource) -> torch.device:
 def measure_speed(source: ModelSource, *, texts: int, length: int, work: Work) -> Work:
     """Measure the seconds of each kind of work that there is any of, with a resolved model.
 
-    Batches have so many texts of so many tokens, or fewer texts where a layer takes long.
-
-    Raises:
-        ModelError: the time of a model of this kind cannot be told before it is loaded.
+    Batches are as given, or of fewer texts. ModelError if a model of this kind cannot be timed.
     """
     config, dtype, device = source.read_config(), str(source.dtype), device_of(source)
     if dtype in ("nf4", "int8"):

@@ -1,10 +1,8 @@
 """The store: what was measured on the same model, texts and settings is not measured again.
 
-A measurement is found by a hash of all that it depends on, so a changed model or text finds none,
-and nothing ever has to be declared stale. One SQLite file holds the measurements, and the records
-of work that may be interrupted; several processes may use it at once. What was written outlives
-any death of the process. No error of the file ends the work: one warning says so, and the work
-goes on without the store.
+A hash of all that a measurement depends on finds it, so nothing becomes stale. One SQLite file
+serves several processes, and also has records of interrupted work. Its errors end no work: one
+warning, and the work goes on without it.
 """
 
 import json
@@ -97,11 +95,7 @@ _NOT_CLEARED = (
 
 
 def store_folder() -> Path | None:
-    """Find the folder of the store, which need not be there.
-
-    ``SHALLOWER_CACHE``, else ``shallower`` in ``XDG_CACHE_HOME``, else in ``~/.cache``; None where
-    no home is known.
-    """
+    """Find the store's folder: ``SHALLOWER_CACHE`` or the user's cache; None without a home."""
     own, shared = os.environ.get(FOLDER_VARIABLE), os.environ.get("XDG_CACHE_HOME")
     try:
         if own:
@@ -113,10 +107,7 @@ def store_folder() -> Path | None:
 
 
 def open_store(no_cache: bool = False, *, dry_run: bool = False) -> "Store":
-    """Open the store of this user, or one that finds and keeps nothing.
-
-    A dry run makes no store where none is.
-    """
+    """Open this user's store, or one that caches nothing; a dry run makes none."""
     folder = None if no_cache else store_folder()
     is_there = folder is not None and (folder / STORE_FILE).is_file()
     return Store(folder if is_there or not dry_run else None)

@@ -59,7 +59,7 @@ def plan_passes(source: ModelSource, passes: Sequence[Pass]) -> StreamPlan:
 
 
 class StudyTexts(Protocol):
-    """The tokens of each text that fits, chooses and reports."""
+    """The tokens of each calibration, selection and test text."""
 
     fit: NDArray[np.int64]
     choose: NDArray[np.int64]
@@ -80,8 +80,7 @@ class StudyPasses:
     def of_run(self, sizes: Sequence[int], beside: Sequence[int]) -> list[Pass]:
         """Bound the passes of a run but for its full patch, by sizes and those beside them.
 
-        The model is checked, run by criteria that propose, and by a quick patch, for either set of
-        texts that choose; checked once more for the losses.
+        Checks, proposals and quick patches run twice; the losses check the model once more.
         """
         texts, report = self.texts, self.texts.report.sum()
         fit = texts.fit[:VERIFYING_TEXTS].sum()
@@ -218,10 +217,7 @@ def plan_patch(
     num_tokens: int | None,
     measured: bool,
 ) -> dict[str, StreamPlan | StepsPlan | str]:
-    """Plan what a patch reads, measured on other texts or not; a sentence where it is unknown.
-
-    Raises TextsError for too few texts.
-    """
+    """Plan what a patch reads, or say why that is unknown; TextsError for too few texts."""
     source = source.resolved()
     most = num_tokens or (NUM_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
     fitted, _ = divide(source.load_tokenizer(), texts, tokens=tokens, num_tokens=most)

@@ -93,7 +93,7 @@ class Study(ABC, Generic[Settings]):
     Attributes:
         models: the models, or their sources.
         texts: calibration texts, read once; or several such by name.
-        eval_texts: texts that report; None to take every fourth of ``texts``.
+        eval_texts: test texts; None to take every fourth of ``texts``.
         settings: of the study.
         out: the folder to write to; None to write nothing.
         overwrite: replace what is in ``out``.
@@ -160,11 +160,7 @@ class Study(ABC, Generic[Settings]):
         """The names in ``out`` that must not be there before, but for a study that goes on."""
 
     def check(self) -> None:
-        """Refuse what cannot be, before anything is loaded; of a source the config is read.
-
-        Raises:
-            ShallowerError: of every kind that the study names.
-        """
+        """Refuse what cannot be by a ShallowerError; of a source only the config is read."""
         if "speech" in self.judges:
             way_out = "leave out --stream, or the judge speech (judge, --judge)"
             self.refuse_on_disk("every token of an answer", way_out)
@@ -209,7 +205,7 @@ class Study(ABC, Generic[Settings]):
         }
 
     def unit(self, strategy: str, n: int, state: str, **on: str) -> Unit:
-        """Name a measurement by what chooses, the number of layers that go and a state.
+        """Name a measurement by its strategy, the number of layers that go and a state.
 
         ``on`` names the model and the texts of a study of several.
         """
@@ -267,7 +263,7 @@ class Study(ABC, Generic[Settings]):
 
     @cached_property
     def splits(self) -> "dict[str, Splits]":
-        """Texts that fit, choose and report, by the name of the calibration texts."""
+        """Calibration, selection and test texts, by the name of the calibration texts."""
         from ..texts.splits import three_splits
 
         settings, found = self.settings, {}
@@ -287,17 +283,17 @@ class Study(ABC, Generic[Settings]):
 
     @property
     def split(self) -> "Splits":
-        """Texts that fit, choose and report, of a study on one kind of texts."""
+        """Calibration, selection and test texts, of a study on one kind of texts."""
         return next(iter(self.splits.values()))
 
     @property
     def judges(self) -> tuple[str, str]:
-        """The judge by which cuts are chosen, and that which scores them on what reports."""
+        """The judge by which cuts are chosen, and that which scores them on the test set."""
         return getattr(self.settings, "judge", "loss"), "loss"
 
     @cached_property
     def items(self) -> tuple[Items, Items]:
-        """The items that choose and those that report, of a judge that has its own; else none."""
+        """The selection and test items, of a judge that has its own; else none."""
         return (), ()
 
     @cached_property
@@ -309,7 +305,7 @@ class Study(ABC, Generic[Settings]):
         return given_prompts(given) if isinstance(given, Path) or given else ()
 
     def training_texts(self) -> ReadOnce:
-        """All texts but those that choose or report, as many as a training takes."""
+        """All but the selection and test texts, as many as a training takes."""
         read = next(iter(self._read.values()))
         return ReadOnce(self.split.training(islice(read, self.settings.max_texts, None)))
 
@@ -329,7 +325,7 @@ class Study(ABC, Generic[Settings]):
 
     @property
     def again_by_eval(self) -> str:
-        """The options of ``shallower eval`` for the texts that report, if they are others."""
+        """The options of ``shallower eval`` for the test texts, if they are others."""
         if self.eval_texts is None:
             return ""
         settings = self.settings
@@ -362,7 +358,7 @@ class Study(ABC, Generic[Settings]):
 
     @cached_property
     def fitted(self) -> dict[str, str]:
-        """Hashes of the texts that fit and choose, by their name."""
+        """Hashes of the calibration and selection texts, by their name."""
         tokens = asdict(self.settings.tokens)
         return {
             name: hash_of([splits.fit, splits.choose, tokens])
@@ -371,7 +367,7 @@ class Study(ABC, Generic[Settings]):
 
     @cached_property
     def reported(self) -> str:
-        """A hash of the texts that report."""
+        """A hash of the test texts."""
         return hash_of([self.split.report, asdict(self.settings.tokens)])
 
     def trained_on(self) -> Any:

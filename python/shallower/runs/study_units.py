@@ -1,11 +1,8 @@
 """Parts of a study, measured by workers or by hand into stores that are put together.
 
-What a part finds is known by its content alone (``runs.store``): the study, which is carried out
-last and in one process, finds all of it, chooses as it would alone, and measures nothing again.
-Done more than once are: loading, and tokenising, by every worker; a cut that several criteria or
-strategies choose at the same time; trials that several searches make; what the whole model says for
-a judge of speech, by workers that begin together; of a curve, its scan and the costs of a
-criterion, by every worker that needs them.
+Results are found by content alone (``runs.store``), so the study itself runs last, in one process,
+and measures nothing again. Repeated by workers are loading, tokenising, cuts and trials that
+several choose at once, the whole model's answers, and a curve's scan and costs.
 """
 
 import json
@@ -44,13 +41,9 @@ _SHARD = ("job", "index", "count", "described", "entries", "sha256")
 
 
 def share(study: Study[Any], workers: int | None, on: Literal["local", "ray"] = "local") -> None:
-    """Let workers measure the parts of a study that its store lacks; others are left to the study.
+    """Let workers measure a study's missing parts, into this store or to be sent back to it.
 
-    Workers of this machine use the same store, those of a cluster send what they found.
-
-    Raises:
-        ProcessesError: the study cannot be shared, or there are no workers.
-        ShallowerError: as :meth:`Study.check`.
+    ProcessesError if that is impossible, else as :meth:`Study.check`.
     """
     models = [one for one in study.models if isinstance(one, ModelSource)]
     check_workers(workers, on, "work", *models)
@@ -231,9 +224,7 @@ def measure_shard(study: "CompareStudy", shard: Shard) -> dict[str, Any]:
 def gather_study(
     parts: Iterable[Path], out: Path, *, overwrite: bool = False, trust_remote_code: bool = False
 ) -> "tuple[CompareStudy, CriteriaComparison]":
-    """Carry out the comparison of some shards, which finds in them what it asks for.
-
-    That alone is put into the cache, whatever else the files hold.
+    """Carry out the comparison of some shards, caching only the entries that it asks for.
 
     Raises:
         ProcessesError: shards are damaged, missing, without a measurement or of different

@@ -39,7 +39,7 @@ class SweepFile:
         path: of the file.
         models: by the names that they have in the sweep.
         texts: places of calibration texts, by name.
-        eval_texts: the place of the texts that report.
+        eval_texts: the place of the test texts.
         settings: of every comparison.
         healing: of the curves of healed cuts, without strategies and sizes; None without
             ``healed`` among the states.
@@ -69,10 +69,9 @@ class SweepFile:
 
 
 def read_sweep(path: Path) -> SweepFile:
-    """Read the file of a sweep; nothing that it names is looked at.
+    """Read a sweep's file, and nothing that it names.
 
-    Raises:
-        SettingsError: it cannot be read, is no YAML, or has keys or values that no sweep has.
+    SettingsError if it is unreadable, no YAML, or has wrong keys or values.
     """
     return _Reader(path).read()
 

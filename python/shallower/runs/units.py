@@ -1,8 +1,7 @@
 """Independent units of work, done by several processes or machines: who has which, what was lost.
 
-The one who drives hands out a unit at a time, so that the slow take fewer. What a worker had when
-it was lost goes back, and what one could not do is done by another; nothing that comes out depends
-on who did what, or when.
+The driver hands out one at a time; what a worker lost or could not do goes to another. Results
+depend on neither worker nor time.
 """
 
 import hashlib
@@ -34,10 +33,7 @@ least so many seconds; after the last as long as none is done. A worker opens th
 
 
 class Ledger:
-    """Which units wait, which are being done, what came of them.
-
-    Where units are ``exact``, two results of one must be equal.
-    """
+    """Which units wait, run or are done; two results of an ``exact`` unit must be equal."""
 
     def __init__(
         self,

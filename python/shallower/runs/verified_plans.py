@@ -95,7 +95,7 @@ class VerifiedPlans:
             return replace(verifier, after="none").verify(n, more=more)
 
     def lost(self, n: int) -> Difference:
-        """Compare ``n`` layers less with the whole model, on what chooses.
+        """Compare ``n`` layers less with the whole model, on the selection set.
 
         After a quick patch; of the bare cut where it cannot be patched.
         """
@@ -108,19 +108,16 @@ class VerifiedPlans:
 
     # How many layers are to go.
     def require_possible(self, target: Target) -> None:
-        """Refuse a target that no cut can reach, as far as sizes alone show it.
+        """Refuse a target that sizes show no cut can reach, as :func:`require_possible`.
 
-        Raises:
-            LayersError, PlanError, ModelError: as :func:`require_possible`; the model cannot be
-                counted, or has learned fewer positions than the context of the target.
+        ModelError if the model cannot be counted, or the context exceeds its positions.
         """
         require_possible(target, len(self._decoder), partial(self._left_at_least, target))
 
     def choose(self, target: Target) -> tuple[SizeChoice, set[int]]:
-        """Find how many layers are to go, and the sizes that were looked at for it.
+        """Find how many layers are to go, and the sizes looked at for it.
 
-        Raises:
-            LayersError, PlanError: as :func:`choose_size`.
+        Raises as :func:`choose_size`.
         """
         whole, of_layers = self._resources(target)
 
