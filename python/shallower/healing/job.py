@@ -189,7 +189,7 @@ class MeasuredLosses:
 def patched_cut(job: Job, out: Path, dtype: str) -> Path:
     """Patch a cut for its healing, in a hidden sibling of ``out``, unless an earlier run did.
 
-    The original is loaded in the cut's dtype, and restored.
+    Only without a patch the original is loaded, in the cut's stored dtype, and restored afterwards.
 
     Raises:
         RecipeError: the cut is patched already.

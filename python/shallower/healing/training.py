@@ -1,4 +1,7 @@
-"""The training: transformers' Trainer over peft's adapters, resumable bit for bit on the CPU."""
+"""The training: transformers' Trainer over peft's adapters, resumable bit for bit on the CPU.
+
+Steps, order and random numbers depend on the recipe and the checkpoint alone.
+"""
 
 import contextlib
 import logging

@@ -165,8 +165,9 @@ def _within(most: float, num_layers: int, lost: Callable[[int], Difference]) -> 
 def knee(lost: Mapping[int, Difference]) -> SizeChoice:
     """Find the knee of a curve, the size farthest below the line between its ends, and the reason.
 
-    The line goes from no layer to the largest size (Kneedle, Satopää et al. 2011, unsmoothed). A
-    curve nowhere below it gives the least size.
+    The line goes from no layer to the largest size (Kneedle, Satopää et al. 2011, unsmoothed). The
+    reason gives the cost of a layer before and behind it. A curve nowhere below it gives the least
+    size.
     """
     sizes = sorted(lost)
     end = sizes[-1]

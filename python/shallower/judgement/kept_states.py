@@ -140,11 +140,14 @@ class KeptStates:
     def unexplained(
         self, start: int, inputs: torch.Tensor, held_out: torch.Tensor
     ) -> Iterator[Scores]:
-        """Measure how much of later states no linear map of some (N, F) inputs reaches.
+        """Measure how much of later states no linear map of some inputs reaches.
 
-        The map from ``inputs`` to what x^(start) lacks of x^(stop) is a ridge regression, whose
-        penalty of an input is F/N times its sum of squares. Yields 1 - R² by held-out text, for
-        stop = start + 1 .. L.
+        What is missing to x^(stop) at ``start`` is fitted by ridge regression: each input's
+        penalty is F/N times its sum of squares, F inputs and N tokens.
+
+        Yields for stop = start + 1 .. L the 1 - R² on held-out text by text: the squared length of
+        what is missing after the map, over the spread of x^(stop). ``inputs`` are (N, F) at the
+        tokens to fit, ``held_out`` the same at those held out.
         """
         solved = _predictor(inputs, held_out)
         for stop in range(start + 1, len(self.fitted)):

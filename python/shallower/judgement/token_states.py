@@ -60,8 +60,8 @@ def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
 def layer_changes(subject: Subject) -> LayerChanges:
     """Sum what every layer does to all tokens, once for all criteria.
 
-    Texts with NaN, infinite or zero states are left out with a warning; StatesError if none is
-    left, ModelError for hidden inputs of layers.
+    Texts with NaN, infinite or zero states are left out with a warning. StatesError if none is
+    left, ModelError if more than the residual stream goes from layer to layer.
     """
     return subject.shared("layer_changes", lambda: _layer_changes(subject))
 

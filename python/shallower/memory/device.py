@@ -18,9 +18,10 @@ class Room(NamedTuple):
 
 
 def available_bytes(device: torch.device | Literal["cpu"]) -> int:
-    """Count the bytes that a device has free for this process, in torch's cache, too.
+    """Count the bytes that a device has free for this process.
 
-    On the CPU they are those without swapping, within the limit of a container.
+    On a GPU what the driver and torch's own cache have left; on the CPU the memory that is
+    available without swapping, and that the limit of a container leaves.
     """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -71,8 +71,8 @@ def map_within(
 ) -> dict[str, int | str]:
     """Divide a model between one GPU, within a budget of bytes, and the CPU's memory.
 
-    Only layers go to the CPU, those in ``spare`` first, with room on the GPU for one that runs. The
-    device map has one entry if all fits; ModelError if one layer at a time does not fit.
+    Only layers go to the CPU, first those in ``spare``, which seldom run; one finds room on the GPU
+    while it runs. The device map has one entry if all fits; ModelError if not even one layer fits.
     """
     layers = find_layers(model)
     sizes = [_bytes_of(layer, dtype) for layer in layers.modules]

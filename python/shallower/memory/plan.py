@@ -44,7 +44,10 @@ class Step(Protocol):
 
 
 def plan_step(step: Step | None, choices: Sequence[Choice], device_bytes: int) -> MemoryPlan:
-    """Choose the first (fastest) choice that fits, else the last; None if none can be rehearsed."""
+    """Choose the first (fastest) choice that fits, or else the last, which needs least.
+
+    A step of None cannot be rehearsed: it gets the first choice.
+    """
     if step is None:
         return MemoryPlan(None, *choices[0], device_bytes)
     several = len({texts for texts, _ in choices}) > 1

@@ -68,9 +68,9 @@ class Head:
 
     @classmethod
     def probe(cls, decoder: Decoder) -> tuple["Head", torch.Tensor, torch.Tensor | None]:
-        """Run a model on a few tokens, as a whole and from its final states.
+        """Run a model on a few tokens, as a whole and from its final states, and compare nothing.
 
-        Returns the head (None if impossible), and the logits of some tokens both ways, uncompared.
+        Returns the head, and the logits of some tokens: the model's, and the head's or None.
         """
         runner, outputs = decoder.layers.runner, []
         run = runner.forward

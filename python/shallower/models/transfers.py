@@ -99,7 +99,8 @@ class SideStreams:
     def bring(self, upload: Upload, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copy tensors of the CPU into targets while the device computes, by any thread.
 
-        The caller keeps the targets until :meth:`arrive`, as only then their memory may be reused.
+        PyTorch keeps the pinned copies until they are sent; the caller keeps the targets until
+        :meth:`arrive`, as only then the device may reuse their memory.
         """
         side = self._beside(upload.device)
         side.wait_event(upload.begun)
@@ -160,8 +161,9 @@ class HostCopies:
     def start(self, gathered: list[Gathered]) -> "HostCopy":
         """Start the copy of all states of a batch; nobody else may keep the gathered rows.
 
-        On CUDA it reuses the buffer of the copy before the last, whose reader is done:
-        :func:`stream` sees to it.
+        On CUDA it takes the buffer of the copy before the last one, whose reader must be done by
+        then: :func:`stream` starts the copy of a batch when its consumer has requested the part
+        before, and so is done with the one before that.
         """
         shape = sum(len(one.states) for one in gathered), *gathered[0].rows.shape[1:]
         dtype = gathered[0].rows.dtype

@@ -33,7 +33,8 @@ Tensors = dict[str, torch.Tensor]
 class PatchCheckpoint:
     """Files of an unfinished patch in a folder, if there is one; failed writes are ignored.
 
-    A patch is identified by its layers, its texts and both models' losses on them.
+    A patch is identified by its layers, its texts and both models' losses on them, which differ
+    wherever a weight does; files of another patch are not read.
     """
 
     def __init__(

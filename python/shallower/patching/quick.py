@@ -73,8 +73,9 @@ class _Part:
 class QuickPatch:
     """Quick patches of cuts of one model, on the same texts: a few thousand tokens.
 
-    The whole model runs once; its states, ``(L+1)·tokens·D`` values in its dtype, lie in ``room``
-    bytes of memory, or in a temporary file. TextsError for fewer than two texts.
+    The whole model runs once, at the first patch. Its states, ``(L+1)·tokens·D`` values in its
+    dtype, lie in ``room`` bytes of memory, by default what the budget has left, or in a temporary
+    file. TextsError for fewer than two texts.
     """
 
     def __init__(

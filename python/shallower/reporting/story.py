@@ -238,9 +238,9 @@ BY_ITEM = ("by_text", "by_item", "items", "marks", "job")
 
 
 def without_items(value: Any) -> Any:
-    """Leave out of plain values what no page shows: by text, by single step, or not finite.
+    """Leave out of plain values lists by text, single training steps and what is not finite.
 
-    Of places on this machine the last part stays, as pages are shown to others.
+    Of places on this machine only the last part stays, as pages are shown to others.
     """
     if isinstance(value, Mapping):
         return {

@@ -179,7 +179,7 @@ def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str
 
 
 def file_inputs(path: str | Path) -> list[Any] | None:
-    """Identify a file, unread, by place, size and time of change; None if there is none."""
+    """Identify a file, unread, by place, size and time of change; None if absent or changing."""
     try:
         return _stamps([Path(path).expanduser()])
     except (ValueError, RuntimeError):  # no name of a file, or of no home

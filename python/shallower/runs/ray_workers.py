@@ -1,4 +1,7 @@
-"""Workers that are actors of a Ray cluster, placed by the driver on nodes that come and go."""
+"""Workers that are actors of a Ray cluster, each on a node that the driver chooses.
+
+Nodes come and go with their workers; one that refuses the work gets no more.
+"""
 
 import logging
 import os

@@ -1,8 +1,8 @@
 """The store: what was measured on the same model, texts and settings is not measured again.
 
 A hash of all that a measurement depends on finds it, so nothing becomes stale. One SQLite file
-serves several processes, and also has records of interrupted work. Its errors end no work: one
-warning, and the work goes on without it.
+serves several processes; it also has records of interrupted work, and outlives any crash. Its
+errors end no work: one warning, and the work goes on without it.
 """
 
 import json
@@ -95,7 +95,10 @@ _NOT_CLEARED = (
 
 
 def store_folder() -> Path | None:
-    """Find the store's folder: ``SHALLOWER_CACHE`` or the user's cache; None without a home."""
+    """Find the store's folder, which need not exist; None without a home.
+
+    ``SHALLOWER_CACHE``, else ``shallower`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+    """
     own, shared = os.environ.get(FOLDER_VARIABLE), os.environ.get("XDG_CACHE_HOME")
     try:
         if own:
@@ -107,7 +110,7 @@ def store_folder() -> Path | None:
 
 
 def open_store(no_cache: bool = False, *, dry_run: bool = False) -> "Store":
-    """Open this user's store, or one that caches nothing; a dry run makes none."""
+    """Open this user's store, or one that caches nothing; a dry run makes no new one."""
     folder = None if no_cache else store_folder()
     is_there = folder is not None and (folder / STORE_FILE).is_file()
     return Store(folder if is_there or not dry_run else None)

@@ -160,7 +160,7 @@ class Study(ABC, Generic[Settings]):
         """The names in ``out`` that must not be there before, but for a study that goes on."""
 
     def check(self) -> None:
-        """Refuse what cannot be by a ShallowerError; of a source only the config is read."""
+        """Refuse, by a ShallowerError, what cannot be; of a source only the config is read."""
         if "speech" in self.judges:
             way_out = "leave out --stream, or the judge speech (judge, --judge)"
             self.refuse_on_disk("every token of an answer", way_out)

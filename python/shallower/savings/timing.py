@@ -48,7 +48,8 @@ def this_machine(dtype: str, clock: Callable[[], float] = time.perf_counter) -> 
     """Measure this machine, its GPU if it has one, else its CPU, by medians of a few repeats.
 
     Bandwidth is that of uncached vector-matrix products, the peak that of matrix products in
-    ``dtype``. The process ``clock`` leaves out what others take of a busy CPU.
+    ``dtype``, a launch that of an operation on one number. The process ``clock`` leaves out what
+    others take of a busy CPU.
     """
     name = "bfloat16" if dtype in ("nf4", "int8") else dtype
     device, plain = main_device(), getattr(torch, name)

@@ -268,7 +268,10 @@ def select(trials: Trials, cuts: list[Cut]) -> Cut:
 def mutations(
     parent: Cut, num_layers: int, random: np.random.Generator, *, seen: set[Cut]
 ) -> list[Cut]:
-    """Exchange layers that go for layers that stay: :data:`OFFSPRING` new cuts, or fewer."""
+    """Exchange layers that are gone for layers that stay, as many, into cuts not yet ``seen``.
+
+    :data:`OFFSPRING` different ones, or fewer where draws repeat.
+    """
     gone, stays = sorted(parent), sorted(set(range(num_layers)) - parent)
     most = min(MOST_SWITCHES, len(gone), len(stays))
     found: dict[Cut, None] = {}
