@@ -18,6 +18,7 @@ from shallower.models.architecture import find_layers
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.models.offload import changed_weights, reading_of
+from shallower.models.stored_layers import LayerWeights
 from shallower.texts.splits import Splits
 from shallower.values.plan import Plan
 from shallower.values.tokens import Tokens
@@ -48,15 +49,13 @@ def verified(model, tokenizer, n, *, after="patch", store=None):
 @pytest.fixture
 def reads(monkeypatch):
     """How often each matrix was read from disk."""
-    from accelerate.utils.offload import OffloadedWeightsLoader
-
-    counts, loaded = Counter(), OffloadedWeightsLoader.__getitem__
+    counts, loaded = Counter(), LayerWeights.__getitem__
 
     def counting(self, key):
         counts[key] += 1
         return loaded(self, key)
 
-    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counting)
+    monkeypatch.setattr(LayerWeights, "__getitem__", counting)
     return counts
 
 

@@ -32,6 +32,10 @@ _TRANSFORMERS = (
         "save them; where adapters are merged on disk, to the ways that weights may be stored",
     ),
     PrivateName(
+        "transformers.modeling_utils", "PreTrainedModel._load_pretrained_model",
+        "replaced while a model is loaded to be streamed, of whose layers no tensor is read then",
+    ),
+    PrivateName(
         "transformers.modeling_utils", "PreTrainedModel._tied_weights_keys",
         "shared weights are named by their layers' numbers, which a cut changes",
     ),
