@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 from tests.folders import tree
 
 SOURCE = ROOT / "python" / "shallower"
+RECORDED = b'{\n "files": [\n  "a"\n ]\n}\n'
 TORCH_FREE = [
     name
     for name in house.names_in(
@@ -70,10 +71,15 @@ def test_one_at_a_time_writes_without_locks_of_unix(tmp_path):
             with pytest.raises(OutputError, match="another process is writing it"), work:
                 pytest.fail("the body ran")
     assert storage.is_held(tmp_path / "new") is False
-    assert tree(tmp_path) == {"new": None, "new/a": b"a"}
+    assert tree(tmp_path) == {"new": None, "new/a": b"a", "new/.shallower.json": RECORDED}
     with resumable_file(tmp_path / "file", "job") as folder:
         (folder / "file").write_bytes(b"b")
-    assert tree(tmp_path) == {"new": None, "new/a": b"a", "file": b"b"}
+    assert tree(tmp_path) == {
+        "new": None,
+        "new/a": b"a",
+        "new/.shallower.json": RECORDED,
+        "file": b"b",
+    }
 
 
 @pytest.mark.usefixtures("no_unix")
@@ -87,4 +93,4 @@ def test_work_that_ends_early_goes_on_without_locks_of_unix(tmp_path):
         interrupted()
     with resumable_folder(tmp_path / "new", "job") as folder:
         assert tree(folder) == {"a": b"a"}
-    assert tree(tmp_path) == {"new": None, "new/a": b"a"}
+    assert tree(tmp_path) == {"new": None, "new/a": b"a", "new/.shallower.json": RECORDED}

@@ -167,9 +167,9 @@ def test_by_default_no_other_model_is_asked(run, written):
 
 def test_by_default_a_model_without_room_is_asked_for_no_answers(chats):
     decoder, wanted = Decoder.of(random_model("opt")), WantedAnswers(None, 32, chats_only=True)
-    with pytest.warns(UserWarning, match="no answers are learned from: prompt 0 has .* tokens"):
+    with pytest.warns(UserWarning, match="no answers are learned from: prompt 0 with .* tokens"):
         assert wanted.of(decoder, chats) is None
-    with pytest.raises(sh.TextsError, match="prompt 0 has"):
+    with pytest.raises(sh.TextsError, match="prompt 0 with an answer of 256 tokens has 261"):
         replace(wanted, chats_only=False).check(decoder, chats, ())
     few = replace(wanted, num_tokens=2)
     assert few.of(decoder, chats) is few

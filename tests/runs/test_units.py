@@ -1,5 +1,6 @@
 """Units of work shared among workers: whatever happens to these, the same comes out."""
 
+import os
 import random
 import re
 import subprocess
@@ -17,6 +18,7 @@ from shallower.scanning.scan_file import scan_bytes
 from shallower.scanning.shards import Shards, gather
 from shallower.values.shard import Shard
 from shallower.values.tokens import Tokens
+from tests.conftest import ROOT
 from tests.documents import documents
 from tests.runs.counting import done_in, job_of
 
@@ -216,20 +218,24 @@ def test_a_process_that_is_killed_is_replaced(tmp_path):
 _DRIVER = """
 import sys
 from pathlib import Path
-from shallower.runs.local_workers import LocalWorkers
+from shallower.runs.local_workers import LocalWorkers, Seat
 from shallower.runs.units import Ledger, drive
 from tests.runs.counting import job_of
 if __name__ == "__main__":
-    engine = LocalWorkers(job_of(Path(sys.argv[1]), seconds=600), 2)
+    engine = LocalWorkers(job_of(Path(sys.argv[1]), seconds=600), [Seat(1)] * 2)
     drive(engine, Ledger(["0", "1"]), lambda *_: None, ready=lambda *_: None)
 """
 
 
 def test_workers_end_with_the_one_that_drives(tmp_path):
     (tmp_path / "driver.py").write_text(_DRIVER)
-    driver = subprocess.Popen([sys.executable, tmp_path / "driver.py", tmp_path])
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    driver = subprocess.Popen(
+        [sys.executable, tmp_path / "driver.py", tmp_path], env={**os.environ, "PYTHONPATH": paths}
+    )
     found = []
     while len(found) < 2:
+        assert driver.poll() is None
         time.sleep(0.1)
         found = done_in(tmp_path) if (tmp_path / "done").exists() else []
     driver.kill()

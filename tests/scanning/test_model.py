@@ -145,10 +145,11 @@ def test_a_scan_that_is_done_counts_its_rejections_once(llama, words, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")
-def test_a_finished_scan_as_checkpoint_counts_its_rejections_once(llama, words, tmp_path):
+def test_a_checkpoint_of_all_texts_counts_its_rejections_once(llama, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     texts = [*TEXTS, "", "w1"]
-    done = sh.scan(llama, words, texts)
-    done.save(tmp_path / "done")
+    done = sh.scan(llama, words, texts, checkpoint=tmp_path / "done")
+    assert sh.Scan.load(tmp_path / "done").num_samples == 24
     again = sh.scan(llama, words, texts, checkpoint=tmp_path / "done")
     assert (again.num_samples, again.num_rejected) == (24, 1)
     assert again.rejections == done.rejections
