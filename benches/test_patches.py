@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
     """A tiny model that has learned, its texts, and a patched cut of it."""
     place, words = tmp_path_factory.mktemp("miniature"), word_tokenizer()
     model = learned_llama(words, num_layers=8)
+    model.config.max_position_embeddings = patches.LENGTH  # the windows' length; rotary positions
     model.save_pretrained(place / "model")
     words.save_pretrained(place / "model")
     write_jsonl(place / "fit.jsonl", sentences(400, seed=1))
