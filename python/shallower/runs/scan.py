@@ -121,25 +121,25 @@ class ScanJob:
         """Find out what the scan is of before it begins: files may change meanwhile."""
         self.content, self._inputs  # noqa: B018 - both are kept
 
-    def describe(self) -> dict[str, Any]:
-        """Describe what would be done, by the config of the model alone.
+    def describe(self, memory: MemoryPlan | None = None) -> dict[str, Any]:
+        """Describe what would be done, by the config of the model and ``memory``, if it is planned.
 
         ModelError: the config does not say how many layers the model has.
         """
         from .forecast import memory_facts
         from .speed import told
 
-        num_layers, memory = self.source.count_layers(), self.memory(self.source)
+        num_layers, plan = self.source.count_layers(), memory or self.memory(self.source)
         described = {
             "scan": str(self.source),
             "dtype": self.source.resolved().dtype,
             "texts": place_of_texts(self.texts) or "given",
             "positions": str(self.positions),
             **({"experts": self.experts} if self.experts else {}),
-            **memory_facts(self.source, memory),
+            **memory_facts(self.source, plan),
         }
         if self.device_memory is None:  # else it is of a card that is not here
-            described["time"] = told(lambda: self._time(memory.micro_batch))
+            described["time"] = told(lambda: self._time(plan.micro_batch))
         if self.until is not None:
             described["until"] = str(self.until.of(num_layers))
         if self.source.device_map == STREAM:

@@ -11,6 +11,7 @@ from ..scanning.scan import Scan
 from ..scanning.shards import ScannedShard, Shards, gather
 from ..storage import claimed, write_file
 from ..texts.sources import Texts
+from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.shard import Shard
 from ..values.tokens import Tokens
@@ -49,9 +50,9 @@ class ShardJob(ScanJob):
         """The file of the shard."""
         return self.out / self.shard.file
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, memory: MemoryPlan | None = None) -> dict[str, Any]:
         """Describe what would be done, as :meth:`ScanJob.describe`."""
-        return {"shard": str(self.shard), **super().describe()}
+        return {"shard": str(self.shard), **super().describe(memory)}
 
     def _look_up(self) -> Known | None:
         """When the shard was scanned, if that very shard is there."""
@@ -108,11 +109,11 @@ class SharedScanJob(ScanJob):
         described_texts(self.texts)
         super().__post_init__()
 
-    def describe(self) -> dict[str, Any]:
-        """Describe what would be done, as :meth:`ScanJob.describe`."""
-        plan = self.memory(self.source, processes=2)
+    def describe(self, memory: MemoryPlan | None = None) -> dict[str, Any]:
+        """Describe what would be done, as :meth:`ScanJob.describe`, and what each worker gets."""
+        plan = memory or self.memory(self.source, processes=2)
         shared = described_workers(self.source, self.workers, on=self.on, plan=plan)
-        return {**super().describe(), **shared}
+        return {**super().describe(plan), **shared}
 
     def run_shared(self) -> tuple[Scan, list[Path]]:
         """Let workers scan, each with a model of its own, and put their shards together.
