@@ -310,6 +310,19 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(tmp_path, monkeypatch
     assert os.environ["RAY_ADDRESS"] == address
 
 
+def test_a_cluster_that_does_not_start_in_time_is_no_traceback(tmp_path, monkeypatch):
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in ray_workers.OWN_CLUSTER.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ProcessesError, match="no Ray cluster here: The current node timed out"):
+        RayWorkers(job_of(tmp_path), None, memory=small).__enter__()
+
+
 @pytest.mark.parametrize(
     ("given", "mode"), [({}, "token"), ({"RAY_AUTH_MODE": "disabled"}, "disabled")]
 )

@@ -225,7 +225,7 @@ def _join() -> None:
         ray.init(
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **more
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises no narrower one where a node does not start in time
         where = f"at RAY_ADDRESS={address}" if address else "here"
         raise ProcessesError(f"no Ray cluster {where}: {why(error)}", see="cluster") from error
 
