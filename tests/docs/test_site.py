@@ -49,7 +49,8 @@ def test_pages_are_staged_with_what_they_link_to(tmp_path):
         root,
         {
             "README.md": "# One\n\n## Install\n\n    it\n\n[m](docs/maths.md)\n\n## Use\n",
-            "docs/index.md": f"Home\n\n{site.INSTALL}\n\n## More\n",
+            "docs/index.md": "[how](../README.md#install)",
+            "docs/install.md": f"# Install\n\n{site.INSTALL}\n\nMore.\n",
             "CHANGELOG.md": "[maths](docs/maths.md#x)",
             "docs/maths.md": "[a [b]](#x) [home](../README.md) [folder](../benches/record/)",
             "docs/how-to/one.md": "![a](../../benches/record/a.svg) [web](https://a.org) "
@@ -62,12 +63,12 @@ def test_pages_are_staged_with_what_they_link_to(tmp_path):
     site.stage(root, pages)
     staged = {str(file.relative_to(pages)) for file in pages.rglob("*") if file.is_file()}
     assert staged == {
-        "CHANGELOG.md", "index.md", "maths.md", "how-to/one.md", "benches/README.md",
+        "CHANGELOG.md", "index.md", "install.md", "maths.md", "how-to/one.md", "benches/README.md",
         "benches/record/a.svg",
     }  # fmt: skip
     assert (pages / "CHANGELOG.md").read_text() == "[maths](maths.md#x)"
-    installing = "## Install\n\n    it\n\n[m](maths.md)"
-    assert (pages / "index.md").read_text() == f"Home\n\n{installing}\n\n## More\n"
+    assert (pages / "index.md").read_text() == "[how](install.md)"
+    assert (pages / "install.md").read_text() == "# Install\n\n    it\n\n[m](maths.md)\n\nMore.\n"
     assert (pages / "maths.md").read_text() == "[a [b]](#x) [home](index.md) folder"
     assert (pages / "how-to/one.md").read_text() == (
         "![a](../benches/record/a.svg) [web](https://a.org) [b](../benches/README.md) [c](two.md)"
