@@ -1,5 +1,8 @@
 """The site: built without a warning, whole, without a dead link or a page that none leads to."""
 
+import html
+import re
+
 import pytest
 
 from tests import site
@@ -27,6 +30,26 @@ def test_every_page_of_the_documentation_is_in_the_site_and_its_navigation(built
     home = site.Page((site.SITE / "index.html").read_text(encoding="utf-8"))
     links = {link.removeprefix("./") for link in home.links}
     assert {str(page.with_suffix(".html")) for page in pages} - links == set()
+
+
+def test_how_to_pages_are_in_groups_that_are_seen_at_once():
+    nav = re.search(r"^  - How-to:\n((?: {6,}.*\n)+)", (ROOT / "mkdocs.yml").read_text(), re.M)[1]
+    groups = re.split(r"^      - .*:\n", nav, flags=re.M)
+    assert groups[0] == ""
+    sizes = [group.count(".md") for group in groups[1:]]
+    assert sum(sizes) == len(list((ROOT / "docs" / "how-to").glob("*.md")))
+    assert max(sizes) <= 7
+
+
+def test_the_site_installs_in_the_words_of_the_readme(built):
+    page = (site.SITE / "install.html").read_text(encoding="utf-8")
+    assert "pip install" in site.installing()
+    assert all(
+        html.escape(line.strip(), quote=False) in page
+        for line in site.installing().splitlines()
+        if line.startswith("    pip")
+    )
+    assert "pip install" not in (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
 
 
 def test_every_command_has_its_help_in_the_site(built):
