@@ -39,7 +39,7 @@ which it takes a step, about."""
 
 
 def layers_run(
-    plan: Plan, fitted: float, held_out: float, descended: float, stepped: float
+    plan: Plan, *, fitted: float, held_out: float, descended: float, stepped: float
 ) -> float:
     """Count the layers that a patch runs, about, times what texts are counted in, as batches.
 
@@ -127,7 +127,11 @@ class Solver:
         steps, taken = draw_steps(self.fitted.batches), num_steps(self.fitted.batches)
         counts = [len(batches) for batches in self._batches]
         total = layers_run(
-            self.plan, *counts, len(self._descended), taken * sum(map(len, steps)) / len(steps)
+            self.plan,
+            fitted=counts[0],
+            held_out=counts[1],
+            descended=len(self._descended),
+            stepped=taken * sum(map(len, steps)) / len(steps),
         )
         with track("patch, layers run", round(total), progress), part(total) as self._bar:
             self._advance_whole(0, first)

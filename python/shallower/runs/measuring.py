@@ -220,10 +220,15 @@ class Measuring:
         if state == "quick":
             return n * min(PATCH_TEXTS, len(self.split.fit))
         begin, most = max(1, (len(self.decoder) - n) // 2), self._study.settings.patch_tokens
-        texts = [min(share * fit, most / self._text_tokens) for share in (7 / 8, 1 / 8)]
-        steps = most_steps(texts[0] * self._text_tokens)
-        stepped = steps * min(texts[0], STEP_TOKENS / self._text_tokens)
-        patched = patch_layers(self.plan(range(begin, begin + n)), *texts, texts[0], stepped)
+        fitted, held_out = (min(share * fit, most / self._text_tokens) for share in (7 / 8, 1 / 8))
+        steps = most_steps(fitted * self._text_tokens)
+        patched = patch_layers(
+            self.plan(range(begin, begin + n)),
+            fitted=fitted,
+            held_out=held_out,
+            descended=fitted,
+            stepped=steps * min(fitted, STEP_TOKENS / self._text_tokens),
+        )
         if state == "patched" or self._recipe is None:
             return patched
         trained = self._recipe.steps * GLOBAL_BATCH
