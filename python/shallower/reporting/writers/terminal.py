@@ -172,7 +172,7 @@ def _drawn(table: Table, places: list[int], bare: set[int], is_airy: bool) -> "r
         collapse_padding=True,
         show_header=any(table.head),
     )
-    columns = []
+    columns: list[list[str]] = []
     for place in places:
         cells = [row[place] for row in table.rows]
         is_number = bool(cells) and all(isinstance(cell, Number) for cell in cells)
