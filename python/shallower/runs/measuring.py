@@ -41,7 +41,7 @@ from ..values.hashing import hash_of
 from ..values.layers import ranges
 from ..values.loss import Loss
 from ..values.plan import Plan
-from ..values.recipe import GLOBAL_BATCH, Recipe
+from ..values.recipe import GLOBAL_BATCH, STEPS, Recipe
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
 from ..values.speech import WAYS, Speech
@@ -231,7 +231,7 @@ class Measuring:
         )
         if state == "patched" or self._recipe is None:
             return patched
-        trained = self._recipe.steps * GLOBAL_BATCH
+        trained = (self._recipe.steps or STEPS) * GLOBAL_BATCH
         return patched + STEPPING * (len(self.decoder) - n) * trained
 
     @cached_property
