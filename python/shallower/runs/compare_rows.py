@@ -273,7 +273,9 @@ class _Choosing:
         whole = measuring.scores((), "cut")
         for choice in choices:
             dropped = choice.plan.dropped
-            with part(self._reported(choice.n), f"{choice.criterion.name}, n = {choice.n}"):
+            with part(
+                self._reported(choice.n), f"losses of {choice.criterion.name}, n = {choice.n}"
+            ):
                 judged, losses, patched, unpatched = self._scores(dropped)
                 speech = self._speech(dropped)
             difference = losses.minus(whole)
