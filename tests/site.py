@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 PAGES, SITE = ROOT / "target" / "pages", ROOT / "target" / "site"
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 INSTALL = "<!-- Install, of README.md -->"
-"""Where the home page of the site says how the package is installed."""
+"""Where the site says how the package is installed, in README's words."""
 PAPERS = ("CHANGELOG.md", "CONTRIBUTING.md", "ARCHITECTURE.md")
 """Pages of the site that stand where people look for them in a repository."""
 
@@ -45,17 +45,17 @@ def stage(root=ROOT, pages=PAGES):
             text = (root / path).read_text(encoding="utf-8")
             text = _relinked(text, path, root, waiting)
             if INSTALL in text:
-                told = _relinked(installing(root), "README.md", root, waiting)
-                text = text.replace(INSTALL, told)
+                section = _relinked(installing(root), "README.md", root, waiting)
+                text = text.replace(INSTALL, section)
             to.write_text(text, encoding="utf-8")
         else:
             shutil.copyfile(root / path, to)
 
 
 def installing(root=ROOT):
-    """The section of README that says how the package is installed: no other page does."""
+    """What README says of how the package is installed: no other page does."""
     text = (root / "README.md").read_text(encoding="utf-8")
-    return re.search(r"^## Install\n.*?(?=\n+## )", text, re.M | re.S)[0]
+    return re.search(r"^## Install\n+(.*?)(?=\n+## )", text, re.M | re.S)[1]
 
 
 def _relinked(text, path, root, waiting):
@@ -71,7 +71,10 @@ def _relinked(text, path, root, waiting):
             return words
         if (root / at).is_file():
             waiting.append(at)
-        to = posixpath.relpath(place(at), posixpath.dirname(place(path)) or ".")
+        stands = place(at)
+        if (at, anchor) == ("README.md", "install"):
+            stands, anchor = "install.md", ""
+        to = posixpath.relpath(stands, posixpath.dirname(place(path)) or ".")
         return f"[{words}]({to}{anchor and '#' + anchor})"
 
     return LINK.sub(relink, text)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from shallower import progress
-from shallower.progress import hushed, track
+from shallower.progress import hushed, part, track
 from tests.terminals import terminal_of
 
 
@@ -164,6 +164,58 @@ def test_work_within_other_work_is_told_in_its_lines(capfd, clock):
     ]
 
 
+def test_work_within_a_part_moves_the_one_bar_of_the_stage(capfd, clock):
+    """Each part counts what it was said to, whatever the units of the work within it."""
+    with track("stage", 100):
+        for name, steps in (("texts", 3), ("tokens", 4000)):
+            with part(50, name), track(f"{name} of it", steps) as within:
+                clock[0] += 20
+                within(steps / 2, "half")
+                clock[0] += 10
+                progress._LOG.tick()
+                within(steps / 2)
+    assert capfd.readouterr().err.splitlines() == [
+        "stage 0/100",
+        "stage 25/100, 0:00:30, texts of it, half",
+        "stage 75/100, 0:01:00, eta 0:00:20, tokens of it, half",
+        "stage done, 0:01:00",
+    ]
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda: None,
+        lambda: part(20).__enter__()(30),
+        lambda: track("of no total").__enter__()(30),
+        lambda: track("of less", 10).__enter__()(30),
+    ],
+    ids=["nothing", "part", "no-total", "more"],
+)
+def test_a_part_takes_its_steps_and_no_more(monkeypatch, within):
+    moved = []
+    monkeypatch.setattr(progress._Lines, "__call__", lambda _, steps, *__: moved.append(steps))
+    with track("stage", 100):
+        with part(20):
+            within()
+        assert sum(moved) == pytest.approx(20)
+        with pytest.raises(KeyError), part(30):
+            raise KeyError
+    assert sum(moved) == pytest.approx(50)
+    assert min(moved) >= 0
+
+
+def test_a_part_of_no_work_or_of_silent_work_moves_nothing(capfd):
+    with part(3) as advance, track("alone", 2) as within:
+        advance(1)
+        within(2)
+    with track("outside", 5), track("silent", 3, show=False), part(3), track("unseen", 2) as within:
+        within(2)
+    said = capfd.readouterr().err
+    assert "alone 0/2" in said
+    assert "unseen" not in said
+
+
 def test_the_end_of_long_work_within_other_work_is_told(capfd, clock):
     with track("outside"):
         with track("short", 3):
@@ -183,7 +235,7 @@ def test_a_log_is_told_of_while_nothing_is_called(capfd, monkeypatch):
     with track("saving"):
         watching = progress._LOG._ended
         said = ""
-        while "saving 0/?, " not in said:
+        while "saving, " not in said:
             threading.Event().wait(0.05)
             said += capfd.readouterr().err
     assert watching.is_set()
@@ -255,6 +307,14 @@ def test_a_pipe_shows_the_bar_when_told_so_and_leaves_standard_output_alone(capf
     assert out == ""
     assert "measuring" in err
     assert "3/4" in err
+
+
+def test_work_of_an_unknown_number_of_steps_shows_its_time_alone(terminal):
+    with terminal.watched(), track("load the model"):
+        pass
+    assert "/?" not in terminal.shown
+    assert "eta" not in terminal.shown
+    assert progress.row(39, "load", "", elapsed="0:00:03", eta="-:--:--") == "load 0:00:03"
 
 
 def test_an_unknown_total_is_shown_as_such(capfd):

@@ -4,6 +4,7 @@ Other packages' bars and notes are kept off it.
 """
 
 import logging
+import math
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from threading import Event, Lock, RLock, Thread
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,10 +31,13 @@ BytesProgress = Callable[[int, int], object]
 """Receives the bytes written so far and those in all; what it raises stops the copy."""
 
 
+Moved = TypeVar("Moved", bound="Advance | None")
+
+
 class Advance(Protocol):
     """A function that advances a bar."""
 
-    def __call__(self, steps: int, note: str = "", /) -> None:
+    def __call__(self, steps: float, note: str = "", /) -> None:
         """Advance by so many steps; ``note`` is shown beside the bar until the next one."""
 
 
@@ -49,25 +53,64 @@ def track(
         show: True for a bar anywhere, False for silence. By default a bar if standard error is a
             terminal that can redraw one, and else lines: as the work begins, at least twice a
             minute, also while no step ends, and as it ends. Work within other work is told in the
-            lines of that.
+            lines of that. Work within a :func:`part` of other work has no bar: it moves that one.
 
     Yields:
         A function that advances by so many steps.
     """
+    around = _AROUND.get()
     if show is False:
-        yield _Silence()
+        with _moving(_Silence()) as silence:
+            yield silence
+        return
+    if isinstance(around, _Part):
+        with _moving(_Within(around, description, total)) as within:
+            yield within
         return
     if show is None and not _can_redraw():
-        with _LOG.told(_Lines(description, total)) as lines:
+        with _LOG.told(_Lines(description, total)) as lines, _moving(lines):
             yield lines
         return
     from rich.console import Console
 
     with _bars(Console(stderr=True)) as bars:
         bar = _Bar(bars, bars.add_task(description, total=total, note=""))
-        yield bar
+        with _moving(bar):
+            yield bar
         if len(bars.tasks) > 1:  # it was a part of other work, whose bar goes on
             bars.remove_task(bar.task)
+
+
+@contextmanager
+def part(most: float, note: str = "") -> Iterator[Advance]:
+    """Advance the work around the body by ``most`` of its steps, whatever the body takes.
+
+    They are those that the yielded function receives, or the share that is done of the first work
+    within the body whose total is known; the rest follows at the end. So work in several parts has
+    one bar and one total. Without work around it, nothing is advanced.
+    """
+    around = _AROUND.get()
+    this: Advance = _Silence() if around is None else _Part(around, most)
+    this(0, note)
+    try:
+        with _moving(this if around is not None else None):
+            yield this
+    finally:
+        this(most)
+
+
+@contextmanager
+def _moving(work: Moved) -> Iterator[Moved]:
+    """Let parts in the body move this work."""
+    before = _AROUND.set(work)
+    try:
+        yield work
+    finally:
+        _AROUND.reset(before)
+
+
+_AROUND: ContextVar["Advance | None"] = ContextVar("_AROUND", default=None)
+"""What the next part would advance: the innermost work, or a part of it."""
 
 
 _BARS: ContextVar["Progress | None"] = ContextVar("_BARS", default=None)
@@ -100,12 +143,11 @@ def _bars(console: "Console") -> Iterator["Progress"]:
 
         def render(self, task: Task) -> Text:
             left = task.time_remaining
-            count = f"{int(task.completed)}/{'?' if task.total is None else int(task.total)}"
             return Text(
                 row(
                     console.width - 1,
                     task.description,
-                    count,
+                    _count(task.completed, task.total),
                     elapsed=_clock(task.elapsed or 0),
                     eta="-:--:--" if left is None else _clock(left),
                     note=task.fields["note"],
@@ -130,21 +172,32 @@ def _bars(console: "Console") -> Iterator["Progress"]:
 def row(
     width: int, name: str, count: str, *, elapsed: str, eta: str, note: str = "", share: float = 0
 ) -> str:
-    """Write a bar in a row of a terminal: count and ETA always, all else as there is room."""
+    """Write a bar in a row of a terminal: count and ETA always, all else as there is room.
+
+    Without a count there is no ETA either, but the time that has passed.
+    """
     end = f"{count} {elapsed} eta {eta}" if width >= _WIDE else f"{count} eta {eta}"
+    end = end if count else elapsed
     name = shortened(name, max(10, width - len(end) - 1))
     left = width - len(name) - len(end) - 2
     if note and left > _WORD:
         note = shortened(note, left - 1)
         end, left = f"{end} {note}", left - len(note) - 1
     bar = min(left - 1, _LONGEST_BAR)
-    if bar < _WORD:
+    if bar < _WORD or not count:
         return f"{name} {end}"
     return f"{name} {'━' * round(bar * min(share, 1)):<{bar}} {end}"
 
 
 _WIDE, _WORD, _LONGEST_BAR = 60, 8, 40
 """Columns from which on a row has its time; of what is worth its place; of a bar."""
+
+
+def _count(done: float, total: float | None) -> str:
+    """Steps done of all; nothing where no step of an unknown number is done."""
+    if not total and not done:
+        return ""
+    return f"{int(done + 1e-6)}/{int(total) if total else '?'}"  # parts of a step may fall short
 
 
 def shortened(text: str, columns: int) -> str:
@@ -178,7 +231,7 @@ class _Bar:
     def __init__(self, bars: "Progress", task: "TaskID") -> None:
         self._bars, self.task = bars, task
 
-    def __call__(self, steps: int, note: str = "", /) -> None:
+    def __call__(self, steps: float, note: str = "", /) -> None:
         self._bars.advance(self.task, steps)
         if note:
             self._bars.update(self.task, note=note)
@@ -187,8 +240,31 @@ class _Bar:
 class _Silence:
     """No bar."""
 
-    def __call__(self, _steps: int, _note: str = "", /) -> None:
+    def __call__(self, _steps: float, _note: str = "", /) -> None:
         pass
+
+
+class _Part:
+    """A part of other work: so many steps of that, at most."""
+
+    def __init__(self, advance: Advance, most: float) -> None:
+        self._advance, self.left = advance, most
+
+    def __call__(self, steps: float, note: str = "", /) -> None:
+        step = min(steps, self.left)
+        self.left -= step
+        self._advance(step, note)
+
+
+class _Within:
+    """Work within a part of other work, which it advances by the share of it that is done."""
+
+    def __init__(self, around: _Part, name: str, total: float | None) -> None:
+        self._around, self._name, self._each = around, name, around.left / (total or math.inf)
+        around(0, name)
+
+    def __call__(self, steps: float, note: str = "", /) -> None:
+        self._around(self._each * steps, note and f"{self._name}, {note}")
 
 
 def say_goes_on(where: str, show: bool | None = None) -> None:
@@ -205,14 +281,14 @@ class _Lines:
 
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self._total = description, total
-        self._done, self._note = 0, ""
+        self._done, self._note = 0.0, ""
         self.began = time.monotonic()
         # Times with what was done then, of the last minutes; none before the first step, by which
         # a resumed work leaps.
-        self._marks: deque[tuple[float, int]] = deque(maxlen=5)
-        self._first: tuple[float, int] | None = None
+        self._marks: deque[tuple[float, float]] = deque(maxlen=5)
+        self._first: tuple[float, float] | None = None
 
-    def __call__(self, steps: int, note: str = "", /) -> None:
+    def __call__(self, steps: float, note: str = "", /) -> None:
         self._done += steps
         self._note = note or self._note
         if steps and self._first is None:
@@ -229,9 +305,7 @@ class _Lines:
     @property
     def reached(self) -> str:
         """How far it is, without times."""
-        if not self._total and not self._done:
-            return self.description
-        return f"{self.description} {self._done}/{self._total or '?'}"
+        return f"{self.description} {_count(self._done, self._total)}".rstrip()
 
     def parts(self, now: float) -> list[str]:
         """How far it is, how long it took, and how long the rest will take, where that is known."""
@@ -240,8 +314,7 @@ class _Lines:
         eta = [f"eta {_clock(left / speed)}"] if left >= 0 and speed and self._total else []
         if self._marks:
             self._marks.append((now, self._done))
-        reached = f"{self.description} {self._done}/{self._total or '?'}"
-        return [reached, _clock(now - self.began), *eta, self._note]
+        return [self.reached, _clock(now - self.began), *eta, self._note]
 
     def _speed(self, now: float) -> float | None:
         """Steps a second in the last minutes; since the first step, if there were none."""

@@ -30,11 +30,12 @@ def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
         "drop": [sh.Block(1, 2).to_json(), sh.Block(3, 5).to_json()],
     }
     shown = shallower(*command, "--drop", "1,3:5").out.splitlines()
-    assert shown[0].startswith(f"all layers: {whole} nats a token ({whole.normalized:.4f} of ln")
-    assert shown[1].startswith(f"without [1, 2) [3, 5): {cut} nats a token")
+    assert shown[0].startswith(f"all layers: {whole} nats a token, ")
+    assert shown[1].startswith(f"  {whole.normalized:.4f} of ln vocabulary")
+    assert shown[2].startswith(f"without [1, 2) [3, 5): {cut} nats a token")
     assert f"{whole.num_tokens:,} tokens of 8 texts" in shown[0]
-    assert shown[2].startswith(f"difference: {cut.minus(whole)} nats a token, paired by text")
-    assert ("tie" in shown[2]) == cut.minus(whole).tied
+    assert shown[4].startswith(f"difference: {cut.minus(whole)} nats a token, paired by text")
+    assert ("tie" in shown[4]) == cut.minus(whole).tied
     assert tree(folder) == {}
 
 

@@ -1,5 +1,8 @@
 """The site: built without a warning, whole, without a dead link or a page that none leads to."""
 
+import html
+import re
+
 import pytest
 
 from tests import site
@@ -29,6 +32,26 @@ def test_every_page_of_the_documentation_is_in_the_site_and_its_navigation(built
     assert {str(page.with_suffix(".html")) for page in pages} - links == set()
 
 
+def test_how_to_pages_are_in_groups_that_are_seen_at_once():
+    nav = re.search(r"^  - How-to:\n((?: {6,}.*\n)+)", (ROOT / "mkdocs.yml").read_text(), re.M)[1]
+    groups = re.split(r"^      - .*:\n", nav, flags=re.M)
+    assert groups[0] == ""
+    sizes = [group.count(".md") for group in groups[1:]]
+    assert sum(sizes) == len(list((ROOT / "docs" / "how-to").glob("*.md")))
+    assert max(sizes) <= 7
+
+
+def test_the_site_installs_in_the_words_of_the_readme(built):
+    page = (site.SITE / "install.html").read_text(encoding="utf-8")
+    assert "pip install" in site.installing()
+    assert all(
+        html.escape(line.strip(), quote=False) in page
+        for line in site.installing().splitlines()
+        if line.startswith("    pip")
+    )
+    assert "pip install" not in (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+
+
 def test_every_command_has_its_help_in_the_site(built):
     from shallower.cli import COMMANDS
 
@@ -49,7 +72,8 @@ def test_pages_are_staged_with_what_they_link_to(tmp_path):
         root,
         {
             "README.md": "# One\n\n## Install\n\n    it\n\n[m](docs/maths.md)\n\n## Use\n",
-            "docs/index.md": f"Home\n\n{site.INSTALL}\n\n## More\n",
+            "docs/index.md": "[how](../README.md#install)",
+            "docs/install.md": f"# Install\n\n{site.INSTALL}\n\nMore.\n",
             "CHANGELOG.md": "[maths](docs/maths.md#x)",
             "docs/maths.md": "[a [b]](#x) [home](../README.md) [folder](../benches/record/)",
             "docs/how-to/one.md": "![a](../../benches/record/a.svg) [web](https://a.org) "
@@ -62,12 +86,12 @@ def test_pages_are_staged_with_what_they_link_to(tmp_path):
     site.stage(root, pages)
     staged = {str(file.relative_to(pages)) for file in pages.rglob("*") if file.is_file()}
     assert staged == {
-        "CHANGELOG.md", "index.md", "maths.md", "how-to/one.md", "benches/README.md",
+        "CHANGELOG.md", "index.md", "install.md", "maths.md", "how-to/one.md", "benches/README.md",
         "benches/record/a.svg",
     }  # fmt: skip
     assert (pages / "CHANGELOG.md").read_text() == "[maths](maths.md#x)"
-    installing = "## Install\n\n    it\n\n[m](maths.md)"
-    assert (pages / "index.md").read_text() == f"Home\n\n{installing}\n\n## More\n"
+    assert (pages / "index.md").read_text() == "[how](install.md)"
+    assert (pages / "install.md").read_text() == "# Install\n\n    it\n\n[m](maths.md)\n\nMore.\n"
     assert (pages / "maths.md").read_text() == "[a [b]](#x) [home](index.md) folder"
     assert (pages / "how-to/one.md").read_text() == (
         "![a](../benches/record/a.svg) [web](https://a.org) [b](../benches/README.md) [c](two.md)"

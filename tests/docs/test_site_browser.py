@@ -20,6 +20,8 @@ from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 PAGES = ["index", "tutorial", "how-to/run", "reference/scan-and-plan", "gallery", "benchmarks"]
+BROAD = ["install", "tutorial", "gallery", "comparison", "maths", "how-to/eval", "how-to/compare"]
+"""Pages of long commands and of many columns."""
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -74,3 +76,15 @@ def test_a_page_can_be_read_by_everyone(browser, address, name, width, scheme):
     context.close()
     assert said == []
     assert [url for url in asked if not url.startswith((address, "data:"))] == []
+
+
+@pytest.mark.parametrize("name", BROAD)
+def test_code_and_tables_fit(browser, address, name):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)
+    page.goto(f"{address}/{name}.html", wait_until="networkidle")
+    cut_off = """() => [...document.querySelectorAll('.md-typeset__scrollwrap, pre > code')]
+        .filter(one => one.scrollWidth > one.clientWidth + 1)
+        .map(one => one.textContent.trim().slice(0, 60))"""
+    assert page.evaluate(cut_off) == []
+    page.close()

@@ -57,7 +57,7 @@ def test_json_pairs_each_measure():
     assert plain["tasks"][0]["difference"]["mean"] == -0.8
     line, _, lost, table = evaluation_parts(values, {"base": "all layers", "cut": "without [1, 2)"})
     assert line == (
-        "all layers: perplexity 4.482 ± 2.241, 2 windows of 4 tokens, stride 4, without a "
+        "all layers: perplexity 4.482 ± 2.241, 2 windows of 4 tokens, stride 4\n  without a "
         "beginning-of-text token; 6 tokens predicted, 1 left over"
     )
     assert "paired by window; a tie" in lost

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -64,6 +65,19 @@ def parsed(page):
     elements = Elements()
     elements.feed(page)
     return elements
+
+
+def test_a_sample_keeps_its_lines_in_markdown():
+    code = "def f(x):\n    return x"
+    of_code = replace(story().sections[0], samples=(Sample("go on", {"cut": code}),))
+    text = to_markdown(replace(story(), sections=(of_code,)))
+    assert ">     def f(x):\n>         return x\n" in text + "\n"
+
+
+def test_what_was_found_comes_before_settings(told):
+    titles = [section.title for section in told[0].sections]
+    assert titles.index("Settings") == titles.index("Every number, and where it is from") - 1
+    assert titles.index("Settings") > 0
 
 
 def test_hostile_words_make_no_element():

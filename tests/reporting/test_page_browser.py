@@ -70,7 +70,7 @@ def test_a_page_can_be_read(opened, kind, width, scheme):
     page = opened(kind, width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     figures = page.locator(".drawing svg").all()
-    assert len(figures) >= {"run": 6, "comparison": 2, "curve": 4}[kind]
+    assert len(figures) >= {"run": 5, "comparison": 2, "curve": 3}[kind]
     for figure in figures:
         box = figure.bounding_box()
         assert box["width"] > 250
@@ -171,6 +171,47 @@ def test_tables_are_sorted_by_a_click(opened):
     button.click()
     assert table.evaluate(column) == sorted(before, reverse=True)
     assert table.locator("th[aria-sort=descending]").count() == 1
+
+
+def test_bars_of_the_cost_have_one_length_and_say_what_they_show(opened):
+    for width in (390, 1280):
+        page = opened("run", width)
+        tracks = [one.bounding_box() for one in page.locator(".steps .bar").all()]
+        assert len(tracks) == 3
+        assert len({(one["x"], one["width"]) for one in tracks}) == 1
+        assert tracks[0]["width"] > 60
+        assert "extra loss" in page.locator(".unit").inner_text()
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison", "curve"])
+def test_numbers_stand_below_one_another(opened, kind):
+    page = opened(kind)
+    page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
+    aligned = page.evaluate(
+        """() => [...document.querySelectorAll('table')].flatMap(table =>
+            [...table.querySelectorAll('td')]
+                .filter(cell => /^[+−-]?[0-9.]+( |$)/.test(cell.textContent))
+                .flatMap(cell => [cell, table.tHead.rows[0].cells[cell.cellIndex]])
+                .map(cell => getComputedStyle(cell).textAlign))"""
+    )
+    assert len(aligned) > 20
+    assert {*aligned} == {"right"}
+
+
+def test_a_table_that_goes_on_says_so(opened):
+    wide, narrow = opened("run", 1280), opened("run", 390)
+    assert wide.locator(".wider").count() == 0
+    hint = "one => getComputedStyle(one, '::before').content"
+    table = narrow.locator(".scroll", has_text="deepest, patched").first
+    assert "goes on to the right" in table.evaluate(hint)
+    # Where no script runs, the edge behind which it goes on has a shadow.
+    assert "gradient" in table.evaluate("one => getComputedStyle(one).backgroundImage")
+
+
+def test_lines_of_a_sample_keep_their_indentation(opened):
+    page = opened("hostile")
+    said = page.locator(".sample dd").first
+    assert said.evaluate("one => getComputedStyle(one).whiteSpace") == "pre-wrap"
 
 
 def test_hostile_words_do_nothing(opened):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shallower import Block, Plan, RejectedSamplesWarning, analyse_states
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.curve import curve_story
+from shallower.reporting.stories.evaluation import evaluation_parts
 from shallower.reporting.stories.gain import gain_table
 from shallower.reporting.stories.run import sizes_table
 from shallower.reporting.stories.stages import (
@@ -24,7 +25,7 @@ from shallower.reporting.story import Number, Section, Story, Table, text_of
 from shallower.values.counts import with_error
 from shallower.values.layers import ranges
 from tests.reporting.comparisons import comparison
-from tests.reporting.stories import curve, made_run
+from tests.reporting.stories import curve, loss, made_run
 from tests.values.test_gain import gain
 from tests.values.test_verification import GIVEN_UP, LOSER, LOST_EARLY, TIE, WINNER, verified
 
@@ -117,6 +118,31 @@ def test_a_narrow_terminal_shows_layers_and_numbers_whole(printed, tmp_path, nam
     known |= {cell.bare for cell in cells if isinstance(cell, Number)}
     found = re.findall(r"(?<![\[\w.*])[+-]?\d+\.\d+(?![\w)\]])", text)
     assert set(found) <= known
+
+
+@pytest.mark.parametrize("width", [40, 60, 72, 80, 81, 100, 120])
+def test_no_word_of_a_table_is_broken(printed, tmp_path, width):
+    """Criteria and layers take what room there is, and numbers stay whole."""
+    found = made_run(tmp_path).recommended.verified
+    names = [("angular", "taylor_linear"), ("block_influence", "exchange"), ("contiguous",)]
+    cuts = [replace(one, proposed_by=by) for one, by in zip(found.candidates, names, strict=True)]
+    table = candidates_table(replace(found, candidates=tuple(cuts)))
+    text = printed(replace(table, title="", note=""), width=width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    shown = text.replace(",", " ").split()
+    for cut in cuts:
+        assert "proposed by" in text or set(cut.proposed_by) <= {*shown}
+        assert all(part in text for part in str(ranges(cut.plan.dropped)).split(") "))
+    if width >= 80:
+        assert {name for cut in cuts for name in cut.proposed_by} <= {*shown}
+    assert "winner" in shown
+
+
+def test_lines_of_an_evaluation_fit_eighty_columns(printed):
+    sides = {"base": loss(3.4376, 49_152), "cut": loss(3.9563, 49_152)}
+    names = {"base": "SmolLM2-135M-Instruct", "cut": "without [12, 20) [21, 22)"}
+    text = printed(*evaluation_parts({"loss": sides}, names))
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_what_has_no_room_is_named(printed, tmp_path):

@@ -46,7 +46,6 @@ def test_a_run_gets_a_page_markdown_json_and_figures(made):
     }  # fmt: skip
     names = {
         "proposals", "least_distance", "heat_map_rescaled", "heat_map_raw", "loss_over_layers",
-        "loss_over_size",
     }  # fmt: skip
     figures = {path.name for path in (done.out / "figures").iterdir()}
     assert figures == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
@@ -103,7 +102,7 @@ def test_a_curve_is_told_where_it_holds(tmp_path):
     assert any("boolq is at chance already" in warning for warning in story.warnings)
     assert any(warning.startswith("n = 20, deepest, patched: ") for warning in story.warnings)
     names = [drawing.name for drawing in story.drawings]
-    assert names == ["loss_over_layers", "loss_over_size", "loss_over_time", "task_0", "task_1"]
+    assert names == ["loss_over_layers", "loss_over_time", "task_0", "task_1"]
     (again,) = (section for section in story.sections if section.title == "Make it again")
     assert again.commands[0] == "shallower curve X"
     shown = curve().line("similarity", "healed")[2]

@@ -24,7 +24,7 @@ from ..memory.streaming import Streamed
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise, is_streamed
-from ..progress import hushed, track
+from ..progress import Advance, hushed, part, track
 from ..texts.batches import Batch, padded
 from ..texts.prompts import (
     Prompt,
@@ -130,20 +130,21 @@ def write_answers(
     """
     check_speaks(decoder)
     check_prompts(decoder, prompts, num_tokens)
-    ends = ends_of(decoder.model, tokenizer)
+    ends, most = ends_of(decoder.model, tokenizer), len(prompts) * num_tokens
     if is_streamed(decoder):
         answers: list[Answer] = []
         tokens = Tokens(max(map(len, prompts)) + num_tokens, batch_size)
-        with track(description, num_tokens, progress) as advance, evaluating(decoder.model):
+        bar = track(description, most, progress)
+        with bar, part(most) as advance, evaluating(decoder.model):
             passes = _in_passes(decoder, prompts, {*ends}, tokens=tokens, seed=seed)
             for answers in islice(passes, num_tokens):  # noqa: B007 - the last are all
-                advance(1)
+                advance(len(prompts))
         return answers
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     found: dict[int, Answer] = {}
     halving = Halving()
     with (
-        track(description, len(prompts), progress) as advance,
+        track(description, most, progress),
         evaluating(decoder.model),
         _plain_settings(decoder.model),
     ):
@@ -151,11 +152,11 @@ def write_answers(
         size = size if size == 1 or _answers_together(decoder, prompts) else 1
         for start in range(0, len(order), size):
             batch = padded([(index, prompts[index]) for index in order[start : start + size]])
-            for part, answers in halving.run(
-                batch, lambda some: _answered(decoder, some, ends, num_tokens, seed)
-            ):
-                found.update(zip(part.samples.tolist(), answers, strict=True))
-                advance(len(part))
+            with part(len(batch) * num_tokens) as advance:
+                for some, answers in halving.run(
+                    batch, lambda some: _answered(decoder, some, ends, num_tokens, seed, advance)
+                ):
+                    found.update(zip(some.samples.tolist(), answers, strict=True))
     return [found[index] for index in range(len(prompts))]
 
 
@@ -261,15 +262,26 @@ def _generated(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], **options
 
 
 def _answered(
-    decoder: Decoder, batch: Batch, ends: list[int], num_tokens: int, seed: int | None
+    decoder: Decoder,
+    batch: Batch,
+    ends: list[int],
+    num_tokens: int,
+    seed: int | None,
+    advance: Advance,
 ) -> list[Answer]:
-    """Answer the prompts of a batch."""
+    """Answer the prompts of a batch; ``advance`` receives the tokens as they are generated."""
+
+    def count(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        advance(len(scores))
+        return scores
+
     lengths = batch.attention_mask.sum(axis=1)
     prompts = [row[:length] for row, length in zip(batch.input_ids, lengths, strict=True)]
+    processors: list[Any] = [count] if seed is None else [count, _Drawing(prompts, seed)]
     output = _generated(
         decoder,
         prompts,
-        logits_processor=LogitsProcessorList([] if seed is None else [_Drawing(prompts, seed)]),
+        logits_processor=LogitsProcessorList(processors),
         max_new_tokens=num_tokens,
         eos_token_id=ends or None,
     )

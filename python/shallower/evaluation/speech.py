@@ -18,7 +18,7 @@ from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import Head
 from ..models.layerwise import Layerwise, is_streamed
-from ..progress import track
+from ..progress import part, track
 from ..texts.batches import Batch, padded
 from ..texts.prompts import Prompt, given_prompts, prompt_ids
 from ..values.answers import Answer
@@ -31,6 +31,9 @@ from .loss import FORWARD, LOGITS_PER_CHUNK, predicting_tokens, summed_losses
 
 SPEECH_TOKENS = 64
 """Tokens of an answer at most, by default."""
+
+READING = 4
+"""Tokens that a model reads as fast as it generates one, about."""
 
 Words = Mapping[str, Sequence[Answer]]
 """By way, the answers to all prompts, in their order."""
@@ -126,22 +129,33 @@ class Speaking:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise TextsError(f"{name} must be an integer of at least {least}, got {value!r}")
 
-    def words(
-        self, decoder: Decoder, name: str, write: Callable[..., list[Answer]] = write_answers
-    ) -> Words:
-        """Let a model speak in each of the ways; ``write`` may look its words up."""
+    @property
+    def most_tokens(self) -> int:
+        """The tokens that a model generates at most."""
+        return len(WAYS) * len(self.prompts) * self.num_tokens
+
+    @property
+    def tokens_read(self) -> int:
+        """How many of them take as long as all take to be read, about."""
+        return self.most_tokens // READING
+
+    def words(self, decoder: Decoder, write: Callable[..., list[Answer]] = write_answers) -> Words:
+        """Let a model speak in each of the ways; ``write`` may look its words up.
+
+        The bar around it advances by ``most_tokens``.
+        """
         found = {}
         for way, seed in zip(WAYS, (None, self.seed), strict=True):
-            found[way] = write(
-                decoder,
-                self.tokenizer,
-                self.prompts,
-                num_tokens=self.num_tokens,
-                seed=seed,
-                batch_size=self.batch_size,
-                progress=self.progress,
-                description=f"{name}, {way} words",
-            )
+            with part(self.most_tokens / len(WAYS)):
+                found[way] = write(
+                    decoder,
+                    self.tokenizer,
+                    self.prompts,
+                    num_tokens=self.num_tokens,
+                    seed=seed,
+                    batch_size=self.batch_size,
+                    description=f"{way} words",
+                )
         return found
 
     def batches(self, decoder: Decoder, words: Words) -> list["_Spans"]:
@@ -232,17 +246,19 @@ class Reference:
         write: Callable[..., list[Answer]] = write_answers,
     ) -> "Reference":
         """Let the whole model speak, and run it on its words; ``write`` may look them up."""
-        words = speaking.words(decoder, "whole model", write)
         head, parts = Head.of(decoder), []
-        with evaluating(decoder.model):
-            for part, states in _run(
-                speaking.batches(decoder, words),
-                lambda one: one.states(head).cpu(),
-                ("whole model on its words", speaking.progress),
-                decoder,
-            ):
-                parts.append(replace(part, kept=states))
-            probe = _probe(head, parts[0])
+        total = speaking.most_tokens + speaking.tokens_read
+        with track("generate, whole model", total, speaking.progress):
+            words = speaking.words(decoder, write)
+            with part(speaking.tokens_read), evaluating(decoder.model):
+                for spans, states in _run(
+                    speaking.batches(decoder, words),
+                    lambda one: one.states(head).cpu(),
+                    ("read them", speaking.progress),
+                    decoder,
+                ):
+                    parts.append(replace(spans, kept=states))
+                probe = _probe(head, parts[0])
         return cls(speaking, words, parts, probe)
 
     @torch.inference_mode()
@@ -254,22 +270,29 @@ class Reference:
         """
         head = Head.of(decoder)
         its_head = None if whole is None else Head.of(whole)
+        is_itself = whole is not None and whole.model is decoder.model
+        speaks, speaking = not (is_itself or is_streamed(decoder)), self.speaking
         found: dict[int, NDArray[np.float64]] = {}
-        with evaluating(decoder.model), evaluating((whole or decoder).model):
-            self._check(head, its_head)
-            for part, rows in _run(
-                self.parts,
-                lambda one: _rows(one, head, its_head or head),
-                (f"{name} on those words", self.speaking.progress),
-                decoder,
+        own = self.words if is_itself else None
+        total = speaking.tokens_read + speaks * speaking.most_tokens
+        does = "generate" if speaks else "read words"
+        with track(f"{does}, {name}", total, speaking.progress):
+            with (
+                part(speaking.tokens_read),
+                evaluating(decoder.model),
+                evaluating((whole or decoder).model),
             ):
-                pieces = np.split(rows, np.cumsum(part.predicting.sum(axis=1))[:-1])
-                found.update(zip(part.batch.samples.tolist(), pieces, strict=True))
-        own: Words | None = None
-        if whole is not None and whole.model is decoder.model:
-            own = self.words
-        elif not is_streamed(decoder):
-            own = self.speaking.words(decoder, name)
+                self._check(head, its_head)
+                for spans, rows in _run(
+                    self.parts,
+                    lambda one: _rows(one, head, its_head or head),
+                    ("read the whole model's words", speaking.progress),
+                    decoder,
+                ):
+                    pieces = np.split(rows, np.cumsum(spans.predicting.sum(axis=1))[:-1])
+                    found.update(zip(spans.batch.samples.tolist(), pieces, strict=True))
+            if speaks:
+                own = speaking.words(decoder)
         return Spoken(self._speech(found, own), own)
 
     def judged(self, spoken: Spoken, decoder: Decoder) -> Speech:
@@ -279,13 +302,13 @@ class Reference:
         head = Head.of(decoder)
         found: dict[int, float] = {}
         with evaluating(decoder.model):
-            for part, sums in _run(
+            for spans, sums in _run(
                 self.speaking.batches(decoder, spoken.own),
                 lambda one: _finite(summed_losses(head, one.batch), head).tolist(),
-                ("whole model judges", self.speaking.progress),
+                ("read by the whole model", self.speaking.progress),
                 decoder,
             ):
-                found.update(zip(part.batch.samples.tolist(), sums, strict=True))
+                found.update(zip(spans.batch.samples.tolist(), sums, strict=True))
         scores = {}
         for place, way in enumerate(WAYS):
             own = spoken.own[way]
@@ -353,9 +376,9 @@ def _run(
     with track(bar[0], sum(len(one.batch) for one in spans), bar[1]) as advance:
         for one in _ready(spans, decoder):
             of_part = one.part
-            for part, done in halving.run(one.batch, lambda some: work(of_part(some))):  # noqa: B023
-                yield of_part(part), done
-                advance(len(part))
+            for some, done in halving.run(one.batch, lambda some: work(of_part(some))):  # noqa: B023
+                yield of_part(some), done
+                advance(len(some))
 
 
 def _ready(spans: Sequence[_Spans], decoder: Decoder) -> Iterator[_Spans]:

@@ -25,7 +25,7 @@ from ..models.dtypes import computing
 from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_digest
 from ..processes import is_main_process
-from ..progress import say_goes_on, track
+from ..progress import part, say_goes_on, track
 from ..storage import check_apart, check_free, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, usable_answers
@@ -362,14 +362,15 @@ class _Healer:
     def _measure_original(self) -> Loss:
         assert self._job.original is not None
         model, tokenizer = self._job.original.load(self._job.recipe.dtype)
-        return self._loss(Decoder.of(model), tokenizer, "loss, uncut")
+        with part(0):  # of a stage around it, which the training moves
+            return self._loss(Decoder.of(model), tokenizer, "loss, uncut")
 
     def _measure_unpatched(self) -> Loss:
         job = self._job
         assert job.original is not None
         model, tokenizer = job.original.load(job.recipe.dtype)
         decoder = Decoder.of(model)
-        with without_layers(model, job.plan), computing(job.recipe, decoder.device):
+        with without_layers(model, job.plan), computing(job.recipe, decoder.device), part(0):
             return self._loss(decoder, tokenizer, "loss, unpatched")
 
     def _loss(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, description: str) -> Loss:

@@ -1,7 +1,7 @@
 """Costs and choices by a criterion, found once and kept in the store of results."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..values.plan import Plan
 from ..values.positions import Positions
 from ..values.schema import read
 from .criteria import is_built_in
-from .criterion import Criterion
+from .criterion import Criterion, has_costs
 from .subject import Subject
 from .trials import ResultStore
 
@@ -45,6 +45,26 @@ def _measured(subject: Subject) -> Iterator[Work]:
     with subject.trials.counted() as count:
         yield work
     work.layer_forwards, work.seconds = count.layer_forwards, clock() - started
+
+
+def own_layers(criterion: Criterion, subject: Subject) -> int:
+    """Bound the layers that a criterion runs for all sizes together, times texts."""
+    passes = 0
+    with suppress(Exception):  # of a criterion from outside, which says why in its turn
+        passes = int(criterion.layer_forwards(subject))
+    return passes + _judged(criterion, subject, 1) * has_costs(criterion)
+
+
+def searched_layers(criterion: Criterion, subject: Subject, n: int) -> int:
+    """Bound those that a search runs for one size."""
+    return 0 if has_costs(criterion) else _judged(criterion, subject, n)
+
+
+def _judged(criterion: Criterion, subject: Subject, n: int) -> int:
+    judge = subject.trials.judge
+    looks = [len(items) for items in judge.items]
+    items = criterion.trial_forwards(subject.num_layers, looks, n).layers
+    return round(items * judge.texts_of_item)
 
 
 def stored_costs(

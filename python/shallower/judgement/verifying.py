@@ -14,7 +14,7 @@ from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
-from ..progress import track
+from ..progress import part, track
 from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits, TokenisedSplits
 from ..values.layers import blocks_of, check_size, layer_count, ranges
@@ -89,6 +89,20 @@ class Verifier:
     def trials(self) -> Trials:
         """Cuts judged as they are, on the selection texts."""
         return self.subject.trials
+
+    def layers_run(self, n: int) -> int:
+        """Bound the layers, times texts, that a verification of ``n`` layers runs."""
+        bound = verifying_forwards(
+            self.num_layers,
+            n,
+            [len(items) for items in self.trials.judge.items],
+            top=self.top,
+            proposing=proposing_layers(self.subject),
+            patch_texts=self.patched.num_texts,
+            texts_of_item=self.trials.judge.texts_of_item,
+            after=self.after,
+        )
+        return round(bound.layers)
 
     def scores(self, dropped: Iterable[int], *, after: str) -> Scores:
         """Judge a cut on all selection items, as it is cut (``none``) or patched (``patch``).
@@ -248,19 +262,9 @@ class _Verification:
 
         A ModelError says that no proposal can be judged; a PatchError, that none can be patched.
         """
-        bound = verifying_forwards(
-            self.subject.num_layers,
-            self.n,
-            [len(items) for items in self.trials.judge.items],
-            top=self.top,
-            proposing=proposing_layers(self.subject),
-            patch_texts=self.patched.num_texts,
-            texts_of_item=self.trials.judge.texts_of_item,
-            after=self.after,
-        )
-        most = round(bound.layers)
+        most = self.verifier.layers_run(self.n)
         bar = track(f"verify n = {self.n}, layers run", most, self.verifier.progress)
-        with bar as self._bar:
+        with bar, part(most) as self._bar:
             self._advance("criteria")
             self._propose()
             self._advance("proposals")
@@ -269,9 +273,7 @@ class _Verification:
                 self._advance("their neighbours")
                 field = self._searched(field)
             self._advance("the last race")
-            found = self._result(self._raced(field))
-            self._bar(most - self._shown)  # it takes what it needs, and mostly less
-        return found
+            return self._result(self._raced(field))
 
     def _advance(self, note: str = "") -> None:
         """Bring the bar to the layers that were run."""

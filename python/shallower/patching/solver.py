@@ -13,7 +13,7 @@ from ..evaluation.loss import predicting_tokens, summed_losses
 from ..models.layerwise import Layerwise
 from ..models.offload import is_on_disk, resident
 from ..models.residual_writers import Writer, find_writers
-from ..progress import Advance, say_goes_on, track
+from ..progress import Advance, part, say_goes_on, track
 from ..storage import free_bytes
 from ..texts.batches import Batch
 from ..values.layers import layer_count
@@ -32,6 +32,31 @@ FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
 ATTENTION_STEP = 0.5
 """The part of its share of a jump that the attention is given; the feed-forward, whose inputs
 change with it, is then solved for all that is left."""
+
+SOLVING, STEPPING = 6, 3
+"""Layers that run in the time in which one layer's matrices are solved on the same batches, and in
+which it takes a step, about."""
+
+
+def layers_run(
+    plan: Plan, *, fitted: float, held_out: float, descended: float, stepped: float
+) -> float:
+    """Count the layers that a patch runs, about, times what texts are counted in, as batches.
+
+    ``descended`` are the texts of a pass, ``stepped`` those of all steps.
+    """
+    first, stop, blocks = plan.blocks[0].start - 1, plan.blocks[-1].stop, len(plan.blocks)
+    left = len(plan.survivors) - first
+    between = [one for one in plan.survivors if first <= one < plan.blocks[-1].start - 1]
+    walked = stop + len(between) + SOLVING * blocks
+    judged = plan.num_layers - first + left * (blocks + 3)
+    steps = STEPPING * left * stepped
+    return (
+        walked * (fitted + held_out)
+        + judged * held_out
+        + (plan.num_layers - stop) * descended
+        + steps
+    )
 
 
 class Solver:
@@ -54,6 +79,7 @@ class Solver:
         self._batches = fitted, held_out
         self._kept = checkpoint
         self.survivors = plan.survivors
+        self._bar: Advance
         self.first_weight, self.ridge = FIRST_WEIGHTS[0], FIRST_RIDGE
 
     def __enter__(self) -> "Solver":
@@ -98,31 +124,38 @@ class Solver:
         solved = [layer for layer in self.survivors if first <= layer <= max(after)]
         self._embed()
         fits = []
-        total = first + len(solved) + num_steps(self.fitted.batches)
-        with track("patch", total, progress) as advance:
+        steps, taken = draw_steps(self.fitted.batches), num_steps(self.fitted.batches)
+        counts = [len(batches) for batches in self._batches]
+        total = layers_run(
+            self.plan,
+            fitted=counts[0],
+            held_out=counts[1],
+            descended=len(self._descended),
+            stepped=taken * sum(map(len, steps)) / len(steps),
+        )
+        with track("patch, layers run", round(total), progress), part(total) as self._bar:
             self._advance_whole(0, first)
             self._copy_whole()
             self._keep_start()
-            advance(first)
             original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
             self._checkpoint = PatchCheckpoint(
                 self._kept, self.plan, self._batches, (original, cut)
             )
             self._say_goes_on([layer for layer in solved if layer in after], progress)
             for layer in solved:
-                advance(0, f"layer {layer}")
+                self._bar(0, f"layer {layer}")
                 target = after.get(layer, layer + 1)
                 self._advance_whole(layer, target)
                 if layer in after:
                     module = self.model.modules[layer]
                     known = self._checkpoint.fit(layer, module, self.changes)
-                    fits.append(known or self._fit(layer, target))
+                    with part(SOLVING * sum(counts)):
+                        fits.append(known or self._fit(layer, target))
                     self.first_weight, self.ridge = fits[-1].first_weight, fits[-1].ridge
                 if layer != solved[-1]:
                     self._advance_cut(layer)
-                advance(1)
-            advance(0, "all layers")
-            descent = self._descend(first, stop, fits[-1].nats, advance)
+            self._bar(0, "all layers")
+            descent = self._descend(first, stop, fits[-1].nats)
         num_tokens, num_held_out = (
             sum(int(batch.learned.sum()) for batch in batches) for batches in self._batches
         )
@@ -178,6 +211,7 @@ class Solver:
             for batches, states in moved:
                 for index in range(len(batches)) if indices is None else indices:
                     states[index] = self.model.run(batches[index], states[index], some)
+                    self._bar(len(some))
 
     def _keep_start(self) -> None:
         """Keep the states before the first layer that changes: the descent begins there.
@@ -194,7 +228,7 @@ class Solver:
                 start[index] = states.whole[index]
             self._starts.append(start)
 
-    def _descend(self, first: int, stop: int, nats: float, advance: Advance) -> tuple[float, ...]:
+    def _descend(self, first: int, stop: int, nats: float) -> tuple[float, ...]:
         """Descend the divergence from the whole model, as far as the held-out loss falls.
 
         The whole model's states are before the layer ``stop``, from which on no layer has changed.
@@ -207,7 +241,8 @@ class Solver:
         states = StateSet(self.fitted.batches, self.fitted.whole, fitted)
         layers = [layer for layer in self.survivors if layer >= first]
         descent = Descent(self.model, layers, states=states, changes=self.changes)
-        descent.run(advance, self._checkpoint)
+        each = STEPPING * len(layers) * len(self._descended) / len(draw_steps(self.fitted.batches))
+        descent.run(lambda steps: self._bar(each * steps), self._checkpoint)
         reached = keep_best(descent, lambda: self._loss(first, states=held_out), nats)
         return (reached,) if reached < nats else ()
 
@@ -285,6 +320,7 @@ class Solver:
         moved = [given[index] for index in range(len(batches))]
         for some in self.model.passes(layers):
             moved = [self.model.run(*pair, some) for pair in zip(batches, moved, strict=True)]
+            self._bar(len(some) * len(batches))
         for batch, last in zip(batches, moved, strict=True):
             with self.model.starting_from(last, ()):
                 total += sum(summed_losses(self.model.head, batch).tolist())

@@ -40,12 +40,15 @@ def loss_fact(name: str, loss: Loss, place: str) -> Fact:
 
 
 def loss_words(loss: Loss) -> str:
-    """Say a loss in nats a token, by its vocabulary and in bits a byte, and of what it is."""
+    """Say a loss in nats a token and of what it is; on a second line by its vocabulary and in bits
+    a byte.
+    """
     rejected = f", {counted(loss.num_rejected, 'text')} rejected" if loss.num_rejected else ""
     bits = "" if loss.by_byte is None else f", {loss.by_byte.mean:.4f} bits a byte"
     return (
-        f"{loss} nats a token ({loss.normalized:.4f} of ln vocabulary{bits}), "
-        f"{counted(loss.num_tokens, 'token')} of {counted(loss.num_texts, 'text')}{rejected}"
+        f"{loss} nats a token, {counted(loss.num_tokens, 'token')} of "
+        f"{counted(loss.num_texts, 'text')}\n"
+        f"  {loss.normalized:.4f} of ln vocabulary{bits}{rejected}"
     )
 
 

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError, ModelError, TextsError
-from ..progress import track
+from ..progress import part, track
 from ..texts.prompts import (
     Prompt,
     has_template,
@@ -79,13 +79,16 @@ class KeptAnswers:
             "batch_size": batch_size,
             "ends": ends_of(decoder.model, tokenizer),
         }
-        with track(description, len(prompts), progress) as advance:
+        with track(description, len(prompts) * num_tokens, progress):
             for start in range(0, len(prompts), at_once):
                 some = prompts[start : start + at_once]
                 ids = [one.tolist() for one in some]
                 inputs = {"prompts": hash_of(ids), **settings}
-                known = self.store.get("answers", inputs)
-                if known is None:
+                with part(len(some) * num_tokens):
+                    known = self.store.get("answers", inputs)
+                    if known is not None:
+                        found += _read(known, ids)
+                        continue
                     answers = write_answers(
                         decoder,
                         tokenizer,
@@ -93,14 +96,10 @@ class KeptAnswers:
                         num_tokens=num_tokens,
                         seed=seed,
                         batch_size=batch_size,
-                        progress=progress if in_passes else False,
-                        description=f"{description}, tokens",
+                        description=description,
                     )
-                    self.store.put("answers", inputs, {"answers": [asdict(one) for one in answers]})
-                else:
-                    answers = _read(known, ids)
+                self.store.put("answers", inputs, {"answers": [asdict(one) for one in answers]})
                 found += answers
-                advance(len(some))
         return found
 
 
@@ -223,7 +222,7 @@ class WantedAnswers:
             num_tokens=self.num_tokens,
             seed=self.seed,
             progress=progress,
-            description="answers to train on",
+            description="generate answers to train on",
         )
 
     def _read(self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase") -> list[Answer]:

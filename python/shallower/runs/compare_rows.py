@@ -20,13 +20,19 @@ from ..errors import (
 from ..judgement.criterion import Criterion, has_costs
 from ..judgement.held_out_cuts import TRUTH_ITEMS, judge_inputs
 from ..judgement.judges.judge import Judge
-from ..judgement.stored_costs import Work, stored_choice, stored_costs
+from ..judgement.stored_costs import (
+    Work,
+    own_layers,
+    searched_layers,
+    stored_choice,
+    stored_costs,
+)
 from ..judgement.subject import Subject
 from ..judgement.trials import ResultStore, Trials
 from ..memory.budget import limit
 from ..models.source import ModelSource
 from ..patching.quick import QuickPatch
-from ..progress import Advance, say_goes_on, track
+from ..progress import part, say_goes_on, track
 from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
 from ..values.comparison import ComparedModel, Row
@@ -81,7 +87,7 @@ def compare_on(
         compared = _Choosing(study, measuring, store, criteria, model=str(model), texts=texts)
         compared.say_goes_on()
         bar = track(f"compare on {texts}, layers run", compared.total, study.progress)
-        with bar as compared.advance:
+        with bar, part(compared.total):
             measured += compared.measured(compared.choices())
         several = f" on {texts}" if len(study.splits) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in compared.skipped.items()}
@@ -120,8 +126,7 @@ class MeasuredRow:
 class _Choosing:
     """Criteria on one model and calibration texts of one name.
 
-    ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried;
-    ``advance`` is of a bar of ``total`` layers.
+    ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried.
     """
 
     study: Study[CompareSettings]
@@ -131,7 +136,6 @@ class _Choosing:
     model: str
     texts: str
     skipped: dict[str, str] = field(default_factory=dict)
-    advance: Advance = field(init=False)
 
     def __post_init__(self) -> None:
         study, measuring, settings = self.study, self.measuring, self.study.settings
@@ -171,26 +175,14 @@ class _Choosing:
     def total(self) -> int:
         """All of them."""
         sizes, choosing = self.study.settings.n, self.criteria
-        own = sum(self._own(one) + sum(self._searched(one, n) for n in sizes) for one in choosing)
+        own = sum(
+            own_layers(one, self.subject)
+            + sum(searched_layers(one, self.subject, n) for n in sizes)
+            for one in choosing
+        )
         measured = len(choosing) * sum(map(self._reported, sizes))
+        measured += self.measuring.layers_run(0, "cut")
         return own + measured + self._truth * any(has_costs(one) for one in choosing)
-
-    def _own(self, criterion: Criterion) -> int:
-        """Those of a criterion for all sizes together."""
-        passes = 0
-        with suppress(Exception):  # of a criterion from outside, which says why in its turn
-            passes = int(criterion.layer_forwards(self.subject))
-        return passes + self._judged(criterion, 1) * has_costs(criterion)
-
-    def _searched(self, criterion: Criterion, n: int) -> int:
-        """Those of a search for one size."""
-        return 0 if has_costs(criterion) else self._judged(criterion, n)
-
-    def _judged(self, criterion: Criterion, n: int) -> int:
-        judge = self.subject.trials.judge
-        looks = [len(items) for items in judge.items]
-        items = criterion.trial_forwards(self.subject.num_layers, looks, n).layers
-        return round(items * judge.texts_of_item)
 
     @property
     def _truth(self) -> int:
@@ -204,27 +196,19 @@ class _Choosing:
         return self.measuring.held_out.losses.looks_at(TRUTH_ITEMS)
 
     def _reported(self, n: int) -> int:
-        """Those of the losses of one choice, as it is cut and after a quick patch."""
-        num_layers, items = self.subject.num_layers, self.measuring.judge.num_items
-        return 2 * (num_layers - n) * items + n * self.subject.num_texts
+        """Those of one choice, as it is cut and after a quick patch, and of its speech."""
+        left, items = self.subject.num_layers - n, self.measuring.judge.num_items
+        return self.measuring.layers_run(n, "cut") + left * items + n * self.subject.num_texts
 
     @contextmanager
     def _part(self, note: str, most: int, trials: Trials | None = None) -> Iterator[None]:
         """Advance by so many layers with a part of the work, as those that judge run them."""
-        trials, shown = trials or self.subject.trials, 0
-
-        def report(layers: int) -> None:
-            nonlocal shown
-            shown += (step := min(layers, most - shown))
-            self.advance(step)
-
-        self.advance(0, note)
-        trials.report = report
-        try:
-            yield
-        finally:
-            trials.report = None
-            self.advance(most - shown)  # a search takes what it needs, and mostly less
+        trials = trials or self.subject.trials
+        with part(most, note) as trials.report:
+            try:
+                yield
+            finally:
+                trials.report = None
 
     def choices(self) -> list[_Choice]:
         """Let every criterion choose, for every size; one that cannot is noted in ``skipped``."""
@@ -240,11 +224,12 @@ class _Choosing:
         for criterion in self.criteria:
             tau, own = None, Work()
             name = criterion.name
-            with self._part(name, self._own(criterion)), self._others_go_on(name):
+            with self._part(name, own_layers(criterion, self.subject)), self._others_go_on(name):
                 tau, own = self._measured(criterion)
             for n in self.study.settings.n:
                 name = f"{criterion.name}, n = {n}"
-                with self._part(name, self._searched(criterion, n)), self._others_go_on(name):
+                most = searched_layers(criterion, self.subject, n)
+                with self._part(name, most), self._others_go_on(name):
                     if criterion.name not in self.skipped:
                         choice = self._choice(criterion, n, own)
                         found.append(_Choice(criterion, n, *choice, tau))
@@ -288,9 +273,11 @@ class _Choosing:
         whole = measuring.scores((), "cut")
         for choice in choices:
             dropped = choice.plan.dropped
-            self.advance(0, f"losses of {choice.criterion.name}, n = {choice.n}")
-            judged, losses, patched, unpatched = self._scores(dropped)
-            self.advance(self._reported(choice.n))
+            with part(
+                self._reported(choice.n), f"losses of {choice.criterion.name}, n = {choice.n}"
+            ):
+                judged, losses, patched, unpatched = self._scores(dropped)
+                speech = self._speech(dropped)
             difference = losses.minus(whole)
             after = None if patched is None else patched.minus(whole)
             row = Row(
@@ -320,7 +307,7 @@ class _Choosing:
                 patched_difference=None if after is None else after.mean,
                 patched_difference_stderr=None if after is None else after.stderr,
             )
-            yield MeasuredRow(replace(row, **self._speech(dropped)), judged, patched)
+            yield MeasuredRow(replace(row, **speech), judged, patched)
 
     def _scores(self, dropped: Sequence[int]) -> tuple[Scores, Scores, Scores | None, str | None]:
         """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""

@@ -24,13 +24,13 @@ from ..errors import (
 from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion
 from ..judgement.held_out_cuts import judge_inputs
-from ..judgement.stored_costs import stored_choice, stored_costs
+from ..judgement.stored_costs import own_layers, searched_layers, stored_choice, stored_costs
 from ..judgement.trials import ResultStore
-from ..progress import track
+from ..progress import part, track
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file
-from ..values.curve import SCANNED, STATES, Curve, CurvePoint, State
+from ..values.curve import OWN_STRATEGIES, SCANNED, STATES, Curve, CurvePoint, State
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.hashing import hash_of
 from ..values.identity import title_of
@@ -39,7 +39,7 @@ from ..values.plan import Plan
 from ..values.recipe import Recipe
 from ..values.settings import CurveSettings
 from .gain import GAIN_DEVICE, gain
-from .measuring import Measured, Measuring
+from .measuring import Measurable, Measured, Measuring
 from .study import WHOLE, Part, Study
 from .tasks import StudyTasks
 
@@ -90,13 +90,30 @@ class CurvePoints:
             for n in settings.n
             for name in settings.strategies
         ]
-        with track("curve", len(wanted), self._study.progress) as advance:
+        total = sum(sum(self._layers_run(*one)) for one in wanted)
+        with track("curve, layers run", total, self._study.progress):
             for state, n, strategy in wanted:
-                advance(0, f"{strategy}, n = {n}, {state}")
-                found.append(self._point(strategy, n, state))
+                choosing, measuring = self._layers_run(state, n, strategy)
+                with part(choosing, f"choose {layer_count(n)} by {strategy}"):
+                    self._plan(strategy, n)
+                with part(measuring, f"{strategy}, n = {n}, {state}"):
+                    found.append(self._point(strategy, n, state))
                 self._write(self._joined(found))
-                advance(1)
         return self._joined(found)
+
+    def _layers_run(self, state: State, n: int, strategy: str) -> tuple[int, int]:
+        """The layers, times texts, that choose a cut, unless that is done, and measure it."""
+        measuring = self._measuring.layers_run(n, self._measurable(state))
+        if state != self._settings.states[0]:
+            return 0, measuring
+        if strategy == "recommended":
+            return self._measuring.plans.layers_run(n), measuring
+        if strategy in OWN_STRATEGIES:
+            is_first = strategy in SCANNED and n == self._settings.n[0]
+            return is_first * len(self._decoder) * len(self._measuring.split.fit), measuring
+        subject, criterion = self._measuring.plans.verifier.subject, criteria[strategy]
+        own = own_layers(criterion, subject) if n == self._settings.n[0] else 0
+        return own + searched_layers(criterion, subject, n), measuring
 
     def _judge_together(self) -> None:
         """Judge all cuts at once, which read each layer from disk for all of them."""
@@ -172,8 +189,10 @@ class CurvePoints:
         )
 
     def _measure(self, dropped: tuple[int, ...], state: State) -> Measured:
-        quick = state == "patched" and self._settings.quick_patch
-        return self._measuring.measure(dropped, "quick" if quick else state)
+        return self._measuring.measure(dropped, self._measurable(state))
+
+    def _measurable(self, state: State) -> Measurable:
+        return "quick" if state == "patched" and self._settings.quick_patch else state
 
     def make(self, part: Part[CurveSettings]) -> None:
         """Measure a part of a curve into the store; what cannot be is left out."""

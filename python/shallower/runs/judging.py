@@ -10,6 +10,7 @@ from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge
 from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
+from ..progress import track
 from ..texts.batches import TokenisedText
 from ..texts.prompts import Prompt
 from ..values.answers import Answer
@@ -65,6 +66,7 @@ class Judges:
             prompts = cast(Sequence[Prompt], self._study.items[half])
             speaking = speaking_on(self._study, self._tokenizer, prompts)
             write = KeptAnswers(self._store).write
-            words = speaking.words(self._decoder, "whole model", write)
+            with track("generate, whole model", speaking.most_tokens, self._study.progress):
+                words = speaking.words(self._decoder, write)
             self._said[half] = list(zip(*words.values(), strict=True))
         return self._said[half]

@@ -5,7 +5,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,17 +17,22 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.loss import fitting_tokens
-from ..judgement.held_out_cuts import HeldOutCuts, loss_as_it_is
+from ..evaluation.speech import READING, SPEECH_TOKENS, Spoken
+from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge, judged_batches
 from ..judgement.patched_trials import stays
-from ..judgement.trials import ResultStore, recalled
+from ..judgement.trials import ResultStore, Trials, recalled
+from ..judgement.verifying import PATCH_TEXTS
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
+from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import with_patch
 from ..patching.quick import QuickPatch
-from ..progress import track
+from ..patching.solver import STEPPING
+from ..patching.solver import layers_run as patch_layers
+from ..progress import part, track
 from ..scanning.scan import Scan
 from ..texts.batches import tokenise
 from ..texts.prompts import prompts_fingerprint
@@ -36,10 +41,10 @@ from ..values.hashing import hash_of
 from ..values.layers import ranges
 from ..values.loss import Loss
 from ..values.plan import Plan
-from ..values.recipe import Recipe
+from ..values.recipe import GLOBAL_BATCH, STEPS, Recipe
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
-from ..values.speech import Speech
+from ..values.speech import WAYS, Speech
 from ..values.task_scores import TaskScores
 from .judging import Judges
 from .speaking import StudySpeech
@@ -198,15 +203,61 @@ class Measuring:
         """The quick patch of the verified plans."""
         return FittedPatch(self.plans.verifier.patch, self.plans.fitted)
 
+    def layers_run(self, n: int, state: Measurable) -> int:
+        """Count the layers that a measurement runs, times test texts, about."""
+        left, tasks = len(self.decoder) - n, self._tasks.num_items
+        judged = self._speaks * len(self.decoder) * self._reading
+        spoken = self._speaks * left * (READING + 1) * self._reading
+        return round(
+            self._making(n, state) + left * (self.judge.num_items + tasks) + spoken + judged
+        )
+
+    def _making(self, n: int, state: Measurable) -> float:
+        """The layers that run until a cut is in a state."""
+        fit = sum(len(text.ids) for text in self.split.fit) / self._text_tokens
+        if state == "cut" or not n:
+            return 0.0
+        if state == "quick":
+            return n * min(PATCH_TEXTS, len(self.split.fit))
+        begin, most = max(1, (len(self.decoder) - n) // 2), self._study.settings.patch_tokens
+        fitted, held_out = (min(share * fit, most / self._text_tokens) for share in (7 / 8, 1 / 8))
+        steps = most_steps(fitted * self._text_tokens)
+        patched = patch_layers(
+            self.plan(range(begin, begin + n)),
+            fitted=fitted,
+            held_out=held_out,
+            descended=fitted,
+            stepped=steps * min(fitted, STEP_TOKENS / self._text_tokens),
+        )
+        if state == "patched" or self._recipe is None:
+            return patched
+        trained = (self._recipe.steps or STEPS) * GLOBAL_BATCH
+        return patched + STEPPING * (len(self.decoder) - n) * trained
+
+    @cached_property
+    def _text_tokens(self) -> float:
+        """The tokens of a test text, on average."""
+        return float(self.judge.weights.mean()) + 1
+
+    @property
+    def _reading(self) -> float:
+        """The test texts that take as long as what a model generates takes to be read."""
+        return len(WAYS) * len(self._study.prompts) * SPEECH_TOKENS / self._text_tokens
+
+    def _loss(self, name: str, trials: Trials, dropped: Sequence[int], looks: int | None) -> Scores:
+        """Judge test texts, batch by batch in a bar of their own, or in that of a stage."""
+        trials.judge_together([dropped], looks)
+        left = len(trials.model) - len(dropped)
+        count = sum(map(len, self.judge.batches[:looks]))
+        with part(left * count), track(name, count, self._study.progress) as advance:
+            for look in trials.first(looks):
+                trials.scores(dropped, look + 1)
+                advance(len(self.judge.batches[look]))
+        return trials.scores(dropped, looks)
+
     def whole(self) -> Loss:
         """Measure the loss of the whole model, and show how far that is."""
-        trials = self.held_out.losses
-        with track("loss, whole", self.judge.num_items, self._study.progress) as advance:
-            trials.judge_together([()])
-            for look in trials.first(None):
-                trials.scores((), look + 1)
-                advance(len(self.judge.batches[look]))
-        return self.held_out.loss(trials.scores(()))
+        return self.loss_of_cut(())
 
     def scores(
         self,
@@ -222,9 +273,11 @@ class Measuring:
         ModelError for a loss that is not finite.
         """
         if state == "cut":
-            return self.held_out.losses.scores(dropped, looks)
-        quick, plan = patch or self.patch, self.plan(dropped)
-        found = self.held_out.patched(quick.patch, plan, fitted=quick.fitted, looks=looks)
+            name = f"loss without {ranges(dropped)}" if dropped else "loss, whole"
+            return self._loss(name, self.held_out.losses, dropped, looks)
+        quick, plan, n = patch or self.patch, self.plan(dropped), len(dropped)
+        with part(self._making(n, "quick") + (len(self.decoder) - n) * self.judge.num_items):
+            found = self.held_out.patched(quick.patch, plan, fitted=quick.fitted, looks=looks)
         if isinstance(found, str):
             raise PatchError(found)
         return found
@@ -290,19 +343,31 @@ class Measuring:
             with without_layers(self.model, dropped) if dropped else nullcontext():
                 tasks = self._tasks.scores(self.model, self.tokenizer)
             return Measured(loss, tasks, speech=self.speech_of_cut(dropped))
-        with self._in_state(self.plan(dropped), state) as (model, tokenizer):
+        with ExitStack() as stack:
+            with part(self._making(len(dropped), state)):
+                in_state = self._in_state(self.plan(dropped), state)
+                model, tokenizer = stack.enter_context(in_state)
             found = Measured(self.loss_now(model), self._tasks.scores(model, tokenizer))
-            said = None if self.speech is None else self.speech.hear(model, state)
+            said = None if self.speech is None else self._heard(self.speech, model, state)
         if self.speech is None or said is None:
             return found
-        return replace(found, speech=self.speech.judged(said, self.model))
+        return replace(found, speech=self._judged(self.speech, said))
+
+    def _heard(self, speech: StudySpeech, model: PreTrainedModel, name: str) -> Spoken:
+        with part((READING + 1) * len(Decoder.of(model)) * self._reading):
+            return speech.hear(model, name)
+
+    def _judged(self, speech: StudySpeech, said: Spoken) -> Speech:
+        with part(len(self.decoder) * self._reading):
+            return speech.judged(said, self.model)
 
     @cached_property
     def speech(self) -> StudySpeech | None:
         """How the whole model speaks; None where no speech is measured."""
         if not self._speaks:
             return None
-        return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
+        with part((READING + 2) * len(self.decoder) * self._reading):
+            return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
 
     def speech_of_cut(self, dropped: tuple[int, ...]) -> Speech | None:
         """Measure how a bare cut or the whole model speaks, or recall it; None where no speech is
@@ -324,14 +389,15 @@ class Measuring:
         if not dropped:
             return self.speech.whole
         with without_layers(self.model, dropped):
-            said = self.speech.hear(self.model, f"cut without {ranges(dropped)}")
-        found = self.speech.judged(said, self.model)
+            said = self._heard(self.speech, self.model, f"cut without {ranges(dropped)}")
+        found = self._judged(self.speech, said)
         self._store.put("speech_of_cut", inputs, found.to_record())
         return found
 
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""
-        return loss_as_it_is(Layerwise(model), self.judge, num_rejected=self.num_rejected)
+        trials = Trials(Layerwise(model), self.judge, prepared=True)
+        return self.held_out.loss(self._loss("loss", trials, (), None))
 
     def plan(self, dropped: Sequence[int]) -> Plan:
         """The plan of a cut of this model."""

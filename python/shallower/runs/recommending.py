@@ -18,11 +18,12 @@ from ..judgement.choosing_size import SizeChoice, sizes_beside
 from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
+from ..judgement.verifying import PATCH_TEXTS
 from ..models.layerwise import Layerwise
 from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
-from ..progress import Advance, track
+from ..progress import part, track
 from ..reporting.results import Run, weights_mark
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
@@ -216,15 +217,10 @@ class Recommending:
         plan = verified.plan
         self._study.keep_choice("recommended", choice.n, plan.dropped)
         self._write_plan(plan)
-        with track("measure the cut", 2, self._study.progress) as advance:
-            advance(0, "loss")
-            cut = measuring.loss_of_cut(plan.dropped)
-            advance(1, "loss of the most similar block")
-            block = self._scan.best_block(choice.n)
-            worse = None
-            if set(block.layers) != set(plan.dropped):
-                worse = measuring.loss_of_cut(block.layers).minus(cut)
-            advance(1)
+        cut, worse = measuring.loss_of_cut(plan.dropped), None
+        block = self._scan.best_block(choice.n)
+        if set(block.layers) != set(plan.dropped):
+            worse = measuring.loss_of_cut(block.layers).minus(cut)
         recommended = Recommended(
             verified,
             choice.reason,
@@ -320,46 +316,36 @@ class Recommending:
 
     def _saved(self, results: Run, plan: Plan, done: Patch | None) -> Run | None:
         """Save the model as it is now, and reload it by stock transformers."""
-        with track("measure and save", 4, self._study.progress) as advance:
-            return self._checked(results, plan, done, advance)
-
-    def _checked(
-        self, results: Run, plan: Plan, done: Patch | None, advance: Advance
-    ) -> Run | None:
-        advance(0, "loss")
         if not self._is_wanted():
             return None
         folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
         assert recommended is not None
         if done is None:
             losses, save = (results.whole, recommended.cut), partial(save_cut, plan=plan)
-            advance(1)
         else:
             losses = results.whole, self._measuring.loss_now(self._model)
             save = partial(save_patched, done=done)
             recommended = replace(recommended, patched=losses[1])
             results = replace(results, recommended=recommended)
-            advance(1)
-        advance(1, "save")
-        save(
-            self._model,
-            self._tokenizer,
-            folder,
-            overwrite=True,
-            losses=losses,
-            command=results.command,
-        )
+        with track("save the model", show=self._study.progress):
+            save(
+                self._model,
+                self._tokenizer,
+                folder,
+                overwrite=True,
+                losses=losses,
+                command=results.command,
+            )
         results.save()
-        advance(1, "reload and compare")
         text = max(self._study.split.report, key=len)
         try:
-            difference = verify_checkpoint(
-                self._model, self._tokenizer, folder, layers=None, text=text
-            )
+            with track("reload and compare", show=self._study.progress):
+                difference = verify_checkpoint(
+                    self._model, self._tokenizer, folder, layers=None, text=text
+                )
         except ModelError as error:
             all_else = self._out / RESULTS_FILE
             raise ModelError(f"{error}; all else is in {all_else}") from error
-        advance(1)
         marks = {**results.marks, "checkpoint": weights_mark(folder)}
         return replace(results, difference=difference, marks=marks)
 
@@ -384,17 +370,26 @@ class Recommending:
         n = len(results.recommended.plan.dropped)
         decided = {n, *sizes}
         sizes = decided | set(sizes_beside(n, len(self._decoder)))
-        bar = track("what other sizes cost", len(sizes), self._study.progress)
-        with bar as advance:
+        most = {size: self._layers_run(size, in_passing=size not in decided) for size in sizes}
+        total = sum(most.values())
+        with track("what other sizes cost, layers run", total, self._study.progress):
             for size in sorted(sizes, key=lambda size: (size != n, size)):
-                passing = size not in decided
-                row = self._row(size, results.whole.by_text, in_passing=passing)
+                with part(most[size], f"n = {size}"):
+                    passing = size not in decided
+                    row = self._row(size, results.whole.by_text, in_passing=passing)
                 others = (other for other in results.table if other.n != size)
                 table = sorted([*others, row], key=lambda one: one.n)
                 results = replace(results, table=tuple(table))
                 results.save()
-                advance(1)
         return results
+
+    def _layers_run(self, n: int, *, in_passing: bool) -> int:
+        """The layers, times texts, of a row at most: its choice, and two cuts in two states."""
+        plans, measuring = self._plans, self._measuring
+        losses = (len(self._decoder) - n) * measuring.judge.num_items
+        quick = n * len(measuring.split.fit[:PATCH_TEXTS])
+        found = 0 if n in plans.found else plans.layers_run(n, in_passing=in_passing)
+        return found + 4 * losses + 2 * quick
 
     def _row(self, n: int, whole: Scores, *, in_passing: bool) -> SizeRow:
         """The verified cut of a size on the test set, and the deepest layers beside it.

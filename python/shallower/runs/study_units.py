@@ -17,7 +17,7 @@ from weakref import finalize
 
 from ..errors import CacheError, ProcessesError, why
 from ..models.source import ModelSource
-from ..progress import say_goes_on, track
+from ..progress import part, say_goes_on, track
 from ..storage import check_apart, resumable_file, write_file
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
@@ -208,11 +208,10 @@ def measure_shard(study: "CompareStudy", shard: Shard) -> dict[str, Any]:
         return found
     with resumable_file(place, str(study.job), study.overwrite) as folder:
         worker = OpenedStudy({**described, "store": str(folder / "store")})
-        with track(f"{study.KIND}, shard {shard}", len(mine), study.progress) as advance:
+        with track(f"{study.KIND}, shard {shard}", len(mine), study.progress):
             for name in mine:
-                advance(0, name)
-                worker.run(name)
-                advance(1)
+                with part(1, name), track(name):
+                    worker.run(name)
         entries = worker.store.give({})
         of = study.job, shard.index, shard.count, described, entries
         content = dict(zip(_SHARD, of, strict=False))

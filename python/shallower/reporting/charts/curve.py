@@ -7,7 +7,7 @@ from ...values.curve import STATES, Curve, CurvePoint, State
 from ...values.layers import ranges
 from ..words import patch_words, patched_name
 from .drawing import Drawing
-from .plots import Axis, Line, Point, line_chart, series_colour
+from .plots import Axis, Line, Point, is_one_figure, line_chart, series_colour
 
 _SIZES = (
     ("loss_over_layers", "layers", "dropped", "layers_share"),
@@ -27,7 +27,9 @@ Placed = Callable[[CurvePoint], Point | None]
 
 
 def curve_charts(curve: Curve) -> list[Drawing]:
-    """Draw the loss over layers, parameters and time; tasks and acceptance over layers."""
+    """Draw the loss over layers, parameters if their share is another, and time; tasks and
+    acceptance over layers.
+    """
     if not any(len(points) > 1 for _, _, points in _lines(curve)):
         return []
     return [*_loss_charts(curve), *_task_charts(curve), *_speech_charts(curve)]
@@ -58,6 +60,9 @@ def _loss_charts(curve: Curve) -> list[Drawing]:
     whole, drawings = curve.whole.loss, []
     for name, what, verb, size in _SIZES:
         if any(getattr(one, size) is None for one in curve.points if one.loss):
+            continue
+        shares = ((one.layers_share, one.parameters_share) for one in curve.points if one.loss)
+        if size == "parameters_share" and is_one_figure(shares):
             continue
         lines = _drawn(curve, lambda point, size=size: _loss_point(point, size))  # type: ignore[misc]
         if whole is None or not lines:

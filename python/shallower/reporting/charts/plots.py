@@ -1,7 +1,7 @@
 """Plots: lines with bands of error, rows of points, and points with their Pareto front."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -100,6 +100,12 @@ Reference = tuple[float, str]
 def series_colour(place: int) -> str:
     """Give the colour of the line in a place, always the same."""
     return SERIES[place % len(SERIES)]
+
+
+def is_one_figure(shares: Iterable[tuple[float, float]]) -> bool:
+    """Whether two shares of what goes differ by a factor alone, within a hundredth."""
+    ratios = [other / one for one, other in shares if one]
+    return not ratios or max(ratios) - min(ratios) <= 0.01 * max(ratios)
 
 
 def line_chart(

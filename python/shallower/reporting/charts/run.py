@@ -14,7 +14,7 @@ from ...values.recommendation import SizeRow
 from ...values.verification import Verified
 from .drawing import Drawing
 from .heat_map import Shares, heat_maps
-from .plots import Axis, Line, Point, dot_chart, line_chart
+from .plots import Axis, Line, Point, dot_chart, is_one_figure, line_chart
 
 _MOST_ROWS = 14
 """Proposals that are drawn."""
@@ -79,7 +79,7 @@ def scan_charts(scan: Scan, shares: Shares | None) -> list[Drawing]:
 
 
 def size_charts(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
-    """Draw what each size costs, over the share of layers and of parameters."""
+    """Draw what each size costs, over the share of layers, and of parameters if that is another."""
     if not table:
         return []
     start = Point(0.0, 0.0, math.nan, "whole model")
@@ -102,6 +102,7 @@ def size_charts(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
         "report, with bands of one paired standard error"
     )
     deepest = "; the deepest layers but the last for comparison"
+    is_one = is_one_figure((row.layers_share, row.parameters_share) for row in table)
     panels = (
         ("loss_over_layers", "layers", "layers_share", fields, deepest),
         ("loss_over_size", "parameters", "parameters_share", fields[:2], ""),
@@ -115,7 +116,7 @@ def size_charts(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
             x=Axis(f"{what} dropped", is_share=True),
             y=Axis("more than the whole model, nats"),
         )
-        for name, what, size, shown, more in panels
+        for name, what, size, shown, more in panels[: 1 if is_one else 2]
     ]
 
 

@@ -43,8 +43,8 @@ def comparison_story(
         savings=() if first is None else _savings(first),
         warnings=tuple(_warnings(comparison)),
         sections=(
-            _settings(comparison),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
+            _settings(comparison),
             _numbers(comparison),
             _again(command, folder),
             differs(

@@ -35,7 +35,7 @@ def curve_story(
 ) -> Story:
     """Make the story of a curve; ``command`` is its command line, ``drawn`` with figures."""
     shown = _shown(curve)
-    sections = [_settings(curve), _curves(curve, drawn)]
+    sections = [_curves(curve, drawn), _settings(curve)]
     sections += [
         _numbers(curve),
         _again(command, folder),

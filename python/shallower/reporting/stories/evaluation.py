@@ -69,7 +69,7 @@ def _perplexity_words(found: Perplexity) -> str:
     bos = "with" if found.bos else "without"
     return (
         f"perplexity {found}, {counted(len(found.by_window), 'window')} of {found.context:,} "
-        f"tokens, stride {found.stride}, {bos} a beginning-of-text token; "
+        f"tokens, stride {found.stride}\n  {bos} a beginning-of-text token; "
         f"{counted(found.num_tokens, 'token')} predicted, {found.num_rest} left over"
     )
 

@@ -234,10 +234,10 @@ class _RunStory:
         return next((row for row in self._run.table if row.dropped == dropped), None)
 
     def _sections(self) -> list[Section]:
-        sections = [self._settings(), self._sure(), self._costs()]
+        sections = [self._sure(), self._costs()]
         if self._run.continuations:
             sections.append(speech_section(self._run))
-        return [*sections, self._numbers(), self._again(), self._differs()]
+        return [*sections, self._settings(), self._numbers(), self._again(), self._differs()]
 
     def _settings(self) -> Section:
         run, scan, verified = self._run, self._run.scan, self._best.verified
@@ -380,7 +380,10 @@ def _sample(one: Continuations, *, answered: bool) -> Sample:
     """A sample; where no speech was measured, in older runs, texts begin with the prompt."""
     texts = {name: text for name in _STATES if (text := getattr(one, name)) is not None}
     if not answered:
-        texts = {name: text.removeprefix(one.prompt).strip() for name, text in texts.items()}
+        texts = {
+            name: text.removeprefix(one.prompt).removeprefix(" ").strip("\n")
+            for name, text in texts.items()
+        }
     return Sample(one.prompt, texts)
 
 

@@ -50,10 +50,10 @@ def sweep_story(sweep: Sweep, out: Path, *, drawn: bool = True) -> Story:
         _sentence(sweep, found, bears),
         warnings=tuple(_warnings(sweep, found)),
         sections=(
-            _settings(sweep, found),
             _bears(sweep, found, bears, drawn),
             _scans(found, drawn),
             _regrets(found, drawn),
+            _settings(sweep, found),
             _jobs(sweep),
             _numbers(found),
             again(

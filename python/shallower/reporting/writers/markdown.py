@@ -55,9 +55,11 @@ def _drawing(drawing: Drawing) -> str:
 
 
 def _sample(sample: Sample) -> str:
-    lines = [f"> **{_plain(sample.prompt)}**"]
-    lines += [f"> - {name}: {_plain(text)}" for name, text in sample.continued.items()]
-    return "\n".join(lines)
+    """A quoted prompt, and what is said as code, whose lines and indentation stay."""
+    lines = [f"> **{_plain(sample.prompt)}**", ">"]
+    for name, text in sample.continued.items():
+        lines += [f"> {name}:", ">", *(f">     {line}" for line in text.splitlines()), ">"]
+    return "\n".join(lines[:-1])
 
 
 def _plain(text: str) -> str:

@@ -17,8 +17,8 @@ Part = str | Table | Section | Story
 _AIRY = 7
 """Columns that have two spaces between them; more have one."""
 
-_NARROW = 9
-"""The width of ranges of layers where room is scarce: that of one range."""
+_NARROW, _BROAD = 9, 17
+"""The width of ranges of layers where room is scarce, that of one range, and else."""
 
 _LAYERS = "drop"
 """The column of the layers: it and those before it are shown at any width."""
@@ -145,12 +145,12 @@ def _fitting(table: Table) -> tuple[list[int], set[int], bool]:
     return places, bare, False
 
 
-def _least(table: Table, place: int, is_bare: bool) -> int:
+def _least(table: Table, place: int, is_bare: bool, width: int = _NARROW) -> int:
     """The least width of a column: of its longest word, and of numbers and layers, whole."""
     arrow = 0 if table.marked is None or place else len(_ARROW)
     widths = [len(word) for word in table.head[place].split()]
     for row in table.rows:
-        text = _plain(row[place], is_bare, _NARROW)
+        text = _plain(row[place], is_bare, width)
         whole = isinstance(row[place], Number) or "\xa0" in text_of(row[place])
         widths += [arrow + len(part) for part in (text.splitlines() if whole else text.split())]
     return max(widths, default=0)
@@ -161,7 +161,10 @@ def _drawn(table: Table, places: list[int], bare: set[int], is_airy: bool) -> "r
     from rich import table as rich_table
     from rich.text import Text
 
-    width = 17 if is_airy or get_terminal_size().columns > 100 else _NARROW
+    room, parting = get_terminal_size().columns, 2 * len(places) if is_airy else len(places) - 1
+    wide = sum(_least(table, place, place in bare, _BROAD) for place in places)
+    width = _BROAD if (is_airy or room > 100) and wide + parting <= room else _NARROW
+    spare = room - parting - sum(_least(table, place, place in bare, width) for place in places)
     drawn = rich_table.Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -169,22 +172,29 @@ def _drawn(table: Table, places: list[int], bare: set[int], is_airy: bool) -> "r
         collapse_padding=True,
         show_header=any(table.head),
     )
-    columns = []
+    columns: list[list[str]] = []
     for place in places:
         cells = [row[place] for row in table.rows]
         is_number = bool(cells) and all(isinstance(cell, Number) for cell in cells)
         is_ranges = any("\xa0" in text_of(cell) for cell in cells)
-        columns.append([_plain(cell, place in bare, width) for cell in cells])
+        texts = [_plain(cell, place in bare, width) for cell in cells]
+        head = _head(table.head[place], texts)
+        if table.marked is not None and not columns:
+            texts[table.marked] = f"{_ARROW}{texts[table.marked]}"
+        columns.append(texts)
+        least = _least(table, place, place in bare, width)
+        longest = max(len(line) for text in (head, *texts) for line in text.splitlines() or [""])
+        more = max(0, min(longest - least, spare))  # rich would take it from words that are whole
+        spare -= more
         drawn.add_column(
-            Text(_head(table.head[place], columns[-1])),
+            Text(head),
             justify="right" if is_number else "left",
             no_wrap=is_number or is_ranges,
             overflow="fold",
+            width=least + more + (is_airy and place == places[0]),  # rich forgets its left space
         )
     for number, row in enumerate(table.rows):
         texts = [column[number] for column in columns]
-        if number == table.marked:
-            texts[0] = f"{_ARROW}{texts[0]}"
         following = table.rows[number + 1 : number + 2]
         ends = table.is_grouped and bool(following) and following[0][0] != row[0]
         drawn.add_row(*map(Text, texts), end_section=ends)

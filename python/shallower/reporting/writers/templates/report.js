@@ -58,10 +58,16 @@ for (const cell of document.querySelectorAll("[data-says]")) {
   cell.addEventListener("pointerleave", () => say("", null));
 }
 
+const scrolled = [...document.querySelectorAll(".scroll")];
+const watch = new ResizeObserver(() => {
+  for (const one of scrolled) one.classList.toggle("wider", one.scrollWidth > one.clientWidth);
+});
+for (const one of scrolled) watch.observe(one);
+
 function keyOf(row, column) {
   const cell = row.cells[column];
   if (cell.dataset.value !== undefined) return Number(cell.dataset.value);
-  if (cell.className === "number") return Infinity;
+  if (cell.textContent === "–") return Infinity;
   const number = parseFloat(cell.textContent.replace("−", "-"));
   return /^[−+-]?\d/.test(cell.textContent) && !Number.isNaN(number) ? number : cell.textContent;
 }

@@ -1,0 +1,101 @@
+"""The bars of long work: one total for all of a stage, in units that move."""
+
+from itertools import pairwise
+
+import pytest
+
+import shallower as sh
+from shallower import progress
+from tests.healing.cuts import documents
+
+PROMPTS = ["w1 w2", "w7 w8 w9"]
+TAKEN = {
+    "eval_texts": documents(12, 1), "max_length": 16, "cache": False, "prompts": PROMPTS,
+}  # fmt: skip
+TEXTS = documents(120, 5)
+WITHOUT_TOTAL = ("load", "tokenise", "save", "reload")
+
+
+class Recorded(progress._Lines):
+    """The lines of a log about a work, with all that moved it."""
+
+    every = ()
+
+    def __init__(self, description, total):
+        super().__init__(description, total)
+        self.total, self.reached_by, self.notes = total, [0.0], []
+        Recorded.every.append(self)
+
+    def __call__(self, steps, note="", /):
+        super().__call__(steps, note)
+        self.reached_by.append(self._done)
+        self.notes.append(note)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """All bars that are opened, in order."""
+    Recorded.every = []
+    monkeypatch.setattr(progress, "_Lines", Recorded)
+    return Recorded.every
+
+
+def assert_moving(bars, names):
+    """Every bar has its total from the start, never goes back, and ends there."""
+    for bar in bars:
+        assert bar.total or bar.description.startswith(WITHOUT_TOTAL), bar.description
+        assert all(before <= after + 1e-6 for before, after in pairwise(bar.reached_by))
+        if bar.total:
+            assert bar.reached_by[-1] == pytest.approx(bar.total, abs=1), bar.description
+    found = [bar.description for bar in bars if not bar.description.startswith(WITHOUT_TOTAL)]
+    assert found == names
+
+
+def largest_step(bar):
+    """The largest share of a bar at once."""
+    return max(after - before for before, after in pairwise(bar.reached_by)) / bar.total
+
+
+def test_a_curve_has_one_bar_for_all_of_its_points(bars, learned, words, tmp_path):
+    sh.curve(
+        learned, words, TEXTS, **TAKEN, out=tmp_path / "curve", n=[2, 4, 0], patch_tokens=512,
+        top=2, strategies=["recommended", "similarity", "one_shot"],
+    )  # fmt: skip
+    assert_moving(
+        bars, ["generate, whole model", "read words, whole model", "read by the whole model",
+               "loss, whole", "curve, layers run"]
+    )  # fmt: skip
+    curve = bars[-1]
+    assert largest_step(curve) < 0.2
+    for begun in ("verify n = 2", "scan", "loss without", "patch, layers run, all", "generate, "):
+        assert any(note.startswith(begun) for note in curve.notes), begun
+
+
+def test_a_comparison_counts_what_its_cuts_generate(bars, learned, words, tmp_path):
+    sh.compare(
+        learned, words, TEXTS, **TAKEN, out=tmp_path / "compare", n=[2],
+        criteria=["one_shot", "exhaustive"], speech=True,
+    )  # fmt: skip
+    compared = next(bar for bar in bars if bar.description.startswith("compare on"))
+    assert_moving(bars, [bar.description for bar in bars])
+    assert any(note.startswith("generate, cut") for note in compared.notes)
+    assert largest_step(compared) < 0.3
+
+
+def test_a_run_has_no_bar_within_another(bars, learned, words, tmp_path):
+    sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "run", n=2, top=2)
+    names = [bar.description for bar in bars]
+    assert_moving(bars, [name for name in names if not name.startswith(WITHOUT_TOTAL)])
+    assert "patch, layers run" in names
+    assert "generate, patched" in names
+    table = bars[names.index("what other sizes cost, layers run")]
+    assert table is bars[-1]
+    assert largest_step(table) < 0.35
+
+
+def test_steps_of_a_patch_weigh_what_they_take(bars, learned, words):
+    sh.patch(learned, words, [3], texts=TEXTS, max_length=16, num_tokens=512, batch_size=8)
+    assert_moving(bars, ["patch, layers run"])
+    # Both walks, the solving and the steps are a part each, whatever their number.
+    assert largest_step(bars[0]) < 0.4
+    assert len(bars[0].reached_by) > 20
