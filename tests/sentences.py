@@ -76,7 +76,9 @@ def help_texts():
     for words in ((), *((name,) for name in COMMANDS)):
         said = in_this_process(*words, "--help").out
         said = re.sub(r"\n {20,}", " ", said)
-        options = re.sub(r"^  (?:-\S+(?: \S+)?|[A-Z]+ \S+|[a-z]+)(?: {2,}| (?=[A-Z]))", "\n", said, flags=re.M)
+        options = re.sub(
+            r"^  (?:-\S+(?: \S+)?|[A-Z]+ \S+|[a-z]+)(?: {2,}| (?=[A-Z]))", "\n", said, flags=re.M
+        )
         yield " ".join(("shallower", *words, "--help")), options
 
 
