@@ -50,6 +50,9 @@ _CARD = """\
 |---|---|
 {rows}
 
+## How it was made
+
+{history}
 {again}
 {loading}
 From this folder, by transformers{version}:
@@ -137,6 +140,10 @@ Of the cut in `cut`: `TEXTS` are those that are trained on, `EVAL_TEXTS` choose 
 _LOADING = "## Loading it\n"
 _LOSS = re.compile(r"^\| held-out loss \| (?!not measured)(.*) \|$", re.MULTILINE)
 
+_HISTORY = re.compile(r"^## How it was made\n\n((?:\d+\. .+\n)+)", re.MULTILINE)
+_LOST = "; held-out loss "
+_OF_SOURCE = "\n## The card of the source\n"
+
 _VERSION = """ 5 or later (version 4 ignores `rope_parameters` in
 `config.json`, and loads another model without an error)"""
 
@@ -182,6 +189,7 @@ def cut_card(facts: CutFacts) -> str:
         what=_what(facts),
         not_healed=_NOT_HEALED,
         rows=_table(_rows(facts)),
+        history=_numbered(_steps(facts)),
         again=_again(facts),
         loading=_LOADING,
         version=_VERSION if facts.needs_5 and not gguf else "",
@@ -190,8 +198,41 @@ def cut_card(facts: CutFacts) -> str:
         others=tools if plan.experts is None else _NO_OTHER_TOOLS,
     )
     if source.text.strip():
-        card += f"\n## The card of the source\n\n{source.text.strip()}\n"
+        card += f"{_OF_SOURCE}\n{source.text.strip()}\n"
     return card
+
+
+def _steps(facts: CutFacts) -> list[str]:
+    """All that was done to get a cut, its source's own steps first."""
+    plan, source = facts.plan, facts.source
+    layers = counted(plan.num_layers, "layer")
+    before = _history(source.text) or [f"{_described(source)}, {layers}"]
+    lost = f"{_LOST}{_lost(facts.losses)}" if facts.losses else ""
+    kept = f"{len(plan.survivors)} of {layers} stay"
+    return [*before, _inline(f"cut: without {_dropped(plan)}, {kept}{lost}")]
+
+
+def _history(card: str) -> list[str]:
+    """The steps that a card has of its own model."""
+    found = _HISTORY.search(card.partition(_OF_SOURCE)[0])
+    return [line.partition(" ")[2] for line in found[1].splitlines()] if found else []
+
+
+def _numbered(steps: Sequence[str]) -> str:
+    return "".join(f"{number}. {step}\n" for number, step in enumerate(steps, 1))
+
+
+def _with_step(own: str, what: str, rows: Sequence[tuple[str, str]], *, loss_stays: bool) -> str:
+    """A card with one step more; the loss that the last one has may be of the model behind it."""
+    steps = _history(own)
+    if not steps:
+        return own
+    figures = [f"; {name}: {value}" for name, value in rows if "loss" in name or "lost" in name]
+    step = _inline(what.rstrip(".") + "".join(figures))
+    last, measured, loss = steps[-1].partition(_LOST)
+    if measured and not loss_stays:
+        steps[-1], step = last, f"{step}{measured}{loss}"
+    return _HISTORY.sub(lambda found: found[0].replace(found[1], _numbered([*steps, step])), own, 1)
 
 
 def _dropped(plan: Plan, its: str = "") -> str:
@@ -409,6 +450,9 @@ def healed_card(
     """
     text = cut_card.read_text(encoding="utf-8-sig") if cut_card.is_file() else ""
     healed = _healed(what, rows)
+    text, heading, of_source = text.partition(_OF_SOURCE)
+    of_source = f"{heading}{of_source}"
+    text = _with_step(text, what, rows, loss_stays=bool(command))
     if command:
         text = _LOSS.sub(r"| held-out loss, before the healing | \1 |", text, count=1)
         if not re.search(r"^shallower (run|demo) [^`]*--heal\b", text, re.MULTILINE):
@@ -417,12 +461,12 @@ def healed_card(
             before, heading, behind = text.partition(_LOADING)
             text = f"{before}{section}{heading}{behind}" if heading else f"{text}\n{section}"
     if _NOT_HEALED in text:
-        return text.replace(_NOT_HEALED, healed, 1)
+        return text.replace(_NOT_HEALED, healed, 1) + of_source
     front = FRONT_MATTER.match(text)
     if front:
-        return f"{text[: front.end()]}\n{healed}\n{text[front.end() :]}"
+        return f"{text[: front.end()]}\n{healed}\n{text[front.end() :]}{of_source}"
     metadata = front_matter({}, base=None, relation="finetune", library="transformers")
-    return f"---\n{metadata}---\n\n{healed}\n{text}"
+    return f"---\n{metadata}---\n\n{healed}\n{text}{of_source}"
 
 
 def state_loss(card: Path, losses: "tuple[Loss, Loss]") -> None:
@@ -433,7 +477,11 @@ def state_loss(card: Path, losses: "tuple[Loss, Loss]") -> None:
     if found is None:
         return
     kept = f"{found[0]}\n" if found[1] else ""
-    write_file(card, f"{text[: found.start()]}{kept}{row}{text[found.end() :]}".encode())
+    text = f"{text[: found.start()]}{kept}{row}{text[found.end() :]}"
+    steps = _HISTORY.search(text)
+    if steps:
+        text = f"{text[: steps.end() - 1]}{_LOST}{_lost(losses)}{text[steps.end() - 1 :]}"
+    write_file(card, text.encode())
 
 
 def _healed(what: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -32,7 +32,8 @@ from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, us
 from ..texts.sources import place_of_texts
 from ..values.answers import Answer
 from ..values.counts import counted
-from ..values.healing import HEALING_FILE, Healing
+from ..values.files import HEALING_FILE
+from ..values.healing import Healing
 from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved

@@ -18,15 +18,15 @@ from ..errors import ModelError, OutputError, RecipeError, TextsError, why
 from ..merging.merge import copy_beside, copy_files, healing_rows
 from ..models.identity import stored_digest
 from ..patching.patch import with_patch
-from ..patching.saving import PATCH_FILE, save_patched
-from ..processes import is_main_process
+from ..patching.saving import save_patched
+from ..processes import is_main_process, partial_folder
 from ..progress import say_goes_on
-from ..storage import partial_folder, resumable_folder, write_file
+from ..storage import resumable_folder, write_file
 from ..texts.sequences import ReadOnce
 from ..values.answers import Answer
-from ..values.files import PLAN_FILE
+from ..values.files import HEALING_FILE, PATCH_FILE, PLAN_FILE
 from ..values.hashing import hash_of
-from ..values.healing import HEALING_FILE, Healing
+from ..values.healing import Healing
 from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.plan import Plan

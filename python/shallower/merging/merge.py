@@ -13,13 +13,12 @@ from ..cutting.cards import healed_card
 from ..cutting.exports import EXPORT_FILES
 from ..cutting.source import CARD_FILE, PLACEHOLDER, find_source
 from ..errors import MissingExtraError, ModelError, OutputError, why
-from ..patching.saving import PATCH_FILE
 from ..reporting.charts.run import healing_chart
 from ..storage import check_apart, check_free, new_folder, write_file
 from ..values.commands import option_words
 from ..values.counts import counted
-from ..values.files import PLAN_FILE
-from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing
+from ..values.files import HEALING_FIGURE, HEALING_FILE, PATCH_FILE, PLAN_FILE
+from ..values.healing import Healing
 from ..values.recipe import GLOBAL_BATCH
 from .merging import Merging
 from .stored_adapters import read_adapter_config
