@@ -164,7 +164,7 @@ def held(path: Path, *, inside: bool = False, reserved: bool = True) -> Iterator
     place = _real(path, inside=inside)
     with _locked(path, place, None if place in _RESERVED.get() else _made(place, inside=inside)):
         before = _RESERVED.set(_RESERVED.get() - {place} | ({place} if reserved else set()))
-        ours = _OURS.set(_OURS.get() | {place})
+        ours = _OURS.set(_OURS.get() | {place, place if inside else partial_folder(place)})
         try:
             yield
         finally:
@@ -173,7 +173,7 @@ def held(path: Path, *, inside: bool = False, reserved: bool = True) -> Iterator
 
 
 _OURS: ContextVar[frozenset[Path]] = ContextVar("_OURS", default=frozenset())
-"""The places that are held here."""
+"""The places that are held here, and the folders where work on them goes on."""
 
 _RESERVED: ContextVar[frozenset[Path]] = ContextVar("_RESERVED", default=frozenset())
 """Those of them that are held for one work to come."""

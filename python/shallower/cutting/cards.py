@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage import write_file
-from ..values.commands import option_words, shell_lines
+from ..values.commands import command_line, option_words, shell_lines
 from ..values.counts import counted, with_error
 from ..values.files import PLAN_FILE
 from ..values.layers import Block, drop_option, ranges
@@ -144,11 +144,13 @@ _HISTORY = re.compile(r"^## How it was made\n\n((?:\d+\. .+\n)+)", re.MULTILINE)
 _LOST = "; held-out loss "
 _OF_SOURCE = "\n## The card of the source\n"
 
+_CODE = ", trust_remote_code=True"
+
 _VERSION = """ 5 or later (version 4 ignores `rope_parameters` in
 `config.json`, and loads another model without an error)"""
 
 _SERVE_FOLDER = """\
-vllm serve .
+vllm serve .{code}
 python convert_hf_to_gguf.py . --outfile cut.gguf  # of llama.cpp; for weights in plain dtypes
 llama-cli -m cut.gguf"""
 
@@ -173,7 +175,7 @@ def cut_card(facts: CutFacts) -> str:
     """The text of ``README.md`` of a cut, with the source's own card at the end."""
     plan, source, gguf = facts.plan, facts.source, facts.gguf
     quantised = gguf is not None or facts.dtype in ("nf4", "int8")
-    quoted = shlex.quote(gguf or "")
+    quoted, has_code = shlex.quote(gguf or ""), bool(facts.options.get("trust_remote_code"))
     mergekit = shlex.quote(facts.file(MERGEKIT_FILE))
     tools = _OTHER_TOOLS.format(mergekit=mergekit, prune_layers=prune_layers(plan))
     card = _CARD.format(
@@ -193,8 +195,10 @@ def cut_card(facts: CutFacts) -> str:
         again=_again(facts),
         loading=_LOADING,
         version=_VERSION if facts.needs_5 and not gguf else "",
-        arguments=f'".", gguf_file={gguf!r}' if gguf else '"."',
-        serve=_SERVE_GGUF.format(gguf=quoted) if gguf else _SERVE_FOLDER,
+        arguments=f'".", gguf_file={gguf!r}' if gguf else f'"."{_CODE if has_code else ""}',
+        serve=(_SERVE_GGUF if gguf else _SERVE_FOLDER).format(
+            gguf=quoted, code=" --trust-remote-code" if has_code else ""
+        ),
         others=tools if plan.experts is None else _NO_OTHER_TOOLS,
     )
     if source.text.strip():
@@ -250,8 +254,7 @@ def _what(facts: CutFacts) -> str:
 
 
 def _pruned(plan: Plan) -> list[str]:
-    layers = [_LAYERS_TAG] if plan.blocks else []
-    return [*layers, *([_EXPERTS_TAG] if plan.experts else [])]
+    return [_LAYERS_TAG] * bool(plan.blocks) + [_EXPERTS_TAG] * (plan.experts is not None)
 
 
 def front_matter(
@@ -414,17 +417,24 @@ model, and to its plain weights or the same in 4 bits alike.
 ```python
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained(".")
+model = AutoPeftModelForCausalLM.from_pretrained("."{code})
 ```
 
-`shallower merge . --out healed` folds the adapters into the weights.
+`{merge}` folds the adapters into the weights.
 """
 
 
-def adapters_card(plan: Plan, cut: Source, *, rows: Sequence[tuple[str, str]]) -> str:
+def adapters_card(
+    plan: Plan,
+    cut: Source,
+    *,
+    rows: Sequence[tuple[str, str]],
+    trust_remote_code: bool = False,
+) -> str:
     """The text of ``README.md`` of adapters that heal a cut; ``rows`` describe the healing."""
     # Not the cut's own base, which these adapters do not fit.
     inherited = {key: value for key, value in cut.inherited.items() if key != "base_model"}
+    code = option_words({"trust_remote_code": trust_remote_code})
     return _ADAPTERS.format(
         metadata=front_matter(
             inherited,
@@ -437,6 +447,8 @@ def adapters_card(plan: Plan, cut: Source, *, rows: Sequence[tuple[str, str]]) -
         name=_inline(cut.name),
         dropped=_dropped(plan, "its "),
         healed=_healed("low-rank adapters were trained.", rows),
+        code=_CODE if trust_remote_code else "",
+        merge=command_line("merge", ".", *code, "--out", "../healed"),
     )
 
 

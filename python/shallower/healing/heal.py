@@ -443,7 +443,12 @@ class _Healer:
             else:
                 base = str(move_patched(job.patched, folder)) if job.patched else job.cut
                 write_adapters(
-                    folder, base, trained.checkpoint, healing=healing, tokenizer=tokenizer
+                    folder,
+                    base,
+                    trained.checkpoint,
+                    healing=healing,
+                    tokenizer=tokenizer,
+                    trust_remote_code=job.trust_remote_code,
                 )
             write_curve(folder, healing)
             MeasuredLosses.discard(folder)

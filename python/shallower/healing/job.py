@@ -260,6 +260,7 @@ def write_adapters(
     *,
     healing: Healing,
     tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a repository of peft from the Trainer's checkpoint that is kept.
 
@@ -272,5 +273,6 @@ def write_adapters(
     copy_beside(base, folder, (PATCH_FILE,))
     copy_files(cut.licenses, folder)
     healing.plan.save(folder / PLAN_FILE)
-    card = adapters_card(healing.plan, cut, rows=healing_rows(healing))
+    rows = healing_rows(healing)
+    card = adapters_card(healing.plan, cut, rows=rows, trust_remote_code=trust_remote_code)
     write_file(folder / CARD_FILE, card.encode())

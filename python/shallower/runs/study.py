@@ -321,7 +321,7 @@ class Study(ABC, Generic[Settings]):
             words += ["--texts", _texts_word(texts, "TEXTS")]
         if self.eval_texts is not None:
             words += ["--eval-texts", _texts_word(self.eval_texts, "EVAL_TEXTS")]
-        out = [] if self.out is None else ["--out", self.out.name]
+        out = [] if self.out is None else ["--out", self.out.resolve().name]
         return shlex.join([*words, *self.settings.to_words(), *out])
 
     @property
