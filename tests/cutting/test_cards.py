@@ -236,6 +236,14 @@ def test_a_card_of_a_model_with_its_own_code_says_so(llama, tmp_path):
     command, python = (blocks_of_code(card, language)[0] for language in ("sh", "python"))
     assert "--dtype float32 --trust-remote-code --out cut" in command
     assert "dtype='float32', trust_remote_code=True)" in python
+    assert (
+        blocks_of_code(card, "python")[1].count('from_pretrained(".", trust_remote_code=True)') == 2
+    )
+    assert "vllm serve . --trust-remote-code\n" in card
+    plan, cut = sh.Plan(6, (sh.Block(1, 2),)), find_source(tmp_path / "cut")
+    card = adapters_card(plan, cut, rows=[("steps", "9")], trust_remote_code=True)
+    assert '.from_pretrained(".", trust_remote_code=True)' in card
+    assert "`shallower merge . --trust-remote-code --out ../healed`" in card
 
 
 def test_a_healed_card_is_the_cuts_but_for_the_healing(tmp_path):
