@@ -132,6 +132,12 @@ def check_room(path: Path, num_bytes: int) -> None:
         raise OutputError(f"cannot write {path}: {num_bytes} bytes are needed, {free} are free")
 
 
+def holds(path: Path, content: bytes) -> bool:
+    """Whether a file has that very content already; OutputError if it cannot be read."""
+    with raise_output_error(path):
+        return path.is_file() and path.read_bytes() == content
+
+
 def sha256_of(path: Path) -> str:
     """Hash the content of a file, in hexadecimal digits; OSError if it cannot be read."""
     with path.open("rb") as file:
