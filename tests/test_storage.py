@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import OutputError
-from shallower.processes import held, partial_folder
+from shallower.processes import partial_folder
 from shallower.storage import (
     RECORD,
     check_free,
@@ -463,16 +463,6 @@ def test_one_at_a_time_writes_a_folder(tmp_path):
         ):
             pytest.fail("the body ran")
     assert tree_of_ours(tmp_path) == {"new": None, "new/a": b"a"}
-
-
-def test_work_may_write_folders_within_its_own(tmp_path):
-    with resumable_folder(tmp_path / "new", "job") as folder:
-        with new_folder(folder / "part") as part:
-            fill(part)
-        with held(tmp_path / "files", inside=True), new_folder(tmp_path / "files" / "cut") as cut:
-            fill(cut)
-    assert tree_of_ours(tmp_path / "files" / "cut") == FILLED
-    assert (tmp_path / "new" / "part" / "sub" / "deep").read_bytes() == b"deep"
 
 
 def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):

@@ -226,14 +226,15 @@ def _locked(path: Path, place: Path, made: _Made | None = None) -> ExitStack:
 
 
 def _lock(path: Path, place: Path, made: _Made | None) -> ExitStack:
+    first = None if made is None else made.folder
     with ExitStack() as stack:
-        for around, folder in _lockable(place):
-            is_needed = made is not None and folder == made.folder
+        for around, folder in sorted(_lockable(place), key=lambda one: one[1] != first):
+            is_mine = around == place
             try:
-                _lock_folder(stack, folder, is_shared=around != place, is_needed=is_needed)
+                _lock_folder(stack, folder, is_shared=not is_mine, is_needed=folder == first)
             except BlockingIOError as error:
-                raise _held_error(path, around if around != place else None, folder) from error
-            if made is not None and is_needed:
+                raise _held_error(path, None if is_mine else around, folder) from error
+            if made is not None and folder == first:
                 stack.callback(_remove_empty, made.passing)
         return stack.pop_all()
 

@@ -102,7 +102,7 @@ def test_gather_refuses_what_is_missing_or_taken(shallower, folder, tiny, jsonl,
     assert not (folder / "out").exists()
     for index in ("1/3", "2/3"):
         assert shallower(*command, index).status == 0
-    done = shallower("gather", "shards", "--out", scans / "tiny")
+    done = shallower("gather", "shards", "--out", scans / "more")
     assert "exists already" in done.error
     assert shallower("plan", "shards/scan.0-of-3.safetensors", "--n", "1", "--out", "p").error
 

@@ -195,16 +195,24 @@ def eval_command(
             results = _results(job, held)
             _say(job, results, eval_names(model, job.plan), read=job.readings, as_json=as_json)
     else:
-        pair.check_tokens()
-        with ExitStack() as held:
-            sides = {"against": _results(pair.against, held), "model": _results(pair.model, held)}
-            results = {
-                kind: {side: found[kind]["base"] for side, found in sides.items()}
-                for kind in sides["model"]
-            }
-            read = [*pair.against.readings, *pair.model.readings]
-            names = {"against": str(against), "model": str(model)}
-            _say(job, results, names, read=read, as_json=as_json)
+        _compare(pair, job, as_json)
+
+
+def _compare(pair: "EvalPair", job: "EvalJob", as_json: bool) -> None:
+    """Measure two checkpoints by the measures of ``job``, and print them."""
+    pair.check_tokens()
+    with ExitStack() as held:
+        sides = {"against": _results(pair.against, held), "model": _results(pair.model, held)}
+        results = {
+            kind: {side: found[kind]["base"] for side, found in sides.items()}
+            for kind in sides["model"]
+        }
+        read = [*pair.against.readings, *pair.model.readings]
+        names = {
+            name: str(one.source.path)
+            for name, one in (("against", pair.against), ("model", pair.model))
+        }
+        _say(job, results, names, read=read, as_json=as_json)
 
 
 def _kind(part: dict[str, Any]) -> "type[EvalJob]":
