@@ -199,8 +199,8 @@ class _RunStory:
             found.insert(0, UNFINISHED)
         if run.source and run.source[0].endswith(".gguf") and self._weights:
             name, size = run.source
-            words = ("prune", name, "--drop", drop_option(best.plan.blocks), "--out", "CUT.gguf")
-            cut = command_line(*words)
+            drop = drop_option(best.plan.blocks)
+            cut = command_line("prune", name, "--drop", drop, "--as-gguf", "--out", "CUT")
             found.append(
                 f"{name} has {megabytes(size)} of quantised weights; they were dequantised, and "
                 f"what is left has {megabytes(self._weights.num_bytes)}. {cut} cuts the file "
