@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shallower import storage
+from shallower import processes
 from shallower.errors import OutputError
 from shallower.storage import new_folder, resumable_file, resumable_folder
 from tests import house, smoke
@@ -39,7 +39,7 @@ def test_modules_without_torch_are_imported_where_there_is_no_unix():
         "from tests.smoke import hide_unix",
         "hide_unix()",
         *(f"import shallower.{name}" for name in names),
-        "print('fcntl' in dir(sys.modules['shallower.storage']), 'torch' in sys.modules)",
+        "print('fcntl' in dir(sys.modules['shallower.processes']), 'torch' in sys.modules)",
     ]
     assert python("-c", "\n".join(lines)).split() == ["True", "False"]
 
@@ -57,7 +57,7 @@ def test_a_cut_that_is_wrong_is_found(monkeypatch):
 
 @pytest.fixture
 def no_unix(monkeypatch):
-    monkeypatch.setattr(storage, "fcntl", None)
+    monkeypatch.setattr(processes, "fcntl", None)
     for name in ("O_DIRECTORY", "O_NOFOLLOW"):
         monkeypatch.delattr(os, name)
 
@@ -66,11 +66,11 @@ def no_unix(monkeypatch):
 def test_one_at_a_time_writes_without_locks_of_unix(tmp_path):
     with resumable_folder(tmp_path / "new", "job") as folder:
         (folder / "a").write_bytes(b"a")
-        assert storage.is_held(tmp_path / "new") is True
+        assert processes.is_held(tmp_path / "new") is True
         for work in (new_folder(tmp_path / "new"), resumable_folder(tmp_path / "new", "job")):
             with pytest.raises(OutputError, match="another process is writing it"), work:
                 pytest.fail("the body ran")
-    assert storage.is_held(tmp_path / "new") is False
+    assert processes.is_held(tmp_path / "new") is False
     assert tree(tmp_path) == {"new": None, "new/a": b"a", "new/.shallower.json": RECORDED}
     with resumable_file(tmp_path / "file", "job") as folder:
         (folder / "file").write_bytes(b"b")

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import OutputError
+from shallower.processes import partial_folder
 from shallower.storage import (
     RECORD,
     check_free,
     new_folder,
-    partial_folder,
     resumable_folder,
     write_file,
 )

@@ -172,3 +172,12 @@ def why(error: BaseException, path: object = None) -> str:
         return text or type(error).__name__
     whole = text.rfind(". ", 0, MOST_WORDS)
     return text[: whole + 1] if whole > 0 else f"{text[: text.rfind(' ', 0, MOST_WORDS)]} …"
+
+
+@contextmanager
+def raise_output_error(path: object) -> Iterator[None]:
+    """Turn an OSError or a ValueError of the body into an OutputError that names the path."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {path}: {why(error, path)}") from error

@@ -1,10 +1,19 @@
-"""The processes that work on one job, the one of them that writes, and what each may use."""
+"""The processes that work on one job, who of all writes where, and what each may use."""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import ProcessesError
+from .errors import OutputError, ProcessesError, raise_output_error
+
+try:
+    import fcntl
+except ImportError:  # not on Unix
+    fcntl = None  # type: ignore[assignment]
 
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -104,3 +113,201 @@ def _numbers(group: Path, *names: str) -> list[int]:
         return [int(word) for name in names for word in (group / name).read_text().split()]
     except (OSError, ValueError):
         return []
+
+
+# Who writes where
+def hidden(path: Path, suffix: str) -> Path:
+    """Name a hidden sibling of a path; OutputError if the path has no name."""
+    path = path.absolute()
+    if not path.name:
+        raise OutputError(f"cannot write {path}: it has no name")
+    if "\0" in path.name:
+        raise OutputError(f"cannot write {path}: embedded null byte")
+    return path.with_name(f".{path.name[:200]}.{suffix}")
+
+
+def partial_folder(path: Path) -> Path:
+    """Name the hidden sibling where what will be ``path`` is made; OutputError if it has no name.
+
+    Whoever makes it has locked that folder; who writes into a folder, the folder itself.
+    """
+    return hidden(path, "partial")
+
+
+def check_alone(path: Path, *, inside: bool = False) -> None:
+    """Refuse a place that another process holds, or one in it or around it: OutputError."""
+    _locked(path, _real(path, inside=inside)).close()
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds a place, or one in it or around it."""
+    try:
+        check_alone(path)
+    except _HeldError:
+        return True
+    return False
+
+
+@contextmanager
+def held(path: Path, *, inside: bool = False, reserved: bool = True) -> Iterator[None]:
+    """Hold a place, and all that lies in it, while the body works; the system lets go after death.
+
+    Args:
+        path: a file or folder to be, or to be replaced.
+        inside: the place is a folder that files are written into, one by one.
+        reserved: the body may hold the same place once more, as a part of this work.
+
+    Raises:
+        OutputError: another process holds that place, or one in it or around it, or it cannot be
+            written to.
+    """
+    place = _real(path, inside=inside)
+    with _locked(path, place, None if place in _RESERVED.get() else _made(place, inside=inside)):
+        before = _RESERVED.set(_RESERVED.get() - {place} | ({place} if reserved else set()))
+        ours = _OURS.set(_OURS.get() | {place, place if inside else partial_folder(place)})
+        try:
+            yield
+        finally:
+            _OURS.reset(ours)
+            _RESERVED.reset(before)
+
+
+_OURS: ContextVar[frozenset[Path]] = ContextVar("_OURS", default=frozenset())
+"""The places that are held here, and the folders where work on them goes on."""
+
+_RESERVED: ContextVar[frozenset[Path]] = ContextVar("_RESERVED", default=frozenset())
+"""Those of them that are held for one work to come."""
+
+_LOOKED_AT = 0.2
+"""Seconds for which somebody else may look whether a place is held, and so hold it."""
+
+
+class _HeldError(OutputError):
+    """Another process holds a place."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The folder by which a place is held, and those that go again where they are empty."""
+
+    folder: Path
+    passing: Sequence[Path]
+
+
+def _real(path: Path, *, inside: bool = False) -> Path:
+    """A path without links, but a last one, which would be replaced."""
+    with raise_output_error(path):
+        if inside or Path(path).name == "..":
+            return Path(os.path.realpath(path))
+        folder = partial_folder(path).parent
+        return Path(os.path.realpath(folder), Path(path).absolute().name)
+
+
+def _made(place: Path, *, inside: bool) -> _Made:
+    folder = place if inside else partial_folder(place)
+    with raise_output_error(place):
+        new = [one for one in (folder, *folder.parents) if not one.exists()]
+    return _Made(folder, new if inside or folder in new else [folder, *new])
+
+
+def _locked(path: Path, place: Path, made: _Made | None = None) -> ExitStack:
+    """Lock a place, and share the locks of what lies around it; OutputError names ``path``."""
+    until = time.monotonic() + _LOOKED_AT
+    while True:
+        try:
+            with raise_output_error(path):
+                if made is not None:
+                    made.folder.mkdir(parents=True, exist_ok=True)
+                return _lock(path, place, made)
+        except _HeldError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
+def _lock(path: Path, place: Path, made: _Made | None) -> ExitStack:
+    first = None if made is None else made.folder
+    with ExitStack() as stack:
+        for around, folder in sorted(_lockable(place), key=lambda one: one[1] != first):
+            is_mine = around == place
+            try:
+                _lock_folder(stack, folder, is_shared=not is_mine, is_needed=folder == first)
+            except BlockingIOError as error:
+                raise _held_error(path, None if is_mine else around, folder) from error
+            if made is not None and folder == first:
+                stack.callback(_remove_empty, made.passing)
+        return stack.pop_all()
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it holds results, or what the next run goes on from
+            folder.rmdir()
+
+
+def _lockable(place: Path) -> Iterator[tuple[Path, Path]]:
+    """A place and all around it that we do not hold, each with the folders that lock it."""
+    for around in (place, *place.parents):
+        if around in (_RESERVED if around == place else _OURS).get():
+            return
+        if around.name:
+            yield around, partial_folder(around)
+        yield around, around
+
+
+def _lock_folder(stack: ExitStack, folder: Path, *, is_shared: bool, is_needed: bool) -> None:
+    """Lock a folder until the stack is closed; what is not there, or not ours to read, is not."""
+    if fcntl is None:
+        _lock_by_file(stack, folder, is_shared=is_shared, is_needed=is_needed)
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        if not is_needed:
+            return
+        raise
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # this file system knows no locks, as some that lie on a network
+        return
+    if is_needed and not _is_there(folder, descriptor):
+        raise BlockingIOError  # the process that held it has just finished
+
+
+def _is_there(folder: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    return False
+
+
+def _lock_by_file(stack: ExitStack, folder: Path, *, is_shared: bool, is_needed: bool) -> None:
+    """Lock a folder by a file beside it, which Windows removes when this process dies."""
+    file = folder.parent / f".{folder.name}.lock"
+    if is_needed:
+        is_temporary = getattr(os, "O_TEMPORARY", 0)  # of Windows
+        try:
+            lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | is_temporary)
+        except FileExistsError as error:
+            raise BlockingIOError from error
+        stack.callback(file.unlink, missing_ok=True)
+        stack.callback(os.close, lock)
+    elif file.exists() or (not is_shared and any(folder.rglob(".*.lock"))):
+        raise BlockingIOError
+
+
+def _held_error(path: Path, around: Path | None, folder: Path) -> _HeldError:
+    """The error of a place that another process writes to, which is named where Linux knows it."""
+    who = "another process"
+    with suppress(OSError, StopIteration, ValueError):
+        inode = f":{folder.stat().st_ino} "
+        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+        pid = int(next(line for line in locks if " FLOCK " in line and inode in line).split()[4])
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        who = f"process {pid} ({' '.join(command.split(chr(0)))[:100].strip()})"
+    return _HeldError(
+        f"cannot write {path}: {who} is writing {around or 'it'}; wait for it, or choose another "
+        "place"
+    )

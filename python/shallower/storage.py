@@ -6,18 +6,12 @@ import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
 
-from .errors import OutputError, why
-
-try:
-    import fcntl
-except ImportError:  # not on Unix
-    fcntl = None  # type: ignore[assignment]
+from .errors import OutputError, raise_output_error, why
+from .processes import check_alone, held, hidden, partial_folder
 
 
 def check_free(path: Path, overwrite: bool = False) -> None:
@@ -138,19 +132,16 @@ def check_room(path: Path, num_bytes: int) -> None:
         raise OutputError(f"cannot write {path}: {num_bytes} bytes are needed, {free} are free")
 
 
+def holds(path: Path, content: bytes) -> bool:
+    """Whether a file has that very content already; OutputError if it cannot be read."""
+    with raise_output_error(path):
+        return path.is_file() and path.read_bytes() == content
+
+
 def sha256_of(path: Path) -> str:
     """Hash the content of a file, in hexadecimal digits; OSError if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def raise_output_error(path: Path) -> Iterator[None]:
-    """Turn an OSError or a ValueError of the body into an OutputError that names the path."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write {path}: {why(error, path)}") from error
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -193,32 +184,6 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def check_alone(path: Path) -> None:
-    """Refuse a path that another process holds, by :func:`claimed`: OutputError."""
-    if is_held(path):
-        raise _busy(path, partial_folder(path))
-
-
-def is_held(path: Path) -> bool:
-    """Whether another process holds a path, by :func:`claimed`; OutputError where it cannot be."""
-    work = partial_folder(path)
-    with raise_output_error(path):
-        if work in _CLAIMS.get() or not work.is_dir():
-            return False
-        if fcntl is None:
-            return _lock_file(work).exists()
-        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass  # as in _lock
-        finally:
-            os.close(descriptor)
-    return False
-
-
 @contextmanager
 def claimed(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Iterator[None]:
     """Hold a path against other processes while the body makes what is written there.
@@ -228,22 +193,10 @@ def claimed(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Iterator
     """
     path = Path(path)
     check_free(path, overwrite)
-    work = partial_folder(path)
-    if work in _CLAIMS.get():  # by work that this is a part of
+    with held(path):
         check_room(path, num_bytes)
+        _clear(path)
         yield
-        return
-    made = [parent for parent in work.parents if not parent.exists()]
-    with _held(work, path):
-        mine = _CLAIMS.set(_CLAIMS.get() | {work})
-        try:
-            check_room(path, num_bytes)
-            yield
-        finally:
-            _CLAIMS.reset(mine)
-            for folder in (work, *made):
-                with suppress(OSError):  # it holds results, or what the next run goes on from
-                    folder.rmdir()
 
 
 @contextmanager
@@ -308,7 +261,8 @@ def _working(path: Path, job: str, overwrite: bool) -> Iterator[Path]:
     """The folder of an earlier run of the same job, or an empty one, held against others."""
     check_free(path, overwrite)
     work = partial_folder(path)
-    with _held(work, path):
+    with held(path, reserved=False):
+        _clear(path)
         with raise_output_error(path):
             folder = _begin(work, f"{path.absolute()}\n{job}")
         try:
@@ -319,92 +273,6 @@ def _working(path: Path, job: str, overwrite: bool) -> Iterator[Path]:
                 with suppress(OSError):
                     work.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
-
-
-def partial_folder(path: Path) -> Path:
-    """Name the hidden sibling of a path where :func:`resumable_folder` works.
-
-    Raises OutputError if the path has no name.
-    """
-    return _hidden(path, "partial")
-
-
-_CLAIMS: ContextVar[frozenset[Path]] = ContextVar("_CLAIMS", default=frozenset())
-"""The hidden siblings that are held for one work to come."""
-
-
-@contextmanager
-def _held(work: Path, path: Path) -> Iterator[None]:
-    """Hold a folder against other work; the system lets go of it when this process dies."""
-    claims = _CLAIMS.get()
-    lock = None if work in claims else _lock(work, path)
-    mine = _CLAIMS.set(claims - {work})
-    try:
-        yield
-    finally:
-        _CLAIMS.reset(mine)
-        if lock is not None:
-            os.close(lock)
-            if fcntl is None:
-                _lock_file(work).unlink(missing_ok=True)
-
-
-def _lock(work: Path, path: Path) -> int:
-    until = time.monotonic() + _LOOKED_AT
-    while True:
-        with raise_output_error(path):
-            work.mkdir(parents=True, exist_ok=True)
-            if fcntl is None:
-                return _lock_by_file(work, path)
-            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(work.stat(), os.fstat(descriptor)):
-                _clear(path)
-                return descriptor
-        except FileNotFoundError:
-            pass  # the process that held it has just finished
-        except BlockingIOError as error:
-            if time.monotonic() > until:
-                os.close(descriptor)
-                raise _busy(path, work) from error
-            time.sleep(0.01)
-        except OSError:  # this file system knows no locks, as some that lie on a network
-            return descriptor
-        os.close(descriptor)
-
-
-def _lock_by_file(work: Path, path: Path) -> int:
-    """Hold a folder by a file beside it, which Windows removes when this process dies."""
-    is_temporary = getattr(os, "O_TEMPORARY", 0)  # of Windows
-    try:
-        lock = os.open(_lock_file(work), os.O_RDWR | os.O_CREAT | os.O_EXCL | is_temporary)
-    except FileExistsError as error:
-        raise _busy(path, work) from error
-    _clear(path)
-    return lock
-
-
-def _lock_file(work: Path) -> Path:
-    return work.with_name(f"{work.name}.lock")
-
-
-_LOOKED_AT = 0.2
-"""Seconds for which somebody else may look whether a folder is held, and so hold it."""
-
-
-def _busy(path: Path, work: Path) -> OutputError:
-    """The error of a path that another process writes to, which is named where Linux knows it."""
-    who = "another process"
-    with suppress(OSError, StopIteration, ValueError):
-        inode = f":{work.stat().st_ino} "
-        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
-        pid = int(next(line for line in locks if " FLOCK " in line and inode in line).split()[4])
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-        who = f"process {pid} ({' '.join(command.split(chr(0)))[:100].strip()})"
-    return OutputError(
-        f"cannot write {path}: {who} is writing it; wait for it, or choose another place"
-    )
 
 
 def _begin(work: Path, job: str) -> Path:
@@ -426,23 +294,14 @@ _JOURNAL = "journal"
 
 
 def _sibling(path: Path, suffix: str) -> Path:
-    return _hidden(path, f"{suffix}.{secrets.token_hex(4)}")
+    return hidden(path, f"{suffix}.{secrets.token_hex(4)}")
 
 
 def _clear(path: Path) -> None:
     """Remove what a process that was killed left of a path, which this one holds now."""
-    name = _hidden(path, "partial").name
+    name = partial_folder(path).name
     for left in path.absolute().parent.glob(f"{glob.escape(name)}.{'[0-9a-f]' * 8}"):
         _remove(left)
-
-
-def _hidden(path: Path, suffix: str) -> Path:
-    path = path.absolute()
-    if not path.name:
-        raise OutputError(f"cannot write {path}: it has no name")
-    if "\0" in path.name:
-        raise OutputError(f"cannot write {path}: embedded null byte")
-    return path.with_name(f".{path.name[:200]}.{suffix}")
 
 
 def _put(folder: Path, path: Path, overwrite: bool) -> None:

@@ -193,7 +193,7 @@ def test_two_models_are_never_in_memory_together(shallower, tiny, texts, folder,
 def test_a_folder_without_a_model_is_told_the_way_out(shallower, texts, folder):
     options = ("--texts", texts / "held_out.jsonl")
     for name, told in (
-        ("adapter_config.json", "it holds adapters, which 'shallower merge"),
+        ("adapter_config.json", "it holds adapters, which shallower merge"),
         ("model.q8.gguf", "name the GGUF file in it"),
         ("notes.txt", "expected a checkpoint of transformers"),
     ):

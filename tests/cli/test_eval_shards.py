@@ -62,6 +62,7 @@ def test_eight_shards_are_gathered_to_what_one_process_finds(
     assert gathered.json == whole.json
     assert (folder / "gathered" / "eval.json").read_text() == gathered.out
     told = shallower("gather", "shards", "--out", "again")
+    assert shallower("gather", "shards", "--out", "again").out == told.out
     monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
     known = shallower(*command, *BOTH)
     assert "measured before" in known.err

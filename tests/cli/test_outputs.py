@@ -1,8 +1,10 @@
 """Outputs: never what is read, by whatever name; one process at a time; refused before any work."""
 
-import fcntl
 import os
+import re
 import shutil
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import pytest
 import shallower as sh
 from shallower.models.source import ModelSource
 from shallower.patching import saving as shallower_patch
+from shallower.processes import held
 from shallower.texts.sources import Texts
 from tests.cli.documents import tree
 from tests.conftest import write_jsonl
@@ -54,10 +57,11 @@ RESULTS = {
     "run": "results.json",
     "curve": "curve.json",
     "compare": "comparison.json",
+    "eval": "eval.json",
 }
 """The file of commands that write into a folder, by which it is held."""
 
-IN_PARTS = ("scan", "analyse", "plan", "run", "curve", "compare")
+IN_PARTS = ("scan", "analyse", "plan", "eval", "run", "curve", "compare")
 """Commands that write single files into a folder, where others may lie."""
 
 
@@ -189,30 +193,61 @@ def test_what_lies_beside_the_files_of_a_command_stays(made, shallower, tmp_path
         assert {name: now.get(name) for name in before} == before, command
 
 
+@contextmanager
+def written_elsewhere(place, *, inside):
+    """Hold a place as another process would, which has locks of its own."""
+    ends = threading.Event()
+
+    def write(begun):
+        with held(place, inside=inside):
+            begun.set()
+            ends.wait()
+
+    begun = threading.Event()
+    writer = threading.Thread(target=write, args=[begun])
+    writer.start()
+    assert begun.wait(9)
+    yield
+    ends.set()
+    writer.join()
+
+
+WRITING = {
+    "it": ("", False),
+    "in it": ("/{}", False),
+    "into it": ("", True),
+    "around": ("/..", True),
+}
+"""Where somebody writes, beside a place, and whether into a folder, file by file."""
+
 LONG = [command for command in COMMANDS if not command.startswith("plan")]
+LONG += ["eval all/model --texts all/texts.jsonl"]
 
 
+@pytest.mark.parametrize("where", WRITING)
 @pytest.mark.parametrize("command", LONG)
-def test_a_place_that_another_process_writes_to_is_not_to_be_replaced(read, shallower, command):
+def test_a_place_that_another_process_writes_to_is_not_to_be_replaced(
+    read, shallower, command, where
+):
     os.chdir(read)
     out = Path("new.gguf" if "gguf --drop 1" in command and "as-gguf" not in command else "new")
-    name = RESULTS.get(command.split()[0])
-    held = out.with_name(f".{out.name}.partial") if name is None else out / f".{name}.partial"
-    held.mkdir(parents=True)
-    lock = os.open(held, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        for options in ([], ["--overwrite"], ["--dry-run"]):
+    if out.suffix and where in ("in it", "into it"):
+        return
+    place, inside = WRITING[where]
+    place = str(out) + place.format(RESULTS.get(command.split()[0], "eval.json"))
+    with written_elsewhere(Path(os.path.normpath(place)), inside=inside):
+        before = tree(Path())
+        for options in (["--overwrite"], ["--dry-run"], [])[: 3 if where == "it" else 1]:
             done = shallower(*command.split(), "--out", out, *options)
             assert done.status == 2
+            assert f"cannot write {out}" in done.err
             assert f"process {os.getpid()} (" in done.err
-            assert ") is writing it; wait for it, or choose another place" in done.err
+            assert re.search(
+                rf"\) is writing (it|{read}(/new)?); wait for it, or choose another place", done.err
+            )
             assert "--overwrite" not in done.error
-    finally:
-        os.close(lock)
-        held.rmdir()
-        if name is not None:
-            out.rmdir()
+        assert tree(Path()) == before
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("command", [one for one in LONG if one.startswith(("prune", "patch"))])

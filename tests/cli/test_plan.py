@@ -21,6 +21,23 @@ def test_plan_shows_and_saves_the_best_block(shallower, folder, scans):
     assert "wrote out/shallower_plan.json" in done.out.splitlines()
 
 
+def test_plan_is_made_again_where_the_same_is_there(shallower, folder, scans):
+    words = ("plan", scans / "tiny", "--out", "out")
+    place = folder / "out" / "shallower_plan.json"
+    assert shallower(*words, "--n", 2).status == 0
+    before = place.read_bytes(), place.stat().st_mtime_ns
+    for more in ([], ["--dry-run"], ["--overwrite"]):
+        done = shallower(*words, "--n", 2, *more)
+        assert done.status == 0
+        said = "out/shallower_plan.json is already there, made from the same inputs"
+        assert done.out.splitlines()[-1] == said
+    assert shallower(*words, "--n", 2, "--json").json["drop"]
+    for more in ([], ["--dry-run"]):
+        refused = shallower(*words, "--n", 3, *more)
+        assert "out/shallower_plan.json exists already" in refused.error
+    assert (place.read_bytes(), place.stat().st_mtime_ns) == before
+
+
 def test_plan_without_out_writes_nothing(shallower, folder, scans):
     file = scans / "tiny" / "scan.safetensors"
     done = shallower("plan", file, "--n", 3, "--json")

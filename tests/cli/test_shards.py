@@ -48,9 +48,13 @@ def test_eight_shards_are_gathered_to_the_bytes_of_the_whole(shallower, folder, 
         assert done["batches"] == [10 * index, 10 * index + 10]
         assert (done["num_batches"], done["num_samples"]) == (80, 10)
         assert done["written"] == [f"shards/scan.{index}-of-8.safetensors"]
-    done = shallower("gather", "shards", "--out", "gathered", "--json").json
-    assert (done["num_samples"], done["written"][0]) == (80, "gathered/scan.safetensors")
-    assert (folder / "gathered" / "scan.safetensors").read_bytes() == whole
+    for _ in range(2):  # the same is written again
+        done = shallower("gather", "shards", "--out", "gathered", "--json").json
+        assert (done["num_samples"], done["written"][0]) == (80, "gathered/scan.safetensors")
+        assert (folder / "gathered" / "scan.safetensors").read_bytes() == whole
+    (folder / "gathered" / "scan.safetensors").write_bytes(b"another")
+    refused = shallower("gather", "shards", "--out", "gathered")
+    assert "gathered/scan.safetensors exists already" in refused.error
     jobs = {ScannedShard.load(path).of.job for path in (folder / "shards").iterdir()}
     assert len(jobs) == 1
     assert None not in jobs
@@ -96,7 +100,9 @@ def test_gather_refuses_what_is_missing_or_taken(shallower, folder, tiny, jsonl,
     done = shallower("gather", "shards", "--out", "out")
     assert done.error == "2 shards of 3 are missing: 1/3, 2/3"
     assert not (folder / "out").exists()
-    done = shallower("gather", "shards", "--out", scans / "tiny")
+    for index in ("1/3", "2/3"):
+        assert shallower(*command, index).status == 0
+    done = shallower("gather", "shards", "--out", scans / "more")
     assert "exists already" in done.error
     assert shallower("plan", "shards/scan.0-of-3.safetensors", "--n", "1", "--out", "p").error
 

@@ -48,6 +48,14 @@ def texts_of(plan, source="a/tiny", **more):
     return exports(CutFacts(plan, source, **more))
 
 
+def history(card):
+    """The steps by which a card says that its model was made."""
+    found = re.search(r"## How it was made\n\n((?:\d+\. .+\n)+)", card)
+    numbers, steps = zip(*(line.split(". ", 1) for line in found[1].splitlines()), strict=True)
+    assert list(map(int, numbers)) == list(range(1, len(steps) + 1))
+    return list(steps)
+
+
 def one_line(command):
     return re.sub(r"\\\n *", "", command)
 

@@ -5,10 +5,10 @@ import re
 import pytest
 
 import shallower as sh
-from shallower.cutting.cards import adapters_card, front_matter, healed_card
+from shallower.cutting.cards import adapters_card, front_matter, healed_card, state_loss
 from shallower.cutting.source import Source, find_source, read_card
 from tests.conftest import tiny_llama
-from tests.cutting.card_tools import LICENSED, blocks_of_code, front, texts_of
+from tests.cutting.card_tools import LICENSED, blocks_of_code, front, history, texts_of
 from tests.documents import documents
 
 DROPPED = [1, 3, 4]
@@ -69,6 +69,48 @@ def test_a_cut_of_a_cut_keeps_both_cards(source, tmp_path):
     assert titles == ["# once without layers [2, 3)", "# tiny without layers [1, 2)"]
     assert front(card)["license"] == "other"
     assert "What its maker says." in card
+
+
+TOLD = ("shallower_patch.json", "healing.json", "healing.png", "eval.json", "mergekit.yaml", "job")
+
+
+def test_a_card_tells_the_whole_chain(source, tmp_path):
+    sh.prune(source, [1], tmp_path / "once")
+    model, tokenizer = sh.load_model(tmp_path / "once", dtype="float32")
+    plan = sh.drop_layers(model, [3])
+    losses = tuple(sh.Loss(nats, 0.1, 90, 9, 0, 99) for nats in (4.0, 4.25))
+    done = sh.Patch(plan, "feed_forward", 90, 10, 1.0, 3.0, 2.0)
+    sh.save_patched(model, tokenizer, tmp_path / "pk", done=done, losses=losses)
+    for name in TOLD:
+        (tmp_path / "pk" / name).write_bytes(b"{}")
+    sh.prune(tmp_path / "pk", [0], tmp_path / "again")
+    there = {name: (tmp_path / "again" / name) for name in TOLD}
+    assert [name for name, file in there.items() if file.exists()] == ["mergekit.yaml"]
+    assert there["mergekit.yaml"].read_bytes() != b"{}"
+    card = (tmp_path / "again" / "README.md").read_text()
+    source_step, once, second, patched, again = steps = history(card)
+    assert source_step == "`tiny`, 6 layers"
+    assert once == "cut: without layers [1, 2), 5 of 6 layers stay"
+    assert second == "cut: without layers [3, 4), 4 of 5 layers stay"
+    assert patched.startswith("matrices beside it were solved anew by least squares; ")
+    lost = "; held-out loss 4.000 ± 0.100 → 4.250 ± 0.100 nats a token, 90 tokens of 9 texts"
+    assert patched.endswith(lost)
+    assert again == "cut: without layers [0, 1), 3 of 4 layers stay"
+    # Healed, with what is said of its source left alone; and cut once more.
+    rows = [("steps", "9"), ("loss of the texts that choose the step", "4.1 nats a token")]
+    path, command = tmp_path / "again" / "README.md", "shallower heal cut --merge --out healed"
+    path.write_text(healed_card(path, "adapters were trained.", rows, command=command))
+    own, _, of_source = path.read_text().partition("## The card of the source")
+    assert card.endswith(of_source)
+    assert "| held-out loss | not measured" in own
+    assert own.count("shallower heal cut") == 1
+    steps += ["adapters were trained; loss of the texts that choose the step: 4.1 nats a token"]
+    assert history(own) == steps
+    state_loss(path, losses)
+    sh.prune(tmp_path / "again", [1], tmp_path / "last")
+    steps[-1] += lost
+    steps += ["cut: without layers [1, 2), 2 of 3 layers stay"]
+    assert history((tmp_path / "last" / "README.md").read_text()) == steps
 
 
 def test_a_license_is_not_invented(tmp_path):
@@ -194,6 +236,14 @@ def test_a_card_of_a_model_with_its_own_code_says_so(llama, tmp_path):
     command, python = (blocks_of_code(card, language)[0] for language in ("sh", "python"))
     assert "--dtype float32 --trust-remote-code --out cut" in command
     assert "dtype='float32', trust_remote_code=True)" in python
+    assert (
+        blocks_of_code(card, "python")[1].count('from_pretrained(".", trust_remote_code=True)') == 2
+    )
+    assert "vllm serve . --trust-remote-code\n" in card
+    plan, cut = sh.Plan(6, (sh.Block(1, 2),)), find_source(tmp_path / "cut")
+    card = adapters_card(plan, cut, rows=[("steps", "9")], trust_remote_code=True)
+    assert '.from_pretrained(".", trust_remote_code=True)' in card
+    assert "`shallower merge . --trust-remote-code --out ../healed`" in card
 
 
 def test_a_healed_card_is_the_cuts_but_for_the_healing(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import shallower as sh
 from shallower import ModelError, OutputError
-from shallower.storage import partial_folder
+from shallower.processes import partial_folder
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json
 from tests.folders import full_disk, tree
 

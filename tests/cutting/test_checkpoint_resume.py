@@ -12,7 +12,7 @@ import pytest
 import shallower as sh
 from shallower import OutputError
 from shallower.cutting import checkpoint
-from shallower.storage import partial_folder
+from shallower.processes import partial_folder
 from tests.cutting.checkpoints import DROPPED, stored
 from tests.cutting.mixtures import mixture
 from tests.folders import tree

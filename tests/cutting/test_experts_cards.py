@@ -11,6 +11,7 @@ from tests.cutting.card_tools import (
     assert_same_weights,
     blocks_of_code,
     front,
+    history,
     stand_for,
     tell_no_paths,
     texts_of,
@@ -43,6 +44,18 @@ def test_a_card_makes_the_cut_again(source, tmp_path, monkeypatch, shallower, la
         make()
         assert_same_weights("cut", first)
         assert sh.Plan.load("cut/shallower_plan.json") == plan
+
+
+def test_a_cut_of_experts_of_a_cut_carries_no_list_of_layers(source, tmp_path):
+    sh.prune(source, [2], tmp_path / "once")
+    left = sh.load_model(tmp_path / "once")[0].config.num_hidden_layers
+    experts = dict.fromkeys(range(left), (0, 1))
+    sh.prune(tmp_path / "once", [], tmp_path / "twice", experts=experts)
+    there = {path.name for path in (tmp_path / "twice").iterdir()}
+    assert there & {*EXPORT_FILES} == {"README.md"}
+    _, layers, last = history((tmp_path / "twice" / "README.md").read_text())
+    assert layers.startswith("cut: without layers [2, 3), ")
+    assert "experts" in last
 
 
 PLAN = sh.Plan(6, (), experts=DroppedExperts(6, {layer: (0, layer) for layer in (1, 2, 4)}))

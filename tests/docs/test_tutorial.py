@@ -1,9 +1,13 @@
 """The tutorial and the notebook, executed on the real model; outputs are those in the page."""
 
+import ast
+import inspect
 import json
+import re
 
 import pytest
 
+import shallower as sh
 from tests import tutorial
 from tests.conftest import ROOT
 
@@ -38,6 +42,26 @@ def test_the_notebook_runs(folder, monkeypatch, capsys):
     assert "4 layers: [12, 16), angular distance 0.12" in said
     assert 0.3 < bound["more"].mean < 0.8
     assert (folder / "smol-26-layers" / "README.md").is_file()
+
+
+def calls():
+    """The calls of this package in the prose of the notebook, the pages and the README."""
+    for page in (NOTEBOOK, ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for call in re.findall(r"`(sh\.\w+\([^`]*\))`", page.read_text(encoding="utf-8")):
+            yield call.replace('\\"', '"')
+
+
+@pytest.mark.parametrize("call", sorted(set(calls())))
+def test_calls_in_prose_have_the_parameters_of_their_functions(call):
+    """``…`` stands for what is left out."""
+    parsed = ast.parse(call.replace("…", "...")).body[0].value
+    left_out = [one for one in parsed.args if ast.unparse(one) == "..."]
+    bind = inspect.signature(getattr(sh, parsed.func.attr))
+    named = {one.arg: None for one in parsed.keywords}
+    if left_out:
+        bind.bind_partial(**named)
+    else:
+        bind.bind(*parsed.args, **named)
 
 
 PRINTED = "drop [12, 16) 0.1270 ± 0.0030\n63 % recovered, 1,008 tokens\n"

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.cutting.card_tools import (
     check_other_tools,
     cut_by,
     front,
+    history,
     one_line,
     stand_for,
     tell_no_paths,
@@ -48,8 +50,9 @@ def test_a_card_of_adapters(cut, healed, tmp_path, monkeypatch, shallower):
     model = run_blocks(card, out, monkeypatch)
     assert model.get_base_model().config.num_hidden_layers == len(SURVIVORS)
     (line,) = re.findall(r"`(shallower merge [^`]*)`", card)
-    assert line == "shallower merge . --out healed"
-    cut_by(line.replace("healed", str(tmp_path / "healed")), shallower)
+    shutil.copytree(out, tmp_path / "adapters")
+    monkeypatch.chdir(tmp_path / "adapters")
+    cut_by(line, shallower)
     assert (tmp_path / "healed" / "model.safetensors").is_file()
 
 
@@ -62,6 +65,9 @@ def test_a_card_of_a_merged_model(both, healed, tmp_path, monkeypatch, shallower
     assert front(card) == front((cut / "README.md").read_text())
     assert "**This model is healed**" in card
     assert "## Making the cut again\n" in card
+    *cut_steps, healing = history(card)
+    assert cut_steps == history((cut / "README.md").read_text())
+    assert healing.startswith("low-rank adapters were trained and merged into its weights; loss of")
     tell_no_paths(merged, whole, cut)
     assert (merged / "LICENSE").read_text() == (out / "LICENSE").read_text() == "Do as you like."
     for name, make in ways(card, shallower).items():

@@ -12,7 +12,7 @@ from shallower.models.residual_writers import Writers, find_writers
 from shallower.patching import descent, least_squares, solver
 from shallower.patching import patch as patching
 from shallower.patching.patch import patch, with_patch
-from shallower.patching.saving import PATCH_FILE
+from shallower.values.files import PATCH_FILE
 from tests.commands import in_this_process
 from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.examples import sentences

@@ -12,9 +12,9 @@ import shallower as sh
 from shallower.evaluation import answers as evaluation
 from shallower.models.decoder import Decoder
 from shallower.patching import descent
-from shallower.patching.saving import PATCH_FILE
 from shallower.texts.sequences import collate, read_samples
 from shallower.values.answers import Answer
+from shallower.values.files import PATCH_FILE
 from shallower.values.patch import Patch
 from tests.conftest import write_jsonl
 from tests.cutting.card_tools import assert_same_weights, blocks_of_code, cut_by

@@ -12,7 +12,7 @@ from shallower.patching.descent import Descent
 from shallower.patching.patch import patch
 from shallower.patching.saving import patch_to_folder
 from shallower.patching.solver import Solver
-from shallower.storage import partial_folder
+from shallower.processes import partial_folder
 from tests.cli.documents import tree
 from tests.conftest import mostly_slow
 from tests.examples import sentences

@@ -1,11 +1,14 @@
 """What a page says of making it again ends in the numbers that it prints."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import shallower as sh
+from shallower.cli.output import called, remember_call
 from shallower.reporting.results import Run
 from shallower.runs.report import read_story
 from shallower.values.settings import CompareSettings, CurveSettings, RunSettings
@@ -14,15 +17,17 @@ from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.card_tools import blocks_of_code, cut_by, one_line
 
 LOSSES = ("whole", "cut", "patched")
+MODEL, TEXTS, EVAL_TEXTS = "kleines Modell", "Texte --für alle.jsonl", "andere Texte.jsonl"
+"""Names that a shell does not take as they are."""
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, words):
     """A folder with a model that has learned something, texts and held-out texts."""
-    folder = tmp_path_factory.mktemp("again")
-    sh.save_model(examples.learned_llama(words, 6), words, folder / "tiny")
-    write_jsonl(folder / "fit.jsonl", examples.sentences(60, seed=1))
-    write_jsonl(folder / "eval.jsonl", examples.sentences(20, seed=2))
+    folder = tmp_path_factory.mktemp("noch einmal für alle")
+    sh.save_model(examples.learned_llama(words, 6), words, folder / MODEL)
+    write_jsonl(folder / TEXTS, examples.sentences(60, seed=1))
+    write_jsonl(folder / EVAL_TEXTS, examples.sentences(20, seed=2))
     return folder
 
 
@@ -47,8 +52,8 @@ def carry_out(commands, shallower, **places):
     found = {}
     for command in commands:
         if command.startswith("shallower eval "):
-            _, _, model, *_ = command.split()
-            losses = shallower(*(places.get(word, word) for word in command.split()[1:]), "--json")
+            _, _, model, *_ = words = shlex.split(command)
+            losses = shallower(*(places.get(word, word) for word in words[1:]), "--json")
             assert losses.status == 0, losses.err
             found[model] = losses.json
         else:
@@ -70,43 +75,46 @@ def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
     places, elsewhere, tmp_path, shallower, dtype
 ):
     done = shallower(
-        "run", places / "tiny", "--texts", places / "fit.jsonl", "--eval-texts",
-        places / "eval.jsonl", "--out", "../runs/first", "--n", "2", "--top", "2",
+        "run", places / MODEL, "--texts", places / TEXTS, "--eval-texts",
+        places / EVAL_TEXTS, "--out", "../runs/erster Lauf", "--n", "2", "--top", "2",
         "--max-texts", "50", "--max-eval-texts", "12", "--max-length", "10", "--dtype", dtype,
         "--no-cache", "--no-speech", "--json",
     )  # fmt: skip
     assert done.status == 0, done.err
-    first = Run.load(tmp_path / "runs" / "first")
-    commands = commands_of(tmp_path / "runs" / "first")
-    assert commands[0].startswith("shallower run tiny --texts fit.jsonl --eval-texts eval.jsonl ")
+    first = Run.load(tmp_path / "runs" / "erster Lauf")
+    commands = commands_of(tmp_path / "runs" / "erster Lauf")
+    named = shlex.join(["--texts", TEXTS, "--eval-texts", EVAL_TEXTS])
+    assert commands[0].startswith(f"shallower run 'kleines Modell' {named} ")
     assert "--json" not in commands[0]
     assert str(tmp_path) not in " ".join(commands)
     found = carry_out(commands, shallower, CUT="cut")
-    again = Run.load(elsewhere / "first")
-    assert_found(first, found, "tiny", "first")
+    again = Run.load(elsewhere / "erster Lauf")
+    assert_found(first, found, MODEL, "erster Lauf")
     for name in LOSSES:
         assert getattr(again.recommended, name) == getattr(first.recommended, name)
-    assert (elsewhere / "first" / "report.html").is_file()
+    assert (elsewhere / "erster Lauf" / "report.html").is_file()
     assert sh.Plan.load("cut/shallower_plan.json").dropped == first.recommended.plan.dropped
-    card = (tmp_path / "runs" / "first" / "checkpoint" / "README.md").read_text()
+    card = (tmp_path / "runs" / "erster Lauf" / "checkpoint" / "README.md").read_text()
     assert one_line(blocks_of_code(card, "sh")[0]) == commands[0]
     assert f"| held-out loss | {first.whole} → {first.recommended.patched} nats" in card
-    assert (elsewhere / "first" / "checkpoint" / "README.md").read_text() == card
+    assert (elsewhere / "erster Lauf" / "checkpoint" / "README.md").read_text() == card
 
 
 @pytest.mark.slow
 def test_a_run_by_python_is_made_again_by_a_command(places, elsewhere, tmp_path, shallower):
     texts, held_out = examples.sentences(60, seed=1), examples.sentences(20, seed=2)
     settings = RunSettings(n=2, top=2, max_texts=50, max_eval_texts=12, max_length=10, prompts=())
-    source = sh.ModelSource(places / "tiny", "float32")
+    source = sh.ModelSource(places / MODEL, "float32")
     done = sh.run(
-        source, texts=texts, eval_texts=held_out, out=tmp_path / "first", settings=settings
+        source, texts=texts, eval_texts=held_out, out=tmp_path / "erster Lauf", settings=settings
     )
-    commands = commands_of(tmp_path / "first")
-    assert commands[0].startswith("shallower run tiny --dtype float32 --texts TEXTS --eval-texts ")
-    given = {"TEXTS": "fit.jsonl", "EVAL_TEXTS": "eval.jsonl", "CUT": "cut"}
-    assert_found(done, carry_out(commands, shallower, **given), "tiny", "first")
-    again = Run.load(elsewhere / "first").recommended
+    commands = commands_of(tmp_path / "erster Lauf")
+    assert commands[0].startswith(
+        "shallower run 'kleines Modell' --dtype float32 --texts TEXTS --eval-texts "
+    )
+    given = {"TEXTS": TEXTS, "EVAL_TEXTS": EVAL_TEXTS, "CUT": "cut"}
+    assert_found(done, carry_out(commands, shallower, **given), MODEL, "erster Lauf")
+    again = Run.load(elsewhere / "erster Lauf").recommended
     assert again.patched == done.recommended.patched
 
 
@@ -115,33 +123,60 @@ def test_texts_that_are_no_file_of_their_own_are_measured_by_the_run_alone(
     places, tmp_path, shallower
 ):
     done = shallower(
-        "run", places / "tiny", "--texts", places / "fit.jsonl", "--out", tmp_path / "first",
+        "run", places / MODEL, "--texts", places / TEXTS, "--out", tmp_path / "erster Lauf",
         "--n", "1", "--top", "1", "--plan-only", "--no-speech",
     )  # fmt: skip
     assert done.status == 0, done.err
-    names = [command.split()[1] for command in commands_of(tmp_path / "first")]
+    names = [command.split()[1] for command in commands_of(tmp_path / "erster Lauf")]
     assert names == ["run", "prune", "report"]
 
 
 @pytest.mark.slow
 def test_the_pages_of_a_curve_and_a_comparison_end_in_their_numbers(elsewhere, tmp_path, shallower):
-    texts = ["--texts", "fit.jsonl", "--eval-texts", "eval.jsonl", "--no-cache"]
+    texts = ["--texts", TEXTS, "--eval-texts", EVAL_TEXTS, "--no-cache"]
     texts += ["--dtype", "float32", "--max-length", "12"]
     for command, options, name in (
         ("curve", ["--n", "1,2", "--strategies", "deepest", "--quick-patch"], "curve.json"),
         ("compare", ["--n", "1,2", "--criteria", "deepest,angular"], "comparison.json"),
     ):
-        done = shallower(command, "tiny", *texts, *options, "--out", tmp_path / command)
+        done = shallower(command, MODEL, *texts, *options, "--out", tmp_path / f"die {command}")
         assert done.status == 0, done.err
-        carry_out(commands_of(tmp_path / command), shallower)
+        carry_out(commands_of(tmp_path / f"die {command}"), shallower)
         first, again = (
-            json.loads((folder / command / name).read_text()) for folder in (tmp_path, elsewhere)
+            json.loads((folder / f"die {command}" / name).read_text())
+            for folder in (tmp_path, elsewhere)
         )
         for values in (first, again):
             for row in values.get("points", values.get("rows")):
                 row.pop("seconds")
             values.pop("job")
         assert again == first
+
+
+def test_what_is_printed_besides_names_places_for_a_shell(elsewhere, tmp_path, shallower):
+    done = shallower("prune", MODEL, "--drop", "1", "--out", "mein Schnitt für alle")
+    (line,) = re.findall("^to upload it: (.*)$", done.out, re.MULTILINE)
+    assert Path(shlex.split(line)[-1], "config.json").is_file()
+    (elsewhere / "meine Läufe").mkdir()
+    (elsewhere / "meine Läufe" / "adapter_config.json").write_text("{}")
+    done = shallower("scan", "meine Läufe", "--texts", TEXTS, "--out", "out")
+    assert "which shallower merge 'meine Läufe' --out MERGED makes a model of" in done.error
+    keys = {"models": f"[{MODEL}]", "texts": TEXTS, "eval_texts": EVAL_TEXTS}
+    keys |= {"criteria": "[deepest]", "n": "[1]", "max_length": "12"}
+    sweep = "".join(f"{key}: {value}\n" for key, value in keys.items())
+    Path("viele auf einmal.yaml").write_text(sweep, encoding="utf-8")
+    done = shallower("sweep", "viele auf einmal.yaml", "--out", "ihre Läufe", "--print-commands")
+    assert done.status == 0, done.err
+    for command in done.out.splitlines():
+        cut_by(f"{command} --dry-run", shallower)
+
+
+def test_a_place_that_is_the_current_folder_is_printed_by_its_name(places, monkeypatch):
+    monkeypatch.chdir(places / MODEL)
+    remember_call("run", [".", "--texts", f"../{TEXTS}", "--out", "."])
+    assert shlex.split(called()) == [
+        "shallower", "run", MODEL, "--texts", TEXTS, "--out", MODEL,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,9 @@ def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output
 
     The file is known by its place and time of change: to hash it would take longer than the scan.
     """
-    from ..reporting.charts.heat_map import HEAT_MAP_FILE
     from ..runs.done import Output
     from ..runs.inputs import file_inputs, made_by
-    from ..values.files import SCAN_FILE
+    from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     def inputs() -> dict[str, Any] | None:
         file = file_inputs(states)
@@ -128,9 +127,8 @@ def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output
 
 def _say_again(out: Path, as_json: bool) -> None:
     """Print a scan from its folder."""
-    from ..reporting.charts.heat_map import HEAT_MAP_FILE
     from ..scanning.scan import Scan
-    from ..values.files import SCAN_FILE
+    from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     written = [path for path in (out / SCAN_FILE, out / HEAT_MAP_FILE) if path.is_file()]
     say_scan(Scan.load(written[0]), written, as_json)

@@ -1,5 +1,6 @@
 """``shallower eval``."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,17 +191,27 @@ def eval_command(
     elif shard is not None:
         _carry_out_shard(job, as_json)
     elif pair is None:
-        results = _results(job)
-        _say(job, results, eval_names(model, job.plan), read=job.readings, as_json=as_json)
+        with ExitStack() as held:
+            results = _results(job, held)
+            _say(job, results, eval_names(model, job.plan), read=job.readings, as_json=as_json)
     else:
-        pair.check_tokens()
-        sides = {"against": _results(pair.against), "model": _results(pair.model)}
+        _compare(pair, job, as_json)
+
+
+def _compare(pair: "EvalPair", job: "EvalJob", as_json: bool) -> None:
+    """Measure two checkpoints by the measures of ``job``, and print them."""
+    pair.check_tokens()
+    with ExitStack() as held:
+        sides = {"against": _results(pair.against, held), "model": _results(pair.model, held)}
         results = {
             kind: {side: found[kind]["base"] for side, found in sides.items()}
             for kind in sides["model"]
         }
         read = [*pair.against.readings, *pair.model.readings]
-        names = {"against": str(against), "model": str(model)}
+        names = {
+            name: str(one.source.path)
+            for name, one in (("against", pair.against), ("model", pair.model))
+        }
         _say(job, results, names, read=read, as_json=as_json)
 
 
@@ -246,16 +257,16 @@ def _carry_out_shard(job: "EvalJob", as_json: bool) -> None:
         say_known(job.made, job.file)
 
 
-def _results(job: "EvalJob") -> "Results":
-    """What is known of a model, or is measured now; the model is given free then."""
+def _results(job: "EvalJob", held: ExitStack) -> "Results":
+    """What is known of a model, or is measured now, with its place ``held`` from then on."""
     from ..runs.eval_shards import SharedEvalJob
-    from ..storage import check_free
+    from ..storage import claimed
 
     known = job.known()
     if known is not None:
         return known
     if job.file is not None:
-        check_free(job.file, job.overwrite)
+        held.enter_context(claimed(job.file, job.overwrite))
     job.prepare()
     if isinstance(job, SharedEvalJob):
         return job.run_shared()

@@ -40,7 +40,8 @@ def called() -> str:
     def shown(before: str, word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         is_out = "--out" in (before, option)
-        return f"{option}{equals}{Path(value).name if is_out else place_name(value)}"
+        name = Path(value).resolve().name if is_out and value else place_name(value)
+        return f"{option}{equals}{name}"
 
     words = [
         word

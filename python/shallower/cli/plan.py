@@ -98,13 +98,12 @@ def plan_command(
     Writes shallower_plan.json for prune, eval and patch; without --out the plan is shown only.
     """
     from ..scanning.choice import choose, load_scans
-    from ..storage import check_apart, check_free
+    from ..storage import check_apart, check_free, holds
     from ..values.files import PLAN_FILE, SCAN_FILE
 
     if out is not None:
         read = (one / SCAN_FILE if one.is_dir() else one for one in scans)
         check_apart(out / PLAN_FILE, read)
-        check_free(out / PLAN_FILE, overwrite)
     chosen = choose(
         load_scans(scans),
         n,
@@ -119,14 +118,19 @@ def plan_command(
         experts=experts,
         criterion=criterion,
     )
-    if out is not None and not dry_run:
-        chosen.plan.save(out / PLAN_FILE)
+    said = "would write {}" if dry_run else "wrote {}"
+    if out is not None and holds(out / PLAN_FILE, chosen.plan.to_bytes()):
+        said = "{} is already there, made from the same inputs"
+    elif out is not None:
+        check_free(out / PLAN_FILE, overwrite)
+        if not dry_run:
+            chosen.plan.save(out / PLAN_FILE)
     if as_json:
         print_json(chosen.to_json())
         return
     parts = _choice(chosen)
     if out is not None:
-        parts.append(f"{'would write' if dry_run else 'wrote'} {out / PLAN_FILE}")
+        parts.append(said.format(out / PLAN_FILE))
     show(*parts)
 
 

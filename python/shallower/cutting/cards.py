@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage import write_file
-from ..values.commands import option_words, shell_lines
+from ..values.commands import command_line, option_words, shell_lines
 from ..values.counts import counted, with_error
 from ..values.files import PLAN_FILE
 from ..values.layers import Block, drop_option, ranges
@@ -50,6 +50,9 @@ _CARD = """\
 |---|---|
 {rows}
 
+## How it was made
+
+{history}
 {again}
 {loading}
 From this folder, by transformers{version}:
@@ -137,11 +140,17 @@ Of the cut in `cut`: `TEXTS` are those that are trained on, `EVAL_TEXTS` choose 
 _LOADING = "## Loading it\n"
 _LOSS = re.compile(r"^\| held-out loss \| (?!not measured)(.*) \|$", re.MULTILINE)
 
+_HISTORY = re.compile(r"^## How it was made\n\n((?:\d+\. .+\n)+)", re.MULTILINE)
+_LOST = "; held-out loss "
+_OF_SOURCE = "\n## The card of the source\n"
+
+_CODE = ", trust_remote_code=True"
+
 _VERSION = """ 5 or later (version 4 ignores `rope_parameters` in
 `config.json`, and loads another model without an error)"""
 
 _SERVE_FOLDER = """\
-vllm serve .
+vllm serve .{code}
 python convert_hf_to_gguf.py . --outfile cut.gguf  # of llama.cpp; for weights in plain dtypes
 llama-cli -m cut.gguf"""
 
@@ -166,7 +175,7 @@ def cut_card(facts: CutFacts) -> str:
     """The text of ``README.md`` of a cut, with the source's own card at the end."""
     plan, source, gguf = facts.plan, facts.source, facts.gguf
     quantised = gguf is not None or facts.dtype in ("nf4", "int8")
-    quoted = shlex.quote(gguf or "")
+    quoted, has_code = shlex.quote(gguf or ""), bool(facts.options.get("trust_remote_code"))
     mergekit = shlex.quote(facts.file(MERGEKIT_FILE))
     tools = _OTHER_TOOLS.format(mergekit=mergekit, prune_layers=prune_layers(plan))
     card = _CARD.format(
@@ -182,16 +191,52 @@ def cut_card(facts: CutFacts) -> str:
         what=_what(facts),
         not_healed=_NOT_HEALED,
         rows=_table(_rows(facts)),
+        history=_numbered(_steps(facts)),
         again=_again(facts),
         loading=_LOADING,
         version=_VERSION if facts.needs_5 and not gguf else "",
-        arguments=f'".", gguf_file={gguf!r}' if gguf else '"."',
-        serve=_SERVE_GGUF.format(gguf=quoted) if gguf else _SERVE_FOLDER,
+        arguments=f'".", gguf_file={gguf!r}' if gguf else f'"."{_CODE if has_code else ""}',
+        serve=(_SERVE_GGUF if gguf else _SERVE_FOLDER).format(
+            gguf=quoted, code=" --trust-remote-code" if has_code else ""
+        ),
         others=tools if plan.experts is None else _NO_OTHER_TOOLS,
     )
     if source.text.strip():
-        card += f"\n## The card of the source\n\n{source.text.strip()}\n"
+        card += f"{_OF_SOURCE}\n{source.text.strip()}\n"
     return card
+
+
+def _steps(facts: CutFacts) -> list[str]:
+    """All that was done to get a cut, its source's own steps first."""
+    plan, source = facts.plan, facts.source
+    layers = counted(plan.num_layers, "layer")
+    before = _history(source.text) or [f"{_described(source)}, {layers}"]
+    lost = f"{_LOST}{_lost(facts.losses)}" if facts.losses else ""
+    kept = f"{len(plan.survivors)} of {layers} stay"
+    return [*before, _inline(f"cut: without {_dropped(plan)}, {kept}{lost}")]
+
+
+def _history(card: str) -> list[str]:
+    """The steps that a card has of its own model."""
+    found = _HISTORY.search(card.partition(_OF_SOURCE)[0])
+    return [line.partition(" ")[2] for line in found[1].splitlines()] if found else []
+
+
+def _numbered(steps: Sequence[str]) -> str:
+    return "".join(f"{number}. {step}\n" for number, step in enumerate(steps, 1))
+
+
+def _with_step(own: str, what: str, rows: Sequence[tuple[str, str]], *, loss_stays: bool) -> str:
+    """A card with one step more; the loss that the last one has may be of the model behind it."""
+    steps = _history(own)
+    if not steps:
+        return own
+    figures = [f"; {name}: {value}" for name, value in rows if "loss" in name or "lost" in name]
+    step = _inline(what.rstrip(".") + "".join(figures))
+    last, measured, loss = steps[-1].partition(_LOST)
+    if measured and not loss_stays:
+        steps[-1], step = last, f"{step}{measured}{loss}"
+    return _HISTORY.sub(lambda found: found[0].replace(found[1], _numbered([*steps, step])), own, 1)
 
 
 def _dropped(plan: Plan, its: str = "") -> str:
@@ -209,8 +254,7 @@ def _what(facts: CutFacts) -> str:
 
 
 def _pruned(plan: Plan) -> list[str]:
-    layers = [_LAYERS_TAG] if plan.blocks else []
-    return [*layers, *([_EXPERTS_TAG] if plan.experts else [])]
+    return [_LAYERS_TAG] * bool(plan.blocks) + [_EXPERTS_TAG] * (plan.experts is not None)
 
 
 def front_matter(
@@ -373,17 +417,24 @@ model, and to its plain weights or the same in 4 bits alike.
 ```python
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained(".")
+model = AutoPeftModelForCausalLM.from_pretrained("."{code})
 ```
 
-`shallower merge . --out healed` folds the adapters into the weights.
+`{merge}` folds the adapters into the weights.
 """
 
 
-def adapters_card(plan: Plan, cut: Source, *, rows: Sequence[tuple[str, str]]) -> str:
+def adapters_card(
+    plan: Plan,
+    cut: Source,
+    *,
+    rows: Sequence[tuple[str, str]],
+    trust_remote_code: bool = False,
+) -> str:
     """The text of ``README.md`` of adapters that heal a cut; ``rows`` describe the healing."""
     # Not the cut's own base, which these adapters do not fit.
     inherited = {key: value for key, value in cut.inherited.items() if key != "base_model"}
+    code = option_words({"trust_remote_code": trust_remote_code})
     return _ADAPTERS.format(
         metadata=front_matter(
             inherited,
@@ -396,6 +447,8 @@ def adapters_card(plan: Plan, cut: Source, *, rows: Sequence[tuple[str, str]]) -
         name=_inline(cut.name),
         dropped=_dropped(plan, "its "),
         healed=_healed("low-rank adapters were trained.", rows),
+        code=_CODE if trust_remote_code else "",
+        merge=command_line("merge", ".", *code, "--out", "../healed"),
     )
 
 
@@ -409,6 +462,9 @@ def healed_card(
     """
     text = cut_card.read_text(encoding="utf-8-sig") if cut_card.is_file() else ""
     healed = _healed(what, rows)
+    text, heading, of_source = text.partition(_OF_SOURCE)
+    of_source = f"{heading}{of_source}"
+    text = _with_step(text, what, rows, loss_stays=bool(command))
     if command:
         text = _LOSS.sub(r"| held-out loss, before the healing | \1 |", text, count=1)
         if not re.search(r"^shallower (run|demo) [^`]*--heal\b", text, re.MULTILINE):
@@ -417,12 +473,12 @@ def healed_card(
             before, heading, behind = text.partition(_LOADING)
             text = f"{before}{section}{heading}{behind}" if heading else f"{text}\n{section}"
     if _NOT_HEALED in text:
-        return text.replace(_NOT_HEALED, healed, 1)
+        return text.replace(_NOT_HEALED, healed, 1) + of_source
     front = FRONT_MATTER.match(text)
     if front:
-        return f"{text[: front.end()]}\n{healed}\n{text[front.end() :]}"
+        return f"{text[: front.end()]}\n{healed}\n{text[front.end() :]}{of_source}"
     metadata = front_matter({}, base=None, relation="finetune", library="transformers")
-    return f"---\n{metadata}---\n\n{healed}\n{text}"
+    return f"---\n{metadata}---\n\n{healed}\n{text}{of_source}"
 
 
 def state_loss(card: Path, losses: "tuple[Loss, Loss]") -> None:
@@ -433,7 +489,11 @@ def state_loss(card: Path, losses: "tuple[Loss, Loss]") -> None:
     if found is None:
         return
     kept = f"{found[0]}\n" if found[1] else ""
-    write_file(card, f"{text[: found.start()]}{kept}{row}{text[found.end() :]}".encode())
+    text = f"{text[: found.start()]}{kept}{row}{text[found.end() :]}"
+    steps = _HISTORY.search(text)
+    if steps:
+        text = f"{text[: steps.end() - 1]}{_LOST}{_lost(losses)}{text[steps.end() - 1 :]}"
+    write_file(card, text.encode())
 
 
 def _healed(what: str, rows: Sequence[tuple[str, str]]) -> str:

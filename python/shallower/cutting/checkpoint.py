@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from .._core import Checkpoint, Job
 from ..errors import OutputError, why
+from ..processes import partial_folder
 from ..progress import BytesProgress, say_goes_on, track_copy
-from ..storage import partial_folder, resumable_folder
+from ..storage import resumable_folder
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity, fingerprint
 from ..values.layers import MAX_LAYERS, Layers

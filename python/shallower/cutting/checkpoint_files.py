@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, why
-from ..values.files import PLAN_FILE
+from ..values.files import OF_ONE_MODEL
 from ..values.layers import MAX_LAYERS
+from .exports import EXPORT_FILES
 
 if TYPE_CHECKING:
     from .._core import Checkpoint
@@ -35,8 +36,8 @@ _OTHER_WEIGHTS = (
     ".pkl",
     ".pickle",
 )
-_NOT_CARRIED = (CONFIG_FILE, PLAN_FILE, "params.json")
-"""Rewritten here, or the layer count of another format."""
+_NOT_CARRIED = {CONFIG_FILE, "params.json", "job", *EXPORT_FILES, *OF_ONE_MODEL}
+"""Rewritten here, the layer count of another format, or told of that model alone."""
 _SUBFOLDERS = ("additional_chat_templates",)
 _MAX_CARRIED_BYTES = 256 << 20
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .._core import Checkpoint
-from ..errors import ModelError, OutputError, why
-from ..storage import check_room, raise_output_error
+from ..errors import ModelError, OutputError, raise_output_error, why
+from ..storage import check_room
 from .checkpoint_files import CONFIG_FILE, carried_files, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -124,20 +124,18 @@ def rewrite(
     changes: Mapping[str, Change],
     *,
     report: Report = lambda _count: None,
-    leave_out: frozenset[str] = frozenset(),
 ) -> None:
     """Copy a checkpoint into a folder, with the values of some tensors of floats changed.
 
-    What an interrupted call left in the folder is written anew. ``leave_out`` names files beside
-    the weights that are not copied. ModelError: a file of the checkpoint cannot be read, or changed
-    meanwhile. OutputError: the folder cannot be written, or its disk has no room.
+    What an interrupted call left in the folder is written anew. ModelError: a file of the
+    checkpoint cannot be read, or changed meanwhile. OutputError: the folder cannot be written, or
+    its disk has no room.
     """
-    beside = {name: path for name, path in stored.beside.items() if name not in leave_out}
     with raise_output_error(folder):
-        for name in (*stored.files, *beside):
+        for name in (*stored.files, *stored.beside):
             (folder / name).unlink(missing_ok=True)
         check_room(folder, stored.num_bytes)
-        for name, path in beside.items():
+        for name, path in stored.beside.items():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
     for name, path in stored.files.items():

@@ -114,6 +114,8 @@ class Source:
 def place_name(word: str | Path) -> str:
     """The last part of a place on this machine; any other word as it is."""
     word = str(word)
+    if word in (".", ".."):
+        return Path(word).resolve().name
     is_place = "/" in word and (word[:1] in "/.~" or Path(word).exists())
     return Path(word).name if is_place else word
 

@@ -32,7 +32,8 @@ from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, us
 from ..texts.sources import place_of_texts
 from ..values.answers import Answer
 from ..values.counts import counted
-from ..values.healing import HEALING_FILE, Healing
+from ..values.files import HEALING_FILE
+from ..values.healing import Healing
 from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
@@ -442,7 +443,12 @@ class _Healer:
             else:
                 base = str(move_patched(job.patched, folder)) if job.patched else job.cut
                 write_adapters(
-                    folder, base, trained.checkpoint, healing=healing, tokenizer=tokenizer
+                    folder,
+                    base,
+                    trained.checkpoint,
+                    healing=healing,
+                    tokenizer=tokenizer,
+                    trust_remote_code=job.trust_remote_code,
                 )
             write_curve(folder, healing)
             MeasuredLosses.discard(folder)

@@ -18,15 +18,15 @@ from ..errors import ModelError, OutputError, RecipeError, TextsError, why
 from ..merging.merge import copy_beside, copy_files, healing_rows
 from ..models.identity import stored_digest
 from ..patching.patch import with_patch
-from ..patching.saving import PATCH_FILE, save_patched
-from ..processes import is_main_process
+from ..patching.saving import save_patched
+from ..processes import is_main_process, partial_folder
 from ..progress import say_goes_on
-from ..storage import partial_folder, resumable_folder, write_file
+from ..storage import resumable_folder, write_file
 from ..texts.sequences import ReadOnce
 from ..values.answers import Answer
-from ..values.files import PLAN_FILE
+from ..values.files import HEALING_FILE, PATCH_FILE, PLAN_FILE
 from ..values.hashing import hash_of
-from ..values.healing import HEALING_FILE, Healing
+from ..values.healing import Healing
 from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.plan import Plan
@@ -260,6 +260,7 @@ def write_adapters(
     *,
     healing: Healing,
     tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a repository of peft from the Trainer's checkpoint that is kept.
 
@@ -272,5 +273,6 @@ def write_adapters(
     copy_beside(base, folder, (PATCH_FILE,))
     copy_files(cut.licenses, folder)
     healing.plan.save(folder / PLAN_FILE)
-    card = adapters_card(healing.plan, cut, rows=healing_rows(healing))
+    rows = healing_rows(healing)
+    card = adapters_card(healing.plan, cut, rows=rows, trust_remote_code=trust_remote_code)
     write_file(folder / CARD_FILE, card.encode())

@@ -1,6 +1,5 @@
 """The folder that a merge leaves: checkpoint, plan, card, curve and record."""
 
-import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -13,13 +12,12 @@ from ..cutting.cards import healed_card
 from ..cutting.exports import EXPORT_FILES
 from ..cutting.source import CARD_FILE, PLACEHOLDER, find_source
 from ..errors import MissingExtraError, ModelError, OutputError, why
-from ..patching.saving import PATCH_FILE
 from ..reporting.charts.run import healing_chart
 from ..storage import check_apart, check_free, new_folder, write_file
-from ..values.commands import option_words
+from ..values.commands import command_line, option_words
 from ..values.counts import counted
-from ..values.files import PLAN_FILE
-from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing
+from ..values.files import HEALING_FIGURE, HEALING_FILE, PATCH_FILE, PLAN_FILE
+from ..values.healing import Healing
 from ..values.recipe import GLOBAL_BATCH
 from .merging import Merging
 from .stored_adapters import read_adapter_config
@@ -109,7 +107,7 @@ def write_merged(folder: Path, merging: Merging) -> Healing:
         Path(base).expanduser() / CARD_FILE,
         _MERGED,
         healing_rows(healing),
-        command=healing_command(healing),
+        command=_healing_command(healing, merging.trust_remote_code),
     )
     write_file(folder / CARD_FILE, card.encode())
     return healing
@@ -154,7 +152,7 @@ def _trained_on(healing: Healing) -> Iterator[tuple[str, str]]:
         yield "answers", f"{answers}, {share}, {length}"
 
 
-def healing_command(healing: Healing) -> str:
+def _healing_command(healing: Healing, trust_remote_code: bool) -> str:
     """Write the command that heals a cut again, with all that its result depends on."""
     recipe = asdict(healing.recipe)
     for name in ("batch_size", "recompute"):  # what the memory of a machine decides
@@ -168,10 +166,11 @@ def healing_command(healing: Healing) -> str:
         "eval_texts": "EVAL_TEXTS" if healing.held_out else None,
         "original": PLACEHOLDER if has_original else None,
         **recipe,
+        "trust_remote_code": trust_remote_code,
         "merge": True,
         "out": "healed",
     }
-    return shlex.join(["shallower", "heal", "cut", *option_words(options)])
+    return command_line("heal", "cut", *option_words(options))
 
 
 def write_curve(folder: Path, healing: Healing) -> None:

@@ -17,7 +17,6 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..cutting.checkpoint_files import is_checkpoint
 from ..cutting.rewriting import INDEX_FILE, StoredCheckpoint, compare, rewrite
-from ..cutting.source import CARD_FILE
 from ..errors import ModelError, why
 from ..evaluation.loss import evaluate_loss
 from ..memory.placement import place_for
@@ -29,14 +28,11 @@ from ..models.loading import read_config
 from ..models.source import ModelSource
 from ..progress import track
 from ..values.files import PLAN_FILE
-from ..values.healing import HEALING_FIGURE, HEALING_FILE, Healing, Merge
+from ..values.healing import Healing, Merge
 from ..values.recipe import Resolved
 from .in_memory import TOLERANCE, adapted_logits, another_model, merge_in_memory, probe_logits
 from .low_rank import Deviations, LowRank
 from .stored_adapters import low_rank_changes
-
-_NOT_CARRIED = frozenset({CARD_FILE, HEALING_FILE, HEALING_FIGURE, "job"})
-"""Files beside the weights of a cut that are not those of the merged model."""
 
 
 def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
@@ -115,7 +111,7 @@ class Merging:
             source, self.adapters, healing=self.healing, progress=self.progress
         )
         with self._bar(stored.num_bytes) as report:
-            rewrite(stored, folder, _changing(changes), report=report, leave_out=_NOT_CARRIED)
+            rewrite(stored, folder, _changing(changes), report=report)
         return self._by_logits(folder, dtype, place_for(4 * stored.num_values) or "cpu", expected)
 
     def _source(self, path: str | Path, dtype: Any, device_map: Any) -> ModelSource:
@@ -171,7 +167,7 @@ class Merging:
         """The merge and the check of a model that does not."""
         deviations = Deviations()
         with self._bar(2 * stored.num_bytes) as report:
-            rewrite(stored, folder, _changing(changes), report=report, leave_out=_NOT_CARRIED)
+            rewrite(stored, folder, _changing(changes), report=report)
             checks = {
                 name: partial(deviations.check, change, device=_device())
                 for name, change in changes.items()

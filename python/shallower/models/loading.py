@@ -26,6 +26,7 @@ from transformers import (
 from ..errors import MissingExtraError, ModelError, why
 from ..processes import is_main_process
 from ..progress import hushed, track
+from ..values.commands import command_line
 from ..values.identity import title_of
 from .architecture import beside_layers, find_layers
 from .dtypes import (
@@ -272,7 +273,8 @@ def _locate(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, str | N
 def _instead_in(folder: Path) -> str:
     """What was expected in a folder, and the way out by what lies there instead."""
     if (folder / "adapter_config.json").is_file():
-        return f"it holds adapters, which 'shallower merge {folder} --out MERGED' makes a model of"
+        command = command_line("merge", str(folder), "--out", "MERGED")
+        return f"it holds adapters, which {command} makes a model of"
     files = sorted(folder.glob("*.gguf"))
     if files:
         more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""

@@ -24,7 +24,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils.offload import OffloadedWeightsLoader
 from torch import nn
 
-from ..storage import raise_output_error
+from ..errors import raise_output_error
 from ..values.counts import counted
 
 

@@ -12,7 +12,7 @@ from ..cutting.cards import healed_card
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut
 from ..cutting.source import CARD_FILE
-from ..errors import PatchError
+from ..errors import PatchError, raise_output_error
 from ..evaluation.loss import evaluate_loss, require_predictable
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
@@ -23,7 +23,6 @@ from ..storage import (
     check_free,
     check_room,
     new_folder,
-    raise_output_error,
     resumable_folder,
     write_file,
 )
@@ -31,13 +30,12 @@ from ..texts.sources import place_of_texts
 from ..values.answers import Answer
 from ..values.commands import option_words
 from ..values.counts import counted
+from ..values.files import PATCH_FILE
 from ..values.layers import Layers, drop_option
 from ..values.loss import Loss
 from ..values.patch import Patch, refuse_experts
 from ..values.plan import Plan
 from .patch import patch
-
-PATCH_FILE = "shallower_patch.json"
 
 _KEPT = "patching"
 """The folder of what a patch that was cut short goes on from."""

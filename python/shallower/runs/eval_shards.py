@@ -360,9 +360,9 @@ def gather_eval_into(
     """
     parts = list(parts)
     check_apart(out / EVAL_FILE, [str(part) for part in parts if not part.is_dir()])
-    with claimed(out / EVAL_FILE, overwrite):
-        found = gather_evaluation(parts)
-        write_evaluation(out, found.values, found.model.dtype, plan=found.plan)
+    found = gather_evaluation(parts)
+    dtype = found.model.dtype
+    write_evaluation(out, found.values, dtype, plan=found.plan, overwrite=overwrite)
     try:
         if found.described["source"]["trust_remote_code"]:  # by the word of a file
             return found, False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..cutting.plans import NamedExperts, agreed_plan
 from ..errors import CacheError, TextsError
 from ..models.source import ModelSource
+from ..processes import check_alone
 from ..storage import check_apart
 from ..values.files import EVAL_FILE
 from ..values.identity import ModelIdentity
@@ -90,7 +91,7 @@ class EvalJob:
         readings: what was read of each model whose layers wait on disk.
 
     Raises:
-        OutputError: ``out`` holds what is read.
+        OutputError: ``out`` holds what is read, or another process writes there.
     """
 
     source: ModelSource
@@ -106,6 +107,7 @@ class EvalJob:
     def __post_init__(self) -> None:
         if self.file is not None:
             check_apart(self.file, [self.source.place, *(one.source for one in self.measures)])
+            check_alone(self.file)
 
     @property
     def file(self) -> Path | None:

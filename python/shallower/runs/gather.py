@@ -7,8 +7,9 @@ from pathlib import Path
 from ..reporting.charts.heat_map import draw_heat_map
 from ..reporting.stories.evaluation import Values, evaluation_record
 from ..scanning.scan import Scan
+from ..scanning.scan_file import scan_bytes
 from ..scanning.shards import gather
-from ..storage import check_apart, claimed, write_file
+from ..storage import check_apart, claimed, holds, write_file
 from ..values.files import EVAL_FILE, SCAN_FILE
 from ..values.plan import Plan
 
@@ -22,10 +23,11 @@ def gather_into(
     """
     parts = list(parts)
     check_apart(out / SCAN_FILE, [str(part) for part in parts if not part.is_dir()])
-    with claimed(out / SCAN_FILE, overwrite):
-        scanned = gather(parts)
+    scanned = gather(parts)
+    content = scan_bytes(scanned.contents)
+    with claimed(out / SCAN_FILE, overwrite or holds(out / SCAN_FILE, content)):
         drawn = draw_heat_map(scanned, out)
-        scanned.save(out / SCAN_FILE)
+        write_file(out / SCAN_FILE, content)
     return scanned, [out / SCAN_FILE, *drawn]
 
 
@@ -35,6 +37,6 @@ def write_evaluation(
     """Write what ``eval --json`` prints, unless that is there; OutputError if something else is."""
     record = evaluation_record(values, dtype, plan)
     place, content = out / EVAL_FILE, (json.dumps(record, indent=2) + "\n").encode()
-    if not place.is_file() or place.read_bytes() != content:
+    if not holds(place, content):
         with claimed(place, overwrite):
             write_file(place, content)

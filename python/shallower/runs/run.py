@@ -11,7 +11,6 @@ from ..errors import ModelError, OutputError
 from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..progress import say_goes_on
-from ..reporting.charts.heat_map import HEAT_MAP_FILE
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
 from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint
@@ -19,6 +18,7 @@ from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
     HEALED_FOLDER,
+    HEAT_MAP_FILE,
     PARTIAL_FILE,
     PLAN_FILE,
     RESULTS_FILE,

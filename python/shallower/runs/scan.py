@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError, ScanError, TextsError
 from ..models.dtypes import STREAM
 from ..models.source import ModelSource
-from ..reporting.charts.heat_map import HEAT_MAP_FILE, draw_heat_map
+from ..reporting.charts.heat_map import draw_heat_map
 from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan, deciding
 from ..scanning.settling import JUDGED
 from ..storage import check_apart, check_free, claimed
 from ..texts.sources import Texts, place_of_texts
 from ..values.estimates import Time
-from ..values.files import PARTIAL_FILE, SCAN_FILE
+from ..values.files import HEAT_MAP_FILE, PARTIAL_FILE, SCAN_FILE
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.schema import read

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ..errors import OutputError, ProcessesError, ScanError
+from ..errors import OutputError, ProcessesError, ScanError, raise_output_error
 from ..models.dtypes import STREAM
 from ..models.source import ModelSource
 from ..progress import say_goes_on, track
-from ..storage import raise_output_error, write_file
+from ..storage import write_file
 from ..texts.sources import Texts
 from ..values.memory import MemoryPlan
 from ..values.shard import Shard, ShardContent

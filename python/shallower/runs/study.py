@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from ..cutting.source import place_name
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
-from ..storage import check_alone, check_apart, check_free, claimed, write_file
+from ..processes import check_alone, held
+from ..storage import check_apart, check_free, write_file
 from ..texts.prompts import Prompt, given_prompts, read_prompts
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
@@ -166,7 +167,7 @@ class Study(ABC, Generic[Settings]):
             self.refuse_on_disk("every token of an answer", way_out)
         if self.out is None:
             return
-        check_alone(self.out / self.RESULTS)
+        check_alone(self.out, inside=True)
         for name in () if self.goes_on else self.leaves:
             check_free(self.out / name, self.overwrite)
 
@@ -174,7 +175,7 @@ class Study(ABC, Generic[Settings]):
         """Hold the folder against other processes while the body works in it: OutputError."""
         if self.out is None:
             return nullcontext()
-        return claimed(self.out / self.RESULTS, overwrite=True)
+        return held(self.out, inside=True)
 
     def units(self) -> list[Unit]:
         """List the measurements that the study makes, as far as they are known beforehand."""
@@ -320,7 +321,7 @@ class Study(ABC, Generic[Settings]):
             words += ["--texts", _texts_word(texts, "TEXTS")]
         if self.eval_texts is not None:
             words += ["--eval-texts", _texts_word(self.eval_texts, "EVAL_TEXTS")]
-        out = [] if self.out is None else ["--out", self.out.name]
+        out = [] if self.out is None else ["--out", self.out.resolve().name]
         return shlex.join([*words, *self.settings.to_words(), *out])
 
     @property

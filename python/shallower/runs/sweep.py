@@ -24,12 +24,13 @@ from ..errors import (
     SettingsError,
     ShallowerError,
     TextsError,
+    raise_output_error,
 )
 from ..models.source import ModelSource
-from ..processes import refuse_several
+from ..processes import is_held, refuse_several
 from ..progress import say_goes_on, track
 from ..reporting.results import JOB_FILES, is_sweep, read_job
-from ..storage import check_apart, check_free, claimed, is_held, raise_output_error, write_file
+from ..storage import check_apart, check_free, claimed, write_file
 from ..texts.sources import Texts
 from ..values.commands import option_words
 from ..values.files import SWEEP_FILE

@@ -1,7 +1,13 @@
 """The words of a command line of this package, as cards and pages print it."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
+
+
+def command_line(*words: str) -> str:
+    """Write a command of this package for a shell."""
+    return shlex.join(("shallower", *words))
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:
@@ -15,4 +21,8 @@ def option_words(options: Mapping[str, Any]) -> list[str]:
 
 def shell_lines(command: str) -> str:
     """Break a long command line before its options."""
-    return command if len(command) <= 64 else command.replace(" --", " \\\n    --")
+    if len(command) <= 64:
+        return command
+    breaks = (" \\\n    " if word.startswith("--") else " " for word in shlex.split(command)[1:])
+    first, *words = map(shlex.quote, shlex.split(command))
+    return first + "".join(map("".join, zip(breaks, words, strict=True)))

@@ -3,6 +3,11 @@
 PLAN_FILE = "shallower_plan.json"
 """The name of the plan beside the checkpoint that it made."""
 
+PATCH_FILE = "shallower_patch.json"
+HEALING_FILE = "healing.json"
+HEALING_FIGURE = "healing.png"
+"""What is told of a patch and of a healing, beside the model that they made."""
+
 SCAN_FILE = "scan.safetensors"
 PARTIAL_FILE = "scan.partial.safetensors"
 RESULTS_FILE = "results.json"
@@ -30,3 +35,12 @@ SWEEP_FILE = "sweep.json"
 
 REPORT_FILE = "report.html"
 """The page of results; beside it lie ``report.md`` and ``report.json``."""
+
+HEAT_MAP_FILE = "heat_map.png"
+"""The map of a scan."""
+
+_OF_MODELS = (PLAN_FILE, PATCH_FILE, HEALING_FILE, HEALING_FIGURE, EVAL_FILE, GAIN_FILE)
+_OF_STUDIES = (CURVE_FILE, CURVE_TABLE, COMPARISON_FILE, COMPARISON_TABLE, RESULTS_FILE)
+_PAGES = (HEAT_MAP_FILE, REPORT_FILE, "report.md", "report.json")
+OF_ONE_MODEL = frozenset((*_OF_MODELS, *_OF_STUDIES, *_PAGES))
+"""Files that tell of one model, and of none that is made from it."""

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ModelError, ShallowerError, why
+from .files import HEALING_FILE
 from .identity import AnswersIdentity, ModelIdentity, TextsIdentity
 from .loss import Loss
 from .plan import Plan
 from .provenance import versions
 from .recipe import Resolved
 from .schema import fields_of, of_type
-
-HEALING_FILE = "healing.json"
-HEALING_FIGURE = "healing.png"
 
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, ShallowerError)
 

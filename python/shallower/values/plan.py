@@ -216,7 +216,11 @@ class Plan:
         Raises:
             OutputError: the file cannot be written.
         """
-        write_file(Path(path), (json.dumps(self.to_json(), indent=2) + "\n").encode())
+        write_file(Path(path), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Give the plan as the content of its file."""
+        return (json.dumps(self.to_json(), indent=2) + "\n").encode()
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

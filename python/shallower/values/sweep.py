@@ -1,11 +1,11 @@
 """Sweep: the jobs of models × texts × criteria × sizes, and which share of layers a model bears."""
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from .commands import command_line
 from .curve import State
 from .schema import fields_of, finite, of_type
 
@@ -50,7 +50,7 @@ class SweepJob:
     @property
     def command(self) -> str:
         """Its command line, for a shell."""
-        return shlex.join(("shallower", *self.words))
+        return command_line(*self.words)
 
     def to_json(self) -> dict[str, Any]:
         """Give the job as plain JSON values, with its command line and its log."""

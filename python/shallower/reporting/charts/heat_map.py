@@ -12,6 +12,7 @@ from ...errors import LayersError, MissingExtraError
 from ...scanning.scan import Scan
 from ...storage import write_file
 from ...values.counts import counted
+from ...values.files import HEAT_MAP_FILE
 from .drawing import (
     SETTINGS,
     WIDTH,
@@ -26,8 +27,6 @@ from .drawing import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-HEAT_MAP_FILE = "heat_map.png"
 
 Shares = Mapping[int, float]
 """By block size the share of resamples in which the best block starts at l*."""

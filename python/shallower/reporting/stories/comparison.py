@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from ...values.commands import command_line
 from ...values.comparison import ComparedModel, CriteriaComparison, Row, Standing
 from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
@@ -492,4 +493,4 @@ def _again(command: str, folder: str) -> Section:
     known = command or (
         "shallower compare MODEL --texts TEXTS --eval-texts TEXTS --n SIZES --out COMPARISON"
     )
-    return again("The comparison, and this page.", known, f"shallower report {folder}")
+    return again("The comparison, and this page.", known, command_line("report", folder))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ...values.commands import command_line
 from ...values.counts import counted
 from ...values.curve import STATES, Curve, CurvePoint, State
 from ...values.files import CURVE_FILE
@@ -377,4 +378,4 @@ def _numbers(curve: Curve) -> Section:
 
 def _again(command: str, folder: str) -> Section:
     known = command or "shallower curve MODEL --texts TEXTS --eval-texts TEXTS --out CURVE"
-    return again("The curve, and this page.", known, f"shallower report {folder}")
+    return again("The curve, and this page.", known, command_line("report", folder))

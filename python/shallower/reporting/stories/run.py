@@ -1,12 +1,14 @@
 """The story of a run: which layers go, what that costs, how sure it is, and where it is from."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import MetricError, ScanError
 from ...savings.weights import Weights, count_weights
 from ...values.bootstrap import NUM_RESAMPLES
+from ...values.commands import command_line
 from ...values.counts import counted
 from ...values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
 from ...values.gain import Gain
@@ -197,11 +199,12 @@ class _RunStory:
             found.insert(0, UNFINISHED)
         if run.source and run.source[0].endswith(".gguf") and self._weights:
             name, size = run.source
+            drop = drop_option(best.plan.blocks)
+            cut = command_line("prune", name, "--drop", drop, "--as-gguf", "--out", "CUT")
             found.append(
                 f"{name} has {megabytes(size)} of quantised weights; they were dequantised, and "
-                f"what is left has {megabytes(self._weights.num_bytes)}. shallower prune {name} "
-                f"--drop {drop_option(best.plan.blocks)} --as-gguf cuts the file itself, in its "
-                f"own types, and unpatched"
+                f"what is left has {megabytes(self._weights.num_bytes)}. {cut} cuts the file "
+                f"itself, in its own types, and unpatched"
             )
         n = len(best.plan.dropped)
         share = None if self._shares is None else self._shares.get(n)
@@ -346,27 +349,31 @@ class _RunStory:
 
     def _again(self) -> Section:
         run, folder = self._run, Path(self._run.out).resolve().name
-        drop = drop_option(self._best.plan.blocks)
+        model = shlex.split(run.loaded)
+        drop = ["--drop", drop_option(self._best.plan.blocks)]
+        whole = [word for word in model if word != "--stream"]  # a cut needs no layers in memory
+        new = command_line("run", *model, "--texts", "TEXTS", "--out", folder)
         commands = {
-            "The run": run.command or f"shallower run {run.loaded} --texts TEXTS --out {folder}",
-            "the bare cut alone": f"shallower prune {run.loaded} --drop {drop} --out CUT",
+            "The run": run.command or new,
+            "the bare cut alone": command_line("prune", *whole, *drop, "--out", "CUT"),
         }
         if run.evaluated:
             dtype = run.scan.model.dtype if run.scan.model else "auto"
-            options = f"{run.evaluated} --dtype {dtype}"
-            commands["the losses of the whole model and the bare cut"] = (
-                f"shallower eval {run.loaded} --drop {drop} {options}"
+            options = [*shlex.split(run.evaluated), "--dtype", dtype]
+            commands["the losses of the whole model and the bare cut"] = command_line(
+                "eval", *model, *drop, *options
             )
             # What is stored in 4 or 8 bits is loaded as it is.
-            options = run.evaluated if dtype in ("nf4", "int8") else options
+            options = options[:-2] if dtype in ("nf4", "int8") else options
+            options += [word for word in model if word in ("--trust-remote-code", "--stream")]
             for name, loss in (
                 (CHECKPOINT_FOLDER, run.checkpoint),
                 (HEALED_FOLDER, run.healing),
             ):
                 if loss is not None:
                     what = "the loss of what was made" if name == CHECKPOINT_FOLDER else "healed"
-                    commands[what] = f"shallower eval {folder}/{name} {options}"
-        commands["this page"] = f"shallower report {folder}"
+                    commands[what] = command_line("eval", f"{folder}/{name}", *options)
+        commands["this page"] = command_line("report", folder)
         return again(f"{'; '.join(commands)}.", *commands.values())
 
     def _differs(self) -> Section:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...values.commands import command_line
 from ...values.comparison import ComparedModel
 from ...values.counts import counted
 from ...values.files import SWEEP_FILE
@@ -58,8 +59,8 @@ def sweep_story(sweep: Sweep, out: Path, *, drawn: bool = True) -> Story:
             _numbers(found),
             again(
                 "The sweep, and this page.",
-                f"shallower sweep {sweep.file} --out {out.resolve().name}",
-                f"shallower report {out.resolve().name}",
+                command_line("sweep", sweep.file, "--out", out.resolve().name),
+                command_line("report", out.resolve().name),
             ),
             differs(
                 None if first is None else first.max_length,
