@@ -39,7 +39,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs lint-workflows format demo families docs tutorial \
+.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs lint-workflows lint-words format demo families docs tutorial \
 	bench build-benches bench-check gpu-check fuzz sanitize release release-check wheel wheel-arm test-arm old-cpus licences clean
 
 help:  ## This list
@@ -92,7 +92,7 @@ test-slow: install browser  ## The minutes-long tests too, with more examples; e
 	PROPTEST_CASES=2000 cargo test --locked --release --quiet
 	HYPOTHESIS_PROFILE=slow SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --timeout 3600
 
-lint: lint-rust lint-python lint-stubs lint-workflows  ## Formats, lints and types; also run by pre-commit
+lint: lint-rust lint-python lint-stubs lint-workflows lint-words  ## Formats, lints, types and sentences; also run by pre-commit
 
 lint-rust:  ## Those of the core, on ARM too where its standard library is installed
 	cargo fmt --check
@@ -112,6 +112,9 @@ lint-stubs: $(VENV)/.packages $(CORE)  ## The types of the core against the core
 
 lint-workflows: $(VENV)/.packages  ## What a workflow should not do, or may be made to do
 	$(BIN)/zizmor --offline --quiet --persona pedantic .github/workflows
+
+lint-words: $(VENV)/.dev $(CORE)  ## Sentences that are too long, and words of this house alone, where users read
+	$(BIN)/python -m tests.sentences
 
 format: $(VENV)/.packages  ## Write what lint wants, where that can be done
 	cargo fmt

@@ -24,7 +24,7 @@ PLAIN = {
     r"anything was chosen by": "texts that played no part in the selection",
     r"(what was|was|were) measured before": "cached",
     r"texts? unlike those": "out-of-domain text",
-    r"(layer|file|store|model|weight)s?( that)? (wait|tell|hear|speak|meet)s?\b": "a verb of things",
+    r"(layer|file|store|model)s?( that)? (wait|tell|hear|speak|meet)s?\b": "what things do",
     r"goes? on (where|from)": "resumes",
     r"\bnobody waits for\b": "unused",
     r"\bsizes that nothing was decided by\b": "sizes shown only for comparison",
@@ -38,7 +38,7 @@ BLOCK = re.compile(r"\n\s*\n|\n(?= *(?:-|\d+\.) )")
 
 def prose(markdown):
     """A page without code, tables and headings, on the lines that it had."""
-    text = NOT_PROSE.sub(_lines, re.sub(r"\n```.*?\n```", _lines, markdown, flags=re.S))
+    text = NOT_PROSE.sub(_lines, re.sub(r"^ *```.*?^ *```", _lines, markdown, flags=re.S | re.M))
     return re.sub(r"!?\[([^\[\]]*)\]\([^)\s]*\)", r"\1", text)
 
 
