@@ -21,6 +21,25 @@ _NO_LIMIT = 1 << 60
 """Bytes from which on a limit of memory is none."""
 
 
+_BEGUN = [0.0]
+
+
+def begin(*, timed: bool) -> None:
+    """Note that a command begins; if it only forecasts, idle threads are not to spin.
+
+    A thread that spins while another waits for a busy processor would be timed with it. OpenMP
+    reads this once, as torch is imported.
+    """
+    _BEGUN[0] = time.thread_time()
+    if timed:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def worked() -> float:
+    """Give the processor seconds that this thread has taken since its command began."""
+    return time.thread_time() - _BEGUN[0]
+
+
 def num_processes() -> int:
     """Count the processes that train together, as torchrun or accelerate started them."""
     return int(os.environ.get("WORLD_SIZE", "1"))

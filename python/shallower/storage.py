@@ -116,20 +116,21 @@ def _is_in(path: Path, other: Path) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """Count the free bytes of the file system where a path would be, which need not be there.
-
-    Raises OutputError if the place cannot be looked at.
-    """
+    """Count the free bytes where a path would be; OutputError if they cannot be."""
     with raise_output_error(path):
         there = next(parent for parent in path.absolute().parents if parent.exists())
         return shutil.disk_usage(there).free
 
 
 def check_room(path: Path, num_bytes: int) -> None:
-    """Refuse a path where so many bytes are not free: OutputError."""
-    free = free_bytes(path)
-    if num_bytes > free:
-        raise OutputError(f"cannot write {path}: {num_bytes} bytes are needed, {free} are free")
+    """Refuse, by OutputError, a path without room for so many bytes, those of an interrupted run
+    among them.
+    """
+    left = (partial_folder(path) / "folder").glob("*")
+    if num_bytes - sum(file.stat().st_size for file in left) > (free := free_bytes(path)):
+        sizes = f"{num_bytes / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free there"
+        way_out = "make room, or choose another place (--out)"
+        raise OutputError(f"cannot write {path}: {sizes}: {way_out}")
 
 
 def holds(path: Path, content: bytes) -> bool:

@@ -278,12 +278,13 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     import warnings
 
     from ..errors import ShallowerError, naming_extras
-    from ..processes import is_main_process
+    from ..processes import begin, is_main_process
     from .output import remember_call, warn
 
     if not _has(arguments, "--shard"):
         _refuse_several(name)
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: ours tell of the work
+    begin(timed="--dry-run" in arguments)
     remember_call(name, arguments)
     warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
     if not is_main_process():

@@ -337,8 +337,4 @@ def _described(
         described["drop"] = job.plan.words
     described |= {name: value for name, value in named.items() if value is not None}
     write = {} if job.file is None else {"write": [str(job.file)]}
-    if pair is None:
-        return {**described, **job.describe(), **write}
-    larger, memory = pair.larger()
-    loaded = f"one after the other; {larger.source} needs more memory"
-    return {**described, "loaded": loaded, **larger.describe(memory), **write}
+    return {**described, **(pair or job).describe(), **write}

@@ -204,10 +204,9 @@ def heal_command(
     _check_data(wanted, recipe, texts=texts, original=original, from_patch=from_patch)
     check_apart(out, [model, original, texts, eval_texts, answers or None])
     code, folder = trust_remote_code, Path(model).expanduser()
-    models = {
-        "cut": ModelSource(model, trust_remote_code=code),
-        "original": None if original is None else ModelSource(original, trust_remote_code=code),
-    }
+    cut = ModelSource(model, trust_remote_code=code)
+    whole = None if original is None else ModelSource(original, trust_remote_code=code)
+    models, saved = {"cut": cut, "original": whole}, {"merge": merge, "from_patch": from_patch}
     output = output_of(
         open_store(no_cache or dry_run) if num_processes() == 1 else Store(None),
         "heal",
@@ -216,8 +215,7 @@ def heal_command(
         texts={"texts": source, "eval_texts": held_out},
         recipe=asdict(recipe),
         answers=None if wanted is None else wanted.inputs,
-        merge=merge,
-        from_patch=from_patch,
+        **saved,
         device_memory=device_memory,
         # Adapters name the place of their model, which may lie beside them.
         base=str(folder.resolve()) if folder.exists() and not merge else None,
@@ -226,12 +224,13 @@ def heal_command(
         return
     check_free(out, overwrite)
     if dry_run:
-        described = _planned(model, recipe, device_memory, trust_remote_code, answers=wanted)
+        training = {"texts": source, "held_out": held_out, "original": whole, **saved}
+        described = _planned(cut, recipe, device_memory, out, answers=wanted, **training)
         say_dry_run({**described, "write": [str(out)]}, as_json)
         return
     from ..healing.heal import heal
 
-    recipe = _fit_to_memory(model, recipe, device_memory, trust_remote_code, as_json, wanted)
+    recipe = _fit_to_memory(cut, recipe, device_memory, as_json, wanted, out=out, **saved)
     done = heal(
         model,
         source,
@@ -313,26 +312,34 @@ def _answers(
 
 
 def _fit_to_memory(
-    model: str,
+    cut: ModelSource,
     recipe: "Recipe",
     device_memory: str | None,
-    trust_remote_code: bool,
     as_json: bool,
     answers: "WantedAnswers | None",
+    *,
+    out: Path,
+    **saved: bool,
 ) -> "Recipe":
-    """Print the settings, and fix those that a given device memory decides."""
+    """Print the settings, and fix those that a given device memory decides.
+
+    What there is no room for is refused before answers are written.
+    """
     from ..healing.checks import read_plan, resolve
+    from ..healing.memory import healing_bytes
     from ..healing.ranks import warn_of_idle_gpus
     from ..processes import is_main_process
+    from ..storage import check_room
 
     resolved = resolve(
-        model,
-        read_plan(model),
+        str(cut),
+        read_plan(str(cut)),
         recipe,
         answers=answers is not None,
         device_memory=device_memory,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=cut.trust_remote_code,
     )
+    check_room(out, healing_bytes(cut, resolved, **saved))
     if device_memory is not None:  # else the healing chooses the same, and may change it
         recipe = replace(recipe, batch_size=resolved.batch_size, recompute=resolved.recompute)
     if is_main_process() and not as_json:
@@ -352,20 +359,27 @@ def _say_again(out: Path, as_json: bool) -> None:
 
 
 def _planned(
-    model: str,
+    cut: ModelSource,
     recipe: "Recipe",
     device_memory: str | None,
-    trust_remote_code: bool,
+    out: Path,
     *,
     answers: "WantedAnswers | None",
+    **training: Any,
 ) -> dict[str, Any]:
-    """The settings of a healing, and the memory that it will need."""
+    """The settings of a healing, and the memory, disk and time that it will need."""
     from ..healing.checks import read_plan, resolve
+    from ..healing.memory import healing_bytes
     from ..models.experts import unquantised
     from ..processes import num_processes
     from ..runs.forecast import memory_forecast
+    from ..runs.speed import told
+    from ..runs.work import forecast, of_healing
+    from ..storage import check_room, free_bytes
+    from ..values.estimates import Disk
     from ..values.memory import EXPERTS
 
+    model, trust_remote_code = str(cut), cut.trust_remote_code
     plan, there = read_plan(model), answers is not None
     memory = memory_forecast(
         model,
@@ -380,11 +394,18 @@ def _planned(
         recipe, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
     )
     resolved = resolve(model, plan, chosen, answers=there, trust_remote_code=trust_remote_code)
-    said = {"answers": str(answers)} if there else {}
+    said: dict[str, Any] = {"answers": str(answers)} if there else {}
     if experts := memory.parts.get(EXPERTS):
         plain = f"; {unquantised(resolved.dtype, experts)}" * (resolved.dtype in ("nf4", "int8"))
         said["experts"] = f"adapters lie on them too, and on no router{plain}"
-    return {"heal": model, **resolved.to_json(), **said, "memory": memory}
+    saved = {name: training[name] for name in ("merge", "from_patch")}
+    needed = healing_bytes(cut, resolved, **saved)
+    check_room(out, needed)
+    said |= {"memory": memory, "disk": Disk(needed, free_bytes(out))}
+    if device_memory is None:  # else it is of a card that is not here
+        training["num_written"] = 0 if answers is None else answers.num_written
+        said["time"] = told(lambda: forecast(*of_healing(cut, plan, resolved, **training)))
+    return {"heal": model, **resolved.to_json(), **said}
 
 
 def merge_command(
@@ -414,7 +435,8 @@ def merge_command(
     from ..runs.done import Output
     from ..runs.inputs import adapters_inputs
     from ..runs.store import open_store
-    from ..storage import check_apart, check_free
+    from ..storage import check_apart, check_free, check_room, free_bytes
+    from ..values.estimates import Disk
     from ..values.healing import Healing
 
     check_apart(out, [adapters, model])
@@ -424,11 +446,14 @@ def merge_command(
         return
     check_free(out, overwrite)
     healing = Healing.load(adapters)
+    from ..merging.merge import merge, remembered_base
+
     if dry_run:
-        described = {"merge": str(adapters), "model": str(healing.model), "write": [str(out)]}
-        say_dry_run(described, as_json)
+        needed = ModelSource(model or remembered_base(adapters)).stored_bytes
+        check_room(out, needed)
+        disk = {"disk": Disk(needed, free_bytes(out)), "write": [str(out)]}
+        say_dry_run({"merge": str(adapters), "model": str(healing.model), **disk}, as_json)
         return
-    from ..merging.merge import merge
 
     done = merge(adapters, out, model, overwrite=overwrite, trust_remote_code=trust_remote_code)
     output.keep({})

@@ -96,10 +96,12 @@ def patch_command(
     then heal, is the recommended way.
     """
     from ..cutting.plans import plan_file
+    from ..memory.checkpoints import left_bytes
     from ..runs.done import output_of
     from ..runs.forecast import forecast_source
     from ..runs.store import open_store
-    from ..storage import check_apart, check_free
+    from ..storage import check_apart, check_free, check_room, free_bytes
+    from ..values.estimates import Disk
     from ..values.layers import ranges
     from ..values.tokens import Tokens
 
@@ -127,13 +129,12 @@ def patch_command(
         return
     check_free(out, overwrite)
     wanted = _patchable(model, place, named)
+    needed = left_bytes(place, wanted.dropped)
+    check_room(out, needed)
+    tokens = Tokens(max_length, batch_size)
+    fitted: dict[str, Any] = {"tokens": tokens, "num_tokens": num_tokens}
     plan_memory = partial(
-        forecast_source,
-        place,
-        "patch",
-        Tokens(max_length, batch_size),
-        num_tokens=num_tokens,
-        device_memory=device_memory,
+        forecast_source, place, "patch", tokens, num_tokens=num_tokens, device_memory=device_memory
     )
     if dry_run:
         planned: dict[str, Any] = {
@@ -142,15 +143,15 @@ def patch_command(
             "texts": texts,
             **({} if asked is None else {"answers": str(asked), "share": share}),
         }
-        planned |= _streamed(
-            place,
-            wanted.dropped,
-            source,
-            tokens=Tokens(max_length, batch_size),
-            num_tokens=num_tokens,
-            measured=held_out is not None,
-        )
-        say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
+        planned |= _streamed(place, wanted.dropped, source, **fitted, measured=held_out is not None)
+        planned |= {"memory": plan_memory(), "disk": Disk(needed, free_bytes(out))}
+        if device_memory is None:  # else it is of a card that is not here
+            work = {
+                "held_out": held_out or (),
+                "num_written": 0 if asked is None else asked.num_written,
+            }
+            planned["time"] = _time(place, wanted.dropped, source, **fitted, **work)
+        say_dry_run({**planned, "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
     from ..patching.saving import patch_to_folder
@@ -238,6 +239,14 @@ def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
         for name, loss in losses.items()
     ]
     show(patch_table(Patch.from_json(value["patch"])), *lines, f"wrote {out}")
+
+
+def _time(*of: Any, **settings: Any) -> Any:
+    """The time of a patch, about, or why it cannot be told."""
+    from ..runs.speed import told
+    from ..runs.work import forecast, of_patch
+
+    return told(lambda: forecast(of_patch(*of, **settings)))
 
 
 def _streamed(

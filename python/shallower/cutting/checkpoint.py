@@ -112,7 +112,6 @@ class PreparedCut:
         there = sum(1 for _ in folder.iterdir())
         if there and not callable(progress):
             say_goes_on(f"{there} of {len(ours)} files of weights are there", progress)
-        self._check_room(folder)
         for name, path in self.carried.items():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
@@ -121,14 +120,6 @@ class PreparedCut:
         self.plan.save(folder / PLAN_FILE)
         with track_copy(progress, self.job.total_bytes) as report:
             self.job.write(folder, report)
-
-    def _check_room(self, folder: Path) -> None:
-        there = sum(file.stat().st_size for file in folder.iterdir())
-        carried = sum(path.stat().st_size for path in self.carried.values())
-        needed = self.num_bytes + carried - there
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise OutputError(f"{needed} bytes are needed, {free} are free")
 
 
 def prepare(

@@ -23,7 +23,7 @@ from ..errors import (
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress, track
-from ..storage import check_apart, check_free, claimed
+from ..storage import check_apart, check_free, check_room, claimed
 from ..values.experts import experts_file, parse_experts
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
@@ -194,6 +194,7 @@ def plan_prune(
     planned = make(request, what, experts)
     for file in planned.files:
         check_apart(file, reads)
+    check_room(request.out, planned.num_bytes)
     if planned.loads_model and find_spec("torch") is None:
         raise MissingExtraError("torch", "model", "dtype (--dtype) or verify (--verify)")
     return planned
@@ -323,6 +324,12 @@ class Request:
             )
         return plan
 
+    def saved_bytes(self, plan: Plan) -> int:
+        """Count the bytes of a cut that is made in memory."""
+        from ..memory.checkpoints import left_bytes
+
+        return left_bytes(self._loaded_from(as_stored=False), plan.dropped)
+
     def _loaded_from(self, *, as_stored: bool) -> ModelSource:
         dtype = None if as_stored else self.dtype
         return ModelSource(
@@ -362,13 +369,13 @@ class PlannedPrune:
         way: ``disk``, ``memory`` or ``gguf``.
         plan: what goes.
         files: that would be written; in memory, patterns of their names.
-        num_bytes: of the files of weights, where that is known.
+        num_bytes: of the files of weights; in memory about, and 0 where torch is missing.
     """
 
     way: Way
     plan: Plan
     files: tuple[Path, ...]
-    num_bytes: int | None
+    num_bytes: int
     _request: Request
     _write: Callable[..., None] | None = None
 
@@ -379,7 +386,7 @@ class PlannedPrune:
 
     def to_json(self) -> dict[str, Any]:
         """The planned work as plain JSON values."""
-        size = {} if self.num_bytes is None else {"bytes": self.num_bytes}
+        size = {"bytes": self.num_bytes} if self.num_bytes else {}
         experts = self.plan.experts
         dropped = {} if experts is None else {"drop_experts": str(experts)}
         return {
@@ -393,13 +400,8 @@ class PlannedPrune:
 
     def run(self, progress: BytesProgress | bool | None = None) -> Pruned:
         """Make the cut, and verify it if ``verify`` was set; raises what :func:`prune` does."""
-        with claimed(self._request.out, self._request.overwrite, self._room):
+        with claimed(self._request.out, self._request.overwrite, self.num_bytes):
             return self._run(progress)
-
-    @property
-    def _room(self) -> int:
-        """Bytes that are needed before the work; a cut on disk counts what is there already."""
-        return self.num_bytes or 0 if self.way == "gguf" else 0
 
     def _run(self, progress: BytesProgress | bool | None) -> Pruned:
         request, plan, on_disk = self._request, self.plan, self.way == "disk"
@@ -472,7 +474,8 @@ def _plan_folder(
             "it is stored: leave it out, or leave out dtype (--dtype)"
         )
     files = tuple(out / name for name in (*_SAVED, PLAN_FILE, *export_files(plan)))
-    return PlannedPrune("memory", plan, files, None, request)
+    num_bytes = request.saved_bytes(plan) if find_spec("torch") else 0
+    return PlannedPrune("memory", plan, files, num_bytes, request)
 
 
 def _prepared(

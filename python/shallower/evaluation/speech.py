@@ -408,7 +408,7 @@ def _rows(spans: _Spans, head: Head, whole: Head) -> NDArray[np.float64]:
         whole.logits_from(kept), head.logits_from(spans.states(head)), strict=True
     ):
         words = expected[start : (start := start + len(of_model))]
-        rows.append(_measures(of_whole.to(of_model.device), of_model, words))
+        rows.append(measures(of_whole.to(of_model.device), of_model, words))
     found: NDArray[np.float64] = _finite(torch.cat(rows), head).numpy()
     return found
 
@@ -425,7 +425,7 @@ def _finite(found: torch.Tensor, head: Head) -> torch.Tensor:
     return found
 
 
-def _measures(whole: torch.Tensor, model: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+def measures(whole: torch.Tensor, model: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """(R, M) float64 measures of every token from (R, V) logits of both, a few rows at a time."""
     size = max(1, (_ON_CARDS if whole.is_cuda else LOGITS_PER_CHUNK) // whole.shape[1])
     words = words.to(whole.device)

@@ -24,9 +24,10 @@ from ..models.decoder import Decoder
 from ..models.dtypes import computing
 from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_digest
+from ..models.source import ModelSource
 from ..processes import is_main_process
 from ..progress import part, say_goes_on, track
-from ..storage import check_apart, check_free, write_file
+from ..storage import check_apart, check_free, check_room, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, usable_answers
 from ..texts.sources import place_of_texts
@@ -53,6 +54,7 @@ from .job import (
 )
 from .loaded_models import LoadedOnce, OriginalModel
 from .losses import Teacher
+from .memory import healing_bytes
 from .ranks import agree, together
 from .trainer_checkpoints import last_step
 from .training import Trained, Training, add_adapters, train
@@ -157,6 +159,8 @@ def heal(
         trust_remote_code=trust_remote_code,
         answers=answers is not None,
     )
+    cut = ModelSource(path, trust_remote_code=trust_remote_code)
+    check_room(out, healing_bytes(cut, resolved, merge=merge, from_patch=from_patch))
     job = Job(
         cut=path,
         plan=plan,

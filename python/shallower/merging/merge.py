@@ -12,6 +12,7 @@ from ..cutting.cards import healed_card
 from ..cutting.exports import EXPORT_FILES
 from ..cutting.source import CARD_FILE, PLACEHOLDER, find_source
 from ..errors import MissingExtraError, ModelError, OutputError, why
+from ..models.source import ModelSource
 from ..reporting.charts.run import healing_chart
 from ..storage import check_apart, check_free, new_folder, write_file
 from ..values.commands import command_line, option_words
@@ -70,9 +71,9 @@ def merge(
         raise ModelError(f"{adapters} is merged already: expected a folder of adapters")
     if healing.best_step == 0:
         raise ModelError(f"{adapters} is a patched cut without adapters: there is nothing to merge")
-    base = str(model or _remembered_base(adapters))
+    base = str(model or remembered_base(adapters))
     check_apart(out, [base])
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, ModelSource(base).stored_bytes) as folder:
         try:
             merging = Merging(
                 base, adapters, healing, progress=progress, trust_remote_code=trust_remote_code
@@ -85,7 +86,8 @@ def merge(
     return healing
 
 
-def _remembered_base(adapters: Path) -> str:
+def remembered_base(adapters: Path) -> str:
+    """Name the cut that adapters were trained for; ModelError if they name none."""
     base = read_adapter_config(adapters).get("base_model_name_or_path")
     if not isinstance(base, str):
         raise ModelError(f"the adapters in {adapters} name no model: name the cut (model, --model)")

@@ -54,6 +54,16 @@ def layer_bytes(file: Path, num_layers: int) -> int:
     return sum(int(n) for name, n in found if name[0] == "blk" and int(name[1]) < num_layers)
 
 
+def dequantising(file: Path) -> tuple[Callable[[], Any], int]:
+    """Give what dequantises the largest tensor of a layer in a GGUF file, and its values."""
+    import gguf
+
+    layers = [one for one in _reader_class()(file).tensors if one.name.startswith("blk.")]
+    largest = max(layers, key=lambda one: int(one.n_elements))
+    make = _by_long_rows(gguf.dequantize)
+    return lambda: make(largest.data, largest.tensor_type), int(largest.n_elements)
+
+
 REPLACED = ("GGUFReader", "get_tensor_name_map", "dequantize")
 """Names that transformers takes from the package gguf at every call."""
 

@@ -70,6 +70,11 @@ class ModelSource:
         return [place] if place.is_file() else sorted(place.glob("*.safetensors"))
 
     @property
+    def stored_bytes(self) -> int:
+        """The bytes of those files."""
+        return sum(file.stat().st_size for file in self.weight_files)
+
+    @property
     def waits_on_disk(self) -> bool:
         """Whether its layers are read from disk as they run."""
         return self.device_map == STREAM

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..evaluation.speech import SPEECH_TOKENS
 from ..judgement.bounds import verifying_forwards
-from ..judgement.choosing_size import STEPS, curve_sizes, sizes_beside
+from ..judgement.choosing_size import sizes_beside
 from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion, Search
 from ..judgement.held_out_cuts import TRUTH_ITEMS
@@ -23,44 +23,33 @@ from ..judgement.token_states import PROBED
 from ..judgement.verifying import PATCH_TEXTS
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import StreamPlan
-from ..memory.weights import num_parameters, weight_bytes
-from ..models.architecture import find_layers
+from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
-from ..patching.descent import STEP_TOKENS, most_steps
-from ..patching.memory import writer_widths
+from ..patching.descent import most_steps
 from ..patching.quick import RIDGES
-from ..patching.states import MAX_HELD_OUT
 from ..storage import free_bytes
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
 from ..values.curve import OWN_STRATEGIES, SCANNED
-from ..values.estimates import Disk, Divided, Time
+from ..values.estimates import Disk, Divided
 from ..values.forwards import Forwards
 from ..values.memory import MemoryPlan
-from ..values.recipe import GLOBAL_BATCH, Recipe
+from ..values.recipe import Recipe
 from ..values.settings import CompareSettings, CurveSettings, RunSettings
 from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
 from .compare_experts import num_forwards
+from .disk import sizes_of, study_bytes
 from .forecast import Stage, forecast_source, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
-from .speed import Work, device_of, measure_speed, told
+from .speed import Work, device_of, told
 from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
-
-AT_A_TIME = 4
-"""A token of a text among many takes a model a quarter of the time of one alone, at most."""
-
-DECODED = len(WAYS) * SPEECH_TOKENS / AT_A_TIME
-"""Steps of one token that a model takes for a prompt."""
-
-SOLVES = 12
-"""Systems of equations that a full patch solves before each block, about."""
-
+from .work import Counted, forecast, patched, run, solved, spoken, trained, written
 
 QUICK_SOLVES = 1 + len(RIDGES) / 2
 """Those of a quick patch, about."""
@@ -81,11 +70,11 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     models = cache(
         lambda: [_Model(study, model) for model in study.models if isinstance(model, ModelSource)]
     )
-    beside = "loading and tasks" if getattr(study.settings, "tasks", ()) else "loading"
+    tasks = "tasks" if getattr(study.settings, "tasks", ()) else ""
     ways: dict[str, Callable[[], Any]] = {
         "memory": lambda: max((one.memory() for one in models()), key=_peak),
-        "disk": lambda: Disk(max(one.disk() for one in models()), free_bytes(study.folder)),
-        "time": lambda: Time(sum(one.seconds() for one in models()), beside),
+        "disk": lambda: Disk(study_bytes(study), free_bytes(study.folder)),
+        "time": lambda: forecast(*[one.counted() for one in models()], beside=tasks),
     }
     if study.out is None:
         del ways["disk"]
@@ -139,7 +128,7 @@ class _Texts:
             found = prompt_ids(tokenizer, halves[0])
             self.judged = np.array([len(WAYS) * (len(ids) + SPEECH_TOKENS) for ids in found])
             self.num_spoken = sum(map(len, halves[: study.judges.count("speech")]))
-        self.at_once = texts_at_once
+        self.at_once, self.tokenizer = texts_at_once, tokenizer
 
     def looks(self, num_choosing: int | None = None) -> list[int]:
         """The items of each look at those that choose, or at the first of them."""
@@ -160,7 +149,7 @@ class _Model:
         self.on_cpu = device_of(self.source).type == "cpu"
         self.forward = self._planned("eval")
 
-    # Memory and disk.
+    # Memory.
     def memory(self) -> MemoryPlan:
         """The memory of the stage that needs most."""
         by_experts = getattr(self.study, "by_experts", False)
@@ -175,31 +164,9 @@ class _Model:
     def _planned(self, stage: Stage, **options: Any) -> MemoryPlan:
         return forecast_source(self.source, stage, self.settings.tokens, **options)
 
-    def disk(self) -> int:
-        """The bytes of the checkpoints and of the scan, at most."""
-        settings, n = self.settings, min(self._sizes)
-        if isinstance(settings, RunSettings):
-            saved = (not settings.plan_only) + bool(settings.heal)
-        else:  # a cut and the healed one lie there for as long as that is made and measured
-            saved = 2 if self._recipe is not None else 0
-        parts = [num_parameters(layer) for layer in find_layers(self.empty).modules]
-        left = 1 - n * min(parts) / num_parameters(self.empty)
-        samples = 8 * SCAN_TEXTS * self.layers * (self.layers + 1)
-        return round(saved * weight_bytes(self.empty, str(self.source.dtype)) * left) + samples
-
     @property
     def _sizes(self) -> list[int]:
-        """How many layers are to go; where that is not known, the sizes that are looked at."""
-        settings = self.settings
-        if not isinstance(settings, RunSettings):
-            return list(settings.n) or [0]
-        n, target = settings.target.size(self.layers), settings.target
-        if n is not None:
-            return [n]
-        if target.max_loss is not None:
-            return [size for size in STEPS if size < self.layers]
-        is_knee = target.params is target.latency is target.memory is None
-        return curve_sizes(self.layers) if is_knee else [1]
+        return sizes_of(self.settings, self.layers)
 
     @cached_property
     def _patch_tokens(self) -> int:
@@ -232,15 +199,13 @@ class _Model:
         return found
 
     # Time.
-    def seconds(self) -> float:
-        """The seconds that all of the work takes at most, about."""
+    def counted(self) -> Counted:
+        """Count all of the work, about."""
         work = Work()
         for name in self.study.splits:
             self.texts = self._texts(name)
             work += self._work()
-        lengths = self.texts.report
-        at_once, length = self.texts.at_once, int(lengths.mean())
-        return work.seconds(measure_speed(self.source, texts=at_once, length=length, work=work))
+        return Counted(self.source, work, self.texts.at_once, float(self.texts.report.mean()))
 
     def _work(self) -> Work:
         if isinstance(self.settings, RunSettings):
@@ -263,10 +228,12 @@ class _Model:
             # The winner and the deepest layers, of whose states half are known, and nearly all.
             work += (self._measured(size) * 2 + self._quick(size) * 2) * of
         models += self._recipe is not None
-        decoded = models * DECODED * len(self.study.prompts) * (not self.source.waits_on_disk)
+        if not self.source.waits_on_disk:
+            prompts = prompt_ids(self.texts.tokenizer, self.study.prompts)
+            for left in (self.layers, *[self.layers - n] * (models - 1)):
+                work += spoken(left, self.layers, prompts, SPEECH_TOKENS)
         if self._answers is not None:
-            decoded += self._answers.num_written / AT_A_TIME
-        work += Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
+            work += written(self.layers, self._answers.num_written)
         if self._patch_tokens:
             work += self._patched(n) + self._measured(n)
         if self._recipe is not None:
@@ -369,17 +336,17 @@ class _Model:
         if study.by_experts:
             reporting, choosing = num_forwards(self.empty, study)
             scanned = Work(observed=self.layers * float(texts.fit.sum())) + self._spoken
-            choosing_work = _run(Forwards(self.layers, 1), texts.judged) * choosing
+            choosing_work = run(Forwards(self.layers, 1), texts.judged) * choosing
             return scanned + self._measured(0) * reporting + choosing_work
         work, chosen = self._measured(0) + self._spoken, study.criteria
         truth = Forwards(self.layers * (self.layers + 1) / 2, self.layers + 1)
-        work += _run(truth, texts.report[:TRUTH_ITEMS])
+        work += run(truth, texts.report[:TRUTH_ITEMS])
         work += self._chosen(chosen, self.settings.n)
-        work += _run(Forwards(self.layers), texts.fit)  # the states that all quick patches share
+        work += run(Forwards(self.layers), texts.fit)  # the states that all quick patches share
         for n in self.settings.n:
             each = self._measured(n) * 2 + self._quick(n, len(texts.fit))
             if texts.num_spoken:  # as many tokens report as choose, about
-                each += _run(Forwards(self.layers - n, 1), texts.judged)
+                each += run(Forwards(self.layers - n, 1), texts.judged)
             work += each * len(chosen)
         return work
 
@@ -387,15 +354,14 @@ class _Model:
     @property
     def _spoken(self) -> Work:
         """What the whole model says by which others are judged."""
-        decoded = DECODED * self.texts.num_spoken
-        return Work(decoded_layers=decoded * self.layers, decoded_heads=decoded)
+        return written(self.layers, len(WAYS) * SPEECH_TOKENS * self.texts.num_spoken)
 
     def _measured(self, n: int) -> Work:
         """The loss of a cut on the test texts."""
-        return _run(Forwards(self.layers - n, 1), self.texts.report)
+        return run(Forwards(self.layers - n, 1), self.texts.report)
 
     def _scan(self, most: int) -> Work:
-        return _run(Forwards(self.layers), self.texts.fit[:most])
+        return run(Forwards(self.layers), self.texts.fit[:most])
 
     def _verified(self, n: int, num_choosing: int | None = None) -> Work:
         fit = self.texts.fit[:VERIFYING_TEXTS]
@@ -408,37 +374,18 @@ class _Model:
             proposing=self.layers * (2 * proposing + PROBED),
             patch_texts=len(some),
         )
-        solved = self._solved(n, some.sum(), QUICK_SOLVES) * (self.settings.top + 3)
-        return Work(found.layers, found.heads) * self.texts.judged.mean() + solved
+        solves = solved(self.empty, n, some.sum(), QUICK_SOLVES) * (self.settings.top + 3)
+        return Work(found.layers, found.heads) * self.texts.judged.mean() + solves
 
     def _quick(self, n: int, texts: int = PATCH_TEXTS) -> Work:
         fit = self.texts.fit[:texts]
-        return _run(Forwards(n), fit) + self._solved(n, fit.sum(), QUICK_SOLVES)
-
-    def _solved(self, n: int, tokens: float, solves: float = SOLVES) -> Work:
-        """A matrix before each block, about every second layer that goes ending one."""
-        inputs, width = writer_widths(self.empty)
-        flops = 2 * tokens * inputs * (inputs + width)
-        flops += solves * (inputs**3 / 3 + 2 * inputs**2 * width)
-        return Work(flops=flops * (n + 1) / 2)
+        return run(Forwards(n), fit) + solved(self.empty, n, fit.sum(), QUICK_SOLVES)
 
     def _patched(self, n: int) -> Work:
-        """A full patch: both models side by side, the losses to choose by, and the descent.
-
-        These two begin at the first block, which lies in the middle, about.
-        """
-        left, fit = (self.layers - n) / 2, self.texts.fit
-        fitted = min(self._patch_tokens, 7 / 8 * fit.sum())
-        held = min(MAX_HELD_OUT, self._patch_tokens, fit.sum() / 8)
-        steps = most_steps(fitted)
-        descended = steps * min(fitted, STEP_TOKENS)
-        blocks = (n + 1) / 2
-        losses = Work(left, 1) * (held * (4 + blocks))
-        states = Work((self.layers + 3 * blocks) * (fitted + held))
-        descent = Work(
-            layer_steps=descended * left, head_steps=descended, updates=float(steps * left)
-        )
-        return losses + states + descent + self._solved(n, 2 * (fitted + held))
+        """A full patch of a block in the middle."""
+        begin = max(1, (self.layers - n) // 2)
+        dropped = range(begin, begin + n)
+        return patched(self.empty, self.layers, dropped, self.texts.fit, self._patch_tokens)
 
     def _healed(self, n: int) -> Work:
         """A training of all layers that are left, its evaluations, and the loss afterwards."""
@@ -446,13 +393,10 @@ class _Model:
         from ..healing.checks import auto_dtype, facts
 
         recipe = self._recipe.resolve(facts(self.config, self.layers), auto=auto_dtype())
-        left, length = self.layers - n, min(recipe.max_length, self.settings.max_length)
-        each = recipe.max_length if recipe.packing else min(length, self.texts.fit.mean())
-        tokens = recipe.steps * GLOBAL_BATCH * each
-        teacher = self.layers * tokens * (recipe.objective != "lm")
-        evaluated = (recipe.steps // recipe.eval_every + 2) * self.texts.choose.sum()
-        trained = Work(teacher, layer_steps=tokens * left, head_steps=tokens)
-        return trained + Work(left, 1) * evaluated + self._measured(n)
+        left, whole, choose = self.layers - n, self.layers, self.texts.choose
+        length = min(recipe.max_length, self.texts.fit.mean())
+        training = trained(recipe, left, whole, length=length, held=choose.sum())
+        return training + self._measured(n)
 
     def _chosen(self, chosen: Sequence[Criterion], sizes: Sequence[int]) -> Work:
         """What criteria run to choose so many layers; passes that several share are made once."""
@@ -466,8 +410,3 @@ class _Model:
                 found = one.trial_forwards(self.layers, self.texts.looks(), n)
                 work += Work(found.layers, found.heads) * self.texts.judged.mean()
         return work
-
-
-def _run(forwards: Forwards, lengths: Any) -> Work:
-    """Layers and heads run on texts of some lengths."""
-    return Work(forwards.layers, forwards.heads) * float(lengths.sum())

@@ -1,7 +1,7 @@
 """Shards of an evaluation: one by hand, or all of them by workers."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -225,11 +225,13 @@ class SharedEvalJob(EvalJob):
             _described(measure)
         super().__post_init__()
 
-    def describe(self, memory: MemoryPlan | None = None) -> dict[str, Any]:
+    def describe(
+        self, memory: MemoryPlan | None = None, others: Sequence[EvalJob] = ()
+    ) -> dict[str, Any]:
         """Describe what the evaluation would take, and what each worker would get."""
         plan = memory or self.memory(self.source, processes=2)
         shared = described_workers(self.source, self.workers, on=self.on, plan=plan)
-        return {**super().describe(plan), **shared}
+        return {**super().describe(plan, others), **shared}
 
     def run_shared(self) -> Results:
         """Let workers measure, each with a model of its own, and put their shards together.

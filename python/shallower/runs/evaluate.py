@@ -14,6 +14,7 @@ from ..errors import CacheError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone
 from ..storage import check_apart
+from ..values.estimates import Time
 from ..values.files import EVAL_FILE
 from ..values.identity import ModelIdentity
 from ..values.layers import Block
@@ -29,6 +30,7 @@ from .store import Store
 if TYPE_CHECKING:
     from ..memory.streaming import StreamPlan
     from .measures import Loaded
+    from .work import Counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +188,39 @@ class EvalJob:
             processes=processes,
         )
 
-    def describe(self, memory: MemoryPlan | None = None) -> dict[str, Any]:
-        """Describe what the evaluation would take, of ``memory`` where that is planned already."""
-        from .forecast import memory_facts
+    def describe(
+        self, memory: MemoryPlan | None = None, others: "Sequence[EvalJob]" = ()
+    ) -> dict[str, Any]:
+        """Describe what the evaluation would take, of ``memory`` where that is planned already.
 
-        return {**memory_facts(self.source, memory or self.memory(self.source)), **self._stream()}
+        The time is that of ``others``, too, which are measured after it.
+        """
+        from .forecast import memory_facts
+        from .speed import told
+
+        plan = memory or self.memory(self.source)
+        described = {**memory_facts(self.source, plan), **self._stream()}
+        if self.device_memory is None:  # else it is of a card that is not here
+            described["time"] = told(lambda: self._time(plan.micro_batch, others))
+        return described
+
+    def counted(self, texts: int) -> "Counted":
+        """Count the work of so many texts a forward; raises what nothing can be told of."""
+        from .speed import Work
+        from .work import Counted
+
+        tokenizer, whole, work = self.source.load_tokenizer(), self.source.count_layers(), Work()
+        for plan in self.sides.values():
+            layers = whole - len(plan.dropped if plan else ())
+            for one in self.measures:
+                work += one.work(tokenizer, layers=layers, whole=whole)
+        return Counted(self.source, work, texts, self.tokens.max_length)
+
+    def _time(self, texts: int, others: "Sequence[EvalJob]") -> Time:
+        from .work import forecast
+
+        tasks = "tasks" if any(one.kind == "tasks" for one in self.measures) else ""
+        return forecast(*[one.counted(texts) for one in (self, *others)], beside=tasks)
 
     def _stream(self) -> "dict[str, StreamPlan | str]":
         """Plan what speech reads where layers wait on disk, at most; else nothing."""
@@ -365,8 +395,11 @@ class EvalPair:
             f"checkpoints of one tokenizer, or by --tasks, whose items are paired (--against)"
         )
 
-    def larger(self) -> tuple[EvalJob, MemoryPlan]:
-        """Find which of both needs more memory, or an unknown amount, and its plan."""
+    def describe(self) -> dict[str, Any]:
+        """Describe what both take: the memory of that which needs more, or an unknown amount."""
         plans = [(job, job.memory(job.source)) for job in (self.model, self.against)]
         sizes = [math.inf if plan.peak_bytes is None else plan.peak_bytes for _, plan in plans]
-        return plans[sizes.index(max(sizes))]
+        larger, memory = plans[sizes.index(max(sizes))]
+        others = [job for job, _ in plans if job is not larger]
+        loaded = f"one after the other; {larger.source} needs more memory"
+        return {"loaded": loaded, **larger.describe(memory, others)}

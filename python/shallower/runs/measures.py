@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import ChosenTasks
     from ..judgement.trials import ResultStore
     from ..models.decoder import Decoder
+    from .speed import Work
 
     Loaded = tuple[Decoder, PreTrainedTokenizerBase]
 
@@ -84,6 +85,18 @@ class Measure(ABC, Generic[T]):
         """Complete what was measured, when the whole model is there."""
         found: T = value
         return found
+
+    def work(self, tokenizer: "PreTrainedTokenizerBase", *, layers: int, whole: int) -> "Work":
+        """Count what is run of a model of some layers, which is compared with one of ``whole``."""
+        from ..values.forwards import Forwards
+        from .work import run
+
+        return run(Forwards(layers, 1), self._lengths(tokenizer))
+
+    def _lengths(self, tokenizer: "PreTrainedTokenizerBase") -> "NDArray[np.int64]":
+        import numpy as np
+
+        return np.array([len(ids) for ids in self.token_ids(tokenizer)])
 
     @abstractmethod
     def record(self, value: T) -> dict[str, Any]:
@@ -304,6 +317,12 @@ class SpeechOnPrompts(Measure[Speech]):
     def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
         """Yield the token ids of every prompt."""
         yield from prompt_ids(tokenizer, self.prompts)
+
+    def work(self, tokenizer: "PreTrainedTokenizerBase", *, layers: int, whole: int) -> "Work":
+        """Count what both say, and what both run on it."""
+        from .work import spoken
+
+        return spoken(layers, whole, [*self.token_ids(tokenizer)], self.num_tokens)
 
     def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """Let the whole model speak, and keep its states at its words."""

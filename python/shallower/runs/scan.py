@@ -167,13 +167,14 @@ class ScanJob:
 
     def _time(self, texts: int) -> Time:
         """The seconds of so many texts a forward; raises what no forecast can be made of."""
-        from .speed import Work, measure_speed
+        from .speed import Work
+        from .work import Counted, forecast, lengths_of
 
-        length = self.tokens.max_length
-        tokens = float(self._num_texts * length * self.source.count_layers())
+        tokenizer = self.source.load_tokenizer()
+        lengths = lengths_of(tokenizer, self.texts, self.tokens.max_length)
+        tokens = float(lengths.sum()) * self.source.count_layers()
         work = Work(observed=tokens) if self.experts else Work(tokens)
-        each = measure_speed(self.source.resolved(), texts=texts, length=length, work=work)
-        return Time(work.seconds(each))
+        return forecast(Counted(self.source, work, texts, lengths.mean()))
 
     @cached_property
     def _num_texts(self) -> int:

@@ -4,7 +4,7 @@ One layer is built from the config, in the dtype and on the device to use, and r
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,12 +13,16 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, one_sentence
+from ..evaluation.answers import AT_ONCE
 from ..evaluation.loss import summed_losses
+from ..evaluation.speech import measures
 from ..memory.device import available_bytes, main_device
 from ..memory.rehearsal import build_empty
+from ..memory.streaming import disk_speed
 from ..memory.weights import module_bytes, num_parameters
 from ..models.architecture import find_layers
 from ..models.dtypes import STREAM
+from ..models.gguf_reading import dequantising
 from ..models.layerwise import Layerwise, token_rows
 from ..models.loading import layers_of
 from ..models.source import ModelSource
@@ -30,7 +34,7 @@ from ..texts.batches import Batch
 from ..values.estimates import Unknown
 from .forecast import shortened
 
-ENOUGH, LEAST, MOST = 0.4, 3, 40
+ENOUGH, LEAST, MOST = 0.2, 5, 20
 """Seconds of the repeats of a timing, about, and how many there are at least and at most."""
 
 SLICE = 0.02
@@ -50,10 +54,12 @@ class Work:
         layer_steps: through a layer forward and backward, times layers.
         head_steps: through the head for both models of a descent, and back.
         updates: steps of all matrices of a layer, times layers.
-        decoded_layers: decoded one by one, times layers.
-        decoded_heads: decoded one by one.
+        decoded_layers: of answers to many prompts, one by one, times layers.
+        decoded_heads: of them, through the head.
         flops: of equations that are solved.
         observed: as ``layers``, where statistics of their experts are gathered.
+        compared: words whose distributions of two models are compared.
+        loads: of the model, times models.
     """
 
     layers: float = 0
@@ -65,6 +71,8 @@ class Work:
     decoded_heads: float = 0
     flops: float = 0
     observed: float = 0
+    compared: float = 0
+    loads: float = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
@@ -107,72 +115,103 @@ def measure_speed(source: ModelSource, *, texts: int, length: int, work: Work) -
     whole = build_empty(config, getattr(torch, dtype))
     last = num_parameters(find_layers(whole).modules[-1])
     mean = sum(map(num_parameters, find_layers(whole).modules)) / total / last
-    model = build_empty(shortened(config, total - 1), getattr(torch, dtype))
+    model = build_empty(shortened(config, max(0, total - 2)), getattr(torch, dtype))
     if 3 * module_bytes(model) > available_bytes(device):
         raise ModelError("there is not enough memory to time a layer")
     model = model.to_empty(device=device)
     _fill(model)
-    kinds = {one.name for one in fields(work) if getattr(work, one.name)} | {"layers"}
-    found = _timed(Layerwise(model), texts, length, kinds)
+    kinds = {one.name for one in fields(work) if getattr(work, one.name)}
+    timing = _Timing(Layerwise(model), texts, length)
+    found = {name: timing.seconds(name) for name in kinds & {*_Timing.__dict__}}
+    found["flops"] = timing.seconds("layers") / (2 * num_parameters(timing.layer))
+    found["loads"] = _loading(source, num_parameters(whole))
     of_layers = {"layers", "observed", "layer_steps", "updates", "decoded_layers"}
     return Work(**{k: v * (mean if k in of_layers else 1.0) for k, v in found.items()})
 
 
-def _timed(model: Layerwise, texts: int, length: int, kinds: Collection[str]) -> dict[str, float]:
-    """The seconds of some kinds of work with a model of one layer."""
-    one = _batch(1, length)
-    took = _seconds(lambda: model.run(one, model.embed(one), (0,)), model.head.decoder.device)
-    batch = _batch(max(1, min(texts, int(SLICE / max(took, 1e-9)))), length)
-    states, single = model.embed(batch), _batch(1, 1)
-    tokens, decoding = batch.input_ids.size, model.embed(single)
-    layer = model.modules[0]
-    moving = [MovingMatrix(*found) for found in matrices(layer)]
-    weights = [getattr(one.module, one.name) for one in moving]
-    changes = Changes()
-    if "observed" in kinds:
-        observed = ExpertHooks(model.head.decoder)
+def _loading(source: ModelSource, parameters: int) -> float:
+    """The seconds of loading weights from files that are here: as fast as they are read, or made.
 
-    def step() -> None:
-        model.trace(batch, states, 0, weights=weights).gradients(states.float())
+    What is dequantised is copied once, too, which takes about as long.
+    """
+    files = source.weight_files
+    if not files:
+        return 0.0
+    if files[0].suffix == ".gguf":
+        make, values = dequantising(files[0])
+        return 2 * parameters * _seconds(make, torch.device("cpu")) / values
+    return source.stored_bytes / disk_speed(files[0])
 
-    def update() -> None:
-        for one in moving:
-            one.step(getattr(one.module, one.name).float(), 0.0, changes)
 
-    def run_head(some: Batch, given: torch.Tensor) -> None:
-        with model.starting_from(given, ()):
-            summed_losses(model.head, some)
+class _Timing:
+    """What takes time of a model of two layers: a method a kind of work, and what it does of it."""
 
-    def observe() -> None:
-        with observed:
-            observed.turn_to(batch)
-            model.run(batch, states, (0,))
-            observed.turn_to(None)
+    def __init__(self, model: Layerwise, texts: int, length: int) -> None:
+        self.model, self.layer = model, model.modules[-1]
+        self._device = model.head.decoder.device
+        one = _batch(1, length)
+        states = model.embed(one)
+        took = _seconds(lambda: model.run(one, states, (0,)), self._device)
+        self._batch = _batch(max(1, min(texts, int(SLICE / max(took, 1e-9)))), length)
+        self._states = model.embed(self._batch)
+        self._rows = token_rows(self._batch, self._states)
+        self._answering = model.embed(_batch(AT_ONCE, 1))
+        self._moving = [MovingMatrix(*found) for found in matrices(self.layer)]
+        self._changes = Changes()
 
-    rows = token_rows(batch, states)
+    @torch.no_grad()
+    def seconds(self, kind: str) -> float:
+        """The seconds of one unit of some kind of work."""
+        found = _seconds(getattr(self, kind), self._device)
+        if kind == "decoded_layers":  # a forward of a token has much beside its layers
+            found -= _seconds(self._without_last, self._device)
+        return max(0.0, found) / _UNITS.get(kind, self._batch.input_ids.size)
 
-    def descend_head() -> None:
-        divergence_gradients(model.head, rows, rows)
+    def _without_last(self) -> None:
+        self.model.run(_batch(AT_ONCE, 1), self._answering, range(len(self.model) - 1))
 
-    two = _batch(1, 2)
-    ways: dict[str, tuple[Callable[[], object], int]] = {
-        "layers": (lambda: model.run(batch, states, (0,)), tokens),
-        "observed": (observe, tokens),
-        "heads": (lambda: run_head(batch, states), tokens),
-        "layer_steps": (step, tokens),
-        "head_steps": (descend_head, tokens),
-        "updates": (update, 1),
-        "decoded_layers": (lambda: model.run(single, decoding, (0,)), 1),
-        "decoded_heads": (lambda: run_head(two, model.embed(two)), 1),
-    }
-    with torch.no_grad():
-        found = {
-            name: _seconds(way, states.device) / units
-            for name, (way, units) in ways.items()
-            if name in kinds
-        }
-    changes.undo()
-    return {**found, "flops": found["layers"] / (2 * num_parameters(layer))}
+    def layers(self) -> None:
+        self.model.run(self._batch, self._states, (len(self.model) - 1,))
+
+    def observed(self) -> None:
+        with ExpertHooks(self.model.head.decoder) as hooks:
+            hooks.turn_to(self._batch)
+            self.layers()
+            hooks.turn_to(None)
+
+    def heads(self) -> None:
+        self._run_head(self._batch, self._states)
+
+    def layer_steps(self) -> None:
+        weights = [getattr(one.module, one.name) for one in self._moving]
+        trace = self.model.trace(self._batch, self._states, len(self.model) - 1, weights=weights)
+        trace.gradients(self._states.float())
+
+    def head_steps(self) -> None:
+        divergence_gradients(self.model.head, self._rows, self._rows)
+
+    def updates(self) -> None:
+        for one in self._moving:
+            one.step(getattr(one.module, one.name).float(), 0.0, self._changes)
+
+    def decoded_layers(self) -> None:
+        self.model.run(_batch(AT_ONCE, 1), self._answering, range(len(self.model)))
+
+    def decoded_heads(self) -> None:
+        self._run_head(_batch(AT_ONCE, 2), self.model.embed(_batch(AT_ONCE, 2)))
+
+    def compared(self) -> None:
+        head = self.model.head
+        for logits in head.logits_from(self._rows[:64]):
+            measures(logits, logits, torch.zeros(len(logits), dtype=torch.long))
+
+    def _run_head(self, batch: Batch, states: torch.Tensor) -> None:
+        with self.model.starting_from(states, ()):
+            summed_losses(self.model.head, batch)
+
+
+_UNITS = {"updates": 1, "decoded_layers": AT_ONCE, "decoded_heads": AT_ONCE, "compared": 64}
+"""How much a method of a timing does; the others do the tokens of its batch."""
 
 
 def _batch(texts: int, length: int) -> Batch:
@@ -181,21 +220,21 @@ def _batch(texts: int, length: int) -> Batch:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The least time of some work, as if nothing else ran: of a CPU it leaves out what others take.
+    """The least time of some work, as if nothing else ran.
 
-    There all threads count as one where others run, so it is more than it would be alone.
+    On a CPU that is the time of the processor that this thread has: it takes its share of every
+    parallel loop, and what others take of a busy machine is in none of it. Before a GPU it waits.
     """
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
     work()
-    walls: list[float] = []
-    alone: list[float] = []
-    while len(walls) < LEAST or (sum(walls) < ENOUGH and len(walls) < MOST):
+    times: list[float] = []
+    while len(times) < LEAST or (sum(times) < ENOUGH and len(times) < MOST):
         settle(device)
-        started, busy = time.perf_counter(), time.process_time()
+        started = clock()
         work()
         settle(device)
-        walls.append(time.perf_counter() - started)
-        alone.append(time.process_time() - busy)
-    return min(walls) if device.type == "cuda" else min(*walls, *alone)
+        times.append(clock() - started)
+    return min(times)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from ..cutting.source import place_name
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone, held
-from ..storage import check_apart, check_free, write_file
+from ..storage import check_apart, check_free, check_room, write_file
 from ..texts.prompts import Prompt, given_prompts, read_prompts
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
@@ -29,6 +29,7 @@ from ..values.commands import option_words
 from ..values.counts import summed
 from ..values.hashing import hash_of
 from ..values.settings import StudySettings
+from .disk import study_bytes
 from .given_models import InMemory, ModelStore, inputs_of_one
 from .inputs import texts_inputs
 from .items import Items
@@ -170,6 +171,7 @@ class Study(ABC, Generic[Settings]):
         check_alone(self.out, inside=True)
         for name in () if self.goes_on else self.leaves:
             check_free(self.out / name, self.overwrite)
+        check_room(self.out / self.RESULTS, study_bytes(self))
 
     def alone(self) -> AbstractContextManager[None]:
         """Hold the folder against other processes while the body works in it: OutputError."""

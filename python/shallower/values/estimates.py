@@ -51,25 +51,25 @@ class Disk:
         return {"bytes": self.bytes, "free_bytes": self.free_bytes}
 
     def __str__(self) -> str:
-        lacks = "" if self.bytes <= self.free_bytes else ", which is not enough"
         size = f"at most {format_size(self.bytes)}" if self.bytes >= 10**7 else "a few MB"
-        return f"{size} of {format_size(self.free_bytes)} that are free{lacks}"
+        return f"{size} of {format_size(self.free_bytes)} that are free"
 
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Seconds that a study takes on this machine at most, about, and what is not in them."""
+    """Seconds that work takes on this machine, about, and what is not in them, if anything."""
 
     seconds: float
-    beside: str = "loading"
+    beside: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Give the seconds, and what is not in them."""
-        return {"seconds": round(self.seconds, 1), "beside": self.beside}
+        beside = {"beside": self.beside} if self.beside else {}
+        return {"seconds": round(self.seconds, 1), **beside}
 
     def __str__(self) -> str:
-        rounded = _rounded(self.seconds)
-        return f"at most about {rounded} here, while nothing else runs, beside {self.beside}"
+        beside = f", beside {self.beside}" if self.beside else ""
+        return f"about {_rounded(self.seconds)} here, while nothing else runs{beside}"
 
 
 def _rounded(seconds: float) -> str:

@@ -1,0 +1,47 @@
+"""The disk that a command takes, counted before it works."""
+
+from typing import Any
+
+from ..judgement.choosing_size import STEPS, curve_sizes
+from ..memory.checkpoints import left_bytes
+from ..models.source import ModelSource
+from ..values.files import CHECKPOINT_FOLDER
+from ..values.settings import CurveSettings, RunSettings
+from .study import Study
+
+SMALL = 1 << 22
+"""Bytes of scans, results, figures and pages, about."""
+
+
+def study_bytes(study: Study[Any]) -> int:
+    """Count the bytes that a study will write of checkpoints and of all else, at most."""
+    if not (copies := _checkpoints(study)):
+        return SMALL
+    sizes = [min(sizes_of(study.settings, one.count_layers())) for one in study.models]
+    pairs = zip(study.models, sizes, strict=True)
+    places = ((one if isinstance(one, ModelSource) else one.model, n) for one, n in pairs)
+    return SMALL + copies * max(left_bytes(*place) for place in places)
+
+
+def _checkpoints(study: Study[Any]) -> int:
+    """How many checkpoints lie in the folder at once that are not there yet."""
+    settings = study.settings
+    if isinstance(settings, CurveSettings):  # a cut and the healed one, while that is measured
+        return 2 * ("healed" in settings.states)
+    if not isinstance(settings, RunSettings):
+        return 0
+    saved = study.goes_on and (study.folder / CHECKPOINT_FOLDER).exists()
+    return (not settings.plan_only and not saved) + bool(settings.heal)
+
+
+def sizes_of(settings: Any, num_layers: int) -> list[int]:
+    """How many layers are to go; where that is not known, the sizes that are looked at."""
+    if not isinstance(settings, RunSettings):
+        return list(settings.n) or [0]
+    n, target = settings.target.size(num_layers), settings.target
+    if n is not None:
+        return [n]
+    if target.max_loss is not None:
+        return [size for size in STEPS if size < num_layers]
+    is_knee = target.params is target.latency is target.memory is None
+    return curve_sizes(num_layers) if is_knee else [1]
