@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import shallower as sh
+from shallower.models import loading
 from shallower.models.source import ModelSource
 from shallower.patching import saving as shallower_patch
 from shallower.processes import held
@@ -250,15 +251,22 @@ def test_a_place_that_another_process_writes_to_is_not_to_be_replaced(
     assert not Path("new").exists()
 
 
-@pytest.mark.parametrize("command", [one for one in LONG if one.startswith(("prune", "patch"))])
+WRITING = [one for one in COMMANDS if not one.startswith(("plan", "analyse"))]
+
+
+@pytest.mark.parametrize("command", [*WRITING, "eval all/model --texts all/held.jsonl"])
 def test_a_full_disk_is_found_before_the_work(read, shallower, monkeypatch, command):
     os.chdir(read)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(loading, "load_model", None)
     monkeypatch.setattr(shallower_patch, "patch", None)
     out = "new.gguf" if "gguf --drop 1" in command and "as-gguf" not in command else "new"
-    done = shallower(*command.split(), "--out", out)
-    assert done.status == 2
-    assert " are needed" in done.err
+    for options in ([], ["--dry-run"]):
+        done = shallower(*command.split(), "--out", out, *options)
+        assert done.status == 2
+        assert f"cannot write {out}" in done.err
+        assert " MB are needed, 0.0 MB are free there: make room, or choose" in done.err
+    assert not (read / out).exists()
 
 
 PATCHED = sh.Patch(sh.Plan(6, (sh.Block(1, 2),)), "feed_forward", 90, 10, 1.0, 3.0, 2.0)

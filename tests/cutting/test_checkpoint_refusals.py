@@ -152,7 +152,7 @@ def test_a_full_disk_is_told_and_the_work_goes_on(source, tmp_path):
 def test_too_little_room_is_told_before_anything_is_copied(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 1000))
-    assert_refused(OutputError, "1000 are free", source, tmp_path / "cut")
+    assert_refused(OutputError, "0.0 MB are free", source, tmp_path / "cut")
 
 
 def test_a_place_that_cannot_be_written_to_is_told(source):

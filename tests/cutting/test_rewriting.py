@@ -209,7 +209,7 @@ def test_a_disk_without_room_is_named(checkpoint, tmp_path, monkeypatch):
     stored = StoredCheckpoint.open(checkpoint)
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(rewriting.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(sh.OutputError, match=r"bytes are needed, 10 are free"):
+    with pytest.raises(sh.OutputError, match=r"MB are needed, 0.0 MB are free"):
         rewrite(stored, tmp_path / "out", {})
 
 

@@ -82,6 +82,8 @@ def test_a_full_disk_leaves_nothing_half_written(cut, whole, tmp_path, monkeypat
         fork = Fork(heal_in_files_of, limit, cut, out, folder=said, name=str(limit))
         assert fork.ended() == 2, fork.err
         assert fork.out.startswith("refused: cannot write")
+        assert "enforce fail" not in fork.out, "torch's sentence"
+        assert "iostream" not in fork.out, "torch's sentence"
         assert not list(out.parent.glob(".out.partial/folder/training/*/complete"))
     monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     sh.heal(cut, TEXTS, out, recipe=RECIPE, eval_texts=HELD_OUT)

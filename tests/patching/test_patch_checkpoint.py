@@ -1,6 +1,8 @@
 """A patch that was cut short goes on from the matrices it solved and the steps it took."""
 
 import copy
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,3 +192,11 @@ def test_a_full_disk_at_the_end_loses_no_work(learned, words, tmp_path, counted,
     patch_to_folder(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, out=out)
     assert done == []
     assert (out / "model.safetensors").is_file()
+
+
+def test_what_is_kept_leaves_room_for_the_result(learned, words, tmp_path, counted, monkeypatch):
+    """Of a disk with room for the checkpoint alone nothing is taken before it."""
+    size = sum(weight.nbytes for weight in learned.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size + 1000))
+    patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 import shallower as sh
 from shallower import Scan, TextsError
 from shallower.models.source import ModelSource
+from shallower.patching import checkpoint
+from shallower.patching.descent import Descent
 from shallower.reporting.results import Run
 from shallower.reporting.stories.run import sizes_table
 from shallower.runs import recommending
@@ -277,6 +279,30 @@ def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path
     monkeypatch.setattr("shallower.runs.report.find_spec", lambda _: None)  # without figures
     sh.report(again.out)
     assert said in (again.out / "report.html").read_text()
+
+
+def test_a_patch_that_finds_no_room_is_not_lost(
+    learned, words, done, known, tmp_path, monkeypatch, capfd
+):
+    """The disk fills up behind the steps, and is found full by the checkpoint of the cut."""
+
+    def full(*_args, **_options):
+        raise sh.OutputError("cannot write it")
+
+    monkeypatch.setattr(checkpoint, "SECONDS", 0)
+    monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
+    out, steps = tmp_path / "out", []
+    step = Descent._step
+    monkeypatch.setattr(Descent, "_step", lambda *args: (steps.append(1), step(*args)))
+    with monkeypatch.context() as patched, pytest.raises(sh.OutputError, match="cannot write it"):
+        patched.setattr(recommending, "save_patched", full)
+        sh.run(learned, words, TEXTS, **TAKEN, out=out, n=2)
+    taken = len(steps)
+    again = sh.run(learned, words, TEXTS, **TAKEN, out=out, n=2)
+    assert taken == len(steps) > 0
+    assert f"goes on: {taken} of {taken} steps of the patch were taken" in capfd.readouterr().err
+    assert again.recommended.patched.nats == done.recommended.patched.nats
+    assert {path.name for path in out.iterdir()} == FILES
 
 
 def test_a_cut_that_cannot_be_patched_is_saved_bare(llama, words, tmp_path, monkeypatch):

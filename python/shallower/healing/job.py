@@ -208,11 +208,18 @@ def patched_cut(job: Job, out: Path, dtype: str) -> Path:
             say_goes_on("the cut is patched", job.progress)
             return found
     model, tokenizer = job.original.load(dtype)
-    length, progress = job.recipe.max_length, job.progress
+    kept = place.with_suffix(".patching")
     with with_patch(
-        model, tokenizer, job.plan, texts=job.texts, max_length=length, progress=progress
+        model,
+        tokenizer,
+        job.plan,
+        texts=job.texts,
+        max_length=job.recipe.max_length,
+        checkpoint=kept,
+        progress=job.progress,
     ) as done:
         save_patched(model, tokenizer, place, done=done, overwrite=True, more={_PATCH_JOB: patch})
+        shutil.rmtree(kept, ignore_errors=True)
     return place
 
 

@@ -194,8 +194,16 @@ def _train(training: Training, report: "StepsOnce") -> Trained:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_about_writing(error):
             raise
-        raise OutputError(f"cannot write a checkpoint of the healing: {why(error)}") from error
+        raise _no_checkpoint(training, error) from error
     return _trained(trainer, throughput)
+
+
+def _no_checkpoint(training: Training, error: Exception) -> OutputError:
+    """Say that a checkpoint cannot be written, for which torch has no word of its own."""
+    reason = "the disk is full or failed" if isinstance(error, RuntimeError) else why(error)
+    on = f"do the same again to go on from step {trainer_checkpoints.last_step(training.folder)}"
+    place = f"cannot write a checkpoint of the healing in {training.folder}"
+    return OutputError(f"{place}: {reason}; make room, and {on}")
 
 
 def _last_checkpoint(folder: Path) -> str | None:

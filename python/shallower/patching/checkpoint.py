@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import OutputError
 from ..models.offload import stored_weight
-from ..storage import new_file
+from ..storage import check_room, new_file
 from ..texts.batches import Batch
 from ..values.hashing import hash_of
 from ..values.patch import Fit
@@ -33,6 +33,8 @@ Tensors = dict[str, torch.Tensor]
 class PatchCheckpoint:
     """Files of an unfinished patch in a folder, if there is one; failed writes are ignored.
 
+    So are those that would leave less than ``reserve`` bytes of the disk, which the result takes.
+
     A patch is identified by its layers, its texts and both models' losses on them, which differ
     wherever a weight does; files of another patch are not read.
     """
@@ -43,7 +45,10 @@ class PatchCheckpoint:
         plan: Plan,
         batches: Sequence[Sequence[Batch]],
         losses: tuple[float, float],
+        *,
+        reserve: int = 0,
     ) -> None:
+        self._reserve = reserve
         self._folder, self._saved, self._took = folder, time.monotonic(), 0.0
         self._job = "" if folder is None else _describe(plan, batches, losses)
 
@@ -94,8 +99,10 @@ class PatchCheckpoint:
             return
         about = {"job": self._job, "facts": json.dumps(facts)}
         plain = {key: value.detach().contiguous() for key, value in tensors.items()}
+        place = self._folder / f"{name}.safetensors"
         try:
-            with new_file(self._folder / f"{name}.safetensors", overwrite=True) as partial:
+            check_room(place, self._reserve + sum(value.nbytes for value in plain.values()))
+            with new_file(place, overwrite=True) as partial:
                 save_file(plain, partial, metadata=about)
         except (OutputError, SafetensorError):
             self._folder = None

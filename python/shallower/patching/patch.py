@@ -125,6 +125,7 @@ def with_patch(
     share: float = 0.5,
     max_length: int = 256,
     num_tokens: int | None = None,
+    checkpoint: Path | None = None,
     progress: bool | None = None,
 ) -> Iterator[Patch]:
     """Patch a model inside the ``with`` statement, as :func:`patch`; it is as before afterwards."""
@@ -139,6 +140,7 @@ def with_patch(
             share=share,
             tokens=tokens,
             num_tokens=num_tokens,
+            checkpoint=checkpoint,
             progress=progress,
         ) as (done, _),
         without_layers(model, done.plan.blocks),

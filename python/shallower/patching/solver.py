@@ -10,6 +10,7 @@ import torch
 
 from ..errors import PatchError
 from ..evaluation.loss import predicting_tokens, summed_losses
+from ..memory.weights import module_bytes
 from ..models.layerwise import Layerwise
 from ..models.offload import is_on_disk, resident
 from ..models.residual_writers import Writer, find_writers
@@ -139,7 +140,11 @@ class Solver:
             self._keep_start()
             original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
             self._checkpoint = PatchCheckpoint(
-                self._kept, self.plan, self._batches, (original, cut)
+                self._kept,
+                self.plan,
+                self._batches,
+                (original, cut),
+                reserve=module_bytes(self.model.head.decoder.model),
             )
             self._say_goes_on([layer for layer in solved if layer in after], progress)
             for layer in solved:

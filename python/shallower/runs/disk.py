@@ -5,12 +5,9 @@ from typing import Any
 from ..judgement.choosing_size import STEPS, curve_sizes
 from ..memory.checkpoints import left_bytes
 from ..models.source import ModelSource
-from ..values.files import CHECKPOINT_FOLDER
+from ..values.files import CHECKPOINT_FOLDER, SMALL
 from ..values.settings import CurveSettings, RunSettings
 from .study import Study
-
-SMALL = 1 << 22
-"""Bytes of scans, results, figures and pages, about."""
 
 
 def study_bytes(study: Study[Any]) -> int:

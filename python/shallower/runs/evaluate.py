@@ -13,9 +13,9 @@ from ..cutting.plans import NamedExperts, agreed_plan
 from ..errors import CacheError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone
-from ..storage import check_apart
+from ..storage import check_apart, check_room
 from ..values.estimates import Time
-from ..values.files import EVAL_FILE
+from ..values.files import EVAL_FILE, SMALL
 from ..values.identity import ModelIdentity
 from ..values.layers import Block
 from ..values.memory import MemoryPlan
@@ -110,6 +110,7 @@ class EvalJob:
         if self.file is not None:
             check_apart(self.file, [self.source.place, *(one.source for one in self.measures)])
             check_alone(self.file)
+            check_room(self.file, SMALL)
 
     @property
     def file(self) -> Path | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -62,6 +63,9 @@ PATCH_TOKENS = 196_608
 CPU_WORK = 3e13
 """Tokens times parameters that a CPU patches in some ten minutes."""
 
+
+PATCHING_FOLDER = ".patching"
+"""What a patch goes on from that was cut short, or found no room for its checkpoint."""
 
 PLAN_ONLY = "no model was wanted, but the plan alone (plan_only, --plan-only)"
 
@@ -240,7 +244,7 @@ class Recommending:
         results.save()
         speech = self.speech  # of the whole model, before it is changed
         answers = self.answers or ()  # likewise, and refused if they cannot be
-        on_cpu = self._decoder.device.type == "cpu"
+        on_cpu, kept = self._decoder.device.type == "cpu", self._out / PATCHING_FOLDER
         try:
             with with_patch(
                 self._model,
@@ -252,8 +256,10 @@ class Recommending:
                 max_length=self._measuring.tokens.max_length,
                 progress=self._study.progress,
                 num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
+                checkpoint=kept,
             ) as done:
                 found = self._saved(results, plan, done)
+                shutil.rmtree(kept, ignore_errors=True)
                 patched = None
                 if found is not None and speech is not None:
                     patched = speech.hear(self._model, "patched")
@@ -261,6 +267,7 @@ class Recommending:
         except (PatchError, TextsError) as error:
             why = f"the cut is not patched: {error}"
             warnings.warn(why, stacklevel=2)
+            shutil.rmtree(kept, ignore_errors=True)
         recommended = replace(recommended, unpatched=why)
         with without_layers(self._model, plan.blocks):
             found = self._saved(replace(results, recommended=recommended), plan, None)

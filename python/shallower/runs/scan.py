@@ -14,10 +14,10 @@ from ..reporting.charts.heat_map import draw_heat_map
 from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan, deciding
 from ..scanning.settling import JUDGED
-from ..storage import check_apart, check_free, claimed
+from ..storage import check_apart, check_free, check_room, claimed
 from ..texts.sources import Texts, place_of_texts
 from ..values.estimates import Time
-from ..values.files import HEAT_MAP_FILE, PARTIAL_FILE, SCAN_FILE
+from ..values.files import HEAT_MAP_FILE, PARTIAL_FILE, SCAN_FILE, SMALL
 from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.schema import read
@@ -82,6 +82,7 @@ class ScanJob:
         if self.known is None:
             self._check_until()
             check_free(self.file, self.overwrite)
+            check_room(self.file, self._num_bytes)
             if self.experts:
                 self.source.count_experts()  # a ModelError refuses a model that has none
         if isinstance(self.texts, Texts):
@@ -91,6 +92,13 @@ class ScanJob:
         if self.until is not None:
             self.until.check(deciding(self.metrics), self.positions)
             self.until.of(self.source.count_layers())
+
+    @property
+    def _num_bytes(self) -> int:
+        """The bytes of the scan, with those of the samples that it keeps, of all texts."""
+        states = self.source.count_layers() + 1 if self.keep_samples else 0
+        values = length_hint(self.texts) * len(self.metrics) * states * (states - 1) // 2
+        return SMALL + 8 * values * (self.positions.count or self.tokens.max_length)
 
     @property
     def file(self) -> Path:

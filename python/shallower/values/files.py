@@ -33,6 +33,9 @@ COMPARISON_TABLE = "comparison.csv"
 SWEEP_FILE = "sweep.json"
 """The jobs of a sweep; what they found lies below ``jobs``."""
 
+SMALL = 1 << 21
+"""Bytes of results, figures and a page, about."""
+
 REPORT_FILE = "report.html"
 """The page of results; beside it lie ``report.md`` and ``report.json``."""
 
