@@ -294,9 +294,11 @@ def test_a_patch_that_finds_no_room_is_not_lost(
     out, steps = tmp_path / "out", []
     step = Descent._step
     monkeypatch.setattr(Descent, "_step", lambda *args: (steps.append(1), step(*args)))
-    with monkeypatch.context() as patched, pytest.raises(sh.OutputError, match="cannot write it"):
-        patched.setattr(recommending, "save_patched", full)
+    save = recommending.save_patched
+    monkeypatch.setattr(recommending, "save_patched", full)
+    with pytest.raises(sh.OutputError, match="cannot write it"):
         sh.run(learned, words, TEXTS, **TAKEN, out=out, n=2)
+    monkeypatch.setattr(recommending, "save_patched", save)
     taken = len(steps)
     again = sh.run(learned, words, TEXTS, **TAKEN, out=out, n=2)
     assert taken == len(steps) > 0

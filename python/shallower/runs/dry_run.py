@@ -229,7 +229,8 @@ class _Model:
             work += (self._measured(size) * 2 + self._quick(size) * 2) * of
         models += self._recipe is not None
         if not self.source.waits_on_disk:
-            prompts = prompt_ids(self.texts.tokenizer, self.study.prompts)
+            ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
+            prompts = np.array([len(one) for one in ids])
             for left in (self.layers, *[self.layers - n] * (models - 1)):
                 work += spoken(left, self.layers, prompts, SPEECH_TOKENS)
         if self._answers is not None:

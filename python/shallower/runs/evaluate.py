@@ -211,11 +211,13 @@ class EvalJob:
         from .work import Counted
 
         tokenizer, whole, work = self.source.load_tokenizer(), self.source.count_layers(), Work()
+        lengths = [one.lengths(tokenizer) for one in self.measures]
         for plan in self.sides.values():
             layers = whole - len(plan.dropped if plan else ())
-            for one in self.measures:
-                work += one.work(tokenizer, layers=layers, whole=whole)
-        return Counted(self.source, work, texts, self.tokens.max_length)
+            for one, each in zip(self.measures, lengths, strict=True):
+                work += one.work(each, layers=layers, whole=whole)
+        length = max((each.mean() for each in lengths if len(each)), default=0)
+        return Counted(self.source, work, texts, length)
 
     def _time(self, texts: int, others: "Sequence[EvalJob]") -> Time:
         from .work import forecast

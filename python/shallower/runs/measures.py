@@ -86,14 +86,15 @@ class Measure(ABC, Generic[T]):
         found: T = value
         return found
 
-    def work(self, tokenizer: "PreTrainedTokenizerBase", *, layers: int, whole: int) -> "Work":
+    def work(self, lengths: "NDArray[np.int64]", *, layers: int, whole: int) -> "Work":
         """Count what is run of a model of some layers, which is compared with one of ``whole``."""
         from ..values.forwards import Forwards
         from .work import run
 
-        return run(Forwards(layers, 1), self._lengths(tokenizer))
+        return run(Forwards(layers, 1), lengths)
 
-    def _lengths(self, tokenizer: "PreTrainedTokenizerBase") -> "NDArray[np.int64]":
+    def lengths(self, tokenizer: "PreTrainedTokenizerBase") -> "NDArray[np.int64]":
+        """Count the tokens of every text, window or prompt, (S,); of tasks nothing is known."""
         import numpy as np
 
         return np.array([len(ids) for ids in self.token_ids(tokenizer)])
@@ -318,11 +319,11 @@ class SpeechOnPrompts(Measure[Speech]):
         """Yield the token ids of every prompt."""
         yield from prompt_ids(tokenizer, self.prompts)
 
-    def work(self, tokenizer: "PreTrainedTokenizerBase", *, layers: int, whole: int) -> "Work":
+    def work(self, lengths: "NDArray[np.int64]", *, layers: int, whole: int) -> "Work":
         """Count what both say, and what both run on it."""
         from .work import spoken
 
-        return spoken(layers, whole, [*self.token_ids(tokenizer)], self.num_tokens)
+        return spoken(layers, whole, lengths, self.num_tokens)
 
     def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """Let the whole model speak, and keep its states at its words."""

@@ -37,7 +37,8 @@ SAMPLED = 256
 SOLVES = 12
 """Systems of equations that a full patch solves before each block, about."""
 
-Lengths = NDArray[np.float64]
+Lengths = NDArray[Any]
+"""(S,) tokens of texts or prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +86,14 @@ def written(layers: int, num_tokens: float) -> Work:
     return Work(decoded_layers=layers * num_tokens, decoded_heads=num_tokens)
 
 
-def spoken(layers: int, whole: int, prompts: Sequence[Any], num_tokens: int) -> Work:
+def spoken(layers: int, whole: int, prompts: Lengths, num_tokens: int) -> Work:
     """Count how a model of some layers speaks, judged by one of ``whole`` layers.
 
     It writes, and both run on words: on those of the whole model, which are compared, and on its
     own. The whole model runs on its words once more.
     """
     words = len(WAYS) * len(prompts) * num_tokens
-    tokens = len(WAYS) * sum(map(len, prompts)) + words
+    tokens = len(WAYS) * float(prompts.sum()) + words
     passes = layers + whole * (1 + (layers == whole))
     runs = Work(passes * tokens, 3.0 * words, compared=words)
     return written(layers, words) + runs
