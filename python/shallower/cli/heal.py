@@ -203,9 +203,8 @@ def heal_command(
     recipe.check(original=original is not None, from_patch=from_patch)
     _check_data(wanted, recipe, texts=texts, original=original, from_patch=from_patch)
     check_apart(out, [model, original, texts, eval_texts, answers or None])
-    code, folder = trust_remote_code, Path(model).expanduser()
-    cut = ModelSource(model, trust_remote_code=code)
-    whole = None if original is None else ModelSource(original, trust_remote_code=code)
+    folder, cut = Path(model).expanduser(), ModelSource(model, trust_remote_code=trust_remote_code)
+    whole = None if original is None else replace(cut, path=original)
     models, saved = {"cut": cut, "original": whole}, {"merge": merge, "from_patch": from_patch}
     output = output_of(
         open_store(no_cache or dry_run) if num_processes() == 1 else Store(None),
@@ -225,12 +224,14 @@ def heal_command(
     check_free(out, overwrite)
     if dry_run:
         training = {"texts": source, "held_out": held_out, "original": whole, **saved}
-        described = _planned(cut, recipe, device_memory, out, answers=wanted, **training)
+        described = _planned(cut, recipe, device_memory, out=out, answers=wanted, **training)
         say_dry_run({**described, "write": [str(out)]}, as_json)
         return
     from ..healing.heal import heal
 
-    recipe = _fit_to_memory(cut, recipe, device_memory, as_json, wanted, out=out, **saved)
+    recipe = _fit_to_memory(
+        cut, recipe, device_memory, as_json=as_json, answers=wanted, out=out, **saved
+    )
     done = heal(
         model,
         source,
@@ -315,9 +316,9 @@ def _fit_to_memory(
     cut: ModelSource,
     recipe: "Recipe",
     device_memory: str | None,
+    *,
     as_json: bool,
     answers: "WantedAnswers | None",
-    *,
     out: Path,
     **saved: bool,
 ) -> "Recipe":
@@ -362,8 +363,8 @@ def _planned(
     cut: ModelSource,
     recipe: "Recipe",
     device_memory: str | None,
-    out: Path,
     *,
+    out: Path,
     answers: "WantedAnswers | None",
     **training: Any,
 ) -> dict[str, Any]:

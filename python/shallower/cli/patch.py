@@ -96,12 +96,10 @@ def patch_command(
     then heal, is the recommended way.
     """
     from ..cutting.plans import plan_file
-    from ..memory.checkpoints import left_bytes
     from ..runs.done import output_of
     from ..runs.forecast import forecast_source
     from ..runs.store import open_store
-    from ..storage import check_apart, check_free, check_room, free_bytes
-    from ..values.estimates import Disk
+    from ..storage import check_apart, check_free
     from ..values.layers import ranges
     from ..values.tokens import Tokens
 
@@ -128,11 +126,7 @@ def patch_command(
     if reuse(output, lambda value: _say(value, out, as_json)):
         return
     check_free(out, overwrite)
-    wanted = _patchable(model, place, named)
-    needed = left_bytes(place, wanted.dropped)
-    check_room(out, needed)
-    tokens = Tokens(max_length, batch_size)
-    fitted: dict[str, Any] = {"tokens": tokens, "num_tokens": num_tokens}
+    wanted, tokens = _patchable(place, named, out), Tokens(max_length, batch_size)
     plan_memory = partial(
         forecast_source, place, "patch", tokens, num_tokens=num_tokens, device_memory=device_memory
     )
@@ -143,15 +137,18 @@ def patch_command(
             "texts": texts,
             **({} if asked is None else {"answers": str(asked), "share": share}),
         }
-        planned |= _streamed(place, wanted.dropped, source, **fitted, measured=held_out is not None)
-        planned |= {"memory": plan_memory(), "disk": Disk(needed, free_bytes(out))}
-        if device_memory is None:  # else it is of a card that is not here
-            work = {
-                "held_out": held_out or (),
-                "num_written": 0 if asked is None else asked.num_written,
-            }
-            planned["time"] = _time(place, wanted.dropped, source, **fitted, **work)
-        say_dry_run({**planned, "write": [str(out)]}, as_json)
+        takes = _planned(
+            place,
+            wanted.dropped,
+            source,
+            out=out,
+            is_here=device_memory is None,
+            held_out=held_out or (),
+            num_written=0 if asked is None else asked.num_written,
+            tokens=tokens,
+            num_tokens=num_tokens,
+        )
+        say_dry_run({**planned, **takes, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
     from ..patching.saving import patch_to_folder
@@ -174,13 +171,19 @@ def patch_command(
     _say(output.keep({"patch": done.to_json(), "eval": evaluated}), out, as_json)
 
 
-def _patchable(model: str, place: ModelSource, named: "Plan | list[Block]") -> "Plan":
-    """The plan of the cut, before the model is loaded; PatchError if it drops experts."""
+def _patchable(place: ModelSource, named: "Plan | list[Block]", out: Path) -> "Plan":
+    """The plan of the cut, before the model is loaded; PatchError if it drops experts.
+
+    OutputError where its checkpoint has no room.
+    """
     from ..cutting.plans import agreed_plan
+    from ..memory.checkpoints import left_bytes
+    from ..storage import check_room
     from ..values.patch import refuse_experts
 
-    plan = agreed_plan(model, place.count_layers(), named)
+    plan = agreed_plan(str(place.path), place.count_layers(), named)
     refuse_experts(plan)
+    check_room(out, left_bytes(place, plan.dropped))
     return plan
 
 
@@ -241,12 +244,30 @@ def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
     show(patch_table(Patch.from_json(value["patch"])), *lines, f"wrote {out}")
 
 
-def _time(*of: Any, **settings: Any) -> Any:
-    """The time of a patch, about, or why it cannot be told."""
+def _planned(
+    place: ModelSource,
+    dropped: Sequence[int],
+    texts: "Iterable[str]",
+    *,
+    out: Path,
+    is_here: bool,
+    held_out: Sequence[str],
+    num_written: int,
+    **fitted: Any,
+) -> dict[str, Any]:
+    """What a patch reads and writes on disk, and its time if the device is here."""
+    from ..memory.checkpoints import left_bytes
     from ..runs.speed import told
     from ..runs.work import forecast, of_patch
+    from ..storage import free_bytes
+    from ..values.estimates import Disk
 
-    return told(lambda: forecast(of_patch(*of, **settings)))
+    more: dict[str, Any] = {"held_out": held_out, "num_written": num_written, **fitted}
+    planned = _streamed(place, dropped, texts, **fitted, measured=bool(held_out))
+    planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
+    if is_here:
+        planned["time"] = told(lambda: forecast(of_patch(place, dropped, texts, **more)))
+    return planned
 
 
 def _streamed(

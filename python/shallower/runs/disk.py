@@ -7,10 +7,9 @@ from ..memory.checkpoints import left_bytes
 from ..models.source import ModelSource
 from ..values.files import CHECKPOINT_FOLDER, SMALL
 from ..values.settings import CurveSettings, RunSettings
-from .study import Study
 
 
-def study_bytes(study: Study[Any]) -> int:
+def study_bytes(study: Any) -> int:
     """Count the bytes that a study will write of checkpoints and of all else, at most."""
     if not (copies := _checkpoints(study)):
         return SMALL
@@ -20,7 +19,7 @@ def study_bytes(study: Study[Any]) -> int:
     return SMALL + copies * max(left_bytes(*place) for place in places)
 
 
-def _checkpoints(study: Study[Any]) -> int:
+def _checkpoints(study: Any) -> int:
     """How many checkpoints lie in the folder at once that are not there yet."""
     settings = study.settings
     if isinstance(settings, CurveSettings):  # a cut and the healed one, while that is measured

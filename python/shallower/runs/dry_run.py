@@ -232,7 +232,7 @@ class _Model:
             ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
             prompts = np.array([len(one) for one in ids])
             for left in (self.layers, *[self.layers - n] * (models - 1)):
-                work += spoken(left, self.layers, prompts, SPEECH_TOKENS)
+                work += spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
         if self._answers is not None:
             work += written(self.layers, self._answers.num_written)
         if self._patch_tokens:
@@ -375,18 +375,20 @@ class _Model:
             proposing=self.layers * (2 * proposing + PROBED),
             patch_texts=len(some),
         )
-        solves = solved(self.empty, n, some.sum(), QUICK_SOLVES) * (self.settings.top + 3)
+        solves = solved(self.empty, n, some.sum(), solves=QUICK_SOLVES) * (self.settings.top + 3)
         return Work(found.layers, found.heads) * self.texts.judged.mean() + solves
 
     def _quick(self, n: int, texts: int = PATCH_TEXTS) -> Work:
         fit = self.texts.fit[:texts]
-        return run(Forwards(n), fit) + solved(self.empty, n, fit.sum(), QUICK_SOLVES)
+        return run(Forwards(n), fit) + solved(self.empty, n, fit.sum(), solves=QUICK_SOLVES)
 
     def _patched(self, n: int) -> Work:
         """A full patch of a block in the middle."""
         begin = max(1, (self.layers - n) // 2)
         dropped = range(begin, begin + n)
-        return patched(self.empty, self.layers, dropped, self.texts.fit, self._patch_tokens)
+        return patched(
+            self.empty, self.layers, dropped, fit=self.texts.fit, most=self._patch_tokens
+        )
 
     def _healed(self, n: int) -> Work:
         """A training of all layers that are left, its evaluations, and the loss afterwards."""

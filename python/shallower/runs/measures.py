@@ -323,7 +323,7 @@ class SpeechOnPrompts(Measure[Speech]):
         """Count what both say, and what both run on it."""
         from .work import spoken
 
-        return spoken(layers, whole, lengths, self.num_tokens)
+        return spoken(layers, whole, lengths, num_tokens=self.num_tokens)
 
     def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """Let the whole model speak, and keep its states at its words."""

@@ -86,7 +86,7 @@ def written(layers: int, num_tokens: float) -> Work:
     return Work(decoded_layers=layers * num_tokens, decoded_heads=num_tokens)
 
 
-def spoken(layers: int, whole: int, prompts: Lengths, num_tokens: int) -> Work:
+def spoken(layers: int, whole: int, prompts: Lengths, *, num_tokens: int) -> Work:
     """Count how a model of some layers speaks, judged by one of ``whole`` layers.
 
     It writes, and both run on words: on those of the whole model, which are compared, and on its
@@ -99,7 +99,7 @@ def spoken(layers: int, whole: int, prompts: Lengths, num_tokens: int) -> Work:
     return written(layers, words) + runs
 
 
-def solved(model: nn.Module, n: int, tokens: float, solves: float = SOLVES) -> Work:
+def solved(model: nn.Module, n: int, tokens: float, *, solves: float = SOLVES) -> Work:
     """Count the equations before each block, about every second layer that goes ending one."""
     inputs, width = writer_widths(model)
     flops = 2 * tokens * inputs * (inputs + width)
@@ -107,7 +107,9 @@ def solved(model: nn.Module, n: int, tokens: float, solves: float = SOLVES) -> W
     return Work(flops=flops * (n + 1) / 2)
 
 
-def patched(model: nn.Module, layers: int, dropped: Sequence[int], fit: Lengths, most: int) -> Work:
+def patched(
+    model: nn.Module, layers: int, dropped: Sequence[int], *, fit: Lengths, most: int
+) -> Work:
     """Count a full patch that fits ``most`` tokens of texts of some lengths at most.
 
     Both models run side by side, losses are measured to choose by, and the descent is of all
@@ -153,7 +155,7 @@ def of_patch(
     tokenizer, layers = source.load_tokenizer(), source.count_layers()
     fit = lengths_of(tokenizer, texts, tokens.max_length)
     most = num_tokens or (NUM_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
-    work = patched(model, layers, dropped, fit, most) + written(layers, num_written)
+    work = patched(model, layers, dropped, fit=fit, most=most) + written(layers, num_written)
     if held_out:
         lengths = lengths_of(tokenizer, held_out, tokens.max_length)
         work += run(Forwards(3 * layers - 2 * len(dropped), 3), lengths)
