@@ -19,7 +19,7 @@ from .._core import Checkpoint, Job
 from ..errors import OutputError, why
 from ..processes import partial_folder
 from ..progress import BytesProgress, say_goes_on, track_copy
-from ..storage import resumable_folder
+from ..storage import check_room, resumable_folder
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity, fingerprint
 from ..values.layers import MAX_LAYERS, Layers
@@ -93,6 +93,7 @@ class PreparedCut:
         Raises as :func:`.prune.prune`.
         """
         out = Path(out)
+        check_room(out, self.num_bytes)
         with resumable_folder(out, self.job.journal, overwrite) as folder:
             try:
                 self._write(folder, progress)
