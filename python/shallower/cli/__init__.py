@@ -115,7 +115,7 @@ COMMANDS = {
     ),
     "cache": Command(
         "cache",
-        "Show what was measured before, or remove it.",
+        "Show or clear the cache of measurements.",
         "--clear",
     ),
     "info": Command(

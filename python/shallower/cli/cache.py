@@ -19,7 +19,7 @@ def cache_command(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what was measured before, or remove it.
+    """Show or clear the cache of measurements.
 
     A command that is given the same model, texts and settings again finds its measurements in the
     cache, and says so; with --no-cache it measures anew. The folder is SHALLOWER_CACHE, else

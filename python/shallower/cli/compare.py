@@ -61,8 +61,8 @@ Criteria = Annotated[
 Judge = Annotated[
     Literal["loss", "kl", "options", "speech"],
     typer.Option(
-        help="Judge of a cut. loss: of the next token; kl: divergence from the whole model's "
-        "next-token distributions; options: margin of the right option over the others; speech: "
+        help="Judge of a cut. loss: of the next token. kl: divergence from the whole model's "
+        "next-token distributions. options: the right option's margin over the others. speech: "
         "divergence from the whole model on its own words."
     ),
 ]
@@ -70,8 +70,8 @@ Options = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="JSON lines with context, options and answer (an index), of the judge options; one "
-        "half chooses, the other half reports.",
+        help="JSON lines with context, options and answer (an index), for --judge "
+        "options; one half for the selection, the other for the report.",
     ),
 ]
 Prompts = Annotated[

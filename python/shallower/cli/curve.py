@@ -39,9 +39,7 @@ def curve_command(
     model: Model,
     *,
     texts: TextsSource,
-    eval_texts: Annotated[
-        str, typer.Option(metavar="TEXTS", help="Held-out texts that report, as --texts.")
-    ],
+    eval_texts: Annotated[str, typer.Option(metavar="TEXTS", help="The test set, as --texts.")],
     out: Out,
     n: Annotated[
         str,
@@ -133,8 +131,7 @@ def curve_command(
     """Measure what a model loses as more and more of its layers go.
 
     The model is loaded once, and cut, patched and healed for each size and strategy. OUT holds
-    curve.json, written before each next step, and curve.csv. A curve that was cut short goes on
-    where it was.
+    curve.json, written before each next step, and curve.csv. A curve that was cut short resumes.
     """
     from ..runs.curve import CurveStudy
     from ..runs.store import open_store

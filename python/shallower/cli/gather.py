@@ -24,10 +24,10 @@ def gather_command(
 ) -> int:
     """Put the shards of a scan, an eval or a comparison together.
 
-    All must be there, and of the same work. Of a scan it writes scan.safetensors, with the bytes of
-    the scan that one process makes, and, where matplotlib is installed, heat_map.png; of an eval
-    eval.json, what eval --json prints, and eval finds the result in the cache; of a comparison all
-    that compare writes: its model is loaded for its shape, and nothing is measured.
+    All must be there, and of the same work. From a scan it writes scan.safetensors, with the bytes
+    that one process would write, and heat_map.png if matplotlib is installed. From an eval it
+    writes eval.json, as eval --json prints it, and caches the result. From a comparison it writes
+    all that compare does: the model is loaded for its shape, and nothing is measured.
     """
     from ..runs.eval_shards import gather_eval_into
     from ..runs.gather import gather_into

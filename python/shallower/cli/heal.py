@@ -170,7 +170,7 @@ def heal_command(
 ) -> None:
     """Heal a cut by training low-rank adapters.
 
-    As the paper does, by QLoRA. When interrupted, the same command goes on from its last
+    As the paper does, by QLoRA. When interrupted, the same command resumes at its last
     checkpoint. On several devices put accelerate launch -m, or torchrun -m, before the command.
     """
     from ..processes import is_main_process, num_processes

@@ -47,7 +47,7 @@ Stream = Annotated[
     bool,
     typer.Option(
         "--stream",
-        help="Let the layers wait on disk, and read each for many texts: for a model that does "
+        help="Keep the layers on disk, and read each for many texts: for a model that does "
         "not fit into memory.",
     ),
 ]

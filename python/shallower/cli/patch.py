@@ -89,11 +89,10 @@ def patch_command(
 ) -> None:
     """Drop layers and heal the cut in minutes, with no parameter added.
 
-    The layer before the cut is solved by least squares to make what the dropped layers made;
-    then all matrices from there on take at most 48 gradient steps towards the whole model's
-    next-token distributions, as far as the loss on held-out text falls. A patch that does not
-    help is not saved. When interrupted, the same command goes on from the last of them. Patch,
-    then heal, is the recommended way.
+    The layer before the cut is solved by least squares to replace the dropped layers. Then all
+    matrices from there on take at most 48 gradient steps towards the whole model's next-token
+    distributions, while the loss on held-out text falls. A patch that does not help is not saved.
+    When interrupted, the same command resumes. It is recommended to patch first, then heal.
     """
     from ..cutting.plans import plan_file
     from ..runs.done import output_of

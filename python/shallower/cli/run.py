@@ -87,7 +87,7 @@ def run_command(
         str | None,
         typer.Option(
             metavar="TEXTS",
-            help="Held-out texts that report, as --texts; by default every fourth of those.",
+            help="The test set, as --texts; by default every fourth of those.",
         ),
     ] = None,
     out: Out,
@@ -152,13 +152,11 @@ def run_command(
         str | None,
         typer.Option(
             metavar="PROMPTS",
-            help="Prompts on which the models speak, a .jsonl file with prompt or messages; 24 of "
-            "our own by default. By --judge speech one half of them, or of 120, chooses.",
+            help="Prompts to answer, a .jsonl file with prompt or messages; by default 24 "
+            "built-in ones. By --judge speech one half of them, or of 120, is for the selection.",
         ),
     ] = None,
-    no_speech: Annotated[
-        bool, typer.Option("--no-speech", help="Do not measure how the models speak.")
-    ] = False,
+    no_speech: Annotated[bool, typer.Option("--no-speech", help="Measure no speech.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
     stream: Stream = False,
@@ -171,10 +169,9 @@ def run_command(
 ) -> None:
     """Recommend one shallower model, and make it.
 
-    Proposals of several criteria are raced by --judge after a quick patch; the winner is patched,
-    saved in OUT/checkpoint and reloaded by stock transformers; with --heal adapters are trained on
-    it, merged into OUT/healed. A run that was cut short goes on where it was, unless the cache is
-    off.
+    Proposals of several criteria are raced by --judge after a quick patch. The winner is patched,
+    saved in OUT/checkpoint and reloaded by stock transformers. With --heal adapters are trained on
+    it, and merged into OUT/healed. A run that was cut short resumes, unless the cache is off.
     """
     from ..values.settings import RunSettings
     from ..values.tokens import parse_batch_size

@@ -109,8 +109,8 @@ def scan_command(
     """Compare all layers of a model on texts, in one pass.
 
     The last token of every text is compared, or more by --positions. Writes scan.safetensors
-    and, where matplotlib is installed, heat_map.png. An interrupted scan goes on where
-    it was when the same command is given again.
+    and, if matplotlib is installed, heat_map.png. An interrupted scan resumes when the same
+    command is given again.
     """
     from ..runs.store import open_store
     from ..values.positions import Positions
