@@ -177,12 +177,12 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        with raise_output_error(path):
-            partial.replace(path)
+        partial.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {why(error, path)}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a read-only file system, where there is none
+            partial.unlink()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Quantised models are cut and saved exactly."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,11 +9,16 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
 )
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 import shallower as sh
+from shallower import ModelError, Plan, Recipe, gain, memory_forecast
+from shallower.healing.checks import resolve
 from shallower.models.architecture import find_layers
 from shallower.models.identity import stored_dtype
-from shallower.models.loading import load_model
+from shallower.models.dtypes import stored_quantisation
+from shallower.models.loading import load_model, load_weights
+from shallower.models.source import ModelSource
 from tests.models.checkpoints import logits_of, wide_qwen
 
 
@@ -169,3 +175,56 @@ def test_a_quantised_model_moved_in_place_is_saved_exactly_or_refused(quantised,
     quantised.to("cpu")
     logits_of(quantised)
     assert_saved_exactly_or_refused(quantised, tmp_path / "saved", expected)
+
+
+METHODS = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+
+
+def stored_as(method, folder, model):
+    """A folder of plain weights whose config says that they are quantised."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = METHODS[method]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_name_of_a_stored_quantisation(method):
+    assert stored_quantisation(METHODS[method]) == method
+    assert stored_quantisation(AutoQuantizationConfig.from_dict(METHODS[method])) == method
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_plain_weights_whose_config_says_bitsandbytes_are_refused(method, tmp_path, llama):
+    folder = stored_as(method, tmp_path / "model", llama)
+    with pytest.raises(ModelError, match="is plain float32. Remove quantization_config"):
+        load_weights(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_what_cannot_be_loaded_here_is_refused_by_its_config(method, tmp_path, llama):
+    folder = stored_as(method, tmp_path / "model", llama)
+    with pytest.raises(ModelError, match=rf"stored quantised, by {method}, and cannot be loaded"):
+        ModelSource(folder, "float32").read_config()
+    with pytest.raises(ModelError, match="cannot be quantised to nf4 again"):
+        ModelSource(folder, "nf4").read_config()
+    plan = Plan.of(6, [2])
+    with pytest.raises(ModelError, match="cannot be quantised to nf4 again"):
+        resolve(str(folder), plan, Recipe())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantised_weights_are_not_patched(method, tmp_path, llama):
+    folder = stored_as(method, tmp_path / "model", llama)
+    with pytest.raises(ModelError, match=f"weights of {method} are not patched"):
+        memory_forecast(folder, "patch", dtype="float32")
+
+
+def test_a_gain_counts_weights_as_bitsandbytes_stores_them(tmp_path, llama):
+    assert gain(stored_as("nf4", tmp_path / "model", llama), [2], device="a100-80").dtype == "nf4"

@@ -79,6 +79,8 @@ def gain_command(
     if as_json:
         print_json(found.to_json())
         return
+    from ..models.dtypes import stored_quantisation
+    from ..models.loading import read_config
     from ..models.source import ModelSource
     from ..reporting.stories.gain import gain_table
     from ..reporting.words import megabytes
@@ -86,7 +88,10 @@ def gain_command(
 
     parts: list[Any] = [gain_table(found)]
     place = ModelSource(model, gguf_file=gguf_file).place
-    if place.suffix == ".gguf" and (size := stored_bytes(place)):
+    config = read_config(model, gguf_file, trust_remote_code)
+    stored = stored_quantisation(getattr(config, "quantization_config", None))
+    is_plain = found.dtype not in ("nf4", "int8")
+    if is_plain and (stored or place.suffix == ".gguf") and (size := stored_bytes(place)):
         parts.append(
             f"{place.name} has {megabytes(size)} of quantised weights: they count here as they "
             f"are dequantised, in {found.dtype}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, why
+from ..models.dtypes import stored_quantisation
 from ..values.files import OF_ONE_MODEL
 from ..values.layers import MAX_LAYERS
 from .exports import EXPORT_FILES
@@ -62,10 +63,7 @@ def config_dtype(raw: Mapping[str, Any]) -> str:
     """:func:`stored_dtype` of the JSON of a config."""
     quantised = raw.get("quantization_config")
     if isinstance(quantised, dict):
-        for key, name in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
-            if quantised.get(key):
-                return name
-        return str(quantised.get("quant_method", "quantised"))
+        return str(stored_quantisation(quantised))
     return str(raw.get("dtype") or raw.get("torch_dtype") or "unknown").removeprefix("torch.")
 
 

@@ -30,7 +30,7 @@ from ..storage import check_apart, new_folder
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
 from ..values.loss import Loss
-from ..values.plan import Plan
+from ..values.plan import Plan, check_plan
 from .cards import exports
 from .exports import CutFacts
 from .gguf import read_metadata
@@ -69,7 +69,7 @@ def save_model(
         losses: the held-out loss before and after the cut, for the model card.
 
     Raises:
-        PlanError: ``plan`` leaves another number of layers than the model has.
+        PlanError: ``plan`` is none, or leaves another number of layers than the model has.
         OutputError: ``path`` holds something already, or cannot be written to.
         ModelError: weights that cannot be saved as they are.
 
@@ -98,6 +98,7 @@ def save_cut(
 
     ``command`` is what made it, as :class:`~.exports.CutFacts` has it.
     """
+    check_plan(plan)
     require_weights(model)
     source = source or _source_of(model, plan)
     texts = exports(replace(_facts(model, plan, source, losses), command=command))

@@ -17,6 +17,7 @@ from ..models.decoder import Decoder
 from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
 from ..models.loading import read_config
+from ..models.quantised import check_stored
 from ..processes import num_processes
 from ..texts.sequences import read_samples
 from ..values.files import PLAN_FILE
@@ -74,6 +75,7 @@ def resolve(
     resolved = recipe.resolve(
         facts(config, plan.num_layers), num_processes(), auto=auto_dtype(), answers=answers
     )
+    check_stored(path, config, resolved.dtype)
     if recipe.batch_size is not None and recipe.recompute is not None:
         return resolved
     room = device_room(device_memory, num_processes())

@@ -17,6 +17,9 @@ DeviceMap = str | dict[str, Any] | None
 STREAM = "stream"
 """The device map of a model whose layers wait on disk."""
 
+DEQUANTISED = ("fp8", "mxfp4")
+"""Ways to store weights that transformers makes plain where it cannot multiply them."""
+
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "svebf16")
 """Instructions that multiply bfloat16, by the names that the kernel has for them. With AVX2 alone a
 forward in bfloat16 takes seven times as long as in float32."""
@@ -51,12 +54,22 @@ def check_streamed(name: str, dtype: str, device_map: DeviceMap) -> None:
         )
 
 
+def stored_quantisation(stored: Any) -> str | None:
+    """Name how weights are stored, by a ``quantization_config``: ``nf4``, ``int8`` or a method."""
+    if stored is None:
+        return None
+    given = stored if isinstance(stored, dict) else vars(stored)
+    for key, name in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
+        if given.get(key) or given.get(f"_{key}"):
+            return name
+    method = given.get("quant_method", "quantised")
+    return str(getattr(method, "value", method))
+
+
 def check_stored_plain(name: str, config: Any) -> None:
     """Refuse, by a ModelError, to stream a model stored quantised in anything but a GGUF file."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        given = stored if isinstance(stored, dict) else vars(stored)
-        method = getattr(given.get("quant_method"), "value", given.get("quant_method"))
+    method = stored_quantisation(getattr(config, "quantization_config", None))
+    if method is not None:
         raise ModelError(
             f"{name} is stored quantised, by {method}, and cannot be streamed: expected plain "
             f"weights in safetensors, or a GGUF file (device_map, --stream)",

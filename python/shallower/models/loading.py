@@ -43,7 +43,7 @@ from .experts import stacked_weights, unquantised
 from .gguf_reading import faster_gguf
 from .layer_config import layer_counts
 from .offload import bring_from, reading_of, run_resident
-from .quantised import clear_gguf_marks, keep_exact, quantisation
+from .quantised import check_quantised, clear_gguf_marks, keep_exact, quantisation
 
 
 def load_model(
@@ -319,6 +319,7 @@ def load_weights(
                 f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}, which would stay "
                 f"random"
             )
+    check_quantised(_name(source, options), model)
     return model
 
 

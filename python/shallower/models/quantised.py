@@ -5,14 +5,19 @@ save another model. So the loaded scales go into every state dict.
 """
 
 import logging
+from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from ..errors import MissingExtraError, ModelError
+from ..errors import MissingExtraError, ModelError, why
+from ..progress import hushed
+from .dtypes import stored_quantisation
 
 
 def quantisation(dtype: str) -> BitsAndBytesConfig:
@@ -32,6 +37,45 @@ def quantisation(dtype: str) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def check_stored(name: str, config: Any, dtype: str) -> None:
+    """Refuse weights whose stored quantisation cannot be loaded here, or not as ``dtype``.
+
+    The packages and the device are asked for by transformers. ModelError names them.
+    """
+    stored = getattr(config, "quantization_config", None)
+    method = stored_quantisation(stored)
+    if method is None:
+        return
+    way_out = "name the model that it was made from, with plain weights"
+    if dtype in ("nf4", "int8") and method not in ("nf4", "int8"):
+        raise ModelError(
+            f"{name} is stored quantised, by {method}, and cannot be quantised to {dtype} again: "
+            f"{way_out}, or another dtype (dtype, --dtype)"
+        )
+    try:
+        with hushed():
+            AutoHfQuantizer.from_config(deepcopy(stored), pre_quantized=True).validate_environment(
+                dtype=None, device_map=None, weights_only=True
+            )
+    except Exception as error:  # of every quantiser another one
+        raise ModelError(
+            f"{name} is stored quantised, by {method}, and cannot be loaded here: "
+            f"{why(error).removesuffix('.')}; or {way_out}"
+        ) from error
+
+
+def check_quantised(name: str, model: PreTrainedModel) -> None:
+    """Refuse plain weights whose config says bitsandbytes, before a forward: ModelError."""
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__module__.startswith("bitsandbytes") and type(weight) is nn.Parameter:
+            raise ModelError(
+                f"{name} is not quantised as its config says: {path}.weight is plain "
+                f"{str(weight.dtype).removeprefix('torch.')}. Remove quantization_config from its "
+                f"config.json"
+            )
 
 
 def keep_exact(model: PreTrainedModel) -> None:

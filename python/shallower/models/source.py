@@ -114,11 +114,14 @@ class ModelSource:
         """Read the model's config, and nothing else.
 
         Raises:
-            ModelError: as :meth:`load`; of a model to be streamed, that is stored quantised.
+            ModelError: as :meth:`load`; it is stored in a way that cannot be loaded here, or of
+                a model to be streamed, that is quantised.
         """
         from .loading import read_config
+        from .quantised import check_stored
 
         config = read_config(self.path, self.gguf_file, self.trust_remote_code)
+        check_stored(str(self), config, self.dtype)
         if self.waits_on_disk:
             check_stored_plain(str(self), config)
         return config

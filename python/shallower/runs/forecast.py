@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ModelError
-from ..models.dtypes import STREAM, check_dtype, choose_device_map, choose_dtype
+from ..models.dtypes import (
+    DEQUANTISED,
+    STREAM,
+    check_dtype,
+    choose_device_map,
+    choose_dtype,
+    stored_quantisation,
+)
 from ..models.source import ModelSource
 from ..values.files import PLAN_FILE
 from ..values.layers import deepest_block
@@ -110,7 +117,9 @@ def memory_forecast(
         named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         chosen = replace(recipe or Recipe(), **named)
         return _healing(config, total, chosen, room=room, processes=processes, answers=answers)
-    tokens, dtype = Tokens(max_length or 256, batch_size), _decided(dtype, what, card=room.card)
+    tokens = Tokens(max_length or 256, batch_size)
+    stored = stored_quantisation(getattr(config, "quantization_config", None))
+    dtype = _decided(dtype, what, card=room.card, stored=stored)
     if what == "patch":
         from ..patching.memory import plan_patch
 
@@ -121,13 +130,16 @@ def memory_forecast(
     return plan_forward(config, dtype, rehearsed, tokens=tokens, room=room)
 
 
-def _decided(dtype: str | None, what: Stage, *, card: bool) -> str:
+def _decided(dtype: str | None, what: Stage, *, card: bool, stored: str | None) -> str:
     """The dtype of the weights of a forward or a patch; one that does not exist is refused."""
-    if dtype is None:
-        return "bfloat16"
+    dtype = dtype or "bfloat16"
     check_dtype(dtype)
-    if what == "patch" and dtype in ("nf4", "int8"):
-        raise ModelError(f"weights of {dtype} are not patched: plan for plain ones (dtype)")
+    kinds = {dtype} & {"nf4", "int8"} | {stored} - {None, *DEQUANTISED}
+    if what == "patch" and kinds:
+        raise ModelError(
+            f"weights of {kinds.pop()} are not patched: name a model with plain ones, or another "
+            f"dtype (dtype, --dtype)"
+        )
     if dtype == "auto":
         return "bfloat16" if card else choose_dtype(choose_device_map(None))[0]
     return dtype

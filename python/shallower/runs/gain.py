@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, naming_extras
-from ..models.dtypes import Dtype, check_dtype, choose_device_map, choose_dtype
+from ..models.dtypes import (
+    Dtype,
+    check_dtype,
+    choose_device_map,
+    choose_dtype,
+    stored_quantisation,
+)
 from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE, Device, find_device
 from ..values.gain import Gain, Measured, Sizes
@@ -60,8 +66,9 @@ def gain(
         context: tokens that a text has before it is continued; by default 2,048, or as many as the
             model has learned positions for.
         batch: texts in a forward.
-        dtype: of the weights. ``auto`` is that of a model in memory; else the one that the model
-            would be loaded in here, if this machine is asked for or measured, or bfloat16.
+        dtype: of the weights. ``auto`` is that of a model in memory, or of one that is stored by
+            bitsandbytes; else the one that the model would be loaded in here, if this machine is
+            asked for or measured, or bfloat16.
         measure: load the model, and time it here with and without the layers, in turns.
         gguf_file: a GGUF file in the folder or hub repository.
         trust_remote_code: run code that comes with the model.
@@ -131,9 +138,12 @@ class _Subject:
         if isinstance(model, str | Path):
             model = ModelSource(model, "auto", None, gguf_file, trust_remote_code)
         if isinstance(model, ModelSource):
+            from ..models.loading import read_config
+
             here = Path(model.path).expanduser().exists()
             name = model.gguf_file or (Path(model.path).name if here else str(model.path))
-            return cls(name, model.read_config(), model, None)
+            config = read_config(model.path, model.gguf_file, model.trust_remote_code)
+            return cls(name, config, model, None)
         from transformers import PretrainedConfig, PreTrainedModel
 
         if isinstance(model, PretrainedConfig):
@@ -154,6 +164,9 @@ class _Subject:
             return stored_dtype(self.loaded) if dtype == "auto" else dtype
         if dtype != "auto":
             return dtype
+        stored = stored_quantisation(getattr(self.config, "quantization_config", None))
+        if stored in ("nf4", "int8"):
+            return stored
         return choose_dtype(choose_device_map(None))[0] if here else "bfloat16"
 
     def cut(

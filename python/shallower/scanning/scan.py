@@ -17,7 +17,7 @@ from ..values.costs import Costs
 from ..values.counts import counted
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
-from ..values.plan import Plan, Rejection
+from ..values.plan import Plan, Rejection, check_plan
 from ..values.positions import Positions
 from ..values.until import Settled
 from .expert_criteria import DEFAULT, experts_to_drop
@@ -284,8 +284,10 @@ class Scan:
         """A plan that drops ``count`` experts of every layer that stays, too; raises as
         :meth:`plan`.
 
-        None is the plan to drop no layer.
+        None is the plan to drop no layer; PlanError: ``plan`` is none.
         """
+        if plan is not None:
+            check_plan(plan)
         gone = () if plan is None else plan.dropped
         dropped = experts_to_drop(self.experts, count, criterion=criterion, seed=seed, gone=gone)
         if plan is not None:

@@ -299,6 +299,15 @@ class Plan:
         )
 
 
+def check_plan(plan: object) -> None:
+    """Refuse what is given as a plan and is none: PlanError."""
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"{type(plan).__name__} is no plan: expected a Plan, as scan.plan or drop_layers "
+            f"return, or Plan.of(NUM_LAYERS, LAYERS)"
+        )
+
+
 def key_of(plan: Plan | None) -> dict[str, Any]:
     """What goes by a plan, as a part of the key of a result; nothing without one."""
     return {"dropped": []} if plan is None else plan.key
