@@ -34,7 +34,7 @@ COMMANDS = {
     "patch": "patch {trained} --texts {counting} --drop 2:4 --eval-texts {counted} --out {out} "
     "--dtype float32 --max-length 16",
     "prune": "prune {tiny} --drop 2:4 --dtype bfloat16 --verify --out {out}",
-    "heal": "heal {cut} --texts {many} --eval-texts {many} --max-eval-texts 40 --out {out} "
+    "heal": "heal {cut} --texts {many} --eval-texts {held_out} --max-eval-texts 40 --out {out} "
     + QUICK,
     "heal merged": "heal {cut} --texts {many} --out {out} --merge " + QUICK,
     "merge": "merge {adapters} --out {out}",

@@ -47,7 +47,16 @@ def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny
     block = Plan.load(plans / "tiny" / "shallower_plan.json").blocks[0]
     assert done.json["drop"] == [sh.Block(block.start, block.stop).to_json() | block.to_json()]
     assert done.json["base"]["num_rejected"] == 1
-    assert "1 text rejected" in shallower("eval", tiny, "--texts", source).out
+    done = shallower("eval", tiny, "--texts", source, "--no-cache")
+    assert "1 text rejected" in done.out
+    assert "warning: 1 of 3 samples rejected: sample 1: " in done.error
+
+
+def test_a_dry_run_refuses_a_place_that_is_a_file(shallower, folder, tiny):
+    source = write_jsonl(folder / "own.jsonl", ["w1 w2 w3", "w4 w5"])
+    done = shallower("eval", tiny, "--texts", source, "--out", source, "--dry-run")
+    assert done.status == 2
+    assert "own.jsonl is not a folder" in done.error
 
 
 # The whole way.

@@ -52,6 +52,13 @@ def test_an_empty_folder_is_filled(llama, tmp_path):
     reload(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("plan", [[range(2, 4)], "2:4", {"drop": [2]}, 5])
+def test_what_is_no_plan_is_refused(llama, tmp_path, plan):
+    with pytest.raises(sh.PlanError, match="is no plan: expected a Plan"):
+        sh.save_model(llama, None, tmp_path / "cut", plan=plan)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_overwriting_replaces_what_is_there_and_nothing_else(llama, tmp_path, kind):
     other = tmp_path / "other"

@@ -21,6 +21,7 @@ from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
     [
         ({"texts": []}, sh.TextsError, "there are no texts to heal with"),
         ({"eval_texts": []}, sh.TextsError, "there are no texts to predict"),
+        ({"eval_texts": [*HELD_OUT, f" {TEXTS[3]}"]}, sh.TextsError, "also in --eval-texts"),
         ({"eval_texts": ["w1"]}, sh.TextsError, "no text has two tokens"),
         ({"recipe": replace(QUICK, steps=0)}, sh.RecipeError, "steps must be"),
         ({"recipe": replace(QUICK, preset="phi-2")}, sh.RecipeError, "is for phi"),

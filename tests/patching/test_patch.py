@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from shallower.models.residual_writers import Writers, find_writers
 from shallower.patching import descent, least_squares, solver
 from shallower.patching import patch as patching
 from shallower.patching.patch import patch, with_patch
+from shallower.reporting.stories.stages import patch_table
 from shallower.values.files import PATCH_FILE
 from tests.commands import in_this_process
 from tests.conftest import mostly_slow, tiny_llama, write_jsonl
@@ -266,18 +268,40 @@ def run(folder, *more):
     return in_this_process(*named)
 
 
+def test_without_held_out_text_a_patch_says_what_it_chose_by(learned, words):
+    done = sh.patch(copy.deepcopy(learned), words, [range(3, 5)], texts=TEXTS, progress=False)
+    assert done.back({}).endswith("of the lost nats recovered on the texts that it chose by")
+    assert patch_table(done, {}).title.endswith(done.back({}))
+
+
+def test_texts_that_are_held_out_are_not_fitted(folder):
+    texts = folder / "both.jsonl"
+    write_jsonl(texts, [*HELD_OUT[:1], "w1 w2 w3"])
+    done = run(folder, "--drop", "3:5", "--out", "nowhere", "--eval-texts", str(texts), "--dry-run")
+    assert done.status == 0
+    write_jsonl(texts, [*HELD_OUT, f"{TEXTS[5]} "])
+    done = run(folder, "--drop", "3:5", "--out", "nowhere", "--eval-texts", str(texts), "--dry-run")
+    assert done.status == 2
+    assert "1 text of --texts is also in --eval-texts" in done.err
+
+
 def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
     out = folder / "patched"
     options = ("--drop", "3:5", "--out", str(out), "--eval-texts", str(folder / "held_out.jsonl"))
     done = run(folder, *options)
     assert done.status == 0, done.err
-    assert "of the lost nats recovered" in done.out
+    chosen = r"recovered on held-out texts, \d+ % on the texts that it chose by"
+    headline = rf"(-?\d+) % of the lost nats {chosen}"
+    (share,) = re.findall(rf"patch by refit: {headline}", done.out)
+    whole, cut, patched = map(float, re.findall(r"on --eval-texts, \w+: ([\d.]+)", done.out))
+    assert float(share) == pytest.approx(100 * (cut - patched) / (cut - whole), abs=1)
     report = json.loads((out / PATCH_FILE).read_text())
     assert report["plan"]["drop"][0]["start"] == 3
     assert report["plan"]["model"]["num_layers"] == 8
     assert report["patched"] < report["cut"]
     card = (out / "README.md").read_text()
     assert "is not healed" not in card
+    assert re.search(rf"\| {headline} \|", card)[1] == share
     assert "solved anew by least squares" in card
     model, _ = sh.load_model(out, dtype="float32")
     found = sh.evaluate_loss(model, words, HELD_OUT).nats

@@ -216,7 +216,8 @@ def test_a_streamed_model_is_as_before_where_a_patch_does_not_help(folder, monke
 
 def test_the_command_streams_a_patch(folder, tmp_path, shallower):
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
-    common = ["--drop", "2,3", "--texts", texts, "--eval-texts", texts, "--dtype", "float32"]
+    report = write_jsonl(tmp_path / "report.jsonl", [f"{text} w1" for text in TEXTS])
+    common = ["--drop", "2,3", "--texts", texts, "--eval-texts", report, "--dtype", "float32"]
     found = []
     for name, more in (("a", ["--stream"]), ("b", [])):
         done = shallower("patch", folder, *common, *more, "--out", tmp_path / name, "--json")

@@ -1,8 +1,11 @@
 """Reports of folders: recognised by their files, their numbers those of the files."""
 
+import errno
 import json
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +56,16 @@ def test_a_run_gets_a_page_markdown_json_and_figures(made):
     assert set(re.findall(r"figures/(\w+)\.png", text)) == names
 
 
+def test_a_place_that_is_read_only_is_refused(made, tmp_path, monkeypatch):
+    def refuse(path, *_args, **_options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    for name in ("open", "unlink"):  # as a file system that is mounted so does
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(OutputError, match="read-only file system"):
+        report(made[0].out, tmp_path / "page.html")
+
+
 def test_the_numbers_are_those_of_the_run(made):
     done, page = made
     best = done.recommended
@@ -85,7 +98,8 @@ def test_the_page_is_the_same_each_time_and_can_lie_elsewhere(made, tmp_path):
 def test_without_matplotlib_there_is_a_page_without_figures(made, tmp_path, monkeypatch):
     done, _ = made
     monkeypatch.setattr(reports, "find_spec", lambda _: None)
-    page = report(done.out, tmp_path / "page.html").read_text()
+    with pytest.warns(UserWarning, match=r"no figures: .* pip install 'shallower\[figures\]'"):
+        page = report(done.out, tmp_path / "page.html").read_text()
     assert "<svg" not in page
     assert "Proposals that came into the last race" in page
     assert not (tmp_path / "figures").exists()
@@ -290,6 +304,7 @@ def test_a_folder_without_results_is_refused(tmp_path):
         report(tmp_path / "nowhere")
 
 
+@pytest.mark.filterwarnings("ignore:the page has no figures")
 @pytest.mark.parametrize("name", ["curve.json", "README.md"])
 def test_results_and_words_of_others_are_not_replaced(tmp_path, monkeypatch, name):
     monkeypatch.setattr(reports, "find_spec", lambda _: None)  # without figures

@@ -99,11 +99,13 @@ def patch_command(
     from ..runs.forecast import forecast_source
     from ..runs.store import open_store
     from ..storage import check_apart, check_free
+    from ..texts.splits import refuse_shared
     from ..values.layers import ranges
     from ..values.tokens import Tokens
 
     source = read_texts(texts, max_texts)
     held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
+    refuse_shared(source, held_out)
     named = named_layers(drop, plan)
     place = ModelSource(
         model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
@@ -240,7 +242,7 @@ def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
         f"on --eval-texts, {name}: {with_error(loss.nats, loss.stderr)} nats a token"
         for name, loss in losses.items()
     ]
-    show(patch_table(Patch.from_json(value["patch"])), *lines, f"wrote {out}")
+    show(patch_table(Patch.from_json(value["patch"]), losses), *lines, f"wrote {out}")
 
 
 def _planned(

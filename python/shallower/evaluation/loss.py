@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, count
 from operator import length_hint
@@ -14,7 +15,7 @@ from torch import distributed
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelError, TextsError
+from ..errors import ModelError, RejectedSamplesWarning, TextsError
 from ..memory.plan import Forward, fitting
 from ..memory.retry import Halving
 from ..memory.streaming import Streamed, text_steps
@@ -129,6 +130,9 @@ def measure_loss(
     found = [one for some, _ in by_rank for one in some]
     if not found:
         raise nothing_to_predict(batches)
+    if batches.num_rejected:
+        of = batches.num_rejected, batches.num_texts, batches.rejections
+        warnings.warn(describe_rejections(*of), RejectedSamplesWarning, stacklevel=3)
     return Loss.of_texts(
         found,
         batches.predicted_bytes,

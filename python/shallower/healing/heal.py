@@ -31,6 +31,7 @@ from ..storage import check_apart, check_free, check_room, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, usable_answers
 from ..texts.sources import place_of_texts
+from ..texts.splits import refuse_shared
 from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.files import HEALING_FILE
@@ -141,6 +142,7 @@ def heal(
     if eval_texts is None and losses != (None, None):
         raise RecipeError("losses without eval_texts: give the texts that they were measured on")
     held_out = None if eval_texts is None else list(eval_texts)
+    refuse_shared(texts, held_out)
     source = ReadOnce(texts)
     alone = answers is not None and recipe.share == 1 and not from_patch
     if not alone and not any(True for _ in source):

@@ -50,7 +50,7 @@ def save_patched(
     *,
     done: Patch,
     overwrite: bool = False,
-    losses: tuple[Loss, Loss] | None = None,
+    losses: Mapping[str, Loss] | None = None,
     more: Mapping[str, bytes] | None = None,
     command: str = "",
 ) -> None:
@@ -65,8 +65,7 @@ def save_patched(
         path: a folder that does not exist yet, or is empty.
         done: what :func:`shallower.patch` gave; its plan is saved as well.
         overwrite: replace an earlier output at ``path``, once the new checkpoint is complete.
-        losses: the losses before the cut and after the patch, on text that no choice was made
-            on.
+        losses: the losses ``whole``, ``cut`` and ``patched``, on text that no choice was made on.
         more: files to put beside it, by name.
         command: the command line that made it, for the card; ``shallower patch`` by default.
 
@@ -81,10 +80,10 @@ def save_patched(
             tokenizer,
             folder,
             plan=done.plan,
-            losses=losses,
-            command=command or _command(done, measured=losses is not None),
+            losses=(losses["whole"], losses["patched"]) if losses else None,
+            command=command or _command(done, measured=bool(losses)),
         )
-        card = healed_card(folder / CARD_FILE, _PATCHED, _patch_rows(done))
+        card = healed_card(folder / CARD_FILE, _PATCHED, _patch_rows(done, losses or {}))
         report = json.dumps(done.to_json(), indent=2) + "\n"
         beside = {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
         for name, content in beside.items():
@@ -107,16 +106,16 @@ def _command(done: Patch, *, measured: bool) -> str:
     return f"shallower patch {{source}} {shlex.join(option_words(options))}"
 
 
-def _patch_rows(done: Patch) -> list[tuple[str, str]]:
+def _patch_rows(done: Patch, measured: Mapping[str, Loss]) -> list[tuple[str, str]]:
     rows = [
         ("method", done.method),
         ("tokens fitted", f"{done.num_tokens:,}{_among(done)}"),
         (
-            "held-out loss, nats a token",
+            "loss, nats a token",
             f"{done.original:.4f} whole, {done.cut:.4f} cut, {done.patched:.4f} patched, on "
             f"{counted(done.num_held_out, 'token')} that choices were made on",
         ),
-        ("lost nats recovered", f"{100 * done.recovered:.0f} %"),
+        ("recovered", done.back(measured)),
     ]
     changed = ", ".join(name for fit in done.fits for name in fit.matrices)
     if changed:
@@ -205,9 +204,8 @@ def patch_to_folder(
             shutil.rmtree(kept, ignore_errors=True)
             raise
         measure("patched")
-        of_both = (losses["whole"], losses["patched"]) if losses else None
         with track("save the patched model", show=progress):
-            save_patched(model, tokenizer, made, done=done, overwrite=True, losses=of_both)
+            save_patched(model, tokenizer, made, done=done, overwrite=True, losses=losses)
         with raise_output_error(Path(out)):
             for file in made.iterdir():
                 file.replace(folder / file.name)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -66,8 +67,6 @@ CPU_WORK = 3e13
 
 PATCHING_FOLDER = ".patching"
 """What a patch goes on from that was cut short, or found no room for its checkpoint."""
-
-PLAN_ONLY = "no model was wanted, but the plan alone (plan_only, --plan-only)"
 
 TABLE_REPORTS = 64
 """Texts of those that report on which cuts of the table are measured, at least; their losses on
@@ -238,7 +237,6 @@ class Recommending:
             max_loss=self._target.max_loss,
         )
         if self._settings.plan_only:
-            recommended = replace(recommended, unpatched=PLAN_ONLY)
             return self._with_speech(replace(results, recommended=recommended), plan, None)
         results = replace(results, recommended=recommended)
         results.save()
@@ -327,12 +325,14 @@ class Recommending:
             return None
         folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
         assert recommended is not None
+        losses: Any
         if done is None:
             losses, save = (results.whole, recommended.cut), partial(save_cut, plan=plan)
         else:
-            losses = results.whole, self._measuring.loss_now(self._model)
+            patched = self._measuring.loss_now(self._model)
+            losses = {"whole": results.whole, "cut": recommended.cut, "patched": patched}
             save = partial(save_patched, done=done)
-            recommended = replace(recommended, patched=losses[1])
+            recommended = replace(recommended, patched=patched)
             results = replace(results, recommended=recommended)
         with track("save the model", show=self._study.progress):
             save(

@@ -1,13 +1,14 @@
 """Reports: the page of whatever a folder holds, a run, a comparison, a curve or a sweep."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, ShallowerError, why
+from ..errors import MissingExtraError, OutputError, ShallowerError, why
 from ..progress import track
 from ..reporting.results import Run
 from ..reporting.story import Story
@@ -69,7 +70,11 @@ def save_report(
     make = _read_results(folder)
     with track("page", 2, progress) as advance:
         advance(0, "figures")
-        story = make(drawn=find_spec("matplotlib") is not None)
+        drawn = find_spec("matplotlib") is not None
+        if not drawn:
+            none = "the page has no figures: drawing them"
+            warnings.warn(str(MissingExtraError("matplotlib", "figures", none)), stacklevel=3)
+        story = make(drawn=drawn)
         advance(1, "files")
         write_page(story, page)
         advance(1)

@@ -1,8 +1,9 @@
 """Three sets of texts: those that fit, those that choose, and those that report."""
 
 import random
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 from ..errors import TextsError
@@ -89,7 +90,7 @@ def three_splits(
             f"least {FEWEST_REPORTING}; name a file of more held-out texts (--eval-texts)"
         )
     own = [text for text in _different(texts) if text.strip() not in reporting]
-    num_shared = sum(text.strip() in reporting for text in texts)
+    num_shared = count_shared(texts, reporting)
     num_repeated = len(texts) - num_shared - len(own)
     if len(own) < FEWEST_FITTING + FEWEST_CHOOSING:
         left_out = f" beside {num_shared} that report" if num_shared else ""
@@ -104,6 +105,32 @@ def three_splits(
     choosing = set(chosen)
     fit = [text for index, text in enumerate(own) if index not in choosing]
     return Splits(fit, shuffled([own[i] for i in chosen], seed), report, num_shared, num_repeated)
+
+
+def count_shared(texts: Iterable[str], report: Collection[str]) -> int:
+    """Count the texts that report, too; both sets without white space at their ends."""
+    return sum(text.strip() in report for text in texts)
+
+
+MOST_COMPARED = 10_000
+"""Texts that are looked for among held-out ones; of the hub there may be no end."""
+
+
+def refuse_shared(texts: Iterable[str], report: Iterable[str] | None) -> None:
+    """Refuse, by a TextsError, texts that train or fit and are held out, too.
+
+    Two texts are the same as for :func:`three_splits`. What can be read once is not looked at.
+    """
+    if report is None or isinstance(texts, Iterator):
+        return
+    held_out = {text.strip() for text in report}
+    num_shared = count_shared(islice(texts, MOST_COMPARED), held_out)
+    if num_shared:
+        raise TextsError(
+            f"{_count(num_shared, 'text')} of --texts {'is' if num_shared == 1 else 'are'} also in "
+            f"--eval-texts, so that the loss would not be held out: name other texts "
+            f"(--texts, --eval-texts)"
+        )
 
 
 def two_splits(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import PatchError
+from .loss import Loss
 from .plan import Plan
 from .schema import fields_of, of_type
 
@@ -76,9 +77,20 @@ class Patch:
 
     @property
     def recovered(self) -> float:
-        """The share of the lost nats that came back."""
-        lost = self.cut - self.original
-        return (self.cut - self.patched) / lost if lost > 0 else math.nan
+        """The share of the lost nats that came back, on the texts that it chose by."""
+        return _recovered(self.original, self.cut, self.patched)
+
+    def back(self, measured: Mapping[str, Loss]) -> str:
+        """Say which share of the lost nats came back, on held-out texts first.
+
+        ``measured`` has their losses ``whole``, ``cut`` and ``patched``, or is empty.
+        """
+        what, place = "of the lost nats recovered", "on the texts that it chose by"
+        chosen = f"{100 * self.recovered:.0f} %"
+        if not measured:
+            return f"{chosen} {what} {place}"
+        share = _recovered(*(measured[name].nats for name in ("whole", "cut", "patched")))
+        return f"{100 * share:.0f} % {what} on held-out texts, {chosen} {place}"
 
     def to_json(self) -> dict[str, Any]:
         """The fields, the plan as JSON, and ``recovered``, as plain JSON values."""
@@ -102,6 +114,11 @@ class Patch:
         """
         earlier = {"max_length": 0, "batch_size": 0, "most_tokens": 0, "share": None}
         return cls(**fields_of(cls, {**earlier, **of_type(dict, data)}))
+
+
+def _recovered(whole: float, cut: float, patched: float) -> float:
+    """The share of lost nats that came back; nan where none were lost."""
+    return (cut - patched) / (cut - whole) if cut > whole else math.nan
 
 
 def refuse_experts(plan: Plan) -> None:

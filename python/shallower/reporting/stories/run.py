@@ -272,8 +272,8 @@ class _RunStory:
             facts.append(Fact("compared tokens", str(scan.positions), f"{SCAN_FILE}: positions"))
         lines = (
             f"{_capital(self._best.reason)}.",
-            "Texts that fit, texts that choose and texts that report are three sets: no loss here "
-            "is of a text that anything was chosen by.",
+            "Calibration, selection and test set share no text: losses of the recommendation and "
+            "of the sizes are of the test set, those of the race of the selection set.",
         )
         return Section("Settings", lines, tuple(facts))
 

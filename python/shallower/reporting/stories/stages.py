@@ -1,12 +1,13 @@
 """Tables of what the stages make: a scan, a plan, a race of proposals, a healing, a patch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...scanning.scan import Scan
 from ...values.bootstrap import BootstrappedStart
 from ...values.counts import counted
 from ...values.healing import Healing
 from ...values.layers import Block, layer_count, ranges
+from ...values.loss import Loss
 from ...values.patch import Patch
 from ...values.plan import Plan
 from ...values.verification import Candidate, Verified
@@ -154,8 +155,11 @@ def healing_parts(healing: Healing) -> list[str | Table]:
     return parts
 
 
-def patch_table(patch: Patch) -> Table:
-    """Tabulate the layers that a patch solved anew, and the loss behind each."""
+def patch_table(patch: Patch, measured: Mapping[str, Loss]) -> Table:
+    """Tabulate the layers that a patch solved anew, and the loss behind each.
+
+    ``measured`` are losses of held-out texts, as :meth:`Patch.back` has them.
+    """
     nothing = Number("")
     rows: list[tuple[Cell, ...]] = [
         ("all layers", "", nothing, Number.of(patch.original, digits=4)),
@@ -171,10 +175,10 @@ def patch_table(patch: Patch) -> Table:
         words = "all layers behind the cut, scaled"
         rows.append((words, "", nothing, Number.of(patch.patched, digits=4)))
     return Table(
-        f"patch by {patch.method}: {100 * patch.recovered:.0f} % of the lost nats recovered",
+        f"patch by {patch.method}: {patch.back(measured)}",
         ("after solving", "for", "R²", "nats a token"),
         tuple(rows),
-        f"held-out loss on {counted(patch.num_held_out, 'token')}",
+        f"loss on {counted(patch.num_held_out, 'token')} of the texts that it chose by",
     )
 
 
