@@ -130,7 +130,7 @@ MODEL_PACKAGES = ("torch", "transformers", "accelerate", "psutil", "scipy")
 
 
 @contextmanager
-def naming_extras(purpose: str) -> Iterator[None]:
+def naming_extras(purpose: str, extra: str = "model") -> Iterator[None]:
     """Name the extra to install where the body asks for a package of ``MODEL_PACKAGES`` in vain."""
     try:
         yield
@@ -138,7 +138,7 @@ def naming_extras(purpose: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in MODEL_PACKAGES:
             raise
-        raise MissingExtraError(package, "model", purpose) from error
+        raise MissingExtraError(package, extra, purpose) from error
 
 
 class RejectedSamplesWarning(UserWarning):

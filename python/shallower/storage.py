@@ -181,8 +181,7 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {why(error, path)}") from error
     finally:
-        with suppress(OSError):  # of a read-only file system, where there is none
-            partial.unlink()
+        _remove(partial)
 
 
 @contextmanager
@@ -327,8 +326,8 @@ def _remove(path: Path) -> None:
     """Delete a file or a link, or a folder with all that is in it; or nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(OSError):  # there is none, or its file system can only be read
+        path.unlink()
 
 
 def _settle(folder: Path) -> None:

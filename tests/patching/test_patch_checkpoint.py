@@ -52,7 +52,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        ({"fit": 1}, "goes on: 1 of 2 layers before a block are solved\n"),
+        ({"fit": 1}, "goes on: solved 1 of 2 layers before a block\n"),
         ({"step": 2}, "goes on: 2 of 6 steps of the patch were taken\n"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_file_that_is_not_there_is_refused(folder, name):
 
 def test_what_is_no_text_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TextsError, match=r"x\.jsonl, after line 0: not UTF-8"):
+    with pytest.raises(TextsError, match=r"x\.jsonl, line 1 or later: not UTF-8"):
         read_options(tmp_path / "x.jsonl")
 
 

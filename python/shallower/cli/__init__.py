@@ -163,11 +163,14 @@ def parser(name: str) -> Any:
 
     # Without rich: its boxes break at 80 columns, and importing it takes as long as all else.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    names = {"help_option_names": ["-h", "--help"]}
+    names = {"help_option_names": [*HELP]}
     module = import_module(f".{COMMANDS[name].module}", __name__)
     command = getattr(module, f"{name}_command")
     app.command(name, epilog=_example(name), context_settings=names)(command)
     found: Any = typer.main.get_command(app)
+    for one in found.params:
+        if one.param_type_name == "argument":  # its metavar says what it is
+            setattr(one, "display_type_rich", lambda **_: "")  # noqa: B010
     if _columns() < _TABULAR:
         found.context_class = _narrow(found.context_class)
     return found
@@ -257,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(__version__)
         raise SystemExit(0)
-    if name in ("", "-h", "--help"):
+    if name in ("", *HELP):
         print(_fitted(help_text() if name else FIRST), end="")
         raise SystemExit(0)
     if name not in COMMANDS:
@@ -289,11 +292,13 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     warnings.showwarning = lambda message, *_args, **_options: warn(str(message))
     if not is_main_process():
         warnings.simplefilter("ignore")
+    if name in HEAVY and is_main_process() and sys.stderr.isatty() and not {*HELP} & {*arguments}:
+        print("loading torch and transformers …", file=sys.stderr, flush=True)  # some seconds
     command = parser(name)
     usage_error = _usage_error()
     try:
         words = _with_values(command, arguments)
-        with naming_extras(f"shallower {name}"):
+        with naming_extras(f"shallower {name}", _extras(name, arguments)):
             called = command.main(words, prog_name=f"shallower {name}", standalone_mode=False)
     except ShallowerError as error:
         page = f" (see {error.page})" if error.page else ""
@@ -304,6 +309,24 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     if called == INTERRUPTED:
         _end_interrupted(name, arguments)
     return called or 0
+
+
+HELP = ("-h", "--help")
+
+HEAVY = ("scan", "compare", "curve", "eval", "gain", "patch", "heal", "merge", "run", "demo")
+"""The commands that load packages for seconds before they have anything to show."""
+
+
+def _extras(name: str, arguments: Sequence[str]) -> str:
+    """The extras that all of a call needs, where it needs a model."""
+    values = [word.rpartition("=")[2] for word in arguments]
+    wanted = {
+        "gguf": name == "demo" or any(value.endswith(".gguf") for value in values),
+        "quantised": any(value in ("nf4", "int8") for value in values),
+        "tasks": _has(arguments, "--tasks"),
+        "heal": name in SHARED or "--heal" in arguments,
+    }
+    return ",".join(extra for extra, is_wanted in wanted.items() if is_wanted) or "model"
 
 
 INTERRUPTED = 130

@@ -124,7 +124,7 @@ def patch_command(
         answers=None if asked is None else {**asked.inputs, "share": share},
         device_memory=device_memory,
     )
-    if reuse(output, lambda value: _say(value, out, as_json)):
+    if reuse(output, lambda value: _say(value, place, out, as_json)):
         return
     check_free(out, overwrite)
     wanted, tokens = _patchable(place, named, out), Tokens(max_length, batch_size)
@@ -169,7 +169,7 @@ def patch_command(
         overwrite=overwrite,
     )
     evaluated = {name: loss.to_json() for name, loss in losses.items()}
-    _say(output.keep({"patch": done.to_json(), "eval": evaluated}), out, as_json)
+    _say(output.keep({"patch": done.to_json(), "eval": evaluated}), place, out, as_json)
 
 
 def _patchable(place: ModelSource, named: "Plan | list[Block]", out: Path) -> "Plan":
@@ -227,10 +227,13 @@ def _answers(
     return wanted.by(decoder, tokenizer, texts, store=kept)
 
 
-def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
+def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) -> None:
     """Print a patch and its losses, from their JSON values."""
     from ..reporting.stories.stages import patch_table
+    from ..reporting.words import dequantised
+    from ..savings.weights import stored_bytes
     from ..values.counts import with_error
+    from ..values.layers import drop_option
     from ..values.loss import Loss
     from ..values.patch import Patch
 
@@ -242,7 +245,11 @@ def _say(value: dict[str, Any], out: Path, as_json: bool) -> None:
         f"on --eval-texts, {name}: {with_error(loss.nats, loss.stderr)} nats a token"
         for name, loss in losses.items()
     ]
-    show(patch_table(Patch.from_json(value["patch"]), losses), *lines, f"wrote {out}")
+    done, file = Patch.from_json(value["patch"]), place.place.expanduser()
+    if file.suffix == ".gguf" and (size := stored_bytes(file)):
+        left = stored_bytes(out) or 0
+        lines.append(dequantised(file.name, size, left, drop_option(done.plan.blocks)))
+    show(patch_table(done, losses), *lines, f"wrote {out}")
 
 
 def _planned(

@@ -226,7 +226,10 @@ def demo_command(
     n: Layers = None,
     fraction: Fraction = None,
     params: Params = None,
-    max_loss: MaxLoss = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Nats a token that may be lost, after the patch."),
+    ] = None,
     dtype: Dtype = "float32",
     max_texts: Annotated[
         int, typer.Option(metavar="N", help="Calibration passages at most.", min=1)
@@ -245,6 +248,7 @@ def demo_command(
     from ..texts.prompts import read_prompts
     from ..values.settings import RunSettings
 
+    demo.require_packages()
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
     given: dict[str, Any] = {
         "n": n,

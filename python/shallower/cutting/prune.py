@@ -190,6 +190,10 @@ def plan_prune(
         reads.append(experts_file(experts))
         experts = parse_experts(experts)
     check_apart(request.out, reads)
+    if local.suffix == ".gguf" and not request.to_gguf and find_spec("torch") is None:
+        file = request.out.with_name(f"{request.out.name}.gguf")
+        cheaper = f"(--out {file} cuts the file itself, without it)"
+        raise MissingExtraError("torch", "gguf", f"a GGUF file as the folder {out} {cheaper}")
     make = _plan_gguf if request.to_gguf else _plan_folder
     planned = make(request, what, experts)
     for file in planned.files:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
 from ..models.architecture import beside_layers, find_layers
-from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan
+from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan, format_size
 from .device import available_bytes, free_memory
 from .rehearsal import build_empty
 
@@ -88,8 +88,8 @@ def map_within(
         total -= sizes[layer]
     if total + largest > budget:
         raise ModelError(
-            f"{type(model).__name__} needs {total + largest:,} bytes on the device with all its "
-            f"layers in the memory of the CPU, and there is room for {budget:,}",
+            f"{type(model).__name__} needs {format_size(total + largest)} on the device with all "
+            f"its layers in the memory of the CPU, and there is room for {format_size(budget)}",
             see="streaming",
         )
     places: dict[str, int | str] = dict.fromkeys(beside_layers(model, layers.path), device)

@@ -29,6 +29,7 @@ from ..models.source import ModelSource
 from ..progress import track
 from ..values.files import PLAN_FILE
 from ..values.healing import Healing, Merge
+from ..values.memory import format_size
 from ..values.recipe import Resolved
 from .in_memory import TOLERANCE, adapted_logits, another_model, merge_in_memory, probe_logits
 from .low_rank import Deviations, LowRank
@@ -185,8 +186,9 @@ class Merging:
         device_map = place_for(stored.num_bytes)
         if device_map is None:
             warnings.warn(
-                f"the held-out loss of the merged model is not measured: its {stored.num_bytes:,} "
-                f"bytes do not fit into memory. Measure it where they do: shallower eval",
+                f"the held-out loss of the merged model is not measured: its "
+                f"{format_size(stored.num_bytes)} do not fit into memory. Measure it where "
+                f"they do: shallower eval",
                 stacklevel=2,
             )
             return merge

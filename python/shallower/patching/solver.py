@@ -183,9 +183,7 @@ class Solver:
             steps = num_steps(self.fitted.batches)
             say_goes_on(f"{taken:,} of {steps:,} steps of the patch were taken", progress)
         elif known:
-            say_goes_on(
-                f"{known} of {layer_count(len(layers))} before a block are solved", progress
-            )
+            say_goes_on(f"solved {known} of {layer_count(len(layers))} before a block", progress)
 
     def _embed(self) -> None:
         for states in (self.fitted, self.held_out):

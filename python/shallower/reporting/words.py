@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..values.commands import command_line
 from ..values.commands import shell_lines
 from ..values.counts import counted
 from ..values.layers import blocks_of, ranges
@@ -106,6 +107,19 @@ def patched_name(settings: Mapping[str, Any]) -> str:
     """Name the state ``patched`` of a curve in two words at most, by the patch that it is."""
     kind = settings.get("patch")
     return f"{kind} patch" if kind else "patched"
+
+
+def dequantised(name: str, num_bytes: int, left: int, drop: str) -> str:
+    """Say that a cut of a GGUF file has plain weights, of ``left`` bytes, and what keeps its own.
+
+    ``drop`` is the cut as ``--drop`` takes it.
+    """
+    cut = command_line("prune", name, "--drop", drop, "--as-gguf", "--out", "CUT")
+    return (
+        f"{name} has {megabytes(num_bytes)} of quantised weights; they were dequantised, and what "
+        f"is left has {megabytes(left)}. {cut} cuts the file itself, in its own types, and "
+        f"unpatched"
+    )
 
 
 def megabytes(num_bytes: int) -> str:

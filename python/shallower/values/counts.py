@@ -24,5 +24,5 @@ def with_error(
     """``0.1234 ± 0.0012``; without the error where there is none, ``–`` where there is no value."""
     if value is None:
         return "–"
-    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    text = f"{value:{'+' if sign else ''}z.{digits}f}"  # no zero has a minus
     return text if stderr is None or not math.isfinite(stderr) else f"{text} ± {stderr:.{digits}f}"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TextsError
+from .counts import with_error
 from .schema import fields_of, finite, of_type
 from .scores import Difference, Scores
 
@@ -153,8 +154,7 @@ class Loss:
         return self.by_text.minus(other.by_text)
 
     def __str__(self) -> str:
-        error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
-        return f"{self.nats:.3f}{error}"
+        return with_error(self.nats, self.stderr, 3)
 
 
 FIGURES = tuple(one.name for one in fields(Loss) if one.compare)

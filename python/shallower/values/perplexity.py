@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TextsError
+from .counts import with_error
 from .schema import fields_of, finite
 from .scores import Difference, Scores
 
@@ -96,5 +97,4 @@ class Perplexity:
         return cls(**fields_of(cls, data))
 
     def __str__(self) -> str:
-        error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
-        return f"{self.value:.3f}{error}"
+        return with_error(self.value, self.stderr, 3)

@@ -1,9 +1,9 @@
 """Recommended: the one cut that a run ends in, and the table of what others would cost."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .counts import with_error
 from .layers import layer_count, ranges
 from .loss import Loss
 from .plan import Plan
@@ -133,7 +133,6 @@ class Recommended:
     def sentence(self) -> str:
         """Say in one sentence what goes, what that saves, and what it costs."""
         lost = self.difference
-        error = f" ± {lost.stderr:.2f}" if math.isfinite(lost.stderr) else ""
         tied = len(self.verified.tied)
         if not tied:
             rivals = "no other proposal is as good"
@@ -145,8 +144,9 @@ class Recommended:
         state = "not patched" if self.state == "cut" else self.state
         return (
             f"Drop layers {ranges(self.plan.dropped)}: {100 * self.layers_share:.0f} % of layers, "
-            f"{100 * self.parameters_share:.0f} % of parameters, {lost.mean:+.2f}{error} nats a "
-            f"token ({self.whole.nats:.2f} → {self.loss.nats:.2f}), {state}; {rivals}."
+            f"{100 * self.parameters_share:.0f} % of parameters, "
+            f"{with_error(lost.mean, lost.stderr, 2, sign=True)} nats a token "
+            f"({self.whole.nats:.2f} → {self.loss.nats:.2f}), {state}; {rivals}."
         )
 
     def warnings(self) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .counts import with_error
 from .schema import fields_of, finite
 
 TIE = 2.0
@@ -43,8 +44,7 @@ class Difference:
         return cls(**fields_of(cls, data, nan=("mean", "stderr")))
 
     def __str__(self) -> str:
-        error = f" ± {self.stderr:.3f}" if math.isfinite(self.stderr) else ""
-        return f"{self.mean:+.3f}{error}"
+        return with_error(self.mean, self.stderr, 3, sign=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,10 +1,9 @@
 """What an evaluation found: lines and a table for people, plain JSON values for machines."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ...values.counts import counted
+from ...values.counts import counted, with_error
 from ...values.perplexity import Perplexity
 from ...values.plan import Plan
 from ...values.scores import Difference
@@ -114,8 +113,7 @@ def _difference(lost: Difference, by: str) -> str:
 
 
 def _percent(lost: Difference) -> str:
-    error = f" ± {100 * lost.stderr:.1f}" if math.isfinite(lost.stderr) else ""
-    return f"{100 * lost.mean:+.1f}{error}"
+    return with_error(100 * lost.mean, 100 * lost.stderr, 1, sign=True)
 
 
 def _score(scores: TaskScores) -> Number:

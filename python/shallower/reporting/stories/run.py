@@ -20,6 +20,7 @@ from ..results import Continuations, Run
 from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
 from ..words import (
     again,
+    dequantised,
     differs,
     few_texts,
     judge_words,
@@ -199,12 +200,8 @@ class _RunStory:
             found.insert(0, UNFINISHED)
         if run.source and run.source[0].endswith(".gguf") and self._weights:
             name, size = run.source
-            drop = drop_option(best.plan.blocks)
-            cut = command_line("prune", name, "--drop", drop, "--as-gguf", "--out", "CUT")
             found.append(
-                f"{name} has {megabytes(size)} of quantised weights; they were dequantised, and "
-                f"what is left has {megabytes(self._weights.num_bytes)}. {cut} cuts the file "
-                f"itself, in its own types, and unpatched"
+                dequantised(name, size, self._weights.num_bytes, drop=drop_option(best.plan.blocks))
             )
         n = len(best.plan.dropped)
         share = None if self._shares is None else self._shares.get(n)
