@@ -53,6 +53,11 @@ def test_help_of_a_command_describes_every_option(name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_an_argument_has_no_type_of_python(name):
+    assert not re.search(r"<(path|str|list\[)", help_of(name))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_an_option_stands_alone(name):
     """A sentence, or a noun phrase: no 'Of the weights', no 'Its peak'."""
     for parameter in COMMANDS[name].params:

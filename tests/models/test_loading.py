@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 import shallower as sh
+from shallower.models import loading
 from shallower.models.loading import load_model
 from shallower.models.source import ModelSource
 from tests.conftest import tiny_llama
@@ -246,3 +248,30 @@ def test_a_model_that_does_not_fit_is_told_with_ways_out(checkpoint, monkeypatch
     ways = r"not enough memory to load .*--stream.*--dtype nf4.*--device-map"
     with pytest.raises(sh.ModelError, match=ways):
         load_model(checkpoint)
+
+
+# In our own words
+@pytest.mark.parametrize("load", [load_model, lambda place: ModelSource(place).read_config()])
+def test_a_hub_that_cannot_be_reached_is_named_at_once(monkeypatch, load):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(loading, "getproxies", dict)
+    asked = []
+    monkeypatch.setattr("time.sleep", asked.append)  # between tries of huggingface_hub
+    with pytest.raises(sh.ModelError, match=r"127.0.0.1:9 cannot be reached.*; connect to the hub"):
+        load("owner/name")
+    assert not asked
+
+
+def test_an_address_is_no_model():
+    with pytest.raises(sh.ModelError, match=r"is an address: expected .* a hub id as OWNER/NAME"):
+        load_model("https://huggingface.co/owner/name")
+
+
+def test_code_of_a_model_is_refused_in_one_sentence(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(sh.ModelError, match="code of its own") as found:
+        ModelSource(checkpoint).read_config()
+    assert "http" not in str(found.value)

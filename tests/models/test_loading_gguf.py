@@ -72,7 +72,8 @@ def test_a_gguf_file_cut_short_is_refused(gguf_file, tmp_path, part):
     content = gguf_file.read_bytes()
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(content[: int(part * len(content)) if isinstance(part, float) else part])
-    with pytest.raises(sh.ModelError, match=r"broken\.gguf"):
+    reason = "the file is cut off or damaged" if part in (0.5, 0.9, -1) else ""
+    with pytest.raises(sh.ModelError, match=rf"broken\.gguf.*{reason}"):
         load_model(broken, "float32")
 
 

@@ -24,6 +24,7 @@ from shallower.reporting.stories.stages import (
 from shallower.reporting.story import Number, Section, Story, Table, text_of
 from shallower.values.counts import with_error
 from shallower.values.layers import ranges
+from shallower.values.scores import Difference
 from tests.reporting.comparisons import comparison
 from tests.reporting.stories import curve, loss, made_run
 from tests.values.test_gain import gain
@@ -57,6 +58,8 @@ def test_a_value_is_printed_with_its_error_where_there_is_one(value, stderr, exp
 
 def test_digits_and_signs_can_be_chosen():
     assert with_error(0.126, 0.014, digits=2) == "0.13 ± 0.01"
+    assert with_error(-0.0001, 0.0001, digits=2, sign=True) == "+0.00 ± 0.00"
+    assert str(Difference(-0.0001, 0.0001, 4)) == "+0.000 ± 0.000"
     assert with_error(0.126, 0.014, digits=2, sign=True) == "+0.13 ± 0.01"
 
 

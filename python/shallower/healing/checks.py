@@ -16,7 +16,7 @@ from ..models.architecture import admitted_length, find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
-from ..models.loading import read_config
+from ..models.loading import hub_answers, read_config
 from ..models.quantised import check_stored
 from ..processes import num_processes
 from ..texts.sequences import read_samples
@@ -40,7 +40,12 @@ def read_plan(path: str) -> Plan:
         raise ModelError(f"{path} is {kind}: expected the folder of a cut, or a hub id")
     else:
         try:
-            found = cached_file(path, PLAN_FILE, _raise_exceptions_for_missing_entries=False)
+            found = cached_file(
+                path,
+                PLAN_FILE,
+                local_files_only=not hub_answers(constants.ENDPOINT),
+                _raise_exceptions_for_missing_entries=False,
+            )
         except OSError as error:
             raise ModelError(f"cannot load {path}: {why(error, path)}") from error
     if found is None and constants.HF_HUB_OFFLINE and not folder.is_dir():

@@ -1,14 +1,19 @@
 """Loading a causal language model: a folder, a hub id or a GGUF file."""
 
 import logging
+import re
+import socket
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from accelerate import dispatch_model
@@ -244,7 +249,7 @@ def empty_model(folder: str | Path, trust_remote_code: bool = False) -> PreTrain
     options = {"trust_remote_code": trust_remote_code}
     config = _call(AutoConfig.from_pretrained, source, **options)
 
-    def build(_source: str, **options: Any) -> PreTrainedModel:
+    def build(_source: str, local_files_only: bool = False, **options: Any) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **options)
 
@@ -254,6 +259,9 @@ def empty_model(folder: str | Path, trust_remote_code: bool = False) -> PreTrain
 def _locate(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     """The folder or hub id that transformers loads, and the GGUF file in it."""
     path = Path(path_or_id).expanduser()
+    if re.match(r"\w+://", str(path_or_id)):
+        way_out = "a folder, a hub id as OWNER/NAME, or a .gguf file"
+        raise ModelError(f"{path_or_id} is an address: expected {way_out}")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file: expected a folder, a hub id or a .gguf file")
@@ -349,6 +357,12 @@ _NO_MEMORY = "allocate memory"
 
 
 def _call(load: Any, source: str, **options: Any) -> Any:
+    absent = "" if Path(source).exists() else ", which is no folder here"
+    if absent and constants.HF_HUB_OFFLINE:
+        absent += " (HF_HUB_OFFLINE is set: only the hub's cache was looked in)"
+    elif absent and not hub_answers(constants.ENDPOINT):
+        absent += f" ({constants.ENDPOINT} cannot be reached: only the hub's cache was looked in)"
+        options["local_files_only"] = True
     try:
         return load(source, **options)
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
@@ -359,11 +373,39 @@ def _call(load: Any, source: str, **options: Any) -> Any:
                 f"spread them over more devices (device_map, --device-map)",
                 see="streaming",
             ) from error
-        absent = "" if Path(source).exists() else ", which is no folder here"
-        if absent and constants.HF_HUB_OFFLINE:
-            absent += " (HF_HUB_OFFLINE is set: only the hub's cache was looked in)"
-        message = f"cannot load {_name(source, options)}{absent}: {why(error, source)}"
+        message = f"cannot load {_name(source, options)}{absent}: {_reason(error, source, options)}"
         raise ModelError(message) from error
+
+
+_CUT_OFF = ("cannot reshape array", "requires a buffer", "out of bounds")
+"""What numpy and struct say of a GGUF file that ends too early."""
+
+
+def _reason(error: Exception, source: str, options: dict[str, Any]) -> str:
+    """Why a model cannot be loaded, in our words where other packages' name no way out."""
+    text = str(error)
+    if options.get("gguf_file") and any(words in text for words in _CUT_OFF):
+        return "the file is cut off or damaged; download it again"
+    if "trust_remote_code" in text and not options.get("trust_remote_code"):
+        allowing = "(trust_remote_code, --trust-remote-code)"
+        return f"it has code of its own: read it, then allow it to run {allowing}"
+    if options.get("local_files_only"):
+        return "it is not there; connect to the hub, or name a folder"
+    return why(error, source)
+
+
+@cache
+def hub_answers(address: str) -> bool:
+    """Whether the hub can be connected to, by a proxy if there is one; its client tries for long."""
+    parts = urlsplit(address)
+    if getproxies():
+        return True
+    try:
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _name(source: str, options: dict[str, Any]) -> str:
