@@ -92,6 +92,10 @@ def test_the_title_is_drawn(tmp_path):
     assert not np.array_equal(plain, titled)
 
 
+def test_letters_that_the_font_lacks_are_no_warning(tmp_path):
+    assert draw(scan_of(4), tmp_path / "map.png", "模型").size
+
+
 def test_the_same_scan_gives_the_same_picture(tmp_path):
     first = draw(scan_of(6), tmp_path / "first")
     second = draw(scan_of(6), str(tmp_path / "second"))

@@ -396,7 +396,7 @@ def _reason(error: Exception, source: str, options: dict[str, Any]) -> str:
 
 @cache
 def hub_answers(address: str) -> bool:
-    """Whether the hub can be connected to, by a proxy if there is one; its client tries for long."""
+    """Whether the hub, whose client tries for half a minute, can be connected to."""
     parts = urlsplit(address)
     if getproxies():
         return True

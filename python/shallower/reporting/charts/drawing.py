@@ -2,7 +2,9 @@
 
 import io
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from importlib.util import find_spec
@@ -169,9 +171,17 @@ def render(figure: "Figure", kind: str, *, title: str, text: str = "") -> bytes:
     buffer = io.BytesIO()
     metadata: dict[str, Any] = {"Title": title, "Description": text}
     metadata |= {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), _any_letters():
         figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, facecolor=COLOURS["paper"])
     return buffer.getvalue()
+
+
+@contextmanager
+def _any_letters() -> Iterator[None]:
+    """Let names have letters that the font lacks: a box is drawn for each, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
 
 
 def new_figure(height: float) -> tuple["Figure", "Axes"]:
@@ -186,7 +196,8 @@ def lay_out(figure: "Figure") -> None:
     """Lay out a complete figure of constrained layout; no later drawing lays it out again."""
     engine = figure.get_layout_engine()
     assert engine is not None
-    engine.execute(figure)
+    with _any_letters():
+        engine.execute(figure)
     figure.set_layout_engine("none")
 
 
