@@ -143,6 +143,7 @@ def test_the_page_has_the_table_and_the_samples(done):
 def test_a_plan_alone_has_the_speech_of_the_bare_cut(learned, words, tmp_path):
     only = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", plan_only=True)
     assert {*only.speech} == {"whole", "cut"}
+    assert only.recommended.unpatched is None  # as was asked for, which is no warning
     assert {one.patched for one in only.continuations} == {None}
 
 

@@ -115,7 +115,7 @@ def _patch_rows(done: Patch, measured: Mapping[str, Loss]) -> list[tuple[str, st
             f"{done.original:.4f} whole, {done.cut:.4f} cut, {done.patched:.4f} patched, on "
             f"{counted(done.num_held_out, 'token')} that choices were made on",
         ),
-        ("recovered", done.back(measured)),
+        ("recovered", "; ".join(dict.fromkeys([done.back(measured), done.back({})]))),
     ]
     changed = ", ".join(name for fit in done.fits for name in fit.matrices)
     if changed:

@@ -81,16 +81,15 @@ class Patch:
         return _recovered(self.original, self.cut, self.patched)
 
     def back(self, measured: Mapping[str, Loss]) -> str:
-        """Say which share of the lost nats came back, on held-out texts first.
+        """Say which share of the lost nats came back, on held-out texts where they were measured.
 
         ``measured`` has their losses ``whole``, ``cut`` and ``patched``, or is empty.
         """
-        what, place = "of the lost nats recovered", "on the texts that it chose by"
-        chosen = f"{100 * self.recovered:.0f} %"
-        if not measured:
-            return f"{chosen} {what} {place}"
-        share = _recovered(*(measured[name].nats for name in ("whole", "cut", "patched")))
-        return f"{100 * share:.0f} % {what} on held-out texts, {chosen} {place}"
+        share, place = self.recovered, "the texts that it chose by"
+        if measured:
+            share = _recovered(*(measured[name].nats for name in ("whole", "cut", "patched")))
+            place = "held-out texts"
+        return f"{100 * share:.0f} % of the lost nats recovered on {place}"
 
     def to_json(self) -> dict[str, Any]:
         """The fields, the plan as JSON, and ``recovered``, as plain JSON values."""
