@@ -377,7 +377,7 @@ def _call(load: Any, source: str, **options: Any) -> Any:
         raise ModelError(message) from error
 
 
-_CUT_OFF = ("cannot reshape array", "requires a buffer", "out of bounds")
+_CUT_OFF = ("cannot reshape", "requires a buffer", "out of bounds", "to a larger dtype")
 """What numpy and struct say of a GGUF file that ends too early."""
 
 
