@@ -248,7 +248,7 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
     done, file = Patch.from_json(value["patch"]), place.place.expanduser()
     if file.suffix == ".gguf" and (size := stored_bytes(file)):
         left = stored_bytes(out) or 0
-        lines.append(dequantised(file.name, size, left, drop_option(done.plan.blocks)))
+        lines.append(dequantised(file.name, size, left, drop=drop_option(done.plan.blocks)))
     show(patch_table(done, losses), *lines, f"wrote {out}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ..errors import MissingExtraError, ModelError, why
@@ -44,7 +44,7 @@ def check_stored(name: str, config: Any, dtype: str) -> None:
 
     The packages and the device are asked for by transformers. ModelError names them.
     """
-    stored = getattr(config, "quantization_config", None)
+    stored: Any = getattr(config, "quantization_config", None)
     method = stored_quantisation(stored)
     if method is None:
         return

@@ -109,7 +109,7 @@ def patched_name(settings: Mapping[str, Any]) -> str:
     return f"{kind} patch" if kind else "patched"
 
 
-def dequantised(name: str, num_bytes: int, left: int, drop: str) -> str:
+def dequantised(name: str, num_bytes: int, left: int, *, drop: str) -> str:
     """Say that a cut of a GGUF file has plain weights, of ``left`` bytes, and what keeps its own.
 
     ``drop`` is the cut as ``--drop`` takes it.
