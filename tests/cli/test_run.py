@@ -39,6 +39,7 @@ def test_eval_measures_before_and_after_a_cut(shallower, folder, tiny, texts):
     assert tree(folder) == {}
 
 
+@pytest.mark.filterwarnings("default:.*samples rejected")
 def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny, plans):
     source = write_jsonl(folder / "gap.jsonl", ["w1 w2 w3", "w1", "w4 w5"])
     done = shallower("eval", tiny, "--texts", source, "--plan", plans / "tiny", "--json")

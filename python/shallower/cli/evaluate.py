@@ -146,7 +146,6 @@ def eval_command(
     Or of one checkpoint --against another, as a patched cut and its source.
     """
     from ..runs.store import open_store
-    from ..storage import check_free
     from ..values.tokens import Tokens, parse_batch_size
 
     part = part_of(shard, on, workers)
@@ -184,8 +183,6 @@ def eval_command(
 
         pair = EvalPair.of(job, against)
     if dry_run:
-        if job.file is not None:
-            check_free(job.file, overwrite)
         job.prepare()
         named = {"against": against, "texts": texts, "perplexity": perplexity, "tasks": tasks}
         named |= {"speech": speech if speech != "" else "prompts of our own"}
@@ -335,6 +332,10 @@ def _say(
 def _described(
     job: "EvalJob", pair: "EvalPair | None", named: dict[str, str | None]
 ) -> dict[str, Any]:
+    from ..storage import check_free
+
+    if job.file is not None:
+        check_free(job.file, job.overwrite)
     described: dict[str, Any] = {"eval": str(job.source)}
     if job.plan:
         described["drop"] = job.plan.words

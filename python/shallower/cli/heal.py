@@ -19,7 +19,7 @@ from .options import (
     Overwrite,
     Share,
     TrustRemoteCode,
-    read_texts,
+    read_apart,
     wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
@@ -177,12 +177,11 @@ def heal_command(
     from ..runs.done import output_of
     from ..runs.store import Store, open_store
     from ..storage import check_apart, check_free
-    from ..texts.splits import refuse_shared
     from ..values.recipe import STEPS, Recipe
 
-    source: Iterable[str] = [] if texts is None else read_texts(texts, max_texts)
-    held_out = read_texts(eval_texts, max_eval_texts) if eval_texts is not None else None
-    refuse_shared(source, held_out)
+    source, held_out = read_apart(
+        texts, eval_texts, max_texts=max_texts, max_eval_texts=max_eval_texts
+    )
     wanted = wanted_answers(answers, steps or STEPS, num_tokens=answer_tokens, seed=seed)
     recipe = Recipe(
         preset,

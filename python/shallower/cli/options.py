@@ -189,6 +189,22 @@ def read_texts(source: str, max_texts: int | None = None) -> "Texts":
     return Texts(source, max_texts).check()
 
 
+def read_apart(
+    texts: str | None,
+    eval_texts: str | None,
+    *,
+    max_texts: int | None,
+    max_eval_texts: int | None = None,
+) -> "tuple[Texts | list[str], Texts | None]":
+    """Open texts and held-out ones, as :func:`read_texts`; TextsError if they share any."""
+    from ..texts.splits import refuse_shared
+
+    source = [] if texts is None else read_texts(texts, max_texts)
+    held_out = None if eval_texts is None else read_texts(eval_texts, max_eval_texts)
+    refuse_shared(source, held_out)
+    return source, held_out
+
+
 def wanted_answers(
     answers: str | None, steps: int | None = None, *, num_tokens: int, seed: int = 0
 ) -> "WantedAnswers | None":

@@ -32,7 +32,7 @@ from .options import (
     TrustRemoteCode,
     named_layers,
     places,
-    read_texts,
+    read_apart,
     wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
@@ -99,13 +99,10 @@ def patch_command(
     from ..runs.forecast import forecast_source
     from ..runs.store import open_store
     from ..storage import check_apart, check_free
-    from ..texts.splits import refuse_shared
     from ..values.layers import ranges
     from ..values.tokens import Tokens
 
-    source = read_texts(texts, max_texts)
-    held_out = list(read_texts(eval_texts)) if eval_texts is not None else None
-    refuse_shared(source, held_out)
+    source, held_out = read_apart(texts, eval_texts, max_texts=max_texts)
     named = named_layers(drop, plan)
     place = ModelSource(
         model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
