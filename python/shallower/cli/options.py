@@ -199,7 +199,7 @@ def read_apart(
     """Open texts and held-out ones, as :func:`read_texts`; TextsError if they share any."""
     from ..texts.splits import refuse_shared
 
-    source = [] if texts is None else read_texts(texts, max_texts)
+    source: Texts | list[str] = [] if texts is None else read_texts(texts, max_texts)
     held_out = None if eval_texts is None else read_texts(eval_texts, max_eval_texts)
     refuse_shared(source, held_out)
     return source, held_out
