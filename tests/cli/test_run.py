@@ -50,7 +50,7 @@ def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny
     assert done.json["base"]["num_rejected"] == 1
     done = shallower("eval", tiny, "--texts", source, "--no-cache")
     assert "1 text rejected" in done.out
-    assert "warning: 1 of 3 samples rejected: sample 1: " in done.error
+    assert "warning: 1 of 3 samples rejected: sample 1: " in done.err
 
 
 def test_a_dry_run_refuses_a_place_that_is_a_file(shallower, folder, tiny):
