@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..values.commands import command_line
-from ..values.commands import shell_lines
+from ..values.commands import command_line, shell_lines
 from ..values.counts import counted
 from ..values.layers import blocks_of, ranges
 from ..values.loss import Loss
