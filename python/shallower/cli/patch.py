@@ -141,7 +141,7 @@ def patch_command(
             source,
             out=out,
             is_here=device_memory is None,
-            held_out=held_out or (),
+            held_out=list(held_out or ()),
             num_written=0 if asked is None else asked.num_written,
             tokens=tokens,
             num_tokens=num_tokens,
