@@ -97,14 +97,14 @@ def test_a_card_tells_the_whole_chain(source, tmp_path):
     assert patched.endswith(lost)
     assert again == "cut: without layers [0, 1), 3 of 4 layers stay"
     # Healed, with what is said of its source left alone; and cut once more.
-    rows = [("steps", "9"), ("loss of the texts that choose the step", "4.1 nats a token")]
+    rows = [("steps", "9"), ("loss of the selection set", "4.1 nats a token")]
     path, command = tmp_path / "again" / "README.md", "shallower heal cut --merge --out healed"
     path.write_text(healed_card(path, "adapters were trained.", rows, command=command))
     own, _, of_source = path.read_text().partition("## The card of the source")
     assert card.endswith(of_source)
     assert "| held-out loss | not measured" in own
     assert own.count("shallower heal cut") == 1
-    steps += ["adapters were trained; loss of the texts that choose the step: 4.1 nats a token"]
+    steps += ["adapters were trained; loss of the selection set: 4.1 nats a token"]
     assert history(own) == steps
     state_loss(path, losses)
     sh.prune(tmp_path / "again", [1], tmp_path / "last")

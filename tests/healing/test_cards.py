@@ -95,7 +95,7 @@ def test_a_healing_is_made_again_by_its_card_to_the_last_digit(
     assert done.status == 0, done.err
     card = (tmp_path / "first" / "README.md").read_text()
     assert "| held-out loss | not measured; `shallower eval` measures it |" in card
-    assert re.search(r"\| loss of the texts that choose the step \| [\d.]+ ± [\d.]+ before ", card)
+    assert re.search(r"\| loss of the selection set \| [\d.]+ ± [\d.]+ before ", card)
     monkeypatch.chdir(stand_for(tmp_path / "again", whole))
     for block in blocks_of_code(card, "sh")[:2]:
         cut_by(block, shallower, TEXTS=texts, EVAL_TEXTS=held_out)

@@ -168,7 +168,7 @@ def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     lost = most.recommended.difference.mean
     (warned,) = replace(most.recommended, max_loss=lost - 1e-9).warnings()
     assert warned.startswith(f"the patched model loses {lost:+.3f} ± ")
-    assert "on the texts that report, more than the" in warned
+    assert "on the test set, more than the" in warned
 
 
 @pytest.mark.slow

@@ -220,7 +220,9 @@ def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, An
 
     if not texts or eval_texts is None:
         missing = "--eval-texts" if texts else "--texts"
-        raise TextsError(f"{missing} is missing: texts that choose, and others that report")
+        raise TextsError(
+            f"{missing} is missing: calibration texts (--texts) and a test set (--eval-texts)"
+        )
     places = [Path(source).resolve() if Path(source).exists() else source for source in texts]
     if len(set(places)) < len(places):
         raise TextsError(f"calibration texts are named twice: {', '.join(texts)} (--texts)")

@@ -131,7 +131,7 @@ def healing_rows(healing: Healing) -> list[tuple[str, str]]:
     ]
     if healing.before and healing.after:
         step = f"{healing.before} before the first step, {healing.after} at the best one"
-        rows.append(("loss of the texts that choose the step", f"{step}, nats a token"))
+        rows.append(("loss of the selection set", f"{step}, nats a token"))
     if healing.cut:
         rows.append(("on them, unpatched", f"{healing.cut} nats a token"))
     if healing.original:

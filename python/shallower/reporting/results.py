@@ -60,7 +60,7 @@ class Run:
         out: the folder of the run.
         target: what the run aims at.
         scan: the comparison of all layers.
-        whole: the loss of the whole model on the texts that report.
+        whole: the loss of the whole model on the test set.
         splits: how many texts fit, choose and report.
         recommended: the cut that the run ends in; None until it is known.
         table: what other sizes cost, by the number of layers, as far as it is known.
@@ -73,7 +73,7 @@ class Run:
         healing: the record of the healing, if the cut was healed.
         command: the command line that makes it again, without places.
         loaded: the words of a command line that name the model, as ``command`` does.
-        evaluated: the options of ``shallower eval`` that measure on the texts that report; empty
+        evaluated: the options of ``shallower eval`` that measure on the test set; empty
             where those are no texts of their own.
         source: the name of the folder or file that the model was loaded from, and the bytes of
             its weights there; None where they are not known.

@@ -44,7 +44,7 @@ def curve(
     """Measure what a model loses as more and more of its layers go.
 
     For every size and strategy the cut is measured as it is, patched, and healed: its loss on
-    texts that report, and tasks. The model is loaded once and cut in memory; cuts that two
+    the test set, and tasks. The model is loaded once and cut in memory; cuts that two
     strategies have in common are measured once; it is as before afterwards. Some of the texts
     fit, some choose, and others report, as in :func:`run`: no figure is of a text that anything
     was chosen by.

@@ -29,7 +29,7 @@ class Splits:
         choose: texts that cuts are judged on while one is chosen, in a random order: the first
             few of them are a sample of all.
         report: texts that the final figures are measured on, each once, as they were given.
-        num_shared: calibration texts that report as well, and therefore do nothing else.
+        num_shared: calibration texts that are in the test set as well, and therefore only there.
         num_repeated: calibration texts that were there before, and are left out.
     """
 
@@ -108,7 +108,7 @@ def three_splits(
 
 
 def count_shared(texts: Iterable[str], report: Collection[str]) -> int:
-    """Count the texts that report, too; both sets without white space at their ends."""
+    """Count the texts that are in the test set, too; both sets without white space at their ends."""
     return sum(text.strip() in report for text in texts)
 
 

@@ -39,7 +39,7 @@ class Standing:
 class Row:
     """A cut that a criterion chose, and the loss of the model without these layers.
 
-    All losses are on the texts that report, which no criterion has seen. ``None`` is what could
+    All losses are on the test set, which no criterion has seen. ``None`` is what could
     not be measured, or does not exist.
 
     Attributes:
@@ -187,7 +187,7 @@ class ComparedModel:
     Attributes:
         name: of the model.
         num_layers: L.
-        whole: the loss of the whole model on the texts that report.
+        whole: the loss of the whole model on the test set.
         single_layers: the true losses without each single layer, (L,), nats a token.
         chance: accuracy of a guess, of the judge ``options``.
         accuracy: that of the whole model.

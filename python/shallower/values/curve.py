@@ -35,7 +35,7 @@ class CurvePoint:
         dropped: the layers that are gone.
         layers_share: ``n`` as a share of all layers.
         parameters_share: the parameters that are gone as a share of all.
-        loss: on the texts that report; None where it could not be measured.
+        loss: on the test set; None where it could not be measured.
         tasks: scores by task, the main measure of each; those of sampled answers are a task of
             their own, as ``gsm8k sampled``.
         seconds: wall time of the patch or the healing, and of the measurements.

@@ -19,7 +19,7 @@ COLLAPSE = 4.0
 class SizeRow:
     """What the verified cut of one size costs, and the deepest one beside it.
 
-    All losses are in nats a token on the texts that report; patches are quick ones. Of a size that
+    All losses are in nats a token on the test set; patches are quick ones. Of a size that
     is only reported beside the recommended one they are estimated: measured on some texts, and
     what the whole model loses on all of them is known. None is what could not be measured.
 
@@ -79,7 +79,7 @@ class SizeRow:
 class Recommended:
     """The cut that a run ends in.
 
-    Losses are on the texts that report, which nothing was chosen by.
+    Losses are on the test set, which nothing was chosen by.
 
     Attributes:
         verified: the race that its plan has won.
@@ -155,7 +155,7 @@ class Recommended:
         most, lost, worse = self.max_loss, self.difference, self.by_distance
         if most is not None and lost.mean > most:
             found.append(
-                f"the {self.state} model loses {lost} nats a token on the texts that report, more "
+                f"the {self.state} model loses {lost} nats a token on the test set, more "
                 f"than the {most:g} that it was chosen for on others (max_loss, --max-loss)"
             )
         if worse and worse.stderr > 0 and worse.mean > COLLAPSE * worse.stderr:

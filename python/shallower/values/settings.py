@@ -41,7 +41,7 @@ class StudySettings:
             CPU 8 at most.
         max_texts: read the first so many calibration texts only, but for a healing.
         max_eval_texts: read the first so many held-out texts only.
-        num_choosing: calibration texts that choose, at most; the others fit.
+        num_choosing: texts of the selection set at most; the others are for the calibration.
         seed: of whatever is drawn.
 
     Raises:

@@ -269,7 +269,7 @@ def _settings(comparison: CriteriaComparison) -> Section:
             f"{place}: rows",
         ),
     )
-    line = "Every loss is of texts that report, which no criterion has seen."
+    line = "Every loss is of the test set, which no criterion has seen."
     return Section("Settings", (line,), facts)
 
 

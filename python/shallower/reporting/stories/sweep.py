@@ -161,7 +161,7 @@ def _settings(sweep: Sweep, found: Sequence[Found]) -> Section:
     ]
     if compared:
         facts.append(Fact("split", splits_words(compared[0].splits), "comparison.json: splits"))
-    line = "Every loss is of texts that report, which no criterion has seen."
+    line = "Every loss is of the test set, which no criterion has seen."
     return Section("Settings", (line,), tuple(facts))
 
 
@@ -196,7 +196,7 @@ def _bears(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne], drawn: 
             "the best cut of every size",
             ("model", "state", "share", "drop", "more than whole", "by"),
             tuple(cells),
-            "Nats a token; of all criteria the one of least loss, by the texts that report: the "
+            "Nats a token; of all criteria the one of least loss, on the test set: the "
             "best of several is a little lucky.",
             is_grouped=True,
         ),
