@@ -80,7 +80,8 @@ def test_a_card_tells_the_whole_chain(source, tmp_path):
     plan = sh.drop_layers(model, [3])
     losses = tuple(sh.Loss(nats, 0.1, 90, 9, 0, 99) for nats in (4.0, 4.25))
     done = sh.Patch(plan, "feed_forward", 90, 10, 1.0, 3.0, 2.0)
-    sh.save_patched(model, tokenizer, tmp_path / "pk", done=done, losses=losses)
+    named = {"whole": losses[0], "cut": losses[1], "patched": losses[1]}
+    sh.save_patched(model, tokenizer, tmp_path / "pk", done=done, losses=named)
     for name in TOLD:
         (tmp_path / "pk" / name).write_bytes(b"{}")
     sh.prune(tmp_path / "pk", [0], tmp_path / "again")

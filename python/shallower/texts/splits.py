@@ -108,7 +108,7 @@ def three_splits(
 
 
 def count_shared(texts: Iterable[str], report: Collection[str]) -> int:
-    """Count the texts that are in the test set, too; both sets without white space at their ends."""
+    """Count the texts that the test set has, too; white space at their ends counts for nothing."""
     return sum(text.strip() in report for text in texts)
 
 
