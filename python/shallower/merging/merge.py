@@ -109,7 +109,7 @@ def write_merged(folder: Path, merging: Merging) -> Healing:
         Path(base).expanduser() / CARD_FILE,
         _MERGED,
         healing_rows(healing),
-        command=_healing_command(healing, merging.trust_remote_code),
+        command=healing_command(healing, merging.trust_remote_code),
     )
     write_file(folder / CARD_FILE, card.encode())
     return healing
@@ -154,7 +154,7 @@ def _trained_on(healing: Healing) -> Iterator[tuple[str, str]]:
         yield "answers", f"{answers}, {share}, {length}"
 
 
-def _healing_command(healing: Healing, trust_remote_code: bool) -> str:
+def healing_command(healing: Healing, trust_remote_code: bool = False) -> str:
     """Write the command that heals a cut again, with all that its result depends on."""
     recipe = asdict(healing.recipe)
     for name in ("batch_size", "recompute"):  # what the memory of a machine decides
