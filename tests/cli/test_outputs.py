@@ -194,6 +194,29 @@ def test_what_lies_beside_the_files_of_a_command_stays(made, shallower, tmp_path
         assert {name: now.get(name) for name in before} == before, command
 
 
+def test_a_heat_map_of_somebody_is_not_replaced_unasked(made, shallower, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    np.save(tmp_path / "states.npy", np.ones((4, 7, 8), np.float32))
+    texts = "--texts all/texts.jsonl --max-texts 9"
+    for shard in ("0/2", "1/2"):
+        words = (*texts.split(), "--out", tmp_path / "shards", "--shard", shard)
+        assert shallower("scan", "all/model", *words).status == 0
+    theirs = tmp_path / "out" / "heat_map.png"
+    theirs.parent.mkdir()
+    theirs.write_text("a photograph")
+    for command in (
+        f"analyse {tmp_path / 'states.npy'}",
+        f"scan all/model {texts}",
+        f"scan all/model {texts} --dry-run",
+        f"scan all/model {texts} --no-cache --workers 2",
+        f"gather {tmp_path / 'shards'}",
+    ):
+        done = shallower(*command.split(), "--out", theirs.parent)
+        assert f"{theirs} exists already: choose another place" in done.error
+        assert [one.name for one in theirs.parent.iterdir()] == ["heat_map.png"]
+    assert theirs.read_text() == "a photograph"
+
+
 @contextmanager
 def written_elsewhere(place, *, inside):
     """Hold a place as another process would, which has locks of its own."""

@@ -65,7 +65,7 @@ def analyse_command(
     from ..scanning.analyse import analyse_states
     from ..scanning.states_file import StatesFile
     from ..storage import check_apart, check_free, claimed
-    from ..values.files import SCAN_FILE
+    from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     path = out / SCAN_FILE
     check_apart(path, [states])
@@ -81,7 +81,8 @@ def analyse_command(
     )
     if reuse(output, lambda _: _say_again(out, as_json)):
         return
-    check_free(path, overwrite)
+    for name in (SCAN_FILE, HEAT_MAP_FILE):
+        check_free(out / name, overwrite)
     if dry_run:
         with StatesFile(states, tensor) as file:
             described = {

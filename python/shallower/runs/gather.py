@@ -9,8 +9,8 @@ from ..reporting.stories.evaluation import Values, evaluation_record
 from ..scanning.scan import Scan
 from ..scanning.scan_file import scan_bytes
 from ..scanning.shards import gather
-from ..storage import check_apart, claimed, holds, write_file
-from ..values.files import EVAL_FILE, SCAN_FILE
+from ..storage import check_apart, check_free, claimed, holds, write_file
+from ..values.files import EVAL_FILE, HEAT_MAP_FILE, SCAN_FILE
 from ..values.plan import Plan
 
 
@@ -25,10 +25,12 @@ def gather_into(
     check_apart(out / SCAN_FILE, [str(part) for part in parts if not part.is_dir()])
     scanned = gather(parts)
     content = scan_bytes(scanned.contents)
-    with claimed(out / SCAN_FILE, overwrite or holds(out / SCAN_FILE, content)):
-        drawn = draw_heat_map(scanned, out)
-        write_file(out / SCAN_FILE, content)
-    return scanned, [out / SCAN_FILE, *drawn]
+    file = out / SCAN_FILE
+    overwrite = overwrite or holds(file, content)
+    check_free(out / HEAT_MAP_FILE, overwrite)
+    with claimed(file, overwrite):
+        write_file(file, content)
+        return scanned, [file, *draw_heat_map(scanned, out)]
 
 
 def write_evaluation(

@@ -81,7 +81,9 @@ class ScanJob:
         object.__setattr__(self, "known", self._look_up())
         if self.known is None:
             self._check_until()
-            check_free(self.file, self.overwrite)
+            for name in (SCAN_FILE, HEAT_MAP_FILE):  # which is drawn before the scan is whole
+                begun = name == HEAT_MAP_FILE and (self.out / PARTIAL_FILE).exists()
+                check_free(self.out / name, self.overwrite or begun)
             check_room(self.file, self._num_bytes)
             if self.experts:
                 self.source.count_experts()  # a ModelError refuses a model that has none
