@@ -19,7 +19,8 @@ use crate::sums::Sums;
 pub struct Accumulator {
     tier: Tier,
     sums: Sums,
-    /// The last sequence, which is in the sums as far as it has come, and may go on.
+    /// The last sequence, which is in the sums as far as it has come, and may go on. If it does, it
+    /// is taken out and added again when it is longer, so states can be split anywhere.
     open: Option<Sequence>,
     /// One a thread at most; they live as long as this does.
     workspaces: Workspaces,

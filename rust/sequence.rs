@@ -2,7 +2,8 @@
 //!
 //! The mean over all samples is the ratio `m = sum s_i / sum n_i` over the sequences `i`, `s_i`
 //! being the sum of the `n_i` samples of one. Its variance needs `sum s_i^2`, `sum s_i n_i` and
-//! `sum n_i^2`, which are integers here. A sequence of one sample counts as that sample.
+//! `sum n_i^2`, which are integers here. A sequence of one sample counts as that sample, so a
+//! comparison of last tokens costs nothing more, and has the same bits.
 
 use crate::exact::{ExactSum, SCALE, UNIT};
 use crate::limits::MAX_SEQUENCE;

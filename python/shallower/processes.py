@@ -1,4 +1,9 @@
-"""The processes that work on one job, who of all writes where, and what each may use."""
+"""The processes that work on one job, who of all writes where, and what each may use.
+
+One process writes a place and all that lies in it. It locks the hidden sibling where its work goes
+on, or the folder that it writes into, and shares the locks of all folders around. The system frees
+the locks when the process dies.
+"""
 
 import os
 import time

@@ -4,7 +4,8 @@
 //! A [`Work`] is written once, in plain Rust, and compiled once for each tier: [`Tier::run`]
 //! calls it inside a function that has the tier's instructions, so that its loops become the
 //! tier's vectors. What a compiler does not find by itself, the register tiles of a Gram
-//! matrix, are the [`Sweep`]s of the tier.
+//! matrix, are the [`Sweep`]s of the tier. All other code is compiled for the baseline, so one
+//! wheel runs on every processor.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -1,4 +1,7 @@
 //! Lines that are fetched into the cache before they are read.
+//!
+//! Between the products of one chunk of columns the lines of the one after the next are fetched,
+//! one at every few steps. More at a time would wait for one another; later ones arrive too late.
 
 #![allow(unsafe_code)]
 

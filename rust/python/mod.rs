@@ -1,4 +1,10 @@
 //! The border: the only folder that knows `PyO3` and `NumPy`. It does no arithmetic.
+//!
+//! The core has no state that threads share, and so needs no global lock. Its statics are
+//! constants, and one answer that is found once (whether the processor has tiles); scratch memory
+//! belongs to a thread. An object is frozen, or `PyO3` lends it to one writer or to many readers.
+//! If an array is written to while it is compared, values mix, but no address is made of a value.
+//! `SHALLOWER_TIER` is set before threads start, as any variable.
 
 // PyO3 hands arguments over by value.
 #![allow(clippy::needless_pass_by_value)]
@@ -40,7 +46,7 @@ fn tier() -> PyResult<&'static str> {
 
 /// The Rust core of shallower.
 ///
-/// It has no state that threads share, and so needs no global lock: see ARCHITECTURE.md.
+/// It has no state that threads share, and so needs no global lock.
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]

@@ -2,7 +2,8 @@
 
 Nothing is dequantised or loaded: the tensors that stay keep their bytes, and of the metadata
 only what speaks of layers, experts, size and name changes. What it cannot describe is refused
-(``rust/gguf/rules.rs``).
+(``rust/gguf/rules.rs``). The card is ``NAME.README.md`` beside the file, or ``README.md`` in a
+folder of its own (``as_gguf``): the caller decides, whatever the folder holds.
 """
 
 import shutil

@@ -1,4 +1,9 @@
-"""Speech: how a cut goes on from prompts beside the whole model, on its words and on their own."""
+"""Speech: how a cut goes on from prompts beside the whole model, on its words and on their own.
+
+Both models need not be in memory at once. The whole model generates first; its words and its final
+states at them are kept on the CPU. The cut's head makes the whole model's logits from these states,
+if it is the same head to the bit. The cut's own words are judged when the whole model is back.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace

@@ -1,4 +1,8 @@
-"""A healing as it was called, and its folders: the work, the patched cut, peft's repository."""
+"""A healing as it was called, and its folders: the work, the patched cut, peft's repository.
+
+A healing depends on its recipe, its texts and its last marked checkpoint alone. The size of a
+forward and recomputation are not part of the job, so they may change before it goes on.
+"""
 
 import hashlib
 import json

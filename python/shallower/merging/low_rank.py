@@ -122,7 +122,8 @@ def rounding(
 class Deviations:
     """The differences of merged weights from their float64 sums, which must be rounding alone.
 
-    That is half a unit in the last place, and the rounding of the float32 sum before it.
+    That is half a unit in the last place, and the rounding of the float32 sum before it. A norm
+    alone would not show that an adapter is missing whose change is smaller than the rounding.
 
     Attributes:
         relative: the greatest ‖merged − sum‖ / ‖sum‖ of a weight.

@@ -1,4 +1,8 @@
-"""The identity of a model, the same in whatever dtype it is loaded."""
+"""The identity of a model, the same in whatever dtype it is loaded.
+
+It is made of what no quantiser changes: the shape, and one-dimensional weights in bfloat16. So a
+plan made on the NF4 model fits the bfloat16 one.
+"""
 
 import hashlib
 import json

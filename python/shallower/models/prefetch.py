@@ -2,6 +2,11 @@
 
 On CUDA a thread sends it from pinned memory on its own stream, so two layers lie there. Elsewhere
 the system is asked to read the files.
+
+The memory belongs to the computing stream. A copy begins when all work queued before the allocation
+is done, and computing waits for the copy's event. Unused prefetches are synchronised before their
+memory is freed. So ``record_stream``, which would depend on timing, is not needed. On fake devices
+a timeline of vector clocks (``tests/devices/timeline.py``) refuses any work that does not wait.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,8 @@
-"""What models said to prompts, kept by content: a part that was written once is not again."""
+"""What models said to prompts, kept by content: a part that was written once is not again.
+
+Evaluations, judges, patches and healings share the answers: each prompt has random numbers of its
+own, so no answer depends on its batch.
+"""
 
 import warnings
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,8 @@
 """Commands that were carried out before: what they left is still there, so they say it again.
 
 The store has by output its job's hash, its files' marks (hash, or size and time of large ones) and
-what was printed. A changed output counts as unknown.
+what was printed. A changed output counts as unknown. The output itself cannot keep these facts,
+because a scan or a GGUF file has no folder of its own.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -2,7 +2,8 @@
 
 A hash of all that a measurement depends on finds it, so nothing becomes stale. One SQLite file
 serves several processes; it also has records of interrupted work, and outlives any crash. Its
-errors end no work: one warning, and the work goes on without it.
+errors end no work: one warning, and the work goes on without it. No value from it is used as a path
+or a size before it is checked.
 """
 
 import json
@@ -206,7 +207,7 @@ class Store:
         self._keep(_given(entries))
 
     def offer(self, entries: Any) -> None:
-        """Hold entries of whoever made a shard: one is kept once work asks for its very key.
+        """Hold a shard's entries, which anybody may have written: one is kept once its key is used.
 
         CacheError, and none is held, if one is damaged.
         """

@@ -2,7 +2,8 @@
 
 Results are found by content alone (``runs.store``), so the study itself runs last, in one process,
 and measures nothing again. Repeated by workers are loading, tokenising, cuts and trials that
-several choose at once, the whole model's answers, and a curve's scan and costs.
+several choose at once, the whole model's answers, and a curve's scan and costs. Healings stay with
+the study, because all of its settings decide them.
 """
 
 import json

@@ -1,7 +1,8 @@
 """Independent units of work, done by several processes or machines: who has which, what was lost.
 
 The driver hands out one at a time; what a worker lost or could not do goes to another. Results
-depend on neither worker nor time.
+depend on neither worker nor time. A unit that takes too long is done a second time: heartbeats
+would not help, because a hung process may still send them.
 """
 
 import hashlib

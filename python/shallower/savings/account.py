@@ -2,7 +2,7 @@
 
 The model's own forward runs on tensors without values, so no family has a formula. Each product (of
 matrices, convolutions, fused attention) counts alone; what lies between two products counts as one
-fused kernel.
+fused kernel. This is what a good implementation does, not what eager torch does.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""GPUs by their datasheets: what the forecasts of the roofline are made for."""
+"""GPUs by their datasheets, for forecasts by the roofline; no factor makes a forecast fit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,6 +3,10 @@
 A ``.npy`` file holds one array (samples, L+1, D). A ``.safetensors`` file holds one tensor of
 that shape, and may say more: which text a sample is of, and an :class:`Origin`, the model and the
 texts. Nothing in a header is believed before it fits the length of the file.
+
+Files are read, not mapped. One thread fills a buffer while the core compares the other, so memory
+is constant, and a file that shrinks is an error instead of a signal. A mapping was faster from the
+page cache and several times slower from the disk.
 """
 
 import ast

@@ -1,6 +1,7 @@
 """Experts to drop: of every layer that has routed experts as many, named by layer.
 
-Indices are 0-based. Knows no model; layers are those of the whole model.
+A config has one number of experts for all layers, so every layer drops as many. Indices are
+0-based. Knows no model; layers are those of the whole model.
 """
 
 import re
