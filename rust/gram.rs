@@ -1,7 +1,7 @@
 //! The Gram matrix of one sample's states, and the angle of every pair of them.
 //!
 //! Products are summed in float64, or in float32 (bfloat16 products too) within chunks of a
-//! few hundred columns and in float64 beyond; docs/maths.md has the errors. What float32
+//! few hundred columns and in float64 beyond; docs/derivations.md has the errors. What float32
 //! cannot do is done otherwise, so that no result is worse than 1e-7 of pi:
 //!
 //! - columns that outweigh their chunk (massive activations) are taken out and multiplied in
