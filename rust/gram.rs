@@ -1,7 +1,7 @@
 //! The Gram matrix of one sample's states, and the angle of every pair of them.
 //!
 //! Products are summed in float64, or in float32 (bfloat16 products too) within chunks of a
-//! few hundred columns and in float64 beyond; docs/maths.md has the errors. Float32 is for bfloat16
+//! few hundred columns and in float64 beyond; docs/derivations.md has the errors. Float32 is for bfloat16
 //! alone, whose products it holds exactly. Rounding errors of float32 and float16 states could add
 //! up beyond 1e-7, so their products are in float64. What float32 cannot do is done otherwise, so
 //! that no result is worse than 1e-7 of pi:

@@ -22,7 +22,7 @@ pub(super) struct Known<'a> {
 
 /// The largest error of the cosine of a pair if products are summed in float32, as a share of
 /// the norms less massive columns: a bias, and rounding errors that grow with a chunk and
-/// average out over chunks. Measured, see docs/maths.md.
+/// average out over chunks. Measured, see docs/derivations.md.
 pub(super) fn epsilon<S: Sweep>(width: usize) -> f64 {
     let filled = even_part(width, S::span(width)) as f64 / S::SPAN as f64;
     2e-8 + S::SPREAD * filled.max(0.65) * (512.0 / width as f64).sqrt()

@@ -52,7 +52,7 @@ pub(crate) trait Sweep {
         Self::SPAN
     }
 
-    /// The error of the cosines of rows of 512 columns, but for a bias; see docs/maths.md.
+    /// The error of the cosines of rows of 512 columns, but for a bias; see docs/derivations.md.
     const SPREAD: f64;
 
     /// Makes the engine ready for one thread and rows of this width, until it is dropped.

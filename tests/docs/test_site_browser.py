@@ -20,7 +20,10 @@ from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 PAGES = ["index", "tutorial", "how-to/run", "reference/scan-and-plan", "gallery", "benchmarks"]
-BROAD = ["install", "tutorial", "gallery", "comparison", "maths", "how-to/eval", "how-to/compare"]
+BROAD = [
+    "install", "tutorial", "gallery", "comparison", "maths", "derivations", "how-to/eval",
+    "how-to/compare",
+]  # fmt: skip
 """Pages of long commands and of many columns."""
 
 

@@ -5,7 +5,7 @@ starts, an observation is a text's distances, the leader is the start of the lea
 is settled as soon as it is shown to exceed no rival by more than the tolerance. That is wrong only
 where the best start of all is such a rival: K-1 pairs, which share the error, whoever leads when.
 Texts of a window are sorted by length, so whole windows are judged, by sums that their order does
-not change. docs/maths.md has the formulas.
+not change. docs/derivations.md has the formulas.
 """
 
 import math
