@@ -274,10 +274,10 @@ def test_a_place_that_another_process_writes_to_is_not_to_be_replaced(
     assert not Path("new").exists()
 
 
-WRITING = [one for one in COMMANDS if not one.startswith(("plan", "analyse"))]
+ON_DISK = [one for one in COMMANDS if not one.startswith(("plan", "analyse"))]
 
 
-@pytest.mark.parametrize("command", [*WRITING, "eval all/model --texts all/held.jsonl"])
+@pytest.mark.parametrize("command", [*ON_DISK, "eval all/model --texts all/held.jsonl"])
 def test_a_full_disk_is_found_before_the_work(read, shallower, monkeypatch, command):
     os.chdir(read)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
