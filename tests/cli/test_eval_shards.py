@@ -13,6 +13,8 @@ from shallower.values.measured import MeasuredShard, gather_evaluation
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
 
+pytestmark = pytest.mark.filterwarnings("default:.*samples rejected")
+
 BOTH = ["--perplexity", "long.txt", "--context", "16"]
 
 
@@ -247,8 +249,9 @@ def test_what_is_printed_is_written_and_not_over_something_else(shallower, folde
     assert shallower(*command, "--json").out == written
     assert "out/eval.json exists already" in shallower(*command, "--drop", "1").error
     assert (folder / "out" / "eval.json").read_text() == written
-    dry = shallower(*command, "--drop", "1", "--dry-run", "--json").json
+    dry = shallower(*command, "--drop", "1", "--dry-run", "--json", "--overwrite").json
     assert dry["write"] == ["out/eval.json"]
+    assert "exists already" in shallower(*command, "--drop", "1", "--dry-run").error
     cut = shallower(*command, "--drop", "1", "--overwrite", "--json")
     assert (folder / "out" / "eval.json").read_text() == cut.out != written
     inside = shallower("eval", tiny, "--texts", jsonl, "--out", tiny / "out")

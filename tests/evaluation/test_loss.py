@@ -63,6 +63,7 @@ def test_the_loss_is_that_of_a_plain_float64_computation(sharp, words, max_lengt
     assert loss.normalized_stderr == loss.stderr / math.log(100)
 
 
+@pytest.mark.filterwarnings("default:.*samples rejected")
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_loss_is_known_by_text_in_their_order(sharp, words, batch_size):
     texts = [*TEXTS[:3], "w1", *TEXTS[3:]]  # one is left out

@@ -116,6 +116,7 @@ def test_texts_and_windows_that_do_not_fit_are_refused(sharp, words, tmp_path):
     assert read_whole(tmp_path / "two.jsonl") == "one\n\n\ntwo"
 
 
+@pytest.mark.filterwarnings("default:.*samples rejected")
 @pytest.mark.parametrize(("own", "max_length"), [(False, 256), (True, 256), (False, 7), (True, 7)])
 def test_bits_a_byte_of_a_tokenizer_of_bytes(sharp, own, max_length):
     """A token is a byte here, so that bytes are counted by tokens."""

@@ -334,7 +334,7 @@ def _described(
 ) -> dict[str, Any]:
     from ..storage import check_free
 
-    if job.file is not None:
+    if job.file is not None and getattr(job, "made", None) is None:
         check_free(job.file, job.overwrite)
     described: dict[str, Any] = {"eval": str(job.source)}
     if job.plan:

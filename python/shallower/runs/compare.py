@@ -137,9 +137,8 @@ class CompareStudy(Study[CompareSettings]):
             _ = self.names
         self.check()
 
-    def check(self) -> None:
+    def check_kind(self) -> None:
         """Refuse what cannot be, before anything is loaded; of several models the others go on."""
-        super().check()
         if self.prompts:
             way_out = "leave out how the cuts speak (speech, --speech)"
             self.refuse_on_disk("every token of an answer", way_out)

@@ -138,9 +138,8 @@ class CurveStudy(Study[CurveSettings]):
         """The strategies that are criteria."""
         return [name for name in self.settings.strategies if name not in OWN_STRATEGIES]
 
-    def check(self) -> None:
+    def check_kind(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`curve`."""
-        super().check()
         if self.settings.tasks:
             self.refuse_on_disk("a task, for every few items", "leave out tasks (tasks, --tasks)")
         if self.prompts:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from ..judgement.choosing_size import STEPS, curve_sizes
-from ..memory.checkpoints import left_bytes
 from ..models.source import ModelSource
 from ..values.files import CHECKPOINT_FOLDER, SMALL
 from ..values.settings import CurveSettings, RunSettings
@@ -13,6 +11,8 @@ def study_bytes(study: Any) -> int:
     """Count the bytes that a study will write of checkpoints and of all else, at most."""
     if not (copies := _checkpoints(study)):
         return SMALL
+    from ..memory.checkpoints import left_bytes
+
     sizes = [min(sizes_of(study.settings, one.count_layers())) for one in study.models]
     pairs = zip(study.models, sizes, strict=True)
     places = ((one if isinstance(one, ModelSource) else one.model, n) for one, n in pairs)
@@ -34,6 +34,8 @@ def sizes_of(settings: Any, num_layers: int) -> list[int]:
     """How many layers are to go; where that is not known, the sizes that are looked at."""
     if not isinstance(settings, RunSettings):
         return list(settings.n) or [0]
+    from ..judgement.choosing_size import STEPS, curve_sizes
+
     n, target = settings.target.size(num_layers), settings.target
     if n is not None:
         return [n]

@@ -27,7 +27,8 @@ def gather_into(
     content = scan_bytes(scanned.contents)
     file = out / SCAN_FILE
     overwrite = overwrite or holds(file, content)
-    check_free(out / HEAT_MAP_FILE, overwrite)
+    for name in (SCAN_FILE, HEAT_MAP_FILE):
+        check_free(out / name, overwrite)
     with claimed(file, overwrite):
         write_file(file, content)
         return scanned, [file, *draw_heat_map(scanned, out)]

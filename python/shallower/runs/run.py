@@ -147,9 +147,8 @@ class RunStudy(Study[RunSettings]):
         names += [HEALED_FOLDER] if self.settings.heal else []
         return names if (self.folder / PARTIAL_FILE).exists() else [*names, SCAN_FILE]
 
-    def check(self) -> None:
+    def check_kind(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`run`."""
-        super().check()
         _ = self.items, self.prompts
         wanted = self.wanted_answers
         if wanted is not None and not (wanted.are_there or wanted.chats_only):

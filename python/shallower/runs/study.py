@@ -1,8 +1,7 @@
 """Study: models, texts and settings, and the folder that holds what was found about them.
 
-``run``, ``curve`` and ``compare`` are three studies. What they share is here: which texts fit,
-choose and report, what distinguishes one study from another, whether what lies in the folder is
-its own, what is refused before anything heavy, and how results are written before each next step.
+``run``, ``curve`` and ``compare`` are studies. They share the three sets of texts, the identity of
+a study, its folder, what is refused before heavy work, and the writing before each next step.
 """
 
 import json
@@ -102,8 +101,7 @@ class Study(ABC, Generic[Settings]):
         store: of what was measured before.
         command: the words of the command line, without places; empty for a call from Python.
         progress: bars with ETA on standard error; by default if that is a terminal.
-        identities: of the models, of a study that is measured for another process: what that one
-            finds them by in its store.
+        identities: of the models, in the store of the process that this one measures for.
         readings: what was read of each model whose layers wait on disk.
 
     Raises:
@@ -162,16 +160,20 @@ class Study(ABC, Generic[Settings]):
         """The names in ``out`` that must not be there before, but for a study that goes on."""
 
     def check(self) -> None:
-        """Refuse, by a ShallowerError, what cannot be; of a source only the config is read."""
+        """Refuse what cannot be: ShallowerError. Room on disk comes last, as a model is built."""
         if "speech" in self.judges:
             way_out = "leave out --stream, or the judge speech (judge, --judge)"
             self.refuse_on_disk("every token of an answer", way_out)
-        if self.out is None:
-            return
-        check_alone(self.out, inside=True)
-        for name in () if self.goes_on else self.leaves:
-            check_free(self.out / name, self.overwrite)
-        check_room(self.out / self.RESULTS, study_bytes(self))
+        if self.out is not None:
+            check_alone(self.out, inside=True)
+            for name in () if self.goes_on else self.leaves:
+                check_free(self.out / name, self.overwrite)
+        self.check_kind()
+        if self.out is not None:
+            check_room(self.out / self.RESULTS, study_bytes(self))
+
+    def check_kind(self) -> None:
+        """Refuse what this kind of study cannot do."""
 
     def alone(self) -> AbstractContextManager[None]:
         """Hold the folder against other processes while the body works in it: OutputError."""
