@@ -229,7 +229,7 @@ def test_what_cannot_be_streamed_is_refused(folder, tmp_path, shallower):
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True).to_dict()
     (packed / "config.json").write_text(json.dumps(config))
-    expected = "packed is stored quantised, by bitsandbytes, and cannot be streamed"
+    expected = "packed is stored quantised, by nf4, and cannot be streamed"
     with pytest.raises(ModelError, match=expected):
         sh.load_model(packed, "float32", "stream", progress=False)
     for more in ([], ["--dry-run"]):
