@@ -183,6 +183,7 @@ def eval_command(
 
         pair = EvalPair.of(job, against)
     if dry_run:
+        job.check_place()
         job.prepare()
         named = {"against": against, "texts": texts, "perplexity": perplexity, "tasks": tasks}
         named |= {"speech": speech if speech != "" else "prompts of our own"}
@@ -332,10 +333,6 @@ def _say(
 def _described(
     job: "EvalJob", pair: "EvalPair | None", named: dict[str, str | None]
 ) -> dict[str, Any]:
-    from ..storage import check_free
-
-    if job.file is not None and getattr(job, "made", None) is None:
-        check_free(job.file, job.overwrite)
     described: dict[str, Any] = {"eval": str(job.source)}
     if job.plan:
         described["drop"] = job.plan.words

@@ -198,6 +198,10 @@ class EvalShardJob(EvalJob):
         place, load, overwrite = self.file, MeasuredShard.load, self.overwrite
         return when_made(place, self.shard, lambda: self.job, load=load, overwrite=overwrite)
 
+    def check_place(self) -> None:
+        """Refuse what is there, unless it is that very shard: OutputError."""
+        _ = self.made
+
     def run_shard(self) -> None:
         """Measure the shard into its file; OutputError if another one is there."""
         content, mark = self.content, self.job  # of the files that are loaded then

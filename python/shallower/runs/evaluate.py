@@ -13,7 +13,7 @@ from ..cutting.plans import NamedExperts, agreed_plan
 from ..errors import CacheError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone
-from ..storage import check_apart, check_room
+from ..storage import check_apart, check_free, check_room
 from ..values.estimates import Time
 from ..values.files import EVAL_FILE, SMALL
 from ..values.identity import ModelIdentity
@@ -252,6 +252,11 @@ class EvalJob:
             if len(found[kind]) < len(sides):
                 return None
         return found
+
+    def check_place(self) -> None:
+        """Refuse a file that is there, and not to be replaced: OutputError."""
+        if self.file is not None:
+            check_free(self.file, self.overwrite)
 
     def prepare(self) -> None:
         """Find out what is wrong with experts and measures before a model is loaded."""
