@@ -41,5 +41,4 @@ def sizes_of(settings: Any, num_layers: int) -> list[int]:
         return [n]
     if target.max_loss is not None:
         return [size for size in STEPS if size < num_layers]
-    is_knee = target.params is target.latency is target.memory is None
-    return curve_sizes(num_layers) if is_knee else [1]
+    return curve_sizes(num_layers) if target.is_none else [1]
