@@ -4,6 +4,7 @@
 ``--help``.
 """
 
+import os
 import re
 import sys
 
@@ -83,6 +84,7 @@ def help_texts():
 
 
 def main():
+    os.environ["COLUMNS"] = "80"
     found = [
         fault
         for path in sorted({path for pattern in PAGES for path in ROOT.glob(pattern)})

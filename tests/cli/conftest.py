@@ -1,5 +1,7 @@
 """Checkpoints, texts, scans and plans for the command line."""
 
+import warnings
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -84,4 +86,5 @@ def undrawn(monkeypatch):
     from shallower.runs import report
 
     monkeypatch.setattr(report, "find_spec", lambda _: None)
+    warnings.filterwarnings("ignore", "the page has no figures")  # for this test, as pytest resets
     monkeypatch.setattr(heat_map, "save_heat_map", lambda _, path, *_title: path.write_text("map"))
