@@ -430,4 +430,4 @@ def test_work_within_other_work_has_a_bar_below_that_of_the_other(terminal):
 def test_where_work_goes_on_is_a_line_unless_it_is_to_be_silent(capfd):
     progress.say_goes_on("3 of 4 are there")
     progress.say_goes_on("nothing is said", False)
-    assert capfd.readouterr().err == "goes on: 3 of 4 are there\n"
+    assert capfd.readouterr().err == "resuming: 3 of 4 are there\n"

@@ -268,12 +268,12 @@ class _Within:
 
 
 def say_goes_on(where: str, show: bool | None = None) -> None:
-    """Say on standard error from where work goes on that was cut short, unless ``show`` is False.
+    """Say on standard error what interrupted work resumes from, unless ``show`` is False.
 
     ``where`` is what was done, in a few words.
     """
     if show is not False:
-        print(f"goes on: {where}", file=sys.stderr, flush=True)
+        print(f"resuming: {where}", file=sys.stderr, flush=True)
 
 
 class _Lines:

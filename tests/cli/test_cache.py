@@ -193,12 +193,12 @@ def test_a_loss_is_measured_once(shallower, folder, place, no_model):
     whole = shallower(*command)
     cut = shallower(*command, "--drop", "1:3")
     assert cut.json["base"] == whole.json["base"]
-    assert said_once(cut.err).startswith("one of the losses was measured before, on ")
+    assert said_once(cut.err).startswith("one of the losses was cached, measured on ")
     no_model()
     for options, first in (((), whole), (("--drop", "1:3"), cut), (("--drop", "2,1"), cut)):
         again = shallower(*command, *options)
         assert (again.status, again.out) == (0, first.out)
-        assert said_once(again.err).startswith("measured before, on ")
+        assert said_once(again.err).startswith("cached, measured on ")
     assert "cannot read" in shallower(*command, "--drop", "junk").error
     assert "layer" in shallower(*command, "--drop", "7").error
     assert tree(folder) == {}

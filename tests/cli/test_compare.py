@@ -37,10 +37,10 @@ def test_compare_prints_a_row_for_every_criterion_and_size(shallower, folder, as
 @pytest.mark.slow
 def test_compare_says_what_was_measured_before(shallower, folder, asked):
     first = shallower(*asked, "--out", "out")
-    assert "measured before" not in first.err + first.out
+    assert "cached, measured" not in first.err + first.out
     again = shallower(*asked, "--out", "out")
     assert again.status == 0
-    assert "measured before" in again.err + again.out
+    assert "cached, measured" in again.err + again.out
     assert "angular" in first.out
     assert "tie" in first.out
     for said in (first, again):
@@ -53,7 +53,7 @@ def test_compare_says_what_was_measured_before(shallower, folder, asked):
     )
     anew = shallower(*asked, "--no-cache", "--out", "other")
     assert anew.status == 0
-    assert "measured before" not in anew.err + anew.out
+    assert "cached, measured" not in anew.err + anew.out
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
     done = shallower(*command)
     assert done.status == 0, done.err
     part = shallower(*asked, "--out", "other")
-    assert "results of this comparison: measured before" in part.err
+    assert "results of this comparison: cached, measured" in part.err
     assert "exists already" in shallower(*asked, "--seed", "1", "--out", "out").error
 
 
@@ -159,8 +159,8 @@ def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked)
         (["--n", "0"], "'0'"),
         (["--n", "6"], "6"),
         (["--seed", "-1"], "--seed"),
-        (["--max-texts", "11"], "too few texts to fit and to choose: 11"),
-        (["--max-eval-texts", "1"], "too few texts to report"),
+        (["--max-texts", "11"], "too few calibration and selection texts: 11"),
+        (["--max-eval-texts", "1"], "too few test texts"),
     ],
 )
 def test_what_compare_cannot_do_is_one_sentence(shallower, folder, asked, more, named):

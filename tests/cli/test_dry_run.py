@@ -91,7 +91,7 @@ def test_what_cannot_be_told_is_said_in_words(dry, monkeypatch):
     monkeypatch.setattr(speed, "build_empty", refused)
     done = dry("run")
     assert done.status == 0
-    assert "time: cannot be told before: a layer of it cannot be built" in done.out
+    assert "time: cannot be estimated beforehand: a layer of it cannot be built" in done.out
     assert "memory: " in done.out
 
 
@@ -104,7 +104,7 @@ def test_weights_that_are_quantised_are_not_timed(dry):
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_too_few_texts_are_refused_by_the_dry_run_too(dry, study):
-    assert "too few texts to fit and to choose" in dry(study, "--max-texts", 11).error
+    assert "too few calibration and selection texts" in dry(study, "--max-texts", 11).error
 
 
 @pytest.mark.parametrize(

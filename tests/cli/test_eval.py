@@ -51,11 +51,11 @@ def test_all_measures_of_a_model_and_of_a_cut(shallower, tiny, texts, tasks, lon
     assert found["perplexity"]["cut"] == again.to_json()
     assert norm["difference"]["mean"] == pytest.approx(norm["cut"]["mean"] - norm["base"]["mean"])
     told = shallower(*command)
-    assert told.err.count("measured before") == 1
+    assert told.err.count("cached, measured") == 1
     for part in ("bits a byte", "stride 16", "without [1, 3)", "paired by window", "acc_norm"):
         assert part in told.out
     (tasks / "pick.jsonl").write_text((tasks / "pick.jsonl").read_text().replace("w1 ", "w2 "))
-    assert "4 of 6 results were measured before" in shallower(*command).err
+    assert "4 of 6 results were cached" in shallower(*command).err
 
 
 def test_tasks_alone_need_no_texts(shallower, tiny, tasks):

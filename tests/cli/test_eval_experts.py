@@ -39,7 +39,7 @@ def test_a_plan_with_experts_is_measured_and_found_again(shallower, folder, text
     assert first.json["cut"]["nats"] == pytest.approx(loss.nats, rel=1e-12)
     told = shallower(*command, tmp_path / "plan.json")
     assert "without 2 of 6 experts a layer" in told.out
-    assert told.err.count("measured before") == 1
+    assert told.err.count("cached, measured") == 1
     second = shallower(*command, tmp_path / "other.json", "--json")
     assert second.json["cut"] != first.json["cut"]
     named = ("--drop-experts", plan.experts), ("--experts-plan", tmp_path / "plan.json")

@@ -67,7 +67,7 @@ def test_eight_shards_are_gathered_to_what_one_process_finds(
     assert shallower("gather", "shards", "--out", "again").out == told.out
     monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
     known = shallower(*command, *BOTH)
-    assert "measured before" in known.err
+    assert "cached, measured" in known.err
     assert told.out == f"{known.out}wrote again/eval.json\n"
 
 
@@ -183,7 +183,7 @@ def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
     assert {one.kind for one in open_store().usage()} <= {"hashes"}
     twin = shallower("eval", models / "twin", *command[2:], "--json")
     assert twin.json != json.loads((folder / "gathered" / "eval.json").read_text())
-    assert "measured before" not in twin.err
+    assert "cached, measured" not in twin.err
 
 
 def test_a_shard_that_is_damaged_says_so_and_one_of_other_work_too(shallower, folder, command):
@@ -215,7 +215,7 @@ def test_workers_measure_what_one_process_finds(shallower, folder, command, monk
     monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
     again = shallower(*command, *BOTH, "--workers", "2", "--json")
     assert again.json == whole
-    assert "measured before" in again.err
+    assert "cached, measured" in again.err
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_texts_that_no_worker_can_measure_are_named_and_the_others_are_kept(
     assert named["shard"] == "7/64"
     assert 0 <= named["texts"]["loss"][0] < named["texts"]["loss"][1] <= 76
     again = shallower(*command, "--json")
-    assert "goes on: 63 of 64 shards were measured" in again.err
+    assert "resuming: 63 of 64 shards were measured" in again.err
     assert again.json == shallower(*command[:-4], "--no-cache", "--json").json
     assert [path.name for path in (folder / "out").iterdir()] == ["eval.json"]
 

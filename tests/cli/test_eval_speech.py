@@ -91,7 +91,7 @@ def test_what_was_measured_runs_no_forward_again(shallower, tiny, asked, request
     request.getfixturevalue("at_rest")
     again = shallower(*command, "--json")
     assert again.json == first.json
-    assert "measured before" in again.err
+    assert "cached, measured" in again.err
     for more in ((), ("--out", "out")):
         told = shallower(*command, *more)
         assert told.status == 0, told.err
@@ -261,4 +261,4 @@ def test_a_kill_keeps_what_was_measured(shallower, tiny, asked, texts, monkeypat
         with pytest.raises(ZeroDivisionError):
             main(list(map(str, command)))
     done = shallower(*command)
-    assert "2 of 4 results were measured before" in done.err
+    assert "2 of 4 results were cached" in done.err

@@ -36,7 +36,7 @@ def narrow(words, jsonl, tmp_path_factory):
     place = tmp_path_factory.mktemp("narrow") / "scan.safetensors"
     texts = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
     model = mixture("mixtral")
-    said = "16 of 48 experts were sent no token by these texts, and go first"
+    said = "16 of 48 experts received no token from these texts, and go first"
     with unchosen(model, dict.fromkeys(range(8), UNSEEN)), pytest.warns(UserWarning, match=said):
         sh.scan(model, words, texts, experts=True).save(place)
     return place
@@ -47,7 +47,7 @@ def test_scan_gathers_statistics_of_experts(shallower, mixtral, jsonl, folder, s
     done = shallower("scan", mixtral, *options)
     assert done.status == 0
     unrouted = sum(map(len, sh.Scan.load(scanned).experts.unrouted.values()))
-    assert f"experts: 6 in each of 8 layers, {unrouted} of which were sent no token" in done.out
+    assert f"experts: 6 in each of 8 layers, {unrouted} of which received no token" in done.out
     assert (folder / "out" / "scan.safetensors").read_bytes() == scanned.read_bytes()
 
 
@@ -112,7 +112,7 @@ def test_plan_chooses_experts(shallower, scanned, folder):
 def test_plan_names_experts_without_tokens(shallower, scanned):
     found = sh.Scan.load(scanned).experts
     done = shallower("plan", scanned, "--experts", 1, "--criterion", "frequency")
-    said = [line for line in done.out.splitlines() if "by these texts" in line]
+    said = [line for line in done.out.splitlines() if "from these texts" in line]
     assert len(said) == bool(found.unrouted)
     as_json = shallower("plan", scanned, "--experts", 1, "--criterion", "ean", "--json").json
     assert as_json["unrouted"] == {str(k): list(v) for k, v in found.unrouted.items()}

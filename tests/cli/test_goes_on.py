@@ -35,7 +35,7 @@ def cut_short(shallower, monkeypatch, cache_folder):
             patch.setattr(owner, name, interrupting)
             first = shallower(*command)
         assert first.status == 130
-        assert "goes on:" not in first.err
+        assert "resuming:" not in first.err
         assert first.err.endswith("interrupted: the same command goes on from what is done\n")
         again = shallower(*command)
         assert again.status == 0, again.err
@@ -49,7 +49,7 @@ def test_a_scan_says_how_many_texts_were_scanned(cut_short, monkeypatch, tiny, j
     monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
     command = ("scan", tiny, "--texts", jsonl, "--batch-size", 1, "--out", "out")
     said = cut_short(command, scanning, "_save", 1)
-    assert said.startswith("goes on: 16 ")
+    assert said.startswith("resuming: 16 ")
     assert said.endswith(" texts were scanned")
 
 
@@ -107,25 +107,27 @@ def interrupted(*_):
 def test_a_curve_says_how_many_points_are_there(cut_short, asked):
     command = ("curve", *asked, "--n", "1,2", "--strategies", "deepest", "--states", "cut")
     said = cut_short(command, CurveStudy, "write_curve", 2)
-    assert said == "goes on: 2 of 3 points are there"
+    assert said == "resuming: 2 of 3 points are there"
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_comparison_says_how_many_choices_are_known(cut_short, asked):
     command = ("compare", *asked, "--n", "1,2", "--criteria", "greedy,deepest")
     said = cut_short(command, _Choosing, "_choice", 3)
-    assert said.startswith("goes on: 3 of 4 choices and ")
-    assert said.endswith(" trials of cuts are known")
+    assert said.startswith("resuming: 3 of 4 choices and ")
+    assert said.endswith(" trials of cuts are cached")
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_says_how_far_it_came(cut_short, asked):
     command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only", "--no-speech")
     said = cut_short(command, Recommending, "_row", 1)
-    assert said.startswith("goes on: the layers are chosen")
+    assert said.startswith("resuming: the layers are chosen")
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_that_compared_the_layers_says_so(cut_short, asked):
     command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only", "--no-speech")
-    assert cut_short(command, Recommending, "_recommended", 0) == "goes on: the layers are compared"
+    assert (
+        cut_short(command, Recommending, "_recommended", 0) == "resuming: the layers are compared"
+    )

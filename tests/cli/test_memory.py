@@ -24,7 +24,7 @@ def test_a_dry_run_tells_the_memory(shallower, tiny, jsonl, command):
     assert "; 3 texts a forward\n" in text
     assert "--stream" not in text
     small = (*options, "--device-memory", "10MB")
-    assert "way out: let the layers wait on disk (--stream)\n" in shallower(command, *small).out
+    assert "way out: stream the layers from disk (--stream)\n" in shallower(command, *small).out
     assert "way out" not in shallower(command, *small, "--stream", "--json").json
 
 

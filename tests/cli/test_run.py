@@ -89,7 +89,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
         "likeliest token agrees, %",
         "whole: ",
         "cut: ",
-        "2 layers less, as asked for",
+        "2 layers less, as requested",
         "stock reload: logits differ by at most",
         f"Drop layers {blocks}: 33 % of layers",
         "wrote out/checkpoint",

@@ -57,7 +57,7 @@ def test_shards_of_a_comparison_are_gathered_to_the_whole(shallower, folder, ask
     assert without_time(done.json) == without_time(whole)
     kept = {usage.kind: usage.entries for usage in open_store().usage()}
     said = shallower(*compared(asked), "--out", "out")  # is in its folder, and in the cache
-    assert "measured before" in said.err
+    assert "cached, measured" in said.err
     assert {usage.kind: usage.entries for usage in open_store().usage()} == kept
     of = [json.loads((folder / name / "comparison.json").read_text()) for name in ("out", "whole")]
     assert of[0]["job"] == of[1]["job"]
@@ -93,7 +93,7 @@ def test_gather_trusts_no_code_by_the_word_of_a_file(shallower, folder, asked, m
     assert "gather runs no code" in shallower(*gather).error
     assert [one.kind for one in open_store().usage()] == []
     assert shallower(*gather, "--trust-remote-code").status == 0
-    assert "measured before" in shallower(*command, "--out", "out").err
+    assert "cached, measured" in shallower(*command, "--out", "out").err
 
 
 def crafted(file, change):
@@ -124,7 +124,7 @@ def test_gather_takes_what_the_comparison_asks_for_and_nothing_else(
     assert shallower("gather", "shards", "--out", "out").status == 0
     assert open_store().get("loss", {"of": "another eval"}) is None
     assert open_store().get("hashes", {"file": ["model.safetensors"]}) is None
-    assert "measured before" in shallower(*compared(asked, "deepest"), "--out", "out").err
+    assert "cached, measured" in shallower(*compared(asked, "deepest"), "--out", "out").err
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_killed_driver_goes_on_with_the_parts_that_are_missing(folder, asked, 
     started.wait()
     ended = in_a_process(SHALLOWER, *words)
     assert ended.status == 0, ended.err
-    assert re.search(r"goes on: [1-4] of 5 parts are known", ended.err), ended.err
+    assert re.search(r"resuming: [1-4] of 5 parts are cached", ended.err), ended.err
     assert without_time(ended.json) == without_time(whole.json)
 
 

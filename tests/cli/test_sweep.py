@@ -104,7 +104,7 @@ def numbers(folder):
             {"max_length": "0"},
             " (max_length): max_length must be an integer of at least 1",
         ),
-        ({"max_texts": "4"}, " (texts: texts): tiny: too few texts to fit and to choose"),
+        ({"max_texts": "4"}, " (texts: texts): tiny: too few calibration and selection texts"),
     ],
 )
 @pytest.mark.usefixtures("here")
@@ -287,7 +287,7 @@ def test_a_sweep_goes_on_after_failures_and_kills(here, shallower, models, cache
     ended = begun("--json")
     told, said = ended.communicate()
     assert ended.returncode == 1, said
-    assert "goes on: " in said
+    assert "resuming: " in said
     told = json.loads(told)
     failed = {job["name"]: job for job in told["jobs"] if job["state"] == "failed"}
     assert [name.split("-")[:2] for name in failed] == [["compare", "broken"], ["scan", "broken"]]
@@ -307,7 +307,7 @@ def test_a_sweep_goes_on_after_failures_and_kills(here, shallower, models, cache
     shutil.copy(models / "twin" / "model.safetensors", here / "broken")
     whole = shallower("sweep", "sweep.yaml", "--out", "out", "--json")
     assert whole.status == 0, whole.err
-    assert "goes on: 4 of 6 jobs are done" in whole.err
+    assert "resuming: 4 of 6 jobs are done" in whole.err
     kept = [path for path in made if "broken" not in str(path)]
     assert all(path.stat().st_mtime_ns == made[path] for path in kept)
 

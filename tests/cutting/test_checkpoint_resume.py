@@ -52,7 +52,7 @@ def test_a_cut_that_was_stopped_says_where_it_goes_on(source, tmp_path, capfd, p
     sh.prune(source, DROPPED, tmp_path / "cut", max_shard_size=10_000, progress=progress)
     said = capfd.readouterr().err
     of = len(list((tmp_path / "cut").glob("model-*.safetensors"))) + 1  # and their index
-    shown = f"goes on: {there} of {of} files of weights are there\n"
+    shown = f"resuming: {there} of {of} files of weights are there\n"
     assert (shown in said) == (progress is None)
     assert ("goes on" in said) == (progress is None)
 

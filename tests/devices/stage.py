@@ -221,7 +221,7 @@ class Stage:
     Args:
         devices: one or two; none is the CPU, on which backward can be rehearsed, too.
         offloading: whether half of the layers wait in the CPU's memory.
-        streaming: whether all layers wait on disk, in a file that has no blocks there.
+        streaming: whether all layers are streamed from disk, in a file that has no blocks there.
     """
 
     def __init__(self, devices=1, *, offloading=False, streaming=False):

@@ -57,7 +57,7 @@ def loss_of(cut, model, given, lesson=None):
 def refused(stage):
     """Whether adapters are refused, as they are where layers are offloaded."""
     if stage.offloading:
-        with stage.open(), pytest.raises(ModelError, match="wait in the memory of the CPU"):
+        with stage.open(), pytest.raises(ModelError, match="are kept in CPU memory"):
             adapted(stage)
     return stage.offloading
 

@@ -84,5 +84,5 @@ def test_what_cannot_be_answered_is_refused(words, prompts, options, message):
 def test_a_model_on_disk_is_not_read_for_each_token(llama, words, tmp_path):
     sh.save_model(llama, words, tmp_path / "stored")
     model, tokenizer = sh.load_model(tmp_path / "stored", device_map="stream")
-    with pytest.raises(sh.ModelError, match="the layers wait on disk"):
+    with pytest.raises(sh.ModelError, match="the layers are streamed from disk"):
         sh.answer_prompts(model, tokenizer, MANY)

@@ -253,7 +253,7 @@ def test_a_killed_healing_goes_on_to_the_same_bits(cut, tmp_path, monkeypatch, c
     kill_after_two_steps(monkeypatch, cut, out, recipe=recipe, answers=ANSWERS)
     capfd.readouterr()
     sh.heal(cut, TEXTS, out, recipe=recipe, answers=ANSWERS)
-    assert "goes on: 2 of 3 steps were taken\n" in capfd.readouterr().err
+    assert "resuming: 2 of 3 steps were taken\n" in capfd.readouterr().err
     for name in ("adapter_model.safetensors", "README.md"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 

@@ -232,7 +232,7 @@ def test_a_training_that_was_killed_goes_on(heal, folder, written, monkeypatch):
         patched.setattr(trainer_checkpoints, "mark_complete", killed)
         assert heal("out", steps=3).status == 130
     done = heal("out", steps=3)
-    assert "goes on: 2 of 3 steps were taken\n" in done.err
+    assert "resuming: 2 of 3 steps were taken\n" in done.err
     assert written == [32, 8]
     assert heal("whole", steps=3).status == 0
     assert adapters(folder / "out") == adapters(folder / "whole")

@@ -67,9 +67,9 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(cut, whole, tmp_path, monk
         (later / "complete").unlink()
         (later / name).write_bytes(b"")
         (later / "complete").unlink(missing_ok=True)
-    assert "goes on:" not in capfd.readouterr().err
+    assert "resuming:" not in capfd.readouterr().err
     sh.heal(cut, TEXTS, tmp_path / "out", recipe=RECIPE, eval_texts=HELD_OUT)
-    assert "goes on: 2 of 4 steps were taken\n" in capfd.readouterr().err
+    assert "resuming: 2 of 4 steps were taken\n" in capfd.readouterr().err
     same_healing(tmp_path / "out", whole)
 
 

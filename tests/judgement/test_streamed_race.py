@@ -1,4 +1,4 @@
-"""The race of cuts of a model whose layers wait on disk: the same plan, each layer read for all."""
+"""The race of cuts of a model whose layers are streamed: the same plan, each layer read for all."""
 
 from collections import Counter
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Models whose layers wait on disk: the same bits as in memory, each layer read once a pass."""
+"""Models whose layers are streamed: the same bits as in memory, each layer read once a pass."""
 
 import json
 import os

@@ -107,6 +107,14 @@ def test_a_source_says_what_a_model_is_without_loading_it(checkpoint):
     assert str(ModelSource("folder", gguf_file="model.gguf")) == "folder/model.gguf"
 
 
+@pytest.mark.parametrize("path", ["", " "])
+def test_a_source_refuses_an_empty_name(path):
+    with pytest.raises(
+        sh.ModelError, match=r"empty name: name a folder, a hub id or a \.gguf file"
+    ):
+        sh.ModelSource(path)
+
+
 def test_a_source_refuses_an_unknown_dtype():
     with pytest.raises(sh.ModelError, match="unknown dtype 'bf16': expected one of auto, float32"):
         ModelSource("folder", "bf16")

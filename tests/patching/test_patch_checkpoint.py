@@ -52,8 +52,8 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        ({"fit": 1}, "goes on: solved 1 of 2 layers before a block\n"),
-        ({"step": 2}, "goes on: 2 of 6 steps of the patch were taken\n"),
+        ({"fit": 1}, "resuming: solved 1 of 2 layers before a block\n"),
+        ({"step": 2}, "resuming: 2 of 6 steps of the patch were taken\n"),
     ],
 )
 def test_a_patch_says_where_it_goes_on(learned, words, tmp_path, counted, capfd, limit, said):

@@ -1,4 +1,4 @@
-"""A model whose layers wait on disk is patched as one in memory, byte for byte."""
+"""A model whose layers are streamed from disk is patched as one in memory, byte for byte."""
 
 import copy
 import errno

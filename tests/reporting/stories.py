@@ -72,7 +72,7 @@ def row(n, num_layers):
 def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", patched=0.2):
     """A run that has ended, in a folder."""
     best = Recommended(
-        verified(num_layers), "4 layers less, as asked for", loss(), loss(0.5),
+        verified(num_layers), "4 layers less, as requested", loss(), loss(0.5),
         loss(patched), None, loss(0.7).minus(loss(0.5)), 4 / num_layers, 3.2 / num_layers,
     )  # fmt: skip
     told = Continuations(prompt, f"{prompt} good.\n\nAnd more.", "a a a", "fine")

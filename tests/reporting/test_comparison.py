@@ -174,7 +174,7 @@ def test_cuts_that_were_not_patched_are_ranked_as_bare_cuts():
     nothing = {"patched": None, "patched_difference": None, "patched_regret": None}
     story = comparison_story(turned(**nothing), drawn=False)
     assert "greedy loses least as a bare cut" in story.sentence
-    assert story.sentence.endswith("How they compare after a patch is not known.")
+    assert story.sentence.endswith("No row says how they compare after a patch.")
 
 
 def test_a_comparison_of_an_older_version_is_read(shown):
@@ -213,7 +213,7 @@ def test_it_says_what_was_measured_on_what(whole, shown):
     text = " ".join(shown(whole, 300).split())
     assert "The whole model loses 3.592 ± 0.021 nats a token, 0.333 of ln V, on 16,384" in text
     assert "16,384 tokens of 64 texts; V = 49,152. It has 30 layers." in text
-    assert "Judge: loss, nats a token; texts: 40 fit, 24 choose, 64 report." in text
+    assert "Judge: loss, nats a token; texts: 40 calibration, 24 selection, 64 test." in text
     assert "n = 8: 27 % of the layers, 21 % of the parameters" in text
 
 

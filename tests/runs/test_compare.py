@@ -365,7 +365,7 @@ def test_what_cannot_be_compared_is_refused(model, words, asked, error, named):
 
 
 def test_too_few_texts_for_three_sets_are_refused(model, words):
-    with pytest.raises(TextsError, match="too few texts to fit and to choose: 11"):
+    with pytest.raises(TextsError, match="too few calibration and selection texts: 11"):
         sh.compare(model, words, TEXTS[:11], HELD_OUT)
     with pytest.raises(TextsError, match="to report"):
         sh.compare(model, words, TEXTS, HELD_OUT[:1])
@@ -374,9 +374,9 @@ def test_too_few_texts_for_three_sets_are_refused(model, words):
 
 
 def test_texts_of_a_single_token_do_not_count(model, words):
-    with pytest.raises(TextsError, match=r"to fit: 7 of at least two tokens"):
+    with pytest.raises(TextsError, match=r"too few calibration texts: 7 of at least two tokens"):
         sh.compare(model, words, [*TEXTS[:11], *[f"w{i}" for i in range(20)]], HELD_OUT, n=[1])
-    with pytest.raises(TextsError, match=r"to report: 1 of at least two tokens"):
+    with pytest.raises(TextsError, match=r"too few test texts: 1 of at least two tokens"):
         sh.compare(model, words, TEXTS, [HELD_OUT[0], "w1", "w2"], n=[1])
     done = sh.compare(model, words, TEXTS, HELD_OUT * 3, n=[1], criteria=["deepest"])
     assert done.splits["report"] == len(HELD_OUT)

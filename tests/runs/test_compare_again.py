@@ -1,4 +1,4 @@
-"""Comparisons that were measured before, in part or whole, and what makes them others."""
+"""Comparisons that were cached, in part or whole, and what makes them others."""
 
 from dataclasses import asdict, replace
 

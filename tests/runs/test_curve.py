@@ -303,7 +303,7 @@ def _killed(*_args, **_options):
         ({"seed": -1}, sh.LayersError, "seed = -1"),
         ({"heal_steps": 3}, sh.RecipeError, "--heal-steps without --states healed"),
         ({"heal": QUICK}, sh.RecipeError, "without the state healed"),
-        ({"eval_texts": []}, sh.TextsError, "too few texts to report"),
+        ({"eval_texts": []}, sh.TextsError, "too few test texts"),
         ({"eval_texts": "w1 w2"}, sh.TextsError, "texts must be an iterable of strings"),
         ({"states": ["healed"], "heal": TOO_LONG}, sh.TextsError, "texts make"),
     ],

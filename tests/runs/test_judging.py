@@ -196,7 +196,7 @@ def test_a_prompt_that_is_there_twice_is_one():
         ({"judge": "options"}, CriterionError, "judge options needs a file"),
         ({"options": "x.jsonl"}, CriterionError, "no other judge takes one"),
         ({"prompts": ()}, TextsError, "no prompts"),
-        ({"prompts": ASKED[:7]}, TextsError, "too few prompts to choose and to report: 7"),
+        ({"prompts": ASKED[:7]}, TextsError, "too few prompts for a selection and a test set: 7"),
         ({"prompts": "gone.jsonl"}, TextsError, "no file of prompts gone.jsonl"),
     ],
 )
@@ -264,14 +264,14 @@ def test_the_page_says_divergence_where_speech_has_raced(done):
     (table,) = (one for section in story.sections for one in section.tables
                 if one.title.startswith("Proposals that came into"))  # fmt: skip
     assert table.head[2:4] == ("prompts", "divergence")
-    assert "up to 6 prompts that choose, in nats a token of divergence" in table.note
+    assert "up to 6 selection prompts, in nats a token of divergence" in table.note
     drawn = {one.name: one for section in story.sections for one in section.drawings}
     assert drawn["proposals"].title == "What other proposals diverge more than the winner"
     facts = {fact.name: fact for section in story.sections for fact in section.facts}
     assert facts["judge"].value == (
         "speech, the divergence from the whole model on its own words, nats a token"
     )
-    assert facts["prompts that choose"].value.value == 6
+    assert facts["selection prompts"].value.value == 6
 
 
 def test_a_run_that_is_known_runs_no_race_and_says_nothing(
@@ -305,7 +305,7 @@ def test_the_knee_is_of_divergences(sharp, words, tmp_path):
     [
         ({"max_loss": 0.1}, LayersError, "max_loss beside the judge speech"),
         ({"judge": "kl"}, CriterionError, "unknown judge 'kl': a run races proposals by loss or"),
-        ({"prompts": ASKED[:7]}, TextsError, "too few prompts to choose and to report: 7"),
+        ({"prompts": ASKED[:7]}, TextsError, "too few prompts for a selection and a test set: 7"),
     ],
 )
 def test_what_a_run_by_speech_cannot_do_is_one_sentence(

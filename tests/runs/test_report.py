@@ -19,6 +19,7 @@ from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.curve import curve_story
 from shallower.reporting.stories.run import UNFINISHED, run_story
 from shallower.reporting.words import layer_words
+from shallower.reporting.writers import page as pages
 from shallower.runs import report as reports
 from shallower.runs.report import read_story, report
 from shallower.savings.weights import count_weights
@@ -105,6 +106,18 @@ def test_without_matplotlib_there_is_a_page_without_figures(made, tmp_path, monk
     assert not (tmp_path / "figures").exists()
 
 
+@pytest.mark.filterwarnings("ignore:the page has no figures")
+def test_without_matplotlib_a_page_with_figures_stays(made, tmp_path, monkeypatch):
+    done, _ = made
+    page = report(done.out, tmp_path / "page.html")
+    before = page.read_bytes()
+    for module in (reports, pages):
+        monkeypatch.setattr(module, "find_spec", lambda _: None)
+    with pytest.raises(OutputError, match=r"has figures, and is not replaced .* 'shallower\[fig"):
+        report(done.out, page)
+    assert page.read_bytes() == before
+
+
 # Curves and comparisons.
 def test_a_curve_is_told_where_it_holds(tmp_path):
     write(tmp_path, "curve.json", curve(), command="shallower curve X")
@@ -139,7 +152,7 @@ def test_what_has_not_ended_says_so_first(made):
     one = curve()
     assert not any("not ended" in warning for warning in curve_story(one).warnings)
     part = curve_story(replace(one, points=one.points[:7]))
-    assert part.warnings[0].startswith("the curve has not ended: 6 of 24 points are known")
+    assert part.warnings[0].startswith("the curve has not ended: 6 of 24 points are measured")
 
 
 @pytest.mark.parametrize(

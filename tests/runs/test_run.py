@@ -302,7 +302,7 @@ def test_a_patch_that_finds_no_room_is_not_lost(
     taken = len(steps)
     again = sh.run(learned, words, TEXTS, **TAKEN, out=out, n=2)
     assert taken == len(steps) > 0
-    assert f"goes on: {taken} of {taken} steps of the patch were taken" in capfd.readouterr().err
+    assert f"resuming: {taken} of {taken} steps of the patch were taken" in capfd.readouterr().err
     assert again.recommended.patched.nats == done.recommended.patched.nats
     assert {path.name for path in out.iterdir()} == FILES
 

@@ -286,7 +286,7 @@ def test_answers_that_cannot_be_are_refused_before_anything_is_written(
 
 @pytest.fixture
 def streamed(learned, words, tmp_path):
-    """A run of a model whose layers wait on disk."""
+    """A run of a model whose layers are streamed from disk."""
     sh.save_model(learned, words, tmp_path / "stored")
     source = sh.ModelSource(tmp_path / "stored", "float32", "stream")
     return lambda **options: sh.run(

@@ -1,4 +1,4 @@
-"""A run of a model whose layers wait on disk: the same plan and checkpoint as in memory."""
+"""A run of a model whose layers are streamed: the same plan and checkpoint as in memory."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_the_command_streams_a_run(folder, tmp_path, shallower):
     for name, more in (("a", ["--stream"]), ("b", ["--no-speech"])):
         done = shallower("run", folder, *common, *more, "--out", tmp_path / name, "--json")
         assert ("of layers from disk, in" in done.err) == (name == "a")
-        told = "no speech is measured: the layers wait on disk"
+        told = "no speech is measured: the layers are streamed from disk"
         assert (told in done.err) == (name == "a")
         assert done.json["speech"] == {}
         found.append(done.json)

@@ -1,4 +1,4 @@
-"""Curves and comparisons of a model whose layers wait on disk: the same values as in memory."""
+"""Curves and comparisons of a model whose layers are streamed: the same values as in memory."""
 
 import copy
 import json

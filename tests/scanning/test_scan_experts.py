@@ -19,7 +19,7 @@ from tests.documents import documents
 
 TEXTS = documents(40)
 OPTIONS = {"max_length": 12, "batch_size": 2, "experts": True}
-UNUSED = pytest.warns(UserWarning, match=r"\d+ of 48 experts were sent no token by these texts")
+UNUSED = pytest.warns(UserWarning, match=r"\d+ of 48 experts received no token from these texts")
 
 
 @pytest.fixture(scope="module")

@@ -63,8 +63,8 @@ def test_a_text_that_reports_does_nothing_else():
     ("source", "report", "message"),
     [
         (texts(11), REPORT, "11, expected at least 8 and 4; .*--texts"),
-        (texts(12), texts(2), "10 beside 2 that report, expected"),
-        (texts(11) * 2, REPORT, "11 and 11 that are there twice, expected"),
+        (texts(12), texts(2), "10 beside 2 test texts, expected"),
+        (texts(11) * 2, REPORT, "11 and 11 given twice, expected"),
         (texts(12), ["one"], "1 different text, expected at least 2; .*--eval-texts"),
         (texts(12), ["one", "one "], "1 different text, "),
         ([], [], "0 different texts, "),
@@ -84,7 +84,7 @@ def test_a_healing_trains_on_texts_that_nothing_was_fitted_on_first():
 
 
 def test_a_number_that_cannot_choose_is_refused():
-    with pytest.raises(TextsError, match="at least 4 texts must choose, got 3"):
+    with pytest.raises(TextsError, match="expected at least 4 selection texts, got 3"):
         three_splits(texts(20), REPORT, num_choosing=3)
 
 

@@ -1,4 +1,4 @@
-"""``shallower cache``: what was measured before."""
+"""``shallower cache``: inspect and clear cached results."""
 
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -71,7 +71,7 @@ def _show(store: "Store", named: str, as_json: bool) -> None:
         for usage in used
     )
     head = ("kind", "entries", "size", "oldest", "newest")
-    show(Table("measured before", head, rows) if rows else "nothing was measured yet", named)
+    show(Table("cached results", head, rows) if rows else "nothing was measured yet", named)
 
 
 def _date(time: int) -> str:

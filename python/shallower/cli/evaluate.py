@@ -312,7 +312,7 @@ def _measures(
 def _say(
     job: "EvalJob", results: "Results", names: dict[str, str], *, read: list[Any], as_json: bool
 ) -> None:
-    """Print what was found, and write it where it is to be; what was measured before is said."""
+    """Print what was found, and write it where it is to be; what was cached is said."""
     from ..runs.gather import write_evaluation
 
     values = {

@@ -117,7 +117,7 @@ def say_known(made: str, there: Path | None = None, *, what: str = "") -> None:
     """
     way_out = "(shallower cache; --no-cache measures anew)"
     if there is None:
-        said = f"{what}measured before, on {made[:10]} {way_out}"
+        said = f"{what}cached, measured on {made[:10]} {way_out}"
     else:
         said = f"{there} is already there, made from the same inputs on {made[:10]} {way_out}"
     print(said, file=sys.stderr)

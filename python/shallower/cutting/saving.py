@@ -41,7 +41,7 @@ PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again.
 """The text on which a cut is compared with its source where no other is named."""
 
 PIECE = 100 << 20
-"""Bytes of a file of weights at most, where layers wait on disk and none is larger."""
+"""Bytes of a file of weights at most, where layers are streamed from disk and none is larger."""
 
 _DTYPES = ("float32", "bfloat16", "float16", "nf4", "int8")
 
@@ -143,7 +143,7 @@ def _save(
 
 
 def _in_pieces(model: PreTrainedModel) -> dict[str, Any]:
-    """How transformers divides the weights of a model whose layers wait on disk among files.
+    """How transformers divides the weights of a model whose layers are streamed among files.
 
     It brings a file's into memory at once.
     """
@@ -206,7 +206,7 @@ def logits_difference(
     ``input_ids`` are (B, T) int64; ``layers`` is None if the model is without them already. The
     checkpoint is loaded by stock transformers and both run on the device of the model, so that they
     round alike. On a GPU there is no need of room for a second model: the checkpoint lies in the
-    memory of the CPU, and its layers visit the GPU one after the other; or it waits on disk where
+    memory of the CPU, and its layers visit the GPU one after the other; or it is streamed where
     the layers of the model do. ModelError: it cannot be loaded, or lacks weights.
     """
     device = Decoder.of(model).device

@@ -78,7 +78,7 @@ def answer_prompts(
     Raises:
         TextsError: there are no prompts, or what is none; more of our own than there are; a chat,
             or no prompts, without a template for chats; a prompt that leaves no room for an answer.
-        ModelError: the model cannot generate text, or its layers wait on disk.
+        ModelError: the model cannot generate text, or its layers are streamed from disk.
 
     Example:
         >>> begun = [text[:40] for text in texts]  # of a model that does not chat
@@ -124,7 +124,7 @@ def write_answers(
 
     The likeliest token is taken each time, or, with a ``seed``, one drawn by the probabilities as
     they are. What is drawn depends on the seed and on the tokens of the prompt, and not on the
-    prompts beside it. Where layers wait on disk, each token takes a pass over them, in which all
+    prompts beside it. Where layers are streamed, each token takes a pass over them, in which all
     answers go on. Raises ModelError where the model cannot generate text, or its layers cannot be
     run one by one, and TextsError as :func:`check_prompts`.
     """
@@ -164,8 +164,8 @@ def check_at_hand(decoder: Decoder) -> None:
     """Refuse, by ModelError, a model that cannot be let to speak, or would be read for it often."""
     if is_streamed(decoder):
         raise ModelError(
-            "the layers wait on disk, and all of them would be read once a token of every answer: "
-            "leave out --stream, or what the model is to say (speech, --speech)"
+            "the layers are streamed from disk, and every token of every answer would read all of "
+            "them: leave out --stream, or what the model is to say (speech, --speech)"
         )
     check_speaks(decoder)
 

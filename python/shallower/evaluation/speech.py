@@ -66,7 +66,7 @@ def evaluate_speech(
 
     The whole model answers every prompt twice, by its likeliest tokens and by tokens that are
     drawn; on these words both are compared token by token. Then the model answers them itself, and
-    the whole one judges its words; not if its layers wait on disk, since each token would take a
+    the whole one judges its words; not if its layers are streamed, since each token would take a
     pass over them. See :class:`shallower.Speech` for the measures.
 
     Args:
@@ -268,7 +268,7 @@ class Reference:
 
     @torch.inference_mode()
     def compare(self, decoder: Decoder, whole: Decoder | None = None, name: str = "cut") -> Spoken:
-        """Measure a model on the words, and let it speak unless its layers wait on disk.
+        """Measure a model on the words, and let it speak unless its layers are streamed from disk.
 
         ``whole`` makes the whole model's logits, by default this model's head, which must be the
         same. ModelError if it is not, or for logits that are not finite.

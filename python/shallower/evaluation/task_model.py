@@ -251,8 +251,8 @@ class TaskModel:
         room = self.max_length - way.num_tokens
         if room < 1:
             raise ModelError(
-                f"a task wants {way.num_tokens} new tokens of a model that has {self.max_length} "
-                f"positions: leave it out (tasks, --tasks)"
+                f"a task asks for {way.num_tokens} new tokens of a model that has "
+                f"{self.max_length} positions: leave it out (tasks, --tasks)"
             )
         contexts = [ids[-room:] for ids in contexts]
         width = max(map(len, contexts))
@@ -283,7 +283,7 @@ class TaskModel:
 
 @dataclass(frozen=True)
 class _Generation:
-    """How a task wants text generated.
+    """How a task has text generated.
 
     Attributes:
         num_tokens: new tokens at most.

@@ -104,7 +104,7 @@ def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, 
 
     if is_offloaded(model):
         raise ModelError(
-            f"layers of {type(model).__name__} wait in the memory of the CPU, where adapters "
+            f"layers of {type(model).__name__} are kept in CPU memory, where adapters "
             f"cannot be trained: heal in 4 bits (dtype, --dtype nf4), heal a smaller model, or "
             f"take a GPU with more memory"
         )

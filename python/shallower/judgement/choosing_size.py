@@ -51,7 +51,7 @@ def choose_size(
     require_possible(target, num_layers, left_at_least)
     n = target.size(num_layers)
     if n is not None:
-        return SizeChoice(n, f"{target}, as asked for")
+        return SizeChoice(n, f"{target}, as requested")
     limit = _limit_of(target)
     if limit is not None:
         found = (n for n in range(1, num_layers) if left_at_least(n) <= limit.most)

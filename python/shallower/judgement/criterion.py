@@ -86,7 +86,7 @@ class Criterion(ABC):
         """Bound how often those cuts go through the layers, where each is read from disk for all.
 
         Args:
-            looks: the items of each batch of those that choose.
+            looks: the items of each batch of the selection set.
             n: layers that are to go.
 
         Returns:
@@ -99,7 +99,7 @@ class Criterion(ABC):
 
         Args:
             num_layers: L, of the whole model.
-            looks: the items of each batch of those that choose.
+            looks: the items of each batch of the selection set.
             n: layers that are to go; without effect where costs serve all sizes.
 
         Returns:

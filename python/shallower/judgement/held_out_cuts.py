@@ -35,7 +35,7 @@ class HeldOutCuts:
         model: the whole model.
         losses: the next-token loss of the test texts.
         judge: on test items; the same as ``losses`` if the loss judges.
-        store: results that were measured before.
+        store: cached results.
         texts: identity of the test texts, for the store.
         num_rejected: texts with fewer than two tokens.
 

@@ -25,8 +25,8 @@ HELD_OUT_TOKENS = 512
 """Tokens to fit and tokens held out, at most; evenly over all but the first ones of texts."""
 
 TOKENS_RUN = 8192
-"""Tokens of the texts that are run, about, evenly over all that fit: more than are kept, so that
-no text counts too much."""
+"""Tokens of the calibration texts that are run, about: more than are kept, so that no text counts
+too much."""
 
 HELD_OUT_TEXTS = 4
 """Every k-th text is held out."""

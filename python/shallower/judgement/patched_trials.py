@@ -1,4 +1,4 @@
-"""Trials of cuts after a quick patch; several at once, where layers wait on disk."""
+"""Trials of cuts after a quick patch; several at once, where layers are streamed from disk."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack

@@ -30,7 +30,7 @@ PROPOSERS: tuple[Criterion, ...] = (
 """Criteria that propose: by two passes over some texts, without a head."""
 
 PROPOSING_TEXTS = 8
-"""Texts that the criteria look at, evenly over those that fit."""
+"""Texts that the criteria look at, evenly over the calibration texts."""
 
 TRIED = 8
 """Exchanges of a step that are judged: those that are guessed to be the best."""

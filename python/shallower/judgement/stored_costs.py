@@ -70,7 +70,7 @@ def _judged(criterion: Criterion, subject: Subject, n: int) -> int:
 def stored_costs(
     criterion: Criterion, subject: Subject, store: ResultStore, *, inputs: Mapping[str, Any]
 ) -> tuple[Costs, Work]:
-    """Measure the costs by a criterion, or give what was measured before, with what they took.
+    """Measure the costs by a criterion, or give the cached ones, with what they took.
 
     ``inputs`` are all that the costs depend on beside the model. Of a criterion from outside this
     package nothing is kept. A CriterionError says that it gives something else.

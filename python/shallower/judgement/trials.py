@@ -323,7 +323,7 @@ def recall(journal: Journal | None, take: Callable[[dict[str, Any]], None], what
             take(record)
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(
-                f"record {number} of the {what} that were made before is damaged ({error}): "
+                f"record {number} of the cached {what} is damaged ({error}): "
                 f"remove them (shallower cache --clear), or make them anew (--no-cache)"
             ) from error
 

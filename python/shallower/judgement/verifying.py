@@ -42,7 +42,7 @@ from .token_states import evenly
 from .trials import Count, ResultStore, Trials, recalled
 
 PATCH_TEXTS = 24
-"""Texts that quick patches are fitted on, evenly over those that fit."""
+"""Texts that quick patches are fitted on, evenly over the calibration texts."""
 
 SEARCHED = {"none": 1 / 10, "patch": 1 / 16}
 """Share of the layers of an exhaustive search, beyond which no step of the search begins."""
@@ -61,7 +61,7 @@ class Verifier:
         subject: the model, with its calibration and selection texts.
         patch: the quick patch on calibration texts.
         patched: cuts judged after it.
-        store: what was measured before, and where results are kept as they are found.
+        store: cached results; new ones are added as they are found.
         texts: identity of the calibration and selection texts, for the store.
         top: the best so many blocks of each criterion are proposals, and twice as many cuts
             come into the last race.
@@ -190,14 +190,14 @@ def verifier_of(
 ) -> Verifier:
     """Prepare to verify plans of a model that is loaded, by its loss or by a ``judge``.
 
-    Texts of ``splits`` that report are not looked at. ``texts`` is the identity of the others, for
+    Test texts of ``splits`` are not looked at. ``texts`` is the identity of the others, for
     the store; ``tokens`` the length of texts, and how many make one forward.
 
     Raises:
         LayersError: ``max_blocks`` or ``top`` is less than 1.
         PlanError: ``after`` is unknown.
         ModelError: the layers of the model cannot be run one by one.
-        TextsError: fewer than 8 texts to fit, or 4 to choose, have two tokens.
+        TextsError: fewer than 8 calibration or 4 selection texts have two tokens.
     """
     for name, value in (("max_blocks", max_blocks), ("top", top)):
         if value is not None and value < 1:
@@ -229,9 +229,9 @@ def _require_enough(num_fitting: int, num_choosing: int) -> None:
     """Refuse sets that are too small without their texts of a single token."""
     if num_fitting < FEWEST_FITTING or num_choosing < FEWEST_CHOOSING:
         raise TextsError(
-            f"too few texts of at least two tokens: {num_fitting} to fit and {num_choosing} to "
-            f"choose, expected {FEWEST_FITTING} and {FEWEST_CHOOSING}; give more, or longer ones "
-            f"(--texts, --max-texts, --max-length)"
+            f"too few texts of at least two tokens: {num_fitting} calibration and {num_choosing} "
+            f"selection texts, expected {FEWEST_FITTING} and {FEWEST_CHOOSING}; give more, or "
+            f"longer ones (--texts, --max-texts, --max-length)"
         )
 
 

@@ -171,7 +171,7 @@ class Prefixes:
 
     @cached_property
     def _capacity(self) -> int:
-        """Bytes to keep; where layers wait on disk, as many again are for what runs together."""
+        """Bytes to keep; where layers are streamed, as many again are for what runs together."""
         whole = BUDGET.share(self) if self._memory is None else self._memory
         return whole // 2 if is_streamed(self.model.head.decoder) else whole
 

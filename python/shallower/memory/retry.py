@@ -68,7 +68,7 @@ class Halving:
 def _too_long(batch: Batch) -> ModelError:
     return ModelError(
         f"there is not enough memory for the forward of one text of {batch.input_ids.shape[1]} "
-        f"tokens: shorten texts (max_length, --max-length), let the layers wait on disk "
+        f"tokens: shorten texts (max_length, --max-length), stream the layers from disk "
         f"(device_map, --stream), quantise the weights (dtype, --dtype nf4), or spread them over "
         f"more devices (device_map, --device-map)",
         see="streaming",

@@ -1,4 +1,4 @@
-"""Streaming: a model whose layers wait on disk, run layer by layer over many batches.
+"""Streaming: a model whose layers are streamed from disk, run layer by layer over many batches.
 
 Accelerate's hooks load a layer when it runs, and the next is fetched meanwhile. A pass reads each
 layer once for as many batches as their states find room.
@@ -255,7 +255,7 @@ def text_steps(decoder: Decoder) -> int:
 def look_at_states(model: Layerwise, batches: Sequence[Batch], look: Look) -> None:
     """Run a model layer by layer on batches; ``look`` sees every state, from the embedding on.
 
-    A batch at a time; all that find room, where the layers wait on disk.
+    A batch at a time; all that find room, where the layers are streamed from disk.
     """
     if is_streamed(model.head.decoder):
         first, streamed = 0, Streamed(model)

@@ -89,7 +89,7 @@ class Decoder:
     def content(self) -> str | None:
         """A hash of all weights, by which work that is cut short or shared knows its model.
 
-        None where weights wait on disk, and their files are not known.
+        None where weights are streamed from disk, and their files are not known.
         """
         return self.files or weights_hash(self.model)
 

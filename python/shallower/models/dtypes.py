@@ -15,7 +15,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"]
 DeviceMap = str | dict[str, Any] | None
 
 STREAM = "stream"
-"""The device map of a model whose layers wait on disk."""
+"""The device map of a model whose layers are streamed from disk."""
 
 DEQUANTISED = ("fp8", "mxfp4")
 """Ways to store weights that transformers makes plain where it cannot multiply them."""
@@ -44,7 +44,7 @@ def plain_dtype(name: str) -> "torch.dtype":
 
 
 def check_streamed(name: str, dtype: str, device_map: DeviceMap) -> None:
-    """Refuse, by a ModelError, to quantise a model whose layers are to wait on disk."""
+    """Refuse, by a ModelError, to quantise a model whose layers are to be streamed from disk."""
     if device_map == STREAM and dtype in ("nf4", "int8"):
         raise ModelError(
             f"{name} cannot be both streamed and quantised to {dtype}, which saves nothing where a "

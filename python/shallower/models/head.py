@@ -226,7 +226,7 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def one_of_each(layers: DecoderLayers) -> Iterator[None]:
-    """Of layers that wait on disk let the first of each class work; others give what it gave.
+    """Of layers streamed from disk let the first of each class work; others give what it gave.
 
     For what a few tokens tell of a model, not all of it need be read.
     """

@@ -70,7 +70,7 @@ def load_model(
             AVX512-BF16, SVE-BF16), and float32 elsewhere. ``nf4`` (double quantisation, bfloat16
             compute) and ``int8`` are by bitsandbytes, on CPU and CUDA alike.
         device_map: as transformers takes it, such as ``cpu``. ``None`` is every GPU where there
-            is CUDA, and the CPU elsewhere. ``stream`` lets the layers wait on disk, in safetensors
+            is CUDA, and the CPU elsewhere. ``stream`` streams the layers from disk, in safetensors
             or in a GGUF file, from which they are dequantised: scans, losses, races and patches
             read each once for all that it has to run.
         gguf_file: the file's name in the folder or hub repository. Its weights are
@@ -175,7 +175,7 @@ def _streaming_device() -> int | str:
 
 
 def _places(model: PreTrainedModel) -> dict[str, Any]:
-    """The device map of a model whose layers wait on disk."""
+    """The device map of a model whose layers are streamed from disk."""
     layers = find_layers(model)
     beside = dict.fromkeys(beside_layers(model, layers.path), _streaming_device())
     return beside | {f"{layers.path}.{index}": "disk" for index in range(len(layers))}

@@ -44,7 +44,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 @dataclass(slots=True)
 class Reading:
-    """What was read of a model whose layers wait on disk.
+    """What was read of a model whose layers are streamed from disk.
 
     Attributes:
         of: bytes of all of its layers, as they are stored.
@@ -146,7 +146,7 @@ def _in_files(module: nn.Module, unchanged: bool = False) -> Iterator[tuple[str,
 
 
 def bring_from(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Let the hooks of a model bring what waits on disk from other stored weights."""
+    """Let the hooks of a model bring what is streamed from disk from other stored weights."""
     for part in model.modules():
         for hook in _hooks(part):
             if hook.weights_map is not None:

@@ -42,7 +42,8 @@ class ModelSource:
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ModelError: there is no such dtype, or weights that wait on disk are to be quantised.
+        ModelError: the path is empty, there is no such dtype, or weights streamed from disk are to be
+            quantised.
     """
 
     path: str | Path
@@ -52,6 +53,8 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if not str(self.path).strip():
+            raise ModelError("the model has an empty name: name a folder, a hub id or a .gguf file")
         check_dtype(self.dtype)
         check_streamed(str(self), self.dtype, self.device_map)
 

@@ -8,7 +8,7 @@ second moments of rows and columns alone (Adafactor, 1804.04235), each a share o
 square of its own entries: one rate does for matrices of any width. Moves are kept beside the old
 values, so that steps below a dtype's grain add up.
 
-Where the layers wait on disk, each step reads them forwards once and backwards once, and all that
+Where the layers are streamed, each step reads them forwards once and backwards once, and all that
 is kept of a matrix lies in temporary files.
 """
 
@@ -88,7 +88,7 @@ def rate_at(step: int, steps: int) -> float:
 class MovingMatrix:
     """One matrix that descends, or several of a kind in one tensor.
 
-    What is kept of it lies in the memory of the CPU; in files, if the matrix waits on disk.
+    What is kept of it lies in the memory of the CPU; in files, if the matrix is streamed from disk.
     """
 
     STATE = ("_move", "_momentum", "_rows", "_columns")

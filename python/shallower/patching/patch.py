@@ -50,7 +50,7 @@ def patch(
     """Drop layers and heal the cut in minutes, in place.
 
     Args:
-        model: the whole model, in float32, bfloat16 or float16. If its layers wait on disk, they
+        model: the whole model, in float32, bfloat16 or float16. If its layers are streamed, they
             are read twice a step, and what is held of the matrices that move lies in temporary
             files.
         tokenizer: its tokenizer.
@@ -186,7 +186,7 @@ def _solved(
             raise PatchError(
                 f"there is not enough memory to patch with {tokens.texts} texts of at most "
                 f"{tokens.max_length} tokens in one forward: lower batch_size (--batch-size), or "
-                f"let layers wait in the memory of the CPU (device_map, --device-map)",
+                f"let layers stay in CPU memory (device_map, --device-map)",
                 see="streaming",
             ) from error
         if not done.patched < done.cut:

@@ -61,7 +61,7 @@ class Run:
         target: what the run aims at.
         scan: the comparison of all layers.
         whole: the loss of the whole model on the test set.
-        splits: how many texts fit, choose and report.
+        splits: the number of calibration, selection and test texts.
         recommended: the cut that the run ends in; None until it is known.
         table: what other sizes cost, by the number of layers, as far as it is known.
         continuations: what the models said to the first prompts.

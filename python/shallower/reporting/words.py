@@ -73,11 +73,6 @@ def judge_words(judge: str, unit: str) -> str:
     return ", ".join([judge, *filter(None, [_JUDGES.get(judge)]), unit])
 
 
-def splits_words(splits: Mapping[str, int]) -> str:
-    """Say how many texts fit, choose and report: ``64 fit, 16 choose, 64 report``."""
-    return ", ".join(f"{number:,} {name}" for name, number in splits.items()) or "not known"
-
-
 def range_cell(layers: Sequence[int]) -> str:
     """Write layers for a narrow column, where a range is not broken."""
     return ranges(layers).replace(", ", ",\xa0")

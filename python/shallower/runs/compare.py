@@ -52,7 +52,7 @@ def compare(
 ) -> CriteriaComparison:
     """Compare criteria by what they remove and what that costs.
 
-    The calibration texts are divided into those that fit and those that choose; the held-out
+    The calibration texts are divided into calibration and selection texts; the held-out
     texts give every loss that is reported, and no criterion sees them. Every choice is
     measured before and after a quick patch (the last matrix of the feed-forward before each
     block, solved anew). Each criterion is charged what it costs by itself, although nothing is
@@ -64,14 +64,14 @@ def compare(
     Args:
         model: a causal language model of transformers; or the source or the place that it is
             loaded from; or several such, which are compared one after the other. The failure of
-            one of several is recorded, and the others go on. If its layers wait on disk, all cuts
+            one of several is recorded, and the others go on. If its layers are streamed, all cuts
             are measured in the same passes.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts; or several such by name, each of which chooses for itself.
         eval_texts: held-out texts. Calibration texts that are among them are left out.
         settings: the settings; by default those of :class:`CompareSettings`.
         out: a folder for ``comparison.json``, ``comparison.csv`` and the figures.
-        cache: keep what is measured, and use what was measured before.
+        cache: keep what is measured, and reuse cached results.
         overwrite: replace what is in ``out``.
         progress: bars with ETA on standard error; by default if that is a terminal.
         options: settings by keyword, as ``n=[2]``: any field of :class:`CompareSettings`.
@@ -170,7 +170,7 @@ class CompareStudy(Study[CompareSettings]):
 
     @cached_property
     def prompts(self) -> Sequence[Prompt]:
-        """The prompts on which bare cuts speak; those that report of the judge ``speech``."""
+        """The prompts on which bare cuts speak; the test prompts of the judge ``speech``."""
         if not self.settings.speech:
             return ()
         if self.settings.judge == "speech":

@@ -54,7 +54,7 @@ class Outcome:
         rows: every choice.
         skipped: by criterion, and calibration text where there are several, why it could not
             choose.
-        splits: how many texts fit, choose and report: those of two tokens at least.
+        splits: the number of calibration, selection and test texts: those of two tokens at least.
         is_complete: whether nothing was skipped or left out.
     """
 
@@ -167,7 +167,7 @@ class _Choosing:
         units = [self.study.unit(name, n, "cut", **on) for name in names for n in sizes]
         known, judged = sum(unit.known for unit in units), self.subject.trials.num_recalled
         if known or judged:
-            where = f"{known} of {len(units)} choices and {judged:,} trials of cuts are known"
+            where = f"{known} of {len(units)} choices and {judged:,} trials of cuts are cached"
             say_goes_on(where, self.study.progress)
 
     # Layers that are run, times texts, at most.
@@ -386,14 +386,14 @@ class PartsMaker:
 def _require_enough(subject: Subject, report: Judge) -> None:
     """Refuse sets that are too small without their texts of a single token."""
     sets = (
-        (subject.num_texts, FEWEST_FITTING, "to fit", "--texts, --max-texts"),
-        (subject.trials.judge.num_items, FEWEST_CHOOSING, "to choose", "--texts, --max-texts"),
-        (report.num_items, FEWEST_REPORTING, "to report", "--eval-texts, --max-eval-texts"),
+        (subject.num_texts, FEWEST_FITTING, "calibration", "--texts, --max-texts"),
+        (subject.trials.judge.num_items, FEWEST_CHOOSING, "selection", "--texts, --max-texts"),
+        (report.num_items, FEWEST_REPORTING, "test", "--eval-texts, --max-eval-texts"),
     )
-    for number, fewest, purpose, options in sets:
+    for number, fewest, name, options in sets:
         if number < fewest:
             raise TextsError(
-                f"too few texts {purpose}: {number} of at least two tokens, expected {fewest}; "
+                f"too few {name} texts: {number} of at least two tokens, expected {fewest}; "
                 f"give more, or longer ones ({options}, --max-length)"
             )
 

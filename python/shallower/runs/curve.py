@@ -56,14 +56,14 @@ def curve(
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
-            loaded from. If its layers wait on disk, all cuts are measured in the same passes.
+            loaded from. If its layers are streamed, all cuts are measured in the same passes.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts, any iterable of strings, read once.
         eval_texts: held-out texts, which report. Calibration texts that are among them are left
             out.
         out: the folder to write to.
         settings: the settings; by default those of :class:`CurveSettings`.
-        cache: keep what is measured, and use what was measured before. Without it, a curve that
+        cache: keep what is measured, and reuse cached results. Without it, a curve that
             was cut short begins anew.
         overwrite: replace what is in ``out``.
         progress: a bar with ETA on standard error; by default if that is a terminal.
@@ -80,7 +80,7 @@ def curve(
         RecipeError: ``heal_steps`` without the state ``healed``, or settings that do not fit.
         TextsError: no texts, or too few for three sets; no such task.
         OutputError: ``out`` holds another curve, or cannot be written to.
-        ModelError: the model cannot be loaded or run; or its layers wait on disk, and there are
+        ModelError: the model cannot be loaded or run; or its layers are streamed, and there are
             tasks or the state ``healed``.
         CacheError: what the cache holds is damaged.
         MissingExtraError: the state ``healed`` without peft, or tasks without lm-eval.

@@ -18,7 +18,7 @@ TOP = 2
 """Proposals of every criterion in the demo."""
 
 NUM_CHOOSING = 8
-"""Passages that choose in the demo."""
+"""Selection passages of the demo."""
 
 NUM_PROMPTS = 8
 """Prompts on which the models of the demo speak."""

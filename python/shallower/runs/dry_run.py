@@ -66,7 +66,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     }
     described: dict[str, Any] = {"split": Divided(counts)}
     if getattr(study, "entry", None) is not None:
-        return {**described, "time": "none, for it was measured before"}
+        return {**described, "time": "none: the result is cached"}
     models = cache(
         lambda: [_Model(study, model) for model in study.models if isinstance(model, ModelSource)]
     )
@@ -131,7 +131,7 @@ class _Texts:
         self.at_once, self.tokenizer = texts_at_once, tokenizer
 
     def looks(self, num_choosing: int | None = None) -> list[int]:
-        """The items of each look at those that choose, or at the first of them."""
+        """The items of each look at the selection set, or at the first of them."""
         count = len(self.judged[:num_choosing])
         return [part.stop - part.start for part in looks(count, self.at_once)]
 
@@ -249,7 +249,7 @@ class _Model:
         return sorted(found - {*sizes})[: 2 * len(sizes)]
 
     def stream(self) -> StreamPlan:
-        """What is read of a model whose layers wait on disk, at most, about."""
+        """What is read of a model whose layers are streamed from disk, at most, about."""
         settings, passes = self.settings, []
         found = StudyPasses(self.layers, settings, self._first_texts)
         if isinstance(settings, RunSettings):

@@ -90,7 +90,7 @@ class EvalJob:
         store: where results are looked for and kept.
         out: the folder for ``eval.json``, if there is to be one.
         overwrite: replace what is there.
-        readings: what was read of each model whose layers wait on disk.
+        readings: what was read of each model whose layers are streamed from disk.
 
     Raises:
         OutputError: ``out`` holds what is read, or another process writes there.
@@ -226,7 +226,7 @@ class EvalJob:
         return forecast(*[one.counted(texts) for one in (self, *others)], beside=tasks)
 
     def _stream(self) -> "dict[str, StreamPlan | str]":
-        """Plan what speech reads where layers wait on disk, at most; else nothing."""
+        """Plan what speech reads where layers are streamed from disk, at most; else nothing."""
         from .stream_plans import CHECKED, plan_passes
 
         speech = [one for one in self.measures if isinstance(one, SpeechOnPrompts)]
@@ -239,7 +239,7 @@ class EvalJob:
         try:
             return {"stream": plan_passes(self.source, passes)}
         except FileNotFoundError as error:
-            return {"stream": f"cannot be told before: {error}"}
+            return {"stream": f"cannot be estimated beforehand: {error}"}
 
     def known(self) -> Results | None:
         """Look for the results; None if one must be measured."""

@@ -208,7 +208,7 @@ def memory_facts(source: ModelSource, plan: MemoryPlan) -> dict[str, Any]:
     """A forecast for a dry run, with the way out where it does not fit."""
     if plan.fits or source.waits_on_disk:
         return {"memory": plan}
-    return {"memory": plan, "way out": "let the layers wait on disk (--stream)"}
+    return {"memory": plan, "way out": "stream the layers from disk (--stream)"}
 
 
 def forecast_source(

@@ -151,7 +151,7 @@ class Measuring:
         self._shares: dict[tuple[int, ...], float] = {}  # of the seconds of cuts judged together
 
     def _tokenised(self) -> dict[str, TokenisedSplits]:
-        """All texts of the study, tokenised once; those that report are the same of every name."""
+        """All texts of the study, tokenised once; the test texts are the same for every name."""
         found: dict[str, TokenisedSplits] = {}
         for name, split in self._study.splits.items():
             report = next(iter(found.values())).report if found else split.report

@@ -69,7 +69,7 @@ PATCHING_FOLDER = ".patching"
 """What a patch goes on from that was cut short, or found no room for its checkpoint."""
 
 TABLE_REPORTS = 64
-"""Texts of those that report on which cuts of the table are measured, at least; their losses on
+"""Test texts on which cuts of the table are measured, at least; their losses on
 all are estimated by what the whole model loses on the others.
 """
 

@@ -60,10 +60,10 @@ def run(
 
     The layers are compared by a scan; proposals of several criteria are raced after a quick patch,
     by their loss or (``judge="speech"``) by their divergence from the whole model on its own words;
-    the winner is patched, saved, reloaded by stock transformers and, with ``heal``, trained. Some
-    of the texts fit, some choose, and others report: no figure in the result is of a text that
-    anything was chosen by. By the judge of speech one half of the prompts chooses, and the models
-    speak on the other half; losses are of texts, whatever the judge.
+    the winner is patched, saved, reloaded by stock transformers and, with ``heal``, trained. The
+    texts are divided into calibration, selection and test set: every reported number comes from
+    texts that played no part in the selection. The judge of speech selects by one half of the
+    prompts and reports the other half; losses are of texts, whatever the judge.
 
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
     ``target_memory``; by none of them it is the knee of the curve of losses, or of divergences.
@@ -74,7 +74,7 @@ def run(
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
-            loaded from. If its layers wait on disk, no speech is measured, which a warning says.
+            loaded from. If its layers are streamed, no speech is measured, which a warning says.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts, any iterable of strings, read once. With ``heal`` they are kept
             in memory.
@@ -82,7 +82,7 @@ def run(
             out. By default every fourth of ``texts``.
         out: the folder to write to.
         settings: the settings; by default those of :class:`RunSettings`.
-        cache: keep what is measured, and use what was measured before.
+        cache: keep what is measured, and reuse cached results.
         overwrite: replace what is in ``out``, part by part as the new ones are complete.
         progress: bars with ETA on standard error; by default if that is a terminal.
         report: receives the results before a healing starts, which may take days.
@@ -182,7 +182,7 @@ class RunStudy(Study[RunSettings]):
 
     @cached_property
     def prompts(self) -> Sequence[Prompt]:
-        """The prompts that models speak on; of the judge ``speech`` those that report."""
+        """The prompts that models speak on; of the judge ``speech`` the test half."""
         given = self.settings.prompts
         if self.judges[0] != "speech" or given == ():
             return super().prompts

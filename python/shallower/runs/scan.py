@@ -195,7 +195,7 @@ class ScanJob:
         return count
 
     def reading(self, model: "PreTrainedModel") -> "Reading | None":
-        """What was read of a model whose layers wait on disk; None of one in memory."""
+        """What was read of a model whose layers are streamed from disk; None of one in memory."""
         from ..models.offload import reading_of
 
         return reading_of(model) if self.source.waits_on_disk else None

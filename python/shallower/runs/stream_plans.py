@@ -1,4 +1,4 @@
-"""What is read of a model whose layers wait on disk, before it is loaded: passes and bytes."""
+"""What is read of a model whose layers are streamed, before it is loaded: passes and bytes."""
 
 import tempfile
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class StudyTexts(Protocol):
     report: NDArray[np.int64]
 
     def looks(self, num_choosing: int | None = None) -> list[int]:
-        """Count the items of each look at those that choose, or at the first of them."""
+        """Count the items of each look at the selection set, or at the first of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,7 @@ def plan_patch(
     try:
         return {"stream": plan_passes(source, passes), "steps": steps}
     except FileNotFoundError as error:
-        return {"stream": f"cannot be told before: {error}", "steps": steps}
+        return {"stream": f"cannot be estimated beforehand: {error}", "steps": steps}
 
 
 def _moving(num_layers: int, dropped: Sequence[int]) -> list[int]:

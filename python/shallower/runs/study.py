@@ -98,11 +98,11 @@ class Study(ABC, Generic[Settings]):
         settings: of the study.
         out: the folder to write to; None to write nothing.
         overwrite: replace what is in ``out``.
-        store: of what was measured before.
+        store: of cached results.
         command: the words of the command line, without places; empty for a call from Python.
         progress: bars with ETA on standard error; by default if that is a terminal.
         identities: of the models, in the store of the process that this one measures for.
-        readings: what was read of each model whose layers wait on disk.
+        readings: what was read of each model whose layers are streamed from disk.
 
     Raises:
         TextsError: texts that are not text.
@@ -226,7 +226,7 @@ class Study(ABC, Generic[Settings]):
         """Refuse work that reads all layers often, where they wait on disk: ModelError."""
         if any(model.waits_on_disk for model in self.models):
             raise ModelError(
-                f"the layers of the model wait on disk (--stream), and all would be read by "
+                f"the layers of the model are streamed (--stream), and all would be read by "
                 f"{work}: {way_out}"
             )
 
@@ -441,7 +441,7 @@ class Study(ABC, Generic[Settings]):
 
     @cached_property
     def entry(self) -> Entry | None:
-        """The whole study in the store, if it was measured before."""
+        """The whole study in the store, if it is cached."""
         return self.store.find(self.KIND, self.inputs)
 
     # What lies in its folder.

@@ -55,7 +55,7 @@ def share(study: Study[Any], workers: int | None, on: Literal["local", "ray"] = 
     parts = described["parts"]
     done = [str(part) for part in study.parts() if is_known(study, part)]
     if done:
-        say_goes_on(f"{len(done)} of {len(parts)} parts are known", study.progress)
+        say_goes_on(f"{len(done)} of {len(parts)} parts are cached", study.progress)
     ledger = Ledger(parts, done, exact=False)  # what a worker sends depends on what it has sent
     with study.alone(), track(f"{study.KIND}, parts", len(parts), study.progress) as advance:
         advance(len(done))

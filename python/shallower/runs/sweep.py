@@ -108,7 +108,7 @@ class SweepRun:
         workers: jobs at once.
         on: where they are carried out.
         progress: a bar on standard error; by default if that is a terminal.
-        store: of what was measured before.
+        store: of cached results.
 
     Raises:
         SettingsError, OutputError: as :func:`sweep`.

@@ -29,7 +29,7 @@ VERIFYING_TEXTS = 64
 """Texts that proposals are measured and quick patches are solved on, at most."""
 
 TABLE_TEXTS = 32
-"""Texts or prompts that choose the cuts of the table beside the recommended one."""
+"""Texts or prompts by which the cuts are chosen of the table beside the recommended one."""
 
 
 class VerifiedPlans:

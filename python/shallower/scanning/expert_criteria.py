@@ -87,7 +87,7 @@ def criteria_rows() -> list[dict[str, str]]:
         for name, row in CRITERIA.items()
     ]
     beside = {
-        EXHAUSTIVE: ("score of every set on what chooses", f"all sets, {MOST_SETS:,} at most"),
+        EXHAUSTIVE: ("score of every set on the selection set", f"all sets, {MOST_SETS:,} at most"),
         LAYERS: ("least angular distance; the nearest share of parameters", "one pass"),
     }
     return rows + [{"name": name, "summary": by, "cost": c} for name, (by, c) in beside.items()]

@@ -95,11 +95,11 @@ class ExpertStatistics:
         return {layer: tuple(experts) for layer, experts in none.items() if experts}
 
     def warn_of_unrouted(self) -> None:
-        """Warn if many experts were sent no token: they go first, though others may need them."""
+        """Warn if many experts received no token: they go first, though others may need them."""
         num, total = sum(map(len, self.unrouted.values())), self.counts.size
         if num > MANY_UNROUTED * total:
             warnings.warn(
-                f"{num:,} of {counted(total, 'expert')} were sent no token by these texts, and go "
+                f"{num:,} of {counted(total, 'expert')} received no token from these texts, and go "
                 f"first by every criterion that reads texts: scan more texts, of every kind that "
                 f"the cut is to serve",
                 stacklevel=4,
@@ -169,8 +169,9 @@ class ExpertStatistics:
             raise ExpertsError(f"unknown statistic {value!r}: expected {', '.join(VALUES)}")
         if value == "moved" and not self.has_stream:
             raise ExpertsError(
-                "how far the routed experts turn the stream is not known of this model, whose "
-                "layers do not just add their outputs to it: choose another criterion than easy-ep"
+                "how far the routed experts turn the residual stream was not measured: "
+                "the layers of this model do more than add their outputs to it. Choose another "
+                "criterion than easy-ep"
             )
         return VALUES.index(value)
 

@@ -87,7 +87,7 @@ def stream(
     """Run batches through a model, and keep the states of the chosen tokens.
 
     A part is given while the next batch runs, so that two batches' states are in memory at most;
-    where layers wait on disk, those of as many batches as find room, by :func:`stream_by_layer`.
+    where layers are streamed, those of as many batches as find room, by :func:`stream_by_layer`.
     ``copies`` and ``halving`` of earlier calls bring buffers, and how many texts the device takes.
     ``experts`` count what runs meanwhile. ``advance`` receives the texts of a batch that a layer on
     disk has run on, of which no part is a step.
@@ -138,7 +138,7 @@ def stream_by_layer(
     experts: ExpertHooks | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Generator[Part, None, None]:
-    """Run batches through a model whose layers wait on disk, each read once for all with room.
+    """Run batches through a model whose layers are streamed, each read once for all with room.
 
     Gives what :func:`stream` does, to the same bits on a CPU, when the last layer has run.
     ``advance`` receives the texts of a batch that a layer has run on.

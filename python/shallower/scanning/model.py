@@ -185,7 +185,7 @@ def states_of(
     experts: ExpertHooks | None = None,
     apart: bool = False,
 ) -> Iterator[Generator[Part, None, None]]:
-    """The states of windows of batches; of a model whose layers wait on disk, of several at once.
+    """The states of windows of batches; of a model whose layers are streamed, of several at once.
 
     Each is to be closed before the next is asked for. ``experts`` and ``advance`` as for
     :func:`stream`; windows stay ``apart`` where each is judged.

@@ -1,4 +1,4 @@
-"""Three sets of texts: those that fit, those that choose, and those that report."""
+"""Three sets of texts: the calibration, the selection and the test set."""
 
 import random
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from ..errors import TextsError
 from .batches import TokenisedText
 
 NUM_CHOOSING = 16
-"""Texts that choose, by default."""
+"""Selection texts, by default."""
 
 FEWEST_FITTING = 8
 FEWEST_CHOOSING = 4
@@ -42,9 +42,9 @@ class Splits:
     def training(self, unread: Iterable[str]) -> Iterator[str]:
         """Yield the texts that a healing may train on, those first that no patch is fitted on.
 
-        Texts of ``unread``, which lie behind those that were divided, come without those that
-        choose or report; then those that fit, the last first, for patches take as many as they
-        need from the first on.
+        Texts of ``unread``, which lie behind those that were divided, come without the
+        selection and test texts; then the calibration texts follow, the last first, since patches
+        take as many as they need from the first on.
         """
         others = {text.strip() for text in (*self.choose, *self.report)}
         yield from (text for text in unread if text.strip() not in others)
@@ -53,7 +53,7 @@ class Splits:
 
 @dataclass(frozen=True, slots=True)
 class TokenisedSplits:
-    """Texts that fit, choose and report, tokenised once for all that a study does with them."""
+    """Calibration, selection and test texts, tokenised once for all that a study does with them."""
 
     fit: Sequence[TokenisedText]
     choose: Sequence[TokenisedText]
@@ -67,7 +67,7 @@ def three_splits(
     num_choosing: int = NUM_CHOOSING,
     seed: int = 0,
 ) -> Splits:
-    """Divide calibration texts into those that fit and those that choose; the others report.
+    """Divide texts into calibration and selection texts; the others are the test texts.
 
     Every k-th text chooses, evenly over all of them, a third at most; so both sets are of the
     same kinds where a file is sorted. Two texts are the same if they differ by white space at
@@ -81,24 +81,24 @@ def three_splits(
     """
     texts, report = _listed(texts), _listed(eval_texts)
     if num_choosing < FEWEST_CHOOSING:
-        raise TextsError(f"at least {FEWEST_CHOOSING} texts must choose, got {num_choosing}")
+        raise TextsError(f"expected at least {FEWEST_CHOOSING} selection texts, got {num_choosing}")
     report = _different(report)
     reporting = {text.strip() for text in report}
     if len(reporting) < FEWEST_REPORTING:
         raise TextsError(
-            f"too few texts to report: {_count(len(reporting), 'different text')}, expected at "
+            f"too few test texts: {_count(len(reporting), 'different text')}, expected at "
             f"least {FEWEST_REPORTING}; name a file of more held-out texts (--eval-texts)"
         )
     own = [text for text in _different(texts) if text.strip() not in reporting]
     num_shared = count_shared(texts, reporting)
     num_repeated = len(texts) - num_shared - len(own)
     if len(own) < FEWEST_FITTING + FEWEST_CHOOSING:
-        left_out = f" beside {num_shared} that report" if num_shared else ""
-        repeated = f" and {num_repeated} that are there twice" if num_repeated else ""
+        left_out = f" beside {num_shared} test texts" if num_shared else ""
+        repeated = f" and {num_repeated} given twice" if num_repeated else ""
         raise TextsError(
-            f"too few texts to fit and to choose: {len(own)}{left_out}{repeated}, expected at "
+            f"too few calibration and selection texts: {len(own)}{left_out}{repeated}, expected at "
             f"least {FEWEST_FITTING} and {FEWEST_CHOOSING}; name more calibration texts, "
-            f"other than those that report (--texts, --max-texts)"
+            f"other than the test texts (--texts, --max-texts)"
         )
     size = min(num_choosing, len(own) // 3)
     chosen = [len(own) * (2 * i + 1) // (2 * size) for i in range(size)]
@@ -140,7 +140,7 @@ def two_splits(
     what: tuple[str, str] = ("items", "--options"),
     seed: int = 0,
 ) -> tuple[list[Item], list[Item]]:
-    """Divide the items of a task at random into halves: those that choose, those that report.
+    """Divide the items of a task at random into halves: selection and test set.
 
     An item whose ``key`` was there before is left out. A TextsError refuses fewer than 8 that
     differ; ``what`` names them, and the option of their file.
@@ -152,8 +152,8 @@ def two_splits(
     if len(different) < 2 * FEWEST_CHOOSING:
         name, option = what
         raise TextsError(
-            f"too few {name} to choose and to report: {len(different)} that differ, expected at "
-            f"least {2 * FEWEST_CHOOSING}; name a file of more {name} ({option})"
+            f"too few {name} for a selection and a test set: {len(different)} distinct, expected "
+            f"at least {2 * FEWEST_CHOOSING}; name a file of more {name} ({option})"
         )
     return different[::2], different[1::2]
 

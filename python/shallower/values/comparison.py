@@ -64,7 +64,7 @@ class Row:
         parameters_share: the parameters that go as a share of all.
         seconds: wall time that the choice took here, where what is shared is made once.
         layer_forwards: layers run, times texts, that the choice takes by itself.
-        score: what the judge says of the cut on items that report; as ``loss`` for the judge
+        score: what the judge says of the cut on test items; as ``loss`` for the judge
             ``loss``.
         score_stderr: its standard error.
         accuracy: share of right answers, of the judge ``options``.
@@ -243,7 +243,7 @@ class CriteriaComparison:
         skipped: the criteria that could not choose, and why.
         judge: name of the judge that chose.
         unit: of a score of that judge.
-        splits: how many texts fit, choose and report.
+        splits: the number of calibration, selection and test texts.
         max_length: tokens of a text, at most; 0 where that is not known.
         versions: of the packages that made the figures.
     """

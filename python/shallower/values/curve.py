@@ -96,7 +96,7 @@ class Curve:
         model: its name, as a title.
         num_layers: L.
         points: the whole model first, then every cut, by size, strategy and state.
-        splits: how many texts fit, choose and report.
+        splits: the number of calibration, selection and test texts.
         dtype: of the weights.
         max_length: tokens of a text, at most.
         versions: of the packages that made the figures.

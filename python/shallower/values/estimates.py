@@ -1,14 +1,23 @@
-"""What a dry run tells of a study: its texts, disk and time, and what cannot be told."""
+"""What a dry run says of a study: its texts, disk and time, and what cannot be estimated."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .memory import format_size
 
+SETS = {"fit": "calibration", "choose": "selection", "report": "test"}
+"""The three sets of texts by their names in files, in words."""
+
+
+def splits_words(splits: Mapping[str, int]) -> str:
+    """Say how many texts each set has: ``64 calibration, 16 selection, 64 test``."""
+    return ", ".join(f"{number:,} {SETS[name]}" for name, number in splits.items()) or "not known"
+
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """A sentence that says why something cannot be told."""
+    """Why something cannot be estimated."""
 
     why: str
 
@@ -17,25 +26,24 @@ class Unknown:
         return {"unknown": self.why}
 
     def __str__(self) -> str:
-        return f"cannot be told before: {self.why}"
+        return f"cannot be estimated beforehand: {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
 class Divided:
-    """How many texts fit, choose and report, by the name of the calibration texts."""
+    """The number of calibration, selection and test texts, by the name of the calibration texts."""
 
     counts: dict[str, tuple[int, int, int]]
 
     def to_json(self) -> dict[str, dict[str, int]]:
         """Give the counts by name."""
-        words = ("fit", "choose", "report")
-        return {name: dict(zip(words, of, strict=True)) for name, of in self.counts.items()}
+        return {name: dict(zip(SETS, of, strict=True)) for name, of in self.counts.items()}
 
     def __str__(self) -> str:
         several = len(self.counts) > 1
         return "; ".join(
-            f"{f'{name}: ' if several else ''}{fit:,} fit, {choose:,} choose, {report:,} report"
-            for name, (fit, choose, report) in self.counts.items()
+            (f"{name}: " if several else "") + splits_words(of)
+            for name, of in self.to_json().items()
         )
 
 

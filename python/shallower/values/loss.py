@@ -142,7 +142,7 @@ class Loss:
         """
         if self.by_text is None or other.by_text is None:
             raise TextsError(
-                "a loss is not known text by text, so no difference can be paired: measure both "
+                "a loss has no values by text, so no difference can be paired: measure both "
                 "with evaluate_loss"
             )
         if not np.array_equal(self.by_text.weights, other.by_text.weights):

@@ -362,14 +362,14 @@ class CompareSettings(StudySettings):
             default.
         unit: what goes: ``layers``, or ``experts``, ``n`` of every layer that has any, by criteria
             of experts.
-        judge: what chooses: ``loss``, the next-token loss; ``kl``, the divergence from the whole
+        judge: selects: ``loss``, the next-token loss; ``kl``, the divergence from the whole
             model's next-token distributions; ``options``, the margin of right options;
             ``speech``, the divergence from the whole model on its own words.
         options: a file of JSON lines with ``context``, ``options`` and ``answer``, of the judge
             ``options``; one half chooses, the other one reports.
         prompts: of the judge ``speech``, as for :func:`shallower.evaluate_speech`; one half
             chooses, the other one reports. By default prompts of our own.
-        speech: also measure how the bare cuts speak, on the prompts that report, or on ``prompts``
+        speech: also measure how the bare cuts speak, on the test prompts, or on ``prompts``
             beside another judge: by default 24 of our own.
         device_memory: bytes for the states that cuts share, as a number or as ``4GB``; by default
             what the device has free.
@@ -400,7 +400,7 @@ class CompareSettings(StudySettings):
             raise CriterionError(f"unit {self.unit!r}: expected layers or experts (unit, --unit)")
         if self.unit == "experts" and self.speech:
             raise CriterionError(
-                "how a model speaks without experts is not compared: measure it with shallower "
+                "compare does not measure speech without experts: use shallower "
                 "eval --plan PLAN --speech (speech)"
             )
         self._take_places("options")

@@ -49,7 +49,7 @@ class Speech:
         seed: of what is drawn.
         words: SHA-256 of what the whole model said, and of the prompts.
         scores: by way, and by measure; ``loss_under_whole`` is missing as long as the whole model
-            has not judged the words, and all of its own words where layers wait on disk.
+            has not judged the words, and all of its own words where layers are streamed from disk.
         whole: by way, ``repetition`` and ``length`` of the words of the whole model.
         by_token: by way and measure by token, an array for every prompt; None where it was read.
     """

@@ -73,7 +73,7 @@ class Verified:
         unit: of its scores, as ``nats a token``.
         candidates: those that came into the last race, the winner first, then by their scores,
             those that were lost early last.
-        num_items: items that choose.
+        num_items: selection items.
         num_proposals: cuts that were proposed, by criteria and by the search.
         layer_forwards: layers run, times texts, for proposals and race together.
         seconds: wall time of both.

@@ -24,7 +24,7 @@ from ..subject import Subject
 from ..token_states import ALL_TOKENS, evenly
 
 NUM_TEXTS = 16
-"""Texts whose loss is differentiated, at most, evenly over those that fit."""
+"""Texts whose loss is differentiated, at most, evenly over the calibration texts."""
 
 PROBE_TOKENS = 8
 """Made-up tokens, by which the maps that write into the stream are found."""

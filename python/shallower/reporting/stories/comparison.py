@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from ...values.commands import command_line
 from ...values.comparison import ComparedModel, CriteriaComparison, Row, Standing
+from ...values.estimates import splits_words
 from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
 from ..charts.comparison import DIVERGENCES, Group, group_charts, groups_of
@@ -19,7 +20,6 @@ from ..words import (
     made_by,
     range_cell,
     small_model,
-    splits_words,
     whole_words,
 )
 
@@ -144,7 +144,7 @@ def _in_the_other_state(group: Group, best: Row) -> str:
     others = group.ranked(best.n, by_patch=not group.by_patch)
     where = "As bare cuts" if group.by_patch else "After a quick patch"
     if not others:
-        return "How they compare after a patch is not known."
+        return "No row says how they compare after a patch."
     leader, standing = others[0]
     if leader.dropped == best.dropped:
         here = [row.criterion for row, _ in group.ranked(best.n)]
@@ -358,7 +358,7 @@ def _expert_choices(comparison: CriteriaComparison, group: Group, n: int) -> Tab
         tuple(rows),
         f"Loss in nats a token, regret in {group.unit}, paired with the best; parameters that go "
         f"as a share of all. layers: of the blocks of least angular distance the one whose share "
-        f"is nearest; exhaustive: the best of all sets by the judge on what chooses.",
+        f"is nearest; exhaustive: the best of all sets by the judge on the selection set.",
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ...values.commands import command_line
 from ...values.counts import counted
 from ...values.curve import STATES, Curve, CurvePoint, State
+from ...values.estimates import splits_words
 from ...values.files import CURVE_FILE
 from ...values.layers import layer_count, ranges
 from ...values.loss import Loss
@@ -25,7 +26,6 @@ from ..words import (
     perplexity_words,
     range_cell,
     small_model,
-    splits_words,
     whole_words,
 )
 from .speech import CURVE_MEASURES, speech_cell
@@ -178,8 +178,8 @@ def _unfinished(curve: Curve) -> list[str]:
     if there >= wanted:
         return []
     return [
-        f"the curve has not ended: {there} of {wanted} points are known; call shallower curve "
-        f"again, and it goes on where it was"
+        f"the curve has not ended: {there} of {wanted} points are measured; call shallower curve "
+        f"again to resume"
     ]
 
 

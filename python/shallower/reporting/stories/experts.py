@@ -50,11 +50,11 @@ def unknown(chosen: ScanChoice) -> list[str]:
     ]
     more = len(chosen.unrouted) - len(named)
     and_more = f"; and of {counted(more, 'more layer')}" if more > 0 else ""
-    said = "was sent no token" if num == 1 else "were sent no tokens"
+    said = "received no token" if num == 1 else "received no tokens"
     return [
-        f"{counted(num, 'expert')} {said} by these texts (by layer {'; '.join(named)}{and_more}): "
-        f"{gone:,} of them {'goes' if gone == 1 else 'go'}, {num - gone:,} "
-        f"{'stays' if num - gone == 1 else 'stay'}",
+        f"{counted(num, 'expert')} {said} from these texts "
+        f"(by layer {'; '.join(named)}{and_more}): {gone:,} of them "
+        f"{'goes' if gone == 1 else 'go'}, {num - gone:,} {'stays' if num - gone == 1 else 'stay'}",
         *left_out,
     ]
 
@@ -67,7 +67,7 @@ def gathered(statistics: ExpertStatistics | None) -> list[str]:
     layers, experts = counted(len(statistics.layers), "layer"), statistics.routing.num_experts
     left_out = f"; {_left_out(statistics.left_out)}" if statistics.left_out else ""
     return [
-        f"experts: {experts} in each of {layers}, {num} of which were sent no token{left_out}; "
+        f"experts: {experts} in each of {layers}, {num} of which received no token{left_out}; "
         f"choose by plan --experts K"
     ]
 

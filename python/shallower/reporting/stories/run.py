@@ -10,6 +10,7 @@ from ...savings.weights import Weights, count_weights
 from ...values.bootstrap import NUM_RESAMPLES
 from ...values.commands import command_line
 from ...values.counts import counted
+from ...values.estimates import splits_words
 from ...values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
 from ...values.gain import Gain
 from ...values.layers import drop_option
@@ -31,18 +32,16 @@ from ..words import (
     perplexity_words,
     range_cell,
     small_model,
-    splits_words,
 )
 from .gain import gain_table
 from .speech import repeats_warning, speech_table
 from .stages import candidates_table, failed_proposals, healing_table, rejected, scan_table
 
 UNLIKE = 3.0
-"""Standard errors from which on texts that chose and those that report are called unlike."""
+"""Standard errors from which on selection and test texts are called unlike."""
 
 UNFINISHED = (
-    "the run has not ended: this is as far as it came; call shallower run again, and it goes on "
-    "where it was"
+    "the run has not ended: these are the results so far; call shallower run again to resume"
 )
 """The warning of a run that was cut short, or goes on."""
 
@@ -110,7 +109,7 @@ def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
     names = ("n", "drop", "parameters", "cut", "patched", "more than whole", "deepest, patched")
     note = (
         f"Nats a token on {counted(best.whole.num_tokens, 'token')} of the "
-        f"{counted(best.whole.num_texts, 'text')} that report; whole model "
+        f"{counted(best.whole.num_texts, 'test text')}; whole model "
         f"{best.whole}. Patches here are quick ones, one matrix a block. "
         f"Errors of 'more' are paired.{_estimated(rows, best.whole.num_texts)}"
     )
@@ -217,9 +216,9 @@ class _RunStory:
             loss, stderr = (row.patched, row.patched_stderr) if patched else (row.cut, row.stderr)
             if loss is not None and _apart(chosen.score, chosen.stderr, loss, stderr or 0.0):
                 found.append(
-                    f"calibration unlike evaluation: the same cut loses {chosen.score:.2f} nats a "
-                    f"token on the texts that chose it, {loss:.2f} on those that report; choose on "
-                    f"texts as you will use the model for"
+                    f"the selection texts differ from the test texts: the same cut loses "
+                    f"{chosen.score:.2f} nats a token on the selection texts, {loss:.2f} on the "
+                    f"test texts; choose on texts as you will use the model for"
                 )
         if best.state in run.speech and run.speech[best.state].repeats:
             found.append(repeats_warning(best.state, run.speech[best.state]))
@@ -256,7 +255,7 @@ class _RunStory:
         if verified.judge == "speech":
             facts.append(
                 Fact(
-                    "prompts that choose",
+                    "selection prompts",
                     Number.count(verified.num_items),
                     f"{RESULTS_FILE}: recommended.verified",
                 )
@@ -368,7 +367,7 @@ class _RunStory:
                 (HEALED_FOLDER, run.healing),
             ):
                 if loss is not None:
-                    what = "the loss of what was made" if name == CHECKPOINT_FOLDER else "healed"
+                    what = "the loss of the checkpoint" if name == CHECKPOINT_FOLDER else "healed"
                     commands[what] = command_line("eval", f"{folder}/{name}", *options)
         commands["this page"] = command_line("report", folder)
         return again(f"{'; '.join(commands)}.", *commands.values())

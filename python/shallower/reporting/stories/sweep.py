@@ -9,6 +9,7 @@ from typing import Any
 from ...values.commands import command_line
 from ...values.comparison import ComparedModel
 from ...values.counts import counted
+from ...values.estimates import splits_words
 from ...values.files import SWEEP_FILE
 from ...values.layers import ranges
 from ...values.sweep import Borne, Sweep, borne
@@ -32,7 +33,6 @@ from ..words import (
     made_by,
     patch_words,
     small_model,
-    splits_words,
 )
 
 _STATES = {"cut": "as it is cut", "patched": "after a quick patch", "healed": "after a healing"}

@@ -4,10 +4,11 @@ import base64
 import hashlib
 import json
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...errors import OutputError
+from ...errors import MissingExtraError, OutputError
 from ...storage import write_file
 from ..charts.drawing import Drawing
 from ..story import STORY_FORMAT, Story
@@ -52,10 +53,13 @@ _INLINED = ("report.css", "report.js")
 def write_page(story: Story, page: Path) -> None:
     """Write the page, Markdown and JSON beside it, and ``figures``.
 
-    OutputError where the place cannot be written to, or foreign files lie there.
+    OutputError where the place cannot be written to, or holds foreign files; or a page with
+    figures, where nothing can draw them for the new one.
     """
     written = [page, page.with_suffix(".md"), page.with_suffix(".json")]
-    _require_own(*written[1:])
+    if _shows_figures(*written[1:]) and find_spec("matplotlib") is None:
+        kept = f"{page} has figures, and is not replaced by a page without: drawing them"
+        raise OutputError(str(MissingExtraError("matplotlib", "figures", kept)))
     content = json.dumps(story.to_json(), indent=2, ensure_ascii=False) + "\n"
     texts = to_html(story), to_markdown(story), content
     # JSON first: by it the rest is known as ours, even if this is cut short.
@@ -65,11 +69,11 @@ def write_page(story: Story, page: Path) -> None:
         drawing.save(page.parent / "figures")
 
 
-def _require_own(words: Path, numbers: Path) -> None:
-    """Refuse to replace Markdown and JSON that belong to no page, such as the results."""
+def _shows_figures(words: Path, numbers: Path) -> bool:
+    """Whether the page that is there shows figures; refuses Markdown and JSON of no page."""
     found = numbers if numbers.exists() else words
     if not found.exists():
-        return
+        return False
     try:
         data = json.loads(numbers.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -79,6 +83,7 @@ def _require_own(words: Path, numbers: Path) -> None:
             f"{found} is there already, and no page has written it: give the page another name "
             f"(out, --out)"
         )
+    return bool(data.get("figures"))
 
 
 def _hover(drawing: Drawing) -> dict[str, Any]:
