@@ -19,9 +19,15 @@ SOURCES := $(RUST) pyproject.toml README.md LICENSE LICENSE-THIRD-PARTY $(shell 
 # Processes that share the tests, a file each at a time; torch has one thread in each.
 WORKERS ?= 2
 LINTED := python tests benches
+# What the benchmarks' assertions are about: they, the core, and the modules that they name.
+NAMED = $(wildcard $(shell grep -ohE "^from shallower[a-z_.]* import \w+" benches/*.py | sort -u \
+	| sed -E 's,^from (\S+) import (\w+)$$,\1 \1/\2,; s,\.,/,g; s,\S+,python/&.py,g'))
+BENCHED = benches rust Cargo.toml Cargo.lock pyproject.toml Makefile $(NAMED)
 # What the wheel that is given away depends on, but for Python's files, which tests install as a wheel too.
 PACKAGING := rust Cargo.toml Cargo.lock LICENSE-THIRD-PARTY pyproject.toml tests/smoke.py tests/wheel.py Makefile
 ARM := aarch64-unknown-linux-gnu
+# A shell's question: does no commit of the last day change any of these?
+UNCHANGED = git diff --quiet "$$(git rev-list -1 --before='1 day ago' HEAD)" HEAD --
 # The wheel for the processor of this machine, among those in dist/.
 NATIVE := dist/*_$(shell uname -m).whl
 
@@ -39,7 +45,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs lint-workflows lint-words format demo families docs tutorial \
+.PHONY: help dev affected check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs lint-workflows lint-words format demo families docs tutorial \
 	bench build-benches bench-check gpu-check fuzz sanitize release release-check wheel wheel-arm test-arm old-cpus licences clean
 
 help:  ## This list
@@ -47,6 +53,9 @@ help:  ## This list
 
 dev: $(VENV)/.dev  ## An environment in .venv: a changed line of Python counts at once
 	@echo "ready: 'make check T=tests/scanning/test_scan.py' builds what changed in the core and runs these tests"
+
+affected: $(VENV)/.dev $(CORE)  ## The tests of the folders that a change since B=main can affect, on the working tree
+	tests="$$($(BIN)/python -m tests.affected $(B))" && $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $$tests
 
 check: $(VENV)/.dev $(CORE)  ## Build what changed in the core, and run the tests T= of the working tree
 	$(BIN)/pytest $(or $(T),$(error name the tests: make check T=tests/scanning))
@@ -62,9 +71,13 @@ browser:  ## Chromium for the tests of the page, where apt-get can install it
 # what the rest waits for, one process at a time. Tests have both cores.
 ci: export CARGO_INCREMENTAL := 0
 ci:  ## All that must pass before anything lands
-	$(MAKE) $(MAKEOVERRIDES) --jobs 5 --output-sync=target build-python-tests build-rust-tests lint build-benches
-	$(MAKE) $(MAKEOVERRIDES) test bench-check
-	@if git diff --quiet "$$(git rev-list -1 --before='1 day ago' HEAD)" HEAD -- $(PACKAGING); \
+	$(MAKE) $(MAKEOVERRIDES) --jobs 5 --output-sync=target build-python-tests build-rust-tests lint \
+		$$($(UNCHANGED) $(BENCHED) || echo build-benches)
+	$(MAKE) $(MAKEOVERRIDES) test
+	@if $(UNCHANGED) $(BENCHED); \
+		then echo "skipped: no commit of the last day changes the benchmarks or what they name; 'make bench-check' runs their assertions"; \
+		else $(MAKE) $(MAKEOVERRIDES) bench-check; fi
+	@if $(UNCHANGED) $(PACKAGING); \
 		then echo "skipped: no commit of the last day changes the core or the packaging; 'make wheel' builds and tests the wheel"; \
 		else $(MAKE) $(MAKEOVERRIDES) wheel; fi
 	@echo "tests, lint and benchmarks' assertions have passed"
