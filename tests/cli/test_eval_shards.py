@@ -224,7 +224,7 @@ def test_texts_that_no_worker_can_measure_are_named_and_the_others_are_kept(
 ):
     command = [*command, "--out", "out", "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("shallower.runs.eval_shards.OPENER", "tests.runs.counting:PoisonedEval")
+        patch.setattr("shallower.runs.eval_shards.OPENER", "tests.runs.poisoned:PoisonedEval")
         done = shallower(*command)
         unkept = shallower(*command[:-4], "--workers", "1")
     assert "the eval is incomplete: 1 of its shards failed 3 times each" in done.error

@@ -205,7 +205,7 @@ def test_texts_that_no_worker_can_scan_are_named_and_the_others_are_scanned(
 ):
     command = ["scan", tiny, "--texts", many, "--out", "out", *SMALL, "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("shallower.runs.scan_shards.OPENER", "tests.runs.counting:PoisonedScan")
+        patch.setattr("shallower.runs.scan_shards.OPENER", "tests.runs.poisoned:PoisonedScan")
         done = shallower(*command)
     assert "the scan is incomplete: 1 of its shards failed 3 times each" in done.error
     assert "shard 7/64 by ValueError: poison" in done.error

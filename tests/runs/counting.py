@@ -1,4 +1,7 @@
-"""Work for workers that needs no model: a unit is a number, its result the number's square."""
+"""Work for workers that needs no model: a unit is a number, its result the number's square.
+
+Every worker imports this anew, so it imports no torch.
+"""
 
 import errno
 import os
@@ -7,9 +10,6 @@ import time
 from pathlib import Path
 
 from shallower.errors import TextsError
-from shallower.runs.eval_shards import OpenedEval
-from shallower.runs.scan_shards import OpenedScan
-from shallower.runs.study_units import OpenedStudy
 from shallower.runs.units import Job
 
 OPENER = f"{__name__}:Counting"
@@ -80,38 +80,7 @@ class Counting:
         return True
 
 
-class _Poisoned:
-    """Shards of which no worker can make the eighth."""
-
-    def run(self, unit):
-        """A shard, or an error."""
-        if unit == "7/64":
-            raise ValueError("poison")
-        return super().run(unit)
-
-
-class PoisonedScan(_Poisoned, OpenedScan):
-    """A scan."""
-
-
-class PoisonedEval(_Poisoned, OpenedEval):
-    """An evaluation."""
-
-
 def done_in(folder):
     """The units that were begun, in their order, and the processes that did."""
     lines = (folder / "done").read_text().splitlines()
     return [tuple(line.split()) for line in lines]
-
-
-class DyingStudy(OpenedStudy):
-    """A comparison whose greedy search ends its worker as often as DEATHS says, beside a file."""
-
-    def run(self, unit):
-        """A part, or the end."""
-        place, _, times = os.environ["DEATHS"].rpartition(":")
-        died = len(Path(place).read_text()) if Path(place).exists() else 0
-        if unit.startswith("greedy of") and died < int(times):
-            Path(place).write_text("x" * (died + 1))
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().run(unit)

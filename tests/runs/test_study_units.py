@@ -131,7 +131,7 @@ def test_workers_of_this_machine_make_the_comparison(places, measured, tmp_path)
 @pytest.mark.slow
 def test_a_worker_that_dies_loses_only_its_part(places, tmp_path, measured, monkeypatch, capfd):
     alone = comparison(places, store=Store(tmp_path / "alone")).run()
-    monkeypatch.setattr(study_units, "OPENER", "tests.runs.counting:DyingStudy")
+    monkeypatch.setattr(study_units, "OPENER", "tests.runs.poisoned:DyingStudy")
     for name, deaths in (("once", 1), ("always", 9)):
         monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / name))
         monkeypatch.setenv("DEATHS", f"{tmp_path / name}.deaths:{deaths}")
