@@ -102,6 +102,55 @@ def cache_folder(tmp_path_factory, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The folder of a cache that is one for a module: in use while what the module shares is made.
+
+    Tests see it by ``warm``, on a test or as a module's ``pytestmark``; there a test of what is
+    measured, counted or gone on with is ``cold``.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        folder = tmp_path_factory.mktemp("kept")
+        patched.setenv("SHALLOWER_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def warm(request, kept, cache_folder, monkeypatch):
+    """What was measured for this module is found."""
+    if "cold" not in request.fixturenames:
+        monkeypatch.setenv("SHALLOWER_CACHE", str(kept))
+
+
+@pytest.fixture
+def cold():
+    """Nothing is found, in a module that is ``warm``."""
+
+
+DRAWN = {"reporting", "docs"}
+"""Folders of the tests that look at figures."""
+FEW_BYTES = {
+    "svg": b'<svg width="1pt" height="1pt"><title>-</title></svg>',
+    "png": b"\x89PNG",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def figures(request):
+    """Elsewhere they are made, and not laid out, and their files are the same few bytes."""
+    if request.path.parent.name in DRAWN:
+        yield
+        return
+    from shallower.reporting.charts import drawing, heat_map, plots
+
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (drawing, heat_map):
+            patched.setattr(module, "render", lambda _figure, kind, **_words: FEW_BYTES[kind])
+        for module in (plots, heat_map):
+            patched.setattr(module, "lay_out", lambda figure: figure.set_layout_engine("none"))
+        yield
+
+
 @pytest.fixture
 def llama():
     return tiny_llama()
@@ -160,7 +209,18 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def shallower(folder, monkeypatch, capfd):
+def hasty(monkeypatch):
+    """Forecasts time this machine by few repeats, on small matrices."""
+    from shallower.runs import speed
+    from shallower.savings import timing
+
+    monkeypatch.setattr(speed, "ENOUGH", 0.0)
+    monkeypatch.setattr(timing, "_WIDTH", 256)
+    monkeypatch.setattr(timing, "_STREAMED", 1 << 22)
+
+
+@pytest.fixture
+def shallower(folder, hasty, monkeypatch, capfd):
     """Run a command in this process, in ``folder``."""
     from shallower import cli
 

@@ -54,7 +54,8 @@ def test_a_file_beside_the_package_runs_what_reads_it(name, found):
     "name",
     [
         "pyproject.toml", "Makefile", "rust/lib.rs", "tests/conftest.py",
-        "tests/healing/conftest.py", "tests/rust/main.rs", "python/shallower/__init__.py", "python/shallower/gone/old.py",
+        "tests/healing/conftest.py", "tests/rust/main.rs", "python/shallower/__init__.py",
+        "python/shallower/gone/old.py",
     ],
 )  # fmt: skip
 def test_what_no_room_has_runs_all(name):

@@ -7,6 +7,8 @@ import pytest
 import shallower as sh
 from tests.cli.documents import tree
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 KEYS = {
     "model", "criterion", "n", "dropped", "loss", "stderr", "patched", "regret", "seconds",
     "layer_forwards",
@@ -33,7 +35,7 @@ def test_compare_prints_a_row_for_every_criterion_and_size(shallower, folder, as
     assert tree(folder) == {}
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("cold", "undrawn")
 @pytest.mark.slow
 def test_compare_says_what_was_measured_before(shallower, folder, asked):
     first = shallower(*asked, "--out", "out")
@@ -57,7 +59,7 @@ def test_compare_says_what_was_measured_before(shallower, folder, asked):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("cold", "undrawn")
 def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
     shallower, folder, asked, models, monkeypatch
 ):

@@ -7,7 +7,6 @@ import torch
 
 import shallower as sh
 from shallower.evaluation import answers as evaluation
-from shallower.healing import trainer_checkpoints
 from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.cutting.card_tools import assert_same_weights, blocks_of_code, cut_by, one_line
 from tests.healing.cuts import QUICK, TEXTS
@@ -120,20 +119,6 @@ def test_answers_alone_need_no_texts(heal, folder):
     assert adapters(folder / "texts") == adapters(folder / "out")
 
 
-def test_a_chat_is_written_by_the_template_of_the_tokenizer(heal, given, both, folder, words):
-    given["answers"] = ("--answers", "--answer-tokens", 6)
-    whole, _ = sh.load_model(both[0], dtype="float32")
-    chats = words.__class__(tokenizer_object=words.backend_tokenizer, eos_token="<eos>")
-    chats.chat_template = "{% for one in messages %}w1 {{ one.content[:9] }} w2{% endfor %}"
-    sh.save_model(whole, chats, folder / "whole")
-    given["original"] = ("--original", folder / "whole")
-    assert heal("out", "--share", 1, using=("answers", "original")).status == 0
-    expected = sh.answer_prompts(whole, chats, num_prompts=32, num_tokens=6)
-    record = sh.Healing.load(folder / "out").answers
-    assert record.num_answers == 32
-    assert record.num_tokens == sum(len(one.written) for one in expected)
-
-
 @pytest.mark.slow
 def test_a_quantised_model_answers_and_can_be_trained(heal, both):
     for dtype in ("nf4", "int8"):
@@ -221,23 +206,6 @@ def test_answers_that_were_written_before_a_kill_are_not_written_again(
     assert adapters(folder / "out") == adapters(folder / "whole")
 
 
-def test_a_training_that_was_killed_goes_on(heal, folder, written, monkeypatch):
-    mark = trainer_checkpoints.mark_complete
-
-    def killed(checkpoint):
-        mark(checkpoint)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer_checkpoints, "mark_complete", killed)
-        assert heal("out", steps=3).status == 130
-    done = heal("out", steps=3)
-    assert "resuming: 2 of 3 steps were taken\n" in done.err
-    assert written == [32, 8]
-    assert heal("whole", steps=3).status == 0
-    assert adapters(folder / "out") == adapters(folder / "whole")
-
-
 # Refusals
 CHAT = {"messages": [{"role": "user", "content": "w1"}]}
 
@@ -254,16 +222,12 @@ CHAT = {"messages": [{"role": "user", "content": "w1"}]}
         ),
         ("original", ("--share", 1), "name texts to train on (--texts), or answers alone"),
         ("texts answers original", ("--share", 0), "share must be above 0 and at most 1"),
-        ("texts answers original", ("--share", 1.5), "share must be above 0 and at most 1"),
         (
             "texts original", ("--answers", "nowhere.jsonl"),
             "there is no file of prompts nowhere.jsonl: expected JSON lines",
         ),
-        ("texts original", ("--answers", "empty.jsonl"), "there are no prompts in empty.jsonl"),
-        ("texts original", ("--answers", "texts.jsonl"), "line 1: no field `prompt` that holds a"),
         ("texts original", ("--answers", "chats.jsonl"), "has no chat template: write `prompt`"),
         ("texts", ("--answers", "other.jsonl"), "is an answer of a/other, and the uncut model is"),
-        ("texts", ("--answers", "some.jsonl"), "line 2 has no answer: write the field `answer`"),
         ("texts", ("--answers", "short.jsonl", "--original", "twin"), "was made for whole ("),
         ("answers", ("--share", 1, "--original", "."), "it lies in ., which is read: choose ano"),
     ],
@@ -277,10 +241,7 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
         torch.nn.init.uniform_(twin.model.norm.weight)
         sh.save_model(twin, words, folder / "twin")
     write_prompts(folder / "chats.jsonl", CHAT)
-    write_prompts(folder / "empty.jsonl")
-    answered = {"prompt": "w1", "answer": "w2"}
-    write_prompts(folder / "other.jsonl", {**answered, "model": "a/other"})
-    write_prompts(folder / "some.jsonl", answered, "w3")
+    write_prompts(folder / "other.jsonl", {"prompt": "w1", "answer": "w2", "model": "a/other"})
     write_prompts(folder / "short.jsonl", "w3")
     before = {*folder.iterdir()}
     done = heal("out", *options, using=using.split())

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.evaluation import answers as evaluation
 from shallower.models.decoder import Decoder
 from shallower.patching import descent
 from shallower.texts.sequences import collate, read_samples
@@ -218,31 +217,12 @@ def test_a_dry_run_tells_of_answers_and_loads_nothing(given, folder, monkeypatch
     assert not (folder / "out").exists()
 
 
-def test_what_was_answered_before_a_kill_is_not_answered_again(given, folder, written, monkeypatch):
-    write = evaluation.write_answers
-
-    def killed(*args, **options):
-        if written:
-            raise KeyboardInterrupt
-        return write(*args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "write_answers", killed)
-        assert given("out").status == 130
-    assert given("out").status == 0
-    assert written == [32, 8]
-    assert given("whole-way", "--no-cache").status == 0
-    assert weights(folder / "whole-way") == weights(folder / "out")
-
-
 @pytest.mark.parametrize(
     ("options", "answers", "message"),
     [
         (("--share", 0), None, "share must be above 0 and at most 1"),
-        (("--share", 1.5), ("prompts.jsonl",), "share must be above 0 and at most 1"),
         (("--stream",), ("prompts.jsonl",), "--answers beside --stream: all layers would be read"),
         (("--stream",), (), "give a file that has the answers, or leave one of the two out"),
-        ((), ("nowhere.jsonl",), "there is no file of prompts nowhere.jsonl"),
         ((), ("chats.jsonl",), "has no chat template: write `prompt`"),
         ((), ("other.jsonl",), "line 1 is an answer of a/other, and the uncut model is "),
         (("--out", "prompts.jsonl", "--overwrite"), ("prompts.jsonl",), "prompts.jsonl"),

@@ -22,12 +22,12 @@ from tests.judgement.test_judges import cut, margins
 from tests.judgement.test_speech_judge import plain_divergences
 from tests.runs.test_judging import said_to
 
-LAST = 7
+LAST = 3
 
 
 def sparse(planted=()):
     """A mixture whose last layer alone has experts; the planted ones write nothing."""
-    model = mixture("qwen3_moe", mlp_only_layers=list(range(LAST)))
+    model = mixture("qwen3_moe", num_hidden_layers=LAST + 1, mlp_only_layers=list(range(LAST)))
     experts = find_experts(model)[0].module
     with torch.no_grad():
         for one in planted:
@@ -59,7 +59,7 @@ def test_every_criterion_has_a_row_on_every_text(done):
             assert row.dropped
         else:
             assert row.dropped == ()
-            assert row.experts.startswith("7:")
+            assert row.experts.startswith(f"{LAST}:")
         assert 0 < row.parameters_share < 1
     assert done.models[0].num_experts == 6
 
@@ -86,16 +86,16 @@ def test_words_tell_both_shares_of_parameters(done):
 @pytest.mark.parametrize("name", ["ean", "man", "msan", "reap", "easy-ep"])
 def test_what_writes_nothing_goes_first(done, name):
     rows = [row for row in done.rows if row.criterion == name]
-    assert {row.experts for row in rows} == {"7:1,4"}
+    assert {row.experts for row in rows} == {f"{LAST}:1,4"}
 
 
 def test_losses_and_regrets_are_those_of_all_sets(done):
     model, tokenizer = sparse((1, 4)), word_tokenizer()
     losses = {}
     for pair in itertools.combinations(range(6), 2):
-        plan = sh.Plan(8, (), experts=sh.DroppedExperts(6, {LAST: pair}))
+        plan = sh.Plan(LAST + 1, (), experts=sh.DroppedExperts(6, {LAST: pair}))
         with sh.without_layers(model, plan):
-            losses[f"7:{sh_text(pair)}"] = sh.evaluate_loss(model, tokenizer, documents(7, 12))
+            losses[f"{LAST}:{sh_text(pair)}"] = sh.evaluate_loss(model, tokenizer, documents(7, 12))
     rows = [row for row in done.rows if row.experts]
     for row in rows:
         assert row.loss == pytest.approx(losses[row.experts].nats, rel=1e-6)
@@ -160,7 +160,7 @@ def test_every_judge_scores_every_cut_beside_the_whole_model(judge, unit, place,
     scores = []
     for row in done.rows:
         experts = row.experts and sh.DroppedExperts.of(6, row.experts)
-        plan = sh.Plan(8, (), experts=experts) if experts else row.dropped
+        plan = sh.Plan(LAST + 1, (), experts=experts) if experts else row.dropped
         score = plain_score(
             judge, cut(model, ()), cut(model, plan), tokenizer, held_out=held_out, items=items
         )
@@ -235,7 +235,7 @@ def test_the_command_leaves_a_page(shallower, tmp_path):
     assert "Loss over the share of parameters" in (out / "report.html").read_text()
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert [(row["n"], row["criterion"]) for row in rows][:2] == [(1, "reap"), (1, "frequency")]
-    assert "7:1,4" in (out / "comparison.csv").read_text()
+    assert f"{LAST}:1,4" in (out / "comparison.csv").read_text()
 
 
 def test_the_criteria_are_listed(shallower):

@@ -46,6 +46,7 @@ def test_published_figures_of_llama_2_7b(attention):
     assert (1e3 * one.prefill_before > 106) == (attention == "eager")
 
 
+@pytest.mark.usefixtures("hasty")
 def test_all_devices_and_this_machine_by_default(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "tiny")
     found = sh.gain(tmp_path / "tiny", [1, range(3, 5)], context=16)

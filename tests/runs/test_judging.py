@@ -217,18 +217,10 @@ def test_layers_on_disk_are_refused_before_anything_is_loaded(places, tmp_path, 
 
 # Runs.
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """The folder of what ``done`` has measured."""
-    return tmp_path_factory.mktemp("measured")
-
-
-@pytest.fixture(scope="module")
-def done(sharp, words, measured, tmp_path_factory):
+def done(sharp, words, kept, tmp_path_factory):
     """A run whose proposals were raced by speech."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("SHALLOWER_CACHE", str(measured))
-        out = tmp_path_factory.mktemp("run") / "out"
-        return sh.run(sharp, words, CALIBRATION, **TAKEN, out=out, n=2, plan_only=True)
+    out = tmp_path_factory.mktemp("run") / "out"
+    return sh.run(sharp, words, CALIBRATION, **TAKEN, out=out, n=2, plan_only=True)
 
 
 def test_a_run_races_by_speech_and_reports_losses(done, sharp, words):
@@ -275,9 +267,8 @@ def test_the_page_says_divergence_where_speech_has_raced(done):
 
 
 def test_a_run_that_is_known_runs_no_race_and_says_nothing(
-    done, sharp, words, measured, monkeypatch, tmp_path, judged
+    done, sharp, words, warm, monkeypatch, tmp_path, judged
 ):
-    monkeypatch.setenv("SHALLOWER_CACHE", str(measured))
     written = []
     write = answers.write_answers
 

@@ -33,26 +33,12 @@ def read_results(folder):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """The folder of what ``done`` has measured."""
-    return tmp_path_factory.mktemp("measured")
-
-
-@pytest.fixture
-def known(measured, cache_folder, monkeypatch):
-    """What ``done`` and tests that choose among its cuts have measured is found."""
-    monkeypatch.setenv("SHALLOWER_CACHE", str(measured))
-
-
-@pytest.fixture(scope="module")
-def done(trained, words, measured, tmp_path_factory):
+def done(trained, words, kept, tmp_path_factory):
     """A run of a model that was trained a little."""
     model = tiny_llama(6)
     model.load_state_dict(trained.state_dict())
     out = tmp_path_factory.mktemp("run") / "out"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("SHALLOWER_CACHE", str(measured))
-        return sh.run(model, words, TEXTS, **TAKEN, out=out, n=2)
+    return sh.run(model, words, TEXTS, **TAKEN, out=out, n=2)
 
 
 # The whole way.
@@ -151,7 +137,7 @@ def test_texts_that_report_are_held_out_where_none_are_given(learned, words, tmp
 
 
 # What is wished for.
-@pytest.mark.usefixtures("known")
+@pytest.mark.usefixtures("warm")
 def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     layer = sum(p.numel() for p in learned.model.layers[0].parameters())
     whole = sum(p.numel() for p in learned.parameters())
@@ -172,7 +158,7 @@ def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("known")
+@pytest.mark.usefixtures("warm")
 def test_a_latency_and_a_memory_are_met(done, learned, words, tmp_path):
     """All layers are alike, so that two are the fewest for what is left without two of them."""
     found = sh.gain(learned, done.recommended.plan, device="h100", context=16)
@@ -197,7 +183,7 @@ def test_a_device_that_is_not_known_is_one_sentence(learned, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("known")
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -240,7 +226,7 @@ def test_settings_that_cannot_be_are_named(learned, words, tmp_path, options, er
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("known")
+@pytest.mark.usefixtures("warm")
 def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):
     done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
     assert [row.n for row in done.table] == [1, 2, 3] or [row.n for row in done.table] == [1, 2]
@@ -282,7 +268,7 @@ def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path
 
 
 def test_a_patch_that_finds_no_room_is_not_lost(
-    learned, words, done, known, tmp_path, monkeypatch, capfd
+    learned, words, done, warm, tmp_path, monkeypatch, capfd
 ):
     """The disk fills up behind the steps, and is found full by the checkpoint of the cut."""
 
@@ -340,7 +326,7 @@ def test_a_family_that_no_patch_fits_is_cut(words, tmp_path):
 
 
 # Cut short, and gone on with.
-@pytest.mark.usefixtures("known")
+@pytest.mark.usefixtures("warm")
 def test_another_run_needs_overwrite_before_any_work(done, learned, words, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(done.out, out)
@@ -409,8 +395,6 @@ def stored(learned, words, tmp_path):
         ({"tops": 3}, sh.SettingsError, "no setting 'tops': did you mean top?"),
         ({"top": 0}, sh.LayersError, "--top"),
         ({"prompts": "w1 w2"}, sh.TextsError, "there is no file of prompts w1 w2"),
-        ({"prompts": ["w1", " "]}, sh.TextsError, "prompt 1: the field `prompt` is blank"),
-        ({"prompts": [3]}, sh.TextsError, "prompt 0: expected a JSON object with the field"),
         ({"prompts": 3}, sh.TextsError, "prompts must be a file or a sequence, got int .*--speech"),
     ],
 )

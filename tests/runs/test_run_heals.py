@@ -20,15 +20,8 @@ TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
 TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ()}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def measured(tmp_path_factory):
-    """A folder of what was measured: these runs have it in common, up to their healing."""
-    return tmp_path_factory.mktemp("measured")
-
-
-@pytest.fixture(autouse=True)
-def one_cache(measured, cache_folder, monkeypatch):
-    monkeypatch.setenv("SHALLOWER_CACHE", str(measured))
+pytestmark = pytest.mark.usefixtures("warm")
+"""These runs have all in common up to their healing."""
 
 
 def test_a_run_heals_what_it_patched(learned, words, tmp_path):

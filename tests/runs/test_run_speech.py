@@ -24,15 +24,8 @@ PROMPTS = ["w5 w7 w11", "w1 w2", {"prompt": "w40 w41 w42 w43"}, "w9", "w60 w62 w
 TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": PROMPTS}
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """A folder of what was measured, which these runs have in common."""
-    return tmp_path_factory.mktemp("measured")
-
-
-@pytest.fixture(autouse=True)
-def one_cache(measured, cache_folder, monkeypatch):
-    monkeypatch.setenv("SHALLOWER_CACHE", str(measured))
+pytestmark = pytest.mark.usefixtures("warm")
+"""These runs have most of what they measure in common."""
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +35,13 @@ def heard():
 
 
 @pytest.fixture(scope="module")
-def done(trained, words, measured, heard, tmp_path_factory):
+def done(trained, words, kept, heard, tmp_path_factory):
     """A run that has ended."""
     model = tiny_llama(6)
     model.load_state_dict(trained.state_dict())
     before = state_of(model)
     out = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("SHALLOWER_CACHE", str(measured))
         plain = StudySpeech.hear
         patched.setattr(
             StudySpeech,
@@ -285,15 +277,3 @@ def test_the_command_takes_prompts_or_none(learned, words, shallower, tmp_path):
     assert "w1 w2" in said
     own = shallower(*command, "--out", tmp_path / "d", "--speech", "--json")
     assert own.json["speech"]["cut"]["prompts"] == 24
-
-
-def test_a_file_of_prompts_that_is_none_is_refused_before_anything(
-    shallower, tmp_path, monkeypatch
-):
-    write_jsonl(tmp_path / "texts.jsonl", TEXTS[:8])
-    command = ("run", "nowhere", "--texts", tmp_path / "texts.jsonl", "--out", "out", "--n", "1")
-    done = shallower(*command, "--speech", "none.jsonl")
-    assert done.error.startswith("there is no file of prompts none.jsonl: expected JSON lines")
-    (tmp_path / "asked.jsonl").write_text('{"text": "w1"}\n')
-    done = shallower(*command, "--speech", "asked.jsonl")
-    assert "asked.jsonl, line 1: no field `prompt`" in done.error
