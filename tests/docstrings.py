@@ -23,14 +23,9 @@ def as_markdown(text):
     return re.sub(r"^( *)Example:$", r"\1Examples:", ROLE.sub(link, text), flags=re.MULTILINE)
 
 
-def options_in(cls):
-    """The fields of a class, as its source has them, that are options of a command."""
-    calls = {name: one.value for name, one in cls.members.items() if one.is_attribute}
-    return {
-        name: call.arguments
-        for name, call in calls.items()
-        if isinstance(call, griffe.ExprCall) and str(call.function) == "option"
-    }
+def calls(default):
+    """Whether the default of a field is a call that makes an option."""
+    return isinstance(default, griffe.ExprCall) and str(default.function) == "option"
 
 
 class Docstrings(griffe.Extension):
@@ -41,10 +36,11 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = as_markdown(obj.docstring.value)
 
     def on_class(self, *, cls, **_):
-        own = options_in(cls)
-        for name, (default, *_) in own.items():
-            cls.members[name].value = default
-        if own:
-            options = options_of(getattr(import_module(cls.module.path), cls.name))
-            lines = [f"    {name}: {one.sentence}" for name, one in options.items()]
+        made = cls.members.get("__init__")
+        options = [one for one in made.parameters if calls(one.default)] if made else []
+        for one in options:
+            one.default = one.default.arguments[0]
+        if options:
+            found = options_of(getattr(import_module(cls.module.path), cls.name))
+            lines = [f"    {name}: {one.sentence}" for name, one in found.items()]
             cls.docstring.value += "\n".join(["\n\nAttributes:", *lines])

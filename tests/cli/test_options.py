@@ -45,7 +45,8 @@ def parsed(kind, *words):
     command.__annotations__ = {"settings": kind}
     app = typer.Typer(add_completion=False)
     app.command()(takes(kind)(command))
-    typer.main.get_command(app).main([*words], standalone_mode=False)
+    parser = typer.main.get_command(app)
+    parser.main(cli._with_values(parser, words), standalone_mode=False)
     return made[0]
 
 
