@@ -1,10 +1,12 @@
-"""What the site's reader of docstrings is told of ours: Sphinx's roles, and `Example`."""
+"""What the site's reader of docstrings is told of ours: Sphinx's roles, `Example`, and options."""
 
 import re
+from importlib import import_module
 
 import griffe
 
 import shallower
+from shallower.values.options import options_of
 
 ROLE = re.compile(r":(?:attr|class|func|meth):`[~.]?([\w.]+)`")
 
@@ -21,9 +23,24 @@ def as_markdown(text):
     return re.sub(r"^( *)Example:$", r"\1Examples:", ROLE.sub(link, text), flags=re.MULTILINE)
 
 
+def calls(default):
+    """Whether the default of a field is a call that makes an option."""
+    return isinstance(default, griffe.ExprCall) and str(default.function) == "option"
+
+
 class Docstrings(griffe.Extension):
-    """Docstrings as Markdown, before they are read."""
+    """Docstrings as Markdown, before they are read; settings with the help of their options."""
 
     def on_object(self, *, obj, **_):
         if obj.docstring:
             obj.docstring.value = as_markdown(obj.docstring.value)
+
+    def on_class(self, *, cls, **_):
+        made = cls.members.get("__init__")
+        options = [one for one in made.parameters if calls(one.default)] if made else []
+        for one in options:
+            one.default = one.default.arguments[0]
+        if options:
+            found = options_of(getattr(import_module(cls.module.path), cls.name))
+            lines = [f"    {name}: {one.sentence}" for name, one in found.items()]
+            cls.docstring.value += "\n".join(["\n\nAttributes:", *lines])

@@ -12,7 +12,6 @@ from shallower.models.dtypes import CPU_FEATURES, choose_device_map, choose_dtyp
 from shallower.models.identity import stored_dtype
 from shallower.models.loading import load_model
 from shallower.models.source import ModelSource
-from shallower.values.settings import RunSettings
 
 
 @pytest.fixture
@@ -127,7 +126,7 @@ def test_functions_and_commands_have_the_same_defaults():
     defaults = {
         function: {name: p.default for name, p in inspect.signature(function).parameters.items()}
         for function in (
-            load_model, ModelSource, sh.scan, sh.evaluate_loss, sh.patch, RunSettings,
+            load_model, ModelSource, sh.scan, sh.evaluate_loss, sh.patch,
             scan.scan_command, evaluate.eval_command, patch.patch_command, run.run_command,
         )
     }  # fmt: skip
@@ -135,11 +134,7 @@ def test_functions_and_commands_have_the_same_defaults():
         (sh.scan, scan.scan_command, ("max_length", "batch_size")),
         (sh.evaluate_loss, evaluate.eval_command, ("max_length", "batch_size")),
         (sh.patch, patch.patch_command, ("max_length", "batch_size", "num_tokens")),
-        (
-            RunSettings,
-            run.run_command,
-            ("max_length", "batch_size", "max_texts", "max_eval_texts", "top", "n", "seed"),
-        ),
+        (ModelSource, run.run_command, ()),
     )
     for function, command, names in pairs:
         for name in names:

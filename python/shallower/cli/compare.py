@@ -1,30 +1,28 @@
 """``shallower compare``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..models.source import ModelSource
+from ..values.settings import CompareSettings
 from .options import (
-    BatchSize,
     DeviceMap,
-    DeviceMemory,
     DryRun,
     Dtype,
     Json,
-    MaxLength,
     NoCache,
     On,
     Overwrite,
     ShardOption,
-    Sizes,
     Stream,
     TrustRemoteCode,
     Workers,
     part_of,
     places,
     read_texts,
+    takes,
 )
 from .output import called, print_json, say_dry_run_of, say_known, show
 
@@ -54,76 +52,20 @@ EvalTexts = Annotated[
         metavar="TEXTS", help="Held-out texts for every loss that is reported, as --texts."
     ),
 ]
-Criteria = Annotated[
-    str | None,
-    typer.Option(metavar="NAMES", help="Criteria, comma-separated; all by default (see --list)."),
-]
-Judge = Annotated[
-    Literal["loss", "kl", "options", "speech"],
-    typer.Option(
-        help="Judge of a cut. loss: of the next token. kl: divergence from the whole model's "
-        "next-token distributions. options: the right option's margin over the others. speech: "
-        "divergence from the whole model on its own words."
-    ),
-]
-Options = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="JSON lines with context, options and answer (an index), for --judge "
-        "options; one half for the selection, the other for the report.",
-    ),
-]
-Prompts = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="JSON lines with prompt or messages, of the judge speech; one half chooses, the other "
-        "half reports. Without it prompts of our own.",
-    ),
-]
 
 
+@takes(CompareSettings)
 def compare_command(
     models: Models = None,
     *,
     texts: CalibrationTexts = None,
     eval_texts: EvalTexts = None,
-    sizes: Sizes = "1,2,4,8",
-    criteria: Criteria = None,
-    unit: Annotated[
-        Literal["layers", "experts"],
-        typer.Option(
-            help="What goes: layers, or experts, --n of each layer that has any, by criteria of "
-            "experts, beside the block of layers whose share of the parameters is nearest."
-        ),
-    ] = "layers",
-    judge: Judge = "loss",
-    options: Options = None,
-    prompts: Prompts = None,
-    speech: Annotated[
-        bool,
-        typer.Option(
-            "--speech",
-            help="Also how the bare cuts speak, on the half of the prompts that reports; beside "
-            "another judge on --prompts, or 24 of our own.",
-        ),
-    ] = False,
-    device_memory: DeviceMemory = None,
+    settings: CompareSettings,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and figures."),
     ] = None,
     dtype: Dtype = "auto",
-    max_length: MaxLength = 256,
-    batch_size: BatchSize = "auto",
-    max_texts: Annotated[
-        int, typer.Option(metavar="N", help="Read the first N calibration texts only.", min=1)
-    ] = 80,
-    max_eval_texts: Annotated[
-        int, typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1)
-    ] = 64,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
     stream: Stream = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -144,28 +86,10 @@ def compare_command(
     of several models could not be compared.
     """
     if list_criteria:
-        return _list(as_json, of_experts=unit == "experts")
+        return _list(as_json, of_experts=settings.unit == "experts")
     from ..runs.compare import CompareStudy
     from ..runs.store import open_store
-    from ..values.layers import parse_sizes
-    from ..values.settings import CompareSettings
-    from ..values.tokens import parse_batch_size
 
-    settings = CompareSettings(
-        n=parse_sizes(sizes),
-        criteria=_names(criteria),
-        unit=unit,
-        judge=judge,
-        options=options,
-        prompts=prompts,
-        speech=speech,
-        max_length=max_length,
-        batch_size=parse_batch_size(batch_size),
-        max_texts=max_texts,
-        max_eval_texts=max_eval_texts,
-        seed=seed,
-        device_memory=device_memory,
-    )
     named, held_out = _read(texts, eval_texts)
     place, part = places(device_map, stream=stream), part_of(shard, on, workers)
     study = CompareStudy(
@@ -237,10 +161,6 @@ def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, An
 def _shown(name: str) -> str:
     """A name that can be printed; file names can hold bytes of no encoding."""
     return name.encode("utf-8", "replace").decode()
-
-
-def _names(criteria: str | None) -> list[str] | None:
-    return None if criteria is None else [name.strip() for name in criteria.split(",")]
 
 
 def _described(study: "CompareStudy") -> dict[str, Any]:

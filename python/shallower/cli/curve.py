@@ -1,19 +1,17 @@
 """``shallower curve``."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..models.source import ModelSource
+from ..values.settings import CurveSettings
 from .options import (
-    BatchSize,
     DeviceMap,
     DryRun,
     Dtype,
     GgufFile,
     Json,
-    MaxLength,
     Model,
     NoCache,
     On,
@@ -21,12 +19,12 @@ from .options import (
     OverwriteParts,
     Stream,
     TextsSource,
-    Threads,
     TrustRemoteCode,
     Workers,
     part_of,
     places,
     read_texts,
+    takes,
 )
 from .output import called, print_json, say_dry_run_of, say_known, show
 
@@ -35,88 +33,15 @@ if TYPE_CHECKING:
     from ..values.curve import Curve
 
 
+@takes(CurveSettings)
 def curve_command(
     model: Model,
     *,
     texts: TextsSource,
     eval_texts: Annotated[str, typer.Option(metavar="TEXTS", help="The test set, as --texts.")],
     out: Out,
-    n: Annotated[
-        str,
-        typer.Option(
-            "--n", metavar="SIZES", help="Layers that go; 0, the whole model, is always measured."
-        ),
-    ] = "0,1,2,4,8",
-    strategies: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help="Strategies, comma-separated: recommended, similarity, best_plan, deepest, or any "
-            "criterion (shallower compare --list).",
-        ),
-    ] = "recommended,similarity,deepest",
-    states: Annotated[
-        str,
-        typer.Option(metavar="NAMES", help="States: cut, patched, healed; comma-separated."),
-    ] = "cut,patched",
-    quick_patch: Annotated[
-        bool,
-        typer.Option("--quick-patch", help="Patch by one matrix a block, in seconds."),
-    ] = False,
-    patch_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens that a full patch is fitted on.", min=1)
-    ] = 16_384,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Tasks beside the loss, comma-separated.")
-    ] = None,
-    tasks_dir: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Further definitions of tasks.")
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Data of task files; $SHALLOWER_DATA by default."),
-    ] = None,
-    max_items: Annotated[
-        int | None, typer.Option(metavar="N", help="Items of a task at most.", min=1)
-    ] = None,
-    num_shots: Annotated[
-        int | None, typer.Option(metavar="N", help="Solved examples before each item.", min=0)
-    ] = None,
-    pass_at: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K", help="Also sample K answers where text is asked for: pass@K.", min=1
-        ),
-    ] = None,
-    speech: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[PROMPTS]",
-            help="Also how it speaks beside the whole model, on prompts: a .jsonl file with prompt "
-            "or messages; without one 24 of our own.",
-        ),
-    ] = None,
-    heal_steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Steps of each healing, 16 sequences each; 5,000 by default.", min=1
-        ),
-    ] = None,
-    top: Annotated[
-        int,
-        typer.Option(metavar="K", help="Proposals of every criterion, for recommended.", min=1),
-    ] = 4,
+    settings: CurveSettings,
     dtype: Dtype = "auto",
-    max_length: MaxLength = 256,
-    batch_size: BatchSize = "auto",
-    max_texts: Annotated[
-        int, typer.Option(metavar="N", help="Read the first N calibration texts only.", min=1)
-    ] = 1024,
-    max_eval_texts: Annotated[
-        int, typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1)
-    ] = 256,
-    threads: Threads = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
     stream: Stream = False,
     gguf_file: GgufFile = None,
@@ -135,32 +60,7 @@ def curve_command(
     """
     from ..runs.curve import CurveStudy
     from ..runs.store import open_store
-    from ..values.layers import parse_sizes
-    from ..values.settings import CurveSettings
-    from ..values.tokens import parse_batch_size
 
-    settings = CurveSettings(
-        n=parse_sizes(n, least=0),
-        strategies=_names(strategies),
-        states=_names(states),
-        quick_patch=quick_patch,
-        patch_tokens=patch_tokens,
-        tasks=_names(tasks),
-        tasks_dir=tasks_dir,
-        data=data,
-        max_items=max_items,
-        num_shots=num_shots,
-        pass_at=pass_at,
-        heal_steps=heal_steps,
-        prompts=() if speech is None else speech or None,
-        top=top,
-        max_length=max_length,
-        batch_size=parse_batch_size(batch_size),
-        max_texts=max_texts,
-        max_eval_texts=max_eval_texts,
-        threads=threads,
-        seed=seed,
-    )
     study = CurveStudy(
         models=(
             ModelSource(
@@ -184,11 +84,6 @@ def curve_command(
 
         share(study, **part)
     _say(study.run(), study, as_json)
-
-
-def _names(listed: str | None) -> Any:
-    """Names, comma-separated; the settings check them."""
-    return () if listed is None else tuple(name.strip() for name in listed.split(","))
 
 
 def _described(study: "CurveStudy") -> dict[str, Any]:

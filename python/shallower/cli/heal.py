@@ -2,11 +2,12 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..models.source import ModelSource
+from ..values.recipe import STEPS, HealingDtype, Recipe
 from .options import (
     Answers,
     AnswerTokens,
@@ -17,9 +18,9 @@ from .options import (
     NoCache,
     Out,
     Overwrite,
-    Share,
     TrustRemoteCode,
     read_apart,
+    takes,
     wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     from ..runs.answers import WantedAnswers
     from ..values.answers import Answer
     from ..values.healing import Healing
-    from ..values.recipe import HealingDtype, Recipe
 
 
+@takes(Recipe)
 def heal_command(
     model: Annotated[
         str, typer.Argument(metavar="CUT", help="A cut: a folder or hub id with its plan.")
@@ -44,7 +45,6 @@ def heal_command(
     ] = None,
     out: Out,
     answers: Answers = None,
-    share: Share = 0.5,
     answer_tokens: AnswerTokens = 256,
     eval_texts: Annotated[
         str | None,
@@ -53,108 +53,16 @@ def heal_command(
             help="Held-out texts, as --texts; the step of the least loss on them is kept.",
         ),
     ] = None,
-    preset: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Preset: auto, by family and size, or a name in the paper's table.",
-        ),
-    ] = "auto",
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Steps of the optimiser, of 16 sequences each; by default 5000.",
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Rank of the adapters, and their alpha; by default the preset's."
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Peak learning rate; by default the preset's."),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens of a sequence at most; by default the preset's."),
-    ] = None,
-    warmup_steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Steps of linear warm-up; by default 100, or a tenth of --steps if that is less.",
-        ),
-    ] = None,
-    dropout: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Dropout before the adapters; by default the preset's."),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Sequences in one forward; gradients are accumulated to 16. By default as many "
-            "as there is memory for, 8 at most; on a CPU 4 at most.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "nf4", "int8", "bfloat16", "float32"],
-        typer.Option(
-            help="Dtype of the frozen weights. auto: bfloat16 on CUDA and CPUs that multiply it, "
-            "else float32."
-        ),
-    ] = "nf4",
-    packing: Annotated[
-        bool | None,
-        typer.Option(
-            help="Fill every sequence up with documents, or truncate each to one. By default the "
-            "paper's presets truncate, as the paper does; ours pack.",
-        ),
-    ] = None,
-    attention: Annotated[
-        bool | None,
-        typer.Option(
-            help="Also train adapters on the attention layers. By default small does, general and "
-            "the paper's presets do not."
-        ),
-    ] = None,
+    recipe: Recipe,
     original: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The uncut model: measured, and the teacher of kd."),
-    ] = None,
-    objective: Annotated[
-        Literal["lm", "kd"],
-        typer.Option(
-            help="What is minimised: the loss of the next token, or the divergence from the uncut "
-            "model, which needs --original."
-        ),
-    ] = "lm",
-    eval_every: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Steps between measurements and checkpoints; by default an eighth of --steps.",
-        ),
     ] = None,
     max_eval_texts: Annotated[
         int | None,
         typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1),
     ] = None,
     max_texts: MaxTexts = None,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of the order, the adapters and dropout.")
-    ] = 0,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Recompute activations in the backward pass, which saves memory; by default "
-            "where there is no memory for one sequence without it.",
-        ),
-    ] = None,
     device_memory: DeviceMemory = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold the adapters into the unquantised weights.")
@@ -177,30 +85,12 @@ def heal_command(
     from ..runs.done import output_of
     from ..runs.store import Store, open_store
     from ..storage import check_apart, check_free
-    from ..values.recipe import STEPS, Recipe
 
     source, held_out = read_apart(
         texts, eval_texts, max_texts=max_texts, max_eval_texts=max_eval_texts
     )
-    wanted = wanted_answers(answers, steps or STEPS, num_tokens=answer_tokens, seed=seed)
-    recipe = Recipe(
-        preset,
-        steps=steps,
-        rank=rank,
-        learning_rate=learning_rate,
-        max_length=max_length,
-        warmup_steps=warmup_steps,
-        dropout=dropout,
-        batch_size=batch_size,
-        dtype=dtype,
-        packing=packing,
-        attention=attention,
-        objective=objective,
-        share=share,
-        eval_every=eval_every,
-        seed=seed,
-        recompute=gradient_checkpointing,
-    )
+    steps = recipe.steps or STEPS
+    wanted = wanted_answers(answers, steps, num_tokens=answer_tokens, seed=recipe.seed)
     recipe.check(original=original is not None, from_patch=from_patch)
     _check_data(wanted, recipe, texts=texts, original=original, from_patch=from_patch)
     check_apart(out, [model, original, texts, eval_texts, answers or None])
@@ -237,7 +127,7 @@ def heal_command(
         model,
         source,
         out,
-        answers=_answers(wanted, models, source, dtype=dtype, no_cache=no_cache),
+        answers=_answers(wanted, models, source, dtype=recipe.dtype, no_cache=no_cache),
         recipe=recipe,
         eval_texts=held_out,
         original=original,
@@ -253,7 +143,7 @@ def heal_command(
 
 def _check_data(
     wanted: "WantedAnswers | None",
-    recipe: "Recipe",
+    recipe: Recipe,
     *,
     texts: str | None,
     original: str | None,
@@ -286,7 +176,7 @@ def _answers(
     models: "Mapping[str, ModelSource | None]",
     texts: "Iterable[str]",
     *,
-    dtype: "HealingDtype",
+    dtype: HealingDtype,
     no_cache: bool,
 ) -> "list[Answer] | None":
     """The answers of a file, or those that the uncut model writes, which is then let go of."""
@@ -315,14 +205,14 @@ def _answers(
 
 def _fit_to_memory(
     cut: ModelSource,
-    recipe: "Recipe",
+    recipe: Recipe,
     device_memory: str | None,
     *,
     as_json: bool,
     answers: "WantedAnswers | None",
     out: Path,
     **saved: bool,
-) -> "Recipe":
+) -> Recipe:
     """Print the settings, and fix those that a given device memory decides.
 
     What there is no room for is refused before answers are written.
@@ -362,7 +252,7 @@ def _say_again(out: Path, as_json: bool) -> None:
 
 def _planned(
     cut: ModelSource,
-    recipe: "Recipe",
+    recipe: Recipe,
     device_memory: str | None,
     *,
     out: Path,

@@ -1,17 +1,117 @@
-"""The options that several commands share, and what they ask for."""
+"""The options that several commands share, and those that are fields of settings."""
 
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import typer
 
 from ..models.dtypes import Dtype as DtypeName
+from ..values.options import Option, options_of, parse_names
+from ..values.settings import CompareSettings, RunSettings, StudySettings
 
 if TYPE_CHECKING:
     from ..runs.answers import WantedAnswers
     from ..texts.sources import Texts
     from ..values.layers import Block
     from ..values.plan import Plan
+
+T = TypeVar("T")
+
+
+def takes(kind: type, *names: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a command the options of all fields of its settings, or of those that are named.
+
+    The command has one parameter of that kind, for the value that the options make.
+    """
+    options = options_of(kind)
+    options = {name: options[name] for name in names or options}
+
+    def with_options(command: Callable[..., T]) -> Callable[..., T]:
+        shown = dict(signature(command).parameters)
+        place = next(name for name, one in shown.items() if one.annotation is kind)
+        order = [*shown]
+        at = order.index(place)
+        for name, one in options.items():
+            made = _parameters(kind, name, one)
+            at = order.index(one.before) if one.before else at
+            order[at:at] = made
+            at += len(made)
+            shown |= made
+        order.remove(place)
+
+        @wraps(command)
+        def called(**given: Any) -> T:
+            values: dict[str, Any] = {}
+            for name, one in options.items():
+                values |= _value(name, one, given)
+            return command(**given, **{place: kind(**values)})
+
+        vars(called)["__signature__"] = Signature([shown[name] for name in order])
+        called.__annotations__ = {name: shown[name].annotation for name in order}
+        return called
+
+    return with_options
+
+
+def _parameters(kind: type, name: str, one: Option) -> dict[str, Parameter]:
+    """The parameters by which a command gives a field."""
+    default = next(each.default for each in fields(kind) if each.name == name)
+    of = _type(get_type_hints(kind)[name], one)
+    if one.alone is not ...:
+        default = None
+    elif isinstance(default, tuple):
+        default = ",".join(map(str, default)) or None
+    both = of is bool and default is None
+    made = [(name, of if default is not None else of | None, _option(one, default, both=both))]
+    if one.off is not None:
+        made.append((f"no_{name}", bool, typer.Option(False, _words(one)[1], help=one.off[0])))
+    return {
+        each: Parameter(each, Parameter.KEYWORD_ONLY, annotation=of, default=option)
+        for each, of, option in made
+    }
+
+
+def _type(kind: Any, one: Option) -> Any:
+    """The type of an option by that of its field, which may be more that Python alone can give."""
+    if one.read is not None or one.alone is not ...:
+        return str
+    kinds = get_args(kind)
+    is_one = not kinds or isinstance(kinds[0], str)  # a class, or some words
+    return kind if is_one else next(one for one in (bool, Path, str, kinds[0]) if one in kinds)
+
+
+def _words(one: Option) -> tuple[str, str]:
+    """The words of an option: that which gives it, and that which takes it away."""
+    name = one.name.replace("_", "-")
+    return f"--{name}", f"--no-{name}"
+
+
+def _option(one: Option, *default: Any, both: bool = False) -> Any:
+    """An option as typer has it, with its default where it is no annotation."""
+    words = "/".join(_words(one)) if both else _words(one)[0]
+    return typer.Option(*default, words, metavar=one.metavar, help=one.sentence, min=one.least)
+
+
+def _same(kind: type, name: str) -> Any:
+    """The option of a field of settings, for the annotation of a parameter."""
+    return _option(options_of(kind)[name])
+
+
+def _value(name: str, one: Option, given: dict[str, Any]) -> dict[str, Any]:
+    """Take out of what is given the value of a field; nothing where its default stands."""
+    word, is_off = given.pop(name), given.pop(f"no_{name}", False)
+    if one.off is not None and is_off:
+        return {name: one.off[1]}
+    if word == "" and one.alone is not ...:
+        return {name: one.alone}
+    if word is None:
+        return {}
+    return {name: word if one.read is None else one.read(word)}
+
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or a .gguf file.")
@@ -58,15 +158,8 @@ GgufFile = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")
 ]
-MaxLength = Annotated[int, typer.Option(metavar="N", help="Tokens of a text at most.", min=1)]
-BatchSize = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|N",
-        help="Texts in one forward. auto: as many as the device has memory for, on a CPU 8 at "
-        "most.",
-    ),
-]
+MaxLength = Annotated[int, _same(StudySettings, "max_length")]
+BatchSize = Annotated[str, _same(StudySettings, "batch_size")]
 PatchBatchSize = Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)]
 MaxTexts = Annotated[
     int | None, typer.Option(metavar="N", help="Read the first N texts only.", min=1)
@@ -86,10 +179,7 @@ KeepSamples = Annotated[
         "pairs of layers, for each metric.",
     ),
 ]
-Threads = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Threads of the core; all processors by default.", min=1),
-]
+Threads = Annotated[int | None, _same(RunSettings, "threads")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output once the new is complete.")
 ]
@@ -99,14 +189,7 @@ OverwriteParts = Annotated[
         "--overwrite", help="Replace earlier results in --out, part by part as new ones are there."
     ),
 ]
-DeviceMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Memory to plan with, as 16GB or 80GiB, of a card that need not be here; by default "
-        "what the device has free.",
-    ),
-]
+DeviceMemory = Annotated[str | None, _same(CompareSettings, "device_memory")]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Measure anew: neither read nor write the cache.")
 ]
@@ -135,20 +218,11 @@ ShardOption = Annotated[
         "SLURM_ARRAY_TASK_ID.",
     ),
 ]
-Answers = Annotated[
-    str | None,
-    typer.Option(
-        metavar="[PROMPTS]",
-        help="Also learn from what the uncut model says to prompts: a .jsonl file with prompt or "
-        "messages, and with answer where it has answered already; without one, prompts of our own.",
-    ),
-]
+Answers = Annotated[str | None, _same(RunSettings, "answers")]
 AnswerTokens = Annotated[
     int, typer.Option(metavar="N", help="Tokens of an answer that is written, at most.", min=1)
 ]
-Share = Annotated[
-    float, typer.Option(metavar="X", help="Share of --answers among texts and answers, up to 1.")
-]
+Share = Annotated[float, _same(RunSettings, "share")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Drop = Annotated[
@@ -172,9 +246,6 @@ DropExperts = Annotated[
 ExpertsPlan = Annotated[
     Path | None,
     typer.Option(metavar="PLAN", help="Plan of experts to drop: a file, or its folder."),
-]
-Sizes = Annotated[
-    str, typer.Option("--n", metavar="SIZES", help="Block sizes to measure, as 1,2,4,8.")
 ]
 
 
@@ -245,7 +316,7 @@ def metric_names(metrics: str) -> list[str]:
     """
     from ..scanning.builder import check_metrics
 
-    return check_metrics([name.strip() for name in metrics.split(",")])
+    return check_metrics(parse_names(metrics))
 
 
 def named_layers(drop: str | None, plan: Path | None) -> "Plan | list[Block]":

@@ -1,33 +1,31 @@
 """``shallower run`` and ``shallower demo``: the whole way."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..models.source import ModelSource
+from ..values.settings import RunSettings
 from .heal import say_healing
 from .options import (
-    Answers,
-    BatchSize,
     DeviceMap,
     DryRun,
     Dtype,
     GgufFile,
     Json,
-    MaxLength,
     Model,
     NoCache,
     Out,
     OverwriteParts,
-    Share,
     Stream,
     TextsSource,
-    Threads,
     TrustRemoteCode,
     places,
     read_texts,
+    takes,
 )
 from .output import called, print_json, reuse, say_dry_run_of, show, upload_line
 
@@ -36,49 +34,9 @@ if TYPE_CHECKING:
     from ..reporting.story import Story
     from ..runs.done import Output
     from ..runs.run import RunStudy
-    from ..values.settings import RunSettings
-
-Layers = Annotated[
-    int | None, typer.Option("--n", metavar="N", help="Layers that are to go.", show_default=False)
-]
-Fraction = Annotated[
-    float | None,
-    typer.Option(metavar="F", help="Share of the layers that is to go, at least, as 0.25."),
-]
-Params = Annotated[
-    str | None,
-    typer.Option(metavar="P", help="Parameters that are to be left, at most, as 100M or 6.7B."),
-]
-MaxLoss = Annotated[
-    float | None,
-    typer.Option(
-        metavar="X",
-        help="Nats a token that may be lost, after the patch. Without any of these "
-        "and of the targets: the knee of the curve of what is lost.",
-    ),
-]
-TargetLatency = Annotated[
-    str | None,
-    typer.Option(
-        metavar="S",
-        help="Share of the time of a token that is to be left, at most, as 0.8x: by the "
-        "forecast for --device.",
-    ),
-]
-TargetMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Bytes of weights and of the cache of --context tokens that are to be left, at "
-        "most, as 12GB.",
-    ),
-]
-Blocks = Annotated[
-    int | None,
-    typer.Option(metavar="B", help="Blocks at most; any number by default.", min=1),
-]
 
 
+@takes(RunSettings)
 def run_command(
     model: Model,
     *,
@@ -91,73 +49,8 @@ def run_command(
         ),
     ] = None,
     out: Out,
-    n: Layers = None,
-    fraction: Fraction = None,
-    params: Params = None,
-    max_loss: MaxLoss = None,
-    target_latency: TargetLatency = None,
-    target_memory: TargetMemory = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Device of that forecast, as gain has them; this machine's GPU if it is one of "
-            "them, else a100-80.",
-        ),
-    ] = None,
-    context: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of a text, of both targets.", min=1)
-    ] = 2048,
-    blocks: Blocks = None,
-    top: Annotated[int, typer.Option(metavar="K", help="Proposals of every criterion.", min=1)] = 4,
-    judge: Annotated[
-        Literal["loss", "speech"],
-        typer.Option(
-            help="Judge that the proposals are raced by. loss: of the next token; speech: "
-            "divergence from the whole model on its own words."
-        ),
-    ] = "loss",
+    settings: RunSettings,
     dtype: Dtype = "auto",
-    max_length: MaxLength = 256,
-    batch_size: BatchSize = "auto",
-    max_texts: Annotated[
-        int, typer.Option(metavar="N", help="Read the first N calibration texts only.", min=1)
-    ] = 1024,
-    max_eval_texts: Annotated[
-        int, typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1)
-    ] = 256,
-    threads: Threads = None,
-    heal: Annotated[
-        bool, typer.Option("--heal", help="Train adapters on the patched cut, and merge them.")
-    ] = False,
-    heal_steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Steps of the healing, 16 sequences each; 5,000 by default.", min=1
-        ),
-    ] = None,
-    answers: Answers = None,
-    no_answers: Annotated[
-        bool,
-        typer.Option(
-            "--no-answers",
-            help="Learn from the texts alone: --heal takes answers by default if the model chats.",
-        ),
-    ] = False,
-    share: Share = 0.5,
-    plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Choose and measure; patch and save no model.")
-    ] = False,
-    speech: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PROMPTS",
-            help="Prompts to answer, a .jsonl file with prompt or messages; by default 24 "
-            "built-in ones. By --judge speech one half of them, or of 120, is for the selection.",
-        ),
-    ] = None,
-    no_speech: Annotated[bool, typer.Option("--no-speech", help="Measure no speech.")] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of whatever is drawn.", min=0)] = 0,
     device_map: DeviceMap = None,
     stream: Stream = False,
     gguf_file: GgufFile = None,
@@ -173,34 +66,6 @@ def run_command(
     saved in OUT/checkpoint and reloaded by stock transformers. With --heal adapters are trained on
     it, and merged into OUT/healed. A run that was cut short resumes, unless the cache is off.
     """
-    from ..values.settings import RunSettings
-    from ..values.tokens import parse_batch_size
-
-    settings = RunSettings(
-        n=n,
-        fraction=fraction,
-        params=_count(params),
-        max_loss=max_loss,
-        target_latency=_share(target_latency),
-        target_memory=target_memory,
-        device=device,
-        context=context,
-        blocks=blocks,
-        top=top,
-        judge=judge,
-        max_length=max_length,
-        batch_size=parse_batch_size(batch_size),
-        max_texts=max_texts,
-        max_eval_texts=max_eval_texts,
-        threads=threads,
-        heal=heal,
-        heal_steps=heal_steps,
-        plan_only=plan_only,
-        prompts=() if no_speech else speech or None,
-        answers=False if no_answers else True if answers == "" else answers,
-        share=share,
-        seed=seed,
-    )
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
         ModelSource(model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code),
@@ -216,6 +81,7 @@ def run_command(
     )
 
 
+@takes(RunSettings, "n", "fraction", "params")
 def demo_command(
     *,
     out: Out = Path("shallower-demo"),
@@ -223,9 +89,7 @@ def demo_command(
         str | None,
         typer.Option(metavar="TEXTS", help="Texts to use instead of Python's own documentation."),
     ] = None,
-    n: Layers = None,
-    fraction: Fraction = None,
-    params: Params = None,
+    settings: RunSettings,
     max_loss: Annotated[
         float | None,
         typer.Option(metavar="X", help="Nats a token that may be lost, after the patch."),
@@ -246,23 +110,19 @@ def demo_command(
     """
     from ..runs import demo
     from ..texts.prompts import read_prompts
-    from ..values.settings import RunSettings
 
     demo.require_packages()
     read, held_out = demo.texts(texts, max_texts, demo.NUM_HELD_OUT)
-    given: dict[str, Any] = {
-        "n": n,
-        "fraction": fraction,
-        "params": _count(params),
-        "max_loss": max_loss,
-    }
-    target = {name: value for name, value in given.items() if value is not None}
-    settings = RunSettings(
+    if max_loss is not None:
+        settings = replace(settings, max_loss=max_loss)
+    if settings.target.is_none:
+        settings = replace(settings, n=demo.NUM_LAYERS)
+    settings = replace(
+        settings,
         top=demo.TOP,
         num_choosing=demo.NUM_CHOOSING,
         max_length=demo.MAX_LENGTH,
         prompts=read_prompts(limit=demo.NUM_PROMPTS),
-        **(target or {"n": demo.NUM_LAYERS}),
     )
     path = demo.model_path()
     described = {"demo": Path(path).name, "texts": len(read), "eval_texts": len(held_out)}
@@ -280,21 +140,9 @@ def demo_command(
     )
 
 
-def _count(params: str | None) -> int | None:
-    from ..values.target import parse_count
-
-    return None if params is None else parse_count(params)
-
-
-def _share(latency: str | None) -> float | None:
-    from ..values.target import parse_share
-
-    return None if latency is None else parse_share(latency)
-
-
 def _carry_out(
     source: ModelSource,
-    settings: "RunSettings",
+    settings: RunSettings,
     described: dict[str, Any],
     *,
     dry_run: bool,

@@ -30,14 +30,14 @@ from ..progress import part, track
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file
-from ..values.curve import OWN_STRATEGIES, SCANNED, STATES, Curve, CurvePoint, State
+from ..values.curve import OWN_STRATEGIES, SCANNED, Curve, CurvePoint
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.hashing import hash_of
 from ..values.identity import title_of
 from ..values.layers import deepest_block, layer_count
 from ..values.plan import Plan
 from ..values.recipe import Recipe
-from ..values.settings import CurveSettings
+from ..values.settings import STATES, CurveSettings, State
 from .gain import GAIN_DEVICE, gain
 from .measuring import Measurable, Measured, Measuring
 from .study import WHOLE, Part, Study

@@ -11,14 +11,14 @@ from typing import Any
 
 from ..errors import SettingsError, ShallowerError, why
 from ..models.source import ModelSource
-from ..values.curve import State
+from ..values.options import options_of
 from ..values.schema import of_type
-from ..values.settings import CompareSettings, CurveSettings
+from ..values.settings import CompareSettings, CurveSettings, State, StudySettings
 
 _LOADING: dict[str, type] = {"dtype": str, "device_map": str, "trust_remote_code": bool}
 """How models are loaded: keys of the file, and of a single model."""
 
-_COMMON = ("max_length", "batch_size", "max_texts", "max_eval_texts", "seed")
+_COMMON = (*options_of(StudySettings),)
 """Settings of comparisons and curves."""
 
 _OF_MODEL, _OF_TEXTS = ("model", "name", *_LOADING), ("texts", "name")

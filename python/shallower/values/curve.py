@@ -3,18 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 from .loss import Loss
 from .schema import fields_of, of_type
 from .scores import Difference
+from .settings import State
 from .speech import Speech
 from .task_scores import TaskScores
-
-State = Literal["cut", "patched", "healed"]
-"""How far a cut is made good."""
-
-STATES: tuple[State, ...] = get_args(State)
 
 OWN_STRATEGIES = ("recommended", "similarity", "best_plan", "deepest")
 """The strategies beside the criteria, which are strategies by their names: the verified plan, the

@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..errors import RecipeError
+from .options import option
 from .presets import ModelFacts, find_preset, named_preset
 from .schema import fields_of, of_type
 
@@ -16,6 +17,9 @@ HealingDtype = Literal["auto", "nf4", "int8", "bfloat16", "float32"]
 
 Objective = Literal["lm", "kd"]
 
+SHARE = "Share of --answers among texts and answers, up to 1."
+"""The help of the share, which a patch has too."""
+
 STEPS = 5000
 """Those of the paper."""
 
@@ -24,56 +28,74 @@ STEPS = 5000
 class Recipe:
     """The settings of a healing; what is ``None`` is filled in by :meth:`resolve`.
 
-    Attributes:
-        preset: ``auto``, which picks by family and size, or a name in ``PRESETS``.
-        steps: steps of the optimiser, of 16 sequences each; by default 5,000, as in the paper.
-        rank: rank of the adapters; alpha is the same.
-        learning_rate: peak learning rate.
-        max_length: tokens of a sequence at most.
-        warmup_steps: steps of linear warm-up, by default 100 or a tenth of ``steps`` if that
-            is less; a cosine to zero follows.
-        dropout: dropout before the adapters. By default the preset decides: the paper's and
-            ``general`` have 0.05, ``small`` none, which gains nothing by it in more time.
-        batch_size: sequences in one forward of a device; gradients are accumulated to 16. By
-            default as many as there is memory for, 8 at most; on a CPU 4 at most.
-        dtype: dtype of the frozen weights; ``auto`` is bfloat16 on CUDA and on CPUs that
-            multiply it, and float32 elsewhere. Adapters are float32; products are bfloat16 unless
-            this is float32.
-        packing: begin every sequence with a document and fill it up to ``max_length`` with the
-            next ones, or truncate every text to one sequence. By default the preset decides: the
-            paper's truncate, as the paper does; ours pack.
-        attention: also train adapters on the attention layers. By default the preset decides:
-            ``small`` does; the paper's do not, nor does ``general``.
-        objective: the loss that is minimised: ``lm`` of the next token, as in the paper; ``kd``
-            the divergence KL(p ‖ q) of the cut's next-token distribution q from the uncut
-            model's p, on the same texts.
-        share: the share of answers among the sequences, 1 for answers alone; without effect
-            where none are given.
-        eval_every: steps between two measurements and checkpoints, by default an eighth of
-            ``steps``.
-        seed: seed of the order of sequences, the adapters and dropout.
-        recompute: gradient checkpointing: recompute activations in the backward pass, which
-            saves memory (``--gradient-checkpointing``); by default where there is no memory for
-            one sequence without it.
+    Adapters are float32; products are bfloat16 unless ``dtype`` is float32. The objective ``lm`` is
+    the loss of the next token, as in the paper; ``kd`` the divergence KL(p ‖ q) of the cut's
+    next-token distribution q from the uncut model's p, on the same texts.
     """
 
-    preset: str = "auto"
+    preset: str = option(
+        "auto", "Preset: auto, by family and size, or a name in the paper's table.", "NAME"
+    )
     _: KW_ONLY
-    steps: int | None = None
-    rank: int | None = None
-    learning_rate: float | None = None
-    max_length: int | None = None
-    warmup_steps: int | None = None
-    dropout: float | None = None
-    batch_size: int | None = None
-    dtype: HealingDtype = "nf4"
-    packing: bool | None = None
-    attention: bool | None = None
-    objective: Objective = "lm"
-    share: float = 0.5
-    eval_every: int | None = None
-    seed: int = 0
-    recompute: bool | None = None
+    steps: int | None = option(
+        None, "Steps of the optimiser, of 16 sequences each; by default 5000.", "N"
+    )
+    rank: int | None = option(
+        None, "Rank of the adapters, and their alpha; by default the preset's.", "N"
+    )
+    learning_rate: float | None = option(None, "Peak learning rate; by default the preset's.", "X")
+    max_length: int | None = option(
+        None, "Tokens of a sequence at most; by default the preset's.", "N"
+    )
+    warmup_steps: int | None = option(
+        None, "Steps of linear warm-up; by default 100, or a tenth of --steps if that is less.", "N"
+    )
+    dropout: float | None = option(
+        None, "Dropout before the adapters; by default the preset's.", "X"
+    )
+    batch_size: int | None = option(
+        None,
+        "Sequences in one forward; gradients are accumulated to 16. By default as many as there is "
+        "memory for, 8 at most; on a CPU 4 at most.",
+        "N",
+    )
+    dtype: HealingDtype = option(
+        "nf4",
+        "Dtype of the frozen weights. auto: bfloat16 on CUDA and CPUs that multiply it, else "
+        "float32.",
+    )
+    packing: bool | None = option(
+        None,
+        "Fill every sequence up with documents, or truncate each to one. By default the paper's "
+        "presets truncate, as the paper does; ours pack.",
+    )
+    attention: bool | None = option(
+        None,
+        "Also train adapters on the attention layers. By default small does, general and the "
+        "paper's presets do not.",
+    )
+    objective: Objective = option(
+        "lm",
+        "What is minimised: the loss of the next token, or the divergence from the uncut model, "
+        "which needs --original.",
+        before="max_eval_texts",
+    )
+    share: float = option(0.5, SHARE, "X", before="answer_tokens")
+    eval_every: int | None = option(
+        None,
+        "Steps between measurements and checkpoints; by default an eighth of --steps.",
+        "N",
+        before="max_eval_texts",
+    )
+    seed: int = option(
+        0, "Seed of the order, the adapters and dropout.", "N", before="device_memory"
+    )
+    recompute: bool | None = option(
+        None,
+        "Recompute activations in the backward pass, which saves memory; by default where there is "
+        "no memory for one sequence without it.",
+        name="gradient_checkpointing",
+    )
 
     def resolve(
         self,

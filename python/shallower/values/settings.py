@@ -1,31 +1,34 @@
 """Settings of the studies: frozen values, checked when they are made and handed on whole.
 
-An option of a study is declared here and on its command line, and nowhere else.
+An option of a study is declared here, and nowhere else: the command line has the fields.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, SettingsError, TextsError
 from .commands import option_words
-from .curve import STATES, State
-from .layers import layer_number
+from .layers import layer_number, parse_sizes
 from .memory import parse_size
-from .recipe import Recipe, check_share
-from .target import Target
-from .tokens import BatchSize, Tokens
+from .options import distinct_names, option, options_of, parse_names, refuse_twice
+from .recipe import SHARE, Recipe, check_share
+from .target import Target, parse_count, parse_share
+from .tokens import BatchSize, Tokens, parse_batch_size
 
 Prompts = Path | Sequence[Any] | None
 """A file of prompts, or texts, objects and prompts themselves; None for some of our own."""
 
-RACED_BY = ("loss", "speech")
-"""The judges by which a run races proposals."""
+State = Literal["cut", "patched", "healed"]
+"""How far a cut is made good."""
 
-_NO_OPTION = {"num_choosing"}
-"""Settings that the command line has not."""
+STATES: tuple[State, ...] = get_args(State)
+
+RacedBy = Literal["loss", "speech"]
+"""The judges by which a run races proposals."""
 
 _WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts", "answers"}
 """Settings that change no result, but by what is read, which is known by content."""
@@ -35,28 +38,22 @@ _WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "p
 class StudySettings:
     """What every study can be set to.
 
-    Attributes:
-        max_length: tokens of a text at most; a healing has its own, by its recipe.
-        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
-            CPU 8 at most.
-        max_texts: read the first so many calibration texts only, but for a healing.
-        max_eval_texts: read the first so many held-out texts only.
-        num_choosing: texts of the selection set at most; the others are for the calibration.
-        seed: of whatever is drawn.
-
     Raises:
         LayersError, TextsError: a number that is out of range.
     """
 
-    PROMPTS_OPTION: ClassVar[str] = "speech"
-    """The option that names a file of prompts."""
-
-    max_length: int = 256
-    batch_size: BatchSize = "auto"
-    max_texts: int = 1024
-    max_eval_texts: int = 256
+    max_length: int = option(256, "Tokens of a text at most.", "N", least=1, before="device_map")
+    batch_size: BatchSize = option(
+        "auto",
+        "Texts in one forward. auto: as many as the device has memory for, on a CPU 8 at most.",
+        "auto|N",
+        read=parse_batch_size,
+    )
+    max_texts: int = option(1024, "Read the first N calibration texts only.", "N", least=1)
+    max_eval_texts: int = option(256, "Read the first N held-out texts only.", "N", least=1)
     num_choosing: int = 96
-    seed: int = 0
+    """Texts of the selection set at most; the others are for the calibration."""
+    seed: int = option(0, "Seed of whatever is drawn.", "N", least=0)
 
     def __post_init__(self) -> None:
         _ = self.tokens
@@ -102,29 +99,12 @@ class StudySettings:
 
         What only Python can set is left out.
         """
-        default = type(self)()
+        default, options = type(self)(), options_of(type(self))
         changed: dict[str, Any] = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if value == getattr(default, one.name) or one.name in _NO_OPTION:
-                continue
-            if one.name == "prompts":
-                file = value.name if isinstance(value, Path) else None
-                changed[self.PROMPTS_OPTION] = file or value is None
-                changed["no_speech"] = value == ()
-                continue
-            if one.name == "answers" and isinstance(value, tuple):
-                continue
-            if one.name == "answers" and value is False:
-                changed["no_answers"] = True
-                continue
-            if isinstance(value, Path):
-                value = value.name
-            elif not isinstance(value, str | int | float):
-                value = (
-                    ",".join(map(str, plain)) if isinstance(plain := _plain(value), list) else None
-                )
-            changed[one.name] = value
+        for name in (one.name for one in fields(self) if one.name in options):
+            value = getattr(self, name)
+            if value != getattr(default, name):
+                changed |= options[name].words(value)
         return option_words(changed)
 
     def _take_places(self, *names: str) -> None:
@@ -144,17 +124,13 @@ class StudySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RacingSettings(StudySettings):
-    """Settings of studies that race proposals.
-
-    Attributes:
-        top: proposals of every criterion.
-        heal_steps: steps of a healing, of 16 sequences each; 5,000 by default.
-        threads: threads of the Rust core, all by default.
-    """
+    """Settings of studies that race proposals."""
 
     top: int = 4
     heal_steps: int | None = None
-    threads: int | None = None
+    threads: int | None = option(
+        None, "Threads of the core; all processors by default.", "N", least=1, before="seed"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,52 +146,84 @@ class RunSettings(RacingSettings):
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
     ``target_memory``; by none of them it is the knee of the curve of what is lost.
 
-    Attributes:
-        n: layers that are to go.
-        fraction: the share of the layers that is to go, at least.
-        params: parameters that are to be left, at most.
-        max_loss: nats a token above the whole model that are allowed, after the patch.
-        target_latency: the share of the time of a token that is to be left, at most, by the
-            forecast of :func:`shallower.gain`.
-        target_memory: bytes of the weights and of the cache of one text that are to be left, at
-            most, as a number or as ``12GB``.
-        device: the device of that forecast, as for :func:`shallower.gain`; by default the GPU of
-            this machine if it is in the table, else ``a100-80``.
-        context: tokens of a text before it is continued, of both targets.
-        blocks: blocks at most; any number by default.
-        plan_only: choose and measure, and patch and save nothing.
-        prompts: what the models speak on, as for :func:`shallower.evaluate_speech`; by default 24
-            of our own, and an empty sequence for none.
-        judge: what the proposals are raced by: ``loss``, the next-token loss; ``speech``, the
-            divergence from the whole model on its own words. For that one half of ``prompts``
-            chooses, by default of 120 of our own, and the models speak on prompts of the other.
-        heal: train on the patched cut: True, or the settings. True trains in the dtype of the
-            model, float16 in bfloat16.
-        answers: patch and train on what the whole model says as well: True for prompts of our own,
-            or prompts as of ``prompts``, which may have their answers; False for texts alone. By
-            default with ``heal``, to prompts of our own, if the model chats.
-        share: the share of answers among texts and answers, of the patch and of the training.
+    ``prompts`` and ``answers`` may also be prompts themselves, as for
+    :func:`shallower.evaluate_speech`, and answers may be among them; ``heal`` may be the settings
+    of the training, which True makes in the dtype of the model, float16 in bfloat16.
 
     Raises:
         LayersError, CriterionError, RecipeError, TextsError: a setting that is out of range or
             contradicts another.
     """
 
-    n: int | None = None
-    fraction: float | None = None
-    params: int | None = None
-    max_loss: float | None = None
-    target_latency: float | None = None
-    target_memory: int | str | None = None
-    device: str | None = None
-    context: int = 2048
-    blocks: int | None = None
-    plan_only: bool = False
-    prompts: Prompts = None
-    judge: str = "loss"
-    heal: bool | Recipe = False
-    answers: bool | Prompts = None
-    share: float = 0.5
+    n: int | None = option(None, "Layers that are to go.", "N", before="settings")
+    fraction: float | None = option(
+        None, "Share of the layers that is to go, at least, as 0.25.", "F"
+    )
+    params: int | None = option(
+        None, "Parameters that are to be left, at most, as 100M or 6.7B.", "P", read=parse_count
+    )
+    max_loss: float | None = option(
+        None,
+        "Nats a token that may be lost, after the patch. Without any of these and of the targets: "
+        "the knee of the curve of what is lost.",
+        "X",
+    )
+    target_latency: float | None = option(
+        None,
+        "Share of the time of a token that is to be left, at most, as 0.8x: by the forecast for "
+        "--device.",
+        "S",
+        read=parse_share,
+    )
+    target_memory: int | str | None = option(
+        None,
+        "Bytes of weights and of the cache of --context tokens that are to be left, at most, as "
+        "12GB.",
+        "SIZE",
+    )
+    device: str | None = option(
+        None,
+        "Device of that forecast, as gain has them; this machine's GPU if it is one of them, else "
+        "a100-80.",
+        "NAME",
+    )
+    context: int = option(2048, "Tokens of a text, of both targets.", "N", least=1)
+    blocks: int | None = option(None, "Blocks at most; any number by default.", "B", least=1)
+    top: int = option(4, "Proposals of every criterion.", "K", least=1)
+    plan_only: bool = option(False, "Choose and measure; patch and save no model.", before="seed")
+    prompts: Prompts = option(
+        None,
+        "Prompts to answer, a .jsonl file with prompt or messages; by default 24 built-in ones. By "
+        "--judge speech one half of them, or of 120, is for the selection.",
+        "PROMPTS",
+        name="speech",
+        alone=None,
+        off=("Measure no speech.", ()),
+    )
+    judge: RacedBy = option(
+        "loss",
+        "Judge that the proposals are raced by. loss: of the next token; speech: divergence from "
+        "the whole model on its own words.",
+        before="settings",
+    )
+    heal: bool | Recipe = option(
+        False, "Train adapters on the patched cut, and merge them.", before="plan_only"
+    )
+    heal_steps: int | None = option(
+        None, "Steps of the healing, 16 sequences each; 5,000 by default.", "N", least=1
+    )
+    answers: bool | Prompts = option(
+        None,
+        "Also learn from what the uncut model says to prompts: a .jsonl file with prompt or "
+        "messages, and with answer where it has answered already; without one, prompts of our own.",
+        "[PROMPTS]",
+        alone=True,
+        off=(
+            "Learn from the texts alone: --heal takes answers by default if the model chats.",
+            False,
+        ),
+    )
+    share: float = option(0.5, SHARE, "X")
 
     def __post_init__(self) -> None:
         if not isinstance(self.answers, bool | None):
@@ -246,9 +254,9 @@ class RunSettings(RacingSettings):
             raise RecipeError("plan_only beside heal (--plan-only, --heal): only a cut is healed")
 
     def _check_judge(self) -> None:
-        if self.judge not in RACED_BY:
+        if self.judge not in (judges := get_args(RacedBy)):
             raise CriterionError(
-                f"unknown judge {self.judge!r}: a run races proposals by {' or '.join(RACED_BY)} "
+                f"unknown judge {self.judge!r}: a run races proposals by {' or '.join(judges)} "
                 f"(judge, --judge)"
             )
         if self.judge == "speech" and self.max_loss is not None:
@@ -277,55 +285,72 @@ class RunSettings(RacingSettings):
 class CurveSettings(RacingSettings):
     """Settings of :func:`shallower.curve`.
 
-    Attributes:
-        n: numbers of layers that go; the whole model is measured in any case.
-        strategies: ``recommended``, the verified plan of every size, as by
-            :func:`shallower.run`; ``similarity``, the most similar block; ``best_plan``, the most
-            similar blocks together; ``deepest``, the deepest layers but the last; or any
-            criterion by its name.
-        states: of ``cut``, ``patched`` and ``healed``. What is healed is patched first where it
-            can be.
-        quick_patch: patch by one matrix a block, in seconds, as criteria are compared; by
-            default in full, as by :func:`shallower.patch`.
-        patch_tokens: tokens that a full patch is fitted on, at most: by default an eighth of
-            those of a single patch, since a curve has dozens.
-        tasks: names of tasks to do beside the loss; the main measure of each is kept.
-        tasks_dir: a folder of further definitions of tasks.
-        data: the folder in which task files find their data; by default that of the variable
-            ``SHALLOWER_DATA``.
-        max_items: items of a task at most; all by default.
-        num_shots: solved examples before each item; as the task says by default.
-        pass_at: for tasks that are answered in text also sample so many answers to each item, and
-            keep ``pass@K`` of them as a task of its own, ``TASK sampled``.
-        heal: settings of the healing of each cut; by default ours in the dtype of the model.
-        prompts: what the models speak on, as for :func:`shallower.evaluate_speech`; by default
-            they are not let to, and None is 24 prompts of our own.
+    A strategy is ``recommended``, the verified plan of every size, as by :func:`shallower.run`;
+    ``similarity``, the most similar block; ``best_plan``, the most similar blocks together;
+    ``deepest``, the deepest layers but the last; or any criterion by its name. What is healed is
+    patched first where it can be. ``prompts`` are as for :func:`shallower.evaluate_speech`, and
+    None is 24 prompts of our own.
 
     Raises:
         LayersError, CriterionError, PatchError, RecipeError, TextsError: a setting that is out of
             range, is named twice or contradicts another.
     """
 
-    n: Sequence[int] = (0, 1, 2, 4, 8)
-    strategies: Sequence[str] = ("recommended", "similarity", "deepest")
-    states: Sequence[State] = ("cut", "patched")
-    quick_patch: bool = False
-    patch_tokens: int = 16_384
-    tasks: Sequence[str] = ()
-    tasks_dir: str | Path | None = None
-    data: str | Path | None = None
-    max_items: int | None = None
-    num_shots: int | None = None
-    pass_at: int | None = None
+    n: Sequence[int] = option(
+        (0, 1, 2, 4, 8),
+        "Layers that go; 0, the whole model, is always measured.",
+        "SIZES",
+        read=partial(parse_sizes, least=0),
+        before="settings",
+    )
+    strategies: Sequence[str] = option(
+        ("recommended", "similarity", "deepest"),
+        "Strategies, comma-separated: recommended, similarity, best_plan, deepest, or any "
+        "criterion (shallower compare --list).",
+        "NAMES",
+        read=parse_names,
+    )
+    states: Sequence[State] = option(
+        ("cut", "patched"),
+        "States: cut, patched, healed; comma-separated.",
+        "NAMES",
+        read=parse_names,
+    )
+    quick_patch: bool = option(False, "Patch by one matrix a block, in seconds.")
+    patch_tokens: int = option(16_384, "Tokens that a full patch is fitted on.", "N", least=1)
+    tasks: Sequence[str] = option(
+        (), "Tasks beside the loss, comma-separated.", "NAMES", read=parse_names
+    )
+    tasks_dir: str | Path | None = option(None, "Further definitions of tasks.", "FOLDER")
+    data: str | Path | None = option(
+        None, "Data of task files; $SHALLOWER_DATA by default.", "FOLDER"
+    )
+    max_items: int | None = option(None, "Items of a task at most.", "N", least=1)
+    num_shots: int | None = option(None, "Solved examples before each item.", "N", least=0)
+    pass_at: int | None = option(
+        None, "Also sample K answers where text is asked for: pass@K.", "K", least=1
+    )
     heal: Recipe | None = None
-    prompts: Prompts = ()
+    """Settings of the healing of each cut; by default ours in the dtype of the model."""
+    prompts: Prompts = option(
+        (),
+        "Also how it speaks beside the whole model, on prompts: a .jsonl file with prompt or "
+        "messages; without one 24 of our own.",
+        "[PROMPTS]",
+        name="speech",
+        alone=None,
+    )
+    heal_steps: int | None = option(
+        None, "Steps of each healing, 16 sequences each; 5,000 by default.", "N", least=1
+    )
+    top: int = option(4, "Proposals of every criterion, for recommended.", "K", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "n", tuple(n for n in _sizes(self.n, least=0) if n))
         object.__setattr__(self, "prompts", _prompts(self.prompts))
         for name in ("strategies", "states", "tasks"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
+            object.__setattr__(self, name, distinct_names(name, getattr(self, name)))
         self._take_places("tasks_dir", "data")
         self._check_least("patch_tokens", 1)
         unknown: list[str] = [name for name in self.states if name not in STATES]
@@ -356,42 +381,61 @@ class CurveSettings(RacingSettings):
 class CompareSettings(StudySettings):
     """Settings of :func:`shallower.compare`.
 
-    Attributes:
-        n: how many layers are to go.
-        criteria: names of the table ``shallower.criteria``, or criteria of your own; all by
-            default.
-        unit: what goes: ``layers``, or ``experts``, ``n`` of every layer that has any, by criteria
-            of experts.
-        judge: selects: ``loss``, the next-token loss; ``kl``, the divergence from the whole
-            model's next-token distributions; ``options``, the margin of right options;
-            ``speech``, the divergence from the whole model on its own words.
-        options: a file of JSON lines with ``context``, ``options`` and ``answer``, of the judge
-            ``options``; one half chooses, the other one reports.
-        prompts: of the judge ``speech``, as for :func:`shallower.evaluate_speech`; one half
-            chooses, the other one reports. By default prompts of our own.
-        speech: also measure how the bare cuts speak, on the test prompts, or on ``prompts``
-            beside another judge: by default 24 of our own.
-        device_memory: bytes for the states that cuts share, as a number or as ``4GB``; by default
-            what the device has free.
+    Criteria are names of the table ``shallower.criteria``, or criteria of your own. ``prompts`` are
+    as for :func:`shallower.evaluate_speech`.
 
     Raises:
         LayersError, CriterionError, TextsError: a setting that is out of range, is named twice or
             contradicts another.
     """
 
-    PROMPTS_OPTION: ClassVar[str] = "prompts"
-
     max_texts: int = 80
     max_eval_texts: int = 64
     num_choosing: int = 16
-    n: Sequence[int] = (1, 2, 4, 8)
-    criteria: Sequence[Any] | None = None
-    unit: Literal["layers", "experts"] = "layers"
-    judge: str = "loss"
-    options: str | Path | None = None
-    prompts: Prompts = None
-    speech: bool = False
-    device_memory: int | str | None = None
+    n: Sequence[int] = option(
+        (1, 2, 4, 8),
+        "Block sizes to measure, as 1,2,4,8.",
+        "SIZES",
+        read=parse_sizes,
+        before="settings",
+    )
+    criteria: Sequence[Any] | None = option(
+        None, "Criteria, comma-separated; all by default (see --list).", "NAMES", read=parse_names
+    )
+    unit: Literal["layers", "experts"] = option(
+        "layers",
+        "What goes: layers, or experts, --n of each layer that has any, by criteria of experts, "
+        "beside the block of layers whose share of the parameters is nearest.",
+    )
+    judge: Literal["loss", "kl", "options", "speech"] = option(
+        "loss",
+        "Judge of a cut. loss: of the next token. kl: divergence from the whole model's next-token "
+        "distributions. options: the right option's margin over the others. speech: divergence "
+        "from the whole model on its own words.",
+    )
+    options: str | Path | None = option(
+        None,
+        "JSON lines with context, options and answer (an index), for --judge options; one half for "
+        "the selection, the other for the report.",
+        "FILE",
+    )
+    prompts: Prompts = option(
+        None,
+        "JSON lines with prompt or messages, of the judge speech; one half chooses, the other half "
+        "reports. Without it prompts of our own.",
+        "FILE",
+    )
+    speech: bool = option(
+        False,
+        "Also how the bare cuts speak, on the half of the prompts that reports; beside another "
+        "judge on --prompts, or 24 of our own.",
+    )
+    device_memory: int | str | None = option(
+        None,
+        "Memory to plan with, as 16GB or 80GiB, of a card that need not be here; by default what "
+        "the device has free.",
+        "SIZE",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -411,7 +455,7 @@ class CompareSettings(StudySettings):
             raise CriterionError(f"criteria must be a sequence of names, got {self.criteria!r}")
         if self.criteria is not None:
             object.__setattr__(self, "criteria", tuple(self.criteria))
-            _refuse_twice("criteria", [str(getattr(one, "name", one)) for one in self.criteria])
+            refuse_twice("criteria", [str(getattr(one, "name", one)) for one in self.criteria])
         if (self.options is not None) != (self.judge == "options"):
             raise CriterionError(
                 "the judge options needs a file of items, and no other judge takes one "
@@ -452,21 +496,3 @@ def _sizes(sizes: Any, *, least: int) -> tuple[int, ...]:
     if found and found[0] < least:
         raise LayersError(f"n = {found[0]}: expected at least {least} (n, --n)")
     return tuple(found)
-
-
-def _names(what: str, names: Any) -> tuple[str, ...]:
-    """Names, each once; refuses one string, which would be a name a letter."""
-    option = f"({what}, --{what.replace('_', '-')})"
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise CriterionError(f"{what} must be a sequence of names, got {names!r} {option}")
-    found = tuple(names)
-    if not all(isinstance(name, str) and name for name in found):
-        raise CriterionError(f"{what}: expected names, got {[*found]} {option}")
-    _refuse_twice(what, found)
-    return found
-
-
-def _refuse_twice(what: str, names: Sequence[str]) -> None:
-    twice = sorted({name for name in names if list(names).count(name) > 1})
-    if twice:
-        raise CriterionError(f"named twice: {', '.join(twice)} ({what}, --{what})")

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from .commands import command_line
-from .curve import State
 from .schema import fields_of, finite, of_type
+from .settings import State
 
 JobKind = Literal["compare", "scan", "curve"]
 """The command of a job."""

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Literal
 
-from ...values.curve import STATES, Curve, CurvePoint, State
+from ...values.curve import Curve, CurvePoint
 from ...values.layers import ranges
+from ...values.settings import STATES, State
 from ..words import patch_words, patched_name
 from .drawing import Drawing
 from .plots import Axis, Line, Point, is_one_figure, line_chart, series_colour

@@ -12,8 +12,9 @@ from ...errors import ShallowerError
 from ...scanning.scan import Scan
 from ...values.bootstrap import NUM_RESAMPLES
 from ...values.comparison import CriteriaComparison
-from ...values.curve import Curve, State
+from ...values.curve import Curve
 from ...values.layers import ranges
+from ...values.settings import State
 from ...values.sweep import BestCut, Borne, Sweep, borne
 from ..results import read_job
 from .comparison import Group, groups_of

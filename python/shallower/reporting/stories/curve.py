@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from ...values.commands import command_line
 from ...values.counts import counted
-from ...values.curve import STATES, Curve, CurvePoint, State
+from ...values.curve import Curve, CurvePoint
 from ...values.estimates import splits_words
 from ...values.files import CURVE_FILE
 from ...values.layers import layer_count, ranges
 from ...values.loss import Loss
 from ...values.scores import TIE, Difference
+from ...values.settings import STATES, State
 from ...values.speech import Speech
 from ...values.task_scores import TaskScores
 from ..charts.curve import curve_charts

@@ -1,0 +1,89 @@
+"""Options that are fields of settings: the command line has each, and reads what is written."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+
+import shallower as sh
+from shallower import cli
+from shallower.cli.options import takes
+from shallower.values.options import options_of
+
+COMMANDS = {
+    "run": sh.RunSettings,
+    "curve": sh.CurveSettings,
+    "compare": sh.CompareSettings,
+    "heal": sh.Recipe,
+}
+ONLY_PYTHON = {
+    "run": {"num_choosing"},
+    "curve": {"num_choosing", "heal"},
+    "compare": {"num_choosing"},
+    "heal": set(),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_field_is_an_option_of_the_command(name):
+    kind = COMMANDS[name]
+    shown = {word for one in cli.parser(name).params for word in (*one.opts, *one.secondary_opts)}
+    options = options_of(kind)
+    assert {one.name for one in fields(kind)} - options.keys() == ONLY_PYTHON[name]
+    for one in options.values():
+        assert "--" + one.name.replace("_", "-") in shown
+
+
+def parsed(kind, *words):
+    """The settings that a command makes of words."""
+    made = []
+
+    def command(*, settings, device_map=None):
+        made.append(settings)
+
+    command.__annotations__ = {"settings": kind}
+    app = typer.Typer(add_completion=False)
+    app.command()(takes(kind)(command))
+    parser = typer.main.get_command(app)
+    parser.main(cli._with_values(parser, words), standalone_mode=False)
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(kind() for name, kind in COMMANDS.items() if name != "heal"),
+        sh.RunSettings(params=10**8, batch_size=4, judge="speech", blocks=2, context=64, top=2),
+        sh.RunSettings(target_latency=0.8, device="a100-80", prompts=(), max_texts=9),
+        sh.RunSettings(target_memory="12GB", heal=True, heal_steps=7, answers=True, share=0.25),
+        sh.RunSettings(fraction=0.25, answers=False, prompts="p.jsonl", threads=1, plan_only=True),
+        sh.RunSettings(max_loss=0.1, answers="a.jsonl", seed=3, max_length=8),
+        sh.CurveSettings(n=(3, 5), strategies=("deepest",), states=("healed",), heal_steps=9),
+        sh.CurveSettings(tasks=("boolq", "own"), tasks_dir="t", data="d", prompts=None, pass_at=2),
+        sh.CurveSettings(quick_patch=True, patch_tokens=9, prompts="p.jsonl", num_shots=0),
+        sh.CompareSettings(n=[3], criteria=("deepest", "cka"), judge="kl", device_memory="4GB"),
+        sh.CompareSettings(judge="options", options="o.jsonl", max_texts=5, max_eval_texts=6),
+        sh.CompareSettings(unit="experts", judge="speech", prompts="p.jsonl"),
+        sh.CompareSettings(speech=True),
+    ],
+    ids=lambda settings: " ".join([type(settings).__name__, *settings.to_words()]),
+)
+def test_the_words_of_settings_make_them_again(settings):
+    found = parsed(type(settings), *settings.to_words())
+    assert found.to_json() == settings.to_json()
+    assert found.to_words() == settings.to_words()
+    assert found == settings or settings.device_memory == "4GB"
+
+
+@pytest.mark.parametrize(
+    ("words", "prompts"),
+    [((), ()), (["--speech="], None), (["--speech", "p"], Path("p"))],
+)
+def test_an_option_may_stand_without_a_word(words, prompts):
+    assert parsed(sh.CurveSettings, *words).prompts == prompts
+
+
+def test_an_option_that_is_taken_away_is_not_there():
+    found = parsed(sh.RunSettings, "--answers", "p", "--no-answers", "--speech", "p", "--no-speech")
+    assert (found.answers, found.prompts) == (False, ())
