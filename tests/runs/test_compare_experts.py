@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import shallower as sh
+from shallower.judgement.criteria import experts
 from shallower.judgement.judges import JUDGES
 from shallower.models.experts import find_experts
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.runs import compare_experts
 from shallower.runs.items import judged_items
-from shallower.scanning.expert_criteria import CRITERIA, EXHAUSTIVE, LAYERS
+from shallower.scanning.expert_criteria import CRITERIA
 from tests.conftest import word_tokenizer, write_jsonl
 from tests.cutting.mixtures import mixture
 from tests.judgement.test_judges import cut, margins
@@ -23,6 +23,8 @@ from tests.judgement.test_speech_judge import plain_divergences
 from tests.runs.test_judging import said_to
 
 LAST = 7
+
+EXHAUSTIVE, LAYERS = "exhaustive", "layers"
 
 
 def sparse(planted=()):
@@ -185,7 +187,7 @@ def test_bad_input_is_one_sentence(words):
 
 
 def test_all_sets_are_tried_by_default_where_they_are_few(words, monkeypatch):
-    monkeypatch.setattr(compare_experts, "MOST_SETS", 14)
+    monkeypatch.setattr(experts, "MOST_SETS", 14)
     texts, options = documents(1, 24), {"unit": "experts", "n": [1, 2], "num_choosing": 8}
     options |= {"cache": False, "progress": False}
     done = sh.compare(sparse((1, 4)), words, texts, documents(7, 12), **options)
