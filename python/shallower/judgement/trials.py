@@ -329,6 +329,21 @@ class Trials:
         self._recalled[key] = seconds_of(record)
 
 
+def judge_inputs(judge: Judge) -> dict[str, Any]:
+    """What the records of a judge's trials depend on beside the model and the items."""
+    content = {"content": judge.content} if judge.content else {}
+    return {"judge": judge.name, "looks": [len(items) for items in judge.items], **content}
+
+
+def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: str) -> Trials:
+    """Trials that the store keeps, batch by batch, since a race judges most cuts on few.
+
+    ``items`` identifies those of the judge.
+    """
+    inputs = {"state": "cut", "items": items, **judge_inputs(judge)}
+    return Trials(model, judge, journal=store.journal("trials", inputs))
+
+
 def looks_at(looks: Sequence[int], num_items: int) -> int:
     """Count the first of looks of so many items each that hold ``num_items``; all if fewer."""
     return min(1 + bisect_left(list(accumulate(looks)), num_items), len(looks))
@@ -373,11 +388,17 @@ def recorded(gone: Gone) -> dict[str, Any]:
     return {"dropped": layers, **({"experts": experts} if experts else {})}
 
 
-def cut_of(record: Any, num_layers: int) -> Gone:
-    """Read what a record drops; ValueError for what is none."""
+def layers_of(record: Any, num_layers: int) -> frozenset[int]:
+    """Read the layers that a record drops; ValueError for what is none."""
     layers = [of_type(int, layer) for layer in of_type(list, of_type(dict, record)["dropped"])]
     if layers != sorted(set(layers) & set(range(num_layers))):
         raise ValueError(f"layers {layers} of {num_layers}")
+    return frozenset(layers)
+
+
+def cut_of(record: Any, num_layers: int) -> Gone:
+    """Read what a record drops; ValueError for what is none."""
+    layers = layers_of(record, num_layers)
     pairs = of_type(list, record.get("experts", []))
     experts = ((of_type(int, layer), of_type(int, expert)) for layer, expert in pairs)
     return frozenset([*layers, *experts])

@@ -19,8 +19,9 @@ from ..errors import (
 )
 from ..judgement.criteria.experts import EverySet
 from ..judgement.criterion import Criterion, has_costs
-from ..judgement.held_out_cuts import TRUTH_ITEMS, judge_inputs
+from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.judges.judge import Judge
+from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.stored_costs import (
     Work,
     own_layers,
@@ -29,7 +30,7 @@ from ..judgement.stored_costs import (
     stored_costs,
 )
 from ..judgement.subject import Subject
-from ..judgement.trials import ResultStore, Trials
+from ..judgement.trials import ResultStore, Trials, judge_inputs, kept_trials
 from ..memory.budget import limit
 from ..models.decoder import Decoder
 from ..models.experts import find_experts
@@ -45,7 +46,7 @@ from ..values.plan import Plan
 from ..values.scores import Difference, Scores
 from ..values.settings import CompareSettings
 from .given_models import InMemory
-from .measuring import FittedPatch, Measuring
+from .measuring import Measuring
 from .study import SINGLE_LAYERS, WHOLE, Part, Study
 
 
@@ -87,6 +88,7 @@ def compare_on(
     measured: list[MeasuredRow] = []
     skipped: dict[str, str] = {}
     counts: dict[str, int] = {}
+    is_complete = True
     for texts in study.splits:
         compared = _Choosing(study, measuring, store, criteria, model=str(model), texts=texts)
         compared.say_goes_on()
@@ -95,6 +97,7 @@ def compare_on(
             measured += compared.measured(compared.choices())
         several = f" on {texts}" if len(study.splits) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in compared.skipped.items()}
+        is_complete &= compared.is_complete
         if not counts:  # those of the first texts
             counts = compared.counts
     return Outcome(
@@ -102,7 +105,7 @@ def compare_on(
         tuple(with_regrets(measured)),
         skipped,
         {**counts, "report": measuring.judge.num_items},
-        measuring.held_out.is_complete and not skipped,
+        is_complete and not skipped,
     )
 
 
@@ -141,6 +144,7 @@ class _Choosing:
     """Criteria on one model and calibration texts of one name.
 
     ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried.
+    ``is_complete`` turns false where a cut was not patched for want of memory.
     """
 
     study: Study[CompareSettings]
@@ -150,6 +154,7 @@ class _Choosing:
     model: str
     texts: str
     skipped: dict[str, str] = field(default_factory=dict)
+    is_complete: bool = True
 
     def __post_init__(self) -> None:
         study, measuring, settings = self.study, self.measuring, self.study.settings
@@ -157,23 +162,22 @@ class _Choosing:
         read = TokenBatches(measuring.tokenizer, split.fit, measuring.tokens, min_tokens=2)
         batches = list(read)
         judge = measuring.judges.choosing(split.choose)
-        inputs = judge_inputs(judge)
-        journal = self.store.journal("trials", {"items": fitted, **inputs})
         layerwise = measuring.held_out.model
         self.subject = Subject(
             measuring.decoder,
             batches,
-            Trials(layerwise, judge, journal=journal),
+            kept_trials(layerwise, judge, store=self.store, items=fitted),
             settings.n,
             texts=(read.identity,),
             seed=settings.seed,
             progress=False,
         )
-        self.patch: FittedPatch | None = None  # behind experts that go nothing is patched
+        self.patched: PatchedTrials | None = None  # behind experts that go nothing is patched
         if settings.unit == "layers":
-            self.patch = FittedPatch(QuickPatch(layerwise, batches), fitted)
+            patch = QuickPatch(layerwise, batches)
+            self.patched = measuring.held_out.after(patch, fitted=fitted)
         on = {"fitted": fitted, "seed": settings.seed, "unit": settings.unit}
-        self._chosen_on = {**on, **inputs}
+        self._chosen_on = {**on, **judge_inputs(judge)}
         self.counts = {"fit": self.subject.num_texts, "choose": judge.num_items}
         _require_enough(self.subject, measuring.judge)
 
@@ -220,7 +224,7 @@ class _Choosing:
 
     def _reported(self, n: int) -> int:
         """Those of one choice, as it is cut and after a quick patch, and of its speech."""
-        if self.patch is None:
+        if self.patched is None:
             return self.measuring.layers_run(0, "cut")
         left, items = self.subject.num_layers - n, self.measuring.judge.num_items
         return self.measuring.layers_run(n, "cut") + left * items + n * self.subject.num_texts
@@ -261,7 +265,7 @@ class _Choosing:
                     if criterion.name not in self.skipped:
                         choice = self._choice(criterion, n, own)
                         found.append(_Choice(criterion, n, *choice, tau))
-        return found if self.patch else sorted(found, key=lambda one: one.n)
+        return found if self.patched else sorted(found, key=lambda one: one.n)
 
     @contextmanager
     def _others_go_on(self, name: str) -> Iterator[None]:
@@ -297,7 +301,7 @@ class _Choosing:
     def measured(self, choices: Sequence[_Choice]) -> Iterator[MeasuredRow]:
         """Measure what was chosen, on the test texts."""
         measuring, held_out = self.measuring, self.measuring.held_out
-        measuring.judge_together([choice.plan for choice in choices], self.patch)
+        measuring.judge_together([choice.plan for choice in choices], self.patched)
         whole = measuring.scores(None, "cut")
         for choice in choices:
             plan = choice.plan
@@ -342,16 +346,18 @@ class _Choosing:
         """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""
         measuring = self.measuring
         judged, losses = measuring.held_out.scores.scores(plan), measuring.scores(plan, "cut")
-        if self.patch is None:
+        if self.patched is None:
             return judged, losses, None, None
         try:
-            return judged, losses, measuring.scores(plan, "quick", patch=self.patch), None
+            return judged, losses, measuring.scores(plan, "quick", patched=self.patched), None
         except PatchError as error:
+            self.is_complete &= stays(error)
             return judged, losses, None, str(error)
 
     def _speech(self, plan: Plan) -> dict[str, Any]:
         """How a bare cut speaks, by the names of a row's fields; nothing where it is not asked."""
-        speech = self.measuring.speech_of_cut(plan)
+        measuring = self.measuring
+        speech = measuring.measure(plan, "cut").speech if measuring.speaks else None
         if speech is None:
             return {}
         found = {name: speech.of(name) for name in ("acceptance", "repetition")}

@@ -23,9 +23,8 @@ from ..errors import (
 )
 from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion
-from ..judgement.held_out_cuts import judge_inputs
 from ..judgement.stored_costs import own_layers, searched_layers, stored_choice, stored_costs
-from ..judgement.trials import ResultStore
+from ..judgement.trials import ResultStore, judge_inputs
 from ..progress import part, track
 from ..scanning.model import scan
 from ..scanning.scan import Scan
@@ -121,7 +120,7 @@ class CurvePoints:
         found = [self._plan(name, n) for n in settings.n for name in settings.strategies]
         plans = [plan for plan in found if isinstance(plan, Plan)]
         quick = settings.quick_patch and "patched" in settings.states
-        self._measuring.judge_together(plans, self._measuring.patch if quick else None)
+        self._measuring.judge_together(plans, self._measuring.patched if quick else None)
 
     def _joined(self, found: Sequence[CurvePoint]) -> Curve:
         """What is known so far, by size, strategy and state."""

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +20,7 @@ from ..evaluation.loss import fitting_tokens
 from ..evaluation.speech import READING, SPEECH_TOKENS, Spoken
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge, judged_batches
-from ..judgement.patched_trials import stays
+from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.subject import parameters_share
 from ..judgement.trials import AnyCut, ResultStore, Trials, recalled
 from ..judgement.verifying import PATCH_TEXTS
@@ -30,7 +30,6 @@ from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import with_patch
-from ..patching.quick import QuickPatch
 from ..patching.solver import STEPPING
 from ..patching.solver import layers_run as patch_layers
 from ..progress import part, track
@@ -58,13 +57,6 @@ trained on, patched first where it can be."""
 
 HEALING_FOLDER = ".healing"
 """What is being healed below the folder of a study; it is gone when it is measured."""
-
-
-class FittedPatch(NamedTuple):
-    """A quick patch, and the hash of the texts that it is fitted on."""
-
-    patch: QuickPatch
-    fitted: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +98,7 @@ class Measuring:
         judges: makes judges of the selection set.
         held_out: cuts as they are and after a quick patch, from states that they share.
         num_rejected: test texts with fewer than two tokens.
+        speaks: whether it is measured how cuts speak.
 
     Raises:
         TextsError: no test text has two tokens; or a prompt cannot be answered.
@@ -146,7 +139,7 @@ class Measuring:
             texts=study.reported,
             num_rejected=self.num_rejected,
         )
-        self._speaks = StudySpeech.is_possible(study, self.decoder, tokenizer)
+        self.speaks = StudySpeech.is_possible(study, self.decoder, tokenizer)
         self._measured: dict[tuple[Gone, Measurable], Measured] = {}
         self._shares: dict[Gone, float] = {}  # of the seconds of cuts judged together
 
@@ -182,30 +175,30 @@ class Measuring:
             store=self._store,
         )
 
-    def judge_together(self, plans: Sequence[Plan], patch: "FittedPatch | None" = None) -> None:
+    def judge_together(self, plans: Sequence[Plan], patched: PatchedTrials | None = None) -> None:
         """Judge the whole model and cuts at once, where each layer is read from disk for all.
 
-        As they are, and after a quick ``patch`` if there is one.
+        As they are, and ``patched`` if that is given.
         """
         clock = self.held_out.losses.clock
         started = clock()
         for trials in dict.fromkeys((self.held_out.losses, self.held_out.scores)):
             trials.judge_together([(), *plans])
-        if patch is not None:
-            self.held_out.patch_together(patch.patch, plans, fitted=patch.fitted)
+        if patched is not None:
+            patched.judge_together(plans)
         share = (clock() - started) / max(1, len(plans))
         self._shares = {plan.gone: share for plan in plans}
 
-    @property
-    def patch(self) -> "FittedPatch":
-        """The quick patch of the verified plans."""
-        return FittedPatch(self.plans.verifier.patch, self.plans.fitted)
+    @cached_property
+    def patched(self) -> PatchedTrials:
+        """Cuts after the quick patch of the verified plans."""
+        return self.held_out.after(self.plans.verifier.patch, fitted=self.plans.fitted)
 
     def layers_run(self, n: int, state: Measurable) -> int:
         """Count the layers that a measurement runs, times test texts, about."""
         left, tasks = len(self.decoder) - n, self._tasks.num_items
-        judged = self._speaks * len(self.decoder) * self._reading
-        spoken = self._speaks * left * (READING + 1) * self._reading
+        judged = self.speaks * len(self.decoder) * self._reading
+        spoken = self.speaks * left * (READING + 1) * self._reading
         return round(
             self._making(n, state) + left * (self.judge.num_items + tasks) + spoken + judged
         )
@@ -263,22 +256,19 @@ class Measuring:
         state: Literal["cut", "quick"],
         looks: int | None = None,
         *,
-        patch: "FittedPatch | None" = None,
+        patched: PatchedTrials | None = None,
     ) -> Scores:
         """Loss of a cut by text on the first ``looks`` batches or all; of the whole model for None.
 
-        ``patch`` replaces the verified plans' one. PatchError where it cannot be patched,
+        ``patched`` replaces those of the verified plans. PatchError where it cannot be patched,
         ModelError for a loss that is not finite.
         """
         if state == "cut" or plan is None:
             name = f"loss without {plan.words}" if plan else "loss, whole"
             return self._loss(name, self.held_out.losses, plan or (), looks)
-        quick, n = patch or self.patch, len(plan.dropped)
+        patched, n = patched or self.patched, len(plan.dropped)
         with part(self._making(n, "quick") + (len(self.decoder) - n) * self.judge.num_items):
-            found = self.held_out.patched(quick.patch, plan, fitted=quick.fitted, looks=looks)
-        if isinstance(found, str):
-            raise PatchError(found)
-        return found
+            return patched.scores(plan, looks)
 
     def loss_of_cut(self, plan: Plan | None) -> Loss:
         """Measure the loss of a bare cut alone, without tasks or speech."""
@@ -317,16 +307,14 @@ class Measuring:
     def _inputs(self, plan: Plan | None, state: Measurable) -> dict[str, Any] | None:
         """All that a measurement depends on beside the model; None where that is not known."""
         settings, job = self._study.settings, self._study.job
-        if job is None:
-            return None
         if state == "healed":  # what is trained on is known by the study alone
-            return {**key_of(plan), "state": state, "job": job}
+            return None if job is None else {**key_of(plan), "state": state, "job": job}
         made = {} if state in ("cut", "quick") else {"patch_tokens": settings.patch_tokens}
         return {
             **key_of(plan),
             "state": state,
             **made,
-            "fitted": self.plans.fitted,
+            "fitted": next(iter(self._study.fitted.values())),
             "items": self._study.reported,
             "tasks": self._tasks.identity,
             "seed": settings.seed,
@@ -334,14 +322,14 @@ class Measuring:
         }
 
     def _measure(self, plan: Plan | None, state: Measurable) -> Measured:
-        is_told_by_loss = not self._tasks.settings.tasks and self.speech is None
+        is_told_by_loss = not self._tasks.settings.tasks and not self.speaks
         if state in ("cut", "quick") and is_told_by_loss:
             return Measured(self.held_out.loss(self.scores(plan, state)))
         if state == "cut" or plan is None:
             loss = self.loss_of_cut(plan)
             with without_layers(self.model, plan) if plan else nullcontext():
                 tasks = self._tasks.scores(self.model, self.tokenizer)
-            return Measured(loss, tasks, speech=self.speech_of_cut(plan))
+            return Measured(loss, tasks, speech=self._speech_of_cut(plan))
         with ExitStack() as stack:
             with part(self._making(len(plan.dropped), state)):
                 model, tokenizer = stack.enter_context(self._in_state(plan, state))
@@ -362,35 +350,20 @@ class Measuring:
     @cached_property
     def speech(self) -> StudySpeech | None:
         """How the whole model speaks; None where no speech is measured."""
-        if not self._speaks:
+        if not self.speaks:
             return None
         with part((READING + 2) * len(self.decoder) * self._reading):
             return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
 
-    def speech_of_cut(self, plan: Plan | None) -> Speech | None:
-        """Measure how a bare cut or the whole model speaks, or recall it; None where no speech is
-        measured.
-        """
-        if not self._speaks:
+    def _speech_of_cut(self, plan: Plan | None) -> Speech | None:
+        """How a bare cut or the whole model speaks; None where no speech is measured."""
+        if self.speech is None:
             return None
-        settings = self._study.settings
-        inputs = {
-            **key_of(plan),
-            "prompts": prompts_fingerprint(self._study.prompts),
-            "seed": settings.seed,
-            "batch_size": settings.batch_size,
-        }
-        known = self._store.get("speech_of_cut", inputs)
-        if known is not None:
-            return recalled(Speech.from_json, known, "a speech")
-        assert self.speech is not None
         if plan is None:
             return self.speech.whole
         with without_layers(self.model, plan):
             said = self._heard(self.speech, self.model, f"cut without {plan.words}")
-        found = self._judged(self.speech, said)
-        self._store.put("speech_of_cut", inputs, found.to_record())
-        return found
+        return self._judged(self.speech, said)
 
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""
