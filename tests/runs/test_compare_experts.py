@@ -291,7 +291,6 @@ def test_a_comparison_that_was_killed_goes_on(tmp_path, tried, monkeypatch):
     assert cuts() == wanted
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_shards_and_workers_come_to_the_same(shallower, tmp_path, monkeypatch):
     on_disk(tmp_path)
     command = (

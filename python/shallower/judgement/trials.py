@@ -176,8 +176,6 @@ class Trials:
                 f"the model has no layer {min(foreign)}: its {layer_count(len(self.model))} are "
                 f"0 .. {len(self.model) - 1}"
             )
-        if isinstance(cut, Plan) and cut.experts is not None:
-            self._judge_whole(cut, looks)
         self.judge_together([cut], looks)
         sums = np.full(self.judge.num_items, np.nan)
         for index in self.first(looks):
@@ -187,12 +185,17 @@ class Trials:
     def judge_together(self, cuts: Iterable[AnyCut], looks: int | None = None) -> None:
         """Judge cuts on the first batches at once, where each layer is read from disk for all.
 
-        :meth:`scores` gives what was found, or says that it is not finite. Cuts of experts, and
-        those of a model in memory, are judged there, one after the other.
+        :meth:`scores` gives what was found, or says that it is not finite. Cuts of a model in
+        memory are judged there, one after the other, but those of experts here.
         """
-        if not self.is_streamed:
+        gone = []
+        for cut in cuts:
+            if isinstance(cut, Plan) and cut.experts is not None:
+                self._judge_whole(cut, looks)
+            elif self.is_streamed:
+                gone.append(gone_by(cut))
+        if not gone:
             return
-        gone = [one for one in map(gone_by, cuts) if not has_experts(one)]
         keys = dict.fromkeys((cut, index) for index in self.first(looks) for cut in gone)
         unknown = self._judged.keys() | self._failed.keys()
         self._run_together([key for key in keys if key not in unknown])
