@@ -65,11 +65,7 @@ def reports(model, tokenizer, splits):
     layers = Layerwise(decoder)
     trials = Trials(layers, LossJudge(judged_batches(tokenizer, splits.report, tokens)))
     batches = list(TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2))
-    patch = QuickPatch(layers, batches)
-    num_texts = sum(map(len, batches))
-    return {
-        "none": trials, "patch": PatchedTrials(trials, patch, num_texts=num_texts),
-    }  # fmt: skip
+    return {"none": trials, "patch": PatchedTrials(trials, QuickPatch(layers, batches))}
 
 
 def plain_work(num_layers, found):

@@ -9,11 +9,10 @@ import torch
 import shallower as sh
 from shallower.errors import TextsError
 from shallower.evaluation.answers import write_answers
-from shallower.judgement.held_out_cuts import judge_inputs
 from shallower.judgement.judges.judge import KLJudge, LossJudge, judged_batches
 from shallower.judgement.judges.speech import SpeechJudge
 from shallower.judgement.racing import race
-from shallower.judgement.trials import Trials
+from shallower.judgement.trials import Trials, judge_inputs
 from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise

@@ -3,19 +3,27 @@
 import itertools
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
 import shallower as sh
+from shallower.judgement.criteria import experts, similarity
 from shallower.judgement.judges import JUDGES
+from shallower.judgement.patched_trials import PatchedTrials
+from shallower.judgement.trials import Trials
 from shallower.models.experts import find_experts
+from shallower.models.source import ModelSource
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.runs import compare_experts
+from shallower.runs.compare import CompareStudy
 from shallower.runs.items import judged_items
-from shallower.scanning.expert_criteria import CRITERIA, EXHAUSTIVE, LAYERS
+from shallower.runs.store import Store, open_store
+from shallower.runs.study_units import OpenedStudy, describe
+from shallower.scanning.expert_criteria import CRITERIA
+from shallower.texts.sources import Texts
+from shallower.values.settings import CompareSettings
 from tests.conftest import word_tokenizer, write_jsonl
 from tests.cutting.mixtures import mixture
 from tests.judgement.test_judges import cut, margins
@@ -23,6 +31,8 @@ from tests.judgement.test_speech_judge import plain_divergences
 from tests.runs.test_judging import said_to
 
 LAST = 3
+
+EXHAUSTIVE, LAYERS = "exhaustive", "layers"
 
 
 def sparse(planted=()):
@@ -185,7 +195,7 @@ def test_bad_input_is_one_sentence(words):
 
 
 def test_all_sets_are_tried_by_default_where_they_are_few(words, monkeypatch):
-    monkeypatch.setattr(compare_experts, "MOST_SETS", 14)
+    monkeypatch.setattr(experts, "MOST_SETS", 14)
     texts, options = documents(1, 24), {"unit": "experts", "n": [1, 2], "num_choosing": 8}
     options |= {"cache": False, "progress": False}
     done = sh.compare(sparse((1, 4)), words, texts, documents(7, 12), **options)
@@ -201,6 +211,111 @@ def on_disk(folder):
     sh.save_model(sparse((1, 4)), word_tokenizer(), folder / "model")
     for name, start, count in (("texts", 1, 24), ("held_out", 7, 12)):
         write_jsonl(folder / f"{name}.jsonl", documents(start, count))
+
+
+def study(folder, store, **options):
+    """A comparison of what :func:`on_disk` has written."""
+    names = ("reap", "random", EXHAUSTIVE, LAYERS)
+    settings = CompareSettings(
+        **{"n": (1, 2), "unit": "experts", "criteria": names, "num_choosing": 8, **options}
+    )
+    return CompareStudy(
+        models=(ModelSource(folder / "model", "float32"),),
+        texts={"texts": Texts(str(folder / "texts.jsonl"))},
+        eval_texts=Texts(str(folder / "held_out.jsonl")),
+        settings=settings, out=None, store=store, progress=False,
+    )  # fmt: skip
+
+
+def timeless(found):
+    return [asdict(row) | {"seconds": 0} for row in found.rows], found.models, found.skipped
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The cuts and batches that are judged from now on."""
+    judged, note = [], Trials._note
+
+    def noted(self, key, *found):
+        judged.append((self.judge.name, *key))
+        note(self, key, *found)
+
+    monkeypatch.setattr(Trials, "_note", noted)
+    return judged
+
+
+@pytest.mark.parametrize("criteria", [("reap", "random", EXHAUSTIVE, LAYERS), None])
+def test_a_comparison_finds_all_that_its_parts_sent(tmp_path, tried, monkeypatch, criteria):
+    on_disk(tmp_path)
+    alone = study(tmp_path, Store(tmp_path / "alone"), criteria=criteria).run()
+    shared = study(tmp_path, open_store(), criteria=criteria)
+    worker = OpenedStudy(json.loads(json.dumps(describe(shared))))
+    for part in shared.parts():
+        shared.store.take(json.loads(worker.run(str(part))))
+    tried.clear()
+    monkeypatch.setattr(similarity, "_scan", lambda *_: pytest.fail("scanned again"))
+    assert timeless(shared.run()) == timeless(alone)
+    assert tried == []
+
+
+class Killed(BaseException):
+    """Ends a comparison as a kill would, where nothing catches it."""
+
+
+def test_a_comparison_that_was_killed_goes_on(tmp_path, tried, monkeypatch):
+    on_disk(tmp_path)
+
+    def cuts():
+        """The cuts of experts that were judged, each with its batch, by their judge."""
+        of_experts = (one for one in tried if any(isinstance(gone, tuple) for gone in one[1]))
+        return sorted(f"{judge} {sorted(gone)} {look}" for judge, gone, look in of_experts)
+
+    whole = study(tmp_path, Store(tmp_path / "alone"), judge="kl").run()
+    wanted, total = cuts(), len(tried)
+    note, left = Trials._note, [0]
+
+    def until_killed(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        note(self, *arguments)
+
+    monkeypatch.setattr(Trials, "_note", until_killed)
+    tried.clear()
+    for most in (7, total // 3):
+        left[0] = most
+        with pytest.raises(Killed):
+            study(tmp_path, open_store(), judge="kl").run()
+    left[0] = 10**6
+    assert timeless(study(tmp_path, open_store(), judge="kl").run()) == timeless(whole)
+    assert cuts() == wanted
+
+
+def test_shards_and_workers_come_to_the_same(shallower, tmp_path, monkeypatch):
+    on_disk(tmp_path)
+    command = (
+        "compare", tmp_path / "model", "--unit", "experts", "--n", 2, "--criteria", "reap,layers",
+        "--texts", tmp_path / "texts.jsonl", "--eval-texts", tmp_path / "held_out.jsonl",
+        "--dtype", "float32", "--json",
+    )  # fmt: skip
+    found = [shallower(*command).json["rows"]]
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "by hand"))
+    for index in range(2):
+        shard = shallower(*command, "--out", tmp_path / "shards", "--shard", f"{index}/2")
+        assert shard.json["num_parts"] == 3, shard.err
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "gathered"))
+    out = tmp_path / "out"
+    found.append(shallower("gather", tmp_path / "shards", "--out", out, "--json").json["rows"])
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "by workers"))
+    found.append(shallower(*command, "--workers", "1").json["rows"])
+    whole, *others = ([{**row, "seconds": 0} for row in rows] for rows in found)
+    assert others == [whole, whole]
+
+
+def test_a_cut_of_experts_is_not_patched():
+    plan = sh.Plan(8, (), experts=sh.DroppedExperts(6, {LAST: (1, 4)}))
+    with pytest.raises(sh.PatchError, match="drops 2 experts a layer: prune by it, and heal"):
+        PatchedTrials(None, None).scores(plan)
 
 
 @pytest.mark.parametrize(

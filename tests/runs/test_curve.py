@@ -173,9 +173,9 @@ def test_cuts_that_strategies_have_in_common_are_measured_once(
 ):
     measure, seen = Measuring._measure, []
 
-    def noted(points, dropped, state):
-        seen.append((dropped, state))
-        return measure(points, dropped, state)
+    def noted(points, plan, state):
+        seen.append((plan and plan.dropped, state))
+        return measure(points, plan, state)
 
     monkeypatch.setattr(Measuring, "_measure", noted)
     options = {**TAKEN, "n": [1], "strategies": ["similarity", "best_plan", "angular"]}
@@ -223,9 +223,9 @@ def test_points_of_another_curve_are_not_measured_again(learned, words, tmp_path
     first = sh.curve(learned, words, TEXTS, **{**options, "n": [2]}, out=tmp_path / "out")
     measure, seen = Measuring._measure, []
 
-    def noted(points, dropped, state):
-        seen.append((len(dropped), state))
-        return measure(points, dropped, state)
+    def noted(points, plan, state):
+        seen.append((len(plan.dropped), state))
+        return measure(points, plan, state)
 
     monkeypatch.setattr(Measuring, "_measure", noted)
     more = sh.curve(learned, words, TEXTS, **{**options, "n": [1, 2]}, out=tmp_path / "more")

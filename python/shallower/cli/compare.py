@@ -196,17 +196,12 @@ def say_comparison(comparison: "CriteriaComparison", study: "CompareStudy", as_j
 
 
 def _list(as_json: bool, *, of_experts: bool) -> int:
-    if of_experts:
-        from ..scanning.expert_criteria import criteria_rows
+    from ..judgement.criteria import criteria, expert_criteria
 
-        rows = criteria_rows()
-    else:
-        from ..judgement.criteria import criteria
-
-        rows = [
-            {"name": criterion.name, "summary": criterion.summary, "cost": criterion.cost}
-            for criterion in criteria.values()
-        ]
+    rows = [
+        {"name": criterion.name, "summary": criterion.summary, "cost": criterion.cost}
+        for criterion in (expert_criteria if of_experts else criteria).values()
+    ]
     if as_json:
         print_json(rows)
         return 0

@@ -13,10 +13,22 @@ from ..errors import ModelError, PatchError
 from ..memory.prefix_cache import Place
 from ..patching.quick import QuickPatch, out_of_memory
 from ..values.layers import blocks_of
+from ..values.patch import refuse_experts
 from ..values.plan import Plan
 from ..values.schema import of_type
 from ..values.scores import Scores
-from .trials import Journal, Trials, cut_of, look_of, recall, seconds_of, sums_of
+from .trials import (
+    AnyCut,
+    Journal,
+    ResultStore,
+    Trials,
+    judge_inputs,
+    layers_of,
+    look_of,
+    recall,
+    seconds_of,
+    sums_of,
+)
 
 Cut = frozenset[int]
 
@@ -31,27 +43,25 @@ class PatchedTrials:
         trials: of the same model as it is cut; they judge, know the states before a patch, and
             count.
         patch: on calibration texts.
-        num_texts: how many those are.
         journal: records of looks that were made before; new ones are appended. A CacheError names
             a record that is damaged.
     """
 
     def __init__(
-        self, trials: Trials, patch: QuickPatch, *, num_texts: int, journal: Journal | None = None
+        self, trials: Trials, patch: QuickPatch, *, journal: Journal | None = None
     ) -> None:
-        self._trials, self._patch, self._journal = trials, patch, journal
-        self.num_texts = num_texts
+        self._trials, self.patch, self._journal = trials, patch, journal
         self._looked: dict[Cut, dict[int, NDArray[np.float64]] | str] = {}
         self._failed: dict[Cut, ModelError | PatchError] = {}
         self._recalled: dict[tuple[Cut, int | None], float] = {}
         recall(journal, self._recall, "patched trials")
 
-    def scores(self, dropped: Iterable[int], looks: int | None = None) -> Scores:
+    def scores(self, cut: AnyCut, looks: int | None = None) -> Scores:
         """Judge a cut after a quick patch, which is solved anew if looks are missing.
 
         As :meth:`Trials.scores`; a PatchError says why a cut cannot be patched.
         """
-        trials, gone = self._trials, frozenset(dropped)
+        trials, gone = self._trials, _layers_of(cut)
         self.judge_together([gone], looks)
         if gone in self._failed:
             raise self._failed[gone]
@@ -76,9 +86,9 @@ class PatchedTrials:
             sums[trials.judge.items[index]] = looked[index]
         return Scores(sums, trials.judge.weights)
 
-    def judge_together(self, cuts: Iterable[Iterable[int]], looks: int | None = None) -> None:
+    def judge_together(self, cuts: Iterable[AnyCut], looks: int | None = None) -> None:
         """Judge cuts after a quick patch at once, as :meth:`Trials.judge_together`."""
-        trials, wanted = self._trials, map(frozenset, cuts)
+        trials, wanted = self._trials, map(_layers_of, cuts)
         if not trials.is_streamed:
             return
         known = {gone: self._looked.get(gone, {}) for gone in wanted if gone not in self._failed}
@@ -89,7 +99,7 @@ class PatchedTrials:
             if (indices := [index for index in trials.first(looks) if index not in one])
         }
         started = trials.clock()
-        for gone, found in judge_patched_together(trials, self._patch, missing):
+        for gone, found in judge_patched_together(trials, self.patch, missing):
             if isinstance(found, dict):
                 self._looked[gone] = {**looked[gone], **found}
                 for index, sums in found.items():
@@ -109,7 +119,7 @@ class PatchedTrials:
         for index in range(trials.num_looks):
             trials.prepare(index)  # by the whole model, which there is none of from here on
         try:
-            stack.enter_context(self._patch.patched(Plan.of(len(trials.model), sorted(gone))))
+            stack.enter_context(self.patch.patched(Plan.of(len(trials.model), sorted(gone))))
         except PatchError as error:
             if stays(error):
                 self._looked[gone] = str(error)  # of memory there may be more another time
@@ -123,8 +133,8 @@ class PatchedTrials:
             return
         texts = len(trials.judge.batches[index])
         trials.count_prepared(trials.first(None))
-        trials.count.once("patch", len(trials.model) * self.num_texts)
-        trials.count.once(("patch", gone), patch_layers(gone) * self.num_texts)
+        trials.count.once("patch", len(trials.model) * self.patch.num_texts)
+        trials.count.once(("patch", gone), patch_layers(gone) * self.patch.num_texts)
         before = tuple(range(unchanged))
         trials.count.run(("before", index, unchanged), index, before, texts=texts)
         changed = sum(layer >= unchanged for layer in trials.path(gone))
@@ -136,7 +146,7 @@ class PatchedTrials:
             self._journal.append({"dropped": sorted(gone), **record, "seconds": took})
 
     def _recall(self, record: dict[str, Any]) -> None:
-        gone = cut_of(record, len(self._trials.model))
+        gone = layers_of(record, len(self._trials.model))
         if not gone:
             raise ValueError("a patch of no cut")
         if "why" in record:
@@ -150,6 +160,25 @@ class PatchedTrials:
             raise ValueError("a look at a cut that cannot be patched")
         looked[index] = sums_of(record, len(items[index]))
         self._recalled[gone, index] = seconds_of(record)
+
+
+def kept_patched(
+    trials: Trials, patch: QuickPatch, *, store: ResultStore, items: str, fitted: str
+) -> PatchedTrials:
+    """Patched trials that the store keeps, as :func:`kept_trials`.
+
+    ``fitted`` identifies the calibration texts.
+    """
+    on = {"items": items, "fitted": fitted, **judge_inputs(trials.judge)}
+    journal = store.journal("trials", {"state": "quick", **on, **patch.settings})
+    return PatchedTrials(trials, patch, journal=journal)
+
+
+def _layers_of(cut: AnyCut) -> Cut:
+    """The layers that go by a cut; PatchError where experts go."""
+    if isinstance(cut, Plan):
+        refuse_experts(cut)
+    return frozenset(cut.dropped if isinstance(cut, Plan) else cut)
 
 
 def judge_patched_together(

@@ -15,6 +15,7 @@ from ..values.plan import Plan
 from ..values.positions import Positions
 from ..values.schema import read
 from .criteria import is_built_in
+from .criteria.experts import EverySet, OfExperts
 from .criterion import Criterion, has_costs
 from .subject import Subject
 from .trials import ResultStore
@@ -62,6 +63,9 @@ def searched_layers(criterion: Criterion, subject: Subject, n: int) -> int:
 
 def _judged(criterion: Criterion, subject: Subject, n: int) -> int:
     judge = subject.trials.judge
+    if isinstance(criterion, EverySet):
+        sets = criterion.num_tried(subject.decoder, n)
+        return sets * subject.num_layers * sum(map(len, judge.batches))
     looks = [len(items) for items in judge.items]
     items = criterion.trial_forwards(subject.num_layers, looks, n).layers
     return round(items * judge.texts_of_item)
@@ -109,7 +113,7 @@ def stored_choice(
             f"the criterion {criterion.name} gives no plan of {layer_count(n)}: expected plans() "
             f"to give a Plan of {subject.num_layers} layers for each of subject.sizes"
         )
-    if len(plan.dropped) != n:
+    if len(plan.dropped) != n and not isinstance(criterion, OfExperts):
         raise CriterionError(
             f"the criterion {criterion.name} drops {layer_count(len(plan.dropped))}: expected {n}"
         )

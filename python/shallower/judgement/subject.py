@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar, cast
 
+from ..cutting.in_model import without_layers
+from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..texts.batches import Batch
 from ..values.identity import TextsIdentity
+from ..values.plan import Plan
 from .trials import Trials
 
 Value = TypeVar("Value")
@@ -58,3 +61,13 @@ class Subject:
         if name not in self.made:
             self.made[name] = make()
         return cast(Value, self.made[name])
+
+
+def parameters_share(decoder: Decoder, plan: Plan) -> float:
+    """The parameters that go by a plan, as a share of all."""
+    whole = num_parameters(decoder.model)
+    if plan.experts is None:
+        modules = decoder.layers.modules
+        return sum(num_parameters(modules[layer]) for layer in plan.dropped) / whole
+    with without_layers(decoder.model, plan):
+        return 1 - num_parameters(decoder.model) / whole

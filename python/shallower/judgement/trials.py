@@ -13,15 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..cutting.in_model import without_layers
 from ..errors import CacheError, LayersError, ModelError, PlanError
 from ..memory.prefix_cache import Place, Prefixes
 from ..models.layerwise import Layerwise, is_streamed
 from ..values.layers import layer_count
+from ..values.plan import Gone, Plan, gone_by
 from ..values.schema import of_type
 from ..values.scores import Scores
 from .judges.judge import Judge
 
 Value = TypeVar("Value")
+
+AnyCut = Plan | Iterable[int]
+"""A plan; or the layers that go, none for the whole model."""
 
 
 class Journal(Protocol):
@@ -102,7 +107,7 @@ class Trials:
     """Cuts of one model, judged on the items of one judge.
 
     A trial is a cut on one batch of items. It is judged once, from the states that it shares with
-    the trials before it (:class:`Prefixes`).
+    the trials before it (:class:`Prefixes`); a cut of experts by a forward of all that is left.
 
     Args:
         model: the whole model; or a changed one, of which the judge knows the whole.
@@ -139,9 +144,9 @@ class Trials:
         self._prepared: set[int] = set()
         self._journal = journal
         self.is_streamed = is_streamed(model.head.decoder)
-        self._judged: dict[tuple[frozenset[int], int], NDArray[np.float64]] = {}
-        self._failed: dict[tuple[frozenset[int], int], ModelError] = {}
-        self._recalled: dict[tuple[frozenset[int], int], float] = {}
+        self._judged: dict[tuple[Gone, int], NDArray[np.float64]] = {}
+        self._failed: dict[tuple[Gone, int], ModelError] = {}
+        self._recalled: dict[tuple[Gone, int], float] = {}
         recall(journal, self._recall, "trials")
         self.num_recalled = len(self._judged)
 
@@ -159,32 +164,38 @@ class Trials:
         finally:
             self.count = before
 
-    def scores(self, dropped: Iterable[int], looks: int | None = None) -> Scores:
+    def scores(self, cut: AnyCut, looks: int | None = None) -> Scores:
         """Judge a cut on the first ``looks`` batches or all; scores are NaN elsewhere.
 
         LayersError for a layer that does not exist, ModelError for a score that is not finite.
         """
-        gone = frozenset(dropped)
-        if foreign := gone - set(range(len(self.model))):
+        cut = cut if isinstance(cut, Plan) else frozenset(cut)
+        gone = gone_by(cut)
+        if foreign := {one for one in gone if isinstance(one, int)} - set(range(len(self.model))):
             raise LayersError(
                 f"the model has no layer {min(foreign)}: its {layer_count(len(self.model))} are "
                 f"0 .. {len(self.model) - 1}"
             )
-        self.judge_together([gone], looks)
+        self.judge_together([cut], looks)
         sums = np.full(self.judge.num_items, np.nan)
         for index in self.first(looks):
             sums[self.judge.items[index]] = self._look(gone, index)
         return Scores(sums, self.judge.weights)
 
-    def judge_together(self, cuts: Iterable[Iterable[int]], looks: int | None = None) -> None:
+    def judge_together(self, cuts: Iterable[AnyCut], looks: int | None = None) -> None:
         """Judge cuts on the first batches at once, where each layer is read from disk for all.
 
         :meth:`scores` gives what was found, or says that it is not finite. Cuts of a model in
-        memory are judged there, one after the other.
+        memory are judged there, one after the other, but those of experts here.
         """
-        if not self.is_streamed:
+        gone = []
+        for cut in cuts:
+            if isinstance(cut, Plan) and cut.experts is not None:
+                self._judge_whole(cut, looks)
+            elif self.is_streamed:
+                gone.append(gone_by(cut))
+        if not gone:
             return
-        gone = [frozenset(cut) for cut in cuts]
         keys = dict.fromkeys((cut, index) for index in self.first(looks) for cut in gone)
         unknown = self._judged.keys() | self._failed.keys()
         self._run_together([key for key in keys if key not in unknown])
@@ -223,7 +234,7 @@ class Trials:
         place = index, self.path(())
         self._take_whole(place, self.prefixes.run(*place)[0])
 
-    def path(self, dropped: Iterable[int]) -> tuple[int, ...]:
+    def path(self, dropped: Iterable[int | tuple[int, int]]) -> tuple[int, ...]:
         """List the layers that a cut has left, ascending.
 
         Sorted by their paths, cuts that begin alike are neighbours: so trials need least memory.
@@ -245,7 +256,21 @@ class Trials:
                 order = {layer for _, path in group for layer in path}
                 self.model.in_step([prefixes.run_together(group, take)], order)
 
-    def _run_together(self, keys: Sequence[tuple[frozenset[int], int]]) -> None:
+    def _judge_whole(self, plan: Plan, looks: int | None) -> None:
+        """Judge a cut of experts, made once for all batches, on those that are missing."""
+        gone, started = plan.gone, self.clock()
+        missing = [index for index in self.first(looks) if (gone, index) not in self._judged]
+        if not missing:
+            return
+        self.prepare_together(missing)
+        model = self.model.head.decoder.model
+        with without_layers(model, plan):
+            found = Trials(Layerwise(model), self.judge, prepared=True).scores((), looks)
+        for index in missing:
+            self._note((gone, index), found.sums[self.judge.items[index]], started)
+            started = self.clock()
+
+    def _run_together(self, keys: Sequence[tuple[Gone, int]]) -> None:
         """Judge cuts on batches layer by layer; what they took is shared among them."""
         self.prepare_together({index for _, index in keys})
         started = self.clock()
@@ -262,7 +287,7 @@ class Trials:
 
         self._in_groups(trials, take)
 
-    def _look(self, gone: frozenset[int], index: int) -> NDArray[np.float64]:
+    def _look(self, gone: Gone, index: int) -> NDArray[np.float64]:
         key = gone, index
         if key in self._failed:
             raise self._failed[key]
@@ -272,8 +297,10 @@ class Trials:
             states, _ = self.prefixes.run(index, self.path(gone))
             self._note(key, self.measure_states(index, states), started)
         self.clock.recall(self._recalled.pop(key, 0.0))
-        if self.count is not None:
-            texts = len(self.judge.batches[index])
+        texts = len(self.judge.batches[index])
+        if self.count is not None and has_experts(gone):
+            self.count.once((gone, index), len(self.path(gone)) * texts)
+        elif self.count is not None:
             self.count_prepared([index])
             self.count.run((gone, index), index, self.path(gone), texts=texts)
         return self._judged[key]
@@ -286,15 +313,13 @@ class Trials:
             texts = len(self.judge.batches[index])
             self.count.run(("whole", index), index, self.path(()), texts=texts)
 
-    def _note(
-        self, key: tuple[frozenset[int], int], sums: NDArray[np.float64], started: float
-    ) -> None:
+    def _note(self, key: tuple[Gone, int], sums: NDArray[np.float64], started: float) -> None:
         """Keep what a trial came to, and how long it took."""
         self._judged[key] = sums
         if self._journal is not None:
             took = self.clock() - started
             record = {"look": key[1], "sums": sums.tolist(), "seconds": took}
-            self._journal.append({"dropped": sorted(key[0]), **record})
+            self._journal.append({**recorded(key[0]), **record})
 
     def measure_states(self, index: int, states: torch.Tensor) -> NDArray[np.float64]:
         """Judge a batch by the states behind a cut's last layer."""
@@ -305,6 +330,21 @@ class Trials:
         key = cut_of(record, len(self.model)), look_of(record, self.num_looks)
         self._judged[key] = sums_of(record, len(self.judge.items[key[1]]))
         self._recalled[key] = seconds_of(record)
+
+
+def judge_inputs(judge: Judge) -> dict[str, Any]:
+    """What the records of a judge's trials depend on beside the model and the items."""
+    content = {"content": judge.content} if judge.content else {}
+    return {"judge": judge.name, "looks": [len(items) for items in judge.items], **content}
+
+
+def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: str) -> Trials:
+    """Trials that the store keeps, batch by batch, since a race judges most cuts on few.
+
+    ``items`` identifies those of the judge.
+    """
+    inputs = {"state": "cut", "items": items, **judge_inputs(judge)}
+    return Trials(model, judge, journal=store.journal("trials", inputs))
 
 
 def looks_at(looks: Sequence[int], num_items: int) -> int:
@@ -339,12 +379,32 @@ def recalled(read: Callable[[dict[str, Any]], Value], known: dict[str, Any], wha
         ) from error
 
 
-def cut_of(record: Any, num_layers: int) -> frozenset[int]:
+def has_experts(gone: Gone) -> bool:
+    """Whether experts are of what goes."""
+    return any(isinstance(one, tuple) for one in gone)
+
+
+def recorded(gone: Gone) -> dict[str, Any]:
+    """What goes by a record, as :func:`cut_of` reads it."""
+    layers = sorted(one for one in gone if isinstance(one, int))
+    experts = sorted(one for one in gone if isinstance(one, tuple))
+    return {"dropped": layers, **({"experts": experts} if experts else {})}
+
+
+def layers_of(record: Any, num_layers: int) -> frozenset[int]:
     """Read the layers that a record drops; ValueError for what is none."""
     layers = [of_type(int, layer) for layer in of_type(list, of_type(dict, record)["dropped"])]
     if layers != sorted(set(layers) & set(range(num_layers))):
         raise ValueError(f"layers {layers} of {num_layers}")
     return frozenset(layers)
+
+
+def cut_of(record: Any, num_layers: int) -> Gone:
+    """Read what a record drops; ValueError for what is none."""
+    layers = layers_of(record, num_layers)
+    pairs = of_type(list, record.get("experts", []))
+    experts = ((of_type(int, layer), of_type(int, expert)) for layer, expert in pairs)
+    return frozenset([*layers, *experts])
 
 
 def look_of(record: dict[str, Any], num_looks: int) -> int:

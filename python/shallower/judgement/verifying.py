@@ -23,9 +23,8 @@ from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
 from ..values.verification import AFTER, Candidate, Verified
 from .bounds import FIRST_ITEMS, MOST, STAGES, exhaustive, verifying_forwards
-from .held_out_cuts import judge_inputs
 from .judges.judge import Judge, LossJudge, judged_batches
-from .patched_trials import PatchedTrials
+from .patched_trials import PatchedTrials, kept_patched
 from .proposals import (
     PROPOSERS,
     Cut,
@@ -39,7 +38,7 @@ from .proposals import (
 from .racing import ALPHA, lost
 from .subject import Subject
 from .token_states import evenly
-from .trials import Count, ResultStore, Trials, recalled
+from .trials import AnyCut, Count, ResultStore, Trials, judge_inputs, kept_trials, recalled
 
 PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over the calibration texts."""
@@ -98,20 +97,19 @@ class Verifier:
             [len(items) for items in self.trials.judge.items],
             top=self.top,
             proposing=proposing_layers(self.subject),
-            patch_texts=self.patched.num_texts,
+            patch_texts=self.patch.num_texts,
             texts_of_item=self.trials.judge.texts_of_item,
             after=self.after,
         )
         return round(bound.layers)
 
-    def scores(self, dropped: Iterable[int], *, after: str) -> Scores:
+    def scores(self, cut: AnyCut, *, after: str) -> Scores:
         """Judge a cut on all selection items, as it is cut (``none``) or patched (``patch``).
 
         A LayersError names a layer that the model does not have; a PatchError says why the cut
         cannot be patched; a ModelError, that a score is not finite.
         """
         _check_after(after)
-        cut = frozenset(dropped)
         return self.trials.scores(cut) if after == "none" else self.patched.scores(cut)
 
     def verify(self, n: int, *, more: Iterable[Plan] = ()) -> Verified:
@@ -153,7 +151,6 @@ class Verifier:
             "fitted": self.texts,
             "seed": self.subject.seed,
             "proposers": [criterion.name for criterion in PROPOSERS],
-            "patch_texts": PATCH_TEXTS,
             **judge_inputs(self.trials.judge),
             **self.patch.settings,
         }
@@ -208,17 +205,9 @@ def verifier_of(
     batches = list(fitted)
     judge = judge or LossJudge(judged_batches(tokenizer, splits.choose, tokens))
     _require_enough(sum(map(len, batches)), judge.num_items)
-    items = {"items": texts, **judge_inputs(judge)}
-    trials = Trials(model, judge, journal=store.journal("trials", items))
-    some = evenly(batches, PATCH_TEXTS)
-    patch = QuickPatch(model, some)
-    settings = {**items, **patch.settings, "fitted": texts, "patch_texts": PATCH_TEXTS}
-    patched = PatchedTrials(
-        trials,
-        patch,
-        num_texts=sum(map(len, some)),
-        journal=store.journal("patched_trials", settings),
-    )
+    trials = kept_trials(model, judge, store=store, items=texts)
+    patch = QuickPatch(model, evenly(batches, PATCH_TEXTS))
+    patched = kept_patched(trials, patch, store=store, items=texts, fitted=texts)
     subject = Subject(
         decoder, batches, trials, (), texts=(fitted.identity,), seed=seed, progress=False
     )
@@ -439,7 +428,7 @@ class _Verification:
 
         Two of them can go on to the end.
         """
-        sizes, texts = self._look_sizes, self.patched.num_texts
+        sizes, texts = self._look_sizes, self.patched.patch.num_texts
         first = self.trials.looks_at(STAGES[0])
         layers = np.array([self._changed(cut) for cut in order])
         inside = np.array(

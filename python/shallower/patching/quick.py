@@ -124,10 +124,16 @@ class QuickPatch:
         return BUDGET.reserve(self, size) if self._room is None else size <= self._room
 
     @property
+    def num_texts(self) -> int:
+        """The texts that it is fitted on."""
+        return sum(len(batch) for part in self._divided for batch in part)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a patch depends on beside the model and the texts, as plain JSON values."""
         return {
             "patch": "quick",
+            "num_texts": self.num_texts,
             "ridges": list(RIDGES),
             "farthest": FARTHEST,
             "held": HELD,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import (
     CacheError,
     CriterionError,
+    ExpertsError,
     MissingExtraError,
     ModelError,
     OutputError,
@@ -134,7 +135,7 @@ class CompareStudy(Study[CompareSettings]):
             raise ModelError(f"a model is named twice: {', '.join(names)}")
         _ = self.splits, self.items
         if self.entry is None:
-            _ = self.names
+            _ = self.criteria
         self.check()
 
     def check_kind(self) -> None:
@@ -152,15 +153,6 @@ class CompareStudy(Study[CompareSettings]):
     def by_experts(self) -> bool:
         """Whether experts go, and not layers."""
         return self.settings.unit == "experts"
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The names of the criteria that take part."""
-        if not self.by_experts:
-            return tuple(criterion.name for criterion in self.criteria)
-        from .compare_experts import expert_criteria
-
-        return expert_criteria(self.settings.criteria)
 
     @cached_property
     def items(self) -> tuple[Items, Items]:
@@ -206,7 +198,7 @@ class CompareStudy(Study[CompareSettings]):
     @cached_property
     def criteria(self) -> "tuple[Criterion, ...]":
         """The criteria that take part."""
-        from ..judgement.criteria import criteria as table
+        from ..judgement.criteria import criteria, expert_criteria
         from ..judgement.criterion import Criterion
         from ..judgement.judges import JUDGES
 
@@ -215,13 +207,16 @@ class CompareStudy(Study[CompareSettings]):
             raise CriterionError(
                 f"unknown judge {judge!r}: expected one of {', '.join(JUDGES)} (judge, --judge)"
             )
+        table = expert_criteria if self.by_experts else criteria
         wanted = [*table] if given is None else [*given]
-        unknown = [name for name in wanted if isinstance(name, str) and name not in table]
+        strange = (one for one in wanted if self.by_experts or isinstance(one, str))
+        unknown = [one for one in strange if one not in table]
         if unknown or not wanted:
-            raise CriterionError(
-                f"unknown criterion {', '.join(map(repr, unknown))}: expected some of "
+            error, of = (ExpertsError, " of experts") if self.by_experts else (CriterionError, "")
+            raise error(
+                f"unknown criterion{of} {', '.join(map(repr, unknown))}: expected some of "
                 f"{', '.join(table)} (criteria, --criteria)",
-                see="criterion",
+                see=None if self.by_experts else "criterion",
             )
         chosen = tuple(table[name] if isinstance(name, str) else name for name in wanted)
         for criterion in chosen:
@@ -237,7 +232,7 @@ class CompareStudy(Study[CompareSettings]):
         """List the choices of every criterion, by model and texts."""
         return [
             self.unit(
-                name,
+                one.name,
                 n,
                 "cut" if self.by_experts else "cut and patched",
                 model=str(model),
@@ -245,7 +240,7 @@ class CompareStudy(Study[CompareSettings]):
             )
             for model in self.models
             for texts in self.splits
-            for name in self.names
+            for one in self.criteria
             for n in self.settings.n
         ]
 
@@ -253,11 +248,6 @@ class CompareStudy(Study[CompareSettings]):
         """List the whole models, and the criteria on each with all their sizes: searches first."""
         from ..judgement.criterion import has_costs
 
-        if self.by_experts:
-            raise CriterionError(
-                "a comparison of experts is not shared: leave out shards and workers, or compare "
-                "each model by itself (--shard, --workers, --on)"
-            )
         (first, *_), settings = self.splits, self.settings
         whole = [WHOLE, SINGLE_LAYERS][: 1 + any(map(has_costs, self.criteria))]
         bare = replace(settings, criteria=())
@@ -281,14 +271,13 @@ class CompareStudy(Study[CompareSettings]):
         """Whether all criteria are of this package; a model that is not known has no results."""
         from ..judgement.criteria import BUILT_IN, criteria, is_built_in
 
-        if self.by_experts:
-            return True
         names = [criterion.name for criterion in BUILT_IN]
-        whole = self.settings.criteria is not None or [*criteria] == names
+        is_named = self.by_experts or self.settings.criteria is not None
+        whole = is_named or [*criteria] == names
         return whole and all(map(is_built_in, self.criteria))
 
     def _chooses_by(self) -> dict[str, Any]:
-        return {**super()._chooses_by(), "fit": "all"}
+        return {**super()._chooses_by(), "fit": "all", "unit": self.settings.unit}
 
     @cached_property
     def entry(self) -> Entry | None:
@@ -327,13 +316,10 @@ class CompareStudy(Study[CompareSettings]):
 
     def _measure_one(self, model: ModelSource | InMemory) -> "Outcome":
         from ..memory.budget import limit
-        from .compare_experts import compare_experts_on
         from .compare_rows import compare_on
 
         store = ModelStore(self.store, self.of_models[str(model)], self.found)
         with limit(self.settings.device_memory):
-            if self.by_experts:
-                return compare_experts_on(self, model, criteria=self.names, store=store)
             return compare_on(self, model, criteria=self.criteria, store=store)
 
     def _joined(

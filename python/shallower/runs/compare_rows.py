@@ -17,9 +17,11 @@ from ..errors import (
     TextsError,
     one_sentence,
 )
+from ..judgement.criteria.experts import EverySet
 from ..judgement.criterion import Criterion, has_costs
-from ..judgement.held_out_cuts import TRUTH_ITEMS, judge_inputs
+from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.judges.judge import Judge
+from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.stored_costs import (
     Work,
     own_layers,
@@ -28,20 +30,23 @@ from ..judgement.stored_costs import (
     stored_costs,
 )
 from ..judgement.subject import Subject
-from ..judgement.trials import ResultStore, Trials
+from ..judgement.trials import ResultStore, Trials, judge_inputs, kept_trials
 from ..memory.budget import limit
+from ..models.decoder import Decoder
+from ..models.experts import find_experts
 from ..models.source import ModelSource
 from ..patching.quick import QuickPatch
 from ..progress import part, say_goes_on, track
 from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
 from ..values.comparison import ComparedModel, Row
+from ..values.experts import check_counts
 from ..values.layers import check_sizes
 from ..values.plan import Plan
 from ..values.scores import Difference, Scores
 from ..values.settings import CompareSettings
 from .given_models import InMemory
-from .measuring import FittedPatch, Measuring
+from .measuring import Measuring
 from .study import SINGLE_LAYERS, WHOLE, Part, Study
 
 
@@ -74,15 +79,16 @@ def compare_on(
 ) -> Outcome:
     """Compare criteria on one model, and give the rows with their regret.
 
-    Raises LayersError (impossible size), ModelError (layers do not run one by one, loss not finite)
-    and TextsError (no text of two tokens).
+    Raises LayersError, ExpertsError (impossible size), ModelError (layers do not run one by one, no
+    routed experts, loss not finite) and TextsError (no text of two tokens).
     """
     loaded, tokenizer = study.load(model)
     measuring = Measuring(study, loaded, tokenizer, store=store)
-    check_sizes(study.settings.n, len(measuring.decoder))
+    num_experts = _check_sizes(study.settings, measuring.decoder)
     measured: list[MeasuredRow] = []
     skipped: dict[str, str] = {}
     counts: dict[str, int] = {}
+    is_complete = True
     for texts in study.splits:
         compared = _Choosing(study, measuring, store, criteria, model=str(model), texts=texts)
         compared.say_goes_on()
@@ -91,20 +97,31 @@ def compare_on(
             measured += compared.measured(compared.choices())
         several = f" on {texts}" if len(study.splits) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in compared.skipped.items()}
+        is_complete &= compared.is_complete
         if not counts:  # those of the first texts
             counts = compared.counts
     return Outcome(
-        measuring.held_out.compared(str(model)),
+        replace(measuring.held_out.compared(str(model)), num_experts=num_experts),
         tuple(with_regrets(measured)),
         skipped,
         {**counts, "report": measuring.judge.num_items},
-        measuring.held_out.is_complete and not skipped,
+        is_complete and not skipped,
     )
+
+
+def _check_sizes(settings: CompareSettings, decoder: Decoder) -> int | None:
+    """Refuse numbers that the model cannot lose; gives the experts of a layer, where they go."""
+    if settings.unit == "layers":
+        check_sizes(settings.n, len(decoder))
+        return None
+    number = find_experts(decoder.model, decoder.layers)[0].num_experts
+    check_counts(settings.n, number)
+    return number
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """The layers that a criterion would drop, and the work of finding them."""
+    """What a criterion would drop, and the work of finding it."""
 
     criterion: Criterion
     n: int
@@ -127,6 +144,7 @@ class _Choosing:
     """Criteria on one model and calibration texts of one name.
 
     ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried.
+    ``is_complete`` turns false where a cut was not patched for want of memory.
     """
 
     study: Study[CompareSettings]
@@ -136,6 +154,7 @@ class _Choosing:
     model: str
     texts: str
     skipped: dict[str, str] = field(default_factory=dict)
+    is_complete: bool = True
 
     def __post_init__(self) -> None:
         study, measuring, settings = self.study, self.measuring, self.study.settings
@@ -143,20 +162,22 @@ class _Choosing:
         read = TokenBatches(measuring.tokenizer, split.fit, measuring.tokens, min_tokens=2)
         batches = list(read)
         judge = measuring.judges.choosing(split.choose)
-        inputs = judge_inputs(judge)
-        journal = self.store.journal("trials", {"items": fitted, **inputs})
         layerwise = measuring.held_out.model
         self.subject = Subject(
             measuring.decoder,
             batches,
-            Trials(layerwise, judge, journal=journal),
+            kept_trials(layerwise, judge, store=self.store, items=fitted),
             settings.n,
             texts=(read.identity,),
             seed=settings.seed,
             progress=False,
         )
-        self.patch = FittedPatch(QuickPatch(layerwise, batches), fitted)
-        self._chosen_on = {"fitted": fitted, "seed": settings.seed, **inputs}
+        self.patched: PatchedTrials | None = None  # behind experts that go nothing is patched
+        if settings.unit == "layers":
+            patch = QuickPatch(layerwise, batches)
+            self.patched = measuring.held_out.after(patch, fitted=fitted)
+        on = {"fitted": fitted, "seed": settings.seed, "unit": settings.unit}
+        self._chosen_on = {**on, **judge_inputs(judge)}
         self.counts = {"fit": self.subject.num_texts, "choose": judge.num_items}
         _require_enough(self.subject, measuring.judge)
 
@@ -170,19 +191,25 @@ class _Choosing:
             where = f"{known} of {len(units)} choices and {judged:,} trials of cuts are cached"
             say_goes_on(where, self.study.progress)
 
+    def _sizes(self, criterion: Criterion) -> Sequence[int]:
+        """The sizes that a criterion chooses: of every set of experts, unnamed, only few."""
+        sizes, trials = self.study.settings.n, self.subject.trials
+        if self.study.settings.criteria is not None or not isinstance(criterion, EverySet):
+            return sizes
+        return criterion.cheap(self.subject.decoder, sizes, on_disk=trials.is_streamed)
+
     # Layers that are run, times texts, at most.
     @property
     def total(self) -> int:
         """All of them."""
-        sizes, choosing = self.study.settings.n, self.criteria
-        own = sum(
-            own_layers(one, self.subject)
-            + sum(searched_layers(one, self.subject, n) for n in sizes)
-            for one in choosing
+        own = sum(own_layers(one, self.subject) for one in self.criteria)
+        searched = sum(
+            searched_layers(one, self.subject, n) + self._reported(n)
+            for one in self.criteria
+            for n in self._sizes(one)
         )
-        measured = len(choosing) * sum(map(self._reported, sizes))
-        measured += self.measuring.layers_run(0, "cut")
-        return own + measured + self._truth * any(has_costs(one) for one in choosing)
+        measured = searched + self.measuring.layers_run(0, "cut")
+        return own + measured + self._truth * any(map(has_costs, self.criteria))
 
     @property
     def _truth(self) -> int:
@@ -197,6 +224,8 @@ class _Choosing:
 
     def _reported(self, n: int) -> int:
         """Those of one choice, as it is cut and after a quick patch, and of its speech."""
+        if self.patched is None:
+            return self.measuring.layers_run(0, "cut")
         left, items = self.subject.num_layers - n, self.measuring.judge.num_items
         return self.measuring.layers_run(n, "cut") + left * items + n * self.subject.num_texts
 
@@ -211,7 +240,10 @@ class _Choosing:
                 trials.report = None
 
     def choices(self) -> list[_Choice]:
-        """Let every criterion choose, for every size; one that cannot is noted in ``skipped``."""
+        """Let every criterion choose, for every size; one that cannot is noted in ``skipped``.
+
+        Choices of experts lie by size.
+        """
         found = []
         if any(map(has_costs, self.criteria)):
             losses, note = self.measuring.held_out.losses, "true losses without single layers"
@@ -226,14 +258,14 @@ class _Choosing:
             name = criterion.name
             with self._part(name, own_layers(criterion, self.subject)), self._others_go_on(name):
                 tau, own = self._measured(criterion)
-            for n in self.study.settings.n:
+            for n in self._sizes(criterion):
                 name = f"{criterion.name}, n = {n}"
                 most = searched_layers(criterion, self.subject, n)
                 with self._part(name, most), self._others_go_on(name):
                     if criterion.name not in self.skipped:
                         choice = self._choice(criterion, n, own)
                         found.append(_Choice(criterion, n, *choice, tau))
-        return found
+        return found if self.patched else sorted(found, key=lambda one: one.n)
 
     @contextmanager
     def _others_go_on(self, name: str) -> Iterator[None]:
@@ -259,7 +291,7 @@ class _Choosing:
     def _choice(self, criterion: Criterion, n: int, own: Work) -> tuple[Plan, Work]:
         inputs = self._inputs(criterion)
         plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
-        self.study.keep_choice(criterion.name, n, plan.dropped, model=self.model, texts=self.texts)
+        self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
         layer_forwards = own.layer_forwards + work.layer_forwards
         return plan, Work(layer_forwards, own.seconds + work.seconds)
 
@@ -269,15 +301,15 @@ class _Choosing:
     def measured(self, choices: Sequence[_Choice]) -> Iterator[MeasuredRow]:
         """Measure what was chosen, on the test texts."""
         measuring, held_out = self.measuring, self.measuring.held_out
-        measuring.judge_together([choice.plan.dropped for choice in choices], self.patch)
-        whole = measuring.scores((), "cut")
+        measuring.judge_together([choice.plan for choice in choices], self.patched)
+        whole = measuring.scores(None, "cut")
         for choice in choices:
-            dropped = choice.plan.dropped
+            plan = choice.plan
             with part(
                 self._reported(choice.n), f"losses of {choice.criterion.name}, n = {choice.n}"
             ):
-                judged, losses, patched, unpatched = self._scores(dropped)
-                speech = self._speech(dropped)
+                judged, losses, patched, unpatched = self._scores(plan)
+                speech = self._speech(plan)
             difference = losses.minus(whole)
             after = None if patched is None else patched.minus(whole)
             row = Row(
@@ -285,7 +317,7 @@ class _Choosing:
                 texts=self.texts,
                 criterion=choice.criterion.name,
                 n=choice.n,
-                dropped=dropped,
+                dropped=plan.dropped,
                 loss=losses.mean,
                 stderr=losses.stderr,
                 difference=difference.mean,
@@ -296,8 +328,8 @@ class _Choosing:
                 regret_stderr=math.nan,
                 tied=False,
                 tau=choice.tau,
-                layers_share=len(dropped) / len(measuring.decoder),
-                parameters_share=measuring.parameters_share(dropped),
+                layers_share=len(plan.dropped) / len(measuring.decoder),
+                parameters_share=measuring.parameters_share(plan),
                 seconds=choice.work.seconds,
                 layer_forwards=choice.work.layer_forwards,
                 score=judged.mean,
@@ -306,21 +338,26 @@ class _Choosing:
                 unpatched=unpatched,
                 patched_difference=None if after is None else after.mean,
                 patched_difference_stderr=None if after is None else after.stderr,
+                experts=None if plan.experts is None else str(plan.experts),
             )
             yield MeasuredRow(replace(row, **speech), judged, patched)
 
-    def _scores(self, dropped: Sequence[int]) -> tuple[Scores, Scores, Scores | None, str | None]:
+    def _scores(self, plan: Plan) -> tuple[Scores, Scores, Scores | None, str | None]:
         """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""
         measuring = self.measuring
-        judged, losses = measuring.held_out.scores.scores(dropped), measuring.scores(dropped, "cut")
+        judged, losses = measuring.held_out.scores.scores(plan), measuring.scores(plan, "cut")
+        if self.patched is None:
+            return judged, losses, None, None
         try:
-            return judged, losses, measuring.scores(dropped, "quick", patch=self.patch), None
+            return judged, losses, measuring.scores(plan, "quick", patched=self.patched), None
         except PatchError as error:
+            self.is_complete &= stays(error)
             return judged, losses, None, str(error)
 
-    def _speech(self, dropped: Sequence[int]) -> dict[str, Any]:
+    def _speech(self, plan: Plan) -> dict[str, Any]:
         """How a bare cut speaks, by the names of a row's fields; nothing where it is not asked."""
-        speech = self.measuring.speech_of_cut(tuple(dropped))
+        measuring = self.measuring
+        speech = measuring.measure(plan, "cut").speech if measuring.speaks else None
         if speech is None:
             return {}
         found = {name: speech.of(name) for name in ("acceptance", "repetition")}
@@ -332,12 +369,12 @@ class _Choosing:
         if has_costs(criterion):
             with self._others_go_on(criterion.name):
                 stored_costs(criterion, self.subject, self.store, inputs=self._inputs(criterion))
-        for n in self.study.settings.n:
-            with self._others_go_on(criterion.name):
+        for n in self._sizes(criterion):
+            with self._others_go_on(f"{criterion.name}, n = {n}"):
                 if criterion.name not in self.skipped:
-                    dropped = self._choice(criterion, n, Work())[0].dropped
-                    self._scores(dropped)
-                    self._speech(dropped)
+                    plan, _ = self._choice(criterion, n, Work())
+                    self._scores(plan)
+                    self._speech(plan)
 
 
 class PartsMaker:
@@ -371,7 +408,7 @@ class PartsMaker:
             if not same:
                 loaded = study.load(self._models[part.model])
                 same = [Measuring(study, *loaded, store=store)]
-            check_sizes(study.settings.n, len(same[0].decoder))
+            _check_sizes(study.settings, same[0].decoder)
             self._open[key] = _Choosing(
                 study,
                 same[0],

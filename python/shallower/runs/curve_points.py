@@ -23,9 +23,8 @@ from ..errors import (
 )
 from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion
-from ..judgement.held_out_cuts import judge_inputs
 from ..judgement.stored_costs import own_layers, searched_layers, stored_choice, stored_costs
-from ..judgement.trials import ResultStore
+from ..judgement.trials import ResultStore, judge_inputs
 from ..progress import part, track
 from ..scanning.model import scan
 from ..scanning.scan import Scan
@@ -35,7 +34,7 @@ from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.hashing import hash_of
 from ..values.identity import title_of
 from ..values.layers import deepest_block, layer_count
-from ..values.plan import Plan
+from ..values.plan import Gone, Plan
 from ..values.recipe import Recipe
 from ..values.settings import STATES, CurveSettings, State
 from .gain import GAIN_DEVICE, gain
@@ -74,13 +73,13 @@ class CurvePoints:
         )
         self._decoder = self._measuring.decoder
         self._plans: dict[tuple[str, int], Plan | str] = {}
-        self._time_shares: dict[tuple[int, ...], float | None] = {}
+        self._time_shares: dict[Gone, float | None] = {}
         self.is_complete = True
 
     def curve(self) -> Curve:
         """Measure point by point; what is known is written before each next one."""
         settings = self._settings
-        found = [self._measured((), "whole", "cut")]
+        found = [self._measured(None, "whole", "cut")]
         self._write(self._joined(found))
         if self._study.model.waits_on_disk:
             self._judge_together()
@@ -118,10 +117,10 @@ class CurvePoints:
     def _judge_together(self) -> None:
         """Judge all cuts at once, which read each layer from disk for all of them."""
         settings = self._settings
-        plans = [self._plan(name, n) for n in settings.n for name in settings.strategies]
-        cuts = [plan.dropped for plan in plans if isinstance(plan, Plan)]
+        found = [self._plan(name, n) for n in settings.n for name in settings.strategies]
+        plans = [plan for plan in found if isinstance(plan, Plan)]
         quick = settings.quick_patch and "patched" in settings.states
-        self._measuring.judge_together(cuts, self._measuring.patch if quick else None)
+        self._measuring.judge_together(plans, self._measuring.patched if quick else None)
 
     def _joined(self, found: Sequence[CurvePoint]) -> Curve:
         """What is known so far, by size, strategy and state."""
@@ -164,32 +163,32 @@ class CurvePoints:
         if isinstance(plan, str):
             return replace(found, failed=plan)
         try:
-            return self._measured(plan.dropped, strategy, state)
+            return self._measured(plan, strategy, state)
         except (CacheError, OutputError):
             raise
         except Exception as error:
-            share = self._measuring.parameters_share(plan.dropped)
+            share = self._measuring.parameters_share(plan)
             failed = self._sentence_of(error)
             return replace(found, dropped=plan.dropped, parameters_share=share, failed=failed)
 
-    def _measured(self, dropped: tuple[int, ...], strategy: str, state: State) -> CurvePoint:
-        measured = self._measure(dropped, state)
+    def _measured(self, plan: Plan | None, strategy: str, state: State) -> CurvePoint:
+        measured, dropped = self._measure(plan, state), plan.dropped if plan else ()
         return CurvePoint(
             len(dropped),
             strategy,
             state,
             dropped,
             len(dropped) / len(self._decoder),
-            self._measuring.parameters_share(dropped),
+            self._measuring.parameters_share(plan),
             measured.loss,
             measured.tasks,
             measured.seconds,
-            time_share=self._time_share(dropped),
+            time_share=self._time_share(plan),
             speech=measured.speech,
         )
 
-    def _measure(self, dropped: tuple[int, ...], state: State) -> Measured:
-        return self._measuring.measure(dropped, self._measurable(state))
+    def _measure(self, plan: Plan | None, state: State) -> Measured:
+        return self._measuring.measure(plan, self._measurable(state))
 
     def _measurable(self, state: State) -> Measurable:
         return "quick" if state == "patched" and self._settings.quick_patch else state
@@ -197,14 +196,14 @@ class CurvePoints:
     def make(self, part: Part[CurveSettings]) -> None:
         """Measure a part of a curve into the store; what cannot be is left out."""
         if part.what == WHOLE:
-            self._measure((), "cut")
+            self._measure(None, "cut")
         for n, strategy in product(part.settings.n, part.settings.strategies):
             plan = self._plan(strategy, n)
             if isinstance(plan, str):
                 continue
             for state in part.settings.states:
                 with suppress(PatchError, ModelError, TextsError):
-                    self._measure(plan.dropped, state)
+                    self._measure(plan, state)
 
     def _sentence_of(self, error: Exception) -> str:
         """An error in one line; one that another time may not happen is remembered."""
@@ -213,17 +212,17 @@ class CurvePoints:
             self.is_complete = False
         return one_sentence(error)
 
-    def _time_share(self, dropped: tuple[int, ...]) -> float | None:
+    def _time_share(self, plan: Plan | None) -> float | None:
         """The share of a token's time that is saved; None where no config can tell it."""
-        if not dropped:
+        if plan is None:
             return 0.0
-        if dropped not in self._time_shares:
+        if plan.gone not in self._time_shares:
             try:
-                found = gain(self._measuring.model, dropped, device=GAIN_DEVICE).on(GAIN_DEVICE)
-                self._time_shares[dropped] = 1 - found.decode_ratio
+                found = gain(self._measuring.model, plan, device=GAIN_DEVICE).on(GAIN_DEVICE)
+                self._time_shares[plan.gone] = 1 - found.decode_ratio
             except ModelError:
-                self._time_shares[dropped] = None
-        return self._time_shares[dropped]
+                self._time_shares[plan.gone] = None
+        return self._time_shares[plan.gone]
 
     # The layers that a strategy would drop.
     def _plan(self, strategy: str, n: int) -> Plan | str:
@@ -238,7 +237,7 @@ class CurvePoints:
                 return self._plans[key]
             try:
                 self._plans[key] = plan = self._chosen(strategy, n)
-                self._study.keep_choice(strategy, n, plan.dropped)
+                self._study.keep_choice(strategy, n, plan)
             except (CacheError, OutputError):
                 raise
             except Exception as error:

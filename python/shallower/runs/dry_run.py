@@ -14,6 +14,7 @@ from ..evaluation.speech import SPEECH_TOKENS
 from ..judgement.bounds import verifying_forwards
 from ..judgement.choosing_size import sizes_beside
 from ..judgement.criteria import criteria
+from ..judgement.criteria.experts import EverySet
 from ..judgement.criterion import Criterion, Search
 from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.judges.judge import looks
@@ -41,7 +42,6 @@ from ..values.settings import CompareSettings, CurveSettings, RunSettings
 from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
-from .compare_experts import num_forwards
 from .disk import sizes_of, study_bytes
 from .forecast import Stage, forecast_source, memory_forecast
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
@@ -265,7 +265,7 @@ class _Model:
             for name in self.study.splits:
                 found = replace(found, texts=self._texts(name))
                 if self.study.by_experts:
-                    passes += found.of_experts(*num_forwards(self.empty, self.study))
+                    passes += found.of_experts(*self._of_experts(self.study))
                 else:
                     subject = self._subject(self._texts(name), settings.n)
                     passes += found.of_comparison(subject, self.study.criteria)
@@ -335,7 +335,7 @@ class _Model:
         study, texts = self.study, self.texts
         assert isinstance(study, CompareStudy)
         if study.by_experts:
-            reporting, choosing = num_forwards(self.empty, study)
+            reporting, choosing = self._of_experts(study)
             scanned = Work(observed=self.layers * float(texts.fit.sum())) + self._spoken
             choosing_work = run(Forwards(self.layers, 1), texts.judged) * choosing
             return scanned + self._measured(0) * reporting + choosing_work
@@ -350,6 +350,17 @@ class _Model:
                 each += run(Forwards(self.layers - n, 1), texts.judged)
             work += each * len(chosen)
         return work
+
+    def _of_experts(self, study: CompareStudy) -> tuple[int, int]:
+        """How often a whole model runs over all test and selection texts, at most."""
+        settings, on_disk, tried = study.settings, self.source.waits_on_disk, 0
+        for one in study.criteria:
+            if isinstance(one, EverySet):
+                by_default = settings.criteria is None
+                sizes = one.cheap(self.decoder, settings.n, on_disk=on_disk and by_default)
+                tried = sum(one.num_tried(self.decoder, n) for n in sizes)
+        each = 1 if settings.judge == "loss" else 2
+        return each * (1 + len(study.criteria) * len(settings.n)), tried
 
     # The parts of it.
     @property

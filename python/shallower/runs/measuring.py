@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,8 +20,9 @@ from ..evaluation.loss import fitting_tokens
 from ..evaluation.speech import READING, SPEECH_TOKENS, Spoken
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge, judged_batches
-from ..judgement.patched_trials import stays
-from ..judgement.trials import ResultStore, Trials, recalled
+from ..judgement.patched_trials import PatchedTrials, stays
+from ..judgement.subject import parameters_share
+from ..judgement.trials import AnyCut, ResultStore, Trials, recalled
 from ..judgement.verifying import PATCH_TEXTS
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
@@ -29,7 +30,6 @@ from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import with_patch
-from ..patching.quick import QuickPatch
 from ..patching.solver import STEPPING
 from ..patching.solver import layers_run as patch_layers
 from ..progress import part, track
@@ -38,9 +38,8 @@ from ..texts.batches import tokenise
 from ..texts.prompts import prompts_fingerprint
 from ..texts.splits import TokenisedSplits
 from ..values.hashing import hash_of
-from ..values.layers import ranges
 from ..values.loss import Loss
-from ..values.plan import Plan
+from ..values.plan import Gone, Plan, gone_by, key_of
 from ..values.recipe import GLOBAL_BATCH, STEPS, Recipe
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
@@ -58,13 +57,6 @@ trained on, patched first where it can be."""
 
 HEALING_FOLDER = ".healing"
 """What is being healed below the folder of a study; it is gone when it is measured."""
-
-
-class FittedPatch(NamedTuple):
-    """A quick patch, and the hash of the texts that it is fitted on."""
-
-    patch: QuickPatch
-    fitted: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +98,7 @@ class Measuring:
         judges: makes judges of the selection set.
         held_out: cuts as they are and after a quick patch, from states that they share.
         num_rejected: test texts with fewer than two tokens.
+        speaks: whether it is measured how cuts speak.
 
     Raises:
         TextsError: no test text has two tokens; or a prompt cannot be answered.
@@ -146,9 +139,9 @@ class Measuring:
             texts=study.reported,
             num_rejected=self.num_rejected,
         )
-        self._speaks = StudySpeech.is_possible(study, self.decoder, tokenizer)
-        self._measured: dict[tuple[tuple[int, ...], Measurable], Measured] = {}
-        self._shares: dict[tuple[int, ...], float] = {}  # of the seconds of cuts judged together
+        self.speaks = StudySpeech.is_possible(study, self.decoder, tokenizer)
+        self._measured: dict[tuple[Gone, Measurable], Measured] = {}
+        self._shares: dict[Gone, float] = {}  # of the seconds of cuts judged together
 
     def _tokenised(self) -> dict[str, TokenisedSplits]:
         """All texts of the study, tokenised once; the test texts are the same for every name."""
@@ -182,32 +175,30 @@ class Measuring:
             store=self._store,
         )
 
-    def judge_together(
-        self, cuts: Sequence[tuple[int, ...]], patch: "FittedPatch | None" = None
-    ) -> None:
+    def judge_together(self, plans: Sequence[Plan], patched: PatchedTrials | None = None) -> None:
         """Judge the whole model and cuts at once, where each layer is read from disk for all.
 
-        As they are, and after a quick ``patch`` if there is one.
+        As they are, and ``patched`` if that is given.
         """
         clock = self.held_out.losses.clock
         started = clock()
         for trials in dict.fromkeys((self.held_out.losses, self.held_out.scores)):
-            trials.judge_together([(), *cuts])
-        if patch is not None:
-            plans = map(self.plan, cuts)
-            self.held_out.patch_together(patch.patch, plans, fitted=patch.fitted)
-        self._shares = dict.fromkeys(cuts, (clock() - started) / max(1, len(cuts)))
+            trials.judge_together([(), *plans])
+        if patched is not None:
+            patched.judge_together(plans)
+        share = (clock() - started) / max(1, len(plans))
+        self._shares = {plan.gone: share for plan in plans}
 
-    @property
-    def patch(self) -> "FittedPatch":
-        """The quick patch of the verified plans."""
-        return FittedPatch(self.plans.verifier.patch, self.plans.fitted)
+    @cached_property
+    def patched(self) -> PatchedTrials:
+        """Cuts after the quick patch of the verified plans."""
+        return self.held_out.after(self.plans.verifier.patch, fitted=self.plans.fitted)
 
     def layers_run(self, n: int, state: Measurable) -> int:
         """Count the layers that a measurement runs, times test texts, about."""
         left, tasks = len(self.decoder) - n, self._tasks.num_items
-        judged = self._speaks * len(self.decoder) * self._reading
-        spoken = self._speaks * left * (READING + 1) * self._reading
+        judged = self.speaks * len(self.decoder) * self._reading
+        spoken = self.speaks * left * (READING + 1) * self._reading
         return round(
             self._making(n, state) + left * (self.judge.num_items + tasks) + spoken + judged
         )
@@ -244,57 +235,55 @@ class Measuring:
         """The test texts that take as long as what a model generates takes to be read."""
         return len(WAYS) * len(self._study.prompts) * SPEECH_TOKENS / self._text_tokens
 
-    def _loss(self, name: str, trials: Trials, dropped: Sequence[int], looks: int | None) -> Scores:
+    def _loss(self, name: str, trials: Trials, cut: AnyCut, looks: int | None) -> Scores:
         """Judge test texts, batch by batch in a bar of their own, or in that of a stage."""
-        trials.judge_together([dropped], looks)
-        left = len(trials.model) - len(dropped)
+        trials.judge_together([cut], looks)
+        left = len(trials.path(gone_by(cut)))
         count = sum(map(len, self.judge.batches[:looks]))
         with part(left * count), track(name, count, self._study.progress) as advance:
             for look in trials.first(looks):
-                trials.scores(dropped, look + 1)
+                trials.scores(cut, look + 1)
                 advance(len(self.judge.batches[look]))
-        return trials.scores(dropped, looks)
+        return trials.scores(cut, looks)
 
     def whole(self) -> Loss:
         """Measure the loss of the whole model, and show how far that is."""
-        return self.loss_of_cut(())
+        return self.loss_of_cut(None)
 
     def scores(
         self,
-        dropped: Sequence[int],
+        plan: Plan | None,
         state: Literal["cut", "quick"],
         looks: int | None = None,
         *,
-        patch: "FittedPatch | None" = None,
+        patched: PatchedTrials | None = None,
     ) -> Scores:
-        """Loss of a cut by text on the first ``looks`` batches or all.
+        """Loss of a cut by text on the first ``looks`` batches or all; of the whole model for None.
 
-        ``patch`` replaces the verified plans' one. PatchError where it cannot be patched,
+        ``patched`` replaces those of the verified plans. PatchError where it cannot be patched,
         ModelError for a loss that is not finite.
         """
-        if state == "cut":
-            name = f"loss without {ranges(dropped)}" if dropped else "loss, whole"
-            return self._loss(name, self.held_out.losses, dropped, looks)
-        quick, plan, n = patch or self.patch, self.plan(dropped), len(dropped)
+        if state == "cut" or plan is None:
+            name = f"loss without {plan.words}" if plan else "loss, whole"
+            return self._loss(name, self.held_out.losses, plan or (), looks)
+        patched, n = patched or self.patched, len(plan.dropped)
         with part(self._making(n, "quick") + (len(self.decoder) - n) * self.judge.num_items):
-            found = self.held_out.patched(quick.patch, plan, fitted=quick.fitted, looks=looks)
-        if isinstance(found, str):
-            raise PatchError(found)
-        return found
+            return patched.scores(plan, looks)
 
-    def loss_of_cut(self, dropped: Sequence[int]) -> Loss:
+    def loss_of_cut(self, plan: Plan | None) -> Loss:
         """Measure the loss of a bare cut alone, without tasks or speech."""
-        return self.held_out.loss(self.scores(dropped, "cut"))
+        return self.held_out.loss(self.scores(plan, "cut"))
 
-    def measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
-        """Measure a cut in one of its states, or look it up.
+    def measure(self, plan: Plan | None, state: Measurable) -> Measured:
+        """Measure a cut in one of its states, or look it up; the whole model for None.
 
         Raises PatchError, CacheError (damaged store), and ModelError or TextsError for a loss that
         is not finite or a task that cannot be done.
         """
-        key, clock = (dropped, state), self.held_out.losses.clock
+        gone, clock = gone_by(plan or ()), self.held_out.losses.clock
+        key = gone, state
         if key not in self._measured:
-            inputs = self._inputs(dropped, state)
+            inputs = self._inputs(plan, state)
             known = inputs and self._store.get("measurement", inputs)
             if known and "why" in known:
                 raise PatchError(str(known["why"]))
@@ -303,50 +292,47 @@ class Measuring:
             else:
                 started = clock()
                 try:
-                    found = self._measure(dropped, state)
+                    found = self._measure(plan, state)
                 except PatchError as error:
                     if inputs and stays(error):
                         self._store.put("measurement", inputs, {"why": str(error)})
                     raise
-                shared = self._shares.pop(dropped, 0.0)
+                shared = self._shares.pop(gone, 0.0)
                 found = replace(found, seconds=clock() - started + shared)
                 if inputs:
                     self._store.put("measurement", inputs, found.to_record())
             self._measured[key] = found
         return self._measured[key]
 
-    def _inputs(self, dropped: tuple[int, ...], state: Measurable) -> dict[str, Any] | None:
+    def _inputs(self, plan: Plan | None, state: Measurable) -> dict[str, Any] | None:
         """All that a measurement depends on beside the model; None where that is not known."""
         settings, job = self._study.settings, self._study.job
-        if job is None:
-            return None
         if state == "healed":  # what is trained on is known by the study alone
-            return {"dropped": list(dropped), "state": state, "job": job}
+            return None if job is None else {**key_of(plan), "state": state, "job": job}
         made = {} if state in ("cut", "quick") else {"patch_tokens": settings.patch_tokens}
         return {
-            "dropped": list(dropped),
+            **key_of(plan),
             "state": state,
             **made,
-            "fitted": self.plans.fitted,
+            "fitted": next(iter(self._study.fitted.values())),
             "items": self._study.reported,
             "tasks": self._tasks.identity,
             "seed": settings.seed,
             "prompts": prompts_fingerprint(self._study.prompts),
         }
 
-    def _measure(self, dropped: tuple[int, ...], state: Measurable) -> Measured:
-        is_told_by_loss = not self._tasks.settings.tasks and self.speech is None
+    def _measure(self, plan: Plan | None, state: Measurable) -> Measured:
+        is_told_by_loss = not self._tasks.settings.tasks and not self.speaks
         if state in ("cut", "quick") and is_told_by_loss:
-            return Measured(self.held_out.loss(self.scores(dropped, state)))
-        if state == "cut":
-            loss = self.loss_of_cut(dropped)
-            with without_layers(self.model, dropped) if dropped else nullcontext():
+            return Measured(self.held_out.loss(self.scores(plan, state)))
+        if state == "cut" or plan is None:
+            loss = self.loss_of_cut(plan)
+            with without_layers(self.model, plan) if plan else nullcontext():
                 tasks = self._tasks.scores(self.model, self.tokenizer)
-            return Measured(loss, tasks, speech=self.speech_of_cut(dropped))
+            return Measured(loss, tasks, speech=self._speech_of_cut(plan))
         with ExitStack() as stack:
-            with part(self._making(len(dropped), state)):
-                in_state = self._in_state(self.plan(dropped), state)
-                model, tokenizer = stack.enter_context(in_state)
+            with part(self._making(len(plan.dropped), state)):
+                model, tokenizer = stack.enter_context(self._in_state(plan, state))
             found = Measured(self.loss_now(model), self._tasks.scores(model, tokenizer))
             said = None if self.speech is None else self._heard(self.speech, model, state)
         if self.speech is None or said is None:
@@ -364,35 +350,20 @@ class Measuring:
     @cached_property
     def speech(self) -> StudySpeech | None:
         """How the whole model speaks; None where no speech is measured."""
-        if not self._speaks:
+        if not self.speaks:
             return None
         with part((READING + 2) * len(self.decoder) * self._reading):
             return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
 
-    def speech_of_cut(self, dropped: tuple[int, ...]) -> Speech | None:
-        """Measure how a bare cut or the whole model speaks, or recall it; None where no speech is
-        measured.
-        """
-        if not self._speaks:
+    def _speech_of_cut(self, plan: Plan | None) -> Speech | None:
+        """How a bare cut or the whole model speaks; None where no speech is measured."""
+        if self.speech is None:
             return None
-        settings = self._study.settings
-        inputs = {
-            "dropped": list(dropped),
-            "prompts": prompts_fingerprint(self._study.prompts),
-            "seed": settings.seed,
-            "batch_size": settings.batch_size,
-        }
-        known = self._store.get("speech_of_cut", inputs)
-        if known is not None:
-            return recalled(Speech.from_json, known, "a speech")
-        assert self.speech is not None
-        if not dropped:
+        if plan is None:
             return self.speech.whole
-        with without_layers(self.model, dropped):
-            said = self._heard(self.speech, self.model, f"cut without {ranges(dropped)}")
-        found = self._judged(self.speech, said)
-        self._store.put("speech_of_cut", inputs, found.to_record())
-        return found
+        with without_layers(self.model, plan):
+            said = self._heard(self.speech, self.model, f"cut without {plan.words}")
+        return self._judged(self.speech, said)
 
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""
@@ -408,13 +379,9 @@ class Measuring:
         """The parameters of the whole model."""
         return num_parameters(self.model)
 
-    @cached_property
-    def _of_layers(self) -> list[int]:
-        return [num_parameters(layer) for layer in self.decoder.layers.modules]
-
-    def parameters_share(self, dropped: Sequence[int]) -> float:
-        """The parameters that go with some layers, as a share of all."""
-        return sum(self._of_layers[layer] for layer in dropped) / self.num_parameters
+    def parameters_share(self, plan: Plan | None) -> float:
+        """The parameters that go by a plan, as a share of all."""
+        return 0.0 if plan is None else parameters_share(self.decoder, plan)
 
     @contextmanager
     def _in_state(

@@ -218,12 +218,12 @@ class Recommending:
         """Patch the verified plan of a size and save it; None if it loses more than allowed."""
         verified, measuring = self._plans.verify(choice.n), self._measuring
         plan = verified.plan
-        self._study.keep_choice("recommended", choice.n, plan.dropped)
+        self._study.keep_choice("recommended", choice.n, plan)
         self._write_plan(plan)
-        cut, worse = measuring.loss_of_cut(plan.dropped), None
+        cut, worse = measuring.loss_of_cut(plan), None
         block = self._scan.best_block(choice.n)
         if set(block.layers) != set(plan.dropped):
-            worse = measuring.loss_of_cut(block.layers).minus(cut)
+            worse = measuring.loss_of_cut(measuring.plan(block.layers)).minus(cut)
         recommended = Recommended(
             verified,
             choice.reason,
@@ -233,7 +233,7 @@ class Recommending:
             healed=None,
             by_distance=worse,
             layers_share=choice.n / len(self._decoder),
-            parameters_share=measuring.parameters_share(plan.dropped),
+            parameters_share=measuring.parameters_share(plan),
             max_loss=self._target.max_loss,
         )
         if self._settings.plan_only:
@@ -403,21 +403,20 @@ class Recommending:
 
         ``in_passing`` uses fewer texts, for a size that decides nothing.
         """
-        plans, num_layers = self._plans, len(self._decoder)
+        plans, num_layers, losses = self._plans, len(self._decoder), self._measuring.held_out.losses
         verified = plans.verify_in_passing(n) if in_passing else plans.verify(n)
-        dropped = verified.plan.dropped
-        bottom = deepest_block(num_layers, n).layers
-        looks = self._measuring.held_out.losses.looks_at(TABLE_REPORTS) if in_passing else None
-        self._measuring.held_out.losses.judge_together([dropped, bottom], looks)
-        cut, deepest = (self._measuring.scores(one, "cut", looks) for one in (dropped, bottom))
-        patched, deepest_patched = (self._patched(one, looks) for one in (dropped, bottom))
+        both = verified.plan, self._measuring.plan(deepest_block(num_layers, n).layers)
+        looks = losses.looks_at(TABLE_REPORTS) if in_passing else None
+        losses.judge_together(both, looks)
+        cut, deepest = (self._measuring.scores(plan, "cut", looks) for plan in both)
+        patched, deepest_patched = (self._patched(plan, looks) for plan in both)
         (cut_loss, cut_error), lost = cut.estimated_by(whole), cut.minus(whole)
         deepest_loss, deepest_error = deepest.estimated_by(whole)
         patched_loss, patched_error = _estimated(patched, whole)
         kept = None if patched is None else patched.minus(whole)
         return SizeRow(
             n=n,
-            dropped=dropped,
+            dropped=verified.plan.dropped,
             cut=cut_loss,
             stderr=cut_error,
             lost=lost.mean,
@@ -431,16 +430,16 @@ class Recommending:
             deepest_stderr=deepest_error,
             deepest_patched=_estimated(deepest_patched, whole)[0],
             layers_share=n / num_layers,
-            parameters_share=self._measuring.parameters_share(dropped),
+            parameters_share=self._measuring.parameters_share(verified.plan),
             num_tied=len(verified.tied),
             layer_forwards=verified.layer_forwards,
             seconds=verified.seconds,
         )
 
-    def _patched(self, dropped: Sequence[int], looks: int | None) -> Scores | None:
+    def _patched(self, plan: Plan, looks: int | None) -> Scores | None:
         """The scores after a quick patch; None for what cannot be patched."""
         try:
-            return self._measuring.scores(dropped, "quick", looks)
+            return self._measuring.scores(plan, "quick", looks)
         except PatchError:
             return None
 

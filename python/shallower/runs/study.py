@@ -27,6 +27,7 @@ from ..texts.sources import Texts, place_of_texts
 from ..values.commands import option_words
 from ..values.counts import summed
 from ..values.hashing import hash_of
+from ..values.plan import Plan
 from ..values.settings import StudySettings
 from .disk import study_bytes
 from .given_models import InMemory, ModelStore, inputs_of_one
@@ -423,10 +424,9 @@ class Study(ABC, Generic[Settings]):
         found = self.store.get("choice_of_study", self.choice_inputs(strategy, n))
         return None if found is None else list(found["dropped"])
 
-    def keep_choice(self, strategy: str, n: int, dropped: Sequence[int], **on: str) -> None:
-        """Keep the layers that a strategy chose."""
-        inputs = self.choice_inputs(strategy, n, **on)
-        self.store.put("choice_of_study", inputs, {"dropped": list(dropped)})
+    def keep_choice(self, strategy: str, n: int, plan: Plan, **on: str) -> None:
+        """Keep what a strategy chose."""
+        self.store.put("choice_of_study", self.choice_inputs(strategy, n, **on), plan.key)
 
     def _chooses_by(self) -> dict[str, Any]:
         """The settings that a choice of layers depends on."""

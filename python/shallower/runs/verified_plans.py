@@ -105,11 +105,11 @@ class VerifiedPlans:
 
         After a quick patch; of the bare cut where it cannot be patched.
         """
-        verifier, dropped = self.verifier, self.verify(n).plan.dropped
+        verifier, plan = self.verifier, self.verify(n).plan
         try:
-            scores = verifier.scores(dropped, after="patch")
+            scores = verifier.scores(plan, after="patch")
         except PatchError:
-            scores = verifier.scores(dropped, after="none")
+            scores = verifier.scores(plan, after="none")
         return scores.minus(verifier.scores((), after="none"))
 
     # How many layers are to go.

@@ -67,30 +67,8 @@ ALL_SETS = 8
 
 DEFAULT = "reap"
 
-EXHAUSTIVE, LAYERS = "exhaustive", "layers"
-"""What a comparison sets beside the criteria."""
-
-MOST_SETS = 1_000
-"""Sets of experts of which a comparison looks for the best, at most."""
-
-_COSTS = {"weights": "reads the weights once", "drawn": "nothing"}
-
-
-def criteria_rows() -> list[dict[str, str]]:
-    """What takes part in a comparison, what it goes by and what it costs, a row each."""
-    rows = [
-        {
-            "name": name,
-            "summary": f"{row.what}{f' ({row.paper})' if row.paper else ''}",
-            "cost": _COSTS.get(row.kind, "one pass, experts twice"),
-        }
-        for name, row in CRITERIA.items()
-    ]
-    beside = {
-        EXHAUSTIVE: ("score of every set on the selection set", f"all sets, {MOST_SETS:,} at most"),
-        LAYERS: ("least angular distance; the nearest share of parameters", "one pass"),
-    }
-    return rows + [{"name": name, "summary": by, "cost": c} for name, (by, c) in beside.items()]
+WITHOUT_TEXTS = {"weights": "reads the weights once", "drawn": "nothing"}
+"""Kinds of criteria that read no text, and what each takes."""
 
 
 def criterion_of(name: str) -> ExpertCriterion:
@@ -123,7 +101,7 @@ def expert_scores(statistics: ExpertStatistics, criterion: str, seed: int = 0) -
 def expert_stderr(statistics: ExpertStatistics, criterion: str) -> Array:
     """The standard error of every score, (M, E), by text; NaN for criteria without texts."""
     row = criterion_of(criterion)
-    if row.kind in _COSTS:
+    if row.kind in WITHOUT_TEXTS:
         return np.full(statistics.aimer.shape, np.nan)
     by_mean = row.kind == "mean"
     return (statistics.mean_stderr if by_mean else statistics.total_stderr)(row.value)
@@ -224,7 +202,7 @@ def _keys(statistics: ExpertStatistics, scores: Array, criterion: str) -> Array:
     """What experts go by, the lowest first: where texts are read, those without a token."""
     row = CRITERIA[criterion]
     keys = -scores if row.highest_go else scores
-    return keys if row.kind in _COSTS else np.where(statistics.counts, keys, -np.inf)
+    return keys if row.kind in WITHOUT_TEXTS else np.where(statistics.counts, keys, -np.inf)
 
 
 def _check_count(routing: Routing, count: int) -> None:

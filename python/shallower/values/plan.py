@@ -53,6 +53,9 @@ STRATEGIES = {
 }
 """Every way to choose layers, and what a card says of it."""
 
+Gone = frozenset[int | tuple[int, int]]
+"""Layers that go, and of layers that stay experts, as ``(layer, expert)``."""
+
 VERIFIED = "verified"
 """The metric of a plan that won a race of proposals."""
 
@@ -154,6 +157,13 @@ class Plan:
         """The indices of the layers that stay."""
         gone = set(self.dropped)
         return tuple(layer for layer in range(self.num_layers) if layer not in gone)
+
+    @property
+    def gone(self) -> Gone:
+        """What goes, whatever it was chosen by, to tell cuts apart."""
+        experts = {} if self.experts is None else self.experts.by_layer
+        pairs = ((layer, expert) for layer, some in experts.items() for expert in some)
+        return frozenset([*self.dropped, *pairs])
 
     @property
     def words(self) -> str:
@@ -306,6 +316,11 @@ def check_plan(plan: object) -> None:
             f"{type(plan).__name__} is no plan: expected a Plan, as scan.plan or drop_layers "
             f"return, or Plan.of(NUM_LAYERS, LAYERS)"
         )
+
+
+def gone_by(cut: Plan | Iterable[int]) -> Gone:
+    """What goes by a plan, or by layers that are named; nothing of the whole model."""
+    return cut.gone if isinstance(cut, Plan) else frozenset(cut)
 
 
 def key_of(plan: Plan | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from ..criterion import Criterion
 from .baselines import Deepest, Random, Taylor, Weights
+from .experts import OF_EXPERTS
 from .layer_change import BlockInfluence, Magnitude, XMerge
 from .searches import Evolution, Exhaustive, Greedy, MaskRegression, OneShot
 from .similarity import Angular, Cosine, LinearCka, LinearMap, Reachable, RelativeL2
@@ -32,6 +33,11 @@ criteria: dict[str, Criterion] = {criterion.name: criterion for criterion in BUI
 """Every criterion by its name; one that is put in here takes part like any other."""
 
 
+expert_criteria: dict[str, Criterion] = {criterion.name: criterion for criterion in OF_EXPERTS}
+"""Those of experts by their names."""
+
+
 def is_built_in(criterion: Criterion) -> bool:
     """Whether a criterion is one of this package, with its attributes unchanged."""
-    return any(criterion is one for one in BUILT_IN) and not vars(criterion)
+    stock = (*BUILT_IN, *OF_EXPERTS)
+    return any(criterion is one for one in stock) and not vars(criterion)

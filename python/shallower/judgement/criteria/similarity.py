@@ -1,7 +1,7 @@
 """Criteria of blocks: how alike the states at both ends of a block are."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ...models.residual_writers import find_writers
 from ...progress import track
 from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
+from ...scanning.expert_hooks import ExpertHooks
 from ...scanning.hidden_states import stream
 from ...scanning.scan import Scan
 from ...values.costs import Costs
@@ -111,27 +112,30 @@ class LinearCka(Scanned):
         )
 
 
-def shared_scan(subject: Subject) -> Scan:
+def shared_scan(subject: Subject, *, experts: bool = False) -> Scan:
     """Compare all states at the last tokens of calibration texts, once for all criteria.
 
     CKA needs enough texts. Rejected ones are counted with a warning; StatesError if none is left.
+    ``experts`` gathers their statistics as well, and no CKA.
     """
-    return subject.shared("scan", lambda: _scan(subject))
+    return subject.shared(("scan", experts), lambda: _scan(subject, experts))
 
 
-def _scan(subject: Subject) -> Scan:
+def _scan(subject: Subject, experts: bool) -> Scan:
     positions, count = Positions(), subject.num_texts
     minibatches = -(-count // CKA_BATCH)
+    hooks = ExpertHooks(subject.decoder) if experts else None
     builder = ScanBuilder(
         subject.num_layers + 1,
         METRICS,
         model=subject.decoder.identity,
         positions=positions,
-        cka_batch=-(-count // minibatches) if count >= MIN_BATCH else None,
+        cka_batch=-(-count // minibatches) if count >= MIN_BATCH and not experts else None,
+        experts=hooks.statistics if hooks else None,
     )
     steps = count * text_steps(subject.decoder)
-    with track("scan", steps, subject.progress) as advance:
-        states = stream(subject.decoder, subject.batches, positions, advance=advance)
+    with hooks or nullcontext(), track("scan", steps, subject.progress) as advance:
+        states = stream(subject.decoder, subject.batches, positions, experts=hooks, advance=advance)
         with closing(states) as parts:
             builder.take(parts, advance)
     return builder.finish(subject.texts)
