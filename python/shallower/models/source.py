@@ -42,8 +42,8 @@ class ModelSource:
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ModelError: the path is empty, there is no such dtype, or weights streamed from disk are to be
-            quantised.
+        ModelError: the path is empty, there is no such dtype, or weights that are streamed from
+            disk are to be quantised.
     """
 
     path: str | Path
