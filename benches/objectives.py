@@ -33,10 +33,10 @@ from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.models.source import ModelSource
 from shallower.runs import demo
-from shallower.runs.answers import WantedAnswers
-from shallower.runs.given_models import ModelStore
-from shallower.runs.inputs import model_inputs
-from shallower.runs.store import open_store
+from shallower.store.given_models import ModelStore
+from shallower.store.inputs import model_inputs
+from shallower.store.store import open_store
+from shallower.studies.answers import WantedAnswers
 from shallower.texts.prompts import prompt_ids, read_prompts
 from shallower.values.layers import parse_layers
 from shallower.values.tokens import Tokens

@@ -26,7 +26,7 @@ from shallower.judgement.trials import Trials
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.runs import demo
-from shallower.runs.store import Journal
+from shallower.store.store import Journal
 from shallower.texts.batches import Batch
 from shallower.values.layers import ranges
 

@@ -20,13 +20,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import shallower as sh
 from shallower.runs import demo
-from shallower.runs.scan_shards import SharedScanJob
-from shallower.runs.units import Ledger, drive
 from shallower.scanning.scan_file import scan_bytes
 from shallower.scanning.shards import gather
+from shallower.sharing.scan_shards import SharedScanJob
 from shallower.texts.sources import Texts
 from shallower.values.shard import Shard
 from shallower.values.tokens import Tokens
+from shallower.workers.units import Ledger, drive
 
 WAYS = {"one process": ("local", 1), "two processes": ("local", 2), "ray": ("ray", 2)}
 

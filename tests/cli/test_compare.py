@@ -63,7 +63,7 @@ def test_compare_says_what_was_measured_before(shallower, folder, asked):
 def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
     shallower, folder, asked, models, monkeypatch
 ):
-    from shallower.runs.store import Store
+    from shallower.store.store import Store
 
     command = [*asked, models / "deeper", "--out", "out"]
     with monkeypatch.context() as patched:

@@ -5,10 +5,10 @@ import torch
 
 import shallower as sh
 from shallower.errors import ModelError
+from shallower.forecasts import speed, work
+from shallower.forecasts.speed import Work
 from shallower.models.source import ModelSource
 from shallower.processes import begin
-from shallower.runs import speed, work
-from shallower.runs.speed import Work
 from shallower.values.estimates import Time
 from tests.conftest import mostly_slow
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
-from shallower.runs.store import open_store
+from shallower.store.store import open_store
 from shallower.values.measured import MeasuredShard, gather_evaluation
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
@@ -224,7 +224,7 @@ def test_texts_that_no_worker_can_measure_are_named_and_the_others_are_kept(
 ):
     command = [*command, "--out", "out", "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("shallower.runs.eval_shards.OPENER", "tests.runs.poisoned:PoisonedEval")
+        patch.setattr("shallower.sharing.eval_shards.OPENER", "tests.studies.poisoned:PoisonedEval")
         done = shallower(*command)
         unkept = shallower(*command[:-4], "--workers", "1")
     assert "the eval is incomplete: 1 of its shards failed 3 times each" in done.error

@@ -241,7 +241,7 @@ def test_another_tokenizer_is_one_sentence(shallower, tiny, asked, folder, loade
 
 
 def test_a_kill_keeps_what_was_measured(shallower, tiny, asked, texts, monkeypatch):
-    from shallower.runs.measures import SpeechOnPrompts
+    from shallower.studies.measures import SpeechOnPrompts
 
     command = ("eval", tiny, "--texts", texts / "held_out.jsonl", "--speech", asked)
     command += ("--speech-tokens", 3, "--drop", "1")

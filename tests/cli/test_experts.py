@@ -5,9 +5,9 @@ import json
 import pytest
 
 import shallower as sh
+from shallower.forecasts import work
+from shallower.forecasts.speed import Work
 from shallower.models.source import ModelSource
-from shallower.runs import work
-from shallower.runs.speed import Work
 from tests.cutting.mixtures import mixture, unchosen
 
 

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from shallower.runs.compare_rows import _Choosing
-from shallower.runs.curve import CurveStudy
-from shallower.runs.recommending import Recommending
 from shallower.scanning import model as scanning
+from shallower.studies.compare_rows import _Choosing
+from shallower.studies.curve import CurveStudy
+from shallower.studies.recommending import Recommending
 from tests.conftest import edited, tiny_llama
 
 

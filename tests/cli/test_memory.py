@@ -95,8 +95,8 @@ def test_a_budget_is_of_the_weights_as_they_are_loaded(
     shallower, tiny, jsonl, folder, monkeypatch, command
 ):
     """A dry run is of the card that is named; what runs here takes float32 on an old CPU."""
+    from shallower.forecasts import forecast
     from shallower.models import dtypes
-    from shallower.runs import forecast
 
     asked = []
     planned = forecast.memory_forecast

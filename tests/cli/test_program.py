@@ -222,7 +222,7 @@ def test_importing_the_package_loads_nothing():
 @pytest.mark.slow
 def test_a_study_that_heals_nothing_loads_nothing_of_healing():
     code = (
-        "import sys\nfrom shallower.runs import recommending, curve_points, compare_rows\n"
+        "import sys\nfrom shallower.studies import recommending, curve_points, compare_rows\n"
         "print(*{'peft', 'bitsandbytes', 'datasets', 'ray'} & set(sys.modules))"
     )
     assert in_a_process(sys.executable, "-c", code).out == "\n"

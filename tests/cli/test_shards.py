@@ -11,12 +11,12 @@ import pytest
 
 import shallower as sh
 from shallower import ModelSource, ProcessesError
-from shallower.runs.eval_shards import OpenedEval, SharedEvalJob
-from shallower.runs.measures import LossOfTexts
-from shallower.runs.scan_shards import OpenedScan, SharedScanJob
-from shallower.runs.shards import NUM_SHARDS
-from shallower.runs.store import open_store
 from shallower.scanning.shards import ScannedShard
+from shallower.sharing.eval_shards import OpenedEval, SharedEvalJob
+from shallower.sharing.scan_shards import OpenedScan, SharedScanJob
+from shallower.sharing.shards import NUM_SHARDS
+from shallower.store.store import open_store
+from shallower.studies.measures import LossOfTexts
 from shallower.texts.sources import Texts
 from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import edited, tiny_llama, write_jsonl
@@ -205,7 +205,7 @@ def test_texts_that_no_worker_can_scan_are_named_and_the_others_are_scanned(
 ):
     command = ["scan", tiny, "--texts", many, "--out", "out", *SMALL, "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("shallower.runs.scan_shards.OPENER", "tests.runs.poisoned:PoisonedScan")
+        patch.setattr("shallower.sharing.scan_shards.OPENER", "tests.studies.poisoned:PoisonedScan")
         done = shallower(*command)
     assert "the scan is incomplete: 1 of its shards failed 3 times each" in done.error
     assert "shard 7/64 by ValueError: poison" in done.error

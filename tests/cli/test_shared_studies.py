@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from shallower.runs.store import Store, open_store
+from shallower.store.store import Store, open_store
 from shallower.values.hashing import hash_of
 from tests.commands import SHALLOWER, in_a_process
 

@@ -17,10 +17,11 @@ import pytest
 
 import shallower as sh
 from shallower.errors import SettingsError
-from shallower.runs import demo, inputs
+from shallower.runs import demo
 from shallower.runs import sweep as sweeps
 from shallower.runs.sweep import OpenedJobs, SweepRun, run_job
 from shallower.runs.sweep_file import read_sweep
+from shallower.store import inputs
 from tests.cli.documents import documents
 from tests.conftest import write_jsonl
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from transformers import Llama4TextConfig, MixtralConfig
 
+from shallower.experts.hooks import ExpertHooks
 from shallower.memory.streaming import Streamed
 from shallower.models.layerwise import Layerwise
 from shallower.scanning.builder import as_array
-from shallower.scanning.expert_hooks import ExpertHooks
 from shallower.scanning.hidden_states import stream, stream_by_layer
 from shallower.values.positions import Positions
 from tests.devices.batches import batch

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from shallower.errors import ModelError
+from shallower.experts.hooks import ExpertHooks
 from shallower.memory.plan import ForwardStep
 from shallower.memory.rehearsal import (
     Rehearsal,
@@ -17,7 +18,6 @@ from shallower.memory.rehearsal import (
 )
 from shallower.models.architecture import evaluating
 from shallower.models.decoder import Decoder
-from shallower.scanning.expert_hooks import ExpertHooks
 from shallower.scanning.hidden_states import forward as scanned
 from shallower.scanning.hidden_states import stream
 from shallower.texts.batches import Batch

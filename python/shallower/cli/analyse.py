@@ -19,8 +19,8 @@ from .options import (
 from .output import reuse, say_dry_run, say_scan
 
 if TYPE_CHECKING:
-    from ..runs.done import Output
-    from ..runs.store import Store
+    from ..store.done import Output
+    from ..store.store import Store
 
 
 def analyse_command(
@@ -61,10 +61,10 @@ def analyse_command(
     heat_map.png, for plan.
     """
     from ..reporting.charts.heat_map import draw_heat_map
-    from ..runs.store import open_store
     from ..scanning.analyse import analyse_states
     from ..scanning.states_file import StatesFile
     from ..storage import check_apart, check_free, claimed
+    from ..store.store import open_store
     from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     path = out / SCAN_FILE
@@ -115,8 +115,8 @@ def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output
 
     The file is known by its place and time of change: to hash it would take longer than the scan.
     """
-    from ..runs.done import Output
-    from ..runs.inputs import file_inputs, made_by
+    from ..store.done import Output
+    from ..store.inputs import file_inputs, made_by
     from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     def inputs() -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from .options import Json
 from .output import print_json, show
 
 if TYPE_CHECKING:
-    from ..runs.store import Store
+    from ..store.store import Store
 
 
 def cache_command(
@@ -25,7 +25,7 @@ def cache_command(
     cache, and says so; with --no-cache it measures anew. The folder is SHALLOWER_CACHE, else
     shallower in XDG_CACHE_HOME, else ~/.cache/shallower.
     """
-    from ..runs.store import open_store
+    from ..store.store import open_store
     from ..values.memory import format_size
 
     store = open_store()

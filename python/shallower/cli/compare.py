@@ -27,7 +27,7 @@ from .options import (
 from .output import called, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
-    from ..runs.compare import CompareStudy
+    from ..studies.compare import CompareStudy
     from ..values.comparison import CriteriaComparison
     from ..values.shard import Shard
 
@@ -87,8 +87,8 @@ def compare_command(
     """
     if list_criteria:
         return _list(as_json, of_experts=settings.unit == "experts")
-    from ..runs.compare import CompareStudy
-    from ..runs.store import open_store
+    from ..store.store import open_store
+    from ..studies.compare import CompareStudy
 
     named, held_out = _read(texts, eval_texts)
     place, part = places(device_map, stream=stream), part_of(shard, on, workers)
@@ -112,7 +112,7 @@ def compare_command(
         _say_shard(_measure_shard(study, part["shard"]), as_json)
         return 0
     if part:
-        from ..runs.study_units import share
+        from ..sharing.study_units import share
 
         share(study, **part)
     comparison = study.run()
@@ -123,7 +123,7 @@ def compare_command(
 
 def _measure_shard(study: "CompareStudy", shard: "Shard") -> dict[str, Any]:
     from ..errors import ProcessesError
-    from ..runs.study_units import measure_shard
+    from ..sharing.study_units import measure_shard
 
     if study.out is None:
         raise ProcessesError("a shard is a file in a folder: name --out")

@@ -29,7 +29,7 @@ from .options import (
 from .output import called, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
-    from ..runs.curve import CurveStudy
+    from ..studies.curve import CurveStudy
     from ..values.curve import Curve
 
 
@@ -58,8 +58,8 @@ def curve_command(
     The model is loaded once, and cut, patched and healed for each size and strategy. OUT holds
     curve.json, written before each next step, and curve.csv. A curve that was cut short resumes.
     """
-    from ..runs.curve import CurveStudy
-    from ..runs.store import open_store
+    from ..store.store import open_store
+    from ..studies.curve import CurveStudy
 
     study = CurveStudy(
         models=(
@@ -80,7 +80,7 @@ def curve_command(
         say_dry_run_of(study, _described(study), as_json)
         return
     if part := part_of(None, on, workers):
-        from ..runs.study_units import share
+        from ..sharing.study_units import share
 
         share(study, **part)
     _say(study.run(), study, as_json)

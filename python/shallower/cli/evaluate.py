@@ -37,8 +37,8 @@ from .options import (
 from .output import eval_names, say_dry_run, say_eval, say_eval_shard, say_known
 
 if TYPE_CHECKING:
-    from ..runs.evaluate import EvalJob, EvalPair, Results
-    from ..runs.measures import Measure
+    from ..studies.evaluate import EvalJob, EvalPair, Results
+    from ..studies.measures import Measure
     from ..texts.sources import Texts
 
 
@@ -145,7 +145,7 @@ def eval_command(
 
     Or of one checkpoint --against another, as a patched cut and its source.
     """
-    from ..runs.store import open_store
+    from ..store.store import open_store
     from ..values.tokens import Tokens, parse_batch_size
 
     part = part_of(shard, on, workers)
@@ -179,7 +179,7 @@ def eval_command(
     )
     pair = None
     if against is not None:
-        from ..runs.evaluate import EvalPair
+        from ..studies.evaluate import EvalPair
 
         pair = EvalPair.of(job, against)
     if dry_run:
@@ -219,10 +219,10 @@ def _compare(pair: "EvalPair", job: "EvalJob", as_json: bool) -> None:
 def _kind(part: dict[str, Any]) -> "type[EvalJob]":
     """The evaluation that is asked for: of one process, a shard, or shared by workers."""
     if not part:
-        from ..runs.evaluate import EvalJob
+        from ..studies.evaluate import EvalJob
 
         return EvalJob
-    from ..runs.eval_shards import EvalShardJob, SharedEvalJob
+    from ..sharing.eval_shards import EvalShardJob, SharedEvalJob
 
     return EvalShardJob if "shard" in part else SharedEvalJob
 
@@ -247,7 +247,7 @@ def _read(texts: str, max_texts: int | None, part: dict[str, Any]) -> "Texts | l
 
 
 def _carry_out_shard(job: "EvalJob", as_json: bool) -> None:
-    from ..runs.eval_shards import EvalShardJob
+    from ..sharing.eval_shards import EvalShardJob
 
     assert isinstance(job, EvalShardJob)
     if job.made is None:
@@ -260,7 +260,7 @@ def _carry_out_shard(job: "EvalJob", as_json: bool) -> None:
 
 def _results(job: "EvalJob", held: ExitStack) -> "Results":
     """What is known of a model, or is measured now, with its place ``held`` from then on."""
-    from ..runs.eval_shards import SharedEvalJob
+    from ..sharing.eval_shards import SharedEvalJob
     from ..storage import claimed
 
     known = job.known()
@@ -279,7 +279,7 @@ def _measures(
 ) -> "list[Measure[Any]]":
     """What is measured, in the order in which it is printed."""
     from ..errors import TextsError
-    from ..runs.measures import LossOfTexts, PerplexityOfText, ScoresOnTasks, SpeechOnPrompts
+    from ..studies.measures import LossOfTexts, PerplexityOfText, ScoresOnTasks, SpeechOnPrompts
     from ..texts.prompts import read_prompts
     from ..texts.sources import read_whole
 
@@ -313,7 +313,7 @@ def _say(
     job: "EvalJob", results: "Results", names: dict[str, str], *, read: list[Any], as_json: bool
 ) -> None:
     """Print what was found, and write it where it is to be; what was cached is said."""
-    from ..runs.gather import write_evaluation
+    from ..sharing.gather import write_evaluation
 
     values = {
         kind: {side: one.value for side, one in sides.items()} for kind, sides in results.items()

@@ -61,7 +61,7 @@ def gain_command(
     --measure. --dtype auto is bfloat16, with --measure or --device here that in which
     the model would be loaded here.
     """
-    from ..runs.gain import gain
+    from ..forecasts.gain import gain
 
     layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
     found = gain(

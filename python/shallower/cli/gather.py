@@ -29,9 +29,9 @@ def gather_command(
     writes eval.json, as eval --json prints it, and caches the result. From a comparison it writes
     all that compare does: the model is loaded for its shape, and nothing is measured.
     """
-    from ..runs.eval_shards import gather_eval_into
-    from ..runs.gather import gather_into
-    from ..runs.store import open_store
+    from ..sharing.eval_shards import gather_eval_into
+    from ..sharing.gather import gather_into
+    from ..store.store import open_store
     from ..values.files import EVAL_FILE
     from ..values.shard import kind_of
 
@@ -40,7 +40,7 @@ def gather_command(
         say_scan(*gather_into(parts, out, overwrite=overwrite), as_json)
         return 0
     if kind == "compare":
-        from ..runs.study_units import gather_study
+        from ..sharing.study_units import gather_study
         from .compare import say_comparison
 
         study, comparison = gather_study(

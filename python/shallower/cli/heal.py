@@ -28,7 +28,7 @@ from .output import print_json, reuse, say_dry_run, show
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ..runs.answers import WantedAnswers
+    from ..studies.answers import WantedAnswers
     from ..values.answers import Answer
     from ..values.healing import Healing
 
@@ -82,9 +82,9 @@ def heal_command(
     checkpoint. On several devices put accelerate launch -m, or torchrun -m, before the command.
     """
     from ..processes import is_main_process, num_processes
-    from ..runs.done import output_of
-    from ..runs.store import Store, open_store
     from ..storage import check_apart, check_free
+    from ..store.done import output_of
+    from ..store.store import Store, open_store
 
     source, held_out = read_apart(
         texts, eval_texts, max_texts=max_texts, max_eval_texts=max_eval_texts
@@ -183,8 +183,8 @@ def _answers(
     from ..healing.checks import read_plan, require_peft
     from ..healing.loaded_models import OriginalModel
     from ..models.decoder import Decoder
-    from ..runs.given_models import ModelStore
-    from ..runs.store import open_store
+    from ..store.given_models import ModelStore
+    from ..store.store import open_store
     from ..texts.sequences import answered
 
     if wanted is None:
@@ -260,13 +260,13 @@ def _planned(
     **training: Any,
 ) -> dict[str, Any]:
     """The settings of a healing, and the memory, disk and time that it will need."""
+    from ..forecasts.forecast import memory_forecast
+    from ..forecasts.speed import told
+    from ..forecasts.work import forecast, of_healing
     from ..healing.checks import read_plan, resolve
     from ..healing.memory import healing_bytes
     from ..models.experts import unquantised
     from ..processes import num_processes
-    from ..runs.forecast import memory_forecast
-    from ..runs.speed import told
-    from ..runs.work import forecast, of_healing
     from ..storage import check_room, free_bytes
     from ..values.estimates import Disk
     from ..values.memory import EXPERTS
@@ -324,10 +324,10 @@ def merge_command(
     time. The result is loaded, and its logits are compared with those of the adapters; if it does
     not fit into memory, every weight is compared with its sum instead.
     """
-    from ..runs.done import Output
-    from ..runs.inputs import adapters_inputs
-    from ..runs.store import open_store
     from ..storage import check_apart, check_free, check_room, free_bytes
+    from ..store.done import Output
+    from ..store.inputs import adapters_inputs
+    from ..store.store import open_store
     from ..values.estimates import Disk
     from ..values.healing import Healing
 

@@ -14,7 +14,7 @@ from ..values.options import Option, options_of, parse_names
 from ..values.settings import CompareSettings, RunSettings, StudySettings
 
 if TYPE_CHECKING:
-    from ..runs.answers import WantedAnswers
+    from ..studies.answers import WantedAnswers
     from ..texts.sources import Texts
     from ..values.layers import Block
     from ..values.plan import Plan
@@ -284,7 +284,7 @@ def wanted_answers(
 
     TextsError: there are no prompts in the file.
     """
-    from ..runs.answers import WantedAnswers, answers_for
+    from ..studies.answers import WantedAnswers, answers_for
     from ..texts.prompts import read_prompts
 
     if answers is None:

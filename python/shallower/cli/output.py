@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from ..models.offload import Reading
     from ..reporting.stories.evaluation import Values
     from ..reporting.writers.terminal import Part
-    from ..runs.done import Output
-    from ..runs.study import Study
     from ..scanning.scan import Scan
+    from ..store.done import Output
+    from ..studies.study import Study
     from ..values.plan import Plan
 
 
@@ -102,7 +102,7 @@ def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
 
 def say_dry_run_of(study: "Study[Any]", described: dict[str, Any], as_json: bool) -> None:
     """Print what a study would do, and what it takes: texts, memory, disk and time."""
-    from ..runs.dry_run import describe
+    from ..studies.dry_run import describe
 
     write = {} if study.out is None else {"write": [str(study.out)]}
     units = {"measure": study.units(), **write}

@@ -38,7 +38,7 @@ from .options import (
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
-    from ..runs.answers import WantedAnswers
+    from ..studies.answers import WantedAnswers
     from ..values.answers import Answer
     from ..values.layers import Block
     from ..values.memory import MemoryPlan
@@ -95,10 +95,10 @@ def patch_command(
     When interrupted, the same command resumes. It is recommended to patch first, then heal.
     """
     from ..cutting.plans import plan_file
-    from ..runs.done import output_of
-    from ..runs.forecast import forecast_source
-    from ..runs.store import open_store
+    from ..forecasts.forecast import forecast_source
     from ..storage import check_apart, check_free
+    from ..store.done import output_of
+    from ..store.store import open_store
     from ..values.layers import ranges
     from ..values.tokens import Tokens
 
@@ -215,8 +215,8 @@ def _answers(
     if wanted is None:
         return ()
     from ..models.decoder import Decoder
-    from ..runs.given_models import ModelStore
-    from ..runs.store import open_store
+    from ..store.given_models import ModelStore
+    from ..store.store import open_store
 
     decoder, tokenizer = Decoder.of(loaded[0]), loaded[1]
     plan.check_model(decoder.identity)
@@ -261,9 +261,9 @@ def _planned(
     **fitted: Any,
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
+    from ..forecasts.speed import told
+    from ..forecasts.work import forecast, of_patch
     from ..memory.checkpoints import left_bytes
-    from ..runs.speed import told
-    from ..runs.work import forecast, of_patch
     from ..storage import free_bytes
     from ..values.estimates import Disk
 
@@ -281,7 +281,7 @@ def _streamed(
     """What a patch reads of layers on disk, and what its steps take there."""
     if not place.waits_on_disk:
         return {}
-    from ..runs.stream_plans import plan_patch
+    from ..studies.stream_plans import plan_patch
 
     return plan_patch(place, dropped, texts, **settings)
 

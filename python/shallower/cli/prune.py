@@ -71,9 +71,9 @@ def prune_command(
     """
     from ..cutting.plans import plan_file
     from ..cutting.prune import plan_prune
-    from ..runs.done import cut_output
-    from ..runs.store import open_store
     from ..storage import check_apart
+    from ..store.done import cut_output
+    from ..store.store import open_store
     from ..values.experts import experts_file
 
     reads = [plan_file(read) for read in (plan, experts_plan) if read is not None]

@@ -32,8 +32,8 @@ from .output import called, print_json, reuse, say_dry_run_of, show, upload_line
 if TYPE_CHECKING:
     from ..reporting.results import Run
     from ..reporting.story import Story
-    from ..runs.done import Output
-    from ..runs.run import RunStudy
+    from ..store.done import Output
+    from ..studies.run import RunStudy
 
 
 @takes(RunSettings)
@@ -152,8 +152,8 @@ def _carry_out(
 ) -> None:
     """Make a run, or show an earlier one or what it would do; ``demo`` is one like any other."""
     from ..runs.report import save_report
-    from ..runs.run import RunStudy
-    from ..runs.store import open_store
+    from ..store.store import open_store
+    from ..studies.run import RunStudy
 
     study = RunStudy(
         models=(source,),
@@ -179,8 +179,8 @@ def _carry_out(
 
 def _output(study: "RunStudy") -> "Output":
     """The output of a run, as the cache remembers it."""
-    from ..runs.done import Output
-    from ..runs.run import RUN_FILES
+    from ..store.done import Output
+    from ..studies.run import RUN_FILES
     from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 
     healed = (HEALED_FOLDER,) if study.settings.heal else ()

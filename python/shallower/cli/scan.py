@@ -36,7 +36,7 @@ from .options import (
 from .output import say_dry_run, say_known, say_scan, say_shard
 
 if TYPE_CHECKING:
-    from ..runs.scan import ScanJob
+    from ..studies.scan import ScanJob
     from ..values.until import Until
 
 
@@ -112,7 +112,7 @@ def scan_command(
     and, if matplotlib is installed, heat_map.png. An interrupted scan resumes when the same
     command is given again.
     """
-    from ..runs.store import open_store
+    from ..store.store import open_store
     from ..values.positions import Positions
     from ..values.tokens import Tokens, parse_batch_size
 
@@ -144,16 +144,16 @@ def scan_command(
 def _kind(part: dict[str, Any]) -> "type[ScanJob]":
     """The scan that is asked for: of one process, a shard, or shared by workers."""
     if not part:
-        from ..runs.scan import ScanJob
+        from ..studies.scan import ScanJob
 
         return ScanJob
-    from ..runs.scan_shards import ShardJob, SharedScanJob
+    from ..sharing.scan_shards import ShardJob, SharedScanJob
 
     return ShardJob if "shard" in part else SharedScanJob
 
 
 def _carry_out(job: "ScanJob", as_json: bool) -> None:
-    from ..runs.scan_shards import ShardJob, SharedScanJob
+    from ..sharing.scan_shards import ShardJob, SharedScanJob
 
     if isinstance(job, ShardJob):
         if job.known is None:

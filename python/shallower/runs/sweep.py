@@ -30,18 +30,18 @@ from ..models.source import ModelSource
 from ..processes import is_held, refuse_several
 from ..progress import say_goes_on, track
 from ..reporting.results import JOB_FILES, is_sweep, read_job
+from ..sharing.engines import memory_of, workers_of
 from ..storage import check_apart, check_free, claimed, write_file
+from ..store.inputs import check_made_by, inputs_of, made_by
+from ..store.store import Store, open_store
 from ..texts.sources import Texts
 from ..values.commands import option_words
 from ..values.files import SWEEP_FILE
 from ..values.hashing import hash_of
 from ..values.layers import check_sizes
 from ..values.sweep import JobKind, Sweep, SweepJob
-from .engines import memory_of, workers_of
-from .inputs import check_made_by, inputs_of, made_by
-from .store import Store, open_store
+from ..workers.units import Job, Ledger, drive
 from .sweep_file import SweepFile, read_sweep
-from .units import Job, Ledger, drive
 
 _LOOKED_AT = 0.2
 """Seconds between two looks at a process that runs."""
@@ -153,8 +153,8 @@ class SweepRun:
                     self._check(source, {texts: read}, eval_texts)
 
     def _check(self, model: ModelSource, texts: Mapping[str, Texts], eval_texts: Texts) -> None:
-        from .compare import CompareStudy
-        from .curve import CurveStudy
+        from ..studies.compare import CompareStudy
+        from ..studies.curve import CurveStudy
 
         given: dict[str, Any] = {"models": (model,), "texts": texts, "eval_texts": eval_texts}
         given |= {"out": None, "store": self.store}

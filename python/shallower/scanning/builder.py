@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from .._core import Accumulator, Cka, Sums, Threads
 from ..errors import MetricError, RejectedSamplesWarning, ScanError, StatesError
+from ..experts.statistics import ExpertStatistics
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection, describe_rejections
 from ..values.positions import Positions
 from .cka import CkaBatches, check_batch
-from .expert_statistics import ExpertStatistics
 from .scan import Scan
 from .scan_file import Contents, Samples, joined
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LayersError, PlanError, ScanError
+from ..experts.criteria import DEFAULT, ChosenExperts, chosen_experts
 from ..values.bootstrap import BootstrappedStart
 from ..values.files import SCAN_FILE
 from ..values.layers import Block, deepest_block
 from ..values.plan import Plan
-from .expert_criteria import DEFAULT, ChosenExperts, chosen_experts
 from .scan import Scan
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import ModelError
+from ..experts.hooks import ExpertHooks
 from ..memory.plan import Forward
 from ..memory.retry import Halving
 from ..memory.streaming import Streamed
@@ -27,7 +28,6 @@ from ..models.transfers import Gathered, HostCopies, HostCopy
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .builder import Part
-from .expert_hooks import ExpertHooks
 
 LAST = Positions()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ScanError, TextsError
+from ..experts.hooks import ExpertHooks
 from ..memory.plan import fitting
 from ..memory.retry import Halving
 from ..memory.streaming import Streamed, text_steps
@@ -26,7 +27,6 @@ from ..values.positions import Positions
 from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
 from ..values.until import Until
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, Part, ScanBuilder
-from .expert_hooks import ExpertHooks
 from .hidden_states import compared_of, forward, stream, stream_by_layer
 from .scan import Scan, deciding
 from .settling import JUDGED, Settling

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from .._core import Cka
 from ..errors import LayersError, MetricError, ScanError
+from ..experts.criteria import DEFAULT, experts_to_drop
+from ..experts.statistics import ExpertStatistics
 from ..values.bootstrap import BootstrappedStart
 from ..values.costs import Costs
 from ..values.counts import counted
@@ -20,8 +22,6 @@ from ..values.layers import Block
 from ..values.plan import Plan, Rejection, check_plan
 from ..values.positions import Positions
 from ..values.until import Settled
-from .expert_criteria import DEFAULT, experts_to_drop
-from .expert_statistics import ExpertStatistics
 from .scan_file import Contents, merged, read_scan, write_scan
 
 NO_DISTANCE = "norm_ratio"
@@ -265,7 +265,7 @@ class Scan:
     ) -> Plan:
         """The plan to drop :meth:`best_block`, or so many experts of every layer, or both.
 
-        Experts go of the layers that stay, those that a criterion of ``scanning/expert_criteria``
+        Experts go of the layers that stay, those that a criterion of ``experts/criteria``
         thinks least of; ``seed`` is of ``random``. LayersError: neither is asked for. ExpertsError:
         a criterion that is not known or not in the scan, or a number of experts that the router
         cannot do without. ScanError: the scan has no statistics of experts.

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .._core import Cka, ExpertSums, Sums
 from ..errors import ExpertsError, MetricError, PositionsError, ScanError, StatesError, why
+from ..experts.statistics import ExpertStatistics
 from ..storage import write_file
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
@@ -26,7 +27,6 @@ from ..values.positions import Positions
 from ..values.schema import of_type, read
 from ..values.shard import ShardOfScan
 from ..values.until import Settled
-from .expert_statistics import ExpertStatistics
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""

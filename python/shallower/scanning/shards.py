@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ScanError, TextsError
+from ..experts.statistics import ExpertStatistics
 from ..progress import say_goes_on, track
 from ..storage import write_file
 from ..values.counts import counted
@@ -20,16 +21,15 @@ from ..values.provenance import forward_versions
 from ..values.shard import Shard, ShardOfScan, read_shards
 from ..values.tokens import Tokens
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
-from .expert_statistics import ExpertStatistics
 from .scan import Scan
 from .scan_file import Contents, read_shard, scan_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..experts.hooks import ExpertHooks
     from ..models.decoder import Decoder
     from ..texts.batches import AnyTexts, Batch
-    from .expert_hooks import ExpertHooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +150,8 @@ class Shards:
 
         ScanError: what is at ``checkpoint`` is of other work.
         """
+        from ..experts.hooks import ExpertHooks
         from ..memory.streaming import text_steps
-        from .expert_hooks import ExpertHooks
 
         observed = ExpertHooks(self._decoder) if self._experts else None
         builder = ScanBuilder(

@@ -9,9 +9,9 @@ from itertools import combinations, product
 from typing import ClassVar
 
 from ...errors import ExpertsError
+from ...experts.criteria import CRITERIA, WITHOUT_TEXTS, ExpertCriterion
 from ...models.decoder import Decoder
 from ...models.experts import find_experts, routing_of
-from ...scanning.expert_criteria import CRITERIA, WITHOUT_TEXTS, ExpertCriterion
 from ...values.experts import DroppedExperts
 from ...values.plan import Plan
 from ..criterion import Criterion

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ...errors import CriterionError
+from ...experts.hooks import ExpertHooks
 from ...memory.streaming import text_steps
 from ...models.layerwise import rows
 from ...models.residual_writers import find_writers
 from ...progress import track
 from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
-from ...scanning.expert_hooks import ExpertHooks
 from ...scanning.hidden_states import stream
 from ...scanning.scan import Scan
 from ...values.costs import Costs

@@ -1,8 +1,8 @@
 """Tables of experts: those that go by a criterion, and those that nothing is known of."""
 
+from ...experts.criteria import CRITERIA
+from ...experts.statistics import ExpertStatistics
 from ...scanning.choice import ScanChoice
-from ...scanning.expert_criteria import CRITERIA
-from ...scanning.expert_statistics import ExpertStatistics
 from ...values.counts import counted
 from ...values.layers import blocks_of, drop_option
 from ..story import Number, Table

@@ -1,0 +1,1 @@
+"""Statistics of routed experts, and the criteria that choose by them."""

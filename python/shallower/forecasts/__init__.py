@@ -1,0 +1,1 @@
+"""Memory and time of work before it is done."""

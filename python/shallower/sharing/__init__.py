@@ -1,0 +1,1 @@
+"""One work divided among workers or shards, and put together."""

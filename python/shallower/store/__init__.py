@@ -1,0 +1,1 @@
+"""What was measured, found again by all that it depends on."""

@@ -1,0 +1,1 @@
+"""The stages joined: scans, evaluations, runs, curves, comparisons and sweeps."""

@@ -1,0 +1,482 @@
+"""The rows of a comparison on one model that is loaded: what each criterion drops, and its cost."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import (
+    CacheError,
+    OutputError,
+    PatchError,
+    ShallowerError,
+    TextsError,
+    one_sentence,
+)
+from ..judgement.criteria.experts import EverySet
+from ..judgement.criterion import Criterion, has_costs
+from ..judgement.held_out_cuts import TRUTH_ITEMS
+from ..judgement.judges.judge import Judge
+from ..judgement.patched_trials import PatchedTrials, stays
+from ..judgement.stored_costs import (
+    Work,
+    own_layers,
+    searched_layers,
+    stored_choice,
+    stored_costs,
+)
+from ..judgement.subject import Subject
+from ..judgement.trials import ResultStore, Trials, judge_inputs, kept_trials
+from ..memory.budget import limit
+from ..models.decoder import Decoder
+from ..models.experts import find_experts
+from ..models.source import ModelSource
+from ..patching.quick import QuickPatch
+from ..progress import part, say_goes_on, track
+from ..store.given_models import InMemory
+from ..texts.batches import TokenBatches
+from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
+from ..values.comparison import ComparedModel, Row
+from ..values.experts import check_counts
+from ..values.layers import check_sizes
+from ..values.plan import Plan
+from ..values.scores import Difference, Scores
+from ..values.settings import CompareSettings
+from .measuring import Measuring
+from .study import SINGLE_LAYERS, WHOLE, Part, Study
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a comparison found on one model.
+
+    Attributes:
+        model: the whole model.
+        rows: every choice.
+        skipped: by criterion, and calibration text where there are several, why it could not
+            choose.
+        splits: the number of calibration, selection and test texts: those of two tokens at least.
+        is_complete: whether nothing was skipped or left out.
+    """
+
+    model: ComparedModel
+    rows: tuple[Row, ...]
+    skipped: Mapping[str, str]
+    splits: Mapping[str, int]
+    is_complete: bool
+
+
+def compare_on(
+    study: Study[CompareSettings],
+    model: ModelSource | InMemory,
+    *,
+    criteria: Sequence[Criterion],
+    store: ResultStore,
+) -> Outcome:
+    """Compare criteria on one model, and give the rows with their regret.
+
+    Raises LayersError, ExpertsError (impossible size), ModelError (layers do not run one by one, no
+    routed experts, loss not finite) and TextsError (no text of two tokens).
+    """
+    loaded, tokenizer = study.load(model)
+    measuring = Measuring(study, loaded, tokenizer, store=store)
+    num_experts = _check_sizes(study.settings, measuring.decoder)
+    measured: list[MeasuredRow] = []
+    skipped: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    is_complete = True
+    for texts in study.splits:
+        compared = _Choosing(study, measuring, store, criteria, model=str(model), texts=texts)
+        compared.say_goes_on()
+        bar = track(f"compare on {texts}, layers run", compared.total, study.progress)
+        with bar, part(compared.total):
+            measured += compared.measured(compared.choices())
+        several = f" on {texts}" if len(study.splits) > 1 else ""
+        skipped |= {f"{key}{several}": why for key, why in compared.skipped.items()}
+        is_complete &= compared.is_complete
+        if not counts:  # those of the first texts
+            counts = compared.counts
+    return Outcome(
+        replace(measuring.held_out.compared(str(model)), num_experts=num_experts),
+        tuple(with_regrets(measured)),
+        skipped,
+        {**counts, "report": measuring.judge.num_items},
+        is_complete and not skipped,
+    )
+
+
+def _check_sizes(settings: CompareSettings, decoder: Decoder) -> int | None:
+    """Refuse numbers that the model cannot lose; gives the experts of a layer, where they go."""
+    if settings.unit == "layers":
+        check_sizes(settings.n, len(decoder))
+        return None
+    number = find_experts(decoder.model, decoder.layers)[0].num_experts
+    check_counts(settings.n, number)
+    return number
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What a criterion would drop, and the work of finding it."""
+
+    criterion: Criterion
+    n: int
+    plan: Plan
+    work: Work
+    tau: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRow:
+    """A row without regrets; the judge's scores of its bare cut, and its patched losses by text."""
+
+    row: Row
+    judged: Scores
+    patched: Scores | None
+
+
+@dataclass
+class _Choosing:
+    """Criteria on one model and calibration texts of one name.
+
+    ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried.
+    ``is_complete`` turns false where a cut was not patched for want of memory.
+    """
+
+    study: Study[CompareSettings]
+    measuring: Measuring
+    store: ResultStore
+    criteria: Sequence[Criterion]
+    model: str
+    texts: str
+    skipped: dict[str, str] = field(default_factory=dict)
+    is_complete: bool = True
+
+    def __post_init__(self) -> None:
+        study, measuring, settings = self.study, self.measuring, self.study.settings
+        split, fitted = measuring.texts[self.texts], study.fitted[self.texts]
+        read = TokenBatches(measuring.tokenizer, split.fit, measuring.tokens, min_tokens=2)
+        batches = list(read)
+        judge = measuring.judges.choosing(split.choose)
+        layerwise = measuring.held_out.model
+        self.subject = Subject(
+            measuring.decoder,
+            batches,
+            kept_trials(layerwise, judge, store=self.store, items=fitted),
+            settings.n,
+            texts=(read.identity,),
+            seed=settings.seed,
+            progress=False,
+        )
+        self.patched: PatchedTrials | None = None  # behind experts that go nothing is patched
+        if settings.unit == "layers":
+            patch = QuickPatch(layerwise, batches)
+            self.patched = measuring.held_out.after(patch, fitted=fitted)
+        on = {"fitted": fitted, "seed": settings.seed, "unit": settings.unit}
+        self._chosen_on = {**on, **judge_inputs(judge)}
+        self.counts = {"fit": self.subject.num_texts, "choose": judge.num_items}
+        _require_enough(self.subject, measuring.judge)
+
+    def say_goes_on(self) -> None:
+        """Say what is known of a comparison that was cut short."""
+        sizes, on = self.study.settings.n, {"model": self.model, "texts": self.texts}
+        names = [criterion.name for criterion in self.criteria]
+        units = [self.study.unit(name, n, "cut", **on) for name in names for n in sizes]
+        known, judged = sum(unit.known for unit in units), self.subject.trials.num_recalled
+        if known or judged:
+            where = f"{known} of {len(units)} choices and {judged:,} trials of cuts are cached"
+            say_goes_on(where, self.study.progress)
+
+    def _sizes(self, criterion: Criterion) -> Sequence[int]:
+        """The sizes that a criterion chooses: of every set of experts, unnamed, only few."""
+        sizes, trials = self.study.settings.n, self.subject.trials
+        if self.study.settings.criteria is not None or not isinstance(criterion, EverySet):
+            return sizes
+        return criterion.cheap(self.subject.decoder, sizes, on_disk=trials.is_streamed)
+
+    # Layers that are run, times texts, at most.
+    @property
+    def total(self) -> int:
+        """All of them."""
+        own = sum(own_layers(one, self.subject) for one in self.criteria)
+        searched = sum(
+            searched_layers(one, self.subject, n) + self._reported(n)
+            for one in self.criteria
+            for n in self._sizes(one)
+        )
+        measured = searched + self.measuring.layers_run(0, "cut")
+        return own + measured + self._truth * any(map(has_costs, self.criteria))
+
+    @property
+    def _truth(self) -> int:
+        """Those of the true losses without single layers."""
+        num_layers, losses = self.subject.num_layers, self.measuring.held_out.losses
+        items = sum(len(losses.judge.items[look]) for look in losses.first(self._truth_looks))
+        return num_layers * (num_layers + 1) // 2 * items
+
+    @property
+    def _truth_looks(self) -> int:
+        return self.measuring.held_out.losses.looks_at(TRUTH_ITEMS)
+
+    def _reported(self, n: int) -> int:
+        """Those of one choice, as it is cut and after a quick patch, and of its speech."""
+        if self.patched is None:
+            return self.measuring.layers_run(0, "cut")
+        left, items = self.subject.num_layers - n, self.measuring.judge.num_items
+        return self.measuring.layers_run(n, "cut") + left * items + n * self.subject.num_texts
+
+    @contextmanager
+    def _part(self, note: str, most: int, trials: Trials | None = None) -> Iterator[None]:
+        """Advance by so many layers with a part of the work, as those that judge run them."""
+        trials = trials or self.subject.trials
+        with part(most, note) as trials.report:
+            try:
+                yield
+            finally:
+                trials.report = None
+
+    def choices(self) -> list[_Choice]:
+        """Let every criterion choose, for every size; one that cannot is noted in ``skipped``.
+
+        Choices of experts lie by size.
+        """
+        found = []
+        if any(map(has_costs, self.criteria)):
+            losses, note = self.measuring.held_out.losses, "true losses without single layers"
+            with (
+                self._part(note, self._truth, losses),
+                losses.counted(),
+                suppress(ShallowerError),  # every criterion that needs them says why
+            ):
+                self.measuring.held_out.single_layers()
+        for criterion in self.criteria:
+            tau, own = None, Work()
+            name = criterion.name
+            with self._part(name, own_layers(criterion, self.subject)), self._others_go_on(name):
+                tau, own = self._measured(criterion)
+            for n in self._sizes(criterion):
+                name = f"{criterion.name}, n = {n}"
+                most = searched_layers(criterion, self.subject, n)
+                with self._part(name, most), self._others_go_on(name):
+                    if criterion.name not in self.skipped:
+                        choice = self._choice(criterion, n, own)
+                        found.append(_Choice(criterion, n, *choice, tau))
+        return found if self.patched else sorted(found, key=lambda one: one.n)
+
+    @contextmanager
+    def _others_go_on(self, name: str) -> Iterator[None]:
+        """Note why a criterion, maybe one from outside, has failed; the others go on."""
+        try:
+            yield
+        except (CacheError, OutputError):
+            raise
+        except Exception as error:
+            self.skipped[name] = one_sentence(error)
+
+    def _measured(self, criterion: Criterion) -> tuple[float | None, Work]:
+        """Kendall's τ-b of layer costs with true losses, None for a search; the work in all."""
+        passes = criterion.layer_forwards(self.subject)
+        if not has_costs(criterion):
+            return None, Work(passes)
+        inputs = self._inputs(criterion)
+        costs, work = stored_costs(criterion, self.subject, self.store, inputs=inputs)
+        truth = np.array(self.measuring.held_out.single_layers())
+        tau = kendall_tau(costs.blocks.diagonal(1), truth)
+        return tau, Work(passes + work.layer_forwards, work.seconds)
+
+    def _choice(self, criterion: Criterion, n: int, own: Work) -> tuple[Plan, Work]:
+        inputs = self._inputs(criterion)
+        plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
+        self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
+        layer_forwards = own.layer_forwards + work.layer_forwards
+        return plan, Work(layer_forwards, own.seconds + work.seconds)
+
+    def _inputs(self, criterion: Criterion) -> dict[str, Any]:
+        return {"criterion": criterion.name, **self._chosen_on}
+
+    def measured(self, choices: Sequence[_Choice]) -> Iterator[MeasuredRow]:
+        """Measure what was chosen, on the test texts."""
+        measuring, held_out = self.measuring, self.measuring.held_out
+        measuring.judge_together([choice.plan for choice in choices], self.patched)
+        whole = measuring.scores(None, "cut")
+        for choice in choices:
+            plan = choice.plan
+            with part(
+                self._reported(choice.n), f"losses of {choice.criterion.name}, n = {choice.n}"
+            ):
+                judged, losses, patched, unpatched = self._scores(plan)
+                speech = self._speech(plan)
+            difference = losses.minus(whole)
+            after = None if patched is None else patched.minus(whole)
+            row = Row(
+                model=self.model,
+                texts=self.texts,
+                criterion=choice.criterion.name,
+                n=choice.n,
+                dropped=plan.dropped,
+                loss=losses.mean,
+                stderr=losses.stderr,
+                difference=difference.mean,
+                difference_stderr=difference.stderr,
+                patched=None if patched is None else patched.mean,
+                patched_stderr=None if patched is None else patched.stderr,
+                regret=math.nan,
+                regret_stderr=math.nan,
+                tied=False,
+                tau=choice.tau,
+                layers_share=len(plan.dropped) / len(measuring.decoder),
+                parameters_share=measuring.parameters_share(plan),
+                seconds=choice.work.seconds,
+                layer_forwards=choice.work.layer_forwards,
+                score=judged.mean,
+                score_stderr=judged.stderr,
+                accuracy=held_out.scores.judge.accuracy(judged.sums),
+                unpatched=unpatched,
+                patched_difference=None if after is None else after.mean,
+                patched_difference_stderr=None if after is None else after.stderr,
+                experts=None if plan.experts is None else str(plan.experts),
+            )
+            yield MeasuredRow(replace(row, **speech), judged, patched)
+
+    def _scores(self, plan: Plan) -> tuple[Scores, Scores, Scores | None, str | None]:
+        """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""
+        measuring = self.measuring
+        judged, losses = measuring.held_out.scores.scores(plan), measuring.scores(plan, "cut")
+        if self.patched is None:
+            return judged, losses, None, None
+        try:
+            return judged, losses, measuring.scores(plan, "quick", patched=self.patched), None
+        except PatchError as error:
+            self.is_complete &= stays(error)
+            return judged, losses, None, str(error)
+
+    def _speech(self, plan: Plan) -> dict[str, Any]:
+        """How a bare cut speaks, by the names of a row's fields; nothing where it is not asked."""
+        measuring = self.measuring
+        speech = measuring.measure(plan, "cut").speech if measuring.speaks else None
+        if speech is None:
+            return {}
+        found = {name: speech.of(name) for name in ("acceptance", "repetition")}
+        errors = {f"{name}_stderr": one.stderr for name, one in found.items()}
+        return {**{name: one.mean for name, one in found.items()}, **errors}
+
+    def make(self, criterion: Criterion) -> None:
+        """Measure into the store what the rows of a criterion take; as much as it can be."""
+        if has_costs(criterion):
+            with self._others_go_on(criterion.name):
+                stored_costs(criterion, self.subject, self.store, inputs=self._inputs(criterion))
+        for n in self._sizes(criterion):
+            with self._others_go_on(f"{criterion.name}, n = {n}"):
+                if criterion.name not in self.skipped:
+                    plan, _ = self._choice(criterion, n, Work())
+                    self._scores(plan)
+                    self._speech(plan)
+
+
+class PartsMaker:
+    """Measures parts of a comparison into the store; the model of the last one stays loaded."""
+
+    def __init__(self, study: Study[CompareSettings], criteria: Sequence[Criterion]) -> None:
+        self._study = study
+        self._criteria = {criterion.name: criterion for criterion in criteria}
+        self._models = {str(model): model for model in study.models}
+        self._open: dict[tuple[str, str], _Choosing] = {}
+
+    def __call__(self, part: Part[CompareSettings]) -> None:
+        """Measure a part."""
+        with limit(self._study.settings.device_memory):
+            opened = self._opened(part)
+            held_out = opened.measuring.held_out
+            if part.what == WHOLE:
+                held_out.compared(part.model)
+            elif part.what == SINGLE_LAYERS:
+                with suppress(ShallowerError):  # every criterion that needs them says why
+                    held_out.single_layers()
+            else:
+                opened.make(self._criteria[part.what])
+
+    def _opened(self, part: Part[CompareSettings]) -> _Choosing:
+        key = part.model, part.texts
+        if key not in self._open:
+            same = [one.measuring for (model, _), one in self._open.items() if model == part.model]
+            self._open.clear()
+            study, store = self._study, self._study.model_store(self._models[part.model])
+            if not same:
+                loaded = study.load(self._models[part.model])
+                same = [Measuring(study, *loaded, store=store)]
+            _check_sizes(study.settings, same[0].decoder)
+            self._open[key] = _Choosing(
+                study,
+                same[0],
+                store,
+                list(self._criteria.values()),
+                model=part.model,
+                texts=part.texts,
+            )
+        return self._open[key]
+
+
+def _require_enough(subject: Subject, report: Judge) -> None:
+    """Refuse sets that are too small without their texts of a single token."""
+    sets = (
+        (subject.num_texts, FEWEST_FITTING, "calibration", "--texts, --max-texts"),
+        (subject.trials.judge.num_items, FEWEST_CHOOSING, "selection", "--texts, --max-texts"),
+        (report.num_items, FEWEST_REPORTING, "test", "--eval-texts, --max-eval-texts"),
+    )
+    for number, fewest, name, options in sets:
+        if number < fewest:
+            raise TextsError(
+                f"too few {name} texts: {number} of at least two tokens, expected {fewest}; "
+                f"give more, or longer ones ({options}, --max-length)"
+            )
+
+
+def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float | None:
+    """Kendall's τ-b of costs by a criterion, (L,), NaN where it says nothing, and true losses.
+
+    None where fewer than two layers can be compared, or all are equal.
+    """
+    from scipy.stats import kendalltau
+
+    known = np.isfinite(costs) & np.isfinite(truth)
+    if known.sum() < 2:
+        return None
+    tau = float(kendalltau(costs[known], truth[known]).statistic)
+    return tau if math.isfinite(tau) else None
+
+
+def with_regrets(measured: Sequence[MeasuredRow]) -> Iterator[Row]:
+    """Compare every row of one model with the best of its size, as bare cuts and as patched."""
+    sizes = [one.row.n for one in measured]
+    bare = _regrets(sizes, [one.judged for one in measured])
+    patched = _regrets(sizes, [one.patched for one in measured])
+    for one, cut, after in zip(measured, bare, patched, strict=True):
+        assert cut is not None
+        row = replace(one.row, regret=cut.mean, regret_stderr=cut.stderr, tied=cut.tied)
+        yield (
+            row
+            if after is None
+            else replace(
+                row,
+                patched_regret=after.mean,
+                patched_regret_stderr=after.stderr,
+                patched_tied=after.tied,
+            )
+        )
+
+
+def _regrets(sizes: Sequence[int], scores: Sequence[Scores | None]) -> list[Difference | None]:
+    """Compare scores by item with the least mean of their size, paired; None where there are
+    none.
+    """
+    best: dict[int, Scores] = {}
+    for n, one in zip(sizes, scores, strict=True):
+        if one is not None and (n not in best or one.mean < best[n].mean):
+            best[n] = one
+    return [
+        None if one is None else one.minus(best[n]) for n, one in zip(sizes, scores, strict=True)
+    ]

@@ -1,0 +1,413 @@
+"""Evaluations: models before and after a cut, and two checkpoints, each measured once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cutting.plans import NamedExperts, agreed_plan
+from ..errors import CacheError, TextsError
+from ..models.source import ModelSource
+from ..processes import check_alone
+from ..storage import check_apart, check_free, check_room
+from ..store.given_models import ModelStore
+from ..store.inputs import inputs_of, job_of, model_content, model_inputs
+from ..store.store import Store
+from ..values.estimates import Time
+from ..values.files import EVAL_FILE, SMALL
+from ..values.identity import ModelIdentity
+from ..values.layers import Block
+from ..values.memory import MemoryPlan
+from ..values.plan import Plan, key_of
+from ..values.schema import read
+from ..values.tokens import Tokens
+from .measures import Measure, SpeechOnPrompts
+
+if TYPE_CHECKING:
+    from ..forecasts.work import Counted
+    from ..memory.streaming import StreamPlan
+    from .measures import Loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A result, the model that it was measured on, and when, in ISO 8601, if not just now."""
+
+    value: Any
+    model: ModelIdentity
+    made: str | None = None
+
+
+class KnownResults:
+    """The results of one measure on one model, by the layers that it is without.
+
+    ``inputs`` is all that they depend on beside the layers, or None.
+    """
+
+    def __init__(self, store: Store, measure: Measure[Any], inputs: dict[str, Any] | None) -> None:
+        self._store, self._measure, self.inputs = store, measure, inputs
+
+    def get(self, plan: Plan | None) -> Result | None:
+        """Look a result up, by what the model is without; None for the whole one."""
+        kind = self._measure.kind
+        entry = self._store.find(kind, self._of(plan))
+        if entry is None:
+            return None
+        try:
+            identity = read(ModelIdentity, entry.value["model"])
+            return Result(self._measure.read(entry.value), identity, entry.made)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheError(f"an entry of the cache is no {kind}: {error}") from error
+
+    def keep(self, plan: Plan | None, value: Any, model: ModelIdentity) -> Result:
+        """Keep a result that was just measured; ``model`` is the whole one."""
+        record = {**self._measure.record(value), "model": asdict(model)}
+        self._store.put(self._measure.kind, self._of(plan), record)
+        return Result(value, model)
+
+    def _of(self, plan: Plan | None) -> dict[str, Any] | None:
+        return None if self.inputs is None else {**self.inputs, **key_of(plan)}
+
+
+Results = Mapping[str, Mapping[str, Result]]
+"""By the kind of a measure, ``base`` and, with layers, ``cut``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalJob:
+    """The measures of a model before and after a cut.
+
+    Attributes:
+        source: the model.
+        measures: what it is measured by, of different kinds; at least one.
+        layers: the plan or the blocks that are cut; None for none.
+        experts: which experts go of the layers that stay; the blocks may be none then.
+        device_memory: the memory that may be used, as ``16GB``; what is free by default.
+        store: where results are looked for and kept.
+        out: the folder for ``eval.json``, if there is to be one.
+        overwrite: replace what is there.
+        readings: what was read of each model whose layers are streamed from disk.
+
+    Raises:
+        OutputError: ``out`` holds what is read, or another process writes there.
+    """
+
+    source: ModelSource
+    measures: Sequence[Measure[Any]]
+    layers: Plan | list[Block] | None = None
+    experts: NamedExperts | None = None
+    device_memory: str | None = None
+    store: Store = field(default_factory=lambda: Store(None))
+    out: Path | None = None
+    overwrite: bool = False
+    readings: list[Any] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if self.file is not None:
+            check_apart(self.file, [self.source.place, *(one.source for one in self.measures)])
+            check_alone(self.file)
+            check_room(self.file, SMALL)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that is written, if there is one."""
+        return None if self.out is None else self.out / EVAL_FILE
+
+    @property
+    def inputs(self) -> dict[str, dict[str, Any] | None]:
+        """All that a measure's results depend on beside the layers, by its kind."""
+        return {kind: known.inputs for kind, known in self.results.items()}
+
+    @cached_property
+    def content(self) -> str | None:
+        """A hash of the files of the model; None where they are not known."""
+        return model_content(self.source, self.store)
+
+    @cached_property
+    def job(self) -> str | None:
+        """A hash of all that the results depend on but machine and places; None if not known."""
+        measures = {one.kind: one.inputs(self.store) for one in self.measures}
+        if None in measures.values():
+            return None
+        inputs = {**measures, "device_memory": self.device_memory, **key_of(self.plan)}
+        return job_of(self.source, self.content, inputs)
+
+    @cached_property
+    def results(self) -> dict[str, KnownResults]:
+        """The results that are known, by the kind of their measure."""
+        own = inputs_of(self.store, {"model": self.source}, {}, device_memory=self.device_memory)
+        found = {}
+        for measure in self.measures:
+            settings = None if own is None else measure.inputs(self.store)
+            known = None if settings is None else {**(own or {}), **settings}
+            found[measure.kind] = KnownResults(self.store, measure, known)
+        return found
+
+    @cached_property
+    def whole(self) -> dict[str, Result | None]:
+        """The results of the whole model by kind, where they are known."""
+        return {kind: known.get(None) for kind, known in self.results.items()}
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """The plan of the cut, checked against the number of layers; raises as ``agreed_plan``."""
+        if self.layers is None:
+            return None
+        known = next((one.model for one in self.whole.values() if one), None)
+        count = self.source.count_layers() if known is None else known.num_layers
+        plan = agreed_plan(
+            str(self.source.path),
+            count,
+            self.layers,
+            experts=self.experts,
+            count_experts=self.source.count_experts,
+        )
+        if known is not None:
+            plan.check_model(known)
+        return plan
+
+    @property
+    def tokens(self) -> Tokens:
+        """The longest texts of all measures."""
+        return max((one.tokens for one in self.measures), key=lambda tokens: tokens.max_length)
+
+    def memory(
+        self, source: ModelSource, tokens: Tokens | None = None, *, processes: int = 1
+    ) -> MemoryPlan:
+        """Plan the memory of the evaluation, by default of the longest texts."""
+        from ..forecasts.forecast import forecast_source
+
+        return forecast_source(
+            source,
+            "eval",
+            tokens or self.tokens,
+            device_memory=self.device_memory,
+            processes=processes,
+        )
+
+    def describe(
+        self, memory: MemoryPlan | None = None, others: "Sequence[EvalJob]" = ()
+    ) -> dict[str, Any]:
+        """Describe what the evaluation would take, of ``memory`` where that is planned already.
+
+        The time is that of ``others``, too, which are measured after it.
+        """
+        from ..forecasts.forecast import memory_facts
+        from ..forecasts.speed import told
+
+        plan = memory or self.memory(self.source)
+        described = {**memory_facts(self.source, plan), **self._stream()}
+        if self.device_memory is None:  # else it is of a card that is not here
+            described["time"] = told(lambda: self._time(plan.micro_batch, others))
+        return described
+
+    def counted(self, texts: int) -> "Counted":
+        """Count the work of so many texts a forward; raises what nothing can be told of."""
+        from ..forecasts.speed import Work
+        from ..forecasts.work import Counted
+
+        tokenizer, whole, work = self.source.load_tokenizer(), self.source.count_layers(), Work()
+        lengths = [one.lengths(tokenizer) for one in self.measures]
+        for plan in self.sides.values():
+            layers = whole - len(plan.dropped if plan else ())
+            for one, each in zip(self.measures, lengths, strict=True):
+                work += one.work(each, layers=layers, whole=whole)
+        length = max((each.mean() for each in lengths if len(each)), default=0)
+        return Counted(self.source, work, texts, length)
+
+    def _time(self, texts: int, others: "Sequence[EvalJob]") -> Time:
+        from ..forecasts.work import forecast
+
+        tasks = "tasks" if any(one.kind == "tasks" for one in self.measures) else ""
+        return forecast(*[one.counted(texts) for one in (self, *others)], beside=tasks)
+
+    def _stream(self) -> "dict[str, StreamPlan | str]":
+        """Plan what speech reads where layers are streamed from disk, at most; else nothing."""
+        from .stream_plans import CHECKED, plan_passes
+
+        speech = [one for one in self.measures if isinstance(one, SpeechOnPrompts)]
+        if not speech or not self.source.waits_on_disk:
+            return {}
+        passes = [CHECKED, (len(self.measures) * len(self.sides), 0)]
+        for one in speech:  # each token of both ways, those words, and their judgement
+            size = 2 * len(one.prompts) * one.tokens.max_length
+            passes.append((2 * one.num_tokens + 2, size))
+        try:
+            return {"stream": plan_passes(self.source, passes)}
+        except FileNotFoundError as error:
+            return {"stream": f"cannot be estimated beforehand: {error}"}
+
+    def known(self) -> Results | None:
+        """Look for the results; None if one must be measured."""
+        plan, found = self.plan, {}
+        for kind, known in self.results.items():
+            sides = {"base": self.whole[kind]}
+            if plan:
+                sides["cut"] = known.get(plan)
+            found[kind] = {side: one for side, one in sides.items() if one}
+            if len(found[kind]) < len(sides):
+                return None
+        return found
+
+    def check_place(self) -> None:
+        """Refuse a file that is there, and not to be replaced: OutputError."""
+        if self.file is not None:
+            check_free(self.file, self.overwrite)
+
+    def prepare(self) -> None:
+        """Find out what is wrong with experts and measures before a model is loaded."""
+        if self.plan is not None and self.plan.experts is not None:
+            import torch
+
+            from ..cutting.experts import config_left
+            from ..memory.rehearsal import build_empty
+
+            config_left(build_empty(self.source.read_config(), torch.bfloat16), self.plan)
+        for measure in self.measures:
+            measure.prepare()
+
+    def measure(self) -> Results:
+        """Load the model, and measure what is not known of it.
+
+        The whole model of a measure, where it is another one, is loaded before it and after it: no
+        two are in memory together. Raises PlanError for a plan of another model, and what the
+        measures raise.
+        """
+        found = {
+            kind: {side: one for side, plan in self.sides.items() if (one := known.get(plan))}
+            for kind, known in self.results.items()
+        }
+        missing = [one for one in self.measures if len(found[one.kind]) < len(self.sides)]
+        for measure in missing:
+            if measure.whole is not None:
+                self._meet(measure, self._loaded(measure.whole), measure.whole)
+        identity, waiting = self._measured(missing, found)
+        for measure, side, value in waiting:
+            assert measure.whole is not None
+            completed = measure.complete(value, self._loaded(measure.whole)[0])
+            found[measure.kind][side] = self._kept(measure, side, completed, identity)
+        return {kind: {side: some[side] for side in self.sides} for kind, some in found.items()}
+
+    @property
+    def sides(self) -> dict[str, Plan | None]:
+        """The cuts that are measured, by their name; None for the whole model."""
+        return {"base": None} if self.plan is None else {"base": None, "cut": self.plan}
+
+    def _measured(
+        self, missing: Sequence[Measure[Any]], found: dict[str, dict[str, Result]]
+    ) -> tuple[ModelIdentity, list[tuple[Measure[Any], str, Any]]]:
+        """Measure the model; what waits for another whole model comes back beside ``found``."""
+        from ..cutting.in_model import without_layers
+
+        decoder, _ = loaded = self._loaded(self.source)
+        if self.plan:
+            with without_layers(decoder.model, self.plan):
+                pass  # refused, if it is, before anything is measured
+        for measure in missing:
+            if measure.whole is None:
+                self._meet(measure, loaded, self.source)
+        waiting = []  # until all layers are back, or the other model is loaded
+        for side, plan in self.sides.items():
+            with without_layers(decoder.model, plan) if plan else nullcontext():
+                for measure in missing:
+                    if side in found[measure.kind]:
+                        continue
+                    tokens = self.fitted(measure)
+                    value = measure.measure(loaded, tokens=tokens, plan=plan)
+                    if measure.needs_whole:
+                        waiting.append((measure, side, value))
+                    else:
+                        kept = self._kept(measure, side, value, decoder.identity)
+                        found[measure.kind][side] = kept
+        for measure, side, value in waiting:
+            if measure.whole is None:
+                completed = measure.complete(value, decoder)
+                found[measure.kind][side] = self._kept(measure, side, completed, decoder.identity)
+        return decoder.identity, [one for one in waiting if one[0].whole is not None]
+
+    def _meet(self, measure: Measure[Any], loaded: "Loaded", source: ModelSource) -> None:
+        """Let a measure see the whole model, which ``source`` names."""
+        store = ModelStore(self.store, model_inputs(source, self.store), [])
+        measure.meet(loaded, tokens=self.fitted(measure), store=store)
+
+    def _kept(self, measure: Measure[Any], side: str, value: Any, model: ModelIdentity) -> Result:
+        return self.results[measure.kind].keep(self.sides[side], value, model)
+
+    def _loaded(self, source: ModelSource) -> "Loaded":
+        """A model and its tokenizer; the memory of one before it is free."""
+        from ..memory.device import free_memory
+        from ..models.decoder import Decoder
+        from ..models.offload import reading_of
+
+        free_memory()
+        model, tokenizer = source.load()
+        if source.waits_on_disk:
+            self.readings.append(reading_of(model))
+        return Decoder.of(model), tokenizer
+
+    def fitted(self, measure: Measure[Any]) -> Tokens:
+        """Give the tokens of a measure, of as many texts in a forward as the memory holds."""
+        tokens = measure.tokens
+        if self.device_memory is None:
+            return tokens
+        planned = self.memory(self.source.resolved(), tokens)
+        return Tokens(tokens.max_length, planned.micro_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPair:
+    """Two checkpoints of one tokenizer by the same measures, loaded one after the other.
+
+    Attributes:
+        model: that which is compared.
+        against: that which it is compared with, which is loaded first.
+    """
+
+    model: EvalJob
+    against: EvalJob
+
+    @classmethod
+    def of(cls, job: EvalJob, against: str | Path) -> "EvalPair":
+        """Pair a job with that of another checkpoint, which ``job`` is to speak like."""
+        other = replace(job, source=replace(job.source, path=against, gguf_file=None))
+        measures = [
+            replace(one, whole=other.source) if isinstance(one, SpeechOnPrompts) else one
+            for one in job.measures
+        ]
+        return cls(model=replace(job, measures=measures), against=other)
+
+    def check_tokens(self) -> None:
+        """Refuse tokenizers that read a text differently, before a model is loaded: TextsError."""
+        store = self.model.store
+        kinds = {one.kind: one.inputs(store) for one in self.model.measures}
+        models = {"model": self.model.source, "against": self.against.source}
+        inputs = None if None in kinds.values() else inputs_of(store, models, {}, measures=kinds)
+        if store.get("same_tokens", inputs) is None:
+            first, second = (source.load_tokenizer() for source in models.values())
+            for measure in self.model.measures:
+                pairs = zip_longest(measure.token_ids(first), measure.token_ids(second))
+                for index, (one, other) in enumerate(pairs):
+                    if one is None or other is None or one.tolist() != other.tolist():
+                        raise self._differ(measure.kind, index)
+            store.put("same_tokens", inputs, {"same": True})
+
+    def _differ(self, kind: str, index: int) -> TextsError:
+        what = {"loss": "text", "speech": "prompt"}.get(kind, "window")
+        return TextsError(
+            f"{self.model.source} and {self.against.source} have different tokenizers: {what} "
+            f"{index} becomes other tokens, so their {kind} cannot be paired by {what}. Compare "
+            f"checkpoints of one tokenizer, or by --tasks, whose items are paired (--against)"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Describe what both take: the memory of that which needs more, or an unknown amount."""
+        plans = [(job, job.memory(job.source)) for job in (self.model, self.against)]
+        sizes = [math.inf if plan.peak_bytes is None else plan.peak_bytes for _, plan in plans]
+        larger, memory = plans[sizes.index(max(sizes))]
+        others = [job for job, _ in plans if job is not larger]
+        loaded = f"one after the other; {larger.source} needs more memory"
+        return {"loaded": loaded, **larger.describe(memory, others)}

@@ -1,0 +1,357 @@
+"""Measures of a model before and after a cut, as they are kept: loss, perplexity, tasks, speech."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from ..evaluation.task_files import files_of
+from ..models.source import ModelSource
+from ..store.inputs import hash_of_files, model_inputs, texts_content
+from ..store.store import Store
+from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint
+from ..texts.sources import Texts
+from ..values.hashing import hash_of
+from ..values.loss import Loss
+from ..values.perplexity import Perplexity
+from ..values.plan import Plan
+from ..values.speech import Speech
+from ..values.task_scores import TaskScores
+from ..values.tokens import BatchSize, Tokens
+from .answers import KeptAnswers
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from ..evaluation.tasks import ChosenTasks
+    from ..forecasts.speed import Work
+    from ..judgement.trials import ResultStore
+    from ..models.decoder import Decoder
+
+    Loaded = tuple[Decoder, PreTrainedTokenizerBase]
+
+T = TypeVar("T")
+
+PROMPT_TOKENS = 2048
+"""Tokens of a task's prompt that memory is planned for."""
+
+SPEECH_PROMPT_TOKENS = 448
+"""Tokens of a prompt that a model goes on from, that memory is planned for."""
+
+
+class Measure(ABC, Generic[T]):
+    """A measure of a model, whose results are kept.
+
+    Attributes:
+        kind: its name, also that of the entries in the store.
+        tokens: how texts become batches.
+        source: the file that is read, if it is one and known.
+        needs_whole: whether what was measured is completed by the whole model.
+        whole: that one, where it is another checkpoint than what is measured.
+    """
+
+    kind: str
+    needs_whole: bool = False
+    tokens: Tokens
+    source: str | None = None
+    whole: ModelSource | None = None
+
+    @abstractmethod
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
+        """Name all that it depends on beside the model; None where that is not known."""
+
+    def prepare(self) -> None:
+        """Find out what is wrong with it before a model is loaded."""
+
+    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
+        """Yield the token ids of every text or window, which results are paired by; of tasks none,
+        whose items are not known by their tokens.
+        """
+        yield from ()
+
+    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
+        """See the whole model before anything is measured; ``store`` has that one's results."""
+
+    @abstractmethod
+    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Any:
+        """Measure a model without what a plan drops; the whole one has none."""
+
+    def complete(self, value: Any, decoder: "Decoder") -> T:
+        """Complete what was measured, when the whole model is there."""
+        found: T = value
+        return found
+
+    def work(self, lengths: "NDArray[np.int64]", *, layers: int, whole: int) -> "Work":
+        """Count what is run of a model of some layers, which is compared with one of ``whole``."""
+        from ..forecasts.work import run
+        from ..values.forwards import Forwards
+
+        return run(Forwards(layers, 1), lengths)
+
+    def lengths(self, tokenizer: "PreTrainedTokenizerBase") -> "NDArray[np.int64]":
+        """Count the tokens of every text, window or prompt, (S,); of tasks nothing is known."""
+        import numpy as np
+
+        return np.array([len(ids) for ids in self.token_ids(tokenizer)])
+
+    @abstractmethod
+    def record(self, value: T) -> dict[str, Any]:
+        """Give a result as plain JSON values."""
+
+    @abstractmethod
+    def read(self, record: Mapping[str, Any]) -> T:
+        """Read a result; raises KeyError, TypeError, ValueError."""
+
+
+@dataclass
+class LossOfTexts(Measure[Loss]):
+    """The next-token loss on texts.
+
+    Attributes:
+        texts: held-out texts, which can be read again.
+        tokens: how they become batches.
+    """
+
+    texts: Texts | list[str]
+    tokens: Tokens = field(default_factory=Tokens)
+    kind = "loss"
+
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
+        """Identify the texts by their content."""
+        texts = texts_content(self.texts, store)
+        return texts and {"texts": texts, "tokens": asdict(self.tokens)}
+
+    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
+        """Yield the token ids of every text."""
+        from ..texts.batches import tokenise
+
+        yield from (one.ids for one in tokenise(tokenizer, self.texts, self.tokens.max_length))
+
+    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Loss:
+        """Measure the loss."""
+        from ..evaluation.loss import fitting_tokens, measure_loss
+
+        fitted = fitting_tokens(loaded[0], tokens)
+        return measure_loss(*loaded, self.texts, tokens=fitted, description=_bar("loss", plan))
+
+    def record(self, value: Loss) -> dict[str, Any]:
+        """Give a loss."""
+        return {"loss": value.to_record()}
+
+    def read(self, record: Mapping[str, Any]) -> Loss:
+        """Read a loss."""
+        return Loss.from_json(record["loss"])
+
+
+@dataclass
+class PerplexityOfText(Measure[Perplexity]):
+    """The perplexity of one text, in windows.
+
+    Attributes:
+        text: the text.
+        context: tokens of a window.
+        bos: whether every window begins with the beginning-of-text token.
+        batch_size: windows in one forward.
+        source: the file that it was read from.
+    """
+
+    text: str
+    context: int = 2048
+    bos: bool = False
+    batch_size: BatchSize = "auto"
+    source: str | None = None
+    kind = "perplexity"
+
+    @property
+    def tokens(self) -> Tokens:  # type: ignore[override]
+        """The length of a window."""
+        return Tokens(self.context, self.batch_size)
+
+    def inputs(self, store: Store) -> Mapping[str, Any]:
+        """Identify the text by its content."""
+        return {"text": hash_of(self.text), "bos": self.bos, "tokens": asdict(self.tokens)}
+
+    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
+        """Yield the token ids of every window."""
+        from ..evaluation.perplexity import windows_of
+
+        windows, _ = windows_of(tokenizer, self.text, self.context, bos=self.bos)
+        yield from (ids for _, ids in windows)
+
+    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Perplexity:
+        """Measure the perplexity."""
+        from ..evaluation.perplexity import evaluate_perplexity
+
+        return evaluate_perplexity(
+            *loaded,
+            self.text,
+            context=self.context,
+            bos=self.bos,
+            batch_size=tokens.batch_size,
+            description=_bar("perplexity", plan),
+        )
+
+    def record(self, value: Perplexity) -> dict[str, Any]:
+        """Give a perplexity."""
+        return {"perplexity": value.to_record()}
+
+    def read(self, record: Mapping[str, Any]) -> Perplexity:
+        """Read a perplexity."""
+        return Perplexity.from_json(record["perplexity"])
+
+
+@dataclass
+class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
+    """The scores on tasks of lm-eval.
+
+    Attributes:
+        names: of the tasks.
+        tasks_dir: a folder of task files.
+        data: the folder of their data.
+        settings: ``max_items``, ``num_shots``, ``pass_at`` and ``seed``.
+        batch_size: texts in one forward.
+    """
+
+    names: Sequence[str]
+    tasks_dir: Path | None = None
+    data: Path | None = None
+    settings: Mapping[str, int | None] = field(default_factory=dict)
+    batch_size: BatchSize = "auto"
+    kind = "tasks"
+
+    @property
+    def tokens(self) -> Tokens:  # type: ignore[override]
+        """The length of a prompt that memory is planned for."""
+        return Tokens(PROMPT_TOKENS, self.batch_size)
+
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
+        """Identify task files and their data by content; None for tasks from elsewhere."""
+        files = files_of(self.names, tasks_dir=self.tasks_dir, data=self.data)
+        try:
+            if store.folder is None or files is None:
+                return None
+            return {
+                "tasks": list(self.names),
+                "files": hash_of_files(files, store),
+                "settings": dict(self.settings),
+                "batch_size": self.batch_size,
+                "lm_eval": version("lm_eval"),
+            }
+        except (OSError, PackageNotFoundError):  # loading them says what is wrong
+            return None
+
+    @cached_property
+    def chosen(self) -> "ChosenTasks":
+        """The tasks, loaded, with their items."""
+        from ..evaluation.tasks import ChosenTasks
+
+        settings: dict[str, Any] = dict(self.settings)
+        return ChosenTasks.of(self.names, tasks_dir=self.tasks_dir, data=self.data, **settings)
+
+    def prepare(self) -> None:
+        """Load the tasks and draw their items."""
+        self.chosen  # noqa: B018 - it is kept
+
+    def measure(
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None
+    ) -> tuple[TaskScores, ...]:
+        """Score the model."""
+        return self.chosen.evaluate(
+            *loaded, batch_size=tokens.batch_size, description=_bar("tasks", plan)
+        )
+
+    def record(self, value: tuple[TaskScores, ...]) -> dict[str, Any]:
+        """Give scores."""
+        return {"tasks": [one.to_record() for one in value]}
+
+    def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
+        """Read scores."""
+        return tuple(TaskScores.from_json(one) for one in record["tasks"])
+
+
+@dataclass
+class SpeechOnPrompts(Measure[Speech]):
+    """How a model speaks beside the whole one.
+
+    Attributes:
+        prompts: what both go on from.
+        num_tokens: tokens of an answer at most.
+        seed: of what is drawn.
+        batch_size: texts in one forward.
+        whole: the whole model where it is another checkpoint; by default what is measured without
+            layers.
+        source: the file that the prompts were read from, if it is one.
+    """
+
+    prompts: Sequence[Prompt]
+    num_tokens: int = 64
+    seed: int = 0
+    batch_size: BatchSize = "auto"
+    whole: ModelSource | None = None
+    source: str | None = None
+    kind = "speech"
+    needs_whole = True
+
+    @property
+    def tokens(self) -> Tokens:  # type: ignore[override]
+        """The length of a prompt with its answer that memory is planned for."""
+        return Tokens(SPEECH_PROMPT_TOKENS + self.num_tokens, self.batch_size)
+
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
+        """Identify the prompts by their content, and the other checkpoint."""
+        whole = None if self.whole is None else model_inputs(self.whole, store)
+        if self.whole is not None and whole is None:
+            return None
+        return {
+            "prompts": prompts_fingerprint(self.prompts),
+            "num_tokens": self.num_tokens,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "whole": whole,
+        }
+
+    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
+        """Yield the token ids of every prompt."""
+        yield from prompt_ids(tokenizer, self.prompts)
+
+    def work(self, lengths: "NDArray[np.int64]", *, layers: int, whole: int) -> "Work":
+        """Count what both say, and what both run on it."""
+        from ..forecasts.work import spoken
+
+        return spoken(layers, whole, lengths, num_tokens=self.num_tokens)
+
+    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
+        """Let the whole model speak, and keep its states at its words."""
+        from ..evaluation.speech import Reference, Speaking
+
+        decoder, tokenizer = loaded
+        ids = [*self.token_ids(tokenizer)]
+        speaking = Speaking(tokenizer, ids, self.num_tokens, self.seed, tokens.batch_size)
+        self._reference = Reference.of(speaking, decoder, KeptAnswers(store).write)
+
+    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Any:
+        """Compare a model with the whole one, and let it speak."""
+        whole = loaded[0] if self.whole is None and plan is None else None
+        return self._reference.compare(loaded[0], whole, name=_bar("model", plan))
+
+    def complete(self, value: Any, decoder: "Decoder") -> Speech:
+        """Let the whole model judge what was said."""
+        return self._reference.judged(value, decoder)
+
+    def record(self, value: Speech) -> dict[str, Any]:
+        """Give a speech."""
+        return {"speech": value.to_record()}
+
+    def read(self, record: Mapping[str, Any]) -> Speech:
+        """Read a speech."""
+        return Speech.from_json(record["speech"])
+
+
+def _bar(what: str, plan: Plan | None) -> str:
+    """Name a bar of a measure."""
+    return what if plan is None else f"{what} without {plan.words}"

@@ -1,0 +1,459 @@
+"""Recommending: the stages of a run on one model that is loaded, from its scan to a checkpoint."""
+
+import json
+import math
+import shlex
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cutting.in_model import without_layers
+from ..cutting.saving import save_cut, verify_checkpoint
+from ..errors import ModelError, PatchError, PlanError, TextsError
+from ..evaluation.speech import Spoken
+from ..forecasts.gain import GAIN_DEVICE, gain
+from ..judgement.choosing_size import SizeChoice, sizes_beside
+from ..judgement.held_out_cuts import loss_as_it_is
+from ..judgement.judges.judge import LossJudge
+from ..judgement.trials import ResultStore
+from ..judgement.verifying import PATCH_TEXTS
+from ..models.layerwise import Layerwise
+from ..models.source import place_of
+from ..patching.patch import CPU_TOKENS, with_patch
+from ..patching.saving import save_patched
+from ..progress import part, track
+from ..reporting.results import Run, weights_mark
+from ..savings.timing import own_device
+from ..savings.weights import stored_bytes
+from ..scanning.model import scan
+from ..scanning.scan import Scan
+from ..storage import write_file
+from ..values.answers import Answer
+from ..values.files import (
+    CHECKPOINT_FOLDER,
+    GAIN_FILE,
+    PARTIAL_FILE,
+    PLAN_FILE,
+    RESULTS_FILE,
+    SCAN_FILE,
+)
+from ..values.layers import deepest_block
+from ..values.patch import Patch
+from ..values.plan import Plan
+from ..values.recommendation import Recommended, SizeRow
+from ..values.scores import Scores
+from ..values.settings import RunSettings
+from .answers import WantedAnswers
+from .measuring import Measuring
+from .speaking import StudySpeech
+from .study import Study, model_words
+
+SCAN_TEXTS = 256
+"""Texts by which layers are compared, at most: errors of distances are small long before those
+of losses.
+"""
+
+PATCH_TOKENS = 196_608
+"""Tokens that the patch that is saved fits, at most: as many as its steps take."""
+
+CPU_WORK = 3e13
+"""Tokens times parameters that a CPU patches in some ten minutes."""
+
+
+PATCHING_FOLDER = ".patching"
+"""What a patch goes on from that was cut short, or found no room for its checkpoint."""
+
+TABLE_REPORTS = 64
+"""Test texts on which cuts of the table are measured, at least; their losses on
+all are estimated by what the whole model loses on the others.
+"""
+
+
+class Recommending:
+    """A run on one loaded model, which is restored afterwards.
+
+    TextsError for no test text of two tokens or a long prompt, ModelError where layers do not run
+    one by one or given prompts cannot be answered.
+    """
+
+    def __init__(
+        self,
+        study: Study[RunSettings],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        store: ResultStore,
+        answers: WantedAnswers | None = None,
+    ) -> None:
+        self._study, self._settings, self._out = study, study.settings, study.folder
+        self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
+        self._store, self._wanted_answers = store, answers
+        with track("tokenise the texts", show=study.progress):
+            self._measuring = measuring = Measuring(
+                study, model, tokenizer, store=store, scanned=lambda: self._scan
+            )
+            self._decoder, self._plans = measuring.decoder, measuring.plans
+        if answers is not None:
+            answers.check(self._decoder, tokenizer, self._fitted)
+
+    def run(self, earlier: Run | None = None) -> Run:
+        """Do all stages but a healing; ``results.json`` is written before each next step.
+
+        ``earlier`` are the results of the same job, as far as it came when it was cut short.
+        """
+        self._plans.require_possible(self._target)
+        if earlier is not None:
+            self._scan = earlier.scan
+        results = self._begun()
+        if earlier is None:
+            results.save()
+        (self._out / PARTIAL_FILE).unlink(missing_ok=True)  # only now it is not needed
+        try:
+            choice, sizes = self._plans.choose(self._target)
+        except PlanError:
+            self._withdraw()
+            raise
+        if earlier is not None and self._is_intact(earlier):
+            results = earlier
+        else:
+            if self._target.max_loss is None or self._settings.plan_only:
+                found = self._recommended(results, choice)
+                assert found is not None
+            else:
+                found = self._within(results, choice)
+            results = found
+            results.save()
+        return self._with_table(results, sizes)
+
+    def _withdraw(self) -> None:
+        """Take back what was written: no cut reaches the target, another one may follow."""
+        for name in (PLAN_FILE, GAIN_FILE, RESULTS_FILE, SCAN_FILE):
+            (self._out / name).unlink(missing_ok=True)
+
+    def _begun(self) -> Run:
+        """The results when nothing but the scan is known."""
+        study, split, whole = self._study, self._study.split, self._measuring.whole()
+        texts = {"fit": len(split.fit), "choose": len(split.choose), "report": whole.num_texts}
+        marks = {"job": study.job, **({"plan_only": "yes"} if self._settings.plan_only else {})}
+        place = place_of(self._model)
+        size = None if place is None else stored_bytes(place)
+        return Run(
+            self._out,
+            self._target,
+            self._scan,
+            whole,
+            texts,
+            command=study.again,
+            loaded=shlex.join(model_words(study.model)),
+            evaluated=study.again_by_eval,
+            source=(place.name, size) if place and size else None,
+            marks=marks,
+        )
+
+    def _is_intact(self, earlier: Run) -> bool:
+        """Whether the recommended cut of an earlier run of this job is where it was saved."""
+        if self._settings.plan_only:
+            return earlier.recommended is not None
+        mark = earlier.marks.get("checkpoint")
+        return mark is not None and mark == weights_mark(self._out / CHECKPOINT_FOLDER)
+
+    @cached_property
+    def _scan(self) -> Scan:
+        """The comparison of all layers, as it lies in the folder."""
+        measuring = self._measuring
+        scanned = scan(
+            self._model,
+            self._tokenizer,
+            measuring.split.fit[:SCAN_TEXTS],
+            max_length=measuring.tokens.max_length,
+            batch_size=measuring.tokens.batch_size,
+            threads=self._settings.threads,
+            checkpoint=self._out / PARTIAL_FILE,
+            keep_samples=True,
+            progress=self._study.progress,
+        )
+        scanned.save(self._out / SCAN_FILE)
+        return scanned
+
+    def _within(self, results: Run, choice: SizeChoice) -> Run:
+        """The most layers whose patched cut loses no more than the target allows, saved.
+
+        A quick patch leaves more of the loss than the one that is saved: so larger sizes are tried
+        if their losses, less by as much as that of ``choice`` was, fit.
+        """
+        n = choice.n
+        while (found := self._recommended(results, replace(choice, n=n))) is None:
+            if n == 1:
+                self._withdraw()
+                raise PlanError(
+                    f"no cut loses at most {self._target.max_loss:g} nats a token: the best "
+                    f"of a single layer loses {self._kept} after the patch, on the texts that "
+                    f"choose; ask for more (max_loss, --max-loss)"
+                )
+            n -= 1
+        larger = self._larger(n)
+        for size in range(larger, n, -1):
+            deeper = self._recommended(results, replace(choice, n=size))
+            if deeper is not None:
+                return deeper
+        if larger > n:  # what was saved is still there
+            self._write_plan(self._plans.verify(n).plan)
+        return found
+
+    def _larger(self, n: int) -> int:
+        """The most layers that should lose no more than the target allows, after a patch."""
+        most = self._target.max_loss
+        assert most is not None
+        quick = self._plans.lost(n).mean
+        share = min(1.0, max(0.0, self._kept.mean / quick)) if quick > 0 else 1.0
+        while n + 1 < len(self._decoder) and share * self._plans.lost(n + 1).mean <= most:
+            n += 1
+        return n
+
+    def _recommended(self, results: Run, choice: SizeChoice) -> Run | None:
+        """Patch the verified plan of a size and save it; None if it loses more than allowed."""
+        verified, measuring = self._plans.verify(choice.n), self._measuring
+        plan = verified.plan
+        self._study.keep_choice("recommended", choice.n, plan)
+        self._write_plan(plan)
+        cut, worse = measuring.loss_of_cut(plan), None
+        block = self._scan.best_block(choice.n)
+        if set(block.layers) != set(plan.dropped):
+            worse = measuring.loss_of_cut(measuring.plan(block.layers)).minus(cut)
+        recommended = Recommended(
+            verified,
+            choice.reason,
+            results.whole,
+            cut,
+            patched=None,
+            healed=None,
+            by_distance=worse,
+            layers_share=choice.n / len(self._decoder),
+            parameters_share=measuring.parameters_share(plan),
+            max_loss=self._target.max_loss,
+        )
+        if self._settings.plan_only:
+            return self._with_speech(replace(results, recommended=recommended), plan, None)
+        results = replace(results, recommended=recommended)
+        results.save()
+        speech = self.speech  # of the whole model, before it is changed
+        answers = self.answers or ()  # likewise, and refused if they cannot be
+        on_cpu, kept = self._decoder.device.type == "cpu", self._out / PATCHING_FOLDER
+        try:
+            with with_patch(
+                self._model,
+                self._tokenizer,
+                plan,
+                texts=self._measuring.split.fit,
+                answers=answers,
+                share=self._settings.share,
+                max_length=self._measuring.tokens.max_length,
+                progress=self._study.progress,
+                num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
+                checkpoint=kept,
+            ) as done:
+                found = self._saved(results, plan, done)
+                shutil.rmtree(kept, ignore_errors=True)
+                patched = None
+                if found is not None and speech is not None:
+                    patched = speech.hear(self._model, "patched")
+            return self._with_speech(found, plan, patched)
+        except (PatchError, TextsError) as error:
+            why = f"the cut is not patched: {error}"
+            warnings.warn(why, stacklevel=2)
+            shutil.rmtree(kept, ignore_errors=True)
+        recommended = replace(recommended, unpatched=why)
+        with without_layers(self._model, plan.blocks):
+            found = self._saved(replace(results, recommended=recommended), plan, None)
+        return self._with_speech(found, plan, None)
+
+    @cached_property
+    def answers(self) -> Sequence[Answer] | None:
+        """What the whole model says, to patch and to train on; None where that is not asked for."""
+        if self._wanted_answers is None:
+            return None
+        return self._wanted_answers.by(
+            self._decoder,
+            self._tokenizer,
+            self._fitted,
+            store=self._store,
+            progress=self._study.progress,
+        )
+
+    @property
+    def _fitted(self) -> list[str]:
+        """The calibration texts."""
+        return [text.text for text in self._measuring.split.fit]
+
+    @property
+    def speech(self) -> StudySpeech | None:
+        """How the whole model speaks; None where no speech is measured."""
+        return self._measuring.speech
+
+    def _with_speech(self, results: Run | None, plan: Plan, patched: Spoken | None) -> Run | None:
+        """Add how the models speak: the whole one, the bare cut and the patched one."""
+        if results is None or self.speech is None:
+            return results
+        with without_layers(self._model, plan.blocks):
+            cut = self.speech.hear(self._model, "cut")
+        said = {"cut": cut} if patched is None else {"cut": cut, "patched": patched}
+        judged = {name: self.speech.judged(one, self._model) for name, one in said.items()}
+        speech = {"whole": self.speech.whole, **judged}
+        return replace(results, speech=speech, continuations=self.speech.samples(said))
+
+    def _write_plan(self, plan: Plan) -> None:
+        """Write the plan, and what its cut saves where its config can tell, for the page."""
+        plan.save(self._out / PLAN_FILE)
+        place, target = self._out / GAIN_FILE, self._target
+        device = GAIN_DEVICE if target.latency is None else target.device or own_device().name
+        in_context = target.latency is not None or target.memory is not None
+        context = target.context if in_context else None
+        try:
+            found = gain(self._model, plan, device=device, context=context)
+        except ModelError:
+            place.unlink(missing_ok=True)
+            return
+        write_file(place, (json.dumps(found.to_json(), indent=1) + "\n").encode())
+
+    def _saved(self, results: Run, plan: Plan, done: Patch | None) -> Run | None:
+        """Save the model as it is now, and reload it by stock transformers."""
+        if not self._is_wanted():
+            return None
+        folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
+        assert recommended is not None
+        losses: Any
+        if done is None:
+            losses, save = (results.whole, recommended.cut), partial(save_cut, plan=plan)
+        else:
+            patched = self._measuring.loss_now(self._model)
+            losses = {"whole": results.whole, "cut": recommended.cut, "patched": patched}
+            save = partial(save_patched, done=done)
+            recommended = replace(recommended, patched=patched)
+            results = replace(results, recommended=recommended)
+        with track("save the model", show=self._study.progress):
+            save(
+                self._model,
+                self._tokenizer,
+                folder,
+                overwrite=True,
+                losses=losses,
+                command=results.command,
+            )
+        results.save()
+        text = max(self._study.split.report, key=len)
+        try:
+            with track("reload and compare", show=self._study.progress):
+                difference = verify_checkpoint(
+                    self._model, self._tokenizer, folder, layers=None, text=text
+                )
+        except ModelError as error:
+            all_else = self._out / RESULTS_FILE
+            raise ModelError(f"{error}; all else is in {all_else}") from error
+        marks = {**results.marks, "checkpoint": weights_mark(folder)}
+        return replace(results, difference=difference, marks=marks)
+
+    def _is_wanted(self) -> bool:
+        """Whether the model as it is now loses no more than the target allows, if it says so."""
+        most = self._target.max_loss
+        if most is None:
+            return True
+        verifier = self._plans.verifier
+        judge = verifier.trials.judge
+        assert isinstance(judge, LossJudge)
+        now = loss_as_it_is(Layerwise(self._model), judge, num_rejected=0).by_text
+        assert now is not None
+        self._kept = now.minus(verifier.scores((), after="none"))
+        error = self._kept.stderr if math.isfinite(self._kept.stderr) else 0.0
+        return self._kept.mean + error <= most
+
+    def _with_table(self, results: Run, sizes: set[int]) -> Run:
+        """Measure every size of the table, that of the recommended cut first."""
+        assert results.recommended is not None
+        assert results.whole.by_text is not None
+        n = len(results.recommended.plan.dropped)
+        decided = {n, *sizes}
+        sizes = decided | set(sizes_beside(n, len(self._decoder)))
+        most = {size: self._layers_run(size, in_passing=size not in decided) for size in sizes}
+        total = sum(most.values())
+        with track("what other sizes cost, layers run", total, self._study.progress):
+            for size in sorted(sizes, key=lambda size: (size != n, size)):
+                with part(most[size], f"n = {size}"):
+                    passing = size not in decided
+                    row = self._row(size, results.whole.by_text, in_passing=passing)
+                others = (other for other in results.table if other.n != size)
+                table = sorted([*others, row], key=lambda one: one.n)
+                results = replace(results, table=tuple(table))
+                results.save()
+        return results
+
+    def _layers_run(self, n: int, *, in_passing: bool) -> int:
+        """The layers, times texts, of a row at most: its choice, and two cuts in two states."""
+        plans, measuring = self._plans, self._measuring
+        losses = (len(self._decoder) - n) * measuring.judge.num_items
+        quick = n * len(measuring.split.fit[:PATCH_TEXTS])
+        found = 0 if n in plans.found else plans.layers_run(n, in_passing=in_passing)
+        return found + 4 * losses + 2 * quick
+
+    def _row(self, n: int, whole: Scores, *, in_passing: bool) -> SizeRow:
+        """The verified cut of a size on the test set, and the deepest layers beside it.
+
+        ``in_passing`` uses fewer texts, for a size that decides nothing.
+        """
+        plans, num_layers, losses = self._plans, len(self._decoder), self._measuring.held_out.losses
+        verified = plans.verify_in_passing(n) if in_passing else plans.verify(n)
+        both = verified.plan, self._measuring.plan(deepest_block(num_layers, n).layers)
+        looks = losses.looks_at(TABLE_REPORTS) if in_passing else None
+        losses.judge_together(both, looks)
+        cut, deepest = (self._measuring.scores(plan, "cut", looks) for plan in both)
+        patched, deepest_patched = (self._patched(plan, looks) for plan in both)
+        (cut_loss, cut_error), lost = cut.estimated_by(whole), cut.minus(whole)
+        deepest_loss, deepest_error = deepest.estimated_by(whole)
+        patched_loss, patched_error = _estimated(patched, whole)
+        kept = None if patched is None else patched.minus(whole)
+        return SizeRow(
+            n=n,
+            dropped=verified.plan.dropped,
+            cut=cut_loss,
+            stderr=cut_error,
+            lost=lost.mean,
+            lost_stderr=lost.stderr,
+            num_texts=len(cut),
+            patched=patched_loss,
+            patched_stderr=patched_error,
+            patched_lost=None if kept is None else kept.mean,
+            patched_lost_stderr=None if kept is None else kept.stderr,
+            deepest=deepest_loss,
+            deepest_stderr=deepest_error,
+            deepest_patched=_estimated(deepest_patched, whole)[0],
+            layers_share=n / num_layers,
+            parameters_share=self._measuring.parameters_share(verified.plan),
+            num_tied=len(verified.tied),
+            layer_forwards=verified.layer_forwards,
+            seconds=verified.seconds,
+        )
+
+    def _patched(self, plan: Plan, looks: int | None) -> Scores | None:
+        """The scores after a quick patch; None for what cannot be patched."""
+        try:
+            return self._measuring.scores(plan, "quick", looks)
+        except PatchError:
+            return None
+
+
+def _estimated(scores: Scores | None, whole: Scores) -> tuple[float | None, float | None]:
+    return (None, None) if scores is None else scores.estimated_by(whole)
+
+
+def patch_tokens(parameters: int, *, on_cpu: bool) -> int:
+    """Say how many tokens the patch of a run fits: ``PATCH_TOKENS``.
+
+    On a CPU there are fewer for more than some 150 million parameters, but at least a sixth.
+    """
+    if not on_cpu:
+        return PATCH_TOKENS
+    affordable = int(CPU_WORK / parameters)
+    return min(PATCH_TOKENS, max(CPU_TOKENS, affordable))

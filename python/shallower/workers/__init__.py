@@ -1,0 +1,1 @@
+"""Units of work, and those who do them: processes and Ray actors."""

@@ -1,0 +1,360 @@
+"""Criteria of experts compared: rows, regrets, the exhaustive oracle, the page."""
+
+import itertools
+import json
+import re
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+import shallower as sh
+from shallower.experts.criteria import CRITERIA
+from shallower.judgement.criteria import experts, similarity
+from shallower.judgement.judges import JUDGES
+from shallower.judgement.patched_trials import PatchedTrials
+from shallower.judgement.trials import Trials
+from shallower.models.experts import find_experts
+from shallower.models.source import ModelSource
+from shallower.reporting.stories.comparison import comparison_story
+from shallower.sharing.study_units import OpenedStudy, describe
+from shallower.store.store import Store, open_store
+from shallower.studies.compare import CompareStudy
+from shallower.studies.items import judged_items
+from shallower.texts.sources import Texts
+from shallower.values.settings import CompareSettings
+from tests.conftest import word_tokenizer, write_jsonl
+from tests.cutting.mixtures import mixture
+from tests.judgement.test_judges import cut, margins
+from tests.judgement.test_speech_judge import plain_divergences
+from tests.studies.test_judging import said_to
+
+LAST = 3
+
+EXHAUSTIVE, LAYERS = "exhaustive", "layers"
+
+
+def sparse(planted=()):
+    """A mixture whose last layer alone has experts; the planted ones write nothing."""
+    model = mixture("qwen3_moe", num_hidden_layers=LAST + 1, mlp_only_layers=list(range(LAST)))
+    experts = find_experts(model)[0].module
+    with torch.no_grad():
+        for one in planted:
+            experts.down_proj[one] = 0
+    return model
+
+
+def documents(start, count):
+    return [" ".join(f"w{(start + i * j) % 90}" for j in range(1, 20)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def done():
+    return sh.compare(
+        sparse((1, 4)), word_tokenizer(), {"a": documents(1, 24), "b": documents(3, 24)},
+        documents(7, 12), n=[2], unit="experts", num_choosing=8, cache=False, progress=False,
+    )  # fmt: skip
+
+
+def test_every_criterion_has_a_row_on_every_text(done):
+    names = [*CRITERIA, EXHAUSTIVE, LAYERS]
+    assert done.skipped == {}
+    assert [(row.texts, row.criterion) for row in done.rows] == [
+        (texts, name) for texts in ("a", "b") for name in names
+    ]
+    for row in done.rows:
+        if row.criterion == LAYERS:
+            assert row.experts is None
+            assert row.dropped
+        else:
+            assert row.dropped == ()
+            assert row.experts.startswith(f"{LAST}:")
+        assert 0 < row.parameters_share < 1
+    assert done.models[0].num_experts == 6
+
+
+def test_words_tell_both_shares_of_parameters(done):
+    """A layer holds more than the experts that go: nothing says that it is as much."""
+
+    def story(best):
+        rows = (replace(row, regret=float(row.criterion != best)) for row in done.rows)
+        return comparison_story(replace(done, rows=tuple(rows)), drawn=False)
+
+    shares = {row.criterion: f"{100 * row.parameters_share:.1f} %" for row in done.rows}
+    dropped = {len(row.dropped) for row in done.rows if row.criterion == LAYERS}
+    assert shares["reap"] != shares[LAYERS]
+    assert dropped == {1}
+    layers = f"1 layer ({shares[LAYERS]} of the parameters)"
+    experts = f"2 of 6 experts of every layer ({shares['reap']} of the parameters)"
+    assert f"With {experts} or {layers} gone" in story("reap").sentence
+    assert f"The best cut, of {experts}, has" in story("reap").cost
+    assert f"The best cut, of {layers}, has" in story(LAYERS).cost
+    assert story(LAYERS).strips[0].name.endswith("without 1 layer, by layers")
+
+
+@pytest.mark.parametrize("name", ["ean", "man", "msan", "reap", "easy-ep"])
+def test_what_writes_nothing_goes_first(done, name):
+    rows = [row for row in done.rows if row.criterion == name]
+    assert {row.experts for row in rows} == {f"{LAST}:1,4"}
+
+
+def test_losses_and_regrets_are_those_of_all_sets(done):
+    model, tokenizer = sparse((1, 4)), word_tokenizer()
+    losses = {}
+    for pair in itertools.combinations(range(6), 2):
+        plan = sh.Plan(LAST + 1, (), experts=sh.DroppedExperts(6, {LAST: pair}))
+        with sh.without_layers(model, plan):
+            losses[f"{LAST}:{sh_text(pair)}"] = sh.evaluate_loss(model, tokenizer, documents(7, 12))
+    rows = [row for row in done.rows if row.experts]
+    for row in rows:
+        assert row.loss == pytest.approx(losses[row.experts].nats, rel=1e-6)
+    least = min(row.loss for row in done.rows)
+    for row in rows:
+        assert row.regret == pytest.approx(row.loss - least, abs=1e-9)
+
+
+def sh_text(pair):
+    first, second = pair
+    return f"{first}:{second + 1}" if second == first + 1 else f"{first},{second}"
+
+
+OPTIONS = [
+    {"context": f"w{i} w{2 * i}", "options": [f"w{3 * i}", f"w{3 * i + 1}"], "answer": i % 2}
+    for i in range(1, 17)
+]
+PROMPTS = [f"w{i} w{2 * i} w{3 * i}" for i in range(1, 9)]
+UNITS = {"experts": ["frequency", "random", EXHAUSTIVE, LAYERS], "layers": ["deepest", "random"]}
+
+
+def plain_score(judge, whole, without, tokenizer, *, held_out, items):
+    """The mean score of a cut by float64 loops over what each of both models predicts."""
+    if judge == "options":
+        return -np.mean(margins(without, tokenizer, items))
+    if judge == "speech":
+        tokens = sum(len(one.written) for answers in items for one in answers)
+        return sum(plain_divergences(whole, without, items)) / tokens
+    nats, texts = 0.0, [tokenizer(text)["input_ids"] for text in held_out]
+    for ids in texts:
+        p, q = whole(ids), without(ids)
+        for place in range(1, len(ids)):
+            if judge == "loss":
+                nats -= q[place - 1, ids[place]]
+            else:
+                nats += sum(np.exp(p[place - 1]) * (p[place - 1] - q[place - 1]))
+    return nats / sum(len(ids) - 1 for ids in texts)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("judge", JUDGES)
+def test_every_judge_scores_every_cut_beside_the_whole_model(judge, unit, place, tmp_path):
+    model, tokenizer, held_out = sparse((1, 4)), word_tokenizer(), documents(7, 6)
+    given = {"speech": {"prompts": PROMPTS}, "options": {"options": tmp_path / "options.jsonl"}}
+    given = given.get(judge, {})
+    (tmp_path / "options.jsonl").write_text("\n".join(map(json.dumps, OPTIONS)))
+    study = {"n": [3], "unit": unit, "criteria": UNITS[unit], "judge": judge, "num_choosing": 8}
+    study |= {"cache": False, "progress": False, **given}
+    subject = model
+    if place == "disk":
+        sh.save_model(model, tokenizer, tmp_path / "model")
+        subject, _ = sh.load_model(tmp_path / "model", "float32", "stream", progress=False)
+    if place == "disk" and judge == "speech":
+        with pytest.raises(sh.ModelError, match="leave out --stream, or the judge speech"):
+            sh.compare(subject, tokenizer, documents(1, 24), held_out, **study)
+        return
+    done = sh.compare(subject, tokenizer, documents(1, 24), held_out, **study)
+    items = judged_items(judge, seed=0, **given)[1]
+    if judge == "speech":
+        items = said_to(items, model, tokenizer)
+    scores = []
+    for row in done.rows:
+        experts = row.experts and sh.DroppedExperts.of(6, row.experts)
+        plan = sh.Plan(LAST + 1, (), experts=experts) if experts else row.dropped
+        score = plain_score(
+            judge, cut(model, ()), cut(model, plan), tokenizer, held_out=held_out, items=items
+        )
+        assert row.score == pytest.approx(score, rel=1e-4, abs=1e-6)
+        scores.append(score)
+    assert max(scores) - min(scores) > 5e-4
+    if judge in ("kl", "speech"):
+        assert min(scores) > 5e-4
+
+
+def test_bad_input_is_one_sentence(words):
+    model, texts, held_out = sparse(), documents(1, 24), documents(7, 12)
+    options = {"unit": "experts", "num_choosing": 8, "cache": False, "progress": False}
+    with pytest.raises(sh.ExpertsError, match="cannot drop 6 of 6 experts a layer"):
+        sh.compare(model, words, texts, held_out, n=[6], **options)
+    with pytest.raises(sh.ExpertsError, match="unknown criterion of experts 'angular'"):
+        sh.compare(model, words, texts, held_out, n=[1], criteria=["angular"], **options)
+    with pytest.raises(sh.CriterionError, match="compare does not measure speech without experts"):
+        sh.compare(model, words, texts, held_out, n=[1], speech=True, **options)
+    done = sh.compare(model, words, texts, held_out, n=[5], criteria=["reap", LAYERS], **options)
+    assert "keep at least 2" in done.skipped["reap, n = 5"]
+
+
+def test_all_sets_are_tried_by_default_where_they_are_few(words, monkeypatch):
+    monkeypatch.setattr(experts, "MOST_SETS", 14)
+    texts, options = documents(1, 24), {"unit": "experts", "n": [1, 2], "num_choosing": 8}
+    options |= {"cache": False, "progress": False}
+    done = sh.compare(sparse((1, 4)), words, texts, documents(7, 12), **options)
+    assert {row.n for row in done.rows if row.criterion == EXHAUSTIVE} == {1}
+    assert done.skipped == {}
+    options |= {"criteria": ["random", EXHAUSTIVE]}
+    done = sh.compare(sparse((1, 4)), words, texts, documents(7, 12), **options)
+    assert "at most 14 sets in all are tried" in done.skipped["exhaustive, n = 2"]
+
+
+def on_disk(folder):
+    """The mixture and the texts in files, as the options of a command."""
+    sh.save_model(sparse((1, 4)), word_tokenizer(), folder / "model")
+    for name, start, count in (("texts", 1, 24), ("held_out", 7, 12)):
+        write_jsonl(folder / f"{name}.jsonl", documents(start, count))
+
+
+def study(folder, store, **options):
+    """A comparison of what :func:`on_disk` has written."""
+    names = ("reap", "random", EXHAUSTIVE, LAYERS)
+    settings = CompareSettings(
+        **{"n": (1, 2), "unit": "experts", "criteria": names, "num_choosing": 8, **options}
+    )
+    return CompareStudy(
+        models=(ModelSource(folder / "model", "float32"),),
+        texts={"texts": Texts(str(folder / "texts.jsonl"))},
+        eval_texts=Texts(str(folder / "held_out.jsonl")),
+        settings=settings, out=None, store=store, progress=False,
+    )  # fmt: skip
+
+
+def timeless(found):
+    return [asdict(row) | {"seconds": 0} for row in found.rows], found.models, found.skipped
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The cuts and batches that are judged from now on."""
+    judged, note = [], Trials._note
+
+    def noted(self, key, *found):
+        judged.append((self.judge.name, *key))
+        note(self, key, *found)
+
+    monkeypatch.setattr(Trials, "_note", noted)
+    return judged
+
+
+@pytest.mark.parametrize("criteria", [("reap", "random", EXHAUSTIVE, LAYERS), None])
+def test_a_comparison_finds_all_that_its_parts_sent(tmp_path, tried, monkeypatch, criteria):
+    on_disk(tmp_path)
+    alone = study(tmp_path, Store(tmp_path / "alone"), criteria=criteria).run()
+    shared = study(tmp_path, open_store(), criteria=criteria)
+    worker = OpenedStudy(json.loads(json.dumps(describe(shared))))
+    for part in shared.parts():
+        shared.store.take(json.loads(worker.run(str(part))))
+    tried.clear()
+    monkeypatch.setattr(similarity, "_scan", lambda *_: pytest.fail("scanned again"))
+    assert timeless(shared.run()) == timeless(alone)
+    assert tried == []
+
+
+class Killed(BaseException):
+    """Ends a comparison as a kill would, where nothing catches it."""
+
+
+def test_a_comparison_that_was_killed_goes_on(tmp_path, tried, monkeypatch):
+    on_disk(tmp_path)
+
+    def cuts():
+        """The cuts of experts that were judged, each with its batch, by their judge."""
+        of_experts = (one for one in tried if any(isinstance(gone, tuple) for gone in one[1]))
+        return sorted(f"{judge} {sorted(gone)} {look}" for judge, gone, look in of_experts)
+
+    whole = study(tmp_path, Store(tmp_path / "alone"), judge="kl").run()
+    wanted, total = cuts(), len(tried)
+    note, left = Trials._note, [0]
+
+    def until_killed(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        note(self, *arguments)
+
+    monkeypatch.setattr(Trials, "_note", until_killed)
+    tried.clear()
+    for most in (7, total // 3):
+        left[0] = most
+        with pytest.raises(Killed):
+            study(tmp_path, open_store(), judge="kl").run()
+    left[0] = 10**6
+    assert timeless(study(tmp_path, open_store(), judge="kl").run()) == timeless(whole)
+    assert cuts() == wanted
+
+
+def test_shards_and_workers_come_to_the_same(shallower, tmp_path, monkeypatch):
+    on_disk(tmp_path)
+    command = (
+        "compare", tmp_path / "model", "--unit", "experts", "--n", 2, "--criteria", "reap,layers",
+        "--texts", tmp_path / "texts.jsonl", "--eval-texts", tmp_path / "held_out.jsonl",
+        "--dtype", "float32", "--json",
+    )  # fmt: skip
+    found = [shallower(*command).json["rows"]]
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "by hand"))
+    for index in range(2):
+        shard = shallower(*command, "--out", tmp_path / "shards", "--shard", f"{index}/2")
+        assert shard.json["num_parts"] == 3, shard.err
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "gathered"))
+    out = tmp_path / "out"
+    found.append(shallower("gather", tmp_path / "shards", "--out", out, "--json").json["rows"])
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "by workers"))
+    found.append(shallower(*command, "--workers", "1").json["rows"])
+    whole, *others = ([{**row, "seconds": 0} for row in rows] for rows in found)
+    assert others == [whole, whole]
+
+
+def test_a_cut_of_experts_is_not_patched():
+    plan = sh.Plan(8, (), experts=sh.DroppedExperts(6, {LAST: (1, 4)}))
+    with pytest.raises(sh.PatchError, match="drops 2 experts a layer: prune by it, and heal"):
+        PatchedTrials(None, None).scores(plan)
+
+
+@pytest.mark.parametrize(
+    "criteria", [(), ("--criteria", "reap,exhaustive,layers", "--judge", "kl")]
+)
+def test_a_dry_run_bounds_the_passes_over_layers_on_disk(shallower, tmp_path, criteria):
+    on_disk(tmp_path)
+    command = (
+        "compare", tmp_path / "model", "--unit", "experts", "--n", 2, "--texts",
+        tmp_path / "texts.jsonl", "--eval-texts", tmp_path / "held_out.jsonl", "--dtype",
+        "float32", "--stream", *criteria,
+    )  # fmt: skip
+    planned = shallower(*command, "--dry-run", "--json").json["stream"]["passes"]
+    done = shallower(*command, "--json")
+    assert done.status == 0, done.err
+    passes = int(re.search(r"of layers from disk, in (\d+) passes", done.err)[1])
+    assert passes <= planned <= 2 * passes + 10
+    assert (EXHAUSTIVE in {row["criterion"] for row in done.json["rows"]}) == bool(criteria)
+
+
+def test_the_command_leaves_a_page(shallower, tmp_path):
+    on_disk(tmp_path)
+    out = tmp_path / "out"
+    found = shallower(
+        "compare", tmp_path / "model", "--unit", "experts", "--n", "1,2", "--criteria",
+        "reap,frequency,exhaustive,layers", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
+        tmp_path / "held_out.jsonl", "--dtype", "float32", "--out", out,
+    )  # fmt: skip
+    assert found.status == 0, found.err
+    said = r"With 2 of 6 experts of every layer \([\d.]+ % of the parameters\)( or .*?)? gone"
+    assert re.search(said, " ".join(found.out.split()))
+    assert "Loss over the share of parameters" in (out / "report.html").read_text()
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert [(row["n"], row["criterion"]) for row in rows][:2] == [(1, "reap"), (1, "frequency")]
+    assert f"{LAST}:1,4" in (out / "comparison.csv").read_text()
+
+
+def test_the_criteria_are_listed(shallower):
+    found = shallower("compare", "--list", "--unit", "experts", "--json")
+    assert found.status == 0
+    assert [one["name"] for one in found.json] == [*CRITERIA, EXHAUSTIVE, LAYERS]
+    assert "one pass" in shallower("compare", "--list", "--unit", "experts").out

@@ -1,0 +1,338 @@
+"""A run that patches and heals on what the whole model says, beside its texts."""
+
+import copy
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import shallower as sh
+from shallower.evaluation import answers as evaluation
+from shallower.healing.checks import require_healable
+from shallower.models.decoder import Decoder
+from shallower.reporting.results import Run
+from shallower.store.given_models import InMemory
+from shallower.store.store import open_store
+from shallower.studies import recommending
+from shallower.studies.answers import WantedAnswers
+from shallower.studies.healing_stage import HealingStage
+from shallower.studies.run import RunStudy
+from shallower.texts.prompts import Prompt
+from shallower.values.settings import RunSettings
+from tests.conftest import write_jsonl
+from tests.cutting.card_tools import assert_same_weights
+from tests.documents import assert_same, state_of
+from tests.families import random_model
+from tests.healing.cuts import MANY, QUICK, documents
+from tests.written import MANY as PROMPTS
+from tests.written import write_answered, write_prompts
+from tests.written import written as written
+
+TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ()}
+HEAL = replace(QUICK, steps=4, share=0.25)
+CHAT = {"messages": [{"role": "user", "content": "w1"}]}
+
+
+pytestmark = pytest.mark.usefixtures("warm")
+"""These runs have all in common up to their patch."""
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    """Answers of eight tokens at most."""
+    monkeypatch.setattr("shallower.studies.run.WantedAnswers", partial(WantedAnswers, num_tokens=8))
+
+
+@pytest.fixture
+def run(learned, words, tmp_path):
+    def call(out="out", **options):
+        return sh.run(learned, words, TEXTS, **{**TAKEN, **options}, out=tmp_path / out)
+
+    return call
+
+
+@pytest.fixture
+def study(learned, words, tmp_path):
+    """A run as a value, which is not carried out."""
+
+    def made(**options):
+        taken = {**TAKEN, **options}
+        return RunStudy(
+            models=(InMemory(learned, words),), texts=TEXTS, eval_texts=taken.pop("eval_texts"),
+            settings=RunSettings.of(None, taken), out=tmp_path / "out", store=open_store(),
+        )  # fmt: skip
+
+    return made
+
+
+def said_by(model, words):
+    return sh.answer_prompts(model, words, PROMPTS, num_tokens=8)
+
+
+def patched_on(monkeypatch):
+    """What the patches of runs are fitted on from here on."""
+    found, real = [], recommending.with_patch
+
+    def watched(*args, **options):
+        found.append(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(recommending, "with_patch", watched)
+    return found
+
+
+# The whole way
+def test_it_is_patched_and_healed_on_what_the_whole_model_says(
+    run, learned, words, tmp_path, written, monkeypatch
+):
+    before, patches = state_of(learned), patched_on(monkeypatch)
+    done = run(answers=PROMPTS, share=0.25, heal=HEAL)
+    assert_same(before, state_of(learned))
+    assert written == [32, 8]
+    said = said_by(learned, words)
+    (patch,) = patches
+    assert (patch["answers"], patch["share"]) == (said, 0.25)
+    checkpoint = tmp_path / "out" / "checkpoint"
+    assert json.loads((checkpoint / "shallower_patch.json").read_text())["share"] == 0.25
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    healing = results["healing"]
+    assert healing["recipe"]["share"] == 0.25
+    assert healing["answers"]["num_answers"] == 40
+    assert healing["answers"]["num_tokens"] == sum(len(one.written) for one in said)
+    assert done.recommended.healed.nats < done.recommended.cut.nats
+    card = (tmp_path / "out" / "healed" / "README.md").read_text()
+    assert "| answers | 40 answers of " in card
+    assert "25 % of the texts answers" in card or "25 % of the sequences" in card
+    del written[:]
+    assert run(answers=PROMPTS, share=0.25, heal=HEAL).recommended == done.recommended
+    assert written == []
+
+
+def test_answers_of_a_file_are_those_of_its_model(run, learned, words, tmp_path, written):
+    said = [one for one in said_by(learned, words) if one.written[-1] != 2]
+    write_prompts(tmp_path / "asked.jsonl", *(words.decode(one.given) for one in said))
+    write_answered(tmp_path / "said.jsonl", words, said)
+    run("asked", answers=tmp_path / "asked.jsonl")
+    del written[:]
+    run("said", answers=str(tmp_path / "said.jsonl"))
+    assert written == []
+    assert_same_weights(tmp_path / "asked" / "checkpoint", tmp_path / "said" / "checkpoint")
+    write_answered(tmp_path / "other.jsonl", words, said, model="a/other")
+    with pytest.raises(sh.TextsError, match="line 1 is an answer of a/other"):
+        run("other", answers=tmp_path / "other.jsonl")
+    assert not (tmp_path / "other").exists()
+
+
+def test_of_prompts_of_our_own_the_texts_that_fit_are_begun(run, study, words, written):
+    with pytest.warns(sh.RejectedSamplesWarning, match="answers are left out: .* a prompt of"):
+        done = run(answers=True)  # of 16 tokens, where some beginnings have more
+    assert sum(written) == min(512, len(study().split.fit)) < len(TEXTS)
+    assert done.recommended.state == "patched"
+
+
+@pytest.fixture
+def chats(words):
+    """The tokenizer with a template for chats, whose texts are short."""
+    found = copy.deepcopy(words)
+    found.chat_template = "{% for one in messages %}w1 {{ one.content[:9] }} w2{% endfor %}"
+    return found
+
+
+def test_a_model_that_chats_is_healed_on_answers_by_default(
+    learned, chats, tmp_path, written, monkeypatch
+):
+    patches, taken = patched_on(monkeypatch), {**TAKEN, "heal": replace(HEAL, share=0.5)}
+    done = sh.run(learned, chats, TEXTS, **taken, out=tmp_path / "out")
+    assert sum(written) == 32  # eight a step
+    assert done.healing.answers.num_answers == len(patches[0]["answers"]) == 32
+    on_texts = sh.run(learned, chats, TEXTS, **taken, answers=False, out=tmp_path / "texts")
+    assert (on_texts.healing.answers, [*patches[1]["answers"]]) == (None, [])
+    assert sum(written) == 32
+
+
+def test_by_default_no_other_model_is_asked(run, written):
+    assert run(heal=QUICK).healing.answers is None
+    assert written == []
+
+
+def test_by_default_a_model_without_room_is_asked_for_no_answers(chats):
+    decoder, wanted = Decoder.of(random_model("opt")), WantedAnswers(None, 32, chats_only=True)
+    with pytest.warns(UserWarning, match="no answers are learned from: prompt 0 with .* tokens"):
+        assert wanted.of(decoder, chats) is None
+    with pytest.raises(sh.TextsError, match="prompt 0 with an answer of 256 tokens has 261"):
+        replace(wanted, chats_only=False).check(decoder, chats, ())
+    few = replace(wanted, num_tokens=2)
+    assert few.of(decoder, chats) is few
+
+
+def test_a_plan_alone_needs_no_answers(run, written):
+    plain, asked = run("a", plan_only=True), run("b", plan_only=True, answers=True)
+    assert asked.recommended.plan == plain.recommended.plan
+    assert written == []
+
+
+# What a run is known by
+def test_other_answers_are_another_run(study, tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl", *PROMPTS)
+    write_prompts(tmp_path / "more.jsonl", *PROMPTS, "w9")
+    jobs = [
+        study(**options).job
+        for options in (
+            {},
+            {"answers": True},
+            {"answers": PROMPTS},
+            {"answers": tmp_path / "more.jsonl"},
+            {"answers": PROMPTS, "share": 0.25},
+            {"answers": PROMPTS, "seed": 1},
+            {"heal": True, "heal_steps": 4},
+            {"answers": False, "heal": True, "heal_steps": 4},
+            {"answers": True, "heal": True, "heal_steps": 4},
+            {"answers": True, "heal": True, "heal_steps": 400},
+            {"answers": [{"prompt": one, "answer": "w1"} for one in PROMPTS]},
+        )
+    ]
+    assert None not in jobs
+    assert len({*jobs}) == len(jobs)
+    assert study(answers=str(tmp_path / "prompts.jsonl")).job == jobs[2]
+    assert study(answers=[Prompt(one) for one in PROMPTS]).job == jobs[2]
+    for nothing in (False, None, ()):
+        assert study(answers=nothing).job == jobs[0]
+        assert study(answers=nothing).wanted_answers is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"answers": True}, ["--answers"]),
+        ({"answers": Path("there/p.jsonl"), "share": 0.25}, "--answers p.jsonl --share 0.25"),
+        ({"answers": PROMPTS}, []),
+        ({"answers": None}, []),
+        ({"answers": False, "heal": True}, "--heal --no-answers"),
+        ({"answers": True, "share": 1, "heal": True}, "--heal --answers --share 1"),
+    ],
+)
+def test_the_settings_are_words_of_the_command_line(options, words):
+    assert RunSettings(**options).to_words() == (words.split() if isinstance(words, str) else words)
+
+
+# Killed
+@pytest.mark.slow
+def test_a_run_that_was_killed_answers_nothing_again(run, tmp_path, written, monkeypatch):
+    write = evaluation.write_answers
+    wanted = {"answers": PROMPTS[::-1], "share": 0.5, "heal": replace(HEAL, share=0.5)}
+
+    def killed(*args, **options):
+        if written:
+            raise KeyboardInterrupt
+        return write(*args, **options)
+
+    def interrupted(*_said):
+        raise KeyboardInterrupt
+
+    stops = ((evaluation, "write_answers", killed), (HealingStage, "heal", interrupted))
+    for target, name, stop in stops:
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(**wanted)
+    assert written == [32, 8]
+    done = run(**wanted)
+    assert written == [32, 8]
+    whole = run("whole", cache=False, **wanted)
+    assert written == [32, 8, 32, 8]
+    assert whole.recommended.healed == done.recommended.healed
+    assert whole.healing.answers == done.healing.answers
+    assert_same_weights(tmp_path / "whole" / "healed", tmp_path / "out" / "healed")
+
+
+# Refusals
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"share": 0}, sh.RecipeError, "share must be above 0 and at most 1"),
+        (
+            {"answers": True, "heal": HEAL}, sh.RecipeError,
+            "heal has a share of 0.25, and share is 0.5: name the one of both",
+        ),
+        ({"answers": 3}, sh.TextsError, r"be a file or a sequence, got int \(--answers\)"),
+        ({"answers": [CHAT]}, sh.TextsError, "prompt 0 is a chat .* has no chat template"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_answers_that_cannot_be_are_refused_before_anything_is_written(
+    run, tmp_path, options, error, message
+):
+    with pytest.raises(error, match=message):
+        run(**options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def streamed(learned, words, tmp_path):
+    """A run of a model whose layers are streamed from disk."""
+    sh.save_model(learned, words, tmp_path / "stored")
+    source = sh.ModelSource(tmp_path / "stored", "float32", "stream")
+    return lambda **options: sh.run(
+        source, None, TEXTS, **{**TAKEN, "n": 1}, out=tmp_path / "out", **options
+    )
+
+
+def test_a_model_on_disk_is_not_read_for_each_token(streamed, tmp_path):
+    with pytest.raises(sh.ModelError, match=r"wait on disk .* leave out the answers \(answers"):
+        streamed(answers=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_model_on_disk_is_patched_on_answers_of_a_file(
+    streamed, learned, words, tmp_path, written
+):
+    said = [one for one in said_by(learned, words) if len(one.written) > 1]
+    del written[:]
+    write_answered(tmp_path / "said.jsonl", words, said, model="a/stored")
+    assert streamed(answers=tmp_path / "said.jsonl").recommended.state == "patched"
+    assert written == []
+
+
+def test_nothing_is_written_into_the_file_of_answers(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    inside = write_prompts(tmp_path / "out" / "results.json", *PROMPTS)
+    with pytest.raises(sh.OutputError, match=r"results\.json"):
+        run(answers=inside, overwrite=True)
+    assert inside.read_text().startswith('{"prompt"')
+
+
+def test_texts_for_a_step_are_enough_beside_answers(learned, words):
+    few = TEXTS[:3]
+    with pytest.raises(sh.TextsError, match="one step takes 16"):
+        require_healable(learned, words, few, recipe=replace(HEAL, packing=False))
+    recipe = replace(HEAL, packing=False, share=0.9)
+    assert require_healable(learned, words, few, recipe=recipe, answers=True).share == 0.9
+
+
+# The command
+@pytest.mark.slow
+def test_the_command_takes_answers(learned, words, shallower, folder, written):
+    sh.save_model(learned, words, folder / "stored")
+    for name, texts in (("texts", TEXTS), ("held_out", REPORT)):
+        write_jsonl(folder / f"{name}.jsonl", texts)
+    write_prompts(folder / "prompts.jsonl", *PROMPTS)
+    command = ["run", "stored", "--texts", "texts.jsonl", "--eval-texts", "held_out.jsonl"]
+    command += ["--n", "2", "--top", "2", "--max-length", "16", "--dtype", "float32", "--out"]
+    more = ("--answers", "prompts.jsonl", "--share", "0.25", "--heal", "--heal-steps", "2")
+    dry = shallower(*command, "out", *more, "--dry-run", "--json").json
+    assert dry["time"]["seconds"] > shallower(*command, "out", "--dry-run", "--json").json["time"][
+        "seconds"
+    ]  # fmt: skip
+    done = shallower(*command, "out", *more, "--no-speech", "--json")
+    assert done.json["healing"]["answers"]["num_answers"] == 40
+    assert done.json["healing"]["recipe"]["share"] == 0.25
+    assert written == [32, 8]
+    assert "--answers prompts.jsonl --share 0.25 " in Run.load(folder / "out").command
+    assert "2 \\\n" not in done.err
+    own = shallower(*command, "own", "--no-speech", "--answers")
+    assert own.status == 0, own.err
+    assert Run.load(folder / "own").command.endswith("--no-speech --answers")

@@ -1,0 +1,210 @@
+"""The healing of a run's checkpoint."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import shallower as sh
+from shallower.reporting.results import Run
+from shallower.studies.healing_stage import HealingStage
+from tests.conftest import write_jsonl
+from tests.cutting.card_tools import blocks_of_code, one_line
+from tests.documents import assert_same, once, state_of
+from tests.healing.cuts import MANY, QUICK, documents
+from tests.studies.test_again import commands_of
+
+TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ()}
+
+
+pytestmark = pytest.mark.usefixtures("warm")
+"""These runs have all in common up to their healing."""
+
+
+def test_a_run_heals_what_it_patched(learned, words, tmp_path):
+    before = state_of(learned)
+    done = sh.run(learned, words, once(TEXTS), **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert_same(before, state_of(learned))
+    recommended = done.recommended
+    assert recommended.state == "healed"
+    assert recommended.loss is recommended.healed
+    assert recommended.healed.nats < recommended.patched.nats < recommended.cut.nats
+    assert done.checkpoint == tmp_path / "out" / "healed"
+    healed = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)
+    assert len(healed.model.layers) == 4
+    loss = sh.evaluate_loss(healed, words, REPORT, max_length=16)
+    assert loss.nats == pytest.approx(recommended.healed.nats, abs=1e-6)
+    assert (done.checkpoint / "shallower_patch.json").is_file()
+    results = json.loads((done.out / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["recommended"]["healed"] == recommended.healed.nats
+    assert results["checkpoint"] == "healed"
+    assert replace(Run.load(done.out), scan=done.scan) == done
+    saved = done.checkpoint.rename(tmp_path / "moved") / "model.safetensors"
+    again = sh.run(learned, words, once(TEXTS), **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert (again.checkpoint / saved.name).read_bytes() == saved.read_bytes()
+
+
+def test_texts_that_fit_are_trained_on_last_and_those_that_choose_or_report_never(
+    learned, words, tmp_path, monkeypatch
+):
+    seen = {}
+
+    def note(stage, results, *_said):
+        split = stage.study.split
+        seen.update(texts=list(stage.texts), choosing=split.choose, report=split.report)
+        return results
+
+    monkeypatch.setattr(HealingStage, "heal", note)
+    texts = [*TEXTS, *REPORT[:3]]
+    sh.run(
+        learned, words, texts, **TAKEN, out=tmp_path / "out", heal=QUICK, max_texts=80, cache=False
+    )  # fmt: skip
+    assert len(seen["choosing"]) == 26
+    others = {*seen["choosing"], *seen["report"]}
+    beyond = [text for text in texts[80:] if text not in others]
+    assert seen["texts"][: len(beyond)] == beyond
+    assert sorted(seen["texts"][len(beyond) :]) == sorted({*texts[:80]} - others)
+
+
+@pytest.mark.slow
+def test_other_texts_to_train_on_are_another_run(learned, words, tmp_path):
+    options = {**TAKEN, "out": tmp_path / "out", "heal": QUICK, "max_texts": 80}
+    sh.run(learned, words, TEXTS, **options)
+    with pytest.raises(sh.OutputError, match="exists already"):
+        sh.run(learned, words, TEXTS[:200], **options)
+
+
+@pytest.mark.slow
+def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):
+    told = []
+
+    def killed(_stage, results, *_said):
+        assert json.loads((results.out / "results.json").read_text()) == json.loads(
+            json.dumps(results.to_json())
+        )
+        assert [done.recommended.healed for done in told] == [None]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HealingStage, "heal", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sh.run(
+                learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK,
+                report=told.append,
+            )  # fmt: skip
+    whole = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "whole", heal=QUICK)
+    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert again.recommended.healed == whole.recommended.healed
+
+
+@pytest.mark.slow
+def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(HealingStage, "_loss", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    monkeypatch.setattr("shallower.studies.healing_stage.heal", lambda *_, **__: 1 / 0)
+    done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert done.recommended.state == "healed"
+
+
+def test_a_training_that_makes_it_worse_leaves_the_patched_model(
+    learned, words, tmp_path, monkeypatch
+):
+    def worse(*_args, **_options):
+        raise sh.ModelError("the training made it worse")
+
+    monkeypatch.setattr("shallower.studies.healing_stage.heal", worse)
+    with pytest.warns(UserWarning, match="the patched model is not healed: the training made"):
+        done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert done.recommended.state == "patched"
+    assert done.checkpoint == tmp_path / "out" / "checkpoint"
+    assert "not healed" in done.recommended.warnings()[0]
+    monkeypatch.setattr("shallower.studies.healing_stage.heal", lambda *_, **__: 1 / 0)
+    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert again.recommended.unhealed == done.recommended.unhealed
+
+
+@pytest.mark.slow
+def test_the_healed_model_of_a_run_that_was_replaced_is_not_this_ones(
+    learned, words, tmp_path, monkeypatch
+):
+    """It is killed before its own healing, and goes on without being told to replace."""
+    wanted = {**TAKEN, "out": tmp_path / "out", "heal": QUICK}
+    earlier = sh.run(learned, words, TEXTS, **wanted)
+    other = {**wanted, "n": len(earlier.recommended.plan.dropped) - 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(HealingStage, "heal", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sh.run(learned, words, TEXTS, **other, overwrite=True)
+    done = sh.run(learned, words, TEXTS, **other)
+    whole = sh.run(learned, words, TEXTS, **{**other, "out": tmp_path / "whole"})
+    assert done.recommended.healed == whole.recommended.healed
+    assert done.recommended.plan.dropped != earlier.recommended.plan.dropped
+
+
+def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_path):
+    with pytest.raises(sh.RecipeError, match="compares with the uncut model"):
+        sh.run(
+            llama, words, TEXTS, **TAKEN, out=tmp_path / "out",
+            heal=replace(QUICK, objective="kd"),
+        )  # fmt: skip
+    with pytest.raises(sh.TextsError, match="8 texts make 1 sequences of 128"):
+        sh.run(llama, words, TEXTS[:12], **TAKEN, out=tmp_path / "out", heal=True)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "healed").mkdir(parents=True)
+    (tmp_path / "out" / "healed" / "dear").write_text("to someone")
+    with pytest.raises(sh.OutputError, match="healed exists already"):
+        sh.run(llama, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["healed"]
+
+
+@pytest.mark.slow
+def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
+    sh.save_model(learned, words, tmp_path / "stored")
+    for name, passages in (("texts", TEXTS), ("held_out", REPORT)):
+        write_jsonl(tmp_path / f"{name}.jsonl", passages)
+    done = shallower(
+        "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
+        tmp_path / "held_out.jsonl", "--out", tmp_path / "out", "--n", "1", "--top", "2", "--dtype",
+        "float32", "--heal", "--heal-steps", "6", "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    recommended = done.json["recommended"]
+    assert recommended["healed"] < recommended["patched"] < recommended["cut"]
+    assert done.json["checkpoint"] == str(tmp_path / "out" / "healed")
+    assert done.json["healing"]["recipe"]["steps"] == 6
+    out = tmp_path / "out"
+    losses, recommended = Run.load(out), Run.load(out).recommended
+    card = (out / "healed" / "README.md").read_text()
+    assert f"| held-out loss | {losses.whole} → {recommended.healed} nats a token, " in card
+    before = f"{losses.whole} → {recommended.patched} nats a token, "
+    assert f"| held-out loss, before the healing | {before}" in card
+    assert "not measured" not in card
+    again, *_ = blocks_of_code(card, "sh")
+    assert one_line(again) == losses.command
+    assert "--heal --heal-steps 6" in again.replace(" \\\n    ", " ")
+    assert "Healing it again" not in card  # the run does it
+    evaluated = [one for one in commands_of(out) if one.startswith("shallower eval out/")]
+    assert [one.split()[2] for one in evaluated] == ["out/checkpoint", "out/healed"]
+
+
+@pytest.mark.slow
+def test_the_same_run_in_another_place_ends_in_the_same_weights(
+    learned, words, shallower, tmp_path
+):
+    sh.save_model(learned, words, tmp_path / "stored")
+    write_jsonl(tmp_path / "texts.jsonl", TEXTS[:80])
+    asked = (
+        "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--n", "1", "--top", "2",
+        "--dtype", "float32", "--json", "--out",
+    )  # fmt: skip
+    first = shallower(*asked, tmp_path / "first")
+    assert first.status == 0, first.err
+    second = shallower(*asked, tmp_path / "second")
+    assert second.status == 0, second.err
+    weights = [tmp_path / name / "checkpoint/model.safetensors" for name in ("first", "second")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

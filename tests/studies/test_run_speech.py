@@ -1,0 +1,279 @@
+"""How the models of a run speak: as evaluate_speech says, and what the page shows of it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import shallower as sh
+from shallower.reporting.results import Run
+from shallower.runs.report import read_story
+from shallower.studies.healing_stage import HealingStage
+from shallower.studies.recommending import Recommending
+from shallower.studies.speaking import NUM_SAMPLES, StudySpeech
+from shallower.values.speech import MEASURES, WAYS
+from tests.conftest import tiny_llama, write_jsonl
+from tests.documents import assert_same, state_of
+from tests.evaluation.answering import plain_answer
+from tests.healing.cuts import MANY, QUICK, documents
+
+TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
+PROMPTS = ["w5 w7 w11", "w1 w2", {"prompt": "w40 w41 w42 w43"}, "w9", "w60 w62 w64"]
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": PROMPTS}
+
+
+pytestmark = pytest.mark.usefixtures("warm")
+"""These runs have most of what they measure in common."""
+
+
+@pytest.fixture(scope="module")
+def heard():
+    """The names of the cuts that generated in the run that has ended, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def done(trained, words, kept, heard, tmp_path_factory):
+    """A run that has ended."""
+    model = tiny_llama(6)
+    model.load_state_dict(trained.state_dict())
+    before = state_of(model)
+    out = tmp_path_factory.mktemp("run") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        plain = StudySpeech.hear
+        patched.setattr(
+            StudySpeech,
+            "hear",
+            lambda self, model, name: heard.append(name) or plain(self, model, name),
+        )
+        found = sh.run(model, words, TEXTS, **TAKEN, out=out)
+    assert_same(before, state_of(model))
+    return found
+
+
+@pytest.fixture
+def generated(learned, monkeypatch):
+    """The calls by which a model generates, as a list that grows."""
+    calls, plain = [], learned.generate
+    monkeypatch.setattr(
+        learned, "generate", lambda **options: calls.append(1) or plain(**options), raising=False
+    )
+    return calls
+
+
+def reloaded(place):
+    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+
+
+def assert_speech(found, expected):
+    assert found.words == expected.words
+    for way in WAYS:
+        for name in MEASURES:
+            first, second = found.scores[way][name].sums, expected.scores[way][name].sums
+            assert first == pytest.approx(second, rel=1e-4, abs=1e-5), name
+
+
+def test_every_state_speaks_as_if_measured_alone(done, learned, words):
+    assert {*done.speech} == {"whole", "cut", "patched"}
+    cut = copy.deepcopy(learned)
+    sh.drop_layers(cut, done.recommended.plan.dropped)
+    models = {"whole": learned, "cut": cut, "patched": reloaded(done.checkpoint)}
+    for name, model in models.items():
+        alone = sh.evaluate_speech(model, words, PROMPTS, whole=learned, progress=False)
+        assert_speech(done.speech[name], alone)
+    assert done.speech["whole"].mean("acceptance") == 1
+    assert 0 < done.speech["cut"].mean("acceptance") < 1
+    patched, bare = (done.speech[name].mean("divergence") for name in ("patched", "cut"))
+    assert 0 < patched < bare
+
+
+def test_only_cuts_whose_speech_is_in_the_results_generate(done, heard):
+    assert heard == ["patched", "cut"]
+    assert {*done.speech} == {"whole", *heard}
+
+
+def test_samples_are_what_was_said_greedily_to_the_first_prompts(done, learned, words):
+    assert len(done.continuations) == NUM_SAMPLES == len(PROMPTS) - 1
+    texts = ["w5 w7 w11", "w1 w2", "w40 w41 w42 w43", "w9"]
+    assert [one.prompt for one in done.continuations] == texts
+    for one in done.continuations:
+        for model, said in ((learned, one.whole), (reloaded(done.checkpoint), one.patched)):
+            given = words(one.prompt)["input_ids"]
+            written = plain_answer(model, given, 64, ends=(2, 99)).written
+            assert said == words.decode(written, skip_special_tokens=True)
+        assert one.healed is None
+
+
+def test_the_results_are_read_again(done):
+    results = json.loads((done.out / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["speech"]["patched"]["acceptance"] == done.speech["patched"].mean("acceptance")
+    again = Run.load(done.out)
+    assert again.continuations == done.continuations
+    assert {name: one.to_record() for name, one in again.speech.items()} == {
+        name: one.to_record() for name, one in done.speech.items()
+    }
+    (done.out.parent / "damaged").mkdir()
+    for damage in ([], {"whole": {}}, {"whole": results["speech"]["whole"] | {"by_prompt": 3}}):
+        place = done.out.parent / "damaged"
+        (place / "results.json").write_text(json.dumps({**results, "speech": damage}))
+        (place / "scan.safetensors").write_bytes((done.out / "scan.safetensors").read_bytes())
+        with pytest.raises(sh.OutputError, match="is not of a run, or is damaged"):
+            Run.load(place)
+
+
+def test_the_page_has_the_table_and_the_samples(done):
+    story = read_story(done.out, drawn=False)
+    (section,) = (one for one in story.sections if one.title == "How it speaks")
+    assert section.tables[0].head == ("", "whole", "cut", "patched")
+    assert len(section.samples) == NUM_SAMPLES
+    assert {*section.samples[0].continued} == {"whole", "cut", "patched"}
+    assert story.data["speech"]["cut"]["prompts"] == len(PROMPTS)
+
+
+def test_a_plan_alone_has_the_speech_of_the_bare_cut(learned, words, tmp_path):
+    only = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", plan_only=True)
+    assert {*only.speech} == {"whole", "cut"}
+    assert only.recommended.unpatched is None  # as was asked for, which is no warning
+    assert {one.patched for one in only.continuations} == {None}
+
+
+# Cut short, and gone on with.
+def test_a_run_goes_on_and_nothing_is_said_twice(
+    done, learned, words, tmp_path, monkeypatch, generated
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(Recommending, "_with_table", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
+    assert Run.load(tmp_path / "out").speech.keys() == done.speech.keys()
+    del generated[:]
+    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
+    assert not generated
+    for name, speech in done.speech.items():
+        assert again.speech[name].to_record() == speech.to_record()
+    assert again.continuations == done.continuations
+
+
+def test_a_run_that_was_killed_while_it_spoke_goes_on(done, learned, words, tmp_path, monkeypatch):
+    before = state_of(learned)
+    with monkeypatch.context() as patched:
+        patched.setattr(StudySpeech, "judged", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
+    assert Run.load(tmp_path / "out").speech == {}
+    assert_same(before, state_of(learned))
+    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
+    for name, speech in done.speech.items():
+        assert again.speech[name].to_record() == speech.to_record()
+
+
+def test_other_prompts_are_another_run(done, learned, words, tmp_path):
+    options = {**TAKEN, "out": tmp_path / "out", "plan_only": True}
+    sh.run(learned, words, TEXTS, **{**options, "prompts": ()})
+    with pytest.raises(sh.OutputError, match="exists already"):
+        sh.run(learned, words, TEXTS, **options)
+
+
+# Healed.
+def test_a_healed_model_speaks_too(learned, words, tmp_path):
+    before = state_of(learned)
+    done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert_same(before, state_of(learned))
+    assert {*done.speech} == {"whole", "cut", "patched", "healed"}
+    healed = reloaded(done.checkpoint)
+    assert_speech(
+        done.speech["healed"],
+        sh.evaluate_speech(healed, words, PROMPTS, whole=learned, progress=False),
+    )
+    assert all(isinstance(one.healed, str) for one in done.continuations)
+    assert Run.load(done.out).speech.keys() == done.speech.keys()
+    (section,) = (
+        one for one in read_story(done.out, drawn=False).sections if one.title == "How it speaks"
+    )
+    assert section.tables[0].head == ("", "whole", "cut", "patched", "healed")
+    assert "the healed model would accept" in section.lines[0]
+
+
+@pytest.mark.slow
+def test_a_healing_that_goes_on_still_speaks(learned, words, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(HealingStage, "_with_speech", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    monkeypatch.setattr("shallower.studies.healing_stage.heal", lambda *_, **__: 1 / 0)
+    done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert {*done.speech} == {"whole", "cut", "patched", "healed"}
+
+
+@pytest.mark.slow
+def test_a_healed_model_of_another_head_does_not_end_the_run(learned, words, tmp_path, monkeypatch):
+    """As on another device, whose products are rounded otherwise."""
+    measure = HealingStage._loss
+
+    def changed(stage, model, tokenizer):
+        found = measure(stage, model, tokenizer)
+        model.lm_head.weight.data.mul_(1.001)
+        return found
+
+    monkeypatch.setattr(HealingStage, "_loss", changed)
+    with pytest.warns(UserWarning, match="speech of the healed model is not measured: .* head"):
+        done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
+    assert done.recommended.healed is not None
+    assert {*done.speech} == {"whole", "cut", "patched"}
+    assert Run.load(done.out).recommended.healed == done.recommended.healed
+
+
+# Where nothing can be said.
+@pytest.fixture
+def short():
+    """A model that has learned forty positions."""
+    config = GPT2Config(vocab_size=100, n_embd=16, n_layer=3, n_head=2, n_positions=40)
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_prompts_of_our_own_that_do_not_fit_are_left_out(short, words, tmp_path):
+    options = {**TAKEN, "n": 1, "plan_only": True, "out": tmp_path / "out"}
+    with pytest.warns(UserWarning, match=r"no speech is measured: prompt \d+ with .* 40 positions"):
+        done = sh.run(short, words, TEXTS, **{**options, "prompts": None})
+    assert done.speech == {}
+    assert done.continuations == ()
+    assert "How it speaks" not in [one.title for one in read_story(done.out, drawn=False).sections]
+
+
+def test_given_prompts_that_do_not_fit_are_refused_before_the_scan(short, words, tmp_path):
+    with pytest.raises(sh.TextsError, match="prompt 2 with an answer of 64 tokens has 68 tokens"):
+        sh.run(short, words, TEXTS, **TAKEN, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "scan.safetensors").exists()
+
+
+def test_given_prompts_and_layers_on_disk_are_refused(learned, words, tmp_path):
+    sh.save_model(learned, words, tmp_path / "tiny")
+    streamed, tokenizer = sh.load_model(tmp_path / "tiny", "float32", "stream", progress=False)
+    with pytest.raises(sh.ModelError, match=r"the layers are streamed, .* leave out --stream"):
+        sh.run(streamed, tokenizer, TEXTS, **TAKEN, out=tmp_path / "out")
+
+
+# The command.
+@pytest.mark.slow
+def test_the_command_takes_prompts_or_none(learned, words, shallower, tmp_path):
+    sh.save_model(learned, words, tmp_path / "stored")
+    write_jsonl(tmp_path / "texts.jsonl", TEXTS[:80])
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "w1 w2"}\n{"prompt": "w3"}\n')
+    command = (
+        "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--n", "1", "--top", "1",
+        "--dtype", "float32", "--plan-only",
+    )  # fmt: skip
+    spoken = shallower(*command, "--out", tmp_path / "a", "--speech", asked, "--json")
+    assert spoken.status == 0, spoken.err
+    assert spoken.json["speech"]["cut"]["prompts"] == 2
+    assert [one["prompt"] for one in spoken.json["continuations"]] == ["w1 w2", "w3"]
+    silent = shallower(*command, "--out", tmp_path / "b", "--no-speech", "--json")
+    assert (silent.json["speech"], silent.json["continuations"]) == ({}, [])
+    said = shallower(*command, "--out", tmp_path / "c", "--speech", asked).out
+    assert "likeliest token agrees, %" in said
+    assert "w1 w2" in said
+    own = shallower(*command, "--out", tmp_path / "d", "--speech", "--json")
+    assert own.json["speech"]["cut"]["prompts"] == 24
