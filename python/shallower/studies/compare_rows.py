@@ -192,7 +192,7 @@ class _Choosing:
             say_goes_on(where, self.study.progress)
 
     def _sizes(self, criterion: Criterion) -> Sequence[int]:
-        """The sizes that a criterion chooses: of every set of experts, unnamed, only few."""
+        """The sizes that a criterion chooses; by default not those with many sets to try."""
         sizes, trials = self.study.settings.n, self.subject.trials
         if self.study.settings.criteria is not None or not isinstance(criterion, EverySet):
             return sizes

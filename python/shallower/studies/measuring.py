@@ -322,7 +322,7 @@ class Measuring:
         }
 
     def _measure(self, plan: Plan | None, state: Measurable) -> Measured:
-        is_told_by_loss = not self._tasks.settings.tasks and not self.speaks
+        is_told_by_loss = not self._tasks.settings.tasks and self.speech is None
         if state in ("cut", "quick") and is_told_by_loss:
             return Measured(self.held_out.loss(self.scores(plan, state)))
         if state == "cut" or plan is None:
