@@ -39,7 +39,7 @@ def cut_short(shallower, monkeypatch, cache_folder):
         assert first.err.endswith("interrupted: the same command goes on from what is done\n")
         again = shallower(*command)
         assert again.status == 0, again.err
-        (said,) = [line for line in again.err.splitlines() if line.startswith("goes on")]
+        (said,) = [line for line in again.err.splitlines() if line.startswith("resuming")]
         return said
 
     return call

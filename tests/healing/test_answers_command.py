@@ -7,6 +7,7 @@ import torch
 
 import shallower as sh
 from shallower.evaluation import answers as evaluation
+from shallower.healing import trainer_checkpoints
 from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.cutting.card_tools import assert_same_weights, blocks_of_code, cut_by, one_line
 from tests.healing.cuts import QUICK, TEXTS
@@ -203,6 +204,23 @@ def test_answers_that_were_written_before_a_kill_are_not_written_again(
     assert heal("out").status == 0
     assert written == [32, 8]
     assert heal("whole", "--no-cache").status == 0
+    assert adapters(folder / "out") == adapters(folder / "whole")
+
+
+def test_a_training_that_was_killed_goes_on(heal, folder, written, monkeypatch):
+    mark = trainer_checkpoints.mark_complete
+
+    def killed(checkpoint):
+        mark(checkpoint)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_checkpoints, "mark_complete", killed)
+        assert heal("out", steps=3).status == 130
+    done = heal("out", steps=3)
+    assert "resuming: 2 of 3 steps were taken\n" in done.err
+    assert written == [32, 8]
+    assert heal("whole", steps=3).status == 0
     assert adapters(folder / "out") == adapters(folder / "whole")
 
 
