@@ -146,7 +146,7 @@ def test_run_races_by_the_words_of_the_whole_model(shallower, folder, tiny, text
     command += ["--n", "1", "--judge", "speech", "--speech", "asked.jsonl", "--plan-only"]
     done = shallower(*command)
     assert done.status == 0, done.err
-    assert "6 prompts that" in done.out
+    assert "6 selection" in done.out
     results = json.loads((folder / "out" / "results.json").read_text())
     assert results["recommended"]["verified"]["judge"] == "speech"
     assert results["command"].endswith("--judge speech --speech asked.jsonl --plan-only")
