@@ -190,7 +190,7 @@ def test_criteria_without_their_statistics_are_refused():
     found.lose_stream()
     assert found.sums.sums()[..., VALUES.index("moved")].sum() == 0
     found.aimer[1, 2] = np.nan
-    with pytest.raises(sh.ExpertsError, match="choose another criterion than easy-ep"):
+    with pytest.raises(sh.ExpertsError, match="Choose another criterion than easy-ep"):
         expert_scores(found, "easy-ep")
     with pytest.raises(sh.ExpertsError, match="has not seen the weights"):
         expert_scores(found, "aimer")

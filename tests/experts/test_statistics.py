@@ -216,7 +216,7 @@ def test_how_far_the_stream_is_turned(name):
     found = observed(model, seen)
     assert found.has_stream == (name not in WITHOUT_STREAM)
     if not found.has_stream:
-        with pytest.raises(sh.ExpertsError, match="choose another criterion than easy-ep"):
+        with pytest.raises(sh.ExpertsError, match="Choose another criterion than easy-ep"):
             found.total("moved")
         return
     one = find_experts(model)[0]

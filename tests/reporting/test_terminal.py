@@ -242,7 +242,7 @@ def test_a_row_for_every_candidate_in_80_columns(printed):
     assert max(map(len, text.splitlines())) <= 80
     shown = " ".join(text.split())
     assert "after a quick patch" in shown
-    assert "9 proposals were judged on up to 48 texts" in shown
+    assert "9 proposals were judged on up to 48 selection texts" in shown
     for part in ("→ [12, 20)", "48 4.052 ± 0.060", "the winner", "+0.148 ± 0.020 worse"):
         assert part in shown
     assert row_of(text, "[1, 9)", "8", "4.060 ± 0.060", "+0.008 ± 0.020").endswith("a tie")
