@@ -60,7 +60,9 @@ SOURCE = ROOT / "python" / "shallower"
 SEEN = {
     topic
     for path in SOURCE.rglob("*.py")
-    for topic in re.findall(r'see="(\w+)"', path.read_text(encoding="utf-8"))
+    for topic in re.findall(
+        r'see=(?:None if [\w.]+ else )?"(\w+)"', path.read_text(encoding="utf-8")
+    )
 }
 
 

@@ -185,7 +185,7 @@ def test_halves_of_our_own_prompts_choose_and_report():
 def test_a_prompt_that_is_there_twice_is_one():
     twice = [{"prompt": one, "answer": "so"} for one in ASKED] + ASKED
     assert sum(map(len, judged_items("speech", prompts=twice, seed=0))) == 12
-    with pytest.raises(TextsError, match=r"too few prompts .*: 7 that differ, expected at least 8"):
+    with pytest.raises(TextsError, match=r"too few prompts .*: 7 distinct, expected at least 8"):
         judged_items("speech", prompts=2 * ASKED[:7], seed=0)
 
 

@@ -281,7 +281,7 @@ def streamed(learned, words, tmp_path):
 
 
 def test_a_model_on_disk_is_not_read_for_each_token(streamed, tmp_path):
-    with pytest.raises(sh.ModelError, match=r"wait on disk .* leave out the answers \(answers"):
+    with pytest.raises(sh.ModelError, match=r"are streamed .* leave out the answers \(answers"):
         streamed(answers=True)
     assert not (tmp_path / "out").exists()
 

@@ -251,7 +251,9 @@ def test_given_prompts_that_do_not_fit_are_refused_before_the_scan(short, words,
 def test_given_prompts_and_layers_on_disk_are_refused(learned, words, tmp_path):
     sh.save_model(learned, words, tmp_path / "tiny")
     streamed, tokenizer = sh.load_model(tmp_path / "tiny", "float32", "stream", progress=False)
-    with pytest.raises(sh.ModelError, match=r"the layers are streamed, .* leave out --stream"):
+    with pytest.raises(
+        sh.ModelError, match=r"the layers are streamed from disk, .* leave out --stream"
+    ):
         sh.run(streamed, tokenizer, TEXTS, **TAKEN, out=tmp_path / "out")
 
 

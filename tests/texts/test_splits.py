@@ -21,7 +21,7 @@ def test_no_text_is_in_two_sets(numbers, num_choosing, seed):
     report = texts(5)
     own = {text for text in source if text not in report}
     if len(own) < 12:
-        with pytest.raises(TextsError, match="too few texts"):
+        with pytest.raises(TextsError, match="too few calibration and selection texts"):
             three_splits(source, report, num_choosing=num_choosing, seed=seed)
         return
     splits = three_splits(source, report, num_choosing=num_choosing, seed=seed)
@@ -97,5 +97,5 @@ def test_items_are_divided_into_halves():
 
 
 def test_too_few_items_are_refused():
-    with pytest.raises(TextsError, match="7 that differ, expected at least 8"):
+    with pytest.raises(TextsError, match="7 distinct, expected at least 8"):
         two_splits([*range(7), 0])
