@@ -315,6 +315,7 @@ def test_texts_for_a_step_are_enough_beside_answers(learned, words):
 
 # The command
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:answers are left out")  # of prompts longer than these texts
 def test_the_command_takes_answers(learned, words, shallower, folder, written):
     sh.save_model(learned, words, folder / "stored")
     for name, texts in (("texts", TEXTS), ("held_out", REPORT)):
