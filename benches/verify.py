@@ -78,10 +78,9 @@ def duel(report, verified, rivals):
     row = {"n": verified.n, "after": verified.after, "dropped": verified.plan.dropped,
            "layer_forwards": verified.layer_forwards, "seconds": verified.seconds,
            "said": verified.sentence()}  # fmt: skip
-    for way, loss in (("none", "loss"), ("patch", "patched")):
-        best = min(
-            (r for r in rivals if getattr(r, loss) is not None), key=lambda r: getattr(r, loss)
-        )
+    for way, state in (("none", "cut"), ("patch", "patched")):
+        known = [(getattr(r, state).loss.mean, r) for r in rivals if getattr(r, state) is not None]
+        _, best = min(known, key=lambda one: one[0])
         ours, theirs = (report[way].scores(cut) for cut in (verified.plan.dropped, best.dropped))
         more = ours.minus(theirs)
         same = set(verified.plan.dropped) == set(best.dropped)

@@ -99,10 +99,10 @@ def test_those_without_a_token_go_and_then_the_lowest(tokens, criterion, count):
         np.testing.assert_array_equal(one.scores, row[list(one.experts)])
         kept = list(dropped.kept(one.layer))
         sign = -1 if criterion == "aimer" else 1
-        if not np.isnan(one.last[0]) and not np.isnan(one.next[0]):
-            assert sign * one.last[0] == np.nanmax(sign * row[list(one.experts)])
-            assert sign * one.next[0] == np.nanmin(sign * row[kept])
-            assert any(np.array_equal(one.next[1], each, equal_nan=True) for each in error)
+        if not np.isnan(one.last.mean) and not np.isnan(one.next.mean):
+            assert sign * one.last.mean == np.nanmax(sign * row[list(one.experts)])
+            assert sign * one.next.mean == np.nanmin(sign * row[kept])
+            assert any(np.array_equal(one.next.stderr, each, equal_nan=True) for each in error)
 
 
 def test_experts_that_were_sent_nothing_are_named():

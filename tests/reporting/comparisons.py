@@ -4,6 +4,7 @@ import numpy as np
 
 from shallower.values.comparison import ComparedModel, CriteriaComparison, Row
 from shallower.values.loss import Loss
+from shallower.values.scores import Estimate, Standing
 
 # What a choice costs: layers run, times texts; how far the choices are from the best; a few facts.
 COSTS = {
@@ -57,26 +58,26 @@ def rows_of(model, texts="c4", criteria=COSTS, sizes=SIZES):
             dropped, loss, forwards, luck = chosen[criterion]
             regret = loss - least
             stderr = 0.0 if regret == 0 else 0.01 + 0.05 * regret
+            lost = loss - model.whole.nats
+            bare = Estimate(loss, 0.03 + 0.01 * loss)
+            cut = Standing(bare, Estimate(lost, 0.02 + 0.02 * lost), Estimate(regret, stderr))
             patched = patches.get(criterion)
-            more = None if patched is None else patched - model.whole.nats
-            behind = None if patched is None else patched - min(patches.values())
+            if patched is not None:
+                more, behind = patched - model.whole.nats, patched - min(patches.values())
+                patched = Standing(
+                    Estimate(patched, 0.03), Estimate(more, 0.01 + 0.02 * more),
+                    Estimate(behind, behind and 0.01 + 0.05 * behind),
+                )  # fmt: skip
             searches = criterion in ("greedy", "evolution", "exhaustive")
             found.append(
                 Row(
                     model=model.name, texts=texts, criterion=criterion, n=n, dropped=dropped,
-                    loss=loss, stderr=0.03 + 0.01 * loss, difference=loss - model.whole.nats,
-                    difference_stderr=0.02 + 0.02 * (loss - model.whole.nats), patched=patched,
-                    patched_stderr=None if patched is None else 0.03, regret=regret,
-                    regret_stderr=stderr, tied=regret <= 2 * stderr,
+                    cut=cut, patched=patched,
                     tau=None if searches or criterion == "random" else tau_of(criterion),
                     layers_share=share, parameters_share=0.79 * share,
                     seconds=0.2 + forwards / 900 * (0.8 + 0.4 * luck),
                     layer_forwards=forwards * (n if criterion == "greedy" else 1),
-                    score=loss, score_stderr=0.03 + 0.01 * loss,
-                    patched_difference=more,
-                    patched_difference_stderr=more and 0.01 + 0.02 * more, patched_regret=behind,
-                    patched_regret_stderr=behind and 0.01 + 0.05 * behind,
-                    patched_tied=behind is not None and behind <= 0.02,
+                    score=bare,
                 )
             )  # fmt: skip
     return found

@@ -10,7 +10,7 @@ from shallower.reporting.results import Continuations, Run
 from shallower.values.curve import Curve, CurvePoint
 from shallower.values.identity import TextsIdentity
 from shallower.values.recommendation import Recommended, SizeRow
-from shallower.values.scores import Scores
+from shallower.values.scores import Estimate, Scores, Standing
 from shallower.values.target import Target
 from shallower.values.task_scores import TaskScores
 from shallower.values.verification import Candidate, Verified
@@ -62,10 +62,13 @@ def row(n, num_layers):
     start = (num_layers - n) // 2 - 1
     dropped = (12, 13, 14, 15) if n == 4 else tuple(range(start, start + n))
     lost = 0.1 * n**1.2
+    cut, patched = (
+        Standing(Estimate(3.2 + more, 0.05), Estimate(more, 0.02 * lost))
+        for more in (lost, lost / 2)
+    )
     return SizeRow(
-        n, dropped, 3.2 + lost, 0.05, lost, 0.02 * lost, 40, 3.2 + lost / 2, 0.05, lost / 2,
-        0.02 * lost, 3.4 + 2 * lost, 0.05, 3.3 + lost, n / num_layers, 0.8 * n / num_layers, 1,
-        2880, 9.0,
+        n, dropped, cut, 40, patched, Estimate(3.4 + 2 * lost, 0.05), 3.3 + lost, n / num_layers,
+        0.8 * n / num_layers, 1, 2880, 9.0,
     )  # fmt: skip
 
 

@@ -3,15 +3,16 @@
 import csv
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
 from shallower import OutputError
 from shallower.reporting.stories.comparison import comparison_story, criteria_table
 from shallower.reporting.writers.csv import write_comparison
-from shallower.values.comparison import CriteriaComparison, Row
+from shallower.values.comparison import CriteriaComparison
 from shallower.values.layers import ranges
+from shallower.values.scores import Estimate, Standing
 from tests.reporting.comparisons import COSTS, SIZES, compared, comparison, rows_of
 
 
@@ -52,9 +53,11 @@ def test_everything_fits_80_columns(whole, shown):
     assert "…" not in text
     for row in whole.rows:
         assert row.criterion in text
-        assert f" {row.loss:.3f} " in text or f" {row.loss:.2f} " in text
+        loss = row.cut.loss.mean
+        assert f" {loss:.3f} " in text or f" {loss:.2f} " in text
         if row.patched is not None:
-            assert f"{row.patched_regret:.3f} ± {row.patched_regret_stderr:.3f}" in text
+            regret = row.patched.regret
+            assert f"{regret.mean:.3f} ± {regret.stderr:.3f}" in text
 
 
 def test_every_model_and_size_is_a_block_sorted_by_regret(whole, shown):
@@ -62,7 +65,10 @@ def test_every_model_and_size_is_a_block_sorted_by_regret(whole, shown):
     assert list(found) == [(m.name, n) for m in whole.models for n in SIZES]
     for (model, n), lines in found.items():
         rows = [row for row in whole.rows if (row.model, row.n) == (model, n)]
-        rows.sort(key=lambda row: (row.patched is None, row.patched_regret, row.regret))
+        patched = [row for row in rows if row.patched is not None]
+        bare = [row for row in rows if row.patched is None]
+        rows = sorted(patched, key=lambda row: row.patched.regret.mean)
+        rows += sorted(bare, key=lambda row: row.cut.regret.mean)
         start = next(place for place, line in enumerate(lines) if "─" in line) + 1
         names = [line.split()[0] for line in lines[start:] if line[0] != " "][: len(rows)]
         assert names == [row.criterion for row in rows]
@@ -72,16 +78,17 @@ def test_a_row_says_everything(whole, shown):
     found = blocks(shown(whole, 300))
     for row in whole.rows:
         line = next(line for line in found[row.model, row.n] if line.split()[0] == row.criterion)
-        for value in (row.loss, row.regret):
+        for value in (row.cut.loss.mean, row.cut.regret.mean):
             assert f" {value:.{3 if value < 9.9995 else 2}f} " in line
         if row.patched is None:
             assert " – " in line
             assert "best" not in line
             continue
-        assert f" {row.patched:.3f} " in line
-        assert f"{row.patched_regret:.3f} ± {row.patched_regret_stderr:.3f}" in line
-        assert ("tie" in line) == (row.patched_tied and row.patched_regret > 0)
-        assert ("best" in line) == (row.patched_regret == 0)
+        loss, regret = row.patched.loss, row.patched.regret
+        assert f" {loss.mean:.3f} " in line
+        assert f"{regret.mean:.3f} ± {regret.stderr:.3f}" in line
+        assert ("tie" in line) == (row.patched.tied and regret.mean > 0)
+        assert ("best" in line) == (regret.mean == 0)
 
 
 # By which state cuts are ranked
@@ -89,16 +96,17 @@ def turned(**more):
     """Two criteria of which the second is the best as cut, and the first after the patch."""
     pair = [row for row in rows_of(compared(), sizes=(4,)) if row.criterion in ("greedy", "taylor")]
     known = {
-        "taylor": {"loss": 4.9, "difference": 1.3, "regret": 0.3, "regret_stderr": 0.04,
-                   "tied": False, "patched": 3.9, "patched_difference": 0.3,
-                   "patched_regret": 0.0, "patched_regret_stderr": 0.0, "patched_tied": True},
-        "greedy": {"loss": 4.6, "difference": 1.0, "regret": 0.0, "regret_stderr": 0.0,
-                   "tied": True, "patched": 4.1, "patched_difference": 0.5,
-                   "patched_regret": 0.2, "patched_regret_stderr": 0.03, "patched_tied": False},
+        "taylor": {"cut": standing(4.9, (1.3, 0.02), (0.3, 0.04)),
+                   "patched": standing(3.9, (0.3, 0.01), (0.0, 0.0))},
+        "greedy": {"cut": standing(4.6, (1.0, 0.02), (0.0, 0.0)),
+                   "patched": standing(4.1, (0.5, 0.01), (0.2, 0.03))},
     }  # fmt: skip
-    fixed = {"difference_stderr": 0.02, "patched_difference_stderr": 0.01}
-    rows = tuple(replace(row, **{**known[row.criterion], **fixed, **more}) for row in pair)
+    rows = tuple(replace(row, **{**known[row.criterion], **more}) for row in pair)
     return CriteriaComparison((compared(),), rows)
+
+
+def standing(loss, difference, regret):
+    return Standing(Estimate(loss, 0.05), Estimate(*difference), Estimate(*regret))
 
 
 def test_cuts_are_ranked_after_the_patch_where_there_is_one(shown):
@@ -125,8 +133,7 @@ def test_cuts_are_ranked_after_the_patch_where_there_is_one(shown):
 def test_what_cannot_be_patched_is_named_beside_the_ranking():
     found = turned()
     (bare,) = rows_of(compared(), criteria=("deepest",), sizes=(4,))
-    nothing = {"patched": None, "patched_difference": None, "patched_regret": None}
-    bare = replace(bare, **nothing, unpatched="there is no layer before the block")
+    bare = replace(bare, patched=None, unpatched="there is no layer before the block")
     story = comparison_story(replace(found, rows=(*found.rows, bare)), drawn=False)
     said = (
         "greedy comes last, 0.20 ± 0.03 nats a token behind; the cut of deepest cannot be patched"
@@ -137,8 +144,9 @@ def test_what_cannot_be_patched_is_named_beside_the_ranking():
 def test_the_same_order_in_both_states_is_said_with_its_ties():
     found = turned()
     rows = tuple(
-        replace(row, regret=0.0 if row.criterion == "taylor" else 0.1, tied=True)
+        replace(row, cut=replace(row.cut, regret=Estimate(regret, 0.1)))
         for row in found.rows
+        for regret in [0.0 if row.criterion == "taylor" else 0.1]
     )
     story = comparison_story(replace(found, rows=rows), drawn=False)
     said = "As bare cuts the same layers cost least; greedy cannot be told from them."
@@ -171,8 +179,7 @@ def test_the_judge_of_speech_is_said_in_plain_words(shown):
 
 
 def test_cuts_that_were_not_patched_are_ranked_as_bare_cuts():
-    nothing = {"patched": None, "patched_difference": None, "patched_regret": None}
-    story = comparison_story(turned(**nothing), drawn=False)
+    story = comparison_story(turned(patched=None), drawn=False)
     assert "greedy loses least as a bare cut" in story.sentence
     assert story.sentence.endswith("No row says how they compare after a patch.")
 
@@ -184,7 +191,8 @@ def test_a_comparison_of_an_older_version_is_read(shown):
             if name != "patched_stderr":
                 del row[name]
     found = CriteriaComparison.from_json(data)
-    assert [row.as_patched for row in found.rows] == [None, None]
+    assert [row.patched.loss.mean for row in found.rows] == [3.9, 4.1]
+    assert not any(row.patched.is_ranked or row.patched.tied for row in found.rows)
     assert "greedy loses least as a bare cut" in shown(found, 300)
 
 
@@ -263,14 +271,15 @@ def test_several_calibration_texts_have_parts_of_their_own(shown):
 
 def test_another_judge_has_its_score_beside_the_loss(shown):
     rows = tuple(
-        replace(row, score=0.1 * row.loss, score_stderr=0.0123) for row in rows_of(compared())
+        replace(row, score=Estimate(0.1 * row.cut.loss.mean, 0.0123)) for row in rows_of(compared())
     )
     text = shown(CriteriaComparison((compared(),), rows, judge="kl", unit="nats a token"))
     assert "Judge: kl, the divergence from the whole model's next-token" in text
     assert max(map(len, text.splitlines())) <= 80
     for row in rows:
-        assert f"{row.score:.3f} ± 0.012" in text
-        assert f"{row.loss:.3f}" in text or f"{row.loss:.2f}" in text
+        loss = row.cut.loss.mean
+        assert f"{row.score.mean:.3f} ± 0.012" in text
+        assert f"{loss:.3f}" in text or f"{loss:.2f}" in text
 
 
 def test_the_judge_of_options_shows_accuracy_and_chance(shown):
@@ -285,10 +294,8 @@ def test_the_judge_of_options_shows_accuracy_and_chance(shown):
 def test_what_is_not_known_is_a_dash_and_comes_last(shown):
     nan = math.nan
     rows = rows_of(compared(), sizes=(4,))
-    rows[0] = replace(
-        rows[0], regret=nan, regret_stderr=nan, loss=nan, stderr=nan, tied=False, patched=None,
-        patched_difference=None, patched_regret=None, patched_regret_stderr=None,
-    )  # fmt: skip
+    unknown = standing(nan, (nan, nan), (nan, nan))
+    rows[0] = replace(rows[0], cut=unknown, patched=None)
     text = shown(CriteriaComparison((compared(),), tuple(rows)))
     assert "nan" not in text
     lines = blocks(text)["SmolLM2-135M", 4]
@@ -330,20 +337,29 @@ def test_every_row_is_a_line_with_all_fields(whole, tmp_path):
     write_comparison(whole, tmp_path / "comparison.csv")
     with (tmp_path / "comparison.csv").open(newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
-    assert list(found[0]) == [one.name for one in fields(Row)]
+    assert list(found[0]) == [
+        "model", "texts", "criterion", "n", "dropped", "loss", "stderr", "difference",
+        "difference_stderr", "patched", "patched_stderr", "regret", "regret_stderr", "tied", "tau",
+        "layers_share", "parameters_share", "seconds", "layer_forwards", "score", "score_stderr",
+        "accuracy", "unpatched", "patched_difference", "patched_difference_stderr",
+        "patched_regret", "patched_regret_stderr", "patched_tied", "acceptance",
+        "acceptance_stderr", "repetition", "repetition_stderr", "experts",
+    ]  # fmt: skip
     assert len(found) == len(whole.rows)
     for line, row in zip(found, whole.rows, strict=True):
         assert tuple(map(int, line["dropped"].split())) == row.dropped
-        assert float(line["loss"]) == row.loss
-        assert line["patched"] == ("" if row.patched is None else repr(row.patched))
-        assert line["tied"] == str(row.tied).lower()
+        assert float(line["loss"]) == row.cut.loss.mean
+        assert line["patched"] == ("" if row.patched is None else repr(row.patched.loss.mean))
+        assert line["tied"] == str(row.cut.tied).lower()
+        assert line["patched_tied"] == str(bool(row.patched and row.patched.tied)).lower()
         assert (line["model"], line["criterion"], int(line["n"])) == (
             row.model, row.criterion, row.n,
         )  # fmt: skip
 
 
 def test_what_is_not_finite_is_an_empty_cell(tmp_path):
-    row = replace(rows_of(compared())[0], loss=math.nan, regret=math.inf, model='a,"b"\nc')
+    unknown = standing(math.nan, (0.1, 0.01), (math.inf, 0.01))
+    row = replace(rows_of(compared())[0], cut=unknown, model='a,"b"\nc')
     write_comparison(CriteriaComparison((), (row,)), tmp_path / "a.csv")
     with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
         (line,) = csv.DictReader(file)

@@ -24,6 +24,7 @@ from shallower.reporting.charts.comparison import (
 )
 from shallower.reporting.charts.plots import pareto_front
 from shallower.values.comparison import CriteriaComparison
+from shallower.values.scores import UNKNOWN
 from tests.reporting.comparisons import COSTS, compared, comparison, rows_of
 
 FILES = [
@@ -59,6 +60,16 @@ def charts(found):
     """The figures of the first model: losses as cut and patched, and regret over cost."""
     group = groups_of(found)[0]
     return [*loss_charts(group, 0), *cost_charts(group, 0)]
+
+
+def with_loss(row, loss):
+    """A row with another loss of the bare cut."""
+    return replace(row, cut=replace(row.cut, loss=replace(row.cut.loss, mean=loss)))
+
+
+def with_regret(row, regret):
+    """A row with another regret of the bare cut."""
+    return replace(row, cut=replace(row.cut, regret=replace(row.cut.regret, mean=regret)))
 
 
 def axes_of(drawing):
@@ -138,13 +149,14 @@ def test_no_two_criteria_look_alike():
 
 def test_losses_are_drawn_over_the_share_of_layers(small):
     rows = [row for row in small.rows if row.criterion == "greedy"]
-    for drawing, loss in zip(charts(small), ("loss", "patched"), strict=False):
-        wanted = [[row.layers_share, getattr(row, loss)] for row in rows]
+    for drawing, state in zip(charts(small), ("cut", "patched"), strict=False):
+        losses = [getattr(row, state).loss for row in rows]
+        wanted = [[row.layers_share, one.mean] for row, one in zip(rows, losses, strict=True)]
         drawn = [line.get_xydata() for line in axes_of(drawing).lines]
         assert any(np.array_equal(data, wanted) for data in drawn)
         whole = small.models[0].whole.nats
         assert any(set(line.get_ydata()) == {whole} for line in axes_of(drawing).lines)
-        stderrs = {getattr(row, "stderr" if loss == "loss" else "patched_stderr") for row in rows}
+        stderrs = {one.stderr for one in losses}
         numbers = [row[-1] for row in drawing.numbers if row[0] == "greedy"]
         assert all(any(f"± {stderr:.3f}" in one for stderr in stderrs) for one in numbers)
 
@@ -153,8 +165,8 @@ def test_losses_above_a_guess_are_triangles():
     model = compared()
     guess = math.log(model.whole.vocab_size)
     rows = rows_of(model, criteria=("angular", "random"), sizes=(1, 8))
-    rows = [replace(row, loss=40.0 if row.n == 8 else 4.0) for row in rows]
-    rows[-1] = replace(rows[-1], loss=math.inf)
+    rows = [with_loss(row, 40.0 if row.n == 8 else 4.0) for row in rows]
+    rows[-1] = with_loss(rows[-1], math.inf)
     axes = axes_of(charts(CriteriaComparison((model,), tuple(rows)))[0])
     assert axes.get_ylim()[1] == guess
     at_the_edge = [
@@ -165,14 +177,14 @@ def test_losses_above_a_guess_are_triangles():
 
 def test_a_cut_that_is_better_than_the_whole_model_is_in_sight():
     rows = rows_of(compared(), criteria=("angular",))
-    rows[0] = replace(rows[0], loss=2.5)
+    rows[0] = with_loss(rows[0], 2.5)
     axes = axes_of(charts(CriteriaComparison((compared(),), tuple(rows)))[0])
     assert axes.get_ylim()[0] < 2.5
 
 
 def test_a_criterion_that_was_never_patched_has_no_line():
     rows = tuple(
-        replace(row, patched=None, patched_stderr=None) if row.criterion == "random" else row
+        replace(row, patched=None) if row.criterion == "random" else row
         for row in rows_of(compared(), criteria=("angular", "random"))
     )
     patched = charts(CriteriaComparison((compared(),), rows))[1]
@@ -196,7 +208,7 @@ def test_points_are_means_over_all_sizes(small):
         rows = [row for row in small.rows if row.criterion == criterion]
         mean = (
             sum(row.layer_forwards for row in rows) / 2,
-            sum(row.patched_regret for row in rows) / 2,
+            sum(row.patched.regret.mean for row in rows) / 2,
         )
         assert mean in drawn
     assert min(x for x, _ in drawn) == 0
@@ -205,21 +217,20 @@ def test_points_are_means_over_all_sizes(small):
 
 def test_figures_are_ranked_as_the_headline(small):
     """By the regret after the patch; by that of the judge where another one judges."""
-    turned = tuple(
-        replace(row, regret=9 - row.patched_regret, patched_tied=False) for row in small.rows
-    )
+    turned = tuple(with_regret(row, 9 - row.patched.regret.mean) for row in small.rows)
     ranked = ("loss", "after a quick patch", ""), ("kl", "as bare cuts", " of divergence")
     for judge, state, of in ranked:
         group = groups_of(replace(small, rows=turned, judge=judge))[0]
         means = {
-            name: sum(row.patched_regret for row in group.of(name)) for name in group.by_regret()
+            name: sum(row.patched.regret.mean for row in group.of(name))
+            for name in group.by_regret()
         }
         assert sorted(means, key=means.get, reverse=judge == "kl") == list(means)
         dots, *_, costs = group_charts(group, 0)
         assert dots.title.startswith(f"What each criterion's choice truly loses {state}")
         assert costs.head[2] == f"regret {state}, nats a token{of}"
         for row in small.rows:
-            shown = row.patched_difference if judge == "loss" else row.difference
+            shown = (row.patched if judge == "loss" else row.cut).difference.mean
             (told,) = [cells[-1] for cells in dots.numbers
                        if cells[:2] == (row.criterion, f"n = {row.n}")]  # fmt: skip
             assert told.startswith(f"{shown:.3f} ± ")
@@ -229,7 +240,10 @@ def test_a_criterion_without_all_sizes_has_no_mean(small):
     rows = [r for r in small.rows if (r.criterion, r.n) != ("greedy", 8)]
     drawing = charts(replace(small, rows=tuple(rows)))[2]
     assert "greedy" not in {row[0] for row in drawing.numbers}
-    nothing = [replace(row, regret=math.nan, patched_regret=None) for row in small.rows]
+    nothing = [
+        replace(with_regret(row, math.nan), patched=replace(row.patched, regret=UNKNOWN))
+        for row in small.rows
+    ]
     assert len(charts(replace(small, rows=tuple(nothing)))) == 2
 
 

@@ -23,7 +23,7 @@ from shallower.reporting.writers import page as pages
 from shallower.runs import report as reports
 from shallower.runs.report import read_story, report
 from shallower.savings.weights import count_weights
-from shallower.values.scores import Difference
+from shallower.values.scores import Difference, Estimate
 from tests.reporting.comparisons import comparison
 from tests.reporting.stories import curve, loss, made_run, row, write
 
@@ -204,8 +204,7 @@ def test_a_comparison_is_told_by_its_best_and_its_ties(tmp_path):
     model = compared.models[0]
     rows = [row for row in compared.rows if (row.model, row.n) == (model.name, 12)]
     patched = [row for row in rows if row.patched is not None]
-    best = min(patched, key=lambda row: row.patched_regret)
-    worst = max(patched, key=lambda row: row.patched_regret)
+    best, *_, worst = sorted(patched, key=lambda row: row.patched.regret.mean)
     assert story.sentence.startswith(
         f"With 12 of 30 layers gone, {best.criterion} loses least after a quick patch"
     )
@@ -231,7 +230,9 @@ def test_a_quiet_run_has_no_warning(made):
 def test_selection_and_test_texts_are_compared(made, shift, warned):
     done, _ = made
     table = tuple(
-        replace(one, patched=3.4 + shift, patched_stderr=0.04) if one.n == 4 else one
+        replace(one, patched=replace(one.patched, loss=Estimate(3.4 + shift, 0.04)))
+        if one.n == 4
+        else one
         for one in done.table
     )
     warnings = told(replace(done, table=table)).warnings

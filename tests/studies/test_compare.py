@@ -71,9 +71,9 @@ def test_a_row_has_the_loss_of_the_cut_on_the_texts_that_report(compared, model,
         assert len(row.dropped) == row.n
         with sh.without_layers(model, row.dropped):
             loss = sh.evaluate_loss(model, words, HELD_OUT)
-        assert row.loss == pytest.approx(loss.nats, rel=1e-6)
-        assert row.stderr == pytest.approx(loss.stderr, rel=1e-4)
-        assert row.difference == pytest.approx(loss.nats - whole.nats, abs=1e-6)
+        assert row.cut.loss.mean == pytest.approx(loss.nats, rel=1e-6)
+        assert row.cut.loss.stderr == pytest.approx(loss.stderr, rel=1e-4)
+        assert row.cut.difference.mean == pytest.approx(loss.nats - whole.nats, abs=1e-6)
 
 
 def test_the_error_of_a_difference_is_paired(compared, model, words):
@@ -92,17 +92,19 @@ def test_the_error_of_a_difference_is_paired(compared, model, words):
     sums = np.array([(a.nats - b.nats) * a.num_tokens for a, b in zip(cut, whole, strict=True)])
     mean, size = sums.sum() / counts.sum(), len(sums)
     squares = ((sums - mean * counts) ** 2).sum() * size / (size - 1)
-    assert row.difference_stderr == pytest.approx(math.sqrt(squares) / counts.sum(), rel=1e-4)
+    stderr = row.cut.difference.stderr
+    assert stderr == pytest.approx(math.sqrt(squares) / counts.sum(), rel=1e-4)
 
 
 def test_regret_is_over_the_best_row_of_its_size(compared):
     for n in (1, 3):
         rows = [row for row in compared.rows if row.n == n]
-        best = min(rows, key=lambda row: row.loss)
+        best = min(rows, key=lambda row: row.cut.loss.mean)
         for row in rows:
-            assert row.regret == pytest.approx(row.loss - best.loss, abs=1e-9)
-            assert row.regret_stderr == 0 if row.dropped == best.dropped else row.regret_stderr > 0
-        assert best.tied
+            loss, regret = row.cut.loss.mean, row.cut.regret
+            assert regret.mean == pytest.approx(loss - best.cut.loss.mean, abs=1e-9)
+            assert regret.stderr == 0 if row.dropped == best.dropped else regret.stderr > 0
+        assert best.cut.tied
 
 
 def test_shares_are_of_layers_and_of_parameters(compared, model):
@@ -153,8 +155,8 @@ def test_a_patched_loss_is_that_of_the_patched_model(compared, model, words):
     for row in {row.dropped: row for row in patched}.values():
         with patch.patched(sh.Plan.of(6, row.dropped)), sh.without_layers(model, row.dropped):
             loss = sh.evaluate_loss(model, words, HELD_OUT)
-        assert row.patched == pytest.approx(loss.nats, rel=1e-6)
-        assert row.patched_stderr == pytest.approx(loss.stderr, rel=1e-4)
+        assert row.patched.loss.mean == pytest.approx(loss.nats, rel=1e-6)
+        assert row.patched.loss.stderr == pytest.approx(loss.stderr, rel=1e-4)
         assert row.unpatched is None
     without = [row for row in compared.rows if 0 in row.dropped]
     assert all(row.patched is None and "no layer before" in row.unpatched for row in without)
@@ -191,29 +193,30 @@ def test_regret_is_paired_by_text_in_both_states(compared, model, words, state):
         sums = {row.dropped: by_text(model, words, row.dropped, patch)[0] for row in rows}
         best = min(sums, key=lambda dropped: sum(sums[dropped]))
         for row in rows:
-            standing = row.as_patched if patch else row.as_cut
+            standing = row.patched if patch else row.cut
             regret, stderr = paired(sums[row.dropped], sums[best], counts)
-            assert standing.regret == pytest.approx(regret, abs=1e-6)
-            assert standing.regret_stderr == pytest.approx(stderr, rel=1e-3, abs=1e-7)
+            assert standing.regret.mean == pytest.approx(regret, abs=1e-6)
+            assert standing.regret.stderr == pytest.approx(stderr, rel=1e-3, abs=1e-7)
             assert standing.tied == (abs(regret) <= 2 * stderr)
             lost, stderr = paired(sums[row.dropped], whole, counts)
-            assert standing.difference == pytest.approx(lost, abs=1e-6)
-            assert standing.difference_stderr == pytest.approx(stderr, rel=1e-3)
-        assert [row.dropped for row in rows if (row.as_patched if patch else row.as_cut).regret == 0
+            assert standing.difference.mean == pytest.approx(lost, abs=1e-6)
+            assert standing.difference.stderr == pytest.approx(stderr, rel=1e-3)
+        standings = [(row.dropped, row.patched if patch else row.cut) for row in rows]
+        assert [dropped for dropped, one in standings if one.regret.mean == 0
                 ].count(best) == sum(row.dropped == best for row in rows)  # fmt: skip
     unpatched = [row for row in compared.rows if 0 in row.dropped]
-    assert all(row.as_patched is None and not row.patched_tied for row in unpatched)
+    assert all(row.patched is None and not row.to_json()["patched_tied"] for row in unpatched)
 
 
 def test_a_patched_regret_is_over_the_best_of_all_calibration_texts(model, words):
     texts = {"one": TEXTS, "two": documents(24, seed=5)}
     asked = {"n": [2], "criteria": ["deepest"], "cache": False}
     rows = sh.compare(model, words, texts, HELD_OUT, **asked).rows
-    least = min(row.patched for row in rows)
-    assert len({row.patched for row in rows}) == 2  # the same layers, patched by other texts
-    for row in rows:
-        assert row.patched_regret == pytest.approx(row.patched - least, abs=1e-9)
-        assert (row.patched_regret_stderr == 0) == (row.patched == least)
+    losses = [row.patched.loss.mean for row in rows]
+    assert len({*losses}) == 2  # the same layers, patched by other texts
+    for row, loss in zip(rows, losses, strict=True):
+        assert row.patched.regret.mean == pytest.approx(loss - min(losses), abs=1e-9)
+        assert (row.patched.regret.stderr == 0) == (loss == min(losses))
 
 
 def test_work_is_counted_for_each_criterion_by_itself(compared, model, words):
@@ -229,7 +232,7 @@ def test_without_memory_for_states_the_choices_are_the_same(compared, model, wor
     asked = {"n": [3], "criteria": ["greedy"], "cache": False}
     done = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
     (row,) = [row for row in compared.rows if (row.criterion, row.n) == ("greedy", 3)]
-    assert (done.rows[0].dropped, done.rows[0].loss) == (row.dropped, row.loss)
+    assert (done.rows[0].dropped, done.rows[0].cut.loss) == (row.dropped, row.cut.loss)
 
 
 def test_calibration_texts_choose_each_for_itself(model, words):
@@ -247,7 +250,7 @@ def test_other_judges_choose_and_report(model, words, tmp_path):
     file.write_text("".join(json.dumps(item) + "\n" for item in items))
     asked = {"n": [2], "criteria": ["one_shot"], "cache": False}
     (row,) = sh.compare(model, words, TEXTS, HELD_OUT, judge="kl", **asked).rows
-    assert row.score > 0
+    assert row.score.mean > 0
     assert row.accuracy is None
     done = sh.compare(model, words, TEXTS, HELD_OUT, judge="options", options=file, **asked)
     assert done.models[0].chance == 0.5
@@ -412,8 +415,9 @@ def test_the_real_model(smol, data):
         max_eval_texts=16, cache=False,
     )  # fmt: skip
     by_name = {row.criterion: row for row in done.rows}
-    assert by_name["exhaustive"].loss < by_name["angular"].loss < by_name["deepest"].loss
-    assert all(row.patched < row.loss for row in done.rows)
+    losses = [by_name[name].cut.loss.mean for name in ("exhaustive", "angular", "deepest")]
+    assert losses == sorted({*losses})
+    assert all(row.patched.loss.mean < row.cut.loss.mean for row in done.rows)
 
 
 # What is shown of the work.

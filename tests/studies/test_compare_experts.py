@@ -23,6 +23,7 @@ from shallower.store.store import Store, open_store
 from shallower.studies.compare import CompareStudy
 from shallower.studies.items import judged_items
 from shallower.texts.sources import Texts
+from shallower.values.scores import Estimate
 from shallower.values.settings import CompareSettings
 from tests.conftest import word_tokenizer, write_jsonl
 from tests.cutting.mixtures import mixture
@@ -78,7 +79,10 @@ def test_words_tell_both_shares_of_parameters(done):
     """A layer holds more than the experts that go: nothing says that it is as much."""
 
     def story(best):
-        rows = (replace(row, regret=float(row.criterion != best)) for row in done.rows)
+        rows = (
+            replace(row, cut=replace(row.cut, regret=Estimate(float(row.criterion != best), 0.0)))
+            for row in done.rows
+        )
         return comparison_story(replace(done, rows=tuple(rows)), drawn=False)
 
     shares = {row.criterion: f"{100 * row.parameters_share:.1f} %" for row in done.rows}
@@ -108,10 +112,10 @@ def test_losses_and_regrets_are_those_of_all_sets(done):
             losses[f"{LAST}:{sh_text(pair)}"] = sh.evaluate_loss(model, tokenizer, documents(7, 12))
     rows = [row for row in done.rows if row.experts]
     for row in rows:
-        assert row.loss == pytest.approx(losses[row.experts].nats, rel=1e-6)
-    least = min(row.loss for row in done.rows)
+        assert row.cut.loss.mean == pytest.approx(losses[row.experts].nats, rel=1e-6)
+    least = min(row.cut.loss.mean for row in done.rows)
     for row in rows:
-        assert row.regret == pytest.approx(row.loss - least, abs=1e-9)
+        assert row.cut.regret.mean == pytest.approx(row.cut.loss.mean - least, abs=1e-9)
 
 
 def sh_text(pair):
@@ -174,7 +178,7 @@ def test_every_judge_scores_every_cut_beside_the_whole_model(judge, unit, place,
         score = plain_score(
             judge, cut(model, ()), cut(model, plan), tokenizer, held_out=held_out, items=items
         )
-        assert row.score == pytest.approx(score, rel=1e-4, abs=1e-6)
+        assert row.score.mean == pytest.approx(score, rel=1e-4, abs=1e-6)
         scores.append(score)
     assert max(scores) - min(scores) > 5e-4
     if judge in ("kl", "speech"):

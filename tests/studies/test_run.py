@@ -252,12 +252,13 @@ def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path
     again = sh.run(learned, words, TEXTS, **options, out=tmp_path / "out", n=2)
     whole = again.recommended.whole
     for row in again.table:
-        assert row.cut == pytest.approx(whole.nats + row.lost, abs=1e-12)
-        assert row.patched == pytest.approx(whole.nats + row.patched_lost, abs=1e-12)
+        for one in (row.cut, row.patched):
+            assert one.loss.mean == pytest.approx(whole.nats + one.difference.mean, abs=1e-12)
         assert (row.num_texts == whole.num_texts) == (row.n == 2)
         with sh.without_layers(learned, row.dropped):
             loss = sh.evaluate_loss(learned, words, report, max_length=16)
-        assert row.cut == pytest.approx(loss.nats, abs=1e-6 if row.n == 2 else 5 * row.stderr)
+        error = 1e-6 if row.n == 2 else 5 * row.cut.loss.stderr
+        assert row.cut.loss.mean == pytest.approx(loss.nats, abs=error)
     few = again.table[0].num_texts
     assert 3 <= few < whole.num_texts
     said = f"Of n = 1, 3: estimated by {few} of the {whole.num_texts} texts."

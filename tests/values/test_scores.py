@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from shallower.values.scores import Difference, Scores
+from shallower.values.scores import Difference, Estimate, Scores
 
 
 def drawn(generator, size):
@@ -21,14 +21,14 @@ def drawn(generator, size):
 def test_the_mean_of_all_items_is_their_own():
     whole, cut, weights = drawn(np.random.default_rng(0), 40)
     scores = Scores(cut, weights)
-    assert scores.estimated_by(Scores(whole, weights)) == (scores.mean, scores.stderr)
+    assert scores.estimated_by(Scores(whole, weights)) == Estimate(scores.mean, scores.stderr)
 
 
 def test_a_mean_of_some_items_is_moved_by_the_others():
     """By hand: the whole has 2 on all items and 3 on the one that was looked at, the cut 4."""
     whole = Scores(np.array([3.0, 1.0]), np.ones(2))
     cut = Scores(np.array([4.0, np.nan]), np.ones(2))
-    assert cut.estimated_by(whole)[0] == 2 + 1
+    assert cut.estimated_by(whole).mean == 2 + 1
 
 
 def test_the_error_is_that_of_many_draws():
@@ -39,7 +39,7 @@ def test_the_error_is_that_of_many_draws():
         whole, cut, weights = drawn(generator, 160)
         some = np.where(np.arange(160) < 64, cut, np.nan)
         found.append(Scores(some, weights).estimated_by(Scores(whole, weights)))
-    means, errors = np.array(found).T
+    means, errors = np.array([(one.mean, one.stderr) for one in found]).T
     assert means.mean() == pytest.approx(3.7, abs=0.01)
     assert means.std() == pytest.approx(errors.mean(), rel=0.05)
     alone = Scores(some, weights)

@@ -4,13 +4,14 @@ import math
 
 import pytest
 
+from shallower.values.scores import Estimate
 from shallower.values.sweep import BestCut, Sweep, SweepJob, borne, share_borne
 
 
 def cuts(*losses, stderr=0.05):
     """Cuts of 10 %, 20 %, … of the layers."""
     return [
-        BestCut("m", "cut", place / 10, lost, stderr, tuple(range(place)), "angular")
+        BestCut("m", "cut", place / 10, Estimate(lost, stderr), tuple(range(place)), "angular")
         for place, lost in enumerate(losses, 1)
     ]
 

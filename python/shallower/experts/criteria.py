@@ -15,7 +15,8 @@ from ..errors import ExpertsError
 from ..values.counts import counted
 from ..values.experts import DroppedExperts, check_counts
 from ..values.routing import Routing
-from ..values.schema import finite
+from ..values.schema import finite, plain
+from ..values.scores import Estimate
 from .statistics import ExpertStatistics
 
 Array = NDArray[np.float64]
@@ -167,15 +168,15 @@ class ChosenExperts:
     layer: int
     experts: tuple[int, ...]
     scores: tuple[float, ...]
-    last: tuple[float, float]
-    next: tuple[float, float]
+    last: Estimate
+    next: Estimate
 
     def to_json(self) -> dict[str, Any]:
         """Give plain JSON values; None for what is not known."""
         return {
             "drop": list(self.experts),
-            "scores": [finite(score) for score in self.scores],
-            "next": finite(self.next[0]),
+            "scores": plain(self.scores),
+            "next": finite(self.next.mean),
         }
 
 
@@ -193,7 +194,9 @@ def chosen_experts(
         gone, kept = list(dropped.by_layer[layer]), list(dropped.kept(layer))
         last = gone[int(np.argmax(keys[place, gone]))]
         following = kept[int(np.argmin(keys[place, kept]))]
-        ends = [(float(scores[place, e]), float(stderr[place, e])) for e in (last, following)]
+        ends = [
+            Estimate(float(scores[place, e]), float(stderr[place, e])) for e in (last, following)
+        ]
         rows.append(ChosenExperts(layer, tuple(gone), tuple(scores[place, gone].tolist()), *ends))
     return tuple(rows)
 

@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import CriterionError
 from ..values.costs import Costs
 from ..values.layers import layer_count
 from ..values.plan import Plan
 from ..values.positions import Positions
-from ..values.schema import read
+from ..values.schema import plain, read
 from .criteria import is_built_in
 from .criteria.experts import EverySet, OfExperts
 from .criterion import Criterion, has_costs
@@ -128,16 +127,12 @@ def recorded_costs(costs: Costs) -> dict[str, Any]:
         "metric": costs.metric,
         "strategy": costs.strategy,
         "of_single_layers": costs.of_single_layers,
-        "blocks": _plain(costs.blocks),
-        "stderr": None if costs.stderr is None else _plain(costs.stderr),
-        "positions": None if costs.positions is None else asdict(costs.positions),
+        "blocks": plain(costs.blocks),
+        "stderr": plain(costs.stderr),
+        "positions": plain(costs.positions),
         "model": costs.model is not None,
         "texts": bool(costs.texts),
     }
-
-
-def _plain(values: NDArray[np.float64]) -> list[list[float | None]]:
-    return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
 
 
 def recalled_costs(known: Mapping[str, Any], subject: Subject) -> Costs:

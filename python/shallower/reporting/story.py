@@ -7,6 +7,8 @@ from typing import Any
 
 from ..values.counts import with_error
 from ..values.schema import finite
+from ..values.scores import Estimate, Scores
+from ..values.task_scores import TaskScores
 from .charts.drawing import Drawing
 
 STORY_FORMAT = "shallower.report"
@@ -38,6 +40,20 @@ class Number:
         if value is None or not math.isfinite(value):
             return cls("–")
         return cls(with_error(value, stderr, digits, sign=sign), value)
+
+    @classmethod
+    def estimate(
+        cls,
+        found: Estimate | Scores | TaskScores | None,
+        digits: int = 3,
+        *,
+        sign: bool = False,
+        scale: float = 1.0,
+    ) -> "Number":
+        """Write a figure times ``scale`` with its standard error; a dash where there is none."""
+        if found is None:
+            return cls("–")
+        return cls.of(scale * found.mean, scale * found.stderr, digits, sign=sign)
 
     @classmethod
     def share(cls, value: float | None, digits: int = 0) -> "Number":

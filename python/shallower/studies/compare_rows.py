@@ -44,7 +44,7 @@ from ..values.comparison import ComparedModel, Row
 from ..values.experts import check_counts
 from ..values.layers import check_sizes
 from ..values.plan import Plan
-from ..values.scores import Difference, Scores
+from ..values.scores import Estimate, Scores, Standing
 from ..values.settings import CompareSettings
 from .measuring import Measuring
 from .study import SINGLE_LAYERS, WHOLE, Part, Study
@@ -85,7 +85,7 @@ def compare_on(
     loaded, tokenizer = study.load(model)
     measuring = Measuring(study, loaded, tokenizer, store=store)
     num_experts = _check_sizes(study.settings, measuring.decoder)
-    measured: list[MeasuredRow] = []
+    measured: list[Measured] = []
     skipped: dict[str, str] = {}
     counts: dict[str, int] = {}
     is_complete = True
@@ -130,13 +130,10 @@ class _Choice:
     tau: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredRow:
-    """A row without regrets; the judge's scores of its bare cut, and its patched losses by text."""
-
-    row: Row
-    judged: Scores
-    patched: Scores | None
+Measured = tuple[Row, Mapping[str, Scores]]
+"""A row without regrets, and by state what it is ranked by: the judge's scores of the bare cut, and
+the losses of the patched one.
+"""
 
 
 @dataclass
@@ -298,7 +295,7 @@ class _Choosing:
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
         return {"criterion": criterion.name, **self._chosen_on}
 
-    def measured(self, choices: Sequence[_Choice]) -> Iterator[MeasuredRow]:
+    def measured(self, choices: Sequence[_Choice]) -> Iterator[Measured]:
         """Measure what was chosen, on the test texts."""
         measuring, held_out = self.measuring, self.measuring.held_out
         measuring.judge_together([choice.plan for choice in choices], self.patched)
@@ -310,37 +307,26 @@ class _Choosing:
             ):
                 judged, losses, patched, unpatched = self._scores(plan)
                 speech = self._speech(plan)
-            difference = losses.minus(whole)
-            after = None if patched is None else patched.minus(whole)
             row = Row(
                 model=self.model,
                 texts=self.texts,
                 criterion=choice.criterion.name,
                 n=choice.n,
                 dropped=plan.dropped,
-                loss=losses.mean,
-                stderr=losses.stderr,
-                difference=difference.mean,
-                difference_stderr=difference.stderr,
-                patched=None if patched is None else patched.mean,
-                patched_stderr=None if patched is None else patched.stderr,
-                regret=math.nan,
-                regret_stderr=math.nan,
-                tied=False,
+                cut=Standing.of(losses, whole),
+                patched=None if patched is None else Standing.of(patched, whole),
                 tau=choice.tau,
                 layers_share=len(plan.dropped) / len(measuring.decoder),
                 parameters_share=measuring.parameters_share(plan),
                 seconds=choice.work.seconds,
                 layer_forwards=choice.work.layer_forwards,
-                score=judged.mean,
-                score_stderr=judged.stderr,
+                score=Estimate.of(judged),
                 accuracy=held_out.scores.judge.accuracy(judged.sums),
                 unpatched=unpatched,
-                patched_difference=None if after is None else after.mean,
-                patched_difference_stderr=None if after is None else after.stderr,
                 experts=None if plan.experts is None else str(plan.experts),
+                **speech,
             )
-            yield MeasuredRow(replace(row, **speech), judged, patched)
+            yield row, {"cut": judged} if patched is None else {"cut": judged, "patched": patched}
 
     def _scores(self, plan: Plan) -> tuple[Scores, Scores, Scores | None, str | None]:
         """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""
@@ -354,15 +340,13 @@ class _Choosing:
             self.is_complete &= stays(error)
             return judged, losses, None, str(error)
 
-    def _speech(self, plan: Plan) -> dict[str, Any]:
+    def _speech(self, plan: Plan) -> dict[str, Estimate]:
         """How a bare cut speaks, by the names of a row's fields; nothing where it is not asked."""
         measuring = self.measuring
         speech = measuring.measure(plan, "cut").speech if measuring.speaks else None
         if speech is None:
             return {}
-        found = {name: speech.of(name) for name in ("acceptance", "repetition")}
-        errors = {f"{name}_stderr": one.stderr for name, one in found.items()}
-        return {**{name: one.mean for name, one in found.items()}, **errors}
+        return {name: Estimate.of(speech.of(name)) for name in ("acceptance", "repetition")}
 
     def make(self, criterion: Criterion) -> None:
         """Measure into the store what the rows of a criterion take; as much as it can be."""
@@ -449,34 +433,18 @@ def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float
     return tau if math.isfinite(tau) else None
 
 
-def with_regrets(measured: Sequence[MeasuredRow]) -> Iterator[Row]:
-    """Compare every row of one model with the best of its size, as bare cuts and as patched."""
-    sizes = [one.row.n for one in measured]
-    bare = _regrets(sizes, [one.judged for one in measured])
-    patched = _regrets(sizes, [one.patched for one in measured])
-    for one, cut, after in zip(measured, bare, patched, strict=True):
-        assert cut is not None
-        row = replace(one.row, regret=cut.mean, regret_stderr=cut.stderr, tied=cut.tied)
-        yield (
-            row
-            if after is None
-            else replace(
-                row,
-                patched_regret=after.mean,
-                patched_regret_stderr=after.stderr,
-                patched_tied=after.tied,
-            )
-        )
-
-
-def _regrets(sizes: Sequence[int], scores: Sequence[Scores | None]) -> list[Difference | None]:
-    """Compare scores by item with the least mean of their size, paired; None where there are
-    none.
-    """
-    best: dict[int, Scores] = {}
-    for n, one in zip(sizes, scores, strict=True):
-        if one is not None and (n not in best or one.mean < best[n].mean):
-            best[n] = one
-    return [
-        None if one is None else one.minus(best[n]) for n, one in zip(sizes, scores, strict=True)
-    ]
+def with_regrets(measured: Sequence[Measured]) -> Iterator[Row]:
+    """Compare every row of one model with the least mean of its size in each state, paired."""
+    best: dict[tuple[int, str], Scores] = {}
+    for row, scores in measured:
+        for state, one in scores.items():
+            key = row.n, state
+            if key not in best or one.mean < best[key].mean:
+                best[key] = one
+    for row, scores in measured:
+        regrets = {state: one.minus(best[row.n, state]) for state, one in scores.items()}
+        standings = {
+            state: replace(getattr(row, state), regret=Estimate.of(regret))
+            for state, regret in regrets.items()
+        }
+        yield replace(row, **standings)

@@ -46,7 +46,7 @@ from ..values.layers import deepest_block
 from ..values.patch import Patch
 from ..values.plan import Plan
 from ..values.recommendation import Recommended, SizeRow
-from ..values.scores import Scores
+from ..values.scores import Scores, Standing
 from ..values.settings import RunSettings
 from .answers import WantedAnswers
 from .measuring import Measuring
@@ -409,26 +409,15 @@ class Recommending:
         looks = losses.looks_at(TABLE_REPORTS) if in_passing else None
         losses.judge_together(both, looks)
         cut, deepest = (self._measuring.scores(plan, "cut", looks) for plan in both)
-        patched, deepest_patched = (self._patched(plan, looks) for plan in both)
-        (cut_loss, cut_error), lost = cut.estimated_by(whole), cut.minus(whole)
-        deepest_loss, deepest_error = deepest.estimated_by(whole)
-        patched_loss, patched_error = _estimated(patched, whole)
-        kept = None if patched is None else patched.minus(whole)
+        patched, last = (self._patched(plan, looks) for plan in both)
         return SizeRow(
             n=n,
             dropped=verified.plan.dropped,
-            cut=cut_loss,
-            stderr=cut_error,
-            lost=lost.mean,
-            lost_stderr=lost.stderr,
+            cut=Standing.of(cut, whole),
             num_texts=len(cut),
-            patched=patched_loss,
-            patched_stderr=patched_error,
-            patched_lost=None if kept is None else kept.mean,
-            patched_lost_stderr=None if kept is None else kept.stderr,
-            deepest=deepest_loss,
-            deepest_stderr=deepest_error,
-            deepest_patched=_estimated(deepest_patched, whole)[0],
+            patched=None if patched is None else Standing.of(patched, whole),
+            deepest=deepest.estimated_by(whole),
+            deepest_patched=None if last is None else last.estimated_by(whole).mean,
             layers_share=n / num_layers,
             parameters_share=self._measuring.parameters_share(verified.plan),
             num_tied=len(verified.tied),
@@ -442,10 +431,6 @@ class Recommending:
             return self._measuring.scores(plan, "quick", looks)
         except PatchError:
             return None
-
-
-def _estimated(scores: Scores | None, whole: Scores) -> tuple[float | None, float | None]:
-    return (None, None) if scores is None else scores.estimated_by(whole)
 
 
 def patch_tokens(parameters: int, *, on_cpu: bool) -> int:

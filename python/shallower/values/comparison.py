@@ -1,6 +1,5 @@
 """CriteriaComparison: what each criterion removes, and what that costs, row by row."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -9,35 +8,13 @@ from .counts import counted
 from .identity import title_of
 from .layers import ranges
 from .loss import Loss
-from .schema import fields_of, of_type, row_to_json
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What a cut loses in one state, and how far it is behind the best of its size in that state.
-
-    Attributes:
-        loss: nats a token.
-        stderr: its standard error.
-        difference: ``loss`` less that of the whole model.
-        difference_stderr: its paired standard error.
-        regret: what the cut is behind the best; 0 for the best itself.
-        regret_stderr: its paired standard error.
-        tied: whether the cut cannot be told from the best.
-    """
-
-    loss: float
-    stderr: float | None
-    difference: float
-    difference_stderr: float | None
-    regret: float
-    regret_stderr: float | None
-    tied: bool
+from .schema import alike, estimated, fields_of, fields_of_flat, flat, of_type, plain_fields
+from .scores import Estimate, Standing
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A cut that a criterion chose, and the loss of the model without these layers.
+    """A cut that a criterion chose, and what the model loses by it.
 
     All losses are on the test set, which no criterion has seen. ``None`` is what could
     not be measured, or does not exist.
@@ -46,42 +23,23 @@ class Row:
         model: name of the model.
         texts: name of the calibration texts, which the criterion and the patch looked at.
         criterion: name of the criterion.
-        n: layers that go.
-        dropped: their indices.
-        loss: nats a token of the cut.
-        stderr: its standard error.
-        difference: ``loss`` less that of the whole model.
-        difference_stderr: paired standard error of ``difference``.
-        patched: nats a token after the quick patch.
-        patched_stderr: its standard error.
-        regret: judge's score of the bare cut less that of the best bare cut of ``n`` layers in
-            the comparison.
-        regret_stderr: its paired standard error; 0 for the best itself.
-        tied: whether the bare cut cannot be told from the best of ``n`` layers.
+        n: layers that go; of experts those of each layer.
+        dropped: the indices of the layers.
+        cut: the bare cut, its regret by the judge.
+        patched: the cut after the quick patch, its regret by its loss, whatever the judge.
         tau: Kendall's τ-b of the criterion's costs of single layers with the true losses without
             them.
         layers_share: ``n`` as a share of all layers.
         parameters_share: the parameters that go as a share of all.
         seconds: wall time that the choice took here, where what is shared is made once.
         layer_forwards: layers run, times texts, that the choice takes by itself.
-        score: what the judge says of the cut on test items; as ``loss`` for the judge
-            ``loss``.
-        score_stderr: its standard error.
+        score: what the judge says of the bare cut on test items; its loss for the judge ``loss``.
         accuracy: share of right answers, of the judge ``options``.
         unpatched: why there is no ``patched``.
-        patched_difference: ``patched`` less the loss of the whole model.
-        patched_difference_stderr: paired standard error of ``patched_difference``.
-        patched_regret: ``patched`` less that of the best patched cut of ``n`` layers in the
-            comparison, nats a token whatever the judge.
-        patched_regret_stderr: its paired standard error; 0 for the best itself.
-        patched_tied: whether the patched cut cannot be told from the best patched one.
-        acceptance: share of the whole model's own words that the bare cut would accept; None where
-            speech was not measured, as for what follows.
-        acceptance_stderr: its standard error.
-        repetition: share of repeated 4-grams in its own words.
-        repetition_stderr: its standard error.
-        experts: of a comparison of experts those that go, as ``--drop-experts`` has them; ``n`` of
-            each layer. None for layers.
+        acceptance: share of the whole model's own words that the bare cut would accept, where
+            speech was measured.
+        repetition: share of repeated 4-grams in its own words, likewise.
+        experts: those that go, as ``--drop-experts`` has them; None for layers.
     """
 
     model: str
@@ -89,39 +47,19 @@ class Row:
     criterion: str
     n: int
     dropped: tuple[int, ...]
-    loss: float
-    stderr: float
-    difference: float
-    difference_stderr: float
-    patched: float | None
-    patched_stderr: float | None
-    regret: float
-    regret_stderr: float
-    tied: bool
+    cut: Standing
+    patched: Standing | None
     tau: float | None
     layers_share: float
     parameters_share: float
     seconds: float
     layer_forwards: int
-    score: float
-    score_stderr: float
+    score: Estimate
     accuracy: float | None = None
     unpatched: str | None = None
-    patched_difference: float | None = None
-    patched_difference_stderr: float | None = None
-    patched_regret: float | None = None
-    patched_regret_stderr: float | None = None
-    patched_tied: bool = False
-    acceptance: float | None = None
-    acceptance_stderr: float | None = None
-    repetition: float | None = None
-    repetition_stderr: float | None = None
+    acceptance: Estimate | None = None
+    repetition: Estimate | None = None
     experts: str | None = None
-
-    @property
-    def cut(self) -> tuple[tuple[int, ...], str | None]:
-        """What goes, to tell cuts apart."""
-        return self.dropped, self.experts
 
     @property
     def words(self) -> str:
@@ -130,54 +68,38 @@ class Row:
             return ranges(self.dropped)
         return f"{counted(self.n, 'expert')} a layer"
 
-    @property
-    def as_cut(self) -> Standing | None:
-        """The bare cut, by the judge; None where its regret is not known."""
-        if not math.isfinite(self.regret):
-            return None
-        return Standing(
-            self.loss,
-            self.stderr,
-            self.difference,
-            self.difference_stderr,
-            self.regret,
-            self.regret_stderr,
-            self.tied,
-        )
-
-    @property
-    def as_patched(self) -> Standing | None:
-        """The cut after the quick patch, by its loss; None where it was not patched, or compared
-        with no other, as by an older version.
-        """
-        if self.patched is None or self.patched_difference is None or self.patched_regret is None:
-            return None
-        return Standing(
-            self.patched,
-            self.patched_stderr,
-            self.patched_difference,
-            self.patched_difference_stderr,
-            self.patched_regret,
-            self.patched_regret_stderr,
-            self.patched_tied,
-        )
-
     def to_json(self) -> dict[str, Any]:
-        """Give the row as plain JSON values; what is not finite is None."""
-        return row_to_json(self)
+        """Give the columns of the row as plain JSON values; what is not finite is None."""
+        tied = self.patched is not None and self.patched.tied
+        return {**flat(self, COLUMNS), "patched_tied": tied}
 
     @classmethod
     def from_json(cls, data: Any) -> "Row":
         """Read what :meth:`to_json` gave; older versions wrote less. Raises KeyError, TypeError."""
-        return cls(**fields_of(cls, {**_older(cls), **of_type(dict, data)}, nan=_FIGURES))
+        return cls(**fields_of_flat(cls, {**dict.fromkeys(_LATER), **of_type(dict, data)}, COLUMNS))
 
 
-_FIGURES = tuple(one.name for one in fields(Row) if one.type is float)
-
-
-def _older(kind: Any) -> dict[str, Any]:
-    """The fields that older versions did not write, as they are then."""
-    return {one.name: one.default for one in fields(kind) if one.default is not MISSING}
+_LATER = {
+    **alike("accuracy", "unpatched"),
+    **estimated("patched_difference", "patched.difference"),
+    **estimated("patched_regret", "patched.regret"),
+    "patched_tied": "patched.tied",
+    **estimated("acceptance"),
+    **estimated("repetition"),
+    **alike("experts"),
+}
+COLUMNS = {
+    **alike("model", "texts", "criterion", "n", "dropped"),
+    **estimated("loss", "cut.loss", "stderr"),
+    **estimated("difference", "cut.difference"),
+    **estimated("patched", "patched.loss"),
+    **estimated("regret", "cut.regret"),
+    "tied": "cut.tied",
+    **alike("tau", "layers_share", "parameters_share", "seconds", "layer_forwards"),
+    **estimated("score"),
+    **_LATER,
+}
+"""The columns of a row, in JSON and CSV; some were not written by older versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,23 +135,13 @@ class ComparedModel:
 
     def to_json(self) -> dict[str, Any]:
         """Give the model as plain JSON values."""
-        return {
-            "name": self.name,
-            "num_layers": self.num_layers,
-            "whole": self.whole.to_json(),
-            "single_layers": list(self.single_layers),
-            "chance": self.chance,
-            "accuracy": self.accuracy,
-            "dtype": self.dtype,
-            "parameters": self.parameters,
-            "num_experts": self.num_experts,
-        }
+        return plain_fields(self)
 
     @classmethod
     def from_json(cls, data: Any) -> "ComparedModel":
         """Read what :meth:`to_json` gave; older versions wrote less."""
-        older = {**_older(cls), "single_layers": []}
-        return cls(**fields_of(cls, {**older, **of_type(dict, data)}))
+        older = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
+        return cls(**fields_of(cls, {**older, "single_layers": [], **of_type(dict, data)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,19 +179,11 @@ class CriteriaComparison:
 
     def to_json(self) -> dict[str, Any]:
         """Give ``rows``, ``whole`` (the loss of the first model) and all else by name."""
-        models = [model.to_json() for model in self.models]
         whole = self.models[0].whole if self.models else None
         return {
             "format": "shallower.comparison",
             "version": 1,
-            "rows": [row.to_json() for row in self.rows],
+            "rows": [],  # before the rest
             "whole": whole and {"loss": whole.nats, **whole.to_json()},
-            "models": models,
-            "failures": dict(self.failures),
-            "skipped": dict(self.skipped),
-            "judge": self.judge,
-            "unit": self.unit,
-            "splits": dict(self.splits),
-            "max_length": self.max_length,
-            "versions": dict(self.versions),
+            **plain_fields(self),
         }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .loss import Loss
-from .schema import fields_of, of_type
+from .schema import fields_of, of_type, plain, plain_fields
 from .scores import Difference
 from .settings import State
 from .speech import Speech
@@ -60,20 +60,7 @@ class CurvePoint:
 
     def to_record(self) -> dict[str, Any]:
         """The point as plain JSON values, which :meth:`from_json` reads."""
-        return {
-            "n": self.n,
-            "strategy": self.strategy,
-            "state": self.state,
-            "dropped": list(self.dropped),
-            "layers_share": self.layers_share,
-            "parameters_share": self.parameters_share,
-            "loss": self.loss and self.loss.to_record(),
-            "tasks": [one.to_record() for one in self.tasks],
-            "seconds": self.seconds,
-            "failed": self.failed,
-            "time_share": self.time_share,
-            "speech": self.speech and self.speech.to_record(),
-        }
+        return plain_fields(self, "to_record")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "CurvePoint":
@@ -164,22 +151,12 @@ class Curve:
 
         Every point with ``lost``, its paired difference to the whole.
         """
-        lost = (self.lost(one) for one in self.points)
-        points = [
-            {**one.to_record(), "lost": more and more.to_json()}
-            for one, more in zip(self.points, lost, strict=True)
-        ]
+        points = [{**one.to_record(), "lost": plain(self.lost(one))} for one in self.points]
         return {
             "format": "shallower.curve",
             "version": 1,
-            "model": self.model,
-            "num_layers": self.num_layers,
+            **plain_fields(self),
             "points": points,
-            "splits": dict(self.splits),
-            "dtype": self.dtype,
-            "max_length": self.max_length,
-            "versions": dict(self.versions),
-            "settings": dict(self.settings),
         }
 
     @classmethod

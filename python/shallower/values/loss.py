@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import TextsError
 from .counts import with_error
-from .schema import fields_of, finite, of_type
+from .schema import fields_of, finite, of_type, plain
 from .scores import Difference, Scores
 
 TextLoss = tuple[int, float, int]
@@ -112,8 +112,7 @@ class Loss:
 
     def to_record(self) -> dict[str, Any]:
         """Give :meth:`to_json` with ``by_text``, from which all of the loss can be read again."""
-        scores = self.by_text
-        by_text = scores and {"sums": scores.sums.tolist(), "weights": scores.weights.tolist()}
+        by_text = plain(self.by_text)
         if by_text and self.bytes_by_text is not None:
             by_text["bytes"] = self.bytes_by_text.tolist()
         return {**self.to_json(), "by_text": by_text}

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ModelError, ShallowerError
+from .schema import plain_fields
 
 RESERVED_SHARE = 0.05
 """Share of a device that is left free: blocks that the allocator cannot use."""
@@ -87,13 +88,7 @@ class MemoryPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Give the attributes as plain JSON values."""
-        return {
-            "peak_bytes": self.peak_bytes,
-            "micro_batch": self.micro_batch,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "device_bytes": self.device_bytes,
-            "parts": dict(self.parts),
-        }
+        return plain_fields(self)
 
     def __str__(self) -> str:
         texts = "1 text" if self.micro_batch == 1 else f"{self.micro_batch} texts"

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import TextsError
 from .counts import with_error
-from .schema import fields_of, finite
+from .schema import fields_of, finite, plain
 from .scores import Difference, Scores
 
 
@@ -87,9 +87,7 @@ class Perplexity:
 
     def to_record(self) -> dict[str, Any]:
         """As :meth:`to_json`, with ``by_window``, so that :meth:`from_json` reads all of it."""
-        scores = self.by_window
-        by_window = {"sums": scores.sums.tolist(), "weights": scores.weights.tolist()}
-        return {**self.to_json(), "by_window": by_window}
+        return {**self.to_json(), "by_window": plain(self.by_window)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Perplexity":

@@ -1,14 +1,14 @@
 """Recommended: the one cut that a run ends in, and the table of what others would cost."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from .counts import with_error
 from .layers import layer_count, ranges
 from .loss import Loss
 from .plan import Plan
-from .schema import fields_of, finite, of_type, row_to_json
-from .scores import Difference
+from .schema import alike, estimated, fields_of, fields_of_flat, finite, flat, of_type
+from .scores import Difference, Estimate, Standing
 from .verification import Verified
 
 COLLAPSE = 4.0
@@ -26,17 +26,10 @@ class SizeRow:
     Attributes:
         n: layers that go.
         dropped: their indices.
-        cut: loss of the cut.
-        stderr: its standard error.
-        lost: ``cut`` less that of the whole model.
-        lost_stderr: its paired standard error.
+        cut: the bare cut.
         num_texts: texts on which the losses were measured.
-        patched: loss after a quick patch.
-        patched_stderr: its standard error.
-        patched_lost: ``patched`` less that of the whole model.
-        patched_lost_stderr: its paired standard error.
+        patched: the cut after a quick patch.
         deepest: loss without the deepest layers but the last.
-        deepest_stderr: its standard error.
         deepest_patched: the same after a quick patch.
         layers_share: ``n`` as a share of all layers.
         parameters_share: the parameters that go as a share of all.
@@ -47,17 +40,10 @@ class SizeRow:
 
     n: int
     dropped: tuple[int, ...]
-    cut: float
-    stderr: float
-    lost: float
-    lost_stderr: float
+    cut: Standing
     num_texts: int
-    patched: float | None
-    patched_stderr: float | None
-    patched_lost: float | None
-    patched_lost_stderr: float | None
-    deepest: float
-    deepest_stderr: float
+    patched: Standing | None
+    deepest: Estimate
     deepest_patched: float | None
     layers_share: float
     parameters_share: float
@@ -66,13 +52,26 @@ class SizeRow:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain JSON values; None where they are not finite."""
-        return row_to_json(self)
+        """The columns of the row as plain JSON values; None where they are not finite."""
+        return flat(self, _COLUMNS)
 
     @classmethod
     def from_json(cls, data: Any) -> "SizeRow":
         """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
-        return cls(**fields_of(cls, data, nan=_FIGURES))
+        return cls(**fields_of_flat(cls, data, _COLUMNS))
+
+
+_COLUMNS = {
+    **alike("n", "dropped"),
+    **estimated("cut", "cut.loss", "stderr"),
+    **estimated("lost", "cut.difference"),
+    **alike("num_texts"),
+    **estimated("patched", "patched.loss"),
+    **estimated("patched_lost", "patched.difference"),
+    **estimated("deepest"),
+    **alike("deepest_patched", "layers_share", "parameters_share"),
+    **alike("num_tied", "layer_forwards", "seconds"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,5 +203,4 @@ class Recommended:
         return cls(**fields_of(cls, {**of_type(dict, data), **of_type(dict, data["losses"])}))
 
 
-_FIGURES = tuple(one.name for one in fields(SizeRow) if one.type is float)
 _LOSSES = ("whole", "cut", "patched", "healed")

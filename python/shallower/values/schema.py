@@ -5,7 +5,7 @@ A class with ``from_json`` decides itself; any other dataclass is read field by 
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -87,12 +87,71 @@ def _kinds(kind: Any) -> dict[str, Any]:
     return {one.name: hints[one.name] for one in fields(kind)}
 
 
-def row_to_json(row: Any) -> dict[str, Any]:
-    """A flat dataclass with ``dropped`` layers as plain JSON values; None where not finite."""
-    return {
-        name: finite(value) if isinstance(value, float) else value
-        for name, value in {**asdict(row), "dropped": list(row.dropped)}.items()
-    }
+def plain(value: Any, by: str = "to_json") -> Any:
+    """A value as JSON has it, by its method or field by field; None for what is not finite."""
+    if isinstance(value, float):
+        return finite(value)
+    if isinstance(value, list | tuple):
+        return [plain(one, by) for one in value]
+    if isinstance(value, Mapping):
+        return {name: plain(one, by) for name, one in value.items()}
+    if hasattr(value, "tolist"):  # of NumPy
+        return plain(value.tolist(), by)
+    if hasattr(value, by):
+        return getattr(value, by)()
+    return plain_fields(value, by) if is_dataclass(value) else value
+
+
+def plain_fields(value: Any, by: str = "to_json") -> dict[str, Any]:
+    """The fields of a dataclass as :func:`plain` gives them, which :func:`fields_of` reads."""
+    return {one.name: plain(getattr(value, one.name), by) for one in fields(value)}
+
+
+Columns = dict[str, str]
+"""The columns of a row of values in JSON and CSV: their names, each with the path to its value, as
+``{"stderr": "cut.loss.stderr"}``.
+"""
+
+
+def alike(*names: str) -> Columns:
+    """Columns with the names of fields."""
+    return {name: name for name in names}
+
+
+def estimated(name: str, path: str = "", stderr: str = "") -> Columns:
+    """The columns of an estimate and its standard error, by default ``NAME_stderr``."""
+    path = path or name
+    return {name: f"{path}.mean", stderr or f"{name}_stderr": f"{path}.stderr"}
+
+
+def flat(row: Any, columns: Columns) -> dict[str, Any]:
+    """The columns of a row as plain JSON values; None for those of a value that is not there."""
+    found = {}
+    for name, path in columns.items():
+        value = row
+        for part in path.split("."):
+            value = None if value is None else getattr(value, part)
+        found[name] = plain(value)
+    return found
+
+
+def fields_of_flat(kind: Any, data: Any, columns: Columns) -> dict[str, Any]:
+    """The fields of a row from its columns, whatever lies beside them; raises as :func:`read`.
+
+    Of a field that may be None the first column decides.
+    """
+    tree: Any = {}
+    optional = {name for name, of in _kinds(kind).items() if NoneType in get_args(of)}
+    for name, path in columns.items():
+        *outer, last = path.split(".")
+        value, branch = of_type(dict, data)[name], tree
+        for part in outer:
+            branch = branch.setdefault(part, None if value is None and part in optional else {})
+            if branch is None:
+                break
+        else:
+            branch[last] = value
+    return fields_of(kind, tree)
 
 
 def finite(value: float | None) -> float | None:

@@ -2,49 +2,102 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .counts import with_error
-from .schema import fields_of, finite
+from .schema import fields_of, plain_fields
 
 TIE = 2.0
 """Standard errors within which a paired difference is called a tie."""
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """The mean difference of two scores of the same items.
+class Estimate:
+    """A figure with its standard error.
 
     Attributes:
-        mean: the first less the second, in the unit of the scores; NaN where nothing counts.
-        stderr: its standard error, from the differences of single items; NaN for one item.
-        num_items: items that both have.
+        mean: the figure, in the unit of what was measured; NaN where nothing counts.
+        stderr: its standard error, from single items; NaN where there is none, as for one item.
     """
 
     mean: float
     stderr: float
-    num_items: int
 
     @property
     def tied(self) -> bool:
-        """Whether the two cannot be told apart: the mean is within two standard errors of 0."""
+        """Whether it cannot be told from 0: it is within two standard errors."""
         return not math.isfinite(self.stderr) or abs(self.mean) <= TIE * self.stderr
+
+    @classmethod
+    def of(cls, found: "Estimate | Scores") -> "Estimate":
+        """Give the mean of scores, or a difference without its number of items."""
+        return Estimate(found.mean, found.stderr)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Read the fields; None is NaN. Raises KeyError, TypeError."""
+        return cls(**fields_of(cls, data, nan=("mean", "stderr")))
+
+
+UNKNOWN = Estimate(math.nan, math.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference(Estimate):
+    """The mean difference of two scores of the same items: the first less the second.
+
+    Attributes:
+        num_items: items that both have.
+    """
+
+    num_items: int
 
     def to_json(self) -> dict[str, Any]:
         """Give ``mean``, ``stderr`` (None where there is none), ``num_items`` and ``tied``."""
-        found = {"mean": finite(self.mean), "stderr": finite(self.stderr)}
-        return {**found, "num_items": self.num_items, "tied": self.tied}
-
-    @classmethod
-    def from_json(cls, data: Any) -> "Difference":
-        """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
-        return cls(**fields_of(cls, data, nan=("mean", "stderr")))
+        return {**plain_fields(self), "tied": self.tied}
 
     def __str__(self) -> str:
         return with_error(self.mean, self.stderr, 3, sign=True)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a cut loses in one state, each with its standard error.
+
+    Attributes:
+        loss: nats a token.
+        difference: ``loss`` less that of the whole model, paired by text.
+        regret: what the cut is behind the best of its size in that state, paired by item; 0 for
+            the best itself, and NaN where it was compared with no other.
+    """
+
+    loss: Estimate
+    difference: Estimate
+    regret: Estimate = UNKNOWN
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether it was compared with the others of its size."""
+        return math.isfinite(self.regret.mean)
+
+    @property
+    def tied(self) -> bool:
+        """Whether it was, and cannot be told from the best."""
+        return self.is_ranked and self.regret.tied
+
+    @classmethod
+    def of(cls, scores: "Scores", whole: "Scores") -> "Standing":
+        """That of scores by text beside the whole model's; a loss of some texts is estimated."""
+        return cls(scores.estimated_by(whole), Estimate.of(scores.minus(whole)))
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Standing":
+        """Read the estimates that are known; raises KeyError, TypeError."""
+        return cls(**{name: Estimate.from_json(data[name]) for name in {*data} - {"tied"}})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +165,7 @@ class Scores:
         stderr = math.sqrt(squares * count / (count - 1)) if count > 1 else math.nan
         return Difference(means[0] - means[1], stderr, count)
 
-    def estimated_by(self, whole: "Scores") -> tuple[float, float]:
+    def estimated_by(self, whole: "Scores") -> Estimate:
         """Estimate the mean over all items from some, by the scores of all by something else.
 
         How hard those are that were not looked at is known from the other scores, of the same
@@ -120,14 +173,15 @@ class Scores:
         mean of ``whole`` and the paired difference to it together, and its standard error.
         """
         if self.complete:
-            return self.mean, self.stderr
+            return Estimate.of(self)
         less = self.minus(whole)
         there = np.isfinite(self.sums)
         parts = (whole.sums - whole.mean * self.weights) / math.fsum(self.weights)
         apart = self.sums[there] - whole.sums[there] - less.mean * self.weights[there]
         parts[there] += apart / math.fsum(self.weights[there])
         size = len(parts)
-        return whole.mean + less.mean, math.sqrt(math.fsum(parts**2) * size / (size - 1))
+        stderr = math.sqrt(math.fsum(parts**2) * size / (size - 1))
+        return Estimate(whole.mean + less.mean, stderr)
 
 
 def _ratio(sums: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:

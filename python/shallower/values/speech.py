@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TextsError
-from .schema import fields_of, finite, of_type
+from .schema import fields_of, finite, of_type, plain
 from .scores import Difference, Scores
 
 WAYS = ("greedy", "sampled")
@@ -124,8 +124,8 @@ class Speech:
 
     def to_record(self) -> dict[str, Any]:
         """Give :meth:`to_json` with ``by_prompt``, from which it can be read again."""
-        by_prompt = {"scores": _plain(self.scores), "whole": _plain(self.whole)}
-        return {**self.to_json(), "by_prompt": by_prompt}
+        by_prompt = {"scores": self.scores, "whole": self.whole}
+        return {**self.to_json(), "by_prompt": plain(by_prompt)}
 
     @classmethod
     def from_json(cls, data: Any) -> "Speech":
@@ -159,13 +159,3 @@ def _together(found: Mapping[str, Mapping[str, Scores]], measure: str, way: str 
 def _figures(scores: Mapping[str, Scores]) -> dict[str, Any]:
     means = {name: finite(one.mean) for name, one in scores.items()}
     return {**means, "stderr": {name: finite(one.stderr) for name, one in scores.items()}}
-
-
-def _plain(found: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
-    return {
-        way: {
-            name: {"sums": one.sums.tolist(), "weights": one.weights.tolist()}
-            for name, one in of_way.items()
-        }
-        for way, of_way in found.items()
-    }

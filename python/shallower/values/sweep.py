@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .commands import command_line
-from .schema import fields_of, finite, of_type
+from .schema import alike, estimated, fields_of, flat, of_type
+from .scores import Estimate
 from .settings import State
 
 JobKind = Literal["compare", "scan", "curve"]
@@ -121,8 +122,7 @@ class BestCut:
         model: by name.
         state: of the cut.
         share: of the layers that go.
-        lost: nats a token above the whole model.
-        stderr: its paired standard error; None where there is none.
+        lost: nats a token above the whole model, paired.
         dropped: the layers that go.
         criterion: that chose them.
     """
@@ -130,14 +130,20 @@ class BestCut:
     model: str
     state: State
     share: float
-    lost: float
-    stderr: float | None
+    lost: Estimate
     dropped: tuple[int, ...]
     criterion: str
 
     def to_json(self) -> dict[str, Any]:
         """Give the cut as plain JSON values."""
-        return {**asdict(self), "dropped": [*self.dropped], "stderr": finite(self.stderr)}
+        return flat(self, _COLUMNS)
+
+
+_COLUMNS = {
+    **alike("model", "state", "share"),
+    **estimated("lost", stderr="stderr"),
+    **alike("dropped", "criterion"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +188,6 @@ class Borne:
             share += f" ({100 * self.low:.1f} to {written(self.high)})"
         return f"{share}, {whole} of {self.num_layers} layers"
 
-    def to_json(self) -> dict[str, Any]:
-        """Give all fields by name."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
-
 
 def share_borne(cuts: Sequence[BestCut], loss: float, errors: float = 0.0) -> float:
     """The share at which the line through (0, 0) and cuts, by size, first exceeds a loss.
@@ -195,7 +197,8 @@ def share_borne(cuts: Sequence[BestCut], loss: float, errors: float = 0.0) -> fl
     """
     before, below = 0.0, 0.0
     for cut in cuts:
-        lost = cut.lost + errors * (cut.stderr or 0.0)
+        stderr = cut.lost.stderr if math.isfinite(cut.lost.stderr) else 0.0
+        lost = cut.lost.mean + errors * stderr
         if lost > loss:
             return before + (loss - below) / (lost - below) * (cut.share - before)
         before, below = cut.share, lost

@@ -1,13 +1,13 @@
 """Verified: the plan that won a race of proposals, and what came in beside it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .counts import counted, with_error
 from .layers import ranges
 from .plan import Plan
-from .schema import fields_of, finite
+from .schema import fields_of, plain, plain_fields
 from .scores import Difference
 
 AFTER = ("none", "patch")
@@ -45,16 +45,7 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         """Give the fields, and ``dropped`` beside them, as plain JSON values."""
-        return {
-            "dropped": list(self.plan.dropped),
-            "plan": self.plan.to_json(),
-            "proposed_by": list(self.proposed_by),
-            "score": finite(self.score),
-            "stderr": finite(self.stderr),
-            "difference": self.difference.to_json(),
-            "lost_early": self.lost_early,
-            "tied": self.tied,
-        }
+        return {"dropped": list(self.plan.dropped), **plain_fields(self), "tied": self.tied}
 
     @classmethod
     def from_json(cls, data: Any) -> "Candidate":
@@ -143,11 +134,8 @@ class Verified:
 
     def to_json(self) -> dict[str, Any]:
         """Give the fields, and ``dropped`` beside them, as plain JSON values."""
-        values = asdict(self)
-        candidates = [candidate.to_json() for candidate in self.candidates]
-        margin = None if self.margin is None else self.margin.to_json()
         head = {"format": "shallower.verified", "version": 1, "dropped": list(self.plan.dropped)}
-        return {**head, **values, "candidates": candidates, "margin": margin}
+        return {**head, **plain_fields(self), "margin": plain(self.margin)}
 
     @classmethod
     def from_json(cls, data: Any) -> "Verified":

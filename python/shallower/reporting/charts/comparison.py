@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...values.comparison import ComparedModel, CriteriaComparison, Row, Standing
+from ...values.comparison import ComparedModel, CriteriaComparison, Row
+from ...values.scores import Standing
 from .drawing import Drawing, require_matplotlib
 from .plots import Axis, Line, Point, dot_chart, front_chart, line_chart, series_colour
 
@@ -61,7 +62,8 @@ class Group:
 
     def standing(self, row: Row) -> Standing | None:
         """How a cut stands in the state by which cuts are ranked; None where it is not known."""
-        return row.as_patched if self.by_patch else row.as_cut
+        found = row.patched if self.by_patch else row.cut
+        return found if found is not None and found.is_ranked else None
 
     def ranked(self, n: int, *, by_patch: bool | None = None) -> list[tuple[Row, Standing]]:
         """The cuts of a size whose standing is known, of least regret first.
@@ -71,23 +73,27 @@ class Group:
         wanted = self if by_patch is None else replace(self, by_patch=by_patch)
         found = [(row, wanted.standing(row)) for row in self.rows if row.n == n]
         known = [(row, standing) for row, standing in found if standing is not None]
-        return sorted(known, key=lambda one: one[1].regret)
+        return sorted(known, key=lambda one: one[1].regret.mean)
 
     def of(self, criterion: str) -> list[Row]:
         """The rows of a criterion, by the number of layers."""
         rows = [row for row in self.rows if row.criterion == criterion]
         return sorted(rows, key=lambda row: row.n)
 
+    def standings(self, criterion: str) -> list[Standing]:
+        """How its cuts stand, where that is known."""
+        found = map(self.standing, self.of(criterion))
+        return [standing for standing in found if standing is not None]
+
     def means(self) -> dict[str, tuple[float, float]]:
         """By criterion the means of layer-forwards and of regret, where all sizes are known."""
         sizes = {row.n for row in self.rows}
         found = {}
         for criterion in dict.fromkeys(row.criterion for row in self.rows):
-            rows = self.of(criterion)
-            known = [one.regret for row in rows if (one := self.standing(row)) is not None]
+            rows, known = self.of(criterion), self.standings(criterion)
             if {row.n for row in rows} == sizes and len(known) == len(rows):
                 cost = sum(row.layer_forwards for row in rows) / len(rows)
-                found[criterion] = cost, sum(known) / len(rows)
+                found[criterion] = cost, sum(one.regret.mean for one in known) / len(rows)
         return found
 
     def by_regret(self) -> list[str]:
@@ -107,7 +113,7 @@ def groups_of(comparison: CriteriaComparison) -> list[Group]:
             title = f"{model.title}, chosen on {texts}" if several else model.title
             rows = [row for row in of_model if row.texts == texts]
             sizes = {row.n for row in rows}
-            patched = {row.n for row in rows if row.as_patched is not None}
+            patched = {row.n for row in rows if row.patched and row.patched.is_ranked}
             by_patch = comparison.judge == "loss" and patched == sizes
             of = " of divergence" if comparison.judge in DIVERGENCES else ""
             found.append(Group(model, title, rows, by_patch, f"{comparison.unit}{of}"))
@@ -206,11 +212,11 @@ def _named(name: str, place: int) -> str:
 def _line(group: Group, criterion: str, styles: Styles, patched: bool) -> Line:
     points = []
     for row in group.of(criterion):
-        loss, stderr = (row.patched, row.patched_stderr) if patched else (row.loss, row.stderr)
-        if loss is not None and not math.isnan(loss):
-            error = math.nan if stderr is None else stderr
+        standing = row.patched if patched else row.cut
+        if standing is not None and not math.isnan(standing.loss.mean):
             share = row.layers_share if group.model.num_experts is None else row.parameters_share
-            points.append(Point(share, loss, error, f"without {row.words}"))
+            found = standing.loss
+            points.append(Point(share, found.mean, found.stderr, f"without {row.words}"))
     colour, marker = styles[criterion]
     return Line(criterion, tuple(points), colour, "solid" if patched else "dashed", marker)
 
@@ -222,12 +228,12 @@ def _true_losses(group: Group, place: int) -> Drawing:
         points = tuple(
             Point(
                 names.index(row.criterion),
-                standing.difference,
-                math.nan if standing.difference_stderr is None else standing.difference_stderr,
+                standing.difference.mean,
+                standing.difference.stderr,
                 f"{row.criterion}, n = {n}, {row.words}",
             )
             for row, standing in group.ranked(n)
-            if math.isfinite(standing.difference)
+            if math.isfinite(standing.difference.mean)
         )
         series.append(Line(f"n = {n}", points, series_colour(number)))
     return dot_chart(

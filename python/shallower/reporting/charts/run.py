@@ -11,6 +11,7 @@ from ...values.healing import Healing
 from ...values.layers import ranges
 from ...values.loss import Loss
 from ...values.recommendation import SizeRow
+from ...values.scores import Estimate
 from ...values.verification import Verified
 from .drawing import Drawing
 from .heat_map import Shares, heat_maps
@@ -84,18 +85,18 @@ def size_charts(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
         return []
     start = Point(0.0, 0.0, math.nan, "whole model")
 
-    def line(name: str, colour: str, *, lost: str, size: str) -> Line:
+    def line(name: str, colour: str, *, size: str) -> Line:
         points = tuple(
-            Point(getattr(row, size), *found, f"without {ranges(row.dropped)}")
+            Point(getattr(row, size), lost.mean, lost.stderr, f"without {ranges(row.dropped)}")
             for row in table
-            if (found := _lost(row, lost, whole.nats)) is not None
+            if (lost := _lost(row, name, whole.nats)) is not None
         )
-        return Line(name, (start, *points), colour, "dashed" if lost == "lost" else "solid")
+        return Line(name, (start, *points), colour, "dashed" if name == "cut" else "solid")
 
-    fields = (
-        ("patched quickly", "blue", "patched_lost"),
-        ("cut", "orange", "lost"),
-        ("deepest, patched quickly", "violet", "deepest_patched"),
+    names = (
+        ("patched quickly", "blue"),
+        ("cut", "orange"),
+        ("deepest, patched quickly", "violet"),
     )
     text = (
         "What the verified cut of each size loses more than the whole model on the texts that "
@@ -104,13 +105,13 @@ def size_charts(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
     deepest = "; the deepest layers but the last for comparison"
     is_one = is_one_figure((row.layers_share, row.parameters_share) for row in table)
     panels = (
-        ("loss_over_layers", "layers", "layers_share", fields, deepest),
-        ("loss_over_size", "parameters", "parameters_share", fields[:2], ""),
+        ("loss_over_layers", "layers", "layers_share", names, deepest),
+        ("loss_over_size", "parameters", "parameters_share", names[:2], ""),
     )
     return [
         line_chart(
             name,
-            [line(title, colour, lost=lost, size=size) for title, colour, lost in shown],
+            [line(title, colour, size=size) for title, colour in shown],
             title=f"Loss over the share of {what} that go",
             text=f"{text}{more}.",
             x=Axis(f"{what} dropped", is_share=True),
@@ -120,12 +121,13 @@ def size_charts(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
     ]
 
 
-def _lost(row: SizeRow, name: str, whole: float) -> tuple[float, float] | None:
-    """What a cut of the table loses more than the whole model, and the error of that."""
-    if name == "deepest_patched":
-        return None if row.deepest_patched is None else (row.deepest_patched - whole, math.nan)
-    value, stderr = getattr(row, name), getattr(row, f"{name}_stderr")
-    return None if value is None else (value, math.nan if stderr is None else stderr)
+def _lost(row: SizeRow, name: str, whole: float) -> Estimate | None:
+    """What a line of the figure loses more than the whole model at one size."""
+    if name.startswith("deepest"):
+        deepest = row.deepest_patched
+        return None if deepest is None else Estimate(deepest - whole, math.nan)
+    standing = row.cut if name == "cut" else row.patched
+    return standing and standing.difference
 
 
 def healing_chart(healing: Healing) -> Drawing:

@@ -14,6 +14,7 @@ from ...values.bootstrap import NUM_RESAMPLES
 from ...values.comparison import CriteriaComparison
 from ...values.curve import Curve
 from ...values.layers import ranges
+from ...values.scores import Estimate
 from ...values.settings import State
 from ...values.sweep import BestCut, Borne, Sweep, borne
 from ..results import read_job
@@ -67,7 +68,7 @@ class Found:
         """The best cut of every size in a state, of those that were measured."""
         found: dict[float, BestCut] = {}
         for cut in self._healed() if state == "healed" else self._compared(state):
-            if cut.share not in found or cut.lost < found[cut.share].lost:
+            if cut.share not in found or cut.lost.mean < found[cut.share].lost.mean:
                 found[cut.share] = cut
         return [found[share] for share in sorted(found)]
 
@@ -77,8 +78,7 @@ class Found:
             return []
         return [
             BestCut(
-                self.title, state, row.layers_share, one.difference, one.difference_stderr,
-                row.dropped, row.criterion,
+                self.title, state, row.layers_share, one.difference, row.dropped, row.criterion,
             )
             for n in sorted({row.n for row in group.rows})
             for row, one in group.ranked(n, by_patch=by_patch)
@@ -87,7 +87,7 @@ class Found:
     def _healed(self) -> list[BestCut]:
         return [
             BestCut(
-                self.title, "healed", point.layers_share, lost.mean, lost.stderr, point.dropped,
+                self.title, "healed", point.layers_share, Estimate.of(lost), point.dropped,
                 point.strategy,
             )
             for curve in self.curves
@@ -288,15 +288,9 @@ def mean_regrets(group: Group) -> dict[str, tuple[float, float]]:
     """
     means = group.means()
     return {
-        name: (regret, float(np.mean([_stderr(group, row) for row in group.of(name)])))
+        name: (regret, float(np.mean([one.regret.stderr for one in group.standings(name)])))
         for name, (_, regret) in means.items()
     }
-
-
-def _stderr(group: Group, row: object) -> float:
-    standing = group.standing(row)  # type: ignore[arg-type]
-    stderr = None if standing is None else standing.regret_stderr
-    return math.nan if stderr is None else stderr
 
 
 def _named(cuts: Sequence[BestCut]) -> str:
@@ -305,13 +299,13 @@ def _named(cuts: Sequence[BestCut]) -> str:
 
 def _up_to(cuts: Sequence[BestCut], most: float) -> Sequence[BestCut]:
     """The cuts by size up to the first that loses more."""
-    above = next((place for place, cut in enumerate(cuts) if cut.lost > most), len(cuts))
+    above = next((place for place, cut in enumerate(cuts) if cut.lost.mean > most), len(cuts))
     return cuts[: above + 1]
 
 
 def _point(cut: BestCut) -> Point:
-    error = math.nan if cut.stderr is None else cut.stderr
-    return Point(cut.share, cut.lost, error, f"without {ranges(cut.dropped)}, by {cut.criterion}")
+    lost, stderr = cut.lost.mean, cut.lost.stderr
+    return Point(cut.share, lost, stderr, f"without {ranges(cut.dropped)}, by {cut.criterion}")
 
 
 def _share(row: int, name: str, found: Borne) -> Point:

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ...values.commands import command_line
-from ...values.comparison import ComparedModel, CriteriaComparison, Row, Standing
+from ...values.comparison import ComparedModel, CriteriaComparison, Row
 from ...values.estimates import splits_words
 from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
+from ...values.scores import Estimate, Standing
 from ..charts.comparison import DIVERGENCES, Group, group_charts, groups_of
 from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from ..words import (
@@ -86,7 +87,8 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     if group is None or not ranked:
         return "No criterion could be compared."
     (best, standing), total = ranked[0], group.model.num_layers
-    same = [row.criterion for row, _ in ranked[1:] if row.cut == best.cut]
+    goes = best.dropped, best.experts
+    same = [row.criterion for row, _ in ranked[1:] if (row.dropped, row.experts) == goes]
     tied = [row.criterion for row, one in ranked[1:] if one.tied and row.criterion not in same]
     leads = _leads(comparison, [best.criterion, *same])
     when = group.when if group.by_patch or same else "as a bare cut"
@@ -99,14 +101,13 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     text = (
         f"{gone}, {leads} {when}: "
         f"{without}the model loses "
-        f"{_nats(standing.difference, standing.difference_stderr)} nats a token "
-        f"more than whole"
+        f"{_nats(standing.difference)} nats a token more than whole"
     )
     if tied:
-        leader = "it" if standing.regret == 0 else "the best of all calibration texts"
+        leader = "it" if standing.regret.mean == 0 else "the best of all calibration texts"
         text += f"; {_listed(tied)} cannot be told from {leader}"
     worst, last = ranked[-1]
-    if last.regret > 0 and not last.tied:
+    if last.regret.mean > 0 and not last.tied:
         text += f"; {worst.criterion} comes last, {_behind(last, group.unit)}"
     if experts is not None:
         return f"{text}."
@@ -128,12 +129,12 @@ def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
 
 
 def _behind(standing: Standing, unit: str) -> str:
-    return f"{_nats(standing.regret, standing.regret_stderr)} {unit} behind"
+    return f"{_nats(standing.regret)} {unit} behind"
 
 
-def _nats(value: float, stderr: float | None) -> str:
+def _nats(found: Estimate) -> str:
     """Two decimals, or three where the error would look like none."""
-    return Number.of(value, stderr, 3 if stderr and stderr < 0.005 else 2).text
+    return Number.estimate(found, 3 if 0 < found.stderr < 0.005 else 2).text
 
 
 def _in_the_other_state(group: Group, best: Row) -> str:
@@ -155,7 +156,7 @@ def _in_the_other_state(group: Group, best: Row) -> str:
         return f"{where} the same layers cost least{rest}{near}."
     own = next((one for row, one in others if row.criterion == best.criterion), None)
     text = f"{where} the order is another one: {leader.criterion} loses least, "
-    text += f"{_nats(standing.difference, standing.difference_stderr)} more than whole"
+    text += f"{_nats(standing.difference)} more than whole"
     if own is None:
         return f"{text}, and {best.criterion} could not be patched."
     tie = ", a tie" if own.tied else ""
@@ -192,13 +193,13 @@ def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
 
 def _steps(group: Group) -> tuple[Step, ...]:
     best, whole = _best(group), group.model.whole
-    most = max([one.difference for _, one in best] or [1.0]) or 1.0
+    most = max([one.difference.mean for _, one in best] or [1.0]) or 1.0
     steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
     for row, one in best:
-        more = Number.of(one.difference, one.difference_stderr, sign=True).text
-        share = min(1.0, max(0.0, one.difference / most))
+        more = Number.estimate(one.difference, sign=True).text
+        share = min(1.0, max(0.0, one.difference.mean / most))
         name = f"n = {row.n}{', patched' if group.by_patch else ''}"
-        steps.append(Step(name, Number.of(one.loss, one.stderr), more, share, row is best[-1][0]))
+        steps.append(Step(name, Number.estimate(one.loss), more, share, row is best[-1][0]))
     return tuple(steps)
 
 
@@ -207,7 +208,7 @@ def _cost(group: Group) -> str:
     if not best:
         return ""
     row, one = best[-1]
-    ratio = math.exp(min(700.0, one.difference))
+    ratio = math.exp(min(700.0, one.difference.mean))
     other = ""
     experts = group.model.num_experts
     if experts is not None:
@@ -216,9 +217,9 @@ def _cost(group: Group) -> str:
             f"whole model as a bare cut."
         )
     if group.by_patch:
-        other = f" As a bare cut it loses {Number.of(row.loss, row.stderr).text} nats a token."
+        other = f" As a bare cut it loses {Number.estimate(row.cut.loss).text} nats a token."
     elif row.patched is not None:
-        loss = Number.of(row.patched, row.patched_stderr).text
+        loss = Number.estimate(row.patched.loss).text
         other = f" A quick patch brings it to {loss} nats a token."
     return (
         f"The best cut of {layer_count(row.n)} has {ratio:.2f} times the perplexity of the whole "
@@ -301,12 +302,10 @@ def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
     """Tabulate what the criteria drop of one model by regret, those without one last."""
     ranked = [row for row, _ in group.ranked(n)]
     others = [row for row in group.rows if row.n == n and group.standing(row) is None]
-    rows = [*ranked, *sorted(others, key=lambda row: (math.isnan(row.regret), row.regret))]
+    rows = [*ranked, *sorted(others, key=lambda row: (not row.cut.is_ranked, row.cut.regret.mean))]
     shares = sorted({round(100 * row.parameters_share) for row in rows})
     share = "–".join(dict.fromkeys(str(value) for value in (shares[0], shares[-1])))
-    judged = "" if comparison.judge == "loss" else "score"
-    if any(row.accuracy is not None for row in rows):
-        judged = "accuracy"
+    judged = _judged(comparison, rows)
     cut, patched = ("cut", "") if group.by_patch else ("", "patched")
     head = ["criterion", "drop", "loss", "regret", cut, "patch", "patch regret", patched,
             "layer forwards", "time"]  # fmt: skip
@@ -317,7 +316,7 @@ def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
     return Table(
         f"n = {n}: {100 * rows[0].layers_share:.0f} % of the layers, {share} % of the parameters",
         tuple(head),
-        tuple(_choice(row, judged) for row in rows),
+        tuple(_cells(row, judged, *_patched_cells(row.patched)) for row in rows),
         f"Loss, as cut and after a quick patch, in nats a token; regret in {group.unit}, "
         f"of patched cuts in nats a token, each paired with the best of its kind. Order, best and "
         f"tie: {state}. Each criterion is charged what it costs by itself.",
@@ -330,35 +329,42 @@ def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
 
 def _expert_choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
     """Tabulate which experts the criteria drop of one model, by regret as bare cuts."""
-    judged = "" if comparison.judge == "loss" else "score"
-    if any(row.accuracy is not None for row in group.rows):
-        judged = "accuracy"
-    rows = []
-    for row, standing in group.ranked(n):
-        cells: list[Cell] = [row.criterion, _dropped(row), _narrow(row.loss, row.stderr)]
-        if judged:
-            accuracy = Number.share(row.accuracy, 1)
-            cells.append(accuracy if judged == "accuracy" else _narrow(row.score, row.score_stderr))
-        rows.append(
-            (
-                *cells,
-                _narrow(row.regret, row.regret_stderr),
-                _verdict(standing),
-                Number.share(row.parameters_share, 1),
-                Number(_count(row.layer_forwards), row.layer_forwards),
-                Number(_duration(row.seconds), row.seconds),
-            )
-        )
+    judged = _judged(comparison, group.rows)
     head = ["criterion", "drop", "loss", "regret", "", "parameters", "layer forwards", "time"]
     if judged:
         head.insert(3, judged)
     return Table(
         f"n = {n}: {_experts(n, group.model.num_experts or 0)}",
         tuple(head),
-        tuple(rows),
+        tuple(
+            _cells(row, judged, Number.share(row.parameters_share, 1)) for row, _ in group.ranked(n)
+        ),
         f"Loss in nats a token, regret in {group.unit}, paired with the best; parameters that go "
         f"as a share of all. layers: of the blocks of least angular distance the one whose share "
         f"is nearest; exhaustive: the best of all sets by the judge on the selection set.",
+    )
+
+
+def _judged(comparison: CriteriaComparison, rows: Sequence[Row]) -> str:
+    """What a table shows of the judge beside the loss; empty where that is the judge."""
+    if any(row.accuracy is not None for row in rows):
+        return "accuracy"
+    return "" if comparison.judge == "loss" else "score"
+
+
+def _cells(row: Row, judged: str, *beside: Cell) -> tuple[Cell, ...]:
+    """The cells of a choice: what goes, what the bare cut loses, what is beside that, the cost."""
+    by_judge = {"score": [_narrow(row.score)], "accuracy": [Number.share(row.accuracy, 1)]}
+    return (
+        row.criterion,
+        _dropped(row),
+        _narrow(row.cut.loss),
+        *by_judge.get(judged, []),
+        _narrow(row.cut.regret),
+        _verdict(row.cut),
+        *beside,
+        Number(_count(row.layer_forwards), row.layer_forwards),
+        Number(_duration(row.seconds), row.seconds),
     )
 
 
@@ -376,14 +382,14 @@ def _dropped(row: Row) -> Cell:
 def _spoken(group: Group) -> list[Table]:
     """Tabulate how the bare cuts speak, those that would be accepted most first."""
     known = [row for row in group.rows if row.acceptance is not None]
-    known.sort(key=lambda row: (row.n, -(row.acceptance or 0.0)))
+    known.sort(key=lambda row: (row.n, -row.acceptance.mean if row.acceptance else 0.0))
     rows = tuple(
         (
             Number.count(row.n),
             row.criterion,
             range_cell(row.dropped),
-            _per_cent(row.acceptance, row.acceptance_stderr),
-            _per_cent(row.repetition, row.repetition_stderr),
+            Number.estimate(row.acceptance, 1, scale=100),
+            Number.estimate(row.repetition, 1, scale=100),
         )
         for row in known
     )
@@ -395,39 +401,20 @@ def _spoken(group: Group) -> list[Table]:
     return [Table("how the cuts speak", head, rows, note, is_grouped=True)] if rows else []
 
 
-def _per_cent(value: float | None, stderr: float | None) -> Number:
-    if value is None:
-        return Number.of(None)
-    return Number.of(100 * value, None if stderr is None else 100 * stderr, 1)
-
-
-def _choice(row: Row, judged: str) -> tuple[Cell, ...]:
-    cells: list[Cell] = [row.criterion, range_cell(row.dropped), _narrow(row.loss, row.stderr)]
-    if judged == "score":
-        cells.append(_narrow(row.score, row.score_stderr))
-    elif judged:
-        cells.append(Number.share(row.accuracy, 1))
-    cells += [
-        _narrow(row.regret, row.regret_stderr),
-        _verdict(row.as_cut),
-        _narrow(row.patched, row.patched_stderr),
-        _narrow(row.patched_regret, row.patched_regret_stderr),
-        _verdict(row.as_patched),
-        Number(_count(row.layer_forwards), row.layer_forwards),
-        Number(_duration(row.seconds), row.seconds),
-    ]
-    return tuple(cells)
+def _patched_cells(patched: Standing | None) -> tuple[Cell, ...]:
+    loss, regret = (None, None) if patched is None else (patched.loss, patched.regret)
+    return _narrow(loss), _narrow(regret), _verdict(patched)
 
 
 def _verdict(standing: Standing | None) -> str:
     if standing is None:
         return ""
-    return "best" if standing.regret == 0 else "tie" if standing.tied else ""
+    return "best" if standing.regret.mean == 0 else "tie" if standing.tied else ""
 
 
-def _narrow(value: float | None, stderr: float | None) -> Number:
-    """Write a value with its error in 13 characters up to 99."""
-    return Number.of(value, stderr, 3 if value is None or abs(value) < 9.9995 else 2)
+def _narrow(found: Estimate | None) -> Number:
+    """Write a figure with its error in 13 characters up to 99."""
+    return Number.estimate(found, 3 if found is None or abs(found.mean) < 9.9995 else 2)
 
 
 def _taus(group: Group) -> list[Table]:

@@ -9,10 +9,9 @@ from ...values.estimates import splits_words
 from ...values.files import CURVE_FILE
 from ...values.layers import layer_count, ranges
 from ...values.loss import Loss
-from ...values.scores import TIE, Difference
+from ...values.scores import TIE
 from ...values.settings import STATES, State
 from ...values.speech import Speech
-from ...values.task_scores import TaskScores
 from ..charts.curve import curve_charts
 from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from ..words import (
@@ -91,7 +90,7 @@ def _sentence(curve: Curve, shown: CurvePoint | None) -> str:
         parts.append(
             f"Without layers {ranges(shown.dropped)}, {100 * shown.layers_share:.0f} % of layers, "
             f"chosen by {shown.strategy}, {_of_state(curve, shown.state)}, the model loses "
-            f"{Number.of(lost.mean, lost.stderr).text} nats a token "
+            f"{Number.estimate(lost).text} nats a token "
             f"({curve.whole.loss.nats:.2f} → {shown.loss.nats:.2f})"
         )
     for task in curve.tasks:
@@ -140,7 +139,7 @@ def _steps(curve: Curve, shown: CurvePoint | None) -> tuple[Step, ...]:
         share = max(0.0, lost.mean / most) if lost else 0.0
         number = Number.of(loss.nats, loss.stderr)
         name = patched_name(curve.settings) if one.state == "patched" else one.state
-        steps.append(Step(name, number, _signed(lost).text, share, one is shown))
+        steps.append(Step(name, number, Number.estimate(lost, sign=True).text, share, one is shown))
     return tuple(steps)
 
 
@@ -238,7 +237,7 @@ def _losses(curve: Curve, state: State) -> Table:
             point.strategy,
             range_cell(point.dropped) or "–",
             *_loss_cells(point.loss),
-            _signed(curve.lost(point)),
+            Number.estimate(curve.lost(point), sign=True),
             _verdict(curve, point, state),
             Number.of(point.seconds, digits=0),
         )
@@ -297,13 +296,13 @@ def _scores(curve: Curve, task: str, state: State) -> Table:
             Number.count(point.n),
             point.strategy,
             range_cell(point.dropped) or "–",
-            _percent(scores),
-            _percent(less, sign=True),
+            Number.estimate(scores, 1, scale=100),
+            Number.estimate(less, 1, sign=True, scale=100),
             ", ".join(verdicts),
         )
         rows.append(row)
     chance = "" if whole.chance is None else f"; chance {100 * whole.chance:.1f}"
-    measure = f"{whole.metric} in %, whole model {_percent(whole).text}"
+    measure = f"{whole.metric} in %, whole model {Number.estimate(whole, 1, scale=100).text}"
     return Table(
         f"{task}, {_of_state(curve, state)}: {measure}",
         ("n", "strategy", "drop", "score", "difference", ""),
@@ -338,23 +337,11 @@ def _speech(curve: Curve, state: State) -> Table:
     )
 
 
-def _percent(found: TaskScores | Difference | None, *, sign: bool = False) -> Number:
-    if found is None:
-        return Number("–")
-    return Number.of(100 * found.mean, 100 * found.stderr, 1, sign=sign)
-
-
 def _failures(points: Sequence[CurvePoint]) -> Table:
     rows = tuple(
         (Number.count(point.n), point.strategy, point.state, point.failed or "") for point in points
     )
     return Table("what could not be measured", ("n", "strategy", "state", "why"), rows)
-
-
-def _signed(difference: Difference | None) -> Number:
-    if difference is None:
-        return Number("–")
-    return Number.of(difference.mean, difference.stderr, sign=True)
 
 
 def _numbers(curve: Curve) -> Section:

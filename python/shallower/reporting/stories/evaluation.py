@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ...values.counts import counted, with_error
+from ...values.counts import counted
 from ...values.perplexity import Perplexity
 from ...values.plan import Plan
 from ...values.scores import Difference
@@ -86,7 +86,8 @@ def tasks_table(found: Mapping[str, Sequence[TaskScores]]) -> Table:
         row += map(_score, sides.values())
         for other in others:
             lost = other.minus(one)
-            row.append(Number(f"{'= ' if lost.tied else ''}{_percent(lost)}", lost.mean))
+            text = Number.estimate(lost, 1, sign=True, scale=100).text
+            row.append(Number(f"{'= ' if lost.tied else ''}{text}", lost.mean))
         rows.append(tuple(row))
     tied = "; = a tie" if len(found) > 1 else ""
     title = f"tasks, in per cent; in brackets no better than a guess{tied}"
@@ -110,10 +111,6 @@ def _compared(sides: Mapping[str, Any]) -> dict[str, Any]:
 def _difference(lost: Difference, by: str) -> str:
     tie = "; a tie, within two standard errors" if lost.tied else ""
     return f"difference: {lost} nats a token, paired by {by}{tie}"
-
-
-def _percent(lost: Difference) -> str:
-    return with_error(100 * lost.mean, 100 * lost.stderr, 1, sign=True)
 
 
 def _score(scores: TaskScores) -> Number:

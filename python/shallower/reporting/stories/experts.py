@@ -20,8 +20,8 @@ def experts_table(chosen: ScanChoice) -> Table:
         (
             Number.count(one.layer),
             _named(one.experts),
-            Number.of(*one.last, digits=4),
-            Number.of(*one.next, digits=4),
+            Number.estimate(one.last, 4),
+            Number.estimate(one.next, 4),
         )
         for one in chosen.experts
     )

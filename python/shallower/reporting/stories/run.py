@@ -15,7 +15,7 @@ from ...values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PLAN_FILE, RESULTS
 from ...values.gain import Gain
 from ...values.layers import drop_option
 from ...values.recommendation import Recommended, SizeRow
-from ...values.scores import Difference
+from ...values.scores import Difference, Estimate
 from ..charts.run import healing_chart, race_charts, scan_charts, size_charts
 from ..results import Continuations, Run
 from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
@@ -97,9 +97,9 @@ def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
             Number.count(row.n),
             range_cell(row.dropped),
             Number.share(row.parameters_share),
-            Number.of(row.cut, row.stderr),
-            Number.of(row.patched, row.patched_stderr),
-            Number.of(row.patched_lost, row.patched_lost_stderr, sign=True),
+            Number.estimate(row.cut.loss),
+            Number.estimate(row.patched and row.patched.loss),
+            Number.estimate(row.patched and row.patched.difference, sign=True),
             Number.of(row.deepest_patched),
             Number.count(row.num_tied),
         )
@@ -212,13 +212,13 @@ class _RunStory:
         chosen, row = best.verified.candidates[0], self._row
         judged = best.verified.judge == "loss" and not chosen.lost_early
         if row is not None and judged:
-            patched = best.verified.after == "patch"
-            loss, stderr = (row.patched, row.patched_stderr) if patched else (row.cut, row.stderr)
-            if loss is not None and _apart(chosen.score, chosen.stderr, loss, stderr or 0.0):
+            standing = row.patched if best.verified.after == "patch" else row.cut
+            if standing is not None and _apart(chosen.score, chosen.stderr, standing.loss):
                 found.append(
                     f"the selection texts differ from the test texts: the same cut loses "
-                    f"{chosen.score:.2f} nats a token on the selection texts, {loss:.2f} on the "
-                    f"test texts; choose on texts as you will use the model for"
+                    f"{chosen.score:.2f} nats a token on the selection texts, "
+                    f"{standing.loss.mean:.2f} on the test texts; choose on texts as you will use "
+                    f"the model for"
                 )
         if best.state in run.speech and run.speech[best.state].repeats:
             found.append(repeats_warning(best.state, run.speech[best.state]))
@@ -308,7 +308,7 @@ class _RunStory:
             for name in _STATES
             if (loss := getattr(best, name)) is not None
         ]
-        paired = Number.of(best.difference.mean, best.difference.stderr, 4, sign=True)
+        paired = Number.estimate(best.difference, 4, sign=True)
         facts += [
             Fact("lost, nats a token", paired, f"{RESULTS_FILE}: recommended.lost, paired by text"),
             Fact(
@@ -412,17 +412,17 @@ def _estimated(rows: Sequence[SizeRow], num_texts: int) -> str:
 
 
 def _signed(difference: Difference) -> str:
-    return Number.of(difference.mean, difference.stderr, sign=True).text
+    return Number.estimate(difference, sign=True).text
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _apart(one: float, its_error: float, other: float, other_error: float) -> bool:
-    """Whether two unpaired values differ by more than their errors allow."""
-    error = math.hypot(its_error, other_error)
-    return math.isfinite(error) and abs(one - other) > UNLIKE * error
+def _apart(score: float, stderr: float, other: Estimate) -> bool:
+    """Whether two unpaired figures differ by more than their errors allow."""
+    error = math.hypot(stderr, other.stderr)
+    return math.isfinite(error) and abs(score - other.mean) > UNLIKE * error
 
 
 def _before_parameters(weights: Weights | None, best: Recommended) -> int:

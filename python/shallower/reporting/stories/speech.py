@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...values.counts import counted
+from ...values.scores import Estimate, Scores
 from ...values.speech import WAYS, Speech
 from ..story import Cell, Number, Table
 
@@ -40,9 +41,7 @@ def speech_table(found: Mapping[str, Speech]) -> Table:
         row: list[Cell] = [title, *(speech_cell(name, one) for one in found.values())]
         if len(found) == 2:
             lost = others[0].minus(first)[name]
-            scale = 100 if name in _SHARES else 1
-            digits = 1 if name in _SHARES else 3
-            number = Number.of(scale * lost.mean, scale * lost.stderr, digits, sign=True)
+            number = _number(name, lost, sign=True)
             is_tie = lost.tied and math.isfinite(lost.mean)
             row.append(replace(number, text=f"= {number.text}") if is_tie else number)
         rows.append(tuple(row))
@@ -79,8 +78,9 @@ def repeats_warning(name: str, speech: Speech) -> str:
 
 def speech_cell(name: str, speech: Speech | None) -> Number:
     """Write a measure with its error, shares in per cent; a dash where there is none."""
-    if speech is None:
-        return Number.of(None)
-    one = speech.of(name)
+    return _number(name, None if speech is None else speech.of(name))
+
+
+def _number(name: str, found: Estimate | Scores | None, *, sign: bool = False) -> Number:
     scale, digits = (100, 1) if name in _SHARES else (1, 3)
-    return Number.of(scale * one.mean, scale * one.stderr, digits)
+    return Number.estimate(found, digits, sign=sign, scale=scale)

@@ -91,7 +91,7 @@ def candidates_table(verified: Verified) -> Table:
             _names(one),
             Number.count(one.difference.num_items),
             Number.of(one.score, one.stderr),
-            Number.of(one.difference.mean, one.difference.stderr, sign=True),
+            Number.estimate(one.difference, sign=True),
             _verdict(one, verified),
         )
         for one in verified.candidates[:MOST_CANDIDATES]

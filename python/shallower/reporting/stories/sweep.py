@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ...values.counts import counted
 from ...values.estimates import splits_words
 from ...values.files import SWEEP_FILE
 from ...values.layers import ranges
+from ...values.schema import plain
 from ...values.sweep import Borne, Sweep, borne
 from ..charts.comparison import Group
 from ..charts.sweep import (
@@ -78,18 +78,15 @@ def sweep_data(sweep: Sweep, found: Sequence[Found]) -> dict[str, Any]:
     """
     told = ("name", "kind", "model", "texts", "state", "error")
     cuts = all_cuts(found, sweep)
-    return {
+    data = {
         **sweep.to_json(),
         "jobs": [{name: getattr(job, name) for name in told} for job in sweep.jobs],
-        "cuts": [cut.to_json() for of in cuts for cut in of],
-        "borne": [one.to_json() for of in cuts for one in borne(of, sweep.losses)],
-        "starts": {one.title: [asdict(start) for start in one.starts] for one in found},
-        "regrets": {
-            one.title: {name: list(values) for name, values in mean_regrets(one.group).items()}
-            for one in found
-            if one.group is not None
-        },
+        "cuts": [cut for of in cuts for cut in of],
+        "borne": [one for of in cuts for one in borne(of, sweep.losses)],
+        "starts": {one.title: one.starts for one in found},
+        "regrets": {one.title: mean_regrets(one.group) for one in found if one.group is not None},
     }
+    return {name: plain(value) for name, value in data.items()}
 
 
 def _title(sweep: Sweep, found: Sequence[Found]) -> str:
@@ -184,7 +181,7 @@ def _bears(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne], drawn: 
             cut.state,
             Number.share(cut.share, 1),
             ranges(cut.dropped).replace(", ", ",\xa0"),
-            Number.of(cut.lost, cut.stderr, sign=True),
+            Number.estimate(cut.lost, sign=True),
             cut.criterion,
         )
         for cuts in all_cuts(found, sweep)
@@ -275,10 +272,10 @@ def _regret(group: Group, name: str, n: int) -> Number:
     of = next((one for row, one in group.ranked(n) if row.criterion == name), None)
     if of is None:
         return Number("–")
-    number = Number.of(of.regret, of.regret_stderr)
-    if of.regret == 0:
+    if of.regret.mean == 0:
         return Number("best", 0.0)
-    return Number(f"{number.text}{' tie' if of.tied else ''}", of.regret)
+    text = Number.estimate(of.regret).text
+    return Number(f"{text}{' tie' if of.tied else ''}", of.regret.mean)
 
 
 def _jobs(sweep: Sweep) -> Section:

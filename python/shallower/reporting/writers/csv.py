@@ -3,21 +3,22 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ...storage import write_file
-from ...values.comparison import CriteriaComparison, Row
+from ...values.comparison import COLUMNS, CriteriaComparison
 from ...values.curve import Curve, CurvePoint
+from ...values.schema import finite
+from ...values.scores import Estimate, Scores
 from ...values.speech import MEASURES
+from ...values.task_scores import TaskScores
 
 
 def write_comparison(comparison: CriteriaComparison, path: str | Path) -> None:
-    """Write the rows of a comparison, under the names of their fields."""
-    names = [one.name for one in fields(Row)]
+    """Write the rows of a comparison, as they are in its JSON."""
     rows = ({**row.to_json(), "dropped": _indices(row.dropped)} for row in comparison.rows)
-    _write(path, names, (row.values() for row in rows))
+    _write(path, list(COLUMNS), (row.values() for row in rows))
 
 
 def write_curve(curve: Curve, path: str | Path) -> None:
@@ -55,22 +56,21 @@ def _curve_row(curve: Curve, point: CurvePoint) -> dict[str, Any]:
         "loss": loss and loss.nats,
         "stderr": loss and loss.stderr,
         "of_ln_vocabulary": loss and loss.normalized,
-        "lost": lost and lost.mean,
-        "lost_stderr": lost and lost.stderr,
+        **_estimate("lost", lost),
         "seconds": point.seconds,
         "failed": point.failed,
     }
     for name in curve.tasks:
         scores, whole = point.task(name), curve.whole.task(name)
         less = None if scores is None or whole is None else scores.minus(whole)
-        found |= {
-            name: scores and scores.mean,
-            f"{name}_stderr": scores and scores.stderr,
-            f"{name}_difference": less and less.mean,
-            f"{name}_difference_stderr": less and less.stderr,
-        }
+        found |= {**_estimate(name, scores), **_estimate(f"{name}_difference", less)}
     for name in MEASURES if curve.whole.speech is not None else ():
         means = None if point.speech is None else point.speech.of(name)
-        column = f"speech_{name}"
-        found |= {column: means and means.mean, f"{column}_stderr": means and means.stderr}
+        found |= _estimate(f"speech_{name}", means)
     return found
+
+
+def _estimate(name: str, found: Estimate | Scores | TaskScores | None) -> dict[str, float | None]:
+    """The cells of a figure and its standard error."""
+    mean, stderr = (None, None) if found is None else (found.mean, found.stderr)
+    return {name: finite(mean), f"{name}_stderr": finite(stderr)}
