@@ -61,12 +61,13 @@ if TYPE_CHECKING:
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
     from .scanning.shards import gather as gather
+    from .scanning.until import Until as Until
     from .studies.compare import compare as compare
     from .studies.curve import curve as curve
     from .studies.run import run as run
     from .values.answers import Answer as Answer
-    from .values.bootstrap import BootstrappedStart as BootstrappedStart
     from .values.comparison import CriteriaComparison as CriteriaComparison
+    from .values.costs import BootstrappedStart as BootstrappedStart
     from .values.costs import Costs as Costs
     from .values.curve import Curve as Curve
     from .values.experts import DroppedExperts as DroppedExperts
@@ -90,13 +91,12 @@ if TYPE_CHECKING:
     from .values.speech import Speech as Speech
     from .values.sweep import Sweep as Sweep
     from .values.task_scores import TaskScores as TaskScores
-    from .values.until import Until as Until
     from .values.verification import Verified as Verified
 
 _HOMES = {
     "Answer": "values.answers",
     "Block": "values.layers",
-    "BootstrappedStart": "values.bootstrap",
+    "BootstrappedStart": "values.costs",
     "CacheError": "errors",
     "CompareSettings": "values.settings",
     "Costs": "values.costs",
@@ -145,7 +145,7 @@ _HOMES = {
     "TextsIdentity": "values.identity",
     "ThreadsError": "errors",
     "TierError": "errors",
-    "Until": "values.until",
+    "Until": "scanning.until",
     "Verified": "values.verification",
     "__version__": "_core",
     "analyse_states": "scanning.analyse",

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from shallower.reporting.results import Continuations
-from shallower.reporting.stories.evaluation import evaluation_json, evaluation_parts
+from shallower.reporting.stories.evaluation import (
+    evaluation_json,
+    evaluation_parts,
+    repeats_warning,
+    speech_json,
+    speech_table,
+)
 from shallower.reporting.stories.run import run_story, speech_section
-from shallower.reporting.stories.speech import repeats_warning, speech_json, speech_table
 from shallower.values.scores import Scores
 from shallower.values.speech import MEASURES, WAYS
 from tests.reporting.stories import made_run

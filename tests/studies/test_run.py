@@ -264,7 +264,8 @@ def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path
     said = f"Of n = 1, 3: estimated by {few} of the {whole.num_texts} texts."
     assert said in " ".join(sizes_table(again.recommended, again.table).note.split())
     monkeypatch.setattr("shallower.runs.report.find_spec", lambda _: None)  # without figures
-    sh.report(again.out)
+    with pytest.warns(UserWarning, match="no figures"):
+        sh.report(again.out)
     assert said in (again.out / "report.html").read_text()
 
 

@@ -145,8 +145,7 @@ def say_scan(
     scanned: "Scan", written: list[Path], as_json: bool, *, reading: "Reading | None" = None
 ) -> None:
     """Print the best block of every size, what was rejected, read from disk and written."""
-    from ..reporting.stories.experts import gathered
-    from ..reporting.stories.stages import rejected, scan_table
+    from ..reporting.stories.stages import gathered, rejected, scan_table
 
     if as_json:
         counts = {} if reading is None else reading.to_json()

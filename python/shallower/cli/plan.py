@@ -135,8 +135,7 @@ def plan_command(
 
 
 def _choice(chosen: "ScanChoice") -> list[Any]:
-    from ..reporting.stories.experts import experts_table, unknown
-    from ..reporting.stories.stages import plan_table, starts_table
+    from ..reporting.stories.stages import experts_table, plan_table, starts_table, unknown
 
     parts: list[Any] = [plan_table(chosen.plan)]
     if chosen.experts:

@@ -36,8 +36,8 @@ from .options import (
 from .output import say_dry_run, say_known, say_scan, say_shard
 
 if TYPE_CHECKING:
+    from ..scanning.until import Until
     from ..studies.scan import ScanJob
-    from ..values.until import Until
 
 
 def scan_command(
@@ -175,8 +175,8 @@ def _until(
 ) -> "Until | None":
     """When to stop; SettingsError for what is set of it where nothing stops the scan."""
     from ..errors import SettingsError
+    from ..scanning.until import DEFAULT_TOLERANCE, Until
     from ..values.layers import parse_sizes
-    from ..values.until import DEFAULT_TOLERANCE, Until
 
     if confidence is None:
         if exact or (tolerance, sizes) != (None, None):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import LayersError, PlanError, ScanError
 from ..experts.criteria import DEFAULT, ChosenExperts, chosen_experts
-from ..values.bootstrap import BootstrappedStart
+from ..values.costs import BootstrappedStart
 from ..values.files import SCAN_FILE
 from ..values.layers import Block, deepest_block
 from ..values.plan import Plan

@@ -25,11 +25,11 @@ from ..texts.batches import AnyTexts, Batch, TokenBatches
 from ..texts.sources import place_of_texts
 from ..values.positions import Positions
 from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
-from ..values.until import Until
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, Part, ScanBuilder
 from .hidden_states import compared_of, forward, stream, stream_by_layer
 from .scan import Scan, deciding
 from .settling import JUDGED, Settling
+from .until import Until
 
 
 def scan(

@@ -14,6 +14,7 @@ from ..reporting.charts.heat_map import draw_heat_map
 from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan, deciding
 from ..scanning.settling import JUDGED
+from ..scanning.until import Settled, Until
 from ..storage import check_apart, check_free, check_room, claimed
 from ..store.done import Known, Output
 from ..store.inputs import inputs_of, job_of, model_content, texts_content
@@ -25,7 +26,6 @@ from ..values.memory import MemoryPlan
 from ..values.positions import Positions
 from ..values.schema import read
 from ..values.tokens import Tokens
-from ..values.until import Settled, Until
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

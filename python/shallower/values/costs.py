@@ -4,19 +4,41 @@ Sees the core, which searches on whole numbers: order, ties and sums are exact.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from ..errors import CostsError, LayersError, PlanError, ScanError
-from .bootstrap import BootstrappedStart, resampled_wins
 from .counts import counted
 from .identity import ChosenBy, ModelIdentity, TextsIdentity
 from .layers import MAX_LAYERS, Block, check_plan, check_size, layer_number
 from .plan import STRATEGIES, Plan
 from .positions import Positions
+
+MAX_RESAMPLES = 2**31
+
+NUM_RESAMPLES = 1000
+"""Resamples by which a page says how stable l* is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BootstrappedStart:
+    """Stability of the best start of one block size over resamples.
+
+    Attributes:
+        start: l*(n), the start of the best block over all samples.
+        probability: the share of resamples in which the best block starts there as well. It says
+            how stable the choice is under other samples of the same kind; it is not the
+            probability that the start is the true one.
+        distribution: (L-n+1,) float64, the share of resamples that each start wins; their sum
+            is 1.
+    """
+
+    start: int
+    probability: float
+    distribution: NDArray[np.float64]
 
 
 class Costs:
@@ -273,12 +295,17 @@ class Costs:
         """
         if self.samples is None:
             raise ScanError("there are no samples behind these costs: a bootstrap draws from them")
-        wins = resampled_wins(
+        _check_number("num_resamples", num_resamples, 1, MAX_RESAMPLES)
+        _check_number("seed", seed, 0, 2**64 - 1)
+        pool = _core.Threads(threads)
+        if len(self.samples) < 2:
+            raise ScanError("a single sample cannot be resampled: scan at least 2")
+        wins = _core.bootstrap(
             self.samples,
+            self.num_layers + 1,
             num_resamples,
             seed,
-            num_states=self.num_layers + 1,
-            threads=threads,
+            pool,
             more_is_better=self._more_is_better,
         )
         found = {}
@@ -287,6 +314,12 @@ class Costs:
             start = self.best_block(n).start
             found[n] = BootstrappedStart(start, float(distribution[start]), distribution)
         return found
+
+
+def _check_number(name: str, value: int, least: int, most: int) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or not least <= value <= most:
+        raise ScanError(f"{name} = {value!r}: expected an integer, {least} to {most}")
 
 
 def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:

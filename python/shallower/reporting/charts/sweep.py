@@ -10,8 +10,8 @@ import numpy as np
 
 from ...errors import ShallowerError
 from ...scanning.scan import Scan
-from ...values.bootstrap import NUM_RESAMPLES
 from ...values.comparison import CriteriaComparison
+from ...values.costs import NUM_RESAMPLES
 from ...values.curve import Curve
 from ...values.layers import ranges
 from ...values.scores import Estimate

@@ -28,7 +28,7 @@ from ..words import (
     small_model,
     whole_words,
 )
-from .speech import CURVE_MEASURES, speech_cell
+from .evaluation import CURVE_MEASURES, speech_cell
 
 
 def curve_story(

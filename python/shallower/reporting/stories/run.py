@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...errors import MetricError, ScanError
 from ...savings.weights import Weights, count_weights
-from ...values.bootstrap import NUM_RESAMPLES
 from ...values.commands import command_line
+from ...values.costs import NUM_RESAMPLES
 from ...values.counts import counted
 from ...values.estimates import splits_words
 from ...values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
@@ -33,8 +33,8 @@ from ..words import (
     range_cell,
     small_model,
 )
+from .evaluation import repeats_warning, speech_table
 from .gain import gain_table
-from .speech import repeats_warning, speech_table
 from .stages import candidates_table, failed_proposals, healing_table, rejected, scan_table
 
 UNLIKE = 3.0
