@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import PatchError
 from .loss import Loss
 from .plan import Plan
-from .schema import fields_of, of_type, plain_fields
+from .schema import fields_of, of_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,11 @@ class Patch:
         return {
             "format": "shallower.patch",
             "version": 1,
-            **plain_fields(self),
+            **asdict(self),
+            "plan": self.plan.to_json(),
+            "fits": [{**asdict(fit), "matrices": list(fit.matrices)} for fit in self.fits],
+            "scales": list(self.scales),
+            "descent": list(self.descent),
             "recovered": self.recovered,
         }
 

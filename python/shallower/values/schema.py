@@ -1,6 +1,6 @@
-"""Values read from JSON by the types of their fields; nothing in a file is believed before.
+"""Values as JSON: read by the types of their fields, written field by field, rows as flat columns.
 
-A class with ``from_json`` decides itself; any other dataclass is read field by field.
+Nothing in a file is believed before. A class with ``from_json`` or ``to_json`` decides itself.
 """
 
 import math
@@ -95,8 +95,8 @@ def plain(value: Any, by: str = "to_json") -> Any:
         return [plain(one, by) for one in value]
     if isinstance(value, Mapping):
         return {name: plain(one, by) for name, one in value.items()}
-    if hasattr(value, "tolist"):  # of NumPy
-        return plain(value.tolist(), by)
+    if hasattr(value, "tolist"):  # of NumPy, in which NaN is a value
+        return value.tolist()
     if hasattr(value, by):
         return getattr(value, by)()
     return plain_fields(value, by) if is_dataclass(value) else value

@@ -71,8 +71,8 @@ class Group:
         In the state by which cuts are ranked, or in one that is named.
         """
         wanted = self if by_patch is None else replace(self, by_patch=by_patch)
-        found = [(row, wanted.standing(row)) for row in self.rows if row.n == n]
-        known = [(row, standing) for row, standing in found if standing is not None]
+        of_size = [row for row in self.rows if row.n == n]
+        known = [(row, one) for row in of_size if (one := wanted.standing(row)) is not None]
         return sorted(known, key=lambda one: one[1].regret.mean)
 
     def of(self, criterion: str) -> list[Row]:
@@ -82,8 +82,7 @@ class Group:
 
     def standings(self, criterion: str) -> list[Standing]:
         """How its cuts stand, where that is known."""
-        found = map(self.standing, self.of(criterion))
-        return [standing for standing in found if standing is not None]
+        return [one for row in self.of(criterion) if (one := self.standing(row)) is not None]
 
     def means(self) -> dict[str, tuple[float, float]]:
         """By criterion the means of layer-forwards and of regret, where all sizes are known."""

@@ -15,7 +15,7 @@ from ...values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PLAN_FILE, RESULTS
 from ...values.gain import Gain
 from ...values.layers import drop_option
 from ...values.recommendation import Recommended, SizeRow
-from ...values.scores import Difference, Estimate
+from ...values.scores import Estimate
 from ..charts.run import healing_chart, race_charts, scan_charts, size_charts
 from ..results import Continuations, Run
 from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
@@ -73,7 +73,7 @@ def speech_section(run: Run) -> Section:
     best = run.recommended
     speech = {name: run.speech[name] for name in _STATES if name in run.speech}
     if best is not None and best.state in speech and best.state != "whole":
-        lost = speech[best.state].minus(speech["whole"])
+        lost = speech[best.state].minus(speech["whole"])["loss_under_whole"]
         acceptance, departure = (
             speech[best.state].of("acceptance"),
             speech[best.state].of("departure"),
@@ -82,7 +82,7 @@ def speech_section(run: Run) -> Section:
             0,
             f"Of the whole model's own words the {best.state} model would accept "
             f"{100 * acceptance.mean:.0f} %, and depart after {departure.mean:.1f} tokens; of its "
-            f"own words the whole model loses {_signed(lost['loss_under_whole'])} nats a token "
+            f"own words the whole model loses {Number.estimate(lost, sign=True).text} nats a token "
             f"more than of those that it says itself.",
         )
     tables = (speech_table(speech),) if speech else ()
@@ -160,7 +160,8 @@ class _RunStory:
         most = max(loss.nats - best.whole.nats for _, loss in losses) or 1.0
         steps = []
         for name, loss in losses:
-            more = "" if name == "whole" else _signed(loss.minus(best.whole))
+            lost = None if name == "whole" else loss.minus(best.whole)
+            more = "" if lost is None else Number.estimate(lost, sign=True).text
             share = max(0.0, (loss.nats - best.whole.nats) / most)
             number = Number.of(loss.nats, loss.stderr)
             steps.append(Step(name, number, more, share, name == best.state))
@@ -409,10 +410,6 @@ def _estimated(rows: Sequence[SizeRow], num_texts: int) -> str:
         return ""
     sizes = ", ".join(str(row.n) for row in few)
     return f" Of n = {sizes}: estimated by {few[0].num_texts} of the {num_texts} texts."
-
-
-def _signed(difference: Difference) -> str:
-    return Number.estimate(difference, sign=True).text
 
 
 def _capital(text: str) -> str:
