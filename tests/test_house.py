@@ -150,12 +150,12 @@ def test_optional_packages_are_imported_late():
         assert not early & OPTIONAL, module
 
 
-def test_the_list_of_public_doors():
-    doors = {
+def test_the_list_of_modules_whose_names_are_exported():
+    exporting = {
         getattr(value, "__module__", "").removeprefix("shallower.")
         for value in (getattr(shallower, name) for name in shallower.__all__)
     } - {""}
-    assert sorted(listed("doors")) == sorted(doors)
+    assert sorted(listed("exports")) == sorted(exporting)
 
 
 def test_only_the_border_knows_pyo3():
