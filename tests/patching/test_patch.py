@@ -1,4 +1,4 @@
-"""Healing in closed form, on a small model that has learned something."""
+"""Repair in closed form, on a small model that has learned something."""
 
 import copy
 import json

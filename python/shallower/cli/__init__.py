@@ -84,7 +84,7 @@ COMMANDS = {
     ),
     "patch": Command(
         "patch",
-        "Drop layers and heal the cut in minutes, with no parameter added.",
+        "Drop layers and repair the cut in minutes, adding no parameter.",
         "HuggingFaceTB/SmolLM2-135M --drop 12:20 --texts c4.jsonl --out patched",
     ),
     "heal": Command(

@@ -87,7 +87,7 @@ def patch_command(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Drop layers and heal the cut in minutes, with no parameter added.
+    """Drop layers and repair the cut in minutes, adding no parameter.
 
     The layer before the cut is solved by least squares to replace the dropped layers. Then all
     matrices from there on take at most 48 gradient steps towards the whole model's next-token

@@ -1,1 +1,1 @@
-"""Healing in closed form, and by a few steps."""
+"""Repair of a cut in closed form, then by a few gradient steps."""

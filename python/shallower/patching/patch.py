@@ -1,4 +1,4 @@
-"""Healing in minutes: the layer before a cut is solved in closed form, then all behind it descend.
+"""Repair in minutes: the layer before a cut is solved in closed form, then all behind it descend.
 
 Least squares fits that layer's last matrices to x^(stop) of the whole model; then all matrices
 descend towards its next-token distributions. No parameter is added.
@@ -47,7 +47,7 @@ def patch(
     checkpoint: str | Path | None = None,
     progress: bool | None = None,
 ) -> Patch:
-    """Drop layers and heal the cut in minutes, in place.
+    """Drop layers and repair the cut in minutes, in place.
 
     Args:
         model: the whole model, in float32, bfloat16 or float16. If its layers are streamed, they
