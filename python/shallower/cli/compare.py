@@ -1,4 +1,4 @@
-"""``shallower compare``."""
+"""``shallower compare``. Its options are the fields of ``values/settings.py``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

@@ -1,4 +1,4 @@
-"""``shallower curve``."""
+"""``shallower curve``. Its options are the fields of ``values/settings.py``."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

@@ -1,4 +1,4 @@
-"""``shallower eval``."""
+"""``shallower eval``; :func:`_measures` makes those of ``studies/measures.py`` from its options."""
 
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``shallower heal`` and ``shallower merge``."""
+"""``shallower heal``, whose options are the fields of ``values/recipe.py``; ``shallower merge``."""
 
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The options that several commands share, and those that are fields of settings."""
+"""Options that several commands share, and those made of the fields of ``values/options.py``."""
 
 from collections.abc import Callable
 from dataclasses import fields

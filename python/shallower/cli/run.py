@@ -1,4 +1,4 @@
-"""``shallower run`` and ``shallower demo``: the whole way."""
+"""``shallower run`` and ``shallower demo``. Their options are fields of ``values/settings.py``."""
 
 import sys
 from dataclasses import replace

@@ -1,1 +1,1 @@
-"""Measures of a model: the held-out loss."""
+"""Measures of a model: loss, perplexity, speech, and tasks of lm-eval."""

@@ -1,1 +1,1 @@
-"""Memory and time of work before it is done."""
+"""What a command will take (memory and time), and what a cut saves (``gain``)."""

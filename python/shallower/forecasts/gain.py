@@ -1,4 +1,4 @@
-"""What a cut saves: counted by its config alone, forecast for devices, measured here on demand."""
+"""What a cut saves, by ``savings`` of both models: counted, forecast, or measured on demand."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

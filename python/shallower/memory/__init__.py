@@ -1,1 +1,1 @@
-"""What a step needs of a device, and what to do where it is not there."""
+"""The memory that a step needs (``plan``), and smaller steps where it is not free (``retry``)."""

@@ -1,4 +1,4 @@
-"""One bound for the states that a process keeps: all stores of states draw on it.
+"""One bound for the cached hidden states of a process, not for forwards (``memory/plan.py``).
 
 It is half of the memory free when the first store begins, or of a limit. Each store gets half of
 what is left, and gives it back when it is gone.

@@ -1,4 +1,4 @@
-"""The texts in one forward, and recomputation, that a device has room for.
+"""How many texts of a forward, and what recomputation, fit into memory (:func:`fitting`).
 
 A :class:`Step` is work whose bytes are known before it is done; :func:`plan_step` is the one search
 for the choice that fits.

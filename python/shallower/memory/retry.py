@@ -1,4 +1,4 @@
-"""Work that goes on with smaller forwards where memory is short (:func:`_attempt`)."""
+"""Fewer texts a forward after memory ran out, and the error where one text is too many."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterator

@@ -1,1 +1,1 @@
-"""The stages joined: the whole way from a model to a shallower one, and the demo."""
+"""Over whole studies: sweeps of many, the page of a folder (``report``), and the demo."""

@@ -1,1 +1,1 @@
-"""What a cut saves: counted, forecast, timed."""
+"""One model's size and speed: counted, by a roofline, or timed; ``forecasts/gain.py`` compares."""

@@ -1,4 +1,4 @@
-"""ScanBuilder: parts of states into a scan, from any source.
+"""ScanBuilder: parts of states into a scan, from any source, or on top of an interrupted one.
 
 Sees the Rust core and NumPy, no torch and no model.
 """

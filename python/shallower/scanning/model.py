@@ -1,4 +1,4 @@
-"""The scan of a model: hidden states streamed from a forward into the comparison of all layers."""
+"""The scan of a model: hidden states of forwards into a ``ScanBuilder``, and how it resumes."""
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Shards of an evaluation: one by hand, or all of them by workers."""
+"""Shards of an evaluation, by hand or by workers: of the losses, not of tasks and speech."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence

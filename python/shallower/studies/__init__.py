@@ -1,1 +1,1 @@
-"""The stages joined: scans, evaluations, runs, curves, comparisons and sweeps."""
+"""The stages joined on models and texts: scans, evaluations, runs, curves and comparisons."""

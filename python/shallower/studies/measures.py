@@ -1,4 +1,4 @@
-"""Measures of a model before and after a cut, as they are kept: loss, perplexity, tasks, speech."""
+"""Measures of a cut; a new one also goes in ``cli/evaluate.py`` and ``sharing/eval_shards.py``."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence

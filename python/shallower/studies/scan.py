@@ -1,4 +1,4 @@
-"""A scan of a model into a folder: checked before anything is loaded, and resumed."""
+"""A scan of a model into a folder, checked first; ``scanning/model.py`` resumes it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field

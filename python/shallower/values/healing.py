@@ -1,4 +1,4 @@
-"""The record of a healing: the file that lies beside its adapters."""
+"""The record of a healing, a file beside its adapters; its settings are in ``values/recipe.py``."""
 
 import json
 from collections.abc import Mapping

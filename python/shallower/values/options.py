@@ -1,4 +1,4 @@
-"""Options: how the fields of settings are named, read and written on the command line."""
+"""What makes a field of settings an option; ``cli/options.py`` makes it one of a command."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace

@@ -1,4 +1,4 @@
-"""The settings of a healing."""
+"""The settings of a healing: the options of ``heal`` and their defaults, such as the steps."""
 
 import math
 from collections.abc import Mapping

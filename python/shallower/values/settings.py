@@ -1,4 +1,4 @@
-"""Settings of the studies: frozen values, checked when they are made and handed on whole.
+"""Settings of ``run``, ``curve`` and ``compare``: their options and defaults, checked when made.
 
 An option of a study is declared here, and nowhere else: the command line has the fields.
 """

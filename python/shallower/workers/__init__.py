@@ -1,1 +1,1 @@
-"""Units of work, and those who do them: processes and Ray actors."""
+"""Units of work (``units``), and the processes and Ray actors that do them."""

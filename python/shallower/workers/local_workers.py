@@ -1,4 +1,4 @@
-"""Workers that are processes of this machine."""
+"""Workers that are processes of this machine; a dead one is found here, ``units.py`` acts on it."""
 
 import multiprocessing
 import os

@@ -1,4 +1,6 @@
-"""Workers that are actors of a Ray cluster, each on a node that the driver chooses.
+"""Workers that are actors of a Ray cluster; a lost one is found here, ``units.py`` acts on it.
+
+Each is on a node that the driver chooses.
 
 Nodes come and go with their workers; one that refuses the work gets no more.
 """

@@ -1,4 +1,4 @@
-"""Independent units of work, done by several processes or machines: who has which, what was lost.
+"""Independent units of work: which worker has which, and what follows when a worker is lost.
 
 The driver hands out one at a time; what a worker lost or could not do goes to another. Results
 depend on neither worker nor time. A unit that takes too long is done a second time: heartbeats
