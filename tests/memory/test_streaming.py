@@ -311,8 +311,8 @@ def test_what_is_compared_is_bounded_too(folder, tmp_path, monkeypatch):
     assert len(sizes) > 3
     assert max(sizes) < most + 24  # and a batch, as the next one may be larger
     plan = partial(plan_stream, streamed.config, [folder / "model.safetensors"], torch.float32)
-    assert plan(num_tokens=3000).passes == 1
-    assert plan(num_tokens=3000, num_compared=3000).passes > 10
+    assert plan(passes=[(1, 3000)]).passes == 1
+    assert plan(passes=[(1, 3000)], num_compared=3000).passes > 10
 
 
 def test_a_bar_counts_the_texts_of_each_layer(folder, monkeypatch, capsys):
@@ -384,7 +384,8 @@ def test_a_plan_counts_passes_by_what_is_free(folder, monkeypatch):
     config = sh.ModelSource(folder).read_config()
     files = [folder / "model.safetensors"]
     width = config.hidden_size
-    plan = plan_stream(config, files, torch.float32, num_tokens=(1 << 20) // (4 * width))
+    passes = [(1, (1 << 20) // (4 * width))]
+    plan = plan_stream(config, files, torch.float32, passes=passes)
     assert plan.passes == 4
     assert plan.states_bytes == 1 << 18
     assert plan.bytes_read == pytest.approx(4 * 185_856, rel=0.05)

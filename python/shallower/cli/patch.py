@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -256,34 +256,28 @@ def _planned(
     *,
     out: Path,
     is_here: bool,
-    held_out: Sequence[str],
-    num_written: int,
-    **fitted: Any,
+    **more: Any,
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
     from ..forecasts.speed import told
     from ..forecasts.work import forecast, of_patch
     from ..memory.checkpoints import left_bytes
+    from ..memory.rehearsal import build_empty
+    from ..models.dtypes import plain_dtype
     from ..storage import free_bytes
+    from ..studies.stream_plans import plan_passes, plan_steps
     from ..values.estimates import Disk
 
-    more: dict[str, Any] = {"held_out": held_out, "num_written": num_written, **fitted}
-    planned = _streamed(place, dropped, texts, **fitted, measured=bool(held_out))
+    counted = cache(lambda: of_patch(place, dropped, texts, **more))
+    planned: dict[str, Any] = {}
+    if place.waits_on_disk:
+        empty = build_empty(place.read_config(), plain_dtype(place.resolved().dtype))
+        planned["steps"] = plan_steps(empty, dropped, counted().steps)
+        planned["stream"] = told(lambda: plan_passes(place, counted().work.passes))
     planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
     if is_here:
-        planned["time"] = told(lambda: forecast(of_patch(place, dropped, texts, **more)))
+        planned["time"] = told(lambda: forecast(counted()))
     return planned
-
-
-def _streamed(
-    place: ModelSource, dropped: Sequence[int], texts: "Iterable[str]", **settings: Any
-) -> dict[str, Any]:
-    """What a patch reads of layers on disk, and what its steps take there."""
-    if not place.waits_on_disk:
-        return {}
-    from ..studies.stream_plans import plan_patch
-
-    return plan_patch(place, dropped, texts, **settings)
 
 
 def _placed(

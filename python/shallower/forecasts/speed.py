@@ -3,6 +3,7 @@
 One layer is built from the config, in the dtype and on the device to use, and really runs.
 """
 
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,11 +16,11 @@ from torch import nn
 from ..errors import ModelError, one_sentence
 from ..evaluation.answers import AT_ONCE
 from ..evaluation.loss import summed_losses
-from ..evaluation.speech import measures
+from ..evaluation.speech import READING, measures
 from ..experts.hooks import ExpertHooks
 from ..memory.device import available_bytes, main_device
 from ..memory.rehearsal import build_empty
-from ..memory.streaming import disk_speed
+from ..memory.streaming import Pass, disk_speed
 from ..memory.weights import module_bytes, num_parameters
 from ..models.architecture import find_layers
 from ..models.dtypes import STREAM
@@ -28,6 +29,7 @@ from ..models.layerwise import Layerwise, token_rows
 from ..models.loading import layers_of
 from ..models.source import ModelSource
 from ..patching.changes import Changes
+from ..patching.counts import STEPPING
 from ..patching.descent import MovingMatrix, divergence_gradients, matrices
 from ..savings.timing import settle
 from ..texts.batches import Batch
@@ -60,6 +62,8 @@ class Work:
         observed: as ``layers``, where statistics of their experts are gathered.
         compared: words whose distributions of two models are compared.
         loads: of the model, times models.
+        passes: over all layers where they are on disk: how many, and the tokens whose states each
+            holds. No speed has any.
     """
 
     layers: float = 0
@@ -73,19 +77,29 @@ class Work:
     observed: float = 0
     compared: float = 0
     loads: float = 0
+    passes: tuple[Pass, ...] = ()
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
+        """One after the other."""
+        sums = map(operator.add, self._values(), other._values())
+        return Work(*sums, passes=self.passes + other.passes)
 
     def __mul__(self, times: float) -> "Work":
-        return Work(*(value * times for value in self._values()))
+        """So many times as much, together: in the same passes, which hold as many more states."""
+        passes = tuple((count, tokens * times) for count, tokens in self.passes)
+        return Work(*(value * times for value in self._values()), passes=passes)
+
+    @property
+    def as_layers(self) -> float:
+        """The layers, times tokens, that run in as long, about, without equations."""
+        return self.layers + STEPPING * self.layer_steps + READING * self.decoded_layers
 
     def seconds(self, each: "Work") -> float:
         """The seconds of all, by those of each."""
         return sum(a * b for a, b in zip(self._values(), each._values(), strict=True))
 
     def _values(self) -> list[float]:
-        return [getattr(self, one.name) for one in fields(self)]
+        return [getattr(self, one.name) for one in fields(self)[:-1]]
 
 
 def told(way: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Work of the stages, counted before it is done: of studies and of single commands alike."""
+"""Work counted before it is done, in one way for studies and single commands, bars and dry runs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,23 +10,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..errors import TextsError
+from ..judgement.verifying import PATCH_TEXTS
 from ..memory.rehearsal import build_empty
+from ..memory.streaming import Pass
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
-from ..patching.descent import STEP_TOKENS, most_steps
+from ..patching.counts import PatchLayers
+from ..patching.descent import STEP_TOKENS, most_steps, num_steps
 from ..patching.memory import DEFAULT_PATCH_BATCH, writer_widths
 from ..patching.patch import CPU_TOKENS, NUM_TOKENS
-from ..patching.states import MAX_HELD_OUT
+from ..patching.quick import RIDGES
+from ..patching.states import MAX_HELD_OUT, divide
 from ..processes import worked
 from ..texts.batches import tokenise
 from ..texts.sources import Texts
 from ..values.estimates import Time
 from ..values.forwards import Forwards
-from ..values.layers import blocks_of
 from ..values.plan import Plan
-from ..values.recipe import GLOBAL_BATCH, Resolved
+from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..values.speech import WAYS
 from ..values.tokens import Tokens
 from .speed import Work, measure_speed
@@ -34,8 +38,14 @@ from .speed import Work, measure_speed
 SAMPLED = 256
 """Texts that are tokenised to know how long all are."""
 
-SOLVES = 12
-"""Systems of equations that a full patch solves before each block, about."""
+SOLVES, QUICK_SOLVES = 12, 1 + len(RIDGES) / 2
+"""Systems of equations that a patch solves before each block, about, in full or quickly."""
+
+TOGETHER = 4
+"""States of a text, of those that make room for passes of single ones, where cuts run together."""
+
+CHECKED: Pass = (2, 0)
+"""A model runs on one text, whole and layer by layer."""
 
 Lengths = NDArray[Any]
 """(S,) tokens of texts or prompts."""
@@ -43,12 +53,16 @@ Lengths = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The work that one model is to do, on texts of a mean length, so many a forward."""
+    """The work that one model is to do, on texts of a mean length, so many a forward.
+
+    ``steps`` are those of its patch.
+    """
 
     source: ModelSource
     work: Work
     texts: int
     length: float
+    steps: int = 0
 
 
 def forecast(*parts: Counted, beside: str = "") -> Time:
@@ -77,8 +91,11 @@ def lengths_of(tokenizer: Any, texts: Iterable[str], max_length: int) -> Lengths
 
 
 def run(forwards: Forwards, lengths: Any) -> Work:
-    """Count layers and heads that are run on texts of some lengths."""
-    return Work(forwards.layers, forwards.heads) * float(lengths.sum())
+    """Count layers and heads that are run on texts of some lengths, and what their passes hold."""
+    tokens, passes = float(lengths.sum()), forwards.passes
+    held = max(1.0, TOGETHER * forwards.heads / passes) if passes else 0.0
+    counted = ((passes, held * tokens),) if passes else ()
+    return replace(Work(forwards.layers, forwards.heads) * tokens, passes=counted)
 
 
 def written(layers: int, num_tokens: float) -> Work:
@@ -99,8 +116,13 @@ def spoken(layers: int, whole: int, prompts: Lengths, *, num_tokens: int) -> Wor
     return written(layers, words) + runs
 
 
-def solved(model: nn.Module, n: int, tokens: float, *, solves: float = SOLVES) -> Work:
-    """Count the equations before each block, about every second layer that goes ending one."""
+def solved(model: nn.Module | None, n: int, tokens: float, *, solves: float = SOLVES) -> Work:
+    """Count the equations before each block, about every second layer that goes ending one.
+
+    None of no model.
+    """
+    if model is None:
+        return Work()
     inputs, width = writer_widths(model)
     flops = 2 * tokens * inputs * (inputs + width)
     flops += solves * (inputs**3 / 3 + 2 * inputs**2 * width)
@@ -108,23 +130,24 @@ def solved(model: nn.Module, n: int, tokens: float, *, solves: float = SOLVES) -
 
 
 def patched(
-    model: nn.Module, layers: int, dropped: Sequence[int], *, fit: Lengths, most: int
+    model: nn.Module | None, layers: PatchLayers, *, fitted: float, held: float, steps: int
 ) -> Work:
-    """Count a full patch that fits ``most`` tokens of texts of some lengths at most.
+    """Count a full patch on so many tokens, and so many held out; equations of a ``model`` alone.
 
-    Both models run side by side, losses are measured to choose by, and the descent is of all
-    layers from the one before the first block on.
+    States are of both models, losses are measured to choose by, and layers descend.
     """
-    n, blocks = len(dropped), len(blocks_of(sorted(dropped)))
-    left = layers - n - min(dropped) + 1
-    fitted = min(most, 7 / 8 * fit.sum())
-    held = min(MAX_HELD_OUT, most, fit.sum() / 8)
-    steps = most_steps(fitted)
     descended = steps * min(fitted, STEP_TOKENS)
-    losses = Work(left, 1) * (held * (4 + blocks))
-    states = Work((layers + 3 * blocks) * (fitted + held))
-    descent = Work(layer_steps=descended * left, head_steps=descended, updates=float(steps * left))
-    return losses + states + descent + solved(model, 2 * blocks - 1, 2 * (fitted + held))
+    walked = Work(layers.walked + 3 * layers.num_blocks) * (fitted + held)
+    losses = Work(layers.judged, 4 + layers.num_blocks) * held
+    descent = Work(
+        layers=layers.rest * fitted,
+        layer_steps=descended * layers.moved,
+        head_steps=descended,
+        updates=float(steps * layers.moved),
+        passes=(CHECKED, (layers.passes(steps), 0)),
+    )
+    equations = solved(model, 2 * layers.num_blocks - 1, 2 * (fitted + held))
+    return walked + losses + descent + equations
 
 
 def trained(recipe: Resolved, left: int, whole: int, *, length: float, held: float) -> Work:
@@ -139,6 +162,75 @@ def trained(recipe: Resolved, left: int, whole: int, *, length: float, held: flo
     return teacher + steps + Work(left, 1) * evaluated
 
 
+def middle(num_layers: int, n: int) -> range:
+    """The block of so many layers in the middle, about."""
+    begin = max(1, (num_layers - n) // 2)
+    return range(begin, begin + n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutWork:
+    """What becomes of the cuts of one model in a study, counted in one way for bar and dry run.
+
+    Attributes:
+        config: of the whole model.
+        num_layers: L, of it.
+        fit: tokens of each calibration text.
+        report: tokens of each test text.
+        held: selection tokens, by which a training is evaluated.
+        patch_tokens: those that a full patch fits, at most.
+        recipe: of a training, if there is one.
+        model: the model whose equations count, too; its weights are not looked at.
+    """
+
+    config: PretrainedConfig
+    num_layers: int
+    fit: Lengths
+    report: Lengths
+    held: float
+    patch_tokens: int = 0
+    recipe: Recipe | None = None
+    model: nn.Module | None = None
+
+    def measured(self, *cuts: int) -> Work:
+        """Count the losses of cuts of so many layers on the test texts, in one pass."""
+        left = sum(self.num_layers - n for n in cuts)
+        return run(Forwards(left, len(cuts), passes=1), self.report)
+
+    def quick(self, *cuts: int, texts: int = PATCH_TEXTS) -> Work:
+        """Count quick patches of cuts, solved in one pass."""
+        fit = self.fit[:texts]
+        equations = (solved(self.model, n, fit.sum(), solves=QUICK_SOLVES) for n in cuts)
+        work = sum(equations, run(Forwards(sum(cuts)), fit))
+        held = TOGETHER * len(cuts) * float(fit.sum() + self.report.sum())
+        return replace(work, passes=((1, held),))
+
+    def patched(self, n: int) -> Work:
+        """Count a full patch of a block in the middle, of which every eighth text is held out."""
+        layers = PatchLayers.of(self.num_layers, middle(self.num_layers, n))
+        held = min(MAX_HELD_OUT, self.patch_tokens, self.fit.sum() / 8)
+        return patched(self.model, layers, fitted=self._fitted, held=held, steps=self.num_steps)
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of a full patch, at most."""
+        return most_steps(self._fitted)
+
+    @property
+    def _fitted(self) -> float:
+        return min(self.patch_tokens, 7 / 8 * self.fit.sum())
+
+    def healed(self, n: int) -> Work:
+        """Count a training of all layers that are left, and its evaluations."""
+        from ..healing.checks import auto_dtype, facts
+
+        assert self.recipe is not None
+        whole = self.num_layers
+        recipe = self.recipe.resolve(facts(self.config, whole), auto=auto_dtype())
+        length = min(recipe.max_length, self.fit.mean())
+        return trained(recipe, whole - n, whole, length=length, held=self.held)
+
+
 def of_patch(
     source: ModelSource,
     dropped: Sequence[int],
@@ -149,17 +241,23 @@ def of_patch(
     held_out: Sequence[str] = (),
     num_written: int = 0,
 ) -> Counted:
-    """Count a patch, three losses on ``held_out``, and answers that the whole model writes."""
+    """Count a patch, three losses on ``held_out``, and answers that the whole model writes.
+
+    TextsError for too few texts.
+    """
     source = source.resolved()
     model = build_empty(source.read_config(), plain_dtype(source.dtype))
     tokenizer, layers = source.load_tokenizer(), source.count_layers()
-    fit = lengths_of(tokenizer, texts, tokens.max_length)
     most = num_tokens or (NUM_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
-    work = patched(model, layers, dropped, fit=fit, most=most) + written(layers, num_written)
+    batches = divide(tokenizer, texts, tokens=tokens, num_tokens=most)
+    fitted, held = (np.concatenate([x.attention_mask.sum(1) for x in some]) for some in batches)
+    steps, count = num_steps(batches[0]), PatchLayers.of(layers, dropped)
+    work = patched(model, count, fitted=fitted.sum(), held=held.sum(), steps=steps)
+    work += written(layers, num_written) + Work(passes=((1, 0),))  # and it is saved
     if held_out:
         lengths = lengths_of(tokenizer, held_out, tokens.max_length)
-        work += run(Forwards(3 * layers - 2 * len(dropped), 3), lengths)
-    return Counted(source, work, DEFAULT_PATCH_BATCH, fit.mean())
+        work += run(Forwards(3 * layers - 2 * len(dropped), 3, passes=3), lengths)
+    return Counted(source, work, DEFAULT_PATCH_BATCH, fitted.mean(), steps)
 
 
 def of_healing(

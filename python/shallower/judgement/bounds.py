@@ -12,6 +12,12 @@ FIRST_ITEMS = 4
 STAGES = (FIRST_ITEMS, 16)
 """Items after which a race of patched cuts is thinned out."""
 
+SEARCHED = {"none": 1 / 10, "patch": 1 / 16}
+"""Share of the layers of an exhaustive search, beyond which no step of the search begins."""
+
+SEEDS = 3
+"""Cuts that the search begins from, the best first."""
+
 MOST = 0.24
 """Share of them that a race takes at most, where two cuts do not take more; what it takes is
 estimated, and a quarter is the bound."""
@@ -36,6 +42,8 @@ def verifying_forwards(
 ) -> Forwards:
     """Bound what a verification takes, times texts, about: what is sure, and what it may add.
 
+    Its passes are those of the screening, two a step of the search, and those of the race.
+
     ``looks`` are the items of each selection batch, and ``texts_of_item`` the texts
     that run for each; ``proposing`` are the layers that criteria run, and ``patch_texts`` the texts
     of a quick patch.
@@ -52,5 +60,9 @@ def verifying_forwards(
     heads *= texts_of_item
     # Half of the layers of a cut were run for another one, or lie before its patch.
     layers += heads * left / 2
-    more = max(0.0, MOST * texts_of_item * exhaustive(num_layers, n, items) - layers)
-    return Forwards(layers + more, heads + 2 * more / max(1, left))
+    whole = texts_of_item * exhaustive(num_layers, n, items)
+    more = max(0.0, MOST * whole - layers)
+    step = max(1.0, texts_of_item * num_layers * looks[0] * left / 2)
+    steps = SEEDS + SEARCHED[after] * whole / step
+    passes = looks_at(looks, FIRST_ITEMS) + 2 * steps + len(STAGES) + 3
+    return Forwards(layers + more, heads + 2 * more / max(1, left), passes)

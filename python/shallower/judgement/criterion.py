@@ -82,18 +82,6 @@ class Criterion(ABC):
         """
         return 0
 
-    def trial_passes(self, looks: Sequence[int], n: int) -> int:
-        """Bound how often those cuts go through the layers, where each is read from disk for all.
-
-        Args:
-            looks: the items of each batch of the selection set.
-            n: layers that are to go.
-
-        Returns:
-            The count; 1 by default.
-        """
-        return 1
-
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         """Bound what the cuts take that the criterion judges by ``subject.trials`` for a size.
 
@@ -103,7 +91,8 @@ class Criterion(ABC):
             n: layers that are to go; without effect where costs serve all sizes.
 
         Returns:
-            Layers and heads, times items; none by default.
+            Layers and heads, times items, and the passes over the layers, where each is read from
+            disk for all cuts that are judged together; none by default.
         """
         return Forwards()
 
@@ -139,10 +128,6 @@ class Search(Criterion):
     def steps(self, _subject: Subject, _n: int) -> int:
         """Count the steps of a bar for :meth:`search`, at most."""
         return 1
-
-    def trial_passes(self, looks: Sequence[int], n: int) -> int:
-        """Those of a race, by default."""
-        return len(looks)
 
     def plans(self, subject: Subject) -> Mapping[int, Plan]:
         """Search for each of ``subject.sizes``.

@@ -22,7 +22,7 @@ from ..values.plan import VERIFIED, Plan
 from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
 from ..values.verification import AFTER, Candidate, Verified
-from .bounds import FIRST_ITEMS, MOST, STAGES, exhaustive, verifying_forwards
+from .bounds import FIRST_ITEMS, MOST, SEARCHED, SEEDS, STAGES, exhaustive, verifying_forwards
 from .judges.judge import Judge, LossJudge, judged_batches
 from .patched_trials import PatchedTrials, kept_patched
 from .proposals import (
@@ -42,12 +42,6 @@ from .trials import AnyCut, Count, ResultStore, Trials, judge_inputs, kept_trial
 
 PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over the calibration texts."""
-
-SEARCHED = {"none": 1 / 10, "patch": 1 / 16}
-"""Share of the layers of an exhaustive search, beyond which no step of the search begins."""
-
-SEEDS = 3
-"""Cuts that the search begins from, the best first."""
 
 _By = Trials | PatchedTrials
 

@@ -34,6 +34,9 @@ SAMPLE = 64 << 20
 LEAST_KEPT = 64 << 20
 """Bytes of compared states that a pass may keep of any model."""
 
+Pass = tuple[float, float]
+"""How many passes over the layers there are, and the tokens of each."""
+
 Look = Callable[[int, int, torch.Tensor], object]
 """Receives the place of a batch, the index of a state and its (B, T, D) values."""
 
@@ -72,14 +75,12 @@ def plan_stream(
     files: Sequence[Path],
     dtype: torch.dtype,
     *,
-    num_tokens: float = 0,
-    passes: Sequence[tuple[float, float]] = (),
+    passes: Sequence[Pass],
     num_compared: float = 0,
 ) -> StreamPlan:
-    """Plan a pass of so many tokens over a model in files, on what is free now.
+    """Plan passes over a model in files, on what is free now.
 
-    Or several ``passes``: how many there are of a kind, and the tokens of each. Of
-    ``num_compared`` tokens of a pass all states are kept.
+    Of ``num_compared`` tokens of a pass all states are kept.
     """
     if files[0].suffix == ".gguf":
         layers = layer_bytes(files[0], layers_of(config) or 0)
@@ -89,7 +90,7 @@ def plan_stream(
     room, of_token = max(1, BUDGET.left // 2), width * dtype.itemsize
     kept = num_compared * of_token * ((layers_of(config) or 0) + 1)
     total, states = 0.0, 0.0
-    for count, tokens in passes or [(1, num_tokens)]:
+    for count, tokens in passes:
         size = tokens * of_token + kept
         each = max(1, math.ceil(size / room), math.ceil(kept / _most_kept(layers)))
         total, states = total + count * each, max(states, size / each)

@@ -23,6 +23,7 @@ from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
 from .checkpoint import PatchCheckpoint
+from .counts import SOLVING, STEPPING, PatchLayers
 from .descent import Descent, draw_steps, keep_best, kept_bytes, num_steps
 from .least_squares import FIRST_RIDGE, Choice, HeldOut, NormalEquations, choose
 from .states import StateSet, Stored, missing_equations, missing_rows, no_writer, not_finite
@@ -33,31 +34,6 @@ FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
 ATTENTION_STEP = 0.5
 """The part of its share of a jump that the attention is given; the feed-forward, whose inputs
 change with it, is then solved for all that is left."""
-
-SOLVING, STEPPING = 6, 3
-"""Layers that run in the time in which one layer's matrices are solved on the same batches, and in
-which it takes a step, about."""
-
-
-def layers_run(
-    plan: Plan, *, fitted: float, held_out: float, descended: float, stepped: float
-) -> float:
-    """Count the layers that a patch runs, about, times what texts are counted in, as batches.
-
-    ``descended`` are the texts of a pass, ``stepped`` those of all steps.
-    """
-    first, stop, blocks = plan.blocks[0].start - 1, plan.blocks[-1].stop, len(plan.blocks)
-    left = len(plan.survivors) - first
-    between = [one for one in plan.survivors if first <= one < plan.blocks[-1].start - 1]
-    walked = stop + len(between) + SOLVING * blocks
-    judged = plan.num_layers - first + left * (blocks + 3)
-    steps = STEPPING * left * stepped
-    return (
-        walked * (fitted + held_out)
-        + judged * held_out
-        + (plan.num_layers - stop) * descended
-        + steps
-    )
 
 
 class Solver:
@@ -127,8 +103,7 @@ class Solver:
         fits = []
         steps, taken = draw_steps(self.fitted.batches), num_steps(self.fitted.batches)
         counts = [len(batches) for batches in self._batches]
-        total = layers_run(
-            self.plan,
+        total = PatchLayers.of(self.plan.num_layers, self.plan.dropped).times(
             fitted=counts[0],
             held_out=counts[1],
             descended=len(self._descended),

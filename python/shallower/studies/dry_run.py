@@ -3,9 +3,10 @@
 The settings give the work; a layer with random weights gives the speed (``forecasts.speed``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,28 @@ import numpy as np
 from ..evaluation.speech import SPEECH_TOKENS
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
 from ..forecasts.speed import Work, device_of, told
-from ..forecasts.work import Counted, forecast, patched, run, solved, spoken, trained, written
+from ..forecasts.work import (
+    CHECKED,
+    QUICK_SOLVES,
+    Counted,
+    CutWork,
+    forecast,
+    middle,
+    run,
+    solved,
+    spoken,
+    written,
+)
 from ..judgement.bounds import verifying_forwards
 from ..judgement.choosing_size import sizes_beside
 from ..judgement.criteria import criteria
 from ..judgement.criteria.experts import EverySet
+from ..judgement.criteria.searches import single_layers
 from ..judgement.criterion import Criterion, Search
 from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.judges.judge import looks
-from ..judgement.proposals import PROPOSING_TEXTS
+from ..judgement.proposals import proposing_layers
 from ..judgement.subject import Subject
-from ..judgement.token_states import PROBED
 from ..judgement.verifying import PATCH_TEXTS
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import StreamPlan
@@ -31,8 +43,6 @@ from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
-from ..patching.descent import most_steps
-from ..patching.quick import RIDGES
 from ..storage import free_bytes
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
@@ -41,18 +51,15 @@ from ..values.estimates import Disk, Divided
 from ..values.forwards import Forwards
 from ..values.memory import MemoryPlan
 from ..values.recipe import Recipe
-from ..values.settings import CompareSettings, CurveSettings, RunSettings
+from ..values.settings import CurveSettings, RunSettings
 from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
 from .disk import sizes_of, study_bytes
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
-from .stream_plans import StepsPlan, StudyPasses, plan_passes, plan_steps
+from .stream_plans import StepsPlan, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
-
-QUICK_SOLVES = 1 + len(RIDGES) / 2
-"""Those of a quick patch, about."""
 
 
 def describe(study: Study[Any]) -> dict[str, Any]:
@@ -74,7 +81,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {
         "memory": lambda: max((one.memory() for one in models()), key=_peak),
         "disk": lambda: Disk(study_bytes(study), free_bytes(study.folder)),
-        "time": lambda: forecast(*[one.counted() for one in models()], beside=tasks),
+        "time": lambda: forecast(*[one.counted for one in models()], beside=tasks),
     }
     if study.out is None:
         del ways["disk"]
@@ -110,16 +117,9 @@ class _Texts:
         tokens = replace(study.settings.tokens, batch_size=texts_at_once)
         split = study.splits[name]
         self.batches = list(TokenBatches(tokenizer, split.fit, tokens, min_tokens=2))
-        self.fit = np.array(
-            [length for batch in self.batches for length in batch.attention_mask.sum(axis=1)]
-        )
+        self.fit = np.concatenate([batch.attention_mask.sum(axis=1) for batch in self.batches])
         self.choose, self.report = (
-            np.array(
-                [
-                    len(ids)
-                    for ids in TokenBatches(tokenizer, some, tokens, min_tokens=2).token_ids()
-                ]
-            )
+            np.array([*map(len, TokenBatches(tokenizer, some, tokens, min_tokens=2).token_ids())])
             for some in (split.choose, split.report)
         )
         self.judged, self.num_spoken = self.choose, 0
@@ -180,11 +180,8 @@ class _Model:
     @cached_property
     def _recipe(self) -> Recipe | None:
         """The settings of a healing, if there is one."""
-        settings = self.settings
-        heals = getattr(settings, "heal", None)
-        if isinstance(settings, CurveSettings) and "healed" not in settings.states:
-            return None
-        if isinstance(settings, CompareSettings) or heals is False:
+        settings, heals = self.settings, getattr(self.settings, "heal", False)
+        if heals is False or "healed" not in getattr(settings, "states", ("healed",)):
             return None
         if isinstance(heals, Recipe):
             return heals
@@ -198,158 +195,120 @@ class _Model:
         assert found is None or isinstance(found, WantedAnswers)
         return found
 
-    # Time.
+    # The work, for its time and for what it reads from disk.
+    @cached_property
     def counted(self) -> Counted:
         """Count all of the work, about."""
-        work = Work()
+        work = Work(passes=(CHECKED,))
+        ways = {RunSettings: self._of_run, CurveSettings: self._of_curve}
         for name in self.study.splits:
             self.texts = self._texts(name)
-            work += self._work()
-        return Counted(self.source, work, self.texts.at_once, float(self.texts.report.mean()))
-
-    def _work(self) -> Work:
-        if isinstance(self.settings, RunSettings):
-            return self._of_run()
-        if isinstance(self.settings, CurveSettings):
-            return self._of_curve()
-        return self._of_comparison()
-
-    def _of_run(self) -> Work:
-        settings, sizes = self.settings, self._sizes
-        n, models, beside = min(sizes), 2 if settings.plan_only else 3, self._beside
-        work = self._measured(0) + self._scan(SCAN_TEXTS) + self._measured(n) * 2 + self._spoken
-        for size in sizes:
-            work += self._verified(size)
-        for size in beside:
-            work += self._verified(size, TABLE_TEXTS)
-        share = min(1.0, TABLE_REPORTS / len(self.texts.report))
-        for size in (*sizes, *beside):
-            of = 1.0 if size in sizes else share
-            # The winner and the deepest layers, of whose states half are known, and nearly all.
-            work += (self._measured(size) * 2 + self._quick(size) * 2) * of
-        models += self._recipe is not None
-        if not self.source.waits_on_disk:
-            ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
-            prompts = np.array([len(one) for one in ids])
-            for left in (self.layers, *[self.layers - n] * (models - 1)):
-                work += spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
-        if self._answers is not None:
-            work += written(self.layers, self._answers.num_written)
-        if self._patch_tokens:
-            work += self._patched(n) + self._measured(n)
-        if self._recipe is not None:
-            work += self._healed(n)
-        return work
-
-    @property
-    def _beside(self) -> list[int]:
-        """The sizes of the table of a run beside those that are decided."""
-        sizes = self._sizes
-        found = {more for size in sizes for more in sizes_beside(size, self.layers)}
-        return sorted(found - {*sizes})[: 2 * len(sizes)]
+            self.cuts = self._cuts()
+            work = sum(ways.get(type(self.settings), self._of_comparison)(), work)
+        length = float(self.texts.report.mean())
+        return Counted(self.source, work, self.texts.at_once, length, self.cuts.num_steps)
 
     def stream(self) -> StreamPlan:
         """What is read of a model whose layers are streamed from disk, at most, about."""
-        settings, passes = self.settings, []
-        found = StudyPasses(self.layers, settings, self._first_texts)
-        if isinstance(settings, RunSettings):
-            passes += found.of_run(self._sizes, self._beside)
-            if self._patch_tokens:  # and its checkpoint, saved and compared
-                passes += [*found.patched(self._middle, self._num_steps), (2, 0)]
-        elif isinstance(settings, CurveSettings):
-            passes += found.of_curve(self._subject(self._first_texts, settings.n), self._foreign)
-            if self._patch_tokens:
-                passes += self._num_patches * found.patched(self._middle, self._num_steps)
-        else:
-            assert isinstance(self.study, CompareStudy)
-            for name in self.study.splits:
-                found = replace(found, texts=self._texts(name))
-                if self.study.by_experts:
-                    passes += found.of_experts(*self._of_experts(self.study))
-                else:
-                    subject = self._subject(self._texts(name), settings.n)
-                    passes += found.of_comparison(subject, self.study.criteria)
-        return plan_passes(self.source, passes)
+        return plan_passes(self.source, self.counted.work.passes)
 
     def steps(self) -> StepsPlan:
         """What the steps of all full patches take of the disk, of blocks in the middle."""
-        each, count = plan_steps(self.empty, self._middle, self._num_steps), self._num_patches
-        return replace(each, steps=count * each.steps, passes=count * each.passes)
-
-    @property
-    def _num_patches(self) -> int:
-        """The full patches of a run or a curve."""
-        settings = self.settings
+        settings, n = self.settings, min(filter(None, self._sizes), default=1)
         is_curve = isinstance(settings, CurveSettings)
-        return len(settings.n) * len(settings.strategies) if is_curve else 1
-
-    @property
-    def _middle(self) -> range:
-        """The block in the middle, of the fewest layers that go."""
-        n = min(size for size in self._sizes if size) if any(self._sizes) else 1
-        begin = max(1, (self.layers - n) // 2)
-        return range(begin, begin + n)
-
-    @property
-    def _num_steps(self) -> int:
-        """The steps of a full patch, at most."""
-        return most_steps(min(self._patch_tokens, 7 / 8 * self._first_texts.fit.sum()))
-
-    @cached_property
-    def _first_texts(self) -> _Texts:
-        return self._texts(next(iter(self.study.splits)))
+        count = len(settings.n) * len(settings.strategies) if is_curve else 1
+        each = plan_steps(self.empty, middle(self.layers, n), self.counted.steps)
+        return replace(each, steps=count * each.steps, passes=count * each.passes)
 
     def _texts(self, name: str) -> _Texts:
         tokenizer = self.source.load_tokenizer()
         return _Texts(self.study, tokenizer, name, self.forward.micro_batch)
 
-    def _subject(self, texts: _Texts, sizes: Sequence[int]) -> Subject:
-        trials: Any = None  # no passes look at them
-        return Subject(self.decoder, texts.batches, trials, sizes)
+    def _subject(self, sizes: Sequence[int]) -> Subject:
+        trials: Any = None  # no count looks at them
+        return Subject(self.decoder, self.texts.batches, trials, sizes)
 
-    @property
-    def _foreign(self) -> list[Criterion]:
-        """The strategies of a curve that are criteria."""
-        return [criteria[one] for one in self.settings.strategies if one not in OWN_STRATEGIES]
+    def _cuts(self) -> CutWork:
+        return CutWork(
+            config=self.config,
+            num_layers=self.layers,
+            fit=self.texts.fit,
+            report=self.texts.report,
+            held=float(self.texts.choose.sum()),
+            patch_tokens=self._patch_tokens,
+            recipe=self._recipe,
+            model=self.empty,
+        )
 
-    def _of_curve(self) -> Work:
-        settings, work = self.settings, self._measured(0)
-        strategies = settings.strategies
+    def _of_run(self) -> Iterator[Work]:
+        settings, sizes, cuts = self.settings, self._sizes, self.cuts
+        n, models = min(sizes), 2 if settings.plan_only else 3
+        yield self._scan(SCAN_TEXTS)
+        yield cuts.measured(0) + cuts.measured(n) + cuts.measured(n)
+        yield self._spoken
+        found = {more for size in sizes for more in sizes_beside(size, self.layers)}
+        beside = sorted(found - {*sizes})[: 2 * len(sizes)]
+        yield from self._verified(sizes, beside)
+        share = min(1.0, TABLE_REPORTS / len(self.texts.report))
+        for size in (*sizes, *beside):
+            # The winner and the deepest layers, of whose states half are known, and nearly all.
+            row = cuts.measured(size, size) + cuts.quick(size) + cuts.quick(size)
+            yield row * (1.0 if size in sizes else share)
+        models += self._recipe is not None
+        if not self.source.waits_on_disk:
+            ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
+            prompts = np.array([len(one) for one in ids])
+            for left in (self.layers, *[self.layers - n] * (models - 1)):
+                yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
+        if self._answers is not None:
+            yield written(self.layers, self._answers.num_written)
+        if self._patch_tokens:  # and its checkpoint, saved and compared
+            yield cuts.patched(n) + cuts.measured(n) + Work(passes=((2, 0),))
+        if self._recipe is not None:
+            yield cuts.healed(n) + cuts.measured(n)
+
+    def _of_curve(self) -> Iterator[Work]:
+        settings, cuts, strategies = self.settings, self.cuts, self.settings.strategies
+        yield cuts.measured(0)
         if {*SCANNED} & {*strategies}:
-            work += self._scan(len(self.texts.fit))
-        work += self._chosen(self._foreign, settings.n)
-        for n in settings.n:
-            work += self._verified(n) * ("recommended" in strategies)
-            for state in settings.states:
-                each = self._measured(n)
+            yield self._scan(len(self.texts.fit))
+        foreign = [criteria[one] for one in strategies if one not in OWN_STRATEGIES]
+        yield from self._chosen(foreign, settings.n)
+        yield from self._verified(settings.n if "recommended" in strategies else ())
+        sizes = [n for n in settings.n if n for _ in strategies]
+        for state in settings.states:
+            if state == "cut" or settings.quick_patch:
+                yield cuts.measured(*sizes)
+            if state != "cut" and settings.quick_patch:
+                yield cuts.quick(*sizes)
+            for n in sizes:
                 if state != "cut" and not settings.quick_patch:
-                    each += self._patched(n)
-                elif state != "cut":
-                    each += self._quick(n)
+                    yield cuts.patched(n) + cuts.measured(n)
                 if state == "healed":
-                    each += self._healed(n)
-                work += each * len(strategies)
-        return work
+                    yield cuts.healed(n) + cuts.measured(n)
 
-    def _of_comparison(self) -> Work:
-        study, texts = self.study, self.texts
+    def _of_comparison(self) -> Iterator[Work]:
+        study, texts, cuts, whole = self.study, self.texts, self.cuts, self.layers
         assert isinstance(study, CompareStudy)
+        yield self._spoken
         if study.by_experts:
             reporting, choosing = self._of_experts(study)
-            scanned = Work(observed=self.layers * float(texts.fit.sum())) + self._spoken
-            choosing_work = run(Forwards(self.layers, 1), texts.judged) * choosing
-            return scanned + self._measured(0) * reporting + choosing_work
-        work, chosen = self._measured(0) + self._spoken, study.criteria
-        truth = Forwards(self.layers * (self.layers + 1) / 2, self.layers + 1)
-        work += run(truth, texts.report[:TRUTH_ITEMS])
-        work += self._chosen(chosen, self.settings.n)
-        work += run(Forwards(self.layers), texts.fit)  # the states that all quick patches share
-        for n in self.settings.n:
-            each = self._measured(n) * 2 + self._quick(n, len(texts.fit))
-            if texts.num_spoken:  # as many tokens report as choose, about
-                each += run(Forwards(self.layers - n, 1), texts.judged)
-            work += each * len(chosen)
-        return work
+            fit = float(texts.fit.sum())
+            yield Work(observed=whole * fit, passes=((2, fit),))
+            yield run(Forwards(whole * reporting, reporting, reporting), texts.report)
+            yield run(Forwards(whole * choosing, choosing, choosing), texts.judged)
+            return
+        yield cuts.measured(0) + Work(passes=(CHECKED,))
+        yield run(single_layers(whole), texts.report[:TRUTH_ITEMS])
+        yield from self._chosen(study.criteria, self.settings.n)
+        yield run(Forwards(whole, passes=1), texts.fit)  # the states that all quick patches share
+        sizes = [n for n in self.settings.n for _ in study.criteria]
+        yield cuts.measured(*sizes) + cuts.measured(*sizes)
+        yield cuts.quick(*sizes, texts=len(texts.fit))
+        if texts.num_spoken:  # as many tokens report as choose, about
+            yield run(Forwards(sum(whole - n for n in sizes), len(sizes)), texts.judged)
+        if study.judges[0] != "loss":  # which sees the whole model, and the cuts, by itself
+            yield Work(passes=(*cuts.measured(0).passes * 2, *cuts.measured(*sizes).passes))
 
     def _of_experts(self, study: CompareStudy) -> tuple[int, int]:
         """How often a whole model runs over all test and selection texts, at most."""
@@ -368,59 +327,36 @@ class _Model:
         """What the whole model says by which others are judged."""
         return written(self.layers, len(WAYS) * SPEECH_TOKENS * self.texts.num_spoken)
 
-    def _measured(self, n: int) -> Work:
-        """The loss of a cut on the test texts."""
-        return run(Forwards(self.layers - n, 1), self.texts.report)
-
     def _scan(self, most: int) -> Work:
-        return run(Forwards(self.layers), self.texts.fit[:most])
+        return run(Forwards(self.layers, passes=1), self.texts.fit[:most])
 
-    def _verified(self, n: int, num_choosing: int | None = None) -> Work:
-        fit = self.texts.fit[:VERIFYING_TEXTS]
-        some, proposing = fit[:PATCH_TEXTS], min(PROPOSING_TEXTS, len(fit))
-        found = verifying_forwards(
-            self.layers,
-            n,
-            self.texts.looks(num_choosing),
-            top=self.settings.top,
-            proposing=self.layers * (2 * proposing + PROBED),
-            patch_texts=len(some),
-        )
-        solves = solved(self.empty, n, some.sum(), solves=QUICK_SOLVES) * (self.settings.top + 3)
-        return Work(found.layers, found.heads) * self.texts.judged.mean() + solves
+    def _verified(self, sizes: Sequence[int], beside: Sequence[int] = ()) -> Iterator[Work]:
+        """Races for some sizes, and on fewer items for those beside them."""
+        fit, top = self.texts.fit[:VERIFYING_TEXTS], self.settings.top
+        some, proposing = fit[:PATCH_TEXTS], proposing_layers(self._subject(sizes))
+        for _ in range(1 + bool(beside)):  # proposals are two passes, quick patches share one
+            yield Work(passes=(CHECKED, (3, fit.sum())))
+        for n, count in [*((n, None) for n in sizes), *((n, TABLE_TEXTS) for n in beside)]:
+            found = verifying_forwards(
+                self.layers,
+                n,
+                self.texts.looks(count),
+                top=top,
+                proposing=proposing,
+                patch_texts=len(some),
+            )
+            yield run(found, self.texts.judged.mean())
+            yield solved(self.empty, n, some.sum(), solves=QUICK_SOLVES) * (top + 3)
 
-    def _quick(self, n: int, texts: int = PATCH_TEXTS) -> Work:
-        fit = self.texts.fit[:texts]
-        return run(Forwards(n), fit) + solved(self.empty, n, fit.sum(), solves=QUICK_SOLVES)
-
-    def _patched(self, n: int) -> Work:
-        """A full patch of a block in the middle."""
-        begin = max(1, (self.layers - n) // 2)
-        dropped = range(begin, begin + n)
-        return patched(
-            self.empty, self.layers, dropped, fit=self.texts.fit, most=self._patch_tokens
-        )
-
-    def _healed(self, n: int) -> Work:
-        """A training of all layers that are left, its evaluations, and the loss afterwards."""
-        assert self._recipe is not None
-        from ..healing.checks import auto_dtype, facts
-
-        recipe = self._recipe.resolve(facts(self.config, self.layers), auto=auto_dtype())
-        left, whole, choose = self.layers - n, self.layers, self.texts.choose
-        length = min(recipe.max_length, self.texts.fit.mean())
-        training = trained(recipe, left, whole, length=length, held=choose.sum())
-        return training + self._measured(n)
-
-    def _chosen(self, chosen: Sequence[Criterion], sizes: Sequence[int]) -> Work:
+    def _chosen(self, chosen: Sequence[Criterion], sizes: Sequence[int]) -> Iterator[Work]:
         """What criteria run to choose so many layers; passes that several share are made once."""
-        subject = self._subject(self.texts, sizes)
-        passes = {type(one).layer_forwards: one.layer_forwards(subject) for one in chosen}
-        work = Work(sum(passes.values())) * self.texts.fit.mean()
+        subject = self._subject(sizes)
+        ways = {type(one).layer_forwards: one.layer_forwards(subject) for one in chosen}
+        passes = len(chosen) + sum(ceil(n / self.layers / subject.num_texts) for n in ways.values())
+        layers, fit = sum(ways.values()), self.texts.fit
+        yield Work(layers * fit.mean(), passes=((passes, fit.sum()),))
         for one in chosen:
             each = isinstance(one, Search) and not one.nested
-            counted = sizes if each else sizes[-1:]
-            for n in counted:
-                found = one.trial_forwards(self.layers, self.texts.looks(), n)
-                work += Work(found.layers, found.heads) * self.texts.judged.mean()
-        return work
+            for n in sizes if each else sizes[-1:]:
+                trials = one.trial_forwards(self.layers, self.texts.looks(), n)
+                yield run(trials, self.texts.judged.mean())

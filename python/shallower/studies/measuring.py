@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
@@ -18,20 +19,18 @@ from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.loss import fitting_tokens
 from ..evaluation.speech import READING, SPEECH_TOKENS, Spoken
+from ..forecasts.speed import Work
+from ..forecasts.work import CutWork
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge, judged_batches
 from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.subject import parameters_share
 from ..judgement.trials import AnyCut, ResultStore, Trials, recalled
-from ..judgement.verifying import PATCH_TEXTS
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
-from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import with_patch
-from ..patching.solver import STEPPING
-from ..patching.solver import layers_run as patch_layers
 from ..progress import part, track
 from ..scanning.scan import Scan
 from ..texts.batches import tokenise
@@ -40,7 +39,7 @@ from ..texts.splits import TokenisedSplits
 from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.plan import Gone, Plan, gone_by, key_of
-from ..values.recipe import GLOBAL_BATCH, STEPS, Recipe
+from ..values.recipe import Recipe
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
 from ..values.speech import WAYS, Speech
@@ -199,31 +198,34 @@ class Measuring:
         left, tasks = len(self.decoder) - n, self._tasks.num_items
         judged = self.speaks * len(self.decoder) * self._reading
         spoken = self.speaks * left * (READING + 1) * self._reading
-        return round(
-            self._making(n, state) + left * (self.judge.num_items + tasks) + spoken + judged
-        )
+        measured = self.times_texts(self.work.measured(n))
+        return round(self._making(n, state) + measured + left * tasks + spoken + judged)
 
     def _making(self, n: int, state: Measurable) -> float:
-        """The layers that run until a cut is in a state."""
-        fit = sum(len(text.ids) for text in self.split.fit) / self._text_tokens
+        """The layers that run until a cut is in a state, times test texts."""
         if state == "cut" or not n:
             return 0.0
         if state == "quick":
-            return n * min(PATCH_TEXTS, len(self.split.fit))
-        begin, most = max(1, (len(self.decoder) - n) // 2), self._study.settings.patch_tokens
-        fitted, held_out = (min(share * fit, most / self._text_tokens) for share in (7 / 8, 1 / 8))
-        steps = most_steps(fitted * self._text_tokens)
-        patched = patch_layers(
-            self.plan(range(begin, begin + n)),
-            fitted=fitted,
-            held_out=held_out,
-            descended=fitted,
-            stepped=steps * min(fitted, STEP_TOKENS / self._text_tokens),
+            return self.times_texts(self.work.quick(n))
+        healed = self.work.healed(n) if state == "healed" and self._recipe else Work()
+        return self.times_texts(self.work.patched(n) + healed)
+
+    def times_texts(self, work: Work) -> float:
+        """The layers, times test texts, that run in as long as some work takes, about."""
+        return work.as_layers / self._text_tokens
+
+    @cached_property
+    def work(self) -> CutWork:
+        """What becomes of cuts of this model, counted."""
+        return CutWork(
+            config=self.model.config,
+            num_layers=len(self.decoder),
+            fit=np.array([len(text.ids) for text in self.split.fit]),
+            report=self.judge.weights + 1,
+            held=float(sum(len(text.ids) for text in self.split.choose)),
+            patch_tokens=getattr(self._study.settings, "patch_tokens", 0),
+            recipe=self._recipe,
         )
-        if state == "patched" or self._recipe is None:
-            return patched
-        trained = (self._recipe.steps or STEPS) * GLOBAL_BATCH
-        return patched + STEPPING * (len(self.decoder) - n) * trained
 
     @cached_property
     def _text_tokens(self) -> float:
@@ -267,7 +269,7 @@ class Measuring:
             name = f"loss without {plan.words}" if plan else "loss, whole"
             return self._loss(name, self.held_out.losses, plan or (), looks)
         patched, n = patched or self.patched, len(plan.dropped)
-        with part(self._making(n, "quick") + (len(self.decoder) - n) * self.judge.num_items):
+        with part(self.times_texts(self.work.quick(n) + self.work.measured(n))):
             return patched.scores(plan, looks)
 
     def loss_of_cut(self, plan: Plan | None) -> Loss:

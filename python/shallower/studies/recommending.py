@@ -21,7 +21,6 @@ from ..judgement.choosing_size import SizeChoice, sizes_beside
 from ..judgement.held_out_cuts import loss_as_it_is
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
-from ..judgement.verifying import PATCH_TEXTS
 from ..models.layerwise import Layerwise
 from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
@@ -392,11 +391,10 @@ class Recommending:
 
     def _layers_run(self, n: int, *, in_passing: bool) -> int:
         """The layers, times texts, of a row at most: its choice, and two cuts in two states."""
-        plans, measuring = self._plans, self._measuring
-        losses = (len(self._decoder) - n) * measuring.judge.num_items
-        quick = n * len(measuring.split.fit[:PATCH_TEXTS])
+        plans, work = self._plans, self._measuring.work
         found = 0 if n in plans.found else plans.layers_run(n, in_passing=in_passing)
-        return found + 4 * losses + 2 * quick
+        two = work.measured(n, n) + work.quick(n, n) + work.measured(n, n)
+        return found + round(self._measuring.times_texts(two))
 
     def _row(self, n: int, whole: Scores, *, in_passing: bool) -> SizeRow:
         """The verified cut of a size on the test set, and the deepest layers beside it.

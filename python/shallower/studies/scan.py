@@ -7,7 +7,7 @@ from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, ScanError, TextsError
+from ..errors import ScanError, TextsError
 from ..models.dtypes import STREAM
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import draw_heat_map
@@ -158,20 +158,13 @@ class ScanJob:
 
     def _planned(self) -> "StreamPlan":
         """What is read from disk, at most; raises what no plan can be made of."""
-        import torch
+        from .stream_plans import plan_passes
 
-        from ..memory.streaming import plan_stream
-
-        files = self.source.weight_files
-        if not files:
-            raise ModelError("the weights are not known here")
         length, count = self.tokens.max_length, self._num_texts
         texts = count if self.until is None else min(count, JUDGED)
-        return plan_stream(
-            self.source.read_config(),
-            files,
-            getattr(torch, self.source.resolved().dtype),
-            passes=[(-(-count // texts), texts * length)],
+        return plan_passes(
+            self.source,
+            [(-(-count // texts), texts * length)],
             num_compared=texts * min(length, self.positions.count or length),
         )
 

@@ -43,6 +43,11 @@ SURVIVING = 4
 """Of so many sets, one survives a stage of the selection."""
 
 
+def single_layers(num_layers: int) -> Forwards:
+    """Count the whole model and the cuts of each single layer, whose beginnings are shared."""
+    return Forwards(num_layers * (num_layers + 1) / 2, num_layers + 1, passes=1)
+
+
 class OneShot(Criterion):
     """The mean score without a layer less that of the whole model, on the same items.
 
@@ -70,7 +75,7 @@ class OneShot(Criterion):
         )
 
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
-        return Forwards(num_layers * (num_layers + 1) / 2, num_layers + 1) * sum(looks)
+        return single_layers(num_layers) * sum(looks)
 
 
 class MaskRegression(Criterion):
@@ -97,8 +102,7 @@ class MaskRegression(Criterion):
 
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         masks = max(LEAST_MASKS, MASKS_PER_LAYER * num_layers)
-        each = Forwards(num_layers * masks, masks)
-        return each * sum(looks[: looks_at(looks, ITEMS)])
+        return Forwards(num_layers * masks, masks, passes=1) * sum(looks[: looks_at(looks, ITEMS)])
 
 
 class Greedy(Search):
@@ -124,12 +128,10 @@ class Greedy(Search):
     def steps(self, subject: Subject, n: int) -> int:
         return sum(subject.num_layers - k for k in range(n)) * subject.trials.num_looks
 
-    def trial_passes(self, looks: Sequence[int], n: int) -> int:
-        return n * len(looks)
-
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         left = [num_layers - k for k in range(n)]
-        return Forwards(sum(one * (one + 1) / 2 for one in left), sum(left)) * sum(looks)
+        layers = sum(one * (one + 1) / 2 for one in left)
+        return Forwards(layers, sum(left), n * len(looks)) * sum(looks)
 
 
 class Exhaustive(Search):
@@ -149,7 +151,7 @@ class Exhaustive(Search):
 
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         left = num_layers - n
-        return Forwards(left * (left + 3) / 2, left + 1) * sum(looks)
+        return Forwards(left * (left + 3) / 2, left + 1, len(looks)) * sum(looks)
 
 
 class Evolution(Search):
@@ -189,13 +191,11 @@ class Evolution(Search):
     def steps(self, _subject: Subject, _n: int) -> int:
         return GENERATIONS
 
-    def trial_passes(self, looks: Sequence[int], n: int) -> int:
-        return (GENERATIONS + 1) * (len(looks) + 1)
-
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         first = num_layers - n + 1 + OFFSPRING
         cuts = _selected(first, looks) + GENERATIONS * _selected(OFFSPRING, looks)
-        return Forwards(cuts * (num_layers - n), cuts)
+        passes = (GENERATIONS + 1) * (len(looks) + 1)
+        return Forwards(cuts * (num_layers - n), cuts, passes)
 
 
 def _selected(num_cuts: int, looks: Sequence[int]) -> int:
