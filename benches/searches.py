@@ -116,7 +116,7 @@ def main():
     judge = LossJudge(packed(tokenizer, options.texts, options.items))
     journal = Journal(options.journal, "remove it") if options.journal else None
     trials = Trials(Layerwise(model), judge, journal=journal)
-    subject = Subject(Decoder.of(model), (), trials, (), progress=False)
+    subject = Subject(Decoder.of(model), (), trials, ())
     searches = [(WholeExhaustive(), Exhaustive(), n) for n in map(int, options.sizes.split(","))]
     if options.greedy:
         searches.append((WholeGreedy(), Greedy(), options.greedy))

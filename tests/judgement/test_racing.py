@@ -109,13 +109,6 @@ def test_one_cut_is_not_judged_more_than_once():
     assert trials.judged[0] == FIRST_LOOK
 
 
-@pytest.mark.parametrize("gap", [0.0, 20.0])
-def test_the_bar_is_full_at_the_end(gap):
-    trials, steps = table(1, gap=gap), []
-    race(trials, [(k,) for k in range(12)], advance=lambda n, _note="": steps.append(n))
-    assert sum(steps) == 12 * trials.num_looks
-
-
 def slow_common(variances, degrees):
     """Smyth's estimates, by a solver."""
     logs = np.log(variances)

@@ -155,7 +155,7 @@ def make_subject(model, tokenizer, texts, *, sizes=(1, 2), batch_size=8, max_len
     batches = list(read)
     judged = TokenBatches(tokenizer, texts, Tokens(max_length, batch_size), min_tokens=2)
     trials = Trials(Layerwise(decoder), LossJudge(_in_order(judged)))
-    return Subject(decoder, batches, trials, sizes, (read.identity,), progress=False, **options)
+    return Subject(decoder, batches, trials, sizes, (read.identity,), **options)
 
 
 def _in_order(read):

@@ -19,7 +19,7 @@ from ..memory.streaming import Pass
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..patching.counts import PatchLayers
-from ..patching.descent import STEP_TOKENS, most_steps, num_steps
+from ..patching.descent import STEP_TOKENS, draw_steps, most_steps, num_steps
 from ..patching.memory import DEFAULT_PATCH_BATCH, writer_widths
 from ..patching.patch import CPU_TOKENS, NUM_TOKENS
 from ..patching.quick import RIDGES
@@ -130,13 +130,20 @@ def solved(model: nn.Module | None, n: int, tokens: float, *, solves: float = SO
 
 
 def patched(
-    model: nn.Module | None, layers: PatchLayers, *, fitted: float, held: float, steps: int
+    model: nn.Module | None,
+    layers: PatchLayers,
+    *,
+    fitted: float,
+    held: float,
+    steps: int,
+    each: float = STEP_TOKENS,
 ) -> Work:
     """Count a full patch on so many tokens, and so many held out; equations of a ``model`` alone.
 
-    States are of both models, losses are measured to choose by, and layers descend.
+    States are of both models, losses are measured to choose by, and layers descend by ``steps`` of
+    so many tokens ``each``.
     """
-    descended = steps * min(fitted, STEP_TOKENS)
+    descended = steps * min(fitted, each)
     walked = Work(layers.walked + 3 * layers.num_blocks) * (fitted + held)
     losses = Work(layers.judged, 4 + layers.num_blocks) * held
     descent = Work(
@@ -251,8 +258,16 @@ def of_patch(
     most = num_tokens or (NUM_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
     batches = divide(tokenizer, texts, tokens=tokens, num_tokens=most)
     fitted, held = (np.concatenate([x.attention_mask.sum(1) for x in some]) for some in batches)
-    steps, count = num_steps(batches[0]), PatchLayers.of(layers, dropped)
-    work = patched(model, count, fitted=fitted.sum(), held=held.sum(), steps=steps)
+    drawn, steps = draw_steps(batches[0]), num_steps(batches[0])
+    stepped = sum(batches[0][index].attention_mask.sum() for step in drawn for index in step)
+    work = patched(
+        model,
+        PatchLayers.of(layers, dropped),
+        fitted=fitted.sum(),
+        held=held.sum(),
+        steps=steps,
+        each=stepped / len(drawn),
+    )
     work += written(layers, num_written) + Work(passes=((1, 0),))  # and it is saved
     if held_out:
         lengths = lengths_of(tokenizer, held_out, tokens.max_length)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import ClassVar
 
 from ..errors import CostsError
-from ..progress import Advance, track
 from ..values.costs import Costs
 from ..values.forwards import Forwards
 from ..values.layers import blocks_of, check_sizes, dropped_layers
@@ -118,16 +117,11 @@ class Search(Criterion):
     alpha: ClassVar[float] = ALPHA
 
     @abstractmethod
-    def search(self, subject: Subject, n: int, advance: Advance) -> Iterable[int]:
+    def search(self, subject: Subject, n: int) -> Iterable[int]:
         """Find ``n`` layers to drop, in any order, at least 1 and fewer than there are.
 
-        What is found does not depend on ``subject.sizes``; ``advance`` is of a bar of
-        :meth:`steps`.
+        What is found does not depend on ``subject.sizes``.
         """
-
-    def steps(self, _subject: Subject, _n: int) -> int:
-        """Count the steps of a bar for :meth:`search`, at most."""
-        return 1
 
     def plans(self, subject: Subject) -> Mapping[int, Plan]:
         """Search for each of ``subject.sizes``.
@@ -139,9 +133,7 @@ class Search(Criterion):
         return {n: self._plan(subject, n) for n in subject.sizes}
 
     def _plan(self, subject: Subject, n: int) -> Plan:
-        steps = self.steps(subject, n)
-        with track(f"{self.name}, n = {n}", steps, subject.progress) as advance:
-            found = dropped_layers(subject.num_layers, self.search(subject, n, advance))
+        found = dropped_layers(subject.num_layers, self.search(subject, n))
         blocks = blocks_of(found)
         if self.judged and len(blocks) == 1:
             scores = subject.trials.scores(found)

@@ -13,7 +13,6 @@ from ..memory.budget import BUDGET
 from ..memory.streaming import look_at_states
 from ..models.layerwise import rows
 from ..patching.least_squares import NormalEquations
-from ..progress import track
 from ..texts.batches import Batch
 from ..values.counts import counted
 from ..values.scores import Scores
@@ -193,15 +192,12 @@ def _kept_states(subject: Subject) -> KeptStates:
     parts: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [
         ([], []) for _ in range(len(model) + 1)
     ]
-    with track("states", tokens.num_texts, subject.progress) as advance:
 
-        def look(index: int, state: int, states: torch.Tensor) -> None:
-            for kept, masks in zip(parts[state], (tokens.fitted, tokens.held_out), strict=True):
-                kept.append(rows(states, masks[index]).to(subject.decoder.device))
-            if state == len(model):
-                advance(len(tokens.batches[index]))
+    def look(index: int, state: int, states: torch.Tensor) -> None:
+        for kept, masks in zip(parts[state], (tokens.fitted, tokens.held_out), strict=True):
+            kept.append(rows(states, masks[index]).to(subject.decoder.device))
 
-        look_at_states(model, tokens.batches, look)
+    look_at_states(model, tokens.batches, look)
     fitted, held_out = ([torch.cat(found[i]) for found in parts] for i in range(2))
     plain, plain_held = _without_massive(fitted, held_out)
     tokens = tokens.only(plain, plain_held)

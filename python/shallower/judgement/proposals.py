@@ -70,7 +70,7 @@ class Proposals:
 def proposing_texts(subject: Subject) -> Subject:
     """The subject on the texts that criteria look at to propose."""
     batches = evenly(subject.batches, PROPOSING_TEXTS)
-    return replace(subject, batches=batches, progress=False, made={})
+    return replace(subject, batches=batches, made={})
 
 
 def proposing_layers(subject: Subject) -> int:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import digamma, polygamma, stdtrit
 
-from ..progress import Advance
 from ..values.scores import Scores
 from .trials import Trials
 
@@ -36,17 +35,11 @@ class Race:
     scores: tuple[Scores, ...]
 
 
-def race(
-    trials: Trials,
-    cuts: Sequence[Iterable[int]],
-    *,
-    alpha: float = ALPHA,
-    advance: Advance | None = None,
-) -> Race:
+def race(trials: Trials, cuts: Sequence[Iterable[int]], *, alpha: float = ALPHA) -> Race:
     """Find the best of several cuts, dropping at each look those that are worse (:func:`lost`).
 
     The best on all items wins with a probability of at least ``1 - alpha``; with 0 all cuts are
-    judged on all items. The bar counts cuts times looks. ModelError for a score that is not finite.
+    judged on all items. ModelError for a score that is not finite.
     """
     dropped = [frozenset(cut) for cut in cuts]
     order = sorted(range(len(cuts)), key=lambda number: trials.path(dropped[number]))
@@ -57,17 +50,11 @@ def race(
         trials.judge_together([dropped[number] for number in running], look)
         for number in running:
             scores[number] = trials.scores(dropped[number], looks=look)
-            if advance:
-                advance(1)
         if alpha and look < trials.num_looks:
             share = alpha / ((trials.num_looks - 1) * max(1, len(cuts) - 1))
             worse = lost(np.array([scores[n].sums for n in left]), scores[left[0]].weights, share)
-            if advance:
-                advance(int(worse.sum()) * (trials.num_looks - look))
             left = [number for number, gone in zip(left, worse, strict=True) if not gone]
         if len(left) == 1:
-            if advance:
-                advance(trials.num_looks - look)
             break
     means = [scores[number].mean for number in left]
     winner = left[int(np.argmin(means))]

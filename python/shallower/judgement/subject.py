@@ -28,7 +28,6 @@ class Subject:
         sizes: how many layers are to go, ascending.
         texts: identity of the calibration texts.
         seed: of whatever is drawn.
-        progress: bars with ETA on standard error; by default if that is a terminal.
         made: what several criteria need, by name, as :meth:`shared` has made it.
     """
 
@@ -38,7 +37,6 @@ class Subject:
     sizes: Sequence[int]
     texts: tuple[TextsIdentity, ...] = ()
     seed: int = 0
-    progress: bool | None = None
     made: dict[Hashable, object] = field(default_factory=dict)
 
     @property

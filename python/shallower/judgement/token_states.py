@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from ..errors import RejectedSamplesWarning, StatesError
 from ..memory.streaming import look_at_states
 from ..models.layerwise import token_rows
-from ..progress import track
 from ..texts.batches import Batch
 from ..values.costs import Costs
 from ..values.plan import NAMED_REJECTIONS, Rejection, describe_rejections
@@ -88,14 +87,7 @@ def _layer_changes(subject: Subject) -> LayerChanges:
     model, batches = subject.layerwise, subject.batches
     model.check(batches[0].split(1)[0])
     changes = [_Changes(batch) for batch in batches]
-    with track("all tokens", subject.num_texts, subject.progress) as advance:
-
-        def look(place: int, state: int, states: torch.Tensor) -> None:
-            changes[place].take(states)
-            if state == len(model):
-                advance(len(batches[place]))
-
-        look_at_states(model, batches, look)
+    look_at_states(model, batches, lambda place, _state, states: changes[place].take(states))
     cosines, magnitudes = np.concatenate([one.sums for one in changes], axis=2)
     tokens = np.concatenate([batch.attention_mask.sum(axis=1) for batch in batches]) * 1.0
     texts = np.concatenate([batch.samples for batch in batches])

@@ -202,9 +202,7 @@ def verifier_of(
     trials = kept_trials(model, judge, store=store, items=texts)
     patch = QuickPatch(model, evenly(batches, PATCH_TEXTS))
     patched = kept_patched(trials, patch, store=store, items=texts, fitted=texts)
-    subject = Subject(
-        decoder, batches, trials, (), texts=(fitted.identity,), seed=seed, progress=False
-    )
+    subject = Subject(decoder, batches, trials, (), texts=(fitted.identity,), seed=seed)
     return Verifier(subject, patch, patched, store, texts, top, after, max_blocks, progress)
 
 

@@ -93,7 +93,9 @@ class ScanBuilder:
         if cka_batch is not None:
             self._cka = CkaBatches(num_states, cka_batch, self._threads)
 
-    def take(self, parts: Iterable[Part], advance: Callable[[int], None]) -> None:
+    def take(
+        self, parts: Iterable[Part], advance: Callable[[int], object] = lambda _: None
+    ) -> None:
         """Add the parts of a source."""
         for part in parts:
             self.add(

@@ -167,7 +167,6 @@ class _Choosing:
             settings.n,
             texts=(read.identity,),
             seed=settings.seed,
-            progress=False,
         )
         self.patched: PatchedTrials | None = None  # behind experts that go nothing is patched
         if settings.unit == "layers":

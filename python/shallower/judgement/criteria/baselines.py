@@ -15,7 +15,6 @@ from ...models.decoder import Decoder
 from ...models.layerwise import Layerwise
 from ...models.residual_writers import find_writers
 from ...models.transfers import HostCopies
-from ...progress import Advance, track
 from ...texts.batches import Batch
 from ...values.costs import Costs
 from ...values.layers import deepest_block
@@ -39,7 +38,7 @@ class Deepest(Search):
     strategy = "deepest"
     judged = False
 
-    def search(self, subject: Subject, n: int, _advance: Advance) -> range:
+    def search(self, subject: Subject, n: int) -> range:
         return deepest_block(subject.num_layers, n).layers
 
 
@@ -52,7 +51,7 @@ class Random(Search):
     strategy = "random"
     judged = False
 
-    def search(self, subject: Subject, n: int, _advance: Advance) -> Iterable[int]:
+    def search(self, subject: Subject, n: int) -> Iterable[int]:
         drawn = np.random.default_rng((subject.seed, n)).choice(subject.num_layers, n, False)
         return (int(layer) for layer in drawn)
 
@@ -159,17 +158,15 @@ def _gradients(subject: Subject, weights: list[nn.Parameter]) -> dict[nn.Paramet
     divisor = sum(int(text.attention_mask.sum()) - 1 for text in texts)
     with _differentiated(decoder, weights) as sums, torch.enable_grad():
         loss_inside = TrainingLoss(decoder.model)
-        with track("taylor", len(texts), subject.progress) as advance:
-            for text in texts:
-                ids, mask = (
-                    copies.send(torch.from_numpy(array), decoder.device)
-                    for array in (text.input_ids, text.attention_mask)
-                )
-                labels = ids.masked_fill(mask == 0, -100)
-                with loss_inside.made_inside(labels, divisor):
-                    outputs = decoder.model(input_ids=ids, attention_mask=mask, use_cache=False)
-                    TrainingLoss.of(outputs, labels, divisor).backward()
-                advance(1)
+        for text in texts:
+            ids, mask = (
+                copies.send(torch.from_numpy(array), decoder.device)
+                for array in (text.input_ids, text.attention_mask)
+            )
+            labels = ids.masked_fill(mask == 0, -100)
+            with loss_inside.made_inside(labels, divisor):
+                outputs = decoder.model(input_ids=ids, attention_mask=mask, use_cache=False)
+                TrainingLoss.of(outputs, labels, divisor).backward()
     return sums
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ...progress import Advance, track
 from ...values.costs import Costs
 from ...values.forwards import Forwards
 from ..criterion import Criterion, Search
@@ -62,11 +61,9 @@ class OneShot(Criterion):
         trials, layers = subject.trials, range(subject.num_layers)
         trials.judge_together([(), *((layer,) for layer in layers)])
         whole = trials.scores(())
-        with track(self.name, len(layers), subject.progress) as advance:
-            differences = {}
-            for layer in reversed(layers):  # the deepest first: what they share is kept longest
-                differences[layer] = trials.scores((layer,)).minus(whole)
-                advance(1)
+        differences = {}
+        for layer in reversed(layers):  # the deepest first: what they share is kept longest
+            differences[layer] = trials.scores((layer,)).minus(whole)
         return Costs.of_layers(
             [differences[layer].mean for layer in layers],
             stderr=[differences[layer].stderr for layer in layers],
@@ -92,10 +89,8 @@ class MaskRegression(Criterion):
         scores = np.empty(len(cuts))
         enough = looks_at([len(part) for part in trials.judge.items], ITEMS)
         trials.judge_together(cuts, enough)
-        with track(self.name, len(cuts), subject.progress) as advance:
-            for index in sorted(range(len(cuts)), key=lambda index: trials.path(cuts[index])):
-                scores[index] = trials.scores(cuts[index], looks=enough).mean
-                advance(1)
+        for index in sorted(range(len(cuts)), key=lambda index: trials.path(cuts[index])):
+            scores[index] = trials.scores(cuts[index], looks=enough).mean
         return Costs.of_layers(
             ridge_regression(gone, scores), metric=self.name, model=subject.decoder.identity
         )
@@ -116,17 +111,14 @@ class Greedy(Search):
     cost = "At most about n L²/2 layers a text, raced; the states of the paths that were tried."
     nested = True
 
-    def search(self, subject: Subject, n: int, advance: Advance) -> list[int]:
+    def search(self, subject: Subject, n: int) -> list[int]:
         gone: list[int] = []
         for _ in range(n):
             left = subject.trials.path(gone)
             cuts = [(*gone, layer) for layer in left]
-            found = race(subject.trials, cuts, alpha=self.alpha, advance=advance)
+            found = race(subject.trials, cuts, alpha=self.alpha)
             gone.append(left[found.winner])
         return gone
-
-    def steps(self, subject: Subject, n: int) -> int:
-        return sum(subject.num_layers - k for k in range(n)) * subject.trials.num_looks
 
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         left = [num_layers - k for k in range(n)]
@@ -141,13 +133,10 @@ class Exhaustive(Search):
     summary = "The judge's score without each contiguous block; the blocks are raced."
     cost = "At most (L-n)(L-n+3)/2 layers a text, about half of it raced; the states of a path."
 
-    def search(self, subject: Subject, n: int, advance: Advance) -> range:
+    def search(self, subject: Subject, n: int) -> range:
         blocks = [range(start, start + n) for start in range(subject.num_layers - n + 1)]
-        found = race(subject.trials, blocks, alpha=self.alpha, advance=advance)
+        found = race(subject.trials, blocks, alpha=self.alpha)
         return blocks[found.winner]
-
-    def steps(self, subject: Subject, n: int) -> int:
-        return (subject.num_layers - n + 1) * subject.trials.num_looks
 
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         left = num_layers - n
@@ -168,7 +157,7 @@ class Evolution(Search):
     summary = "The best set that mutation and selection by the judge have found."
     cost = "16 generations of 16 sets at most, most of them on 4 items; the states of many paths."
 
-    def search(self, subject: Subject, n: int, advance: Advance) -> Iterable[int]:
+    def search(self, subject: Subject, n: int) -> Iterable[int]:
         random, trials = np.random.default_rng((subject.seed, n)), subject.trials
         layers = range(subject.num_layers)
         first = [frozenset(range(start, start + n)) for start in layers[: len(layers) - n + 1]]
@@ -185,11 +174,7 @@ class Evolution(Search):
             idle += 1
             if trials.scores(best).mean < score:
                 parent, idle = best, 0
-            advance(1, f"{min(score, trials.scores(best).mean):.3f} {trials.judge.unit}")
         return parent
-
-    def steps(self, _subject: Subject, _n: int) -> int:
-        return GENERATIONS
 
     def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
         first = num_layers - n + 1 + OFFSPRING

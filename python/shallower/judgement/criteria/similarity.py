@@ -10,10 +10,8 @@ from torch import nn
 
 from ...errors import CriterionError
 from ...experts.hooks import ExpertHooks
-from ...memory.streaming import text_steps
 from ...models.layerwise import rows
 from ...models.residual_writers import find_writers
-from ...progress import track
 from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
 from ...scanning.hidden_states import stream
@@ -133,11 +131,11 @@ def _scan(subject: Subject, experts: bool) -> Scan:
         cka_batch=-(-count // minibatches) if count >= MIN_BATCH and not experts else None,
         experts=hooks.statistics if hooks else None,
     )
-    steps = count * text_steps(subject.decoder)
-    with hooks or nullcontext(), track("scan", steps, subject.progress) as advance:
-        states = stream(subject.decoder, subject.batches, positions, experts=hooks, advance=advance)
-        with closing(states) as parts:
-            builder.take(parts, advance)
+    with (
+        hooks or nullcontext(),
+        closing(stream(subject.decoder, subject.batches, positions, experts=hooks)) as parts,
+    ):
+        builder.take(parts)
     return builder.finish(subject.texts)
 
 
@@ -164,12 +162,10 @@ class LinearMap(Criterion):
     def costs(self, subject: Subject) -> Costs:
         kept, size = kept_states(subject), subject.num_layers + 1
         blocks, errors = np.zeros((2, size, size))
-        with track(self.name, subject.num_layers, subject.progress) as advance:
-            for start in range(subject.num_layers):
-                found = kept.unexplained(start, kept.fitted[start], kept.held_out[start])
-                for stop, scores in enumerate(found, start + 1):
-                    blocks[start, stop], errors[start, stop] = scores.mean, scores.stderr
-                advance(1)
+        for start in range(subject.num_layers):
+            found = kept.unexplained(start, kept.fitted[start], kept.held_out[start])
+            for stop, scores in enumerate(found, start + 1):
+                blocks[start, stop], errors[start, stop] = scores.mean, scores.stderr
         return Costs.of_blocks(
             blocks,
             stderr=errors,
@@ -206,13 +202,11 @@ class Reachable(LinearMap):
         kept, size = kept_states(subject), subject.num_layers + 1
         blocks = np.full((size, size), np.nan)
         errors, plain = blocks.copy(), False
-        with track(self.name, subject.num_layers - 1, subject.progress) as advance:
-            for start, inputs in self._inputs(subject):
-                if inputs is not None:
-                    plain = True
-                    for stop, scores in enumerate(kept.unexplained(start, *inputs), start + 1):
-                        blocks[start, stop], errors[start, stop] = scores.mean, scores.stderr
-                advance(1)
+        for start, inputs in self._inputs(subject):
+            if inputs is not None:
+                plain = True
+                for stop, scores in enumerate(kept.unexplained(start, *inputs), start + 1):
+                    blocks[start, stop], errors[start, stop] = scores.mean, scores.stderr
         if not plain:
             raise CriterionError(
                 f"the criterion {self.name} knows only layers whose feed-forward writes into the "
