@@ -262,8 +262,6 @@ def _planned(
     from ..forecasts.speed import told
     from ..forecasts.work import forecast, of_patch
     from ..memory.checkpoints import left_bytes
-    from ..memory.rehearsal import build_empty
-    from ..models.dtypes import plain_dtype
     from ..storage import free_bytes
     from ..studies.stream_plans import plan_passes, plan_steps
     from ..values.estimates import Disk
@@ -271,9 +269,8 @@ def _planned(
     counted = cache(lambda: of_patch(place, dropped, texts, **more))
     planned: dict[str, Any] = {}
     if place.waits_on_disk:
-        empty = build_empty(place.read_config(), plain_dtype(place.resolved().dtype))
-        planned["steps"] = plan_steps(empty, dropped, counted().steps)
         planned["stream"] = told(lambda: plan_passes(place, counted().work.passes))
+        planned["steps"] = plan_steps(place, dropped, counted().steps)
     planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
     if is_here:
         planned["time"] = told(lambda: forecast(counted()))

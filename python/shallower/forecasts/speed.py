@@ -6,7 +6,7 @@ One layer is built from the config, in the dtype and on the device to use, and r
 import operator
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class Work:
     observed: float = 0
     compared: float = 0
     loads: float = 0
-    passes: tuple[Pass, ...] = ()
+    passes: tuple[Pass, ...] = field(default=(), kw_only=True)
 
     def __add__(self, other: "Work") -> "Work":
         """One after the other."""
@@ -136,7 +136,7 @@ def measure_speed(source: ModelSource, *, texts: int, length: int, work: Work) -
     _fill(model)
     kinds = {one.name for one in fields(work) if getattr(work, one.name)}
     timing = _Timing(Layerwise(model), texts, length)
-    found = {name: timing.seconds(name) for name in kinds & {*_Timing.__dict__}}
+    found: dict[str, Any] = {name: timing.seconds(name) for name in kinds & {*_Timing.__dict__}}
     found["flops"] = timing.seconds("layers") / (2 * num_parameters(timing.layer))
     found["loads"] = _loading(source, num_parameters(whole))
     of_layers = {"layers", "observed", "layer_steps", "updates", "decoded_layers"}

@@ -78,15 +78,21 @@ def forecast(*parts: Counted, beside: str = "") -> Time:
     return Time(seconds, beside)
 
 
+def count_texts(texts: Iterable[str]) -> int:
+    """Count texts before they are read; TextsError where their number is not known."""
+    count = texts.count() if isinstance(texts, Texts) else length_hint(texts)
+    if not count:
+        raise TextsError("the number of texts is not known here")
+    return count
+
+
 def lengths_of(tokenizer: Any, texts: Iterable[str], max_length: int) -> Lengths:
     """Give the tokens of texts, (S,); those behind the first are as long as these on average.
 
     TextsError where their number is not known.
     """
     first = [len(one.ids) for one in tokenise(tokenizer, islice(texts, SAMPLED), max_length)]
-    count = texts.count() if isinstance(texts, Texts) else length_hint(texts)
-    if not count:
-        raise TextsError("the number of texts is not known here")
+    count = count_texts(texts)
     return np.array([*first, *[np.mean(first)] * (count - len(first))], np.float64)[:count]
 
 

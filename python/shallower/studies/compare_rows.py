@@ -18,6 +18,7 @@ from ..errors import (
     one_sentence,
 )
 from ..judgement.criteria.experts import EverySet
+from ..judgement.criteria.searches import single_layers
 from ..judgement.criterion import Criterion, has_costs
 from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.judges.judge import Judge
@@ -210,20 +211,18 @@ class _Choosing:
     @property
     def _truth(self) -> int:
         """Those of the true losses without single layers."""
-        num_layers, losses = self.subject.num_layers, self.measuring.held_out.losses
-        items = sum(len(losses.judge.items[look]) for look in losses.first(self._truth_looks))
-        return num_layers * (num_layers + 1) // 2 * items
-
-    @property
-    def _truth_looks(self) -> int:
-        return self.measuring.held_out.losses.looks_at(TRUTH_ITEMS)
+        losses = self.measuring.held_out.losses
+        looks = losses.first(losses.looks_at(TRUTH_ITEMS))
+        items = sum(len(losses.judge.items[look]) for look in looks)
+        return round(single_layers(self.subject.num_layers).layers * items)
 
     def _reported(self, n: int) -> int:
         """Those of one choice, as it is cut and after a quick patch, and of its speech."""
         if self.patched is None:
             return self.measuring.layers_run(0, "cut")
-        left, items = self.subject.num_layers - n, self.measuring.judge.num_items
-        return self.measuring.layers_run(n, "cut") + left * items + n * self.subject.num_texts
+        work = self.measuring.work
+        patched = work.quick(n, texts=self.subject.num_texts) + work.measured(n)
+        return self.measuring.layers_run(n, "cut") + round(self.measuring.times_texts(patched))
 
     @contextmanager
     def _part(self, note: str, most: int, trials: Trials | None = None) -> Iterator[None]:

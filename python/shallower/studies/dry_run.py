@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from math import ceil
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -86,14 +87,12 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     if study.out is None:
         del ways["disk"]
     if any(model.waits_on_disk for model in study.models):
-        ways["stream"] = lambda: max((one.stream() for one in models()), key=_read)
+        ways["stream"] = lambda: max(
+            (one.stream() for one in models()), key=attrgetter("bytes_read")
+        )
         if _patches(study.settings):
             ways["steps"] = lambda: models()[0].steps()
     return {**described, **{name: told(way) for name, way in ways.items()}}
-
-
-def _read(plan: StreamPlan) -> int:
-    return plan.bytes_read
 
 
 def _patches(settings: Any) -> bool:
@@ -217,7 +216,7 @@ class _Model:
         settings, n = self.settings, min(filter(None, self._sizes), default=1)
         is_curve = isinstance(settings, CurveSettings)
         count = len(settings.n) * len(settings.strategies) if is_curve else 1
-        each = plan_steps(self.empty, middle(self.layers, n), self.counted.steps)
+        each = plan_steps(self.source, middle(self.layers, n), self.counted.steps)
         return replace(each, steps=count * each.steps, passes=count * each.passes)
 
     def _texts(self, name: str) -> _Texts:

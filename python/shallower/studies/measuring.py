@@ -18,7 +18,7 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.loss import fitting_tokens
-from ..evaluation.speech import READING, SPEECH_TOKENS, Spoken
+from ..evaluation.speech import SPEECH_TOKENS, Spoken
 from ..forecasts.speed import Work
 from ..forecasts.work import CutWork
 from ..judgement.held_out_cuts import HeldOutCuts
@@ -196,10 +196,9 @@ class Measuring:
     def layers_run(self, n: int, state: Measurable) -> int:
         """Count the layers that a measurement runs, times test texts, about."""
         left, tasks = len(self.decoder) - n, self._tasks.num_items
-        judged = self.speaks * len(self.decoder) * self._reading
-        spoken = self.speaks * left * (READING + 1) * self._reading
-        measured = self.times_texts(self.work.measured(n))
-        return round(self._making(n, state) + measured + left * tasks + spoken + judged)
+        spoken = self._generating(left) + self._reading(len(self.decoder))
+        measured = self.times_texts(self.work.measured(n) + spoken * self.speaks)
+        return round(self._making(n, state) + measured + left * tasks)
 
     def _making(self, n: int, state: Measurable) -> float:
         """The layers that run until a cut is in a state, times test texts."""
@@ -232,10 +231,14 @@ class Measuring:
         """The tokens of a test text, on average."""
         return float(self.judge.weights.mean()) + 1
 
-    @property
-    def _reading(self) -> float:
-        """The test texts that take as long as what a model generates takes to be read."""
-        return len(WAYS) * len(self._study.prompts) * SPEECH_TOKENS / self._text_tokens
+    def _reading(self, layers: int) -> Work:
+        """What layers take that read all that a model generates."""
+        return Work(layers * len(WAYS) * len(self._study.prompts) * SPEECH_TOKENS)
+
+    def _generating(self, layers: int) -> Work:
+        """What a model takes that generates, and reads what the whole one has generated."""
+        read = self._reading(layers)
+        return read + Work(decoded_layers=read.layers)
 
     def _loss(self, name: str, trials: Trials, cut: AnyCut, looks: int | None) -> Scores:
         """Judge test texts, batch by batch in a bar of their own, or in that of a stage."""
@@ -342,11 +345,11 @@ class Measuring:
         return replace(found, speech=self._judged(self.speech, said))
 
     def _heard(self, speech: StudySpeech, model: PreTrainedModel, name: str) -> Spoken:
-        with part((READING + 1) * len(Decoder.of(model)) * self._reading):
+        with part(self.times_texts(self._generating(len(Decoder.of(model))))):
             return speech.hear(model, name)
 
     def _judged(self, speech: StudySpeech, said: Spoken) -> Speech:
-        with part(len(self.decoder) * self._reading):
+        with part(self.times_texts(self._reading(len(self.decoder)))):
             return speech.judged(said, self.model)
 
     @cached_property
@@ -354,7 +357,8 @@ class Measuring:
         """How the whole model speaks; None where no speech is measured."""
         if not self.speaks:
             return None
-        with part((READING + 2) * len(self.decoder) * self._reading):
+        layers = len(self.decoder)
+        with part(self.times_texts(self._generating(layers) + self._reading(layers))):
             return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
 
     def _speech_of_cut(self, plan: Plan | None) -> Speech | None:

@@ -7,7 +7,7 @@ from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ScanError, TextsError
+from ..errors import ScanError
 from ..models.dtypes import STREAM
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import draw_heat_map
@@ -158,9 +158,10 @@ class ScanJob:
 
     def _planned(self) -> "StreamPlan":
         """What is read from disk, at most; raises what no plan can be made of."""
+        from ..forecasts.work import count_texts
         from .stream_plans import plan_passes
 
-        length, count = self.tokens.max_length, self._num_texts
+        length, count = self.tokens.max_length, count_texts(self.texts)
         texts = count if self.until is None else min(count, JUDGED)
         return plan_passes(
             self.source,
@@ -178,14 +179,6 @@ class ScanJob:
         tokens = float(lengths.sum()) * self.source.count_layers()
         work = Work(observed=tokens) if self.experts else Work(tokens)
         return forecast(Counted(self.source, work, texts, lengths.mean()))
-
-    @cached_property
-    def _num_texts(self) -> int:
-        """How many texts there are; TextsError: that is not known."""
-        count = self.texts.count() if isinstance(self.texts, Texts) else length_hint(self.texts)
-        if not count:
-            raise TextsError("the number of texts is not known here")
-        return count
 
     def reading(self, model: "PreTrainedModel") -> "Reading | None":
         """What was read of a model whose layers are streamed from disk; None of one in memory."""

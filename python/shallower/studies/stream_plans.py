@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 
-from torch import nn
-
 from ..forecasts.work import CHECKED as CHECKED
+from ..memory.rehearsal import build_empty
 from ..memory.streaming import Pass, StreamPlan, plan_stream
 from ..models.architecture import find_layers
 from ..models.dtypes import plain_dtype
@@ -64,9 +63,10 @@ class StepsPlan:
         )
 
 
-def plan_steps(model: nn.Module, dropped: Sequence[int], steps: int) -> StepsPlan:
+def plan_steps(source: ModelSource, dropped: Sequence[int], steps: int) -> StepsPlan:
     """Plan the steps of a patch: all layers left from the one before the first block are moved."""
-    layers = find_layers(model).modules
+    source = source.resolved()
+    layers = find_layers(build_empty(source.read_config(), plain_dtype(source.dtype))).modules
     moving = {*range(min(dropped) - 1, len(layers))} - {*dropped}
     left = [layers[layer] for layer in sorted(moving)]
     passes = ceil(2 * steps * len(left) / len(layers))
