@@ -60,9 +60,8 @@ def verifying_forwards(
     heads *= texts_of_item
     # Half of the layers of a cut were run for another one, or lie before its patch.
     layers += heads * left / 2
-    whole = texts_of_item * exhaustive(num_layers, n, items)
-    more = max(0.0, MOST * whole - layers)
-    step = max(1.0, texts_of_item * num_layers * looks[0] * left / 2)
-    steps = SEEDS + SEARCHED[after] * whole / step
+    whole = exhaustive(num_layers, n, items)
+    more = max(0.0, MOST * texts_of_item * whole - layers)
+    steps = SEEDS + SEARCHED[after] * whole / (num_layers * looks[0] * left / 2)
     passes = looks_at(looks, FIRST_ITEMS) + 2 * steps + len(STAGES) + 3
     return Forwards(layers + more, heads + 2 * more / max(1, left), passes)

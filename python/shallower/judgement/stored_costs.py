@@ -21,7 +21,7 @@ from .trials import ResultStore
 
 
 @dataclass(slots=True)
-class Work:
+class Took:
     """What a part of a choice took.
 
     Attributes:
@@ -38,9 +38,9 @@ class Work:
 
 
 @contextmanager
-def _measured(subject: Subject) -> Iterator[Work]:
+def _measured(subject: Subject) -> Iterator[Took]:
     """Measure the body; its work is complete when it has ended."""
-    work, clock = Work(), subject.trials.clock
+    work, clock = Took(), subject.trials.clock
     started = clock()
     with subject.trials.counted() as count:
         yield work
@@ -72,7 +72,7 @@ def _judged(criterion: Criterion, subject: Subject, n: int) -> int:
 
 def stored_costs(
     criterion: Criterion, subject: Subject, store: ResultStore, *, inputs: Mapping[str, Any]
-) -> tuple[Costs, Work]:
+) -> tuple[Costs, Took]:
     """Measure the costs by a criterion, or give the cached ones, with what they took.
 
     ``inputs`` are all that the costs depend on beside the model. Of a criterion from outside this
@@ -82,7 +82,7 @@ def stored_costs(
     known = store.get("costs", inputs) if kept else None
     if known is not None:
         costs = subject.shared(name, lambda: recalled_costs(known, subject))
-        return costs, Work(known["layer_forwards"], known["seconds"])
+        return costs, Took(known["layer_forwards"], known["seconds"])
     with _measured(subject) as work:
         costs = subject.shared(name, lambda: criterion.costs(subject))
     size = subject.num_layers + 1
@@ -98,12 +98,12 @@ def stored_costs(
 
 def stored_choice(
     criterion: Criterion, subject: Subject, n: int, *, store: ResultStore, inputs: Mapping[str, Any]
-) -> tuple[Plan, Work]:
+) -> tuple[Plan, Took]:
     """Let a criterion choose ``n`` layers, or look that up, as :func:`stored_costs`."""
     inputs, kept = {"n": n, **inputs}, is_built_in(criterion)
     known = store.get("choice", inputs) if kept else None
     if known is not None:
-        return Plan.from_json(known["plan"]), Work(known["layer_forwards"], known["seconds"])
+        return Plan.from_json(known["plan"]), Took(known["layer_forwards"], known["seconds"])
     with _measured(subject) as work:
         plans = criterion.plans(replace(subject, sizes=(n,)))
     plan = plans.get(n) if isinstance(plans, Mapping) else None

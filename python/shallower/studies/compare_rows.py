@@ -24,7 +24,7 @@ from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.judges.judge import Judge
 from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.stored_costs import (
-    Work,
+    Took,
     own_layers,
     searched_layers,
     stored_choice,
@@ -127,7 +127,7 @@ class _Choice:
     criterion: Criterion
     n: int
     plan: Plan
-    work: Work
+    work: Took
     tau: float | None
 
 
@@ -249,7 +249,7 @@ class _Choosing:
             ):
                 self.measuring.held_out.single_layers()
         for criterion in self.criteria:
-            tau, own = None, Work()
+            tau, own = None, Took()
             name = criterion.name
             with self._part(name, own_layers(criterion, self.subject)), self._others_go_on(name):
                 tau, own = self._measured(criterion)
@@ -272,23 +272,23 @@ class _Choosing:
         except Exception as error:
             self.skipped[name] = one_sentence(error)
 
-    def _measured(self, criterion: Criterion) -> tuple[float | None, Work]:
+    def _measured(self, criterion: Criterion) -> tuple[float | None, Took]:
         """Kendall's τ-b of layer costs with true losses, None for a search; the work in all."""
         passes = criterion.layer_forwards(self.subject)
         if not has_costs(criterion):
-            return None, Work(passes)
+            return None, Took(passes)
         inputs = self._inputs(criterion)
         costs, work = stored_costs(criterion, self.subject, self.store, inputs=inputs)
         truth = np.array(self.measuring.held_out.single_layers())
         tau = kendall_tau(costs.blocks.diagonal(1), truth)
-        return tau, Work(passes + work.layer_forwards, work.seconds)
+        return tau, Took(passes + work.layer_forwards, work.seconds)
 
-    def _choice(self, criterion: Criterion, n: int, own: Work) -> tuple[Plan, Work]:
+    def _choice(self, criterion: Criterion, n: int, own: Took) -> tuple[Plan, Took]:
         inputs = self._inputs(criterion)
         plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
         self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
         layer_forwards = own.layer_forwards + work.layer_forwards
-        return plan, Work(layer_forwards, own.seconds + work.seconds)
+        return plan, Took(layer_forwards, own.seconds + work.seconds)
 
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
         return {"criterion": criterion.name, **self._chosen_on}
@@ -354,7 +354,7 @@ class _Choosing:
         for n in self._sizes(criterion):
             with self._others_go_on(f"{criterion.name}, n = {n}"):
                 if criterion.name not in self.skipped:
-                    plan, _ = self._choice(criterion, n, Work())
+                    plan, _ = self._choice(criterion, n, Took())
                     self._scores(plan)
                     self._speech(plan)
 
