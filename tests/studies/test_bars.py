@@ -1,12 +1,14 @@
 """The bars of long work: one total for all of a stage, in units that move."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 import shallower as sh
 from shallower import progress
-from tests.healing.cuts import documents
+from shallower.healing.training import Throughput
+from tests.healing.cuts import HELD_OUT, QUICK, documents, save_cut
 
 PROMPTS = ["w1 w2", "w7 w8 w9"]
 TAKEN = {
@@ -99,3 +101,54 @@ def test_steps_of_a_patch_weigh_what_they_take(bars, learned, words):
     # Both walks, the solving and the steps are a part each, whatever their number.
     assert largest_step(bars[0]) < 0.4
     assert len(bars[0].reached_by) > 20
+
+
+@pytest.fixture
+def cut(tmp_path, learned, words):
+    """The folders of a model that has learned a little, and of the same without a layer."""
+    return save_cut(tmp_path, learned, words, [3])
+
+
+@pytest.mark.parametrize("every", [2, 4], ids=["at the end", "and at the end"])
+def test_a_healing_has_one_bar_for_its_steps_and_losses(bars, cut, tmp_path, every):
+    whole, path = cut
+    sh.heal(
+        path, TEXTS, tmp_path / "healed", recipe=replace(QUICK, eval_every=every),
+        eval_texts=HELD_OUT, original=whole,
+    )  # fmt: skip
+    assert_moving(bars, ["loss, uncut", "heal, layers run"])
+    healing = bars[-1]
+    assert largest_step(healing) < 0.2
+    assert any(note.startswith("loss, held out") for note in healing.notes)
+    assert any(note.startswith("step 6, loss") for note in healing.notes)
+
+
+def test_a_healing_that_is_resumed_counts_what_was_done(
+    bars, cut, learned, tmp_path, monkeypatch
+):
+    """Its bar begins before the last loss, and counts no loss twice."""
+
+    def heal():
+        sh.heal(cut[1], TEXTS, tmp_path / "healed", recipe=QUICK, eval_texts=HELD_OUT)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        reach = Throughput.on_step_begin
+        patched.setattr(Throughput, "on_step_begin", interrupted(reach, 5))
+        heal()
+    stopped = bars[-1].reached_by[-1]
+    bars.clear()
+    heal()
+    assert_moving(bars, ["heal, layers run"])
+    one_loss = len(HELD_OUT) * (len(learned.model.layers) - 1)
+    assert next(filter(None, bars[-1].reached_by)) == stopped - one_loss
+
+
+def interrupted(call, at):
+    """A callback of the Trainer that is interrupted before a step."""
+
+    def called(self, args, state, control, **kwargs):
+        if state.global_step == at - 1:
+            raise KeyboardInterrupt
+        return call(self, args, state, control, **kwargs)
+
+    return called

@@ -26,7 +26,7 @@ from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_digest
 from ..models.source import ModelSource
 from ..processes import is_main_process
-from ..progress import part, say_goes_on, track
+from ..progress import part, say_goes_on
 from ..storage import check_apart, check_free, check_room, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, usable_answers
@@ -40,6 +40,7 @@ from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..values.tokens import Tokens
+from .bar import TrainingBar
 from .checks import read_plan, require_one_process, require_peft, require_plan_of, resolve
 from .job import (
     TRAINING,
@@ -308,13 +309,15 @@ class _Healer:
         if job.original is not None and recipe.has_teacher:
             teacher = Teacher(job.original.load(recipe.dtype)[0])
         targets = feed_forward_targets(model, recipe.attention)
+        bar = TrainingBar(recipe, layers=len(decoder), texts=len(job.held_out or []))
 
         def measure() -> Loss:
             with computing(recipe, decoder.device):
                 return self._loss(decoder, tokenizer, "loss, held out")
 
         def loss(step: int) -> Loss:
-            return measure() if step else known.get("before", measure)
+            with bar.measuring(step):
+                return measure() if step else known.get("before", measure)
 
         training = Training(
             model=add_adapters(model, targets, recipe, base=job.base(out)),
@@ -326,8 +329,8 @@ class _Healer:
         )
         if taken := last_step(training.folder):
             say_goes_on(f"{taken:,} of {recipe.steps:,} steps were taken", self._progress)
-        with track("heal", recipe.steps, self._progress) as advance:
-            trained = train(training, advance, job.adjustable)
+        with bar.shown(self._progress) as reach:
+            trained = train(training, reach, job.adjustable)
         if job.original is not None:
             job.original.release()
         return training.model, trained

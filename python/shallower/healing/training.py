@@ -26,12 +26,13 @@ from ..models.dtypes import computing
 from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
 from ..processes import num_processes
-from ..progress import Advance, hushed
+from ..progress import hushed
 from ..texts.sequences import Sample, Samples, collate, mixed_order
 from ..values.healing import Measured, Step
 from ..values.loss import FIGURES, Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
+from .bar import Reach
 from .determinism import deterministic
 from .losses import Teacher, TrainingLoss
 from .ranks import agree
@@ -152,10 +153,10 @@ def _is_plain(weight: Any) -> bool:
     return isinstance(weight, torch.Tensor) and weight.is_floating_point()
 
 
-def train(training: Training, advance: Advance, adjustable: Collection[str] = ()) -> Trained:
+def train(training: Training, reach: Reach, adjustable: Collection[str] = ()) -> Trained:
     """Train the adapters of a model, going on from the checkpoints of an earlier run.
 
-    ``advance`` is called for every step. ``adjustable`` names the settings that one process may
+    ``reach`` is called for every step. ``adjustable`` names the settings that one process may
     change where memory is short, of ``batch_size`` and ``recompute``.
 
     Raises:
@@ -166,18 +167,17 @@ def train(training: Training, advance: Advance, adjustable: Collection[str] = ()
     shrinking = Shrinking(
         training.model, training.recipe, adjustable if num_processes() == 1 else ()
     )
-    report = StepsOnce(advance)
     with _quiet_trainer(), deterministic(next(training.model.parameters()).device):
-        return shrinking.run(lambda recipe: _train(replace(training, recipe=recipe), report))
+        return shrinking.run(lambda recipe: _train(replace(training, recipe=recipe), reach))
 
 
-def _train(training: Training, report: "StepsOnce") -> Trained:
+def _train(training: Training, reach: Reach) -> Trained:
     """Train by these very settings."""
     samples, recipe = training.samples, training.recipe
     total = recipe.steps * GLOBAL_BATCH
     taken = mixed_order(samples, total, share=recipe.share, seed=recipe.seed)
     lengths = np.array([len(row) for row in samples.rows])
-    throughput = Throughput(lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), report)
+    throughput = Throughput(lengths[taken].reshape(recipe.steps, GLOBAL_BATCH).sum(axis=1), reach)
     trainer = _Trainer(
         training,
         trainer_arguments(training),
@@ -381,23 +381,11 @@ def trainer_arguments(training: Training) -> TrainingArguments:
     )
 
 
-class StepsOnce:
-    """Reports every step once, though a training that begins again repeats some."""
-
-    def __init__(self, advance: Advance) -> None:
-        self._advance, self._reached = advance, 0
-
-    def reach(self, step: int, note: str = "") -> None:
-        """Report that so many steps are done, with a note on the last one."""
-        self._advance(max(0, step - self._reached), note)
-        self._reached = max(step, self._reached)
-
-
 class Throughput(TrainerCallback):
     """Times the steps, of so many tokens each, (steps,), and reports them."""
 
-    def __init__(self, tokens: NDArray[np.int64], report: StepsOnce) -> None:
-        self._tokens, self._report = tokens, report
+    def __init__(self, tokens: NDArray[np.int64], reach: Reach) -> None:
+        self._tokens, self._reach = tokens, reach
         self._began = 0.0
         self._seconds, self._trained = 0.0, 0
 
@@ -410,7 +398,7 @@ class Throughput(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Report the steps that an earlier run has done."""
-        self._report.reach(state.global_step)
+        self._reach(state.global_step, "")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -439,7 +427,7 @@ class Throughput(TrainerCallback):
         """Report a step, its loss and the speed so far."""
         if logs and "loss" in logs:
             speed = self._trained / max(self._seconds, 1e-9)
-            self._report.reach(state.global_step, f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+            self._reach(state.global_step, f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
 
 
 class StopOnNonFinite(TrainerCallback):
