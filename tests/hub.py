@@ -20,7 +20,8 @@ COMMIT = "c" * 40
 class Hub:
     """What lies on the hub.
 
-    ``failing`` answers a request whose line matches a pattern: by a status, or by hanging up (0).
+    ``failing`` answers a request whose line matches a pattern: by a status, by one and the hub's
+    code of the error, or by hanging up (0). The name of a dataset begins with ``datasets/``.
     """
 
     url: str = ""
@@ -30,15 +31,26 @@ class Hub:
 
     def answer(self, line, token):
         """(status, headers, value or bytes) for a request."""
-        for pattern, status in self.failing.items():
+        for pattern, failure in self.failing.items():
             if re.search(pattern, line):
-                return status, {}, {"error": "as the test wants it"}
+                status, *code = failure if isinstance(failure, tuple) else (failure,)
+                headers = {"X-Error-Code": code[0]} if code else {}
+                return status, headers, {"error": "as the test wants it"}
         for pattern, method in self._ROUTES:
             if found := re.fullmatch(pattern, line):
                 if token != TOKEN and method is not Hub._resolve:
                     return 401, {}, {"error": "Invalid credentials"}
                 return method(self, *map(unquote, found.groups()))
         return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}
+
+    def _dataset(self, name):
+        return self._info(f"datasets/{name}")
+
+    def _dataset_tree(self, name):
+        return self._tree(f"datasets/{name}")
+
+    def _allowed(self, kind, name):
+        return self._info(name if kind == "models" else f"datasets/{name}")
 
     def _info(self, name):
         if name not in self.repos:
@@ -65,10 +77,13 @@ class Hub:
         return 200, {"ETag": etag, "X-Repo-Commit": COMMIT}, file
 
     _ROUTES = (
+        (r"GET /api/(models|datasets)/([^/]+(?:/[^/]+)?)/auth-check", _allowed),
         (r"GET /api/models/([^/]+/[^/]+)/tree/[^/]+/.*", _folder),
         (r"GET /api/models/([^/]+/[^/]+)/tree/[^/]+", _tree),
         (r"GET /api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", _info),
-        (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/[^/]+/(.+)", _resolve),
+        (r"GET /api/datasets/([^/]+/[^/]+)/tree/[^/?]+(?:[/?].*)?", _dataset_tree),
+        (r"GET /api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", _dataset),
+        (r"(?:GET|HEAD) /((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)", _resolve),
     )
 
 

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 import shallower as sh
-from shallower.models import loading
 from shallower.models.loading import load_model
 from shallower.models.source import ModelSource
 from tests.conftest import tiny_llama
+from tests.hub import hub as hub
 from tests.models.checkpoints import CAUSAL, logits_of
 
 
@@ -255,12 +255,32 @@ def test_a_model_that_does_not_fit_is_told_with_ways_out(checkpoint, monkeypatch
 def test_a_hub_that_cannot_be_reached_is_named_at_once(monkeypatch, load):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(loading, "getproxies", dict)
+    monkeypatch.setattr("shallower.hub.getproxies", dict)
     asked = []
     monkeypatch.setattr("time.sleep", asked.append)  # between tries of huggingface_hub
     with pytest.raises(sh.ModelError, match=r"127.0.0.1:9 cannot be reached.*; connect to the hub"):
         load("owner/name")
     assert not asked
+
+
+@pytest.mark.parametrize("load", [load_model, lambda name: ModelSource(name).read_config()])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no/such", "the hub has no such model that you may read: check the name, or log in"),
+        ("me/gated", "the model is gated: ask for access on its page of the hub, and log in"),
+        ("me/refused", "the hub refuses your token: log in"),
+        ("me/down", "the hub answers with status 503: try again later"),
+        ("me/hanging", "the hub breaks the connection off: try again later"),
+    ],
+)
+def test_why_the_hub_gives_no_model(hub, load, name, reason):
+    hub.failing |= {
+        "me/gated": (403, "GatedRepo"), "me/refused": 403, "me/down": 503, "me/hanging": 0,
+    }  # fmt: skip
+    with pytest.raises(sh.ModelError, match=rf"cannot load {name}, which .*: {reason}") as found:
+        load(name)
+    assert "http" not in str(found.value)
 
 
 def test_an_address_is_no_model():

@@ -10,9 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from shallower import MissingExtraError, TextsError
 from shallower.texts.sources import Texts
+from tests.hub import hub as hub
 
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\rend"
 
@@ -375,6 +377,78 @@ def test_a_missing_file_is_named_before_a_missing_package(monkeypatch):
         Texts("none.parquet")
 
 
+@pytest.fixture
+def datasets_of_hub(hub, monkeypatch):
+    """A hub with datasets, some of which cannot be read."""
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    texts = b'{"text": "one"}\n{"text": "two"}\n'
+    two = b"---\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n"
+    two += b"- config_name: b\n  data_files: b.jsonl\n---\n"
+    hub.repos |= {
+        f"datasets/me/{name}": {"README.md": b"some", **files}
+        for name, files in {
+            "plain": {"train.jsonl": texts},
+            "script": {"script.py": b"import os"},
+            "empty": {},
+            "odd": {"a.xyz": b"a"},
+            "configs": {"README.md": two, "a.jsonl": texts, "b.jsonl": texts},
+        }.items()
+    }
+    hub.failing |= {
+        "me/gated": (403, "GatedRepo"), "me/down": 503, "me/hanging": 0, "me/refused": 403,
+    }  # fmt: skip
+    return hub
+
+
+def test_a_dataset_of_the_hub_is_streamed(datasets_of_hub):
+    assert list(Texts("me/plain:train")) == ["one", "two"]
+    assert list(Texts("me/configs:b:train", 1)) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("me/none:train", "the hub has no such dataset that you may read: check the name, or log"),
+        ("wikitxt:train", "the hub has no such dataset that you may read: check the name, or log"),
+        ("no..such:train", "the hub has no such dataset that you may read: check the name, or log"),
+        ("me/plain:tran", "it has no split tran: expected one of train"),
+        ("me/configs:train", "name one of its configs, a, b: me/configs:CONFIG:train"),
+        ("me/configs:c:train", "it has no config c: expected one of a, b"),
+        ("me/script:train", "it is a script, which is not run: name a dataset of files"),
+        ("me/empty:train", "it has no file: name another dataset"),
+        ("me/odd:train", "it has no file that can be read: name another dataset"),
+        ("me/gated:train", "the dataset is gated: ask for access on its page of the hub, and log"),
+        ("me/refused:train", "the hub refuses your token: log in (hf auth login)"),
+        ("me/down:train", "the hub answers with status 503: try again later"),
+        ("me/hanging:train", "the hub breaks the connection off: try again later"),
+    ],
+)
+def test_why_a_dataset_of_the_hub_cannot_be_read(
+    datasets_of_hub, monkeypatch, capfd, source, reason
+):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)  # between tries of huggingface_hub
+    with pytest.raises(TextsError) as found:
+        list(Texts(source))
+    assert str(found.value).startswith(f"cannot read {source}: {reason}")
+    assert "http" not in str(found.value)
+    assert waited == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_hub_without_a_net_is_named_at_once(datasets_of_hub, monkeypatch):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("shallower.hub.getproxies", dict)
+    with pytest.raises(TextsError, match=r"127.0.0.1:9 cannot be reached: connect to the hub, or"):
+        list(Texts("me/plain:train"))
+    assert waited == []
+
+
 def test_a_hub_dataset_that_cannot_be_reached_is_an_error_of_texts(tmp_path):
     code = "from shallower.texts.sources import Texts; list(Texts('no/such:train'))"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -382,4 +456,5 @@ def test_a_hub_dataset_that_cannot_be_reached_is_an_error_of_texts(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
     )
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("shallower.errors.TextsError: cannot read no/such:train: ")
+    said = "cannot read no/such:train: the hub is not asked (HF_HUB_OFFLINE), and the cache"
+    assert last.startswith(f"shallower.errors.TextsError: {said}")

@@ -20,6 +20,7 @@ from ..errors import (
     naming_extras,
     why,
 )
+from ..hub import hub_refusal
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress, track
@@ -362,7 +363,8 @@ def _fetch(repository: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, name))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelError(f"cannot fetch {name} of {repository}: {why(error)}") from error
+        reason = hub_refusal(repository, "model") or why(error)
+        raise ModelError(f"cannot fetch {name} of {repository}: {reason}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,16 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils.hub import cached_file
 
 from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError, why
+from ..hub import hub_answers, hub_refusal
 from ..memory.device import device_room
 from ..models.architecture import admitted_length, find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
-from ..models.loading import hub_answers, read_config
+from ..models.loading import read_config
 from ..models.quantised import check_stored
 from ..processes import num_processes
+from ..progress import hushed
 from ..texts.sequences import read_samples
 from ..values.files import PLAN_FILE
 from ..values.plan import Plan
@@ -39,20 +41,7 @@ def read_plan(path: str) -> Plan:
         kind = "a file" if folder.exists() else "not there"
         raise ModelError(f"{path} is {kind}: expected the folder of a cut, or a hub id")
     else:
-        try:
-            found = cached_file(
-                path,
-                PLAN_FILE,
-                local_files_only=not hub_answers(constants.ENDPOINT),
-                _raise_exceptions_for_missing_entries=False,
-            )
-        except OSError as error:
-            raise ModelError(f"cannot load {path}: {why(error, path)}") from error
-    if found is None and constants.HF_HUB_OFFLINE and not folder.is_dir():
-        raise PlanError(
-            f"the hub's cache has no {PLAN_FILE} of {path}: unset HF_HUB_OFFLINE, so that it is "
-            f"looked for at the hub, or name the folder of a cut"
-        )
+        found = _plan_of_hub(path)
     if found is None:
         raise PlanError(
             f"{path} was not cut: there is no {PLAN_FILE} beside its weights. Cut a model first: "
@@ -60,6 +49,31 @@ def read_plan(path: str) -> Plan:
             see="healing",
         )
     return Plan.load(found)
+
+
+def _plan_of_hub(path: str) -> str | None:
+    """The place of a plan in the hub's cache; None where the repository has none."""
+    asks = not constants.HF_HUB_OFFLINE and hub_answers(constants.ENDPOINT)
+    try:
+        with hushed():
+            found: str | None = cached_file(
+                path,
+                PLAN_FILE,
+                local_files_only=not asks,
+                _raise_exceptions_for_missing_entries=False,
+            )
+    except Exception as error:  # of the hub's client, which has had several
+        refusal = hub_refusal(path, "model") if asks else None
+        raise ModelError(f"cannot load {path}: {refusal or why(error, path)}") from error
+    if found is None and asks and (refusal := hub_refusal(path, "model")):
+        raise ModelError(f"cannot load {path}: {refusal}")
+    if found is None and not asks:
+        way_out = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "connect to the hub"
+        raise PlanError(
+            f"the hub's cache has no {PLAN_FILE} of {path}: {way_out}, so that it is looked for "
+            f"there, or name the folder of a cut"
+        )
+    return found
 
 
 def resolve(

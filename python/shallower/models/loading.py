@@ -2,18 +2,14 @@
 
 import logging
 import re
-import socket
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from accelerate import dispatch_model
@@ -29,6 +25,7 @@ from transformers import (
 )
 
 from ..errors import MissingExtraError, ModelError, why
+from ..hub import hub_answers, hub_refusal
 from ..processes import is_main_process
 from ..progress import hushed, track
 from ..values.commands import command_line
@@ -391,21 +388,8 @@ def _reason(error: Exception, source: str, options: dict[str, Any]) -> str:
         return f"it has code of its own: read it, then allow it to run {allowing}"
     if options.get("local_files_only"):
         return "it is not there; connect to the hub, or name a folder"
-    return why(error, source)
-
-
-@cache
-def hub_answers(address: str) -> bool:
-    """Whether the hub, whose client tries for half a minute, can be connected to."""
-    parts = urlsplit(address)
-    if getproxies():
-        return True
-    try:
-        port = parts.port or (80 if parts.scheme == "http" else 443)
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
-    except OSError:
-        return False
-    return True
+    asks = not Path(source).exists() and not constants.HF_HUB_OFFLINE
+    return (hub_refusal(source, "model") if asks else None) or why(error, source)
 
 
 def _name(source: str, options: dict[str, Any]) -> str:

@@ -2,17 +2,21 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, TextsError, why
-from ..progress import hushed
+from ..hub import hub_refusal
+from ..progress import hushed, shortened
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
+
+_MOST_NAMES = 200
+"""Letters of the names of configs or splits in an error."""
 
 _HEAD_BYTES = 1 << 16
 """The number of texts in a file is estimated from its size and as many bytes of its head."""
@@ -138,23 +142,56 @@ class Texts:
             ) from error
 
     def _hub(self) -> Iterator[str]:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        name, *config, split = self.source.split(":")
-        try:
-            with hushed():
-                dataset = load_dataset(name, *config, split=split, streaming=True)
-            for number, record in enumerate(dataset):
-                yield self._text(record, f"row {number}")
-        except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
-            raise TextsError(f"cannot read {self.source}: {why(error, self.source)}") from error
+        for number, record in enumerate(_hub_rows(self.source)):
+            yield self._text(record, f"row {number}")
 
     def _text(self, record: object, place: str) -> str:
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise TextsError(f"{self.source}, {place}: no field `text` that holds a string")
         return text
+
+
+def _hub_rows(source: str) -> Iterator[object]:
+    """Stream a hub dataset; TextsError in one sentence, whatever the packages below raise."""
+    from datasets import config as switches
+    from datasets import load_dataset
+
+    name, *config, split = source.split(":")
+    asks = not switches.HF_HUB_OFFLINE and not Path(name).exists()
+    if asks and (refusal := hub_refusal(name, "dataset")):
+        raise TextsError(f"cannot read {source}: {refusal}, or name a file of texts")
+    try:
+        with hushed():
+            rows = iter(load_dataset(name, *config, split=split, streaming=True))
+            first = list(islice(rows, 1))  # here datasets also logs what is wrong with a file
+        yield from chain(first, rows)
+    except Exception as error:  # of datasets, or what reads the hub and files for it
+        reason = _hub_reason(error, name, config, split=split)
+        raise TextsError(f"cannot read {source}: {reason}") from error
+
+
+_REASONS = {
+    "Couldn't reach": "the hub is not asked (HF_HUB_OFFLINE), and the cache does not have it: "
+    "unset that, or name a file of texts",
+    "scripts are no longer supported": "it is a script, which is not run: name a dataset of files",
+    "No (supported) data files": "it has no file that can be read: name another dataset",
+    "contain any data files": "it has no file: name another dataset",
+}
+"""Our words by those of the package datasets."""
+
+
+def _hub_reason(error: Exception, name: str, config: Sequence[str], *, split: str) -> str:
+    """Why a dataset cannot be read: by our words where those of datasets have no way out."""
+    text = str(error)
+    if listed := re.search(r"\['(.*?)'\]", text, re.DOTALL):
+        names = shortened(listed[1].replace("', '", ", "), _MOST_NAMES)
+        if "split" in text[: listed.start()]:
+            return f"it has no split {split}: expected one of {names}"
+        if config:
+            return f"it has no config {config[0]}: expected one of {names}"
+        return f"name one of its configs, {names}: {name}:CONFIG:{split}"
+    return next((ours for theirs, ours in _REASONS.items() if theirs in text), why(error))
 
 
 def looked_up(source: str | Path, what: str) -> tuple[Path, bool, bool]:

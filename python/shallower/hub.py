@@ -1,0 +1,46 @@
+"""The hub: whether it can be reached, and why it does not give what is asked for."""
+
+import socket
+from functools import cache
+from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+LOG_IN = "log in (hf auth login)"
+
+
+@cache
+def hub_answers(address: str) -> bool:
+    """Whether the hub, whose client tries for half a minute, can be connected to."""
+    parts = urlsplit(address)
+    if getproxies():
+        return True
+    try:
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def hub_refusal(name: str, kind: Literal["model", "dataset"]) -> str | None:
+    """Ask the hub why it does not give a repository; None where it would, or cannot say."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if not hub_answers(constants.ENDPOINT):
+        return f"{constants.ENDPOINT} cannot be reached: connect to the hub"
+    try:
+        HfApi().auth_check(name, repo_type=kind)
+    except GatedRepoError:
+        return f"the {kind} is gated: ask for access on its page of the hub, and {LOG_IN}"
+    except RepositoryNotFoundError:
+        return f"the hub has no such {kind} that you may read: check the name, or {LOG_IN}"
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            return f"the hub refuses your token: {LOG_IN}"
+        return None if status < 429 else f"the hub answers with status {status}: try again later"
+    except Exception:  # of the client, which has had several
+        return "the hub breaks the connection off: try again later"
+    return None
