@@ -23,13 +23,23 @@ def hub_answers(address: str) -> bool:
     return True
 
 
+def hub_absence() -> str | None:
+    """Say that the hub cannot be reached; None where it can, or is not to be asked."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or hub_answers(constants.ENDPOINT):
+        return None
+    way_out = "connect to the hub, or set HF_HUB_OFFLINE=1 to read its cache"
+    return f"{constants.ENDPOINT} cannot be reached: {way_out}"
+
+
 def hub_refusal(name: str, kind: Literal["model", "dataset"]) -> str | None:
     """Ask the hub why it does not give a repository; None where it would, or cannot say."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    if not hub_answers(constants.ENDPOINT):
-        return f"{constants.ENDPOINT} cannot be reached: connect to the hub"
+    if absence := hub_absence():
+        return absence
     try:
         HfApi().auth_check(name, repo_type=kind)
     except GatedRepoError:

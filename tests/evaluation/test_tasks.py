@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -294,6 +295,19 @@ def test_a_task_that_is_not_there(sharp, words, pick, monkeypatch):
     hub = refused(sharp, words, ["boolq"])  # lm-eval's own, whose data is on a hub out of reach
     assert "task boolq cannot be loaded" in hub
     assert "--data" in hub
+
+
+def test_the_hub_of_a_task_is_not_waited_for(sharp, words, pick, monkeypatch):
+    folder, _ = pick
+    write_tasks(folder, {**CHOICE, "dataset_path": "some/one"})
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)  # between tries of huggingface_hub
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("shallower.hub.getproxies", dict)
+    said = refused(sharp, words, ["pick"], tasks_dir=folder)
+    assert said.startswith("task pick cannot be loaded: http://127.0.0.1:9 cannot be reached: ")
+    assert waited == []
 
 
 def test_a_task_file_that_is_no_yaml(sharp, words, pick):

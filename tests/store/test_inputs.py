@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 
 from shallower.errors import ProcessesError
 from shallower.models.source import ModelSource
@@ -156,13 +157,23 @@ def test_a_repository_is_known_by_its_commit(cache, tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
 
-        def fetched(name, wanted, folder=folder):
-            assert (name, wanted) == ("some/one", "config.json")
+        def fetched(name, wanted, local_files_only, folder=folder):
+            assert (name, wanted, local_files_only) == ("some/one", "config.json", False)
             return str(folder / wanted)
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
         found = model_inputs(ModelSource("some/one"), cache)
         assert found["model"] == {"names": ["some/one"], "commit": commit, "gguf_file": None}
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(cache, monkeypatch):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)  # between tries of huggingface_hub
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("shallower.hub.getproxies", dict)
+    assert model_inputs(ModelSource("no-one/no-model"), cache) is None
+    assert waited == []
 
 
 # Texts.

@@ -123,18 +123,16 @@ def test_a_healing_has_one_bar_for_its_steps_and_losses(bars, cut, tmp_path, eve
     assert any(note.startswith("step 6, loss") for note in healing.notes)
 
 
-def test_a_healing_that_is_resumed_counts_what_was_done(
-    bars, cut, learned, tmp_path, monkeypatch
-):
+def test_a_healing_that_is_resumed_counts_what_was_done(bars, cut, learned, tmp_path, monkeypatch):
     """Its bar begins before the last loss, and counts no loss twice."""
 
     def heal():
         sh.heal(cut[1], TEXTS, tmp_path / "healed", recipe=QUICK, eval_texts=HELD_OUT)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        reach = Throughput.on_step_begin
-        patched.setattr(Throughput, "on_step_begin", interrupted(reach, 5))
-        heal()
+    with monkeypatch.context() as patched:
+        patched.setattr(Throughput, "on_step_begin", interrupted(Throughput.on_step_begin, 5))
+        with pytest.raises(KeyboardInterrupt):
+            heal()
     stopped = bars[-1].reached_by[-1]
     bars.clear()
     heal()

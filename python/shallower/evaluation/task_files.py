@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, TextsError, one_sentence, why
+from ..hub import hub_absence
 from ..texts.sources import numbered_records
 
 OURS = Path(__file__).with_name("task_data")
@@ -155,12 +156,13 @@ class _Local:
         except (TextsError, MissingExtraError):
             raise
         except Exception as error:  # whatever a task file, its functions or a hub raise
-            hint = "" if self._data else "; --data (data, SHALLOWER_DATA) names a folder of data"
-            raise TextsError(
-                f"task {name} cannot be loaded: {one_sentence(error)}{hint}"
-            ) from error
+            raise self._unloaded(name, one_sentence(error)) from error
         together = name in self._parts or self._index[name].kind.name == "GROUP"
         return TaskGroup(name, loaded["tasks"], together)
+
+    def _unloaded(self, name: str, reason: str) -> TextsError:
+        hint = "" if self._data else "; --data (data, SHALLOWER_DATA) names a folder of data"
+        return TextsError(f"task {name} cannot be loaded: {reason}{hint}")
 
     def _leaves(self, name: str, overrides: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """The tasks behind a name, as lm-eval takes them in a group."""
@@ -183,6 +185,8 @@ class _Local:
         leaf = {**overrides, "task": name}
         entry = self._index.get(name)
         cfg = {**(entry.cfg or {} if entry else {}), **overrides}
+        if "/" in str(cfg.get("dataset_path")) and (absence := hub_absence()):
+            raise self._unloaded(name, absence)
         if cfg.get("dataset_path") != "json" or "data_files" not in (
             cfg.get("dataset_kwargs") or {}
         ):

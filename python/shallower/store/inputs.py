@@ -16,6 +16,7 @@ from typing import Any
 
 from ..cutting.source import hub_id
 from ..errors import ProcessesError, ShallowerError
+from ..hub import hub_absence
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..progress import hushed, track
@@ -327,10 +328,10 @@ def _on_the_hub(source: ModelSource) -> dict[str, Any] | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = source.gguf_file or "config.json"
+    wanted, is_absent = source.gguf_file or "config.json", hub_absence() is not None
     try:
         with track(f"ask the hub for {name}"), hushed():
-            found = Path(hf_hub_download(name, wanted))
+            found = Path(hf_hub_download(name, wanted, local_files_only=is_absent))
     except HfHubHTTPError:
         return None
     commit = found.parents[wanted.count("/")].name
