@@ -19,7 +19,6 @@ from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.curve import curve_story
 from shallower.reporting.stories.run import UNFINISHED, run_story
 from shallower.reporting.words import layer_words
-from shallower.reporting.writers import page as pages
 from shallower.runs import report as reports
 from shallower.runs.report import read_story, report
 from shallower.savings.weights import count_weights
@@ -106,13 +105,13 @@ def test_without_matplotlib_there_is_a_page_without_figures(made, tmp_path, monk
     assert not (tmp_path / "figures").exists()
 
 
-@pytest.mark.filterwarnings("ignore:the page has no figures")
 def test_without_matplotlib_a_page_with_figures_stays(made, tmp_path, monkeypatch):
+    """It is refused before a story is made, and nothing is said beside that."""
     done, _ = made
     page = report(done.out, tmp_path / "page.html")
     before = page.read_bytes()
-    for module in (reports, pages):
-        monkeypatch.setattr(module, "find_spec", lambda _: None)
+    monkeypatch.setattr(reports, "find_spec", lambda _: None)
+    monkeypatch.setattr(reports, "track", None)
     with pytest.raises(OutputError, match=r"has figures, and is not replaced .* 'shallower\[fig"):
         report(done.out, page)
     assert page.read_bytes() == before

@@ -12,7 +12,7 @@ from ..errors import MissingExtraError, OutputError, ShallowerError, why
 from ..progress import track
 from ..reporting.results import Run
 from ..reporting.story import Story
-from ..reporting.writers.page import write_page
+from ..reporting.writers.page import shows_figures, write_page
 from ..values.comparison import CriteriaComparison
 from ..values.curve import Curve
 from ..values.files import (
@@ -67,13 +67,15 @@ def save_report(
     page = folder / REPORT_FILE if out is None else Path(out)
     if page.is_dir() or page.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{page}: expected the place of a page, as page.html (out, --out)")
-    make = _read_results(folder)
+    make, drawn = _read_results(folder), find_spec("matplotlib") is not None
+    if shows_figures(page) and not drawn:
+        kept = f"{page} has figures, and is not replaced by a page without: drawing them"
+        raise OutputError(str(MissingExtraError("matplotlib", "figures", kept)))
+    if not drawn:
+        none = "the page has no figures: drawing them"
+        warnings.warn(str(MissingExtraError("matplotlib", "figures", none)), stacklevel=3)
     with track("page", 2, progress) as advance:
         advance(0, "figures")
-        drawn = find_spec("matplotlib") is not None
-        if not drawn:
-            none = "the page has no figures: drawing them"
-            warnings.warn(str(MissingExtraError("matplotlib", "figures", none)), stacklevel=3)
         story = make(drawn=drawn)
         advance(1, "files")
         write_page(story, page)

@@ -4,11 +4,10 @@ import base64
 import hashlib
 import json
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...errors import MissingExtraError, OutputError
+from ...errors import OutputError
 from ...storage import write_file
 from ..charts.drawing import Drawing
 from ..story import STORY_FORMAT, Story
@@ -53,13 +52,9 @@ _INLINED = ("report.css", "report.js")
 def write_page(story: Story, page: Path) -> None:
     """Write the page, Markdown and JSON beside it, and ``figures``.
 
-    OutputError where the place cannot be written to, or holds foreign files; or a page with
-    figures, where nothing can draw them for the new one.
+    What is there is replaced; OutputError where the place cannot be written to.
     """
-    written = [page, page.with_suffix(".md"), page.with_suffix(".json")]
-    if _shows_figures(*written[1:]) and find_spec("matplotlib") is None:
-        kept = f"{page} has figures, and is not replaced by a page without: drawing them"
-        raise OutputError(str(MissingExtraError("matplotlib", "figures", kept)))
+    written = [page, *_beside(page)]
     content = json.dumps(story.to_json(), indent=2, ensure_ascii=False) + "\n"
     texts = to_html(story), to_markdown(story), content
     # JSON first: by it the rest is known as ours, even if this is cut short.
@@ -69,8 +64,14 @@ def write_page(story: Story, page: Path) -> None:
         drawing.save(page.parent / "figures")
 
 
-def _shows_figures(words: Path, numbers: Path) -> bool:
+def _beside(page: Path) -> tuple[Path, Path]:
+    """The places of Markdown and JSON."""
+    return page.with_suffix(".md"), page.with_suffix(".json")
+
+
+def shows_figures(page: Path) -> bool:
     """Whether the page that is there shows figures; refuses Markdown and JSON of no page."""
+    words, numbers = _beside(page)
     found = numbers if numbers.exists() else words
     if not found.exists():
         return False
