@@ -304,7 +304,7 @@ def test_the_hub_of_a_task_is_not_waited_for(sharp, words, pick, monkeypatch):
     monkeypatch.setattr("time.sleep", waited.append)  # between tries of huggingface_hub
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr("shallower.hub.getproxies", dict)
+    monkeypatch.setattr("shallower.texts.hub.getproxies", dict)
     said = refused(sharp, words, ["pick"], tasks_dir=folder)
     assert said.startswith("task pick cannot be loaded: http://127.0.0.1:9 cannot be reached: ")
     assert waited == []

@@ -255,7 +255,7 @@ def test_a_model_that_does_not_fit_is_told_with_ways_out(checkpoint, monkeypatch
 def test_a_hub_that_cannot_be_reached_is_named_at_once(monkeypatch, load):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr("shallower.hub.getproxies", dict)
+    monkeypatch.setattr("shallower.texts.hub.getproxies", dict)
     asked = []
     monkeypatch.setattr("time.sleep", asked.append)  # between tries of huggingface_hub
     with pytest.raises(sh.ModelError, match=r"127.0.0.1:9 cannot be reached.*; connect to the hub"):

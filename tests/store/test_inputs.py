@@ -171,7 +171,7 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(cache, monkeypatch):
     monkeypatch.setattr("time.sleep", waited.append)  # between tries of huggingface_hub
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr("shallower.hub.getproxies", dict)
+    monkeypatch.setattr("shallower.texts.hub.getproxies", dict)
     assert model_inputs(ModelSource("no-one/no-model"), cache) is None
     assert waited == []
 

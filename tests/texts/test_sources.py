@@ -443,7 +443,7 @@ def test_a_hub_without_a_net_is_named_at_once(datasets_of_hub, monkeypatch):
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr("shallower.hub.getproxies", dict)
+    monkeypatch.setattr("shallower.texts.hub.getproxies", dict)
     with pytest.raises(TextsError, match=r"127.0.0.1:9 cannot be reached: connect to the hub, or"):
         list(Texts("me/plain:train"))
     assert waited == []

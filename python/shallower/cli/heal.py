@@ -118,11 +118,11 @@ def heal_command(
         described = _planned(cut, recipe, device_memory, out=out, answers=wanted, **training)
         say_dry_run({**described, "write": [str(out)]}, as_json)
         return
-    from ..healing.heal import heal
-
     recipe = _fit_to_memory(
         cut, recipe, device_memory, as_json=as_json, answers=wanted, out=out, **saved
     )
+    from ..healing.heal import heal
+
     done = heal(
         model,
         source,
@@ -218,20 +218,20 @@ def _fit_to_memory(
     What there is no room for is refused before answers are written.
     """
     from ..healing.checks import read_plan, resolve
-    from ..healing.memory import healing_bytes
+    from ..healing.disk import check_disk
     from ..healing.ranks import warn_of_idle_gpus
     from ..processes import is_main_process
-    from ..storage import check_room
 
+    plan, there = read_plan(str(cut)), answers is not None
+    check_disk(out, cut, plan, recipe=recipe, answers=there, **saved)
     resolved = resolve(
         str(cut),
-        read_plan(str(cut)),
+        plan,
         recipe,
-        answers=answers is not None,
+        answers=there,
         device_memory=device_memory,
         trust_remote_code=cut.trust_remote_code,
     )
-    check_room(out, healing_bytes(cut, resolved, **saved))
     if device_memory is not None:  # else the healing chooses the same, and may change it
         recipe = replace(recipe, batch_size=resolved.batch_size, recompute=resolved.recompute)
     if is_main_process() and not as_json:
@@ -264,15 +264,17 @@ def _planned(
     from ..forecasts.speed import told
     from ..forecasts.work import forecast, of_healing
     from ..healing.checks import read_plan, resolve
-    from ..healing.memory import healing_bytes
+    from ..healing.disk import check_disk
     from ..models.experts import unquantised
     from ..processes import num_processes
-    from ..storage import check_room, free_bytes
+    from ..storage import free_bytes
     from ..values.estimates import Disk
     from ..values.memory import EXPERTS
 
     model, trust_remote_code = str(cut), cut.trust_remote_code
     plan, there = read_plan(model), answers is not None
+    saved = {name: training[name] for name in ("merge", "from_patch")}
+    needed = check_disk(out, cut, plan, recipe=recipe, answers=there, **saved)
     memory = memory_forecast(
         model,
         "heal",
@@ -290,9 +292,6 @@ def _planned(
     if experts := memory.parts.get(EXPERTS):
         plain = f"; {unquantised(resolved.dtype, experts)}" * (resolved.dtype in ("nf4", "int8"))
         said["experts"] = f"adapters lie on them too, and on no router{plain}"
-    saved = {name: training[name] for name in ("merge", "from_patch")}
-    needed = healing_bytes(cut, resolved, **saved)
-    check_room(out, needed)
     said |= {"memory": memory, "disk": Disk(needed, free_bytes(out))}
     if device_memory is None:  # else it is of a card that is not here
         training["num_written"] = 0 if answers is None else answers.num_written

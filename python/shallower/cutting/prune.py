@@ -20,11 +20,11 @@ from ..errors import (
     naming_extras,
     why,
 )
-from ..hub import hub_refusal
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress, track
 from ..storage import check_apart, check_free, check_room, claimed
+from ..texts.hub import hub_refusal
 from ..values.experts import experts_file, parse_experts
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers, ranges
@@ -358,11 +358,10 @@ class Request:
 def _fetch(repository: str, name: str) -> Path:
     """A file of a hub repository, in the hub's cache; ModelError if it cannot be fetched."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(hf_hub_download(repository, name))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # of the hub's client, which has had several
         reason = hub_refusal(repository, "model") or why(error)
         raise ModelError(f"cannot fetch {name} of {repository}: {reason}") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, TextsError, one_sentence, why
-from ..hub import hub_absence
+from ..texts.hub import hub_absence
 from ..texts.sources import numbered_records
 
 OURS = Path(__file__).with_name("task_data")

@@ -11,7 +11,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils.hub import cached_file
 
 from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError, why
-from ..hub import hub_answers, hub_refusal
 from ..memory.device import device_room
 from ..models.architecture import admitted_length, find_layers
 from ..models.decoder import Decoder
@@ -21,12 +20,12 @@ from ..models.loading import read_config
 from ..models.quantised import check_stored
 from ..processes import num_processes
 from ..progress import hushed
+from ..texts.hub import hub_answers, hub_refusal
 from ..texts.sequences import read_samples
 from ..values.files import PLAN_FILE
 from ..values.plan import Plan
 from ..values.presets import ModelFacts
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
-from .memory import is_small, plan_healing, require_room
 
 
 def read_plan(path: str) -> Plan:
@@ -87,14 +86,14 @@ def resolve(
 ) -> Resolved:
     """Resolve the settings for a cut by its config and the device's memory; given ones stay.
 
-    ``device_memory`` is in bytes or as ``16GB``, by default what is free; ``answers`` says whether
-    there are any. RecipeError for settings that do not fit, ModelError for an unreadable config.
+    ``device_memory`` is in bytes or as ``16GB``, by default what is free. Raises as :func:`settle`,
+    and RecipeError for what does not fit the memory.
     """
-    config = read_config(path, trust_remote_code=trust_remote_code)
-    resolved = recipe.resolve(
-        facts(config, plan.num_layers), num_processes(), auto=auto_dtype(), answers=answers
+    from .memory import is_small, plan_healing, require_room  # which imports the Trainer
+
+    config, resolved = settle(
+        path, plan, recipe, trust_remote_code=trust_remote_code, answers=answers
     )
-    check_stored(path, config, resolved.dtype)
     if recipe.batch_size is not None and recipe.recompute is not None:
         return resolved
     room = device_room(device_memory, num_processes())
@@ -113,6 +112,27 @@ def resolve(
     return replace(
         resolved, batch_size=memory.micro_batch, recompute=bool(memory.gradient_checkpointing)
     )
+
+
+def settle(
+    path: str,
+    plan: Plan,
+    recipe: Recipe,
+    *,
+    trust_remote_code: bool = False,
+    answers: bool = False,
+) -> tuple[PretrainedConfig, Resolved]:
+    """Read the config of a cut, and resolve the settings that no memory decides.
+
+    ``answers`` says whether there are any. RecipeError for settings that do not fit, ModelError for
+    an unreadable config.
+    """
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    resolved = recipe.resolve(
+        facts(config, plan.num_layers), num_processes(), auto=auto_dtype(), answers=answers
+    )
+    check_stored(path, config, resolved.dtype)
+    return config, resolved
 
 
 def require_healable(

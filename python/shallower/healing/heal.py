@@ -27,7 +27,7 @@ from ..models.identity import stored_digest
 from ..models.source import ModelSource
 from ..processes import is_main_process
 from ..progress import part, say_goes_on
-from ..storage import check_apart, check_free, check_room, write_file
+from ..storage import check_apart, check_free, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, usable_answers
 from ..texts.sources import place_of_texts
@@ -42,6 +42,7 @@ from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..values.tokens import Tokens
 from .bar import TrainingBar
 from .checks import read_plan, require_one_process, require_peft, require_plan_of, resolve
+from .disk import check_disk
 from .job import (
     TRAINING,
     Job,
@@ -56,7 +57,6 @@ from .job import (
 )
 from .loaded_models import LoadedOnce, OriginalModel
 from .losses import Teacher
-from .memory import healing_bytes
 from .ranks import agree, together
 from .trainer_checkpoints import last_step
 from .training import Trained, Training, add_adapters, train
@@ -149,6 +149,9 @@ def heal(
     if not alone and not any(True for _ in source):
         raise TextsError("there are no texts to heal with" + _instead_of_texts(answers, from_patch))
     plan = read_plan(path)
+    cut = ModelSource(path, trust_remote_code=trust_remote_code)
+    writes = {"merge": merge, "from_patch": from_patch}
+    check_disk(out, cut, plan, recipe=recipe, answers=answers is not None, **writes)
     free_memory()  # so that what is planned with is what there is, after a run's scan too
     source_model = None
     if original is not None:
@@ -162,8 +165,6 @@ def heal(
         trust_remote_code=trust_remote_code,
         answers=answers is not None,
     )
-    cut = ModelSource(path, trust_remote_code=trust_remote_code)
-    check_room(out, healing_bytes(cut, resolved, merge=merge, from_patch=from_patch))
     job = Job(
         cut=path,
         plan=plan,

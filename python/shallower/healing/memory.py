@@ -1,6 +1,5 @@
 """The memory of a healing: rehearsed without weights, and the batch that is chosen by it."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,7 +7,6 @@ import torch
 from transformers import PretrainedConfig
 
 from ..errors import ModelError, RecipeError
-from ..memory.checkpoints import BESIDE, left_bytes
 from ..memory.device import Room
 from ..memory.plan import Choice, plainly_fits, plan_step
 from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
@@ -18,15 +16,11 @@ from ..models.experts import unquantised
 from ..models.feed_forward import feed_forward_targets
 from ..models.layer_config import heads_of
 from ..models.loading import layers_of
-from ..models.source import ModelSource
 from ..values.memory import EXPERTS, MemoryPlan, format_size, needed_device, usable
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from .losses import Teacher, TrainingLoss
 from .recomputation import recompute_activations
 from .training import add_adapters
-
-CHECKPOINTS = 3
-"""Checkpoints of a training that are there at once: the best, the last, and the next one."""
 
 MOST_KEPT, MOST_RECOMPUTED = 4, 8
 """Texts in one forward at most, without recomputation and with it."""
@@ -35,24 +29,6 @@ _ADAPTER_BYTES = 4 * 4
 """A trained parameter in float32, its gradient, and two moments of Adam."""
 
 PARTS = ("adapters and optimiser", "activations and loss")
-
-
-def healing_bytes(
-    cut: ModelSource, recipe: Resolved, *, merge: bool = False, from_patch: bool = False
-) -> int:
-    """Count the bytes that a healing writes: checkpoints of adapters, and what it saves of the cut.
-
-    Each checkpoint has every trained value in float32, and two moments of Adam.
-    """
-    model = build_empty(cut.read_config(), torch.bfloat16)
-    targets = feed_forward_targets(model, recipe.attention)
-    named = dict(model.named_parameters())
-    names = [*(f"{name}.weight" for name in targets.modules), *targets.parameters]
-    shapes = [named[name].shape for name in names]
-    trained = recipe.rank * sum(math.prod(one[:-2]) * sum(one[-2:]) for one in shapes)
-    whole = cut.stored_bytes or left_bytes(replace(cut, dtype="bfloat16"), ())
-    saved = (merge + from_patch) * whole
-    return 4 * trained * (3 * CHECKPOINTS + 1) + saved + BESIDE
 
 
 class HealingStep:

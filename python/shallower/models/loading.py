@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from ..errors import MissingExtraError, ModelError, why
-from ..hub import hub_answers, hub_refusal
 from ..processes import is_main_process
 from ..progress import hushed, track
+from ..texts.hub import hub_answers, hub_refusal
 from ..values.commands import command_line
 from ..values.identity import title_of
 from .architecture import beside_layers, find_layers

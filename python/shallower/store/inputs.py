@@ -16,11 +16,11 @@ from typing import Any
 
 from ..cutting.source import hub_id
 from ..errors import ProcessesError, ShallowerError
-from ..hub import hub_absence
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..progress import hushed, track
 from ..storage import sha256_of
+from ..texts.hub import hub_absence
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from ..values.provenance import versions

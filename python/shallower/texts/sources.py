@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, TextsError, why
-from ..hub import hub_refusal
 from ..progress import hushed, shortened
+from .hub import hub_refusal
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
