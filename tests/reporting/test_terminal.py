@@ -80,6 +80,17 @@ def test_columns_that_are_wide_or_have_errors_can_be_cut_down(printed):
     assert lines[4:] == [" → a   1.250  2.500 ± 0.250", "A note."]
 
 
+def test_a_column_is_not_folded_small_beside_a_long_one(printed):
+    """The costs of criteria were four lines high, though the longest sentence was folded too."""
+    rows = (("frequency", "tokens N", "one pass, experts twice"),
+            ("layers", "least angular distance; the nearest share of parameters", "one pass"))  # fmt: skip
+    text = printed(Table("", ("criterion", "what it goes by", "what it costs"), rows), width=80)
+    assert row_of(text, "frequency") == "frequency tokens N one pass, experts twice"
+    assert len(text.splitlines()) == 5
+    both = printed(Table("", ("a", "b"), (("word " * 30, "word " * 40),)), width=80)
+    assert len(both.splitlines()) <= 9
+
+
 def test_layers_are_broken_between_ranges_only(printed):
     layers = ranges(range(0, 40, 2)).replace(", ", ",\xa0")
     text = printed(Table("", ("drop", "n"), ((layers, Number.count(20)),)))

@@ -172,26 +172,27 @@ def _drawn(table: Table, places: list[int], bare: set[int], is_airy: bool) -> "r
         collapse_padding=True,
         show_header=any(table.head),
     )
-    columns: list[list[str]] = []
-    for place in places:
+    columns = [[_plain(row[place], place in bare, width) for row in table.rows] for place in places]
+    heads = [_head(table.head[place], texts) for place, texts in zip(places, columns, strict=True)]
+    if table.marked is not None:
+        columns[0][table.marked] = f"{_ARROW}{columns[0][table.marked]}"
+    least = [_least(table, place, place in bare, width) for place in places]
+    wanted = [
+        max(len(line) for text in (head, *texts) for line in text.splitlines() or [""])
+        for head, texts in zip(heads, columns, strict=True)
+    ]
+    widths = _shared(least, wanted, spare)  # rich would take it from words that are whole
+    widths[0] += is_airy  # rich forgets its left space
+    for place, head, column_width in zip(places, heads, widths, strict=True):
         cells = [row[place] for row in table.rows]
         is_number = bool(cells) and all(isinstance(cell, Number) for cell in cells)
         is_ranges = any("\xa0" in text_of(cell) for cell in cells)
-        texts = [_plain(cell, place in bare, width) for cell in cells]
-        head = _head(table.head[place], texts)
-        if table.marked is not None and not columns:
-            texts[table.marked] = f"{_ARROW}{texts[table.marked]}"
-        columns.append(texts)
-        least = _least(table, place, place in bare, width)
-        longest = max(len(line) for text in (head, *texts) for line in text.splitlines() or [""])
-        more = max(0, min(longest - least, spare))  # rich would take it from words that are whole
-        spare -= more
         drawn.add_column(
             Text(head),
             justify="right" if is_number else "left",
             no_wrap=is_number or is_ranges,
             overflow="fold",
-            width=least + more + (is_airy and place == places[0]),  # rich forgets its left space
+            width=column_width,
         )
     for number, row in enumerate(table.rows):
         texts = [column[number] for column in columns]
@@ -199,6 +200,18 @@ def _drawn(table: Table, places: list[int], bare: set[int], is_airy: bool) -> "r
         ends = table.is_grouped and bool(following) and following[0][0] != row[0]
         drawn.add_row(*map(Text, texts), end_section=ends)
     return drawn
+
+
+def _shared(least: list[int], wanted: list[int], spare: int) -> list[int]:
+    """Widths between the least and the wanted ones: who wants little has it, the others alike."""
+    more = [max(0, want - have) for have, want in zip(least, wanted, strict=True)]
+    widths = list(least)
+    modest = sorted(range(len(more)), key=more.__getitem__)
+    for left, place in zip(range(len(more), 0, -1), modest, strict=True):
+        given = min(more[place], max(0, spare) // left)
+        widths[place] += given
+        spare -= given
+    return widths
 
 
 def _plain(cell: Cell, is_bare: bool, width: int) -> str:
