@@ -82,8 +82,8 @@ def test_columns_that_are_wide_or_have_errors_can_be_cut_down(printed):
 
 def test_a_column_is_not_folded_small_beside_a_long_one(printed):
     """The costs of criteria were four lines high, though the longest sentence was folded too."""
-    rows = (("frequency", "tokens N", "one pass, experts twice"),
-            ("layers", "least angular distance; the nearest share of parameters", "one pass"))  # fmt: skip
+    criterion = "least angular distance; the nearest share of parameters"
+    rows = ("frequency", "tokens N", "one pass, experts twice"), ("layers", criterion, "one pass")
     text = printed(Table("", ("criterion", "what it goes by", "what it costs"), rows), width=80)
     assert row_of(text, "frequency") == "frequency tokens N one pass, experts twice"
     assert len(text.splitlines()) == 5
