@@ -153,6 +153,32 @@ def test_the_pages_of_a_curve_and_a_comparison_end_in_their_numbers(elsewhere, t
         assert again == first
 
 
+def write_sweep():
+    """The file of a sweep with one cheap job."""
+    keys = {"models": f"[{MODEL}]", "texts": TEXTS, "eval_texts": EVAL_TEXTS}
+    keys |= {"criteria": "[deepest]", "n": "[1]", "max_length": "12"}
+    sweep = "".join(f"{key}: {value}\n" for key, value in keys.items())
+    Path("viele auf einmal.yaml").write_text(sweep, encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+def test_the_page_of_a_sweep_ends_in_its_numbers(tmp_path, shallower):
+    write_sweep()
+    first = tmp_path / "ihre Läufe"
+    done = shallower("sweep", "viele auf einmal.yaml", "--out", first)
+    assert done.status == 0, done.err
+    commands = commands_of(first)
+    assert [command.split()[1] for command in commands] == ["sweep", "report"]
+    for command in commands:
+        cut_by(command, shallower)
+        made = [json.loads((one / "report.json").read_text()) for one in (first, Path(first.name))]
+        assert made[0]["sentence"] == made[1]["sentence"]
+        assert made[0]["facts"] == made[1]["facts"]
+        for page in Path(first.name).glob("report.*"):
+            page.unlink()
+
+
 def test_what_is_printed_besides_names_places_for_a_shell(elsewhere, tmp_path, shallower):
     done = shallower("prune", MODEL, "--drop", "1", "--out", "mein Schnitt für alle")
     (line,) = re.findall("^to upload it: (.*)$", done.out, re.MULTILINE)
@@ -161,10 +187,7 @@ def test_what_is_printed_besides_names_places_for_a_shell(elsewhere, tmp_path, s
     (elsewhere / "meine Läufe" / "adapter_config.json").write_text("{}")
     done = shallower("scan", "meine Läufe", "--texts", TEXTS, "--out", "out")
     assert "which shallower merge 'meine Läufe' --out MERGED makes a model of" in done.error
-    keys = {"models": f"[{MODEL}]", "texts": TEXTS, "eval_texts": EVAL_TEXTS}
-    keys |= {"criteria": "[deepest]", "n": "[1]", "max_length": "12"}
-    sweep = "".join(f"{key}: {value}\n" for key, value in keys.items())
-    Path("viele auf einmal.yaml").write_text(sweep, encoding="utf-8")
+    write_sweep()
     done = shallower("sweep", "viele auf einmal.yaml", "--out", "ihre Läufe", "--print-commands")
     assert done.status == 0, done.err
     for command in done.out.splitlines():

@@ -73,6 +73,19 @@ def test_a_curve_has_one_bar_for_all_of_its_points(bars, learned, words, tmp_pat
         assert any(note.startswith(begun) for note in curve.notes), begun
 
 
+def test_the_bar_of_a_curve_moves_while_a_cut_is_healed(bars, learned, words, tmp_path):
+    """The patch before a healing takes its own part of the bar, not that of the healing."""
+    sh.curve(
+        learned, words, TEXTS, **TAKEN | {"prompts": []}, out=tmp_path / "curve", n=[1],
+        strategies=["deepest"], states=["healed"], heal=QUICK,
+    )  # fmt: skip
+    curve = bars[-1]
+    assert_moving(bars[-1:], ["curve, layers run"])
+    begun = next(i for i, note in enumerate(curve.notes) if note.startswith("heal, layers run"))
+    assert curve.reached_by[begun] < 0.8 * curve.total
+    assert len({round(reached) for reached in curve.reached_by[begun:]}) > 6
+
+
 def test_a_comparison_counts_what_its_cuts_generate(bars, learned, words, tmp_path):
     sh.compare(
         learned, words, TEXTS, **TAKEN, out=tmp_path / "compare", n=[2],

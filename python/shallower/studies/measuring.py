@@ -448,7 +448,7 @@ class Measuring:
         """Save the cut, patched where it can be."""
         state: Measurable = "quick" if self._study.settings.quick_patch else "patched"
         try:
-            with self._in_state(plan, state):
+            with part(self._making(len(plan.dropped), state)), self._in_state(plan, state):
                 save_model(self.model, self.tokenizer, path, plan=plan)
         except PatchError:
             with without_layers(self.model, plan.dropped):
