@@ -113,6 +113,10 @@ _TRANSFORMERS = (
         "taken from gguf at every call, so that the table is made once",
     ),
     PrivateName(
+        "transformers.modeling_gguf_pytorch_utils", "tqdm",
+        "its bar of GGUF tensors has no switch, and is left out",
+    ),
+    PrivateName(
         "transformers.modeling_gguf_pytorch_utils", "TENSOR_PROCESSORS",
         "makes the weights of a layer that waits in a GGUF file, for most architectures",
     ),

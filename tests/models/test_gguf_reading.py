@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFWriter, quants
+from transformers import modeling_gguf_pytorch_utils
 
 import shallower as sh
 from shallower.models import loading
-from shallower.models.gguf_reading import REPLACED, faster_gguf
+from shallower.models.gguf_reading import faster_gguf
 from shallower.models.loading import load_model
 from shallower.runs import demo
 from tests.models.gguf_files import write_gguf
@@ -126,12 +127,17 @@ def test_a_file_is_parsed_once_and_the_table_of_names_made_once(tmp_path, monkey
 
 
 def test_the_package_is_as_before_afterwards(tmp_path):
-    before = [getattr(gguf, name) for name in REPLACED]
+    before = vars(gguf).copy(), modeling_gguf_pytorch_utils.tqdm
     load_model(write_gguf(tmp_path / "tiny.gguf"), "float32")
     (tmp_path / "none.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(sh.ModelError):
         load_model(tmp_path / "none.gguf", "float32")
-    assert [getattr(gguf, name) for name in REPLACED] == before
+    assert (vars(gguf), modeling_gguf_pytorch_utils.tqdm) == before
+
+
+def test_the_bar_of_transformers_is_not_shown(tmp_path, capfd):
+    load_model(write_gguf(tmp_path / "tiny.gguf"), "float32", progress=False)
+    assert capfd.readouterr().err == ""
 
 
 def loaded(path, monkeypatch, *, faster):

@@ -16,6 +16,7 @@ from ..errors import ModelError, why
 from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
 from ..models.source import ModelSource
+from ..progress import hushed
 from ..values.healing import Healing
 from .low_rank import exact_products
 
@@ -112,6 +113,7 @@ def merge_in_memory(
     merged.config.dtype = config_dtype
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         vars(merged).pop(attribute, None)
-    merged.save_pretrained(folder)
+    with hushed():
+        merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return expected

@@ -25,24 +25,28 @@ _LOCK = RLock()
 
 @contextmanager
 def faster_gguf() -> Iterator[None]:
-    """Read GGUF files faster in the body; a file is parsed once, and must not change meanwhile."""
+    """Read GGUF files faster in the body; a file is parsed once, and must not change meanwhile.
+
+    The bar of transformers is left out, which has no switch.
+    """
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
 
     with _LOCK:
-        before = {name: getattr(gguf, name) for name in REPLACED}
-        reader: Any = cache(_reader_class())
-        replacements = {
-            "GGUFReader": reader,
-            "get_tensor_name_map": cache(before["get_tensor_name_map"]),
-            "dequantize": _by_long_rows(before["dequantize"]),
+        replacements: dict[tuple[Any, str], Any] = {
+            (gguf, "GGUFReader"): cache(_reader_class()),
+            (gguf, "get_tensor_name_map"): cache(gguf.get_tensor_name_map),
+            (gguf, "dequantize"): _by_long_rows(gguf.dequantize),
+            (loader, "tqdm"): lambda tensors, **_: tensors,
         }
+        before = {place: getattr(*place) for place in replacements}
         try:
-            for name, value in replacements.items():
-                setattr(gguf, name, value)
+            for place, value in replacements.items():
+                setattr(*place, value)
             yield
         finally:
-            for name, value in before.items():
-                setattr(gguf, name, value)
+            for place, value in before.items():
+                setattr(*place, value)
 
 
 def layer_bytes(file: Path, num_layers: int) -> int:
@@ -62,10 +66,6 @@ def dequantising(file: Path) -> tuple[Callable[[], Any], int]:
     largest = max(layers, key=lambda one: int(one.n_elements))
     make = _by_long_rows(gguf.dequantize)
     return lambda: make(largest.data, largest.tensor_type), int(largest.n_elements)
-
-
-REPLACED = ("GGUFReader", "get_tensor_name_map", "dequantize")
-"""Names that transformers takes from the package gguf at every call."""
 
 
 def _by_long_rows(dequantize: Callable[..., Any]) -> Callable[..., Any]:
