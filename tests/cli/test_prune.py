@@ -1,6 +1,7 @@
 """The command `prune`."""
 
 import json
+import re
 
 import pytest
 
@@ -59,6 +60,8 @@ def test_prune_cuts_a_folder_without_loading_it(shallower, folder, tiny, never_l
 
 def test_prune_says_how_much_it_would_write(shallower, folder, tiny, never_loaded):
     done = shallower("prune", tiny, "--drop", "1", "--out", "cut", "--dry-run", "--json").json
+    said = shallower("prune", tiny, "--drop", "1", "--out", "cut", "--dry-run").out
+    assert re.search(r"^disk: a few MB of [\d.]+ [TG]B that are free\nwould write ", said, re.M)
     assert tree(folder) == {}
     shallower("prune", tiny, "--drop", "1", "--out", "cut")
     assert done["bytes"] == (folder / "cut" / "model.safetensors").stat().st_size

@@ -95,9 +95,20 @@ def prune_command(
         return
     planned = plan_prune(model, layers, out, experts=experts, overwrite=overwrite, **options)
     if dry_run:
-        say_dry_run(planned.to_json(), as_json)
+        described = planned.to_json()
+        say_dry_run(described if as_json else _with_disk(described, out), as_json)
         return
     _end(output.keep(planned.run().to_json()), out, as_json)
+
+
+def _with_disk(described: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A planned cut with its disk as every dry run prints it, before its files."""
+    from ..storage import free_bytes
+    from ..values.estimates import Disk
+
+    write, size = described.pop("write"), described.pop("bytes", 0)
+    disk = {"disk": Disk(size, free_bytes(out))} if size else {}
+    return {**described, **disk, "write": write}
 
 
 def _written_at(done: dict[str, Any], out: Path) -> dict[str, Any]:
