@@ -274,5 +274,11 @@ def test_gains_are_before_after_and_their_ratio(printed):
         assert part in shown, part
 
 
+def test_long_times_are_in_seconds(printed):
+    slow = replace(gain().forecasts[0], prefill_before=115.028, prefill_after=84.4)
+    text = printed(gain_table(replace(gain(), forecasts=(slow,))))
+    assert "prefill 115.0 s * 84.4 s 0.734" in " ".join(text.split())
+
+
 def test_no_gain_is_shown_that_was_not_measured(printed):
     assert "measured here" not in printed(gain_table(gain(None)))

@@ -1,7 +1,7 @@
 """The bar of a training: its steps and the held-out losses between them, in layers run."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from math import ceil
 
 from ..patching.solver import STEPPING
@@ -21,24 +21,27 @@ class TrainingBar:
     def __init__(self, recipe: Resolved, *, layers: int, texts: int) -> None:
         self._steps, self._every = recipe.steps, recipe.eval_every
         self._step, self._loss = STEPPING * GLOBAL_BATCH * layers, texts * layers
-        self._reached = 0
+        self._reached, self._note = 0, "training"
+        self._advance: Advance = lambda *_: None
 
     @contextmanager
     def shown(self, show: bool | None) -> Iterator[Reach]:
         """Open the bar, as :func:`shallower.progress.track` does."""
         total = self._until(self._steps) + self._loss
-        with track("heal, layers run", total, show) as advance:
+        with track("heal, layers run", total, show) as self._advance:
+            yield self._reach
+            self._advance(self._ahead(total))
 
-            def reach(step: int, note: str) -> None:
-                said = f"step {step:,}, {note}" if note else ""
-                advance(self._ahead(self._until(step)), said)
+    def _reach(self, step: int, note: str) -> None:
+        self._note = f"step {step:,}, {note}" if note else self._note
+        self._advance(self._ahead(self._until(step)), self._note)
 
-            yield reach
-            advance(self._ahead(total))
-
-    def measuring(self, step: int) -> AbstractContextManager[Advance]:
+    @contextmanager
+    def measuring(self, step: int) -> Iterator[None]:
         """Advance by what the loss after a step takes, while the body measures it."""
-        return part(self._ahead(self._until(step) + self._loss))
+        with part(self._ahead(self._until(step) + self._loss)):
+            yield
+        self._advance(0, self._note)
 
     def _until(self, step: int) -> int:
         """The layers run by so many steps, and by the losses before the last of them ends."""

@@ -86,4 +86,5 @@ def _bytes(value: int) -> str:
 def _time(seconds: float, fits: bool = True) -> str:
     milliseconds = 1e3 * seconds
     text = f"{milliseconds:.2f} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
+    text = f"{seconds:.1f} s" if seconds >= 10 else text
     return text if fits else f"{text} *"
