@@ -18,6 +18,7 @@ from tests.cli.documents import documents, tree
 from tests.commands import in_a_process
 from tests.conftest import mostly_slow, write_jsonl
 from tests.healing.cuts import documents as progressions
+from tests.models.gguf_files import write_gguf
 from tests.scanning.state_files import keep
 
 QUICK = (
@@ -117,6 +118,13 @@ def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, 
     assert (again.status, again.out) == (0, first.out), again.err
     assert "already there, made from the same inputs on" in said_once(again.err)
     assert tree(folder) == before
+
+
+def test_a_second_cut_of_a_gguf_file_is_told_by_its_name(shallower, folder):
+    write_gguf(folder / "tiny.gguf")
+    command = ["prune", "tiny.gguf", "--drop", "1", "--out", "cut.gguf"]
+    assert shallower(*command).status == 0
+    assert said_once(shallower(*command).err).startswith("cut.gguf is already there, made from")
 
 
 @pytest.mark.usefixtures("undrawn")

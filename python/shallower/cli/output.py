@@ -123,16 +123,19 @@ def say_known(made: str, there: Path | None = None, *, what: str = "") -> None:
     print(said, file=sys.stderr)
 
 
-def reuse(output: "Output", say: "Callable[[dict[str, Any]], None]") -> bool:
+def reuse(
+    output: "Output", say: "Callable[[dict[str, Any]], None]", there: Path | None = None
+) -> bool:
     """Print what is there already, made from the same inputs; False if it must be made.
 
-    ``say`` prints the report, from the value that was kept.
+    ``say`` prints the report, from the value that was kept; ``there`` is the output's name, if it
+    is not that of its folder.
     """
     known = output.find()
     if known is None:
         return False
     say(known.value)
-    say_known(known.made, output.out)
+    say_known(known.made, there or output.out)
     return True
 
 

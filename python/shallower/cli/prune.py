@@ -91,7 +91,7 @@ def prune_command(
     output = cut_output(
         open_store(no_cache or dry_run), model, layers, experts=experts, out=out, **options
     )
-    if reuse(output, lambda value: _end(_written_at(value, out), out, as_json)):
+    if reuse(output, lambda value: _end(_written_at(value, out), out, as_json), out):
         return
     planned = plan_prune(model, layers, out, experts=experts, overwrite=overwrite, **options)
     if dry_run:
