@@ -46,6 +46,7 @@ def test_a_dry_run_says_split_memory_disk_and_time(dry, folder, study):
     assert 0 < said["time"]["seconds"] < 600
     assert [*folder.iterdir()] == []
     lines = dry(study).out.splitlines()
+    assert not any(line.endswith((": True", ": False")) for line in lines)
     for name in ("split: ", "memory: ", "disk: ", "time: about "):
         assert any(line.startswith(name) for line in lines), name
 

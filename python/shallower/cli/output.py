@@ -97,7 +97,8 @@ def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
             known = {True: " (its layers are known)", False: ""}
             show(*(f"would measure {unit.name}{known[unit.known]}" for unit in value))
         else:
-            show(f"{name}: {value}")
+            said = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+            show(f"{name}: {said}")
 
 
 def say_dry_run_of(study: "Study[Any]", described: dict[str, Any], as_json: bool) -> None:
