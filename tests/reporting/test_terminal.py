@@ -278,6 +278,14 @@ def test_long_times_are_in_seconds(printed):
     slow = replace(gain().forecasts[0], prefill_before=115.028, prefill_after=84.4)
     text = printed(gain_table(replace(gain(), forecasts=(slow,))))
     assert "prefill 115.0 s * 84.4 s 0.734" in " ".join(text.split())
+    assert "Times by the roofline; * does not fit into the memory." in text
+
+
+def test_no_star_is_explained_where_none_is(printed):
+    forecast = replace(gain().forecasts[0], fits_before=True)
+    text = printed(gain_table(replace(gain(), forecasts=(forecast,))))
+    assert "*" not in text
+    assert "Times by the roofline. Measured" in text
 
 
 def test_no_gain_is_shown_that_was_not_measured(printed):

@@ -17,7 +17,8 @@ def gain_table(gain: Gain) -> Table:
     rows = [*_sizes(gain)]
     for one in gain.forecasts:
         rows += _times(one)
-    note = "Times by the roofline; * does not fit into the device's memory."
+    fits = all(one.fits_before and one.fits_after for one in gain.forecasts)
+    note = f"Times by the roofline{'' if fits else '; * does not fit into the memory'}."
     if gain.measured is not None:
         rows += _measured(gain.measured)
         note += " Measured: medians, and the range of the paired ratios."
