@@ -21,6 +21,7 @@ HEAL = (
 )
 COMMANDS = {
     "scan": "scan tiny --texts texts.jsonl --max-length 16 --batch-size 1 --out out",
+    "eval": "eval tiny --texts many.jsonl --max-length 16 --batch-size 1 --drop 2:4 --out out",
     "run": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl",
     "run --heal": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl --texts many.jsonl "
     "--max-texts 60 --heal --heal-steps 4",

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
+from shallower.sharing.measured import MeasuredShard, gather_evaluation
 from shallower.store.store import open_store
-from shallower.values.measured import MeasuredShard, gather_evaluation
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
 
@@ -87,16 +87,16 @@ def test_losses_by_text_and_window_have_the_bits_of_one_process(folder, tiny, ma
 
 def test_batches_are_shared_out_and_not_texts(folder, tiny, many, shards):
     """A text that was in another batch would have other padding, and so other last bits."""
-    from shallower.texts.batches import TokenBatches
+    from shallower.evaluation.batches import batches_of_texts
     from shallower.values.tokens import Tokens
 
     shards(5)
     texts = [json.loads(line)["text"] for line in many.read_text().splitlines()]
-    batches = [*TokenBatches(sh.load_model(tiny)[1], texts, Tokens(16, 3), min_tokens=2)]
+    batches = batches_of_texts(sh.load_model(tiny)[1], texts, Tokens(16, 3)).batches
     for index in range(5):
         mine = MeasuredShard.load(folder / "shards" / f"eval.{index}-of-5.json")
         own = batches[index * 26 // 5 : (index + 1) * 26 // 5]
-        expected = sorted(sample for batch in own for sample in batch.samples.tolist())
+        expected = sorted(index for batch in own for index, _ in batch)
         assert [*mine.parts["loss"].items] == expected
 
 
@@ -111,7 +111,7 @@ def test_a_shard_that_is_there_is_not_measured_again(shallower, folder, command,
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
     command = [*command, "--out", "out", "--shard", "auto"]
     first = shallower(*command)
-    assert "shard 1/4: loss, batches [6, 13) of 26, 21 texts" in first.out
+    assert "shard 1/4: loss, batches [6, 13) of 26, 19 texts" in first.out
     monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
     again = shallower(*command)
     assert again.out == first.out
@@ -180,7 +180,7 @@ def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
     done = shallower("gather", "shards", "--out", "gathered")
     assert done.status == 0
     assert "eval will not find this in the cache" in done.err
-    assert {one.kind for one in open_store().usage()} <= {"hashes"}
+    assert {one.kind for one in open_store().usage()} <= {"hashes", "trials"}
     twin = shallower("eval", models / "twin", *command[2:], "--json")
     assert twin.json != json.loads((folder / "gathered" / "eval.json").read_text())
     assert "cached, measured" not in twin.err
@@ -235,7 +235,7 @@ def test_texts_that_no_worker_can_measure_are_named_and_the_others_are_kept(
     assert named["shard"] == "7/64"
     assert 0 <= named["texts"]["loss"][0] < named["texts"]["loss"][1] <= 76
     again = shallower(*command, "--json")
-    assert "resuming: 63 of 64 shards were measured" in again.err
+    assert "resuming: 63 of 64 shards are done" in again.err
     assert again.json == shallower(*command[:-4], "--no-cache", "--json").json
     assert [path.name for path in (folder / "out").iterdir()] == ["eval.json"]
 

@@ -156,11 +156,12 @@ def test_what_ctrl_c_ends_says_what_the_same_command_does(
     [
         (["--out=out", "--workers", "2"], "goes on from what is done"),
         (["--out", "out", "--on=ray", "--no-cache"], "begins anew"),
-        (["--workers", "2"], "begins anew"),
-        (["--out", "out"], "begins anew"),
+        (["--workers", "2"], "goes on from what is done"),
+        (["--texts", "texts"], "goes on from what is done"),
+        (["--texts", "texts", "--no-cache"], "begins anew"),
     ],
 )
-def test_an_eval_that_workers_share_goes_on_in_its_folder(capsys, options, does):
+def test_an_eval_goes_on_by_the_store(capsys, options, does):
     with pytest.raises(SystemExit):
         cli._end_interrupted("eval", options)
     assert capsys.readouterr().err == f"interrupted: the same command {does}\n"

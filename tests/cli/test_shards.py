@@ -142,7 +142,7 @@ def test_workers_without_a_cache_go_on_with_their_own_shards(
     stores = [path for path in cache_folder.rglob("*") if path.suffix == ".sqlite"]
     before = {path: path.read_bytes() for path in stores}
     done = shallower(*workers)
-    assert "resuming: 1 of 64 shards were scanned" in done.err
+    assert "resuming: 1 of 64 shards are done" in done.err
     assert (folder / "out" / "scan.safetensors").read_bytes() == whole
     assert before == {path: path.read_bytes() for path in before}
 
@@ -161,7 +161,7 @@ def test_workers_open_nothing_but_what_the_driver_has(folder, tiny, many, kind, 
         measures = [LossOfTexts(texts)]
         job = SharedEvalJob(source=source, measures=measures, workers=1, store=store)
         shared, opens = job.shared(folder), OpenedEval
-    described = json.loads(json.dumps(shared.engine().job.described))
+    described = json.loads(json.dumps(shared.described().described))
     assert opens(described).run("0/64")
     place = {"model": folder / "model" / "model.safetensors", "texts": many}[changed]
     with place.open("ab") as file:
@@ -195,7 +195,7 @@ def test_a_killed_scan_asks_for_exactly_the_rest(folder, tiny, many, whole):
     assert 5 <= len(there) < NUM_SHARDS
     ended = in_a_process(SHALLOWER, *command, "--json")
     assert ended.status == 0, ended.err
-    assert f"resuming: {len(there)} of {NUM_SHARDS} shards were scanned" in ended.err
+    assert f"resuming: {len(there)} of {NUM_SHARDS} shards are done" in ended.err
     assert (out / "scan.safetensors").read_bytes() == whole
 
 
@@ -215,6 +215,6 @@ def test_texts_that_no_worker_can_scan_are_named_and_the_others_are_scanned(
     assert len(named["errors"]) == 3
     again = shallower(*command, "--json")
     assert again.status == 0
-    assert "resuming: 63 of 64 shards were scanned" in again.err
+    assert "resuming: 63 of 64 shards are done" in again.err
     assert not (folder / "out" / "incomplete.json").exists()
     assert (folder / "out" / "scan.safetensors").read_bytes() == whole

@@ -8,7 +8,7 @@ import pytest
 from shallower.errors import CacheError, ProcessesError
 from shallower.judgement.trials import Trials
 from shallower.models.source import ModelSource
-from shallower.sharing import study_units
+from shallower.sharing import engines, study_units
 from shallower.sharing.study_units import OpenedStudy, describe, share
 from shallower.store.store import Store, open_store
 from shallower.studies.compare import CompareStudy
@@ -151,9 +151,7 @@ def test_what_is_known_is_not_handed_out(places, tmp_path, monkeypatch):
     }
     study.store.take(sent["whole model"])
     drawn = []
-    monkeypatch.setattr(
-        study_units, "drive", lambda _engine, ledger, *_, **__: drawn.append(ledger)
-    )
+    monkeypatch.setattr(engines, "drive", lambda _engine, ledger, *_, **__: drawn.append(ledger))
     share(study, 1)
     (ledger,) = drawn
     waiting = [ledger.take("worker") for _ in describe(study)["parts"]]

@@ -332,18 +332,16 @@ def _extras(name: str, arguments: Sequence[str]) -> str:
 INTERRUPTED = 130
 """The status of a program that Ctrl-C ended, as shells and typer have it."""
 
-GOING_ON = ("scan", "compare", "curve", "sweep", "prune", "patch", "heal", "run", "demo")
+GOING_ON = ("scan", "eval", "compare", "curve", "sweep", "prune", "patch", "heal", "run", "demo")
 """The commands that go on where they were."""
 
-BY_THE_STORE = ("compare", "curve", "run", "demo")
+BY_THE_STORE = ("eval", "compare", "curve", "run", "demo")
 """Those of them that do so by what the store has."""
 
 
 def _end_interrupted(name: str, arguments: Sequence[str]) -> NoReturn:
     """End as Ctrl-C does, and tell what the same command would do."""
     begins = name not in GOING_ON or (name in BY_THE_STORE and "--no-cache" in arguments)
-    if name == "eval" and _has(arguments, "--out"):
-        begins = not _has(arguments, "--workers", "--on") or "--no-cache" in arguments
     does = "begins anew" if begins else "goes on from what is done"
     print(f"interrupted: the same command {does}", file=sys.stderr, flush=True)
     raise SystemExit(INTERRUPTED)

@@ -193,8 +193,8 @@ def say_shard(place: Path, as_json: bool) -> None:
 
 def say_eval_shard(place: Path, as_json: bool) -> None:
     """Print which batches a shard of an evaluation has, and its file."""
+    from ..sharing.measured import MeasuredShard
     from ..values.counts import counted
-    from ..values.measured import MeasuredShard
 
     done = MeasuredShard.load(place)
     described: dict[str, Any] = {"shard": str(done.shard)}

@@ -2,10 +2,10 @@
 
 import math
 import pickle
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, count
-from operator import length_hint
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import distributed
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelError, RejectedSamplesWarning, TextsError
+from ..errors import ModelError
 from ..memory.plan import Forward, fitting
 from ..memory.retry import Halving
 from ..memory.streaming import Streamed, text_steps
@@ -26,8 +26,9 @@ from ..models.layerwise import Layerwise, is_streamed
 from ..progress import track
 from ..texts.batches import Batch, TokenBatches
 from ..values.loss import Loss, TextLoss
-from ..values.plan import describe_rejections
+from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
+from .batches import batches_of_texts, nothing_to_predict
 
 Share = TypeVar("Share")
 
@@ -105,40 +106,54 @@ def measure_loss(
     ``shared``: the processes of torch.distributed's group, if there is one, share the batches. All
     of them must call this with the same model and texts, and get the same loss or error.
     """
-    tokens = fitting_tokens(decoder, tokens)
-    batches = TokenBatches(tokenizer, texts, tokens, min_tokens=2, count_bytes=True)
-    total = length_hint(texts) or None
+    every = batches_of_texts(tokenizer, texts, fitting_tokens(decoder, tokens))
     rank, size = rank_and_size(shared)
 
-    def measure() -> tuple[list[TextLoss], int]:
-        losses, index, steps = TextLosses(decoder), count(), text_steps(decoder)
-        found: list[TextLoss] = []
-        bar = track(description, total and total * steps, progress)
-        with bar as advance, evaluating(decoder.model):
+    def measure() -> tuple[NDArray[np.float64], int]:
+        mine = range(len(every.batches))[rank::size]
+        return nats_of(decoder, every.numbered, mine, description=description, progress=progress)
 
-            def mine() -> Iterator[list[Batch]]:
-                for window in batches.windows():
-                    own = [batch for batch in window if next(index) % size == rank]
-                    advance(steps * (sum(map(len, window)) - sum(map(len, own))))
-                    yield own
+    (sums, vocab_size), *others = gathered(measure, size)
+    for more, _ in others:
+        sums = np.where(np.isnan(sums), more, sums)
+    every.warn_of_rejected()
+    return every.loss(Scores(sums, every.weights), vocab_size)
 
-            for some in losses.of(mine(), advance):
-                found += some
-        return found, losses.head.vocab_size
 
-    by_rank = gathered(measure, size)
-    found = [one for some, _ in by_rank for one in some]
-    if not found:
-        raise nothing_to_predict(batches)
-    if batches.num_rejected:
-        of = batches.num_rejected, batches.num_texts, batches.rejections
-        warnings.warn(describe_rejections(*of), RejectedSamplesWarning, stacklevel=3)
-    return Loss.of_texts(
-        found,
-        batches.predicted_bytes,
-        num_rejected=batches.num_rejected,
-        vocab_size=by_rank[0][1],
-    )
+def nats_of(
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    which: Sequence[int] | None = None,
+    *,
+    known: Mapping[int, NDArray[np.float64]] = MappingProxyType({}),
+    keep: Callable[[int, NDArray[np.float64], int], object] = lambda *_: None,
+    description: str,
+    progress: bool | None = None,
+) -> tuple[NDArray[np.float64], int]:
+    """Measure batches of numbered texts, all or some of them, but those that are known.
+
+    ``keep`` receives the number of a batch, the nats of its texts and the size of the vocabulary.
+    Returns (S,) float64 nats by text, NaN of what is not measured, and that size, 0 where all was
+    known. Raises as :func:`text_losses`.
+    """
+    wanted = range(len(batches)) if which is None else which
+    found = {place: known[place] for place in wanted if place in known}
+    missing = [place for place in wanted if place not in found]
+    steps, size = text_steps(decoder), 0
+    total = steps * sum(len(batches[place]) for place in wanted)
+    with track(description, total, progress) as advance, evaluating(decoder.model):
+        advance(steps * sum(map(len, found.values())))
+        if missing or not found:
+            losses = TextLosses(decoder)
+            size = losses.head.vocab_size
+            each = losses.of((batches[place] for place in missing), advance)
+            for place, some in zip(missing, each, strict=True):
+                found[place] = np.array([nats for _, nats, _ in some])
+                keep(place, found[place], size)
+    sums = np.full(sum(map(len, batches)), np.nan)
+    for place, nats in found.items():
+        sums[batches[place].samples] = nats
+    return sums, size
 
 
 class TextLosses:
@@ -154,21 +169,34 @@ class TextLosses:
         self._halving = Halving()
 
     def of(
-        self, windows: Iterable[list[Batch]], advance: Callable[[int], object]
+        self, batches: Iterable[Batch], advance: Callable[[int], object]
     ) -> Iterator[list[TextLoss]]:
-        """Yield the losses of the texts of batches, or of parts of them.
+        """Yield the losses of the texts of each batch.
 
         The model is to be evaluating meanwhile. ``advance`` receives the texts that are done, by
         each layer on disk. Raises as :func:`text_losses`.
         """
-        parts = (self._parts(batch) for batch in chain.from_iterable(windows))
-        if self._streamed is None:
-            for part in chain.from_iterable(parts):
-                yield list(text_losses(self.head, part, self._halving))
+        sizes, found = deque[int](), list[TextLoss]()
+
+        def parts() -> Iterator[list[Batch]]:
+            for batch in batches:
+                sizes.append(len(batch))
+                yield self._parts(batch)
+
+        streamed, in_parts = self._streamed, parts()
+        reached = (
+            chain.from_iterable(in_parts)
+            if streamed is None
+            else streamed.reached(in_parts, advance)
+        )
+        for part in reached:
+            found += text_losses(self.head, part, self._halving)
+            if streamed is None:
                 advance(len(part))
-            return
-        for part in self._streamed.reached(parts, advance):
-            yield list(text_losses(self.head, part, self._halving))
+            if len(found) == sizes[0]:
+                yield found
+                sizes.popleft()
+                found = []
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """The batch; in parts, if the model makes all logits of it at once and they are many."""
@@ -264,16 +292,6 @@ def require_predictable(
     batches = TokenBatches(tokenizer, texts, Tokens(max_length, 1), min_tokens=2)
     if not any(True for _ in batches):
         raise nothing_to_predict(batches)
-
-
-def nothing_to_predict(batches: TokenBatches) -> TextsError:
-    """The error of texts of which none has two tokens."""
-    if not batches.num_texts:
-        return TextsError("there are no texts to predict")
-    return TextsError(
-        "no text has two tokens, so nothing can be predicted: "
-        + describe_rejections(batches.num_rejected, batches.num_texts, batches.rejections)
-    )
 
 
 def _require_finite(sums: list[float], batch: Batch, head: Head) -> None:

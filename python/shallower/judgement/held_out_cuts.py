@@ -8,7 +8,7 @@ from ..values.loss import Loss
 from ..values.scores import Scores
 from .judges.judge import Judge, LossJudge
 from .patched_trials import PatchedTrials, kept_patched
-from .trials import ResultStore, Trials, kept_trials
+from .trials import ResultStore, kept_trials
 
 TRUTH_ITEMS = 32
 """Texts on which the true losses without single layers are measured, at most."""
@@ -60,7 +60,8 @@ class HeldOutCuts:
 
     def loss(self, scores: Scores) -> Loss:
         """Give the scores of all test texts, by :class:`LossJudge`, as a loss."""
-        return _as_loss(scores, self.model, self._num_rejected)
+        size = self.model.head.vocab_size
+        return Loss.of_scores(scores, num_rejected=self._num_rejected, vocab_size=size)
 
     def single_layers(self) -> tuple[float, ...]:
         """Measure the true loss without each single layer, (L,) nats a token.
@@ -79,18 +80,3 @@ class HeldOutCuts:
     def after(self, patch: QuickPatch, *, fitted: str) -> PatchedTrials:
         """The losses of cuts after a quick patch; ``fitted`` identifies the calibration texts."""
         return kept_patched(self.losses, patch, store=self.store, items=self.texts, fitted=fitted)
-
-
-def loss_as_it_is(model: Layerwise, judge: LossJudge, *, num_rejected: int) -> Loss:
-    """Measure the loss of a model with the layers that it has now: cut, patched or healed maybe.
-
-    ``num_rejected`` texts have fewer than two tokens.
-    """
-    scores = Trials(model, judge, prepared=True).scores(())
-    return _as_loss(scores, model, num_rejected)
-
-
-def _as_loss(scores: Scores, model: Layerwise, num_rejected: int) -> Loss:
-    weights = int(scores.weights.sum())
-    counts = weights, len(scores), num_rejected, model.head.vocab_size
-    return Loss(scores.mean, scores.stderr, *counts, by_text=scores)

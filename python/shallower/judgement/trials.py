@@ -317,9 +317,8 @@ class Trials:
         """Keep what a trial came to, and how long it took."""
         self._judged[key] = sums
         if self._journal is not None:
-            took = self.clock() - started
-            record = {"look": key[1], "sums": sums.tolist(), "seconds": took}
-            self._journal.append({**recorded(key[0]), **record})
+            took, size = self.clock() - started, self.model.head.vocab_size
+            self._journal.append(recorded(*key, sums=sums, seconds=took, vocab_size=size))
 
     def measure_states(self, index: int, states: torch.Tensor) -> NDArray[np.float64]:
         """Judge a batch by the states behind a cut's last layer."""
@@ -343,8 +342,12 @@ def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: st
 
     ``items`` identifies those of the judge.
     """
-    inputs = {"state": "cut", "items": items, **judge_inputs(judge)}
-    return Trials(model, judge, journal=store.journal("trials", inputs))
+    return Trials(model, judge, journal=trials_journal(judge, store=store, items=items))
+
+
+def trials_journal(judge: Judge, *, store: ResultStore, items: str) -> Journal | None:
+    """Open the records of cuts of a model as they are, judged on some items."""
+    return store.journal("trials", {"state": "cut", "items": items, **judge_inputs(judge)})
 
 
 def looks_at(looks: Sequence[int], num_items: int) -> int:
@@ -384,11 +387,14 @@ def has_experts(gone: Gone) -> bool:
     return any(isinstance(one, tuple) for one in gone)
 
 
-def recorded(gone: Gone) -> dict[str, Any]:
-    """What goes by a record, as :func:`cut_of` reads it."""
+def recorded(
+    gone: Gone, look: int, *, sums: NDArray[np.float64], seconds: float, vocab_size: int
+) -> dict[str, Any]:
+    """Give a trial as its record, what goes as :func:`cut_of` reads it."""
     layers = sorted(one for one in gone if isinstance(one, int))
     experts = sorted(one for one in gone if isinstance(one, tuple))
-    return {"dropped": layers, **({"experts": experts} if experts else {})}
+    found = {"look": look, "sums": sums.tolist(), "seconds": seconds, "vocab_size": vocab_size}
+    return {"dropped": layers, **({"experts": experts} if experts else {}), **found}
 
 
 def layers_of(record: Any, num_layers: int) -> frozenset[int]:

@@ -28,9 +28,9 @@ from ..errors import (
 )
 from ..models.source import ModelSource
 from ..processes import is_held, refuse_several
-from ..progress import say_goes_on, track
+from ..progress import say_goes_on
 from ..reporting.results import JOB_FILES, is_sweep, read_job
-from ..sharing.engines import memory_of, workers_of
+from ..sharing.engines import hand_out, memory_of
 from ..storage import check_apart, check_free, claimed, write_file
 from ..store.inputs import check_made_by, inputs_of, made_by
 from ..store.store import Store, open_store
@@ -40,7 +40,7 @@ from ..values.files import SWEEP_FILE
 from ..values.hashing import hash_of
 from ..values.layers import check_sizes
 from ..values.sweep import JobKind, Sweep, SweepJob
-from ..workers.units import Job, Ledger, drive
+from ..workers.units import Job
 from .sweep_file import SweepFile, read_sweep
 
 _LOOKED_AT = 0.2
@@ -273,29 +273,26 @@ class SweepRun:
 
     def _carry_out(self, jobs: dict[str, SweepJob], left: Sequence[SweepJob]) -> None:
         """Let workers carry out the jobs that are left; the record is written after each."""
-        ledger = Ledger((job.name for job in left), exact=False)  # they tell their time
-        with track("sweep, jobs", len(left), self.progress) as advance:
 
-            def end(name: str, outcome: Mapping[str, Any]) -> None:
-                jobs[name] = self._ended(jobs[name], outcome)
-                self._write(jobs)
-                advance(1, f"{name} {jobs[name].state}")
+        def end(name: str, outcome: Mapping[str, Any]) -> str:
+            jobs[name] = self._ended(jobs[name], outcome)
+            self._write(jobs)
+            return f"{name} {jobs[name].state}"
 
-            models = {job.model: self.file.models[job.model] for job in left}
-            engine = workers_of(
-                self._described(left),
-                self.workers,
-                on=self.on,
-                memory=lambda: memory_of(models.values(), self.file.settings.tokens),
-            )
-            drive(
-                engine,
-                ledger,
-                lambda name, content: end(name, json.loads(content)),
-                ready=lambda _worker, _hello: None,
-            )
-            for name, errors in ledger.given_up.items():
-                end(name, {"status": 1, "error": errors[-1], "seconds": 0.0})
+        models = {job.model: self.file.models[job.model] for job in left}
+        ledger = hand_out(
+            self._described(left),
+            [job.name for job in left],
+            name="sweep, jobs",
+            keep=lambda name, content: end(name, json.loads(content)),
+            exact=False,  # they tell their time
+            progress=self.progress,
+            workers=self.workers,
+            on=self.on,
+            memory=lambda: memory_of(models.values(), self.file.settings.tokens),
+        )
+        for name, errors in ledger.given_up.items():
+            end(name, {"status": 1, "error": errors[-1], "seconds": 0.0})
 
     def _sweep(self, jobs: Mapping[str, SweepJob]) -> Sweep:
         file, of = self.file, tuple(jobs.values())

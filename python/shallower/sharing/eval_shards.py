@@ -6,28 +6,28 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ProcessesError, SettingsError, ShallowerError
 from ..models.source import ModelSource
 from ..storage import check_apart, claimed, write_file
+from ..store.given_models import ModelStore
 from ..store.inputs import machine
 from ..store.store import Store
 from ..studies.evaluate import EvalJob, KnownResults, Result, Results
 from ..studies.measures import LossOfTexts, Measure, PerplexityOfText
 from ..texts.sources import Texts, read_whole
 from ..values.files import EVAL_FILE
-from ..values.measured import Evaluation, MeasuredShard, Part, gather_evaluation
 from ..values.memory import MemoryPlan
 from ..values.plan import Plan
 from ..values.provenance import forward_versions
 from ..values.shard import Shard
 from ..values.tokens import Tokens
 from .gather import write_evaluation
+from .measured import Evaluation, MeasuredShard, Part, gather_evaluation
 from .shards import (
     OpenedShards,
+    SharedJob,
     SharedShards,
     absolute,
     check_workers,
@@ -37,7 +37,8 @@ from .shards import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluation.shards import AllBatches
+    from ..evaluation.batches import AllBatches
+    from ..values.scores import Scores
 
 OPENER = f"{__name__}:OpenedEval"
 """What a worker opens."""
@@ -51,6 +52,8 @@ class EvalShards:
     """
 
     def __init__(self, job: EvalJob, loaded: Any, *, content: str | None, mark: str | None) -> None:
+        from ..judgement.judges.judge import LossJudge
+        from ..judgement.trials import trials_journal
         from ..models.decoder import Decoder
 
         model, tokenizer = loaded
@@ -60,6 +63,12 @@ class EvalShards:
         self._mark, self._described = mark, described_job(job)
         self._all = {
             one.kind: _batches(one, tokenizer, tokens=job.fitted(one)) for one in job.measures
+        }
+        self._judges = {kind: LossJudge(one.numbered) for kind, one in self._all.items()}
+        store = ModelStore.of(job.source, job.store)
+        self._journals = {
+            one.kind: trials_journal(self._judges[one.kind], store=store, items=one.items())
+            for one in job.measures
         }
 
     @property
@@ -86,13 +95,12 @@ class EvalShards:
         """Measure one shard, of the model and of its cut."""
         from ..cutting.in_model import without_layers
 
-        found = {"base": self._losses(shard, f"shard {shard}", progress)}
+        found = {"base": self._scores(shard, None, progress)}
         if self._plan:
-            name = f"without {self._plan.words}, shard {shard}"
             with without_layers(self._decoder.model, self._plan):
-                found["cut"] = self._losses(shard, name, progress)
+                found["cut"] = self._scores(shard, self._plan, progress)
         parts = {
-            kind: self._part(kind, {side: one[kind] for side, one in found.items()})
+            kind: self._part(kind, shard, {side: one[kind] for side, one in found.items()})
             for kind in self._all
         }
         return MeasuredShard(
@@ -107,44 +115,48 @@ class EvalShards:
             parts=parts,
         )
 
-    def _losses(self, shard: Shard, name: str, progress: bool | None) -> dict[str, Any]:
-        """The losses of a shard by measure, each with the size of the vocabulary."""
-        from ..evaluation.shards import losses_of
+    def _scores(
+        self, shard: Shard, plan: Plan | None, progress: bool | None
+    ) -> "dict[str, tuple[Scores, int]]":
+        """The scores of a shard by measure, each with the size of the vocabulary."""
+        from ..judgement.forwards import scores_by_forwards
 
+        cut = f"without {plan.words}, " if plan else ""
         return {
-            kind: losses_of(
+            kind: scores_by_forwards(
                 self._decoder,
-                [one.batches[batch] for batch in shard.of(len(one.batches))],
-                description=f"{kind} {name}",
+                judge,
+                plan,
+                looks=shard.of(len(judge.batches)),
+                journal=self._journals[kind],
+                name=f"{kind} {cut}shard {shard}",
                 progress=progress,
             )
-            for kind, one in self._all.items()
+            for kind, judge in self._judges.items()
         }
 
-    def _part(self, kind: str, sides: Mapping[str, Any]) -> Part:
-        every = self._all[kind]
-        losses, vocab_size = sides["base"]
-        items = tuple(item for item, _, _ in losses)
-        sizes = every.num_bytes
+    def _part(self, kind: str, shard: Shard, sides: "Mapping[str, tuple[Scores, int]]") -> Part:
+        every, judge = self._all[kind], self._judges[kind]
+        looks = shard.of(len(judge.batches))
+        numbers = sorted(number for look in looks for number in judge.items[look].tolist())
+        items, sizes = every.indices(looks), every.num_bytes
+        (_, vocab_size), *_ = sides.values()
         return Part(
             num_batches=len(every.batches),
             batch_size=every.batch_size,
             num_items=every.num_items,
             fingerprint=every.fingerprint,
             settings={**every.settings, **({"vocab_size": vocab_size} if kind == "loss" else {})},
-            items=items,
-            counts=tuple(count for _, _, count in losses),
+            items=tuple(items),
+            counts=tuple(map(int, judge.weights[numbers])),
             num_bytes=None if sizes is None else tuple(sizes[item] for item in items),
-            nats={
-                side: np.array([nats for _, nats, _ in some], np.float64)
-                for side, (some, _) in sides.items()
-            },
+            nats={side: scores.sums[numbers] for side, (scores, _) in sides.items()},
         )
 
 
 def _batches(measure: Measure[Any], tokenizer: Any, *, tokens: Tokens) -> "AllBatches":
     """All batches of a measure that falls into shards."""
-    from ..evaluation.shards import batches_of_texts, batches_of_windows
+    from ..evaluation.batches import batches_of_texts, batches_of_windows
 
     if isinstance(measure, LossOfTexts):
         return batches_of_texts(tokenizer, measure.texts, tokens)
@@ -211,16 +223,8 @@ class EvalShardJob(EvalJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedEvalJob(EvalJob):
-    """An evaluation that workers share.
-
-    Attributes:
-        on: where the workers are: ``local`` processes, or those of a ``ray`` cluster.
-        workers: their number; on a cluster as many as it has room for by default.
-    """
-
-    on: Literal["local", "ray"] = "local"
-    workers: int | None = None
+class SharedEvalJob(SharedJob, EvalJob):
+    """An evaluation that workers share."""
 
     def __post_init__(self) -> None:
         _check_measures(self)
@@ -265,22 +269,13 @@ class SharedEvalJob(EvalJob):
 
     def shared(self, out: Path) -> SharedShards:
         """The evaluation as workers receive it: names, hashes and options, no weights or texts."""
-        return SharedShards(
-            kind="eval",
-            source=self.source,
-            out=out,
-            job=self.job,
-            content=self.content,
-            overwrite=self.overwrite,
-            load=MeasuredShard.load,
+        return self.shards_of(
+            "eval",
+            out,
             opener=OPENER,
-            described=described_job(self),
+            load=MeasuredShard.load,
+            options=described_job(self),
             expects={_NAMES[one.kind]: one.inputs(self.store) for one in self.measures},
-            on=self.on,
-            workers=self.workers,
-            memory=lambda: self.memory(self.source, processes=2),
-            device_memory=self.device_memory,
-            store=self.store,
             is_kept=self.out is not None,
         )
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import ScanError
 from ..models.source import ModelSource
@@ -20,6 +20,7 @@ from ..values.shard import Shard
 from ..values.tokens import Tokens
 from .shards import (
     OpenedShards,
+    SharedJob,
     SharedShards,
     check_workers,
     described_texts,
@@ -92,16 +93,8 @@ class ShardJob(ScanJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedScanJob(ScanJob):
-    """A scan that workers share.
-
-    Attributes:
-        on: where the workers are: ``local`` processes, or those of a ``ray`` cluster.
-        workers: their number; on a cluster as many as it has room for by default.
-    """
-
-    on: Literal["local", "ray"] = "local"
-    workers: int | None = None
+class SharedScanJob(SharedJob, ScanJob):
+    """A scan that workers share."""
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -134,31 +127,22 @@ class SharedScanJob(ScanJob):
 
     def shared(self) -> SharedShards:
         """The scan as workers receive it: names, hashes and options, no weights and no texts."""
-        assert isinstance(self.texts, Texts)
-        return SharedShards(
-            kind="scan",
-            source=self.source,
-            out=self.out,
-            job=self.job,
-            content=self.content,
-            overwrite=self.overwrite,
-            load=ScannedShard.load,
+        options = {
+            "texts": described_texts(self.texts),
+            "tokens": asdict(self.tokens),
+            "metrics": list(self.metrics),
+            "positions": asdict(self.positions),
+            "threads": self.threads,
+            "keep_samples": self.keep_samples,
+            "experts": self.experts,
+        }
+        return self.shards_of(
+            "scan",
+            self.out,
             opener=OPENER,
-            described={
-                "texts": described_texts(self.texts),
-                "tokens": asdict(self.tokens),
-                "metrics": list(self.metrics),
-                "positions": asdict(self.positions),
-                "threads": self.threads,
-                "keep_samples": self.keep_samples,
-                "experts": self.experts,
-            },
+            load=ScannedShard.load,
+            options=options,
             expects={"texts": texts_content(self.texts, self.store)},
-            on=self.on,
-            workers=self.workers,
-            memory=lambda: self.memory(self.source, processes=2),
-            device_memory=self.device_memory,
-            store=self.store,
         )
 
 

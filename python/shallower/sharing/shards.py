@@ -14,15 +14,14 @@ from typing import Any, Literal, Protocol
 from ..errors import OutputError, ProcessesError, ScanError, raise_output_error
 from ..models.dtypes import STREAM
 from ..models.source import ModelSource
-from ..progress import say_goes_on, track
 from ..storage import write_file
 from ..store.inputs import check_made_by, made_by, model_content
 from ..store.store import Store, open_store
 from ..texts.sources import Texts
 from ..values.memory import MemoryPlan
 from ..values.shard import Shard, ShardContent
-from ..workers.units import Engine, Job, Ledger, drive
-from .engines import Memory, cards_for, seats, workers_of
+from ..workers.units import Job, Ledger
+from .engines import Memory, cards_for, hand_out, seats
 
 NUM_SHARDS = 64
 """A work that workers share falls into so many shards, whatever their number."""
@@ -107,10 +106,10 @@ class SharedShards:
         overwrite: replace shards of other work.
         load: reads a shard.
         opener: what a worker opens, as that of a :class:`Job`.
-        described: its options, plain JSON values.
+        options: those of the work, plain JSON values.
         expects: what a worker's own inputs must be, by their names.
-        on: where the workers are: ``local`` processes, or those of a ``ray`` cluster.
-        workers: their number; on a cluster as many as it has room for by default.
+        on: as of :class:`SharedJob`.
+        workers: as of it.
         memory: forecasts what a replica takes.
         device_memory: that of a GPU, where it is given.
         store: what is known of the content of files.
@@ -125,7 +124,7 @@ class SharedShards:
     overwrite: bool
     load: Load
     opener: str
-    described: Mapping[str, Any]
+    options: Mapping[str, Any]
     expects: Mapping[str, Any]
     on: Literal["local", "ray"]
     workers: int | None
@@ -152,20 +151,19 @@ class SharedShards:
         ProcessesError: there are no workers, or shards failed too often; the others stay.
         OutputError: a shard of other work is in the way.
         """
-        done = [str(shard) for shard in self.shards if self._is_there(shard)]
-        ledger, record = Ledger(map(str, self.shards), done), _Record(self)
-        total = len(self.shards)
-        if done:
-            say_goes_on(f"{len(done)} of {total} shards were {DONE[self.kind]}")
-        with track(f"{self.kind}, shards", total) as advance:
-            advance(len(done))
-
-            def accept(unit: str, content: bytes) -> None:
-                write_file(self._place(Shard.parse(unit)), content)
-                advance(1)
-
-            if not ledger.is_settled:
-                drive(self.engine(), ledger, accept, ready=record.ready)
+        record = _Record(self)
+        ledger = hand_out(
+            self.described(),
+            list(map(str, self.shards)),
+            [str(shard) for shard in self.shards if self._is_there(shard)],
+            name=f"{self.kind}, shards",
+            keep=lambda shard, content: write_file(self._place(Shard.parse(shard)), content),
+            ready=record.ready,
+            workers=self.workers,
+            on=self.on,
+            memory=self.memory,
+            device_memory=self.device_memory,
+        )
         record.finish(ledger)
 
     def _place(self, shard: Shard) -> Path:
@@ -177,27 +175,41 @@ class SharedShards:
         made = when_made(place, shard, job, load=self.load, overwrite=self.overwrite)
         return made is not None
 
-    def engine(self) -> Engine:
-        """Find the workers."""
+    def described(self) -> Job:
+        """The work as a worker opens it: names, hashes and options, no weights and no texts."""
         described = {
-            **self.described,
+            **self.options,
             "source": {**asdict(self.source), "path": absolute(str(self.source.path))},
             "job": self.job,
             "shards": len(self.shards),
             "no_cache": self.store.folder is None,
             "expects": {"versions": made_by(), "model": self.content, **self.expects},
         }
-        return workers_of(
-            Job(self.opener, described),
-            self.workers,
-            on=self.on,
-            memory=self.memory,
-            device_memory=self.device_memory,
+        return Job(self.opener, described)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedJob:
+    """What a scan and an eval that workers share have beside those of one process.
+
+    Attributes:
+        on: where the workers are: ``local`` processes, or those of a ``ray`` cluster.
+        workers: their number; on a cluster as many as it has room for by default.
+    """
+
+    on: Literal["local", "ray"] = "local"
+    workers: int | None = None
+
+    def shards_of(self: Any, kind: str, out: Path, **more: Any) -> SharedShards:
+        """The shards of the job, which workers make in a folder."""
+        own = ("source", "job", "content", "overwrite", "on", "workers", "device_memory", "store")
+        return SharedShards(
+            kind=kind,
+            out=out,
+            memory=lambda: self.memory(self.source, processes=2),
+            **{name: getattr(self, name) for name in own},
+            **more,
         )
-
-
-DONE = {"scan": "scanned", "eval": "measured"}
-"""What is done with a shard, by the kind of work."""
 
 
 class ShardMaker(Protocol):

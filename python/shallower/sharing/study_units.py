@@ -18,7 +18,7 @@ from weakref import finalize
 
 from ..errors import CacheError, ProcessesError, why
 from ..models.source import ModelSource
-from ..progress import part, say_goes_on, track
+from ..progress import part, track
 from ..storage import check_apart, resumable_file, write_file
 from ..store.inputs import check_machine, check_made_by, made_by, model_inputs
 from ..store.store import Store, open_store
@@ -27,8 +27,8 @@ from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from ..values.schema import of_type
 from ..values.shard import Shard, shard_files
-from ..workers.units import Job, Ledger, drive
-from .engines import memory_of, workers_of
+from ..workers.units import Job
+from .engines import hand_out, memory_of
 from .shards import absolute, check_workers
 
 if TYPE_CHECKING:
@@ -52,26 +52,19 @@ def share(study: Study[Any], workers: int | None, on: Literal["local", "ray"] = 
     described = describe(study, store=study.store.folder if on == "local" else None)
     if study.entry is not None:
         return
-    parts = described["parts"]
-    done = [str(part) for part in study.parts() if is_known(study, part)]
-    if done:
-        say_goes_on(f"{len(done)} of {len(parts)} parts are cached", study.progress)
-    ledger = Ledger(parts, done, exact=False)  # what a worker sends depends on what it has sent
-    with study.alone(), track(f"{study.KIND}, parts", len(parts), study.progress) as advance:
-        advance(len(done))
-
-        def accept(unit: str, content: bytes) -> None:
-            study.store.take(json.loads(content))
-            advance(1, unit)
-
-        if not ledger.is_settled:
-            engine = workers_of(
-                Job(OPENER, described),
-                workers,
-                on=on,
-                memory=lambda: memory_of(models, study.settings.tokens),
-            )
-            drive(engine, ledger, accept, ready=lambda *_: None)
+    with study.alone():
+        ledger = hand_out(
+            Job(OPENER, described),
+            described["parts"],
+            [str(part) for part in study.parts() if is_known(study, part)],
+            name=f"{study.KIND}, parts",
+            keep=lambda _, content: study.store.take(json.loads(content)),
+            exact=False,  # what a worker sends depends on what it has sent
+            progress=study.progress,
+            workers=workers,
+            on=on,
+            memory=lambda: memory_of(models, study.settings.tokens),
+        )
     for name, errors in ledger.given_up.items():
         said = f"{name} failed {len(errors)} times, by {errors[-1]}: it is measured here"
         print(said, file=sys.stderr, flush=True)

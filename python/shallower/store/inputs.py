@@ -10,6 +10,7 @@ import platform
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict
 from functools import cache as remembering
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..texts.hub import hub_absence
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from ..values.provenance import versions
+from ..values.tokens import Tokens
 from .store import Store
 
 RACY_SECONDS = 0.1
@@ -133,6 +135,12 @@ def texts_content(texts: Texts | Iterable[str] | None, store: Store) -> dict[str
         if known is not None:
             store.put("hashes", memo, known)
     return known
+
+
+def items_of(texts: Texts | Iterable[str] | None, tokens: Tokens, store: Store) -> str | None:
+    """Identify a test set by its texts and how they become tokens; None for broken texts."""
+    content = texts_content(texts, store)
+    return None if content is None else hash_of([content, asdict(tokens)])
 
 
 def inputs_of(

@@ -15,7 +15,7 @@ from ..models.source import ModelSource
 from ..processes import check_alone
 from ..storage import check_apart, check_free, check_room
 from ..store.given_models import ModelStore
-from ..store.inputs import inputs_of, job_of, model_content, model_inputs
+from ..store.inputs import inputs_of, job_of, model_content
 from ..store.store import Store
 from ..values.estimates import Time
 from ..values.files import EVAL_FILE, SMALL
@@ -311,13 +311,14 @@ class EvalJob:
             if measure.whole is None:
                 self._meet(measure, loaded, self.source)
         waiting = []  # until all layers are back, or the other model is loaded
+        store = ModelStore.of(self.source, self.store)
         for side, plan in self.sides.items():
             with without_layers(decoder.model, plan) if plan else nullcontext():
                 for measure in missing:
                     if side in found[measure.kind]:
                         continue
                     tokens = self.fitted(measure)
-                    value = measure.measure(loaded, tokens=tokens, plan=plan)
+                    value = measure.measure(loaded, tokens=tokens, plan=plan, store=store)
                     if measure.needs_whole:
                         waiting.append((measure, side, value))
                     else:
@@ -331,7 +332,7 @@ class EvalJob:
 
     def _meet(self, measure: Measure[Any], loaded: "Loaded", source: ModelSource) -> None:
         """Let a measure see the whole model, which ``source`` names."""
-        store = ModelStore(self.store, model_inputs(source, self.store), [])
+        store = ModelStore.of(source, self.store)
         measure.meet(loaded, tokens=self.fitted(measure), store=store)
 
     def _kept(self, measure: Measure[Any], side: str, value: Any, model: ModelIdentity) -> Result:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from ..cutting.cards import state_loss
 from ..cutting.source import CARD_FILE
 from ..errors import ModelError
+from ..evaluation.batches import batches_of_texts
 from ..evaluation.loss import fitting_tokens
 from ..evaluation.speech import Spoken
 from ..healing.checks import require_healable
 from ..healing.heal import heal
-from ..judgement.held_out_cuts import loss_as_it_is
-from ..judgement.judges.judge import LossJudge, judged_batches
+from ..judgement.forwards import scores_by_forwards
+from ..judgement.judges.judge import LossJudge
 from ..memory.device import free_memory
 from ..models.decoder import Decoder
 from ..models.identity import stored_digest, stored_dtype
-from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..reporting.results import Run
 from ..values.answers import Answer
@@ -27,6 +27,7 @@ from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recipe import Recipe
 from ..values.settings import RunSettings
+from .losses import keep_scores
 from .speaking import StudySpeech
 from .study import Study
 
@@ -84,7 +85,7 @@ class HealingStage:
         dtype: Any = results.scan.model.dtype if results.scan.model else "auto"
         source = ModelSource(place, dtype, trust_remote_code=self.study.origin[1])
         model, tokenizer = source.load(self.study.progress)
-        healed = self._loss(model, tokenizer)
+        healed = self._loss(source, model, tokenizer)
         state_loss(place / CARD_FILE, (results.whole, healed))
         recommended = replace(recommended, healed=healed)
         results = replace(results, recommended=recommended, healing=healing)
@@ -135,10 +136,22 @@ class HealingStage:
             trust_remote_code=trusted,
         )
 
-    def _loss(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Loss:
-        """The loss of the healed model, measured as those of the run."""
-        decoder = Decoder.of(model)
-        tokens = fitting_tokens(decoder, self.study.settings.tokens)
-        judge = LossJudge(judged_batches(tokenizer, self.study.split.report, tokens))
-        rejected = len(self.study.split.report) - judge.num_items
-        return loss_as_it_is(Layerwise(decoder), judge, num_rejected=rejected)
+    def _loss(
+        self, source: ModelSource, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+    ) -> Loss:
+        """The loss of the healed model, measured and cached as those of the run."""
+        study, decoder = self.study, Decoder.of(model)
+        tokens = fitting_tokens(decoder, study.settings.tokens)
+        texts = batches_of_texts(tokenizer, study.split.report, tokens, count_bytes=False)
+        judge = LossJudge(texts.numbered)
+        scores, size = scores_by_forwards(decoder, judge, progress=study.progress)
+        keep_scores(
+            scores,
+            judge,
+            source=source,
+            dtype=decoder.identity.dtype,
+            vocab_size=size,
+            items=study.reported,
+            store=study.store,
+        )
+        return texts.loss(scores, size)

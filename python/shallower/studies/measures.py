@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..evaluation.task_files import files_of
 from ..models.source import ModelSource
-from ..store.inputs import hash_of_files, model_inputs, texts_content
+from ..store.inputs import hash_of_files, items_of, model_inputs, texts_content
 from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint
 from ..texts.sources import Texts
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from ..evaluation.batches import AllBatches
     from ..evaluation.tasks import ChosenTasks
     from ..forecasts.speed import Work
     from ..judgement.trials import ResultStore
     from ..models.decoder import Decoder
+    from ..values.scores import Scores
 
     Loaded = tuple[Decoder, PreTrainedTokenizerBase]
 
@@ -65,6 +67,10 @@ class Measure(ABC, Generic[T]):
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Name all that it depends on beside the model; None where that is not known."""
 
+    def items(self) -> str:
+        """Identify the items that are measured, for what is kept batch by batch."""
+        return hash_of(self.inputs(Store(None)))
+
     def prepare(self) -> None:
         """Find out what is wrong with it before a model is loaded."""
 
@@ -78,8 +84,13 @@ class Measure(ABC, Generic[T]):
         """See the whole model before anything is measured; ``store`` has that one's results."""
 
     @abstractmethod
-    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Any:
-        """Measure a model without what a plan drops; the whole one has none."""
+    def measure(
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+    ) -> Any:
+        """Measure a model without what a plan drops; the whole one has none.
+
+        ``store`` has results of the whole one.
+        """
 
     def complete(self, value: Any, decoder: "Decoder") -> T:
         """Complete what was measured, when the whole model is there."""
@@ -126,18 +137,28 @@ class LossOfTexts(Measure[Loss]):
         texts = texts_content(self.texts, store)
         return texts and {"texts": texts, "tokens": asdict(self.tokens)}
 
+    def items(self) -> str:
+        """Identify the texts by their content, however they were given."""
+        return str(items_of(self.texts, self.tokens, Store(None)))
+
     def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
         """Yield the token ids of every text."""
         from ..texts.batches import tokenise
 
         yield from (one.ids for one in tokenise(tokenizer, self.texts, self.tokens.max_length))
 
-    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Loss:
-        """Measure the loss."""
-        from ..evaluation.loss import fitting_tokens, measure_loss
+    def measure(
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+    ) -> Loss:
+        """Measure the batches that were not measured before, by any command."""
+        from ..evaluation.batches import batches_of_texts
+        from ..evaluation.loss import fitting_tokens
 
-        fitted = fitting_tokens(loaded[0], tokens)
-        return measure_loss(*loaded, self.texts, tokens=fitted, description=_bar("loss", plan))
+        decoder, tokenizer = loaded
+        texts = batches_of_texts(tokenizer, self.texts, fitting_tokens(decoder, tokens))
+        scores, size = _scores(self, decoder, texts, plan=plan, store=store)
+        texts.warn_of_rejected()
+        return texts.loss(scores, size)
 
     def record(self, value: Loss) -> dict[str, Any]:
         """Give a loss."""
@@ -178,23 +199,23 @@ class PerplexityOfText(Measure[Perplexity]):
 
     def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
         """Yield the token ids of every window."""
-        from ..evaluation.perplexity import windows_of
+        from ..evaluation.batches import windows_of
 
         windows, _ = windows_of(tokenizer, self.text, self.context, bos=self.bos)
         yield from (ids for _, ids in windows)
 
-    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Perplexity:
-        """Measure the perplexity."""
-        from ..evaluation.perplexity import evaluate_perplexity
+    def measure(
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+    ) -> Perplexity:
+        """Measure the batches of windows that were not measured before."""
+        from ..evaluation.batches import batches_of_windows
+        from ..evaluation.loss import fitting_tokens
 
-        return evaluate_perplexity(
-            *loaded,
-            self.text,
-            context=self.context,
-            bos=self.bos,
-            batch_size=tokens.batch_size,
-            description=_bar("perplexity", plan),
-        )
+        decoder, tokenizer = loaded
+        fitted = fitting_tokens(decoder, tokens)
+        windows = batches_of_windows(tokenizer, self.text, fitted, bos=self.bos)
+        scores, _ = _scores(self, decoder, windows, plan=plan, store=store)
+        return windows.perplexity(scores)
 
     def record(self, value: Perplexity) -> dict[str, Any]:
         """Give a perplexity."""
@@ -258,7 +279,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         self.chosen  # noqa: B018 - it is kept
 
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
     ) -> tuple[TaskScores, ...]:
         """Score the model."""
         return self.chosen.evaluate(
@@ -334,7 +355,9 @@ class SpeechOnPrompts(Measure[Speech]):
         speaking = Speaking(tokenizer, ids, self.num_tokens, self.seed, tokens.batch_size)
         self._reference = Reference.of(speaking, decoder, KeptAnswers(store).write)
 
-    def measure(self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None) -> Any:
+    def measure(
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+    ) -> Any:
         """Compare a model with the whole one, and let it speak."""
         whole = loaded[0] if self.whole is None and plan is None else None
         return self._reference.compare(loaded[0], whole, name=_bar("model", plan))
@@ -350,6 +373,24 @@ class SpeechOnPrompts(Measure[Speech]):
     def read(self, record: Mapping[str, Any]) -> Speech:
         """Read a speech."""
         return Speech.from_json(record["speech"])
+
+
+def _scores(
+    measure: "LossOfTexts | PerplexityOfText",
+    decoder: "Decoder",
+    batches: "AllBatches",
+    *,
+    plan: Plan | None,
+    store: "ResultStore",
+) -> "tuple[Scores, int]":
+    """The nats of all items and the size of the vocabulary; each batch is cached by itself."""
+    from ..judgement.forwards import scores_by_forwards
+    from ..judgement.judges.judge import LossJudge
+    from ..judgement.trials import trials_journal
+
+    judge, name = LossJudge(batches.numbered), _bar(measure.kind, plan)
+    journal = trials_journal(judge, store=store, items=measure.items())
+    return scores_by_forwards(decoder, judge, plan, journal=journal, name=name)
 
 
 def _bar(what: str, plan: Plan | None) -> str:

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
+from ..evaluation.batches import batches_of_texts
 from ..evaluation.loss import fitting_tokens
 from ..evaluation.speech import SPEECH_TOKENS, Spoken
 from ..forecasts.speed import Work
 from ..forecasts.work import CutWork
 from ..judgement.held_out_cuts import HeldOutCuts
-from ..judgement.judges.judge import LossJudge, judged_batches
+from ..judgement.judges.judge import LossJudge
 from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.subject import parameters_share
 from ..judgement.trials import AnyCut, ResultStore, Trials, recalled
@@ -45,6 +46,7 @@ from ..values.settings import CurveSettings
 from ..values.speech import WAYS, Speech
 from ..values.task_scores import TaskScores
 from .judging import Judges
+from .losses import keep_scores
 from .speaking import StudySpeech
 from .study import Study
 from .tasks import StudyTasks
@@ -125,7 +127,8 @@ class Measuring:
         self.tokens = fitting_tokens(self.decoder, study.settings.tokens)
         self.texts = self._tokenised()
         self.report = next(iter(self.texts.values())).report
-        self.judge = LossJudge(judged_batches(tokenizer, self.report, self.tokens))
+        test_set = batches_of_texts(tokenizer, self.report, self.tokens, count_bytes=False)
+        self.judge = LossJudge(test_set.numbered)
         self.num_rejected = len(self.report) - self.judge.num_items
         self.judges = Judges(study, self.decoder, tokenizer, tokens=self.tokens, store=store)
         layerwise = Layerwise(self.decoder)
@@ -375,6 +378,20 @@ class Measuring:
         """Measure a model with the layers and weights that it has now."""
         trials = Trials(Layerwise(model), self.judge, prepared=True)
         return self.held_out.loss(self._loss("loss", trials, (), None))
+
+    def keep_loss_of(self, folder: Path, loss: Loss) -> None:
+        """Keep a loss as that of a checkpoint, which makes what was measured to the bit."""
+        source = self._study.model
+        if isinstance(source, ModelSource) and loss.by_text is not None:
+            keep_scores(
+                loss.by_text,
+                self.judge,
+                source=replace(source, path=folder, gguf_file=None),
+                dtype=self.decoder.identity.dtype,
+                vocab_size=loss.vocab_size,
+                items=self._study.reported,
+                store=self._study.store,
+            )
 
     def plan(self, dropped: Sequence[int]) -> Plan:
         """The plan of a cut of this model."""

@@ -18,10 +18,10 @@ from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.speech import Spoken
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.choosing_size import SizeChoice, sizes_beside
-from ..judgement.held_out_cuts import loss_as_it_is
+from ..judgement.forwards import scores_by_forwards
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
-from ..models.layerwise import Layerwise
+from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
@@ -352,6 +352,8 @@ class Recommending:
         except ModelError as error:
             all_else = self._out / RESULTS_FILE
             raise ModelError(f"{error}; all else is in {all_else}") from error
+        if difference == 0:
+            self._measuring.keep_loss_of(folder, recommended.patched or recommended.cut)
         marks = {**results.marks, "checkpoint": weights_mark(folder)}
         return replace(results, difference=difference, marks=marks)
 
@@ -363,8 +365,7 @@ class Recommending:
         verifier = self._plans.verifier
         judge = verifier.trials.judge
         assert isinstance(judge, LossJudge)
-        now = loss_as_it_is(Layerwise(self._model), judge, num_rejected=0).by_text
-        assert now is not None
+        now, _ = scores_by_forwards(Decoder.of(self._model), judge, progress=False)
         self._kept = now.minus(verifier.scores((), after="none"))
         error = self._kept.stderr if math.isfinite(self._kept.stderr) else 0.0
         return self._kept.mean + error <= most

@@ -22,7 +22,7 @@ from ..models.source import ModelSource
 from ..processes import check_alone, held
 from ..storage import check_apart, check_free, check_room, write_file
 from ..store.given_models import InMemory, ModelStore, inputs_of_one
-from ..store.inputs import texts_inputs
+from ..store.inputs import items_of, texts_inputs
 from ..store.store import Entry, Store
 from ..texts.prompts import Prompt, given_prompts, read_prompts
 from ..texts.sequences import ReadOnce
@@ -374,7 +374,7 @@ class Study(ABC, Generic[Settings]):
     @cached_property
     def reported(self) -> str:
         """A hash of the test texts."""
-        return hash_of([self.split.report, asdict(self.settings.tokens)])
+        return str(items_of(self.split.report, self.settings.tokens, self.store))
 
     def trained_on(self) -> Any:
         """The identity of the texts of a healing, as far as that is known."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 WINDOW = 16
 """Batches that are sorted by length together."""
+
+FIRST_WINDOW = 32
+"""Texts of the first window of a test set, so that its first 32 texts can be measured alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,8 @@ class TokenBatches:
 
     Texts that are tokenised already are not tokenised again. Texts of fewer than ``min_tokens``
     tokens are rejected; ``count_bytes`` fills ``predicted_bytes``, of plain texts alone. A window
-    is of ``window`` texts, by default of 16 batches.
+    is of ``window`` texts, by default of 16 batches. Those of a ``test_set`` begin with 32 texts,
+    and double what was read until they are as large; the texts of its batches ascend.
 
     Raises:
         TextsError: ``texts`` is no iterable of strings, or ``max_length`` leaves no room beside
@@ -137,6 +142,7 @@ class TokenBatches:
         min_tokens: int = 1,
         count_bytes: bool = False,
         window: int | None = None,
+        test_set: bool = False,
     ) -> None:
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise TextsError(f"texts must be an iterable of strings, got {type(texts).__name__}")
@@ -145,6 +151,7 @@ class TokenBatches:
         self._max_length = tokens.max_length
         self._batch_size = tokens.texts
         self._window = window or WINDOW * tokens.texts
+        self._is_test_set = test_set
         self._min_tokens = min_tokens
         self._num_special = tokenizer.num_special_tokens_to_add(pair=False)
         if self._max_length <= self._num_special:
@@ -172,8 +179,15 @@ class TokenBatches:
 
     def unpadded(self) -> Iterator[list[Unpadded]]:
         """Yield the texts of the batches that :meth:`windows` yields."""
-        while texts := list(islice(self._texts, self._window)):
+        while texts := list(islice(self._texts, self._next_window)):
             yield self._batches(self._tokenise(texts))
+
+    @property
+    def _next_window(self) -> int:
+        """The texts of the next window."""
+        if not self._is_test_set:
+            return self._window
+        return max(FIRST_WINDOW, min(self.num_texts, self._window))
 
     def __iter__(self) -> Iterator[Batch]:
         for window in self.windows():
@@ -239,7 +253,8 @@ class TokenBatches:
     def _batches(self, accepted: list[tuple[int, NDArray[np.int64]]]) -> list[Unpadded]:
         accepted.sort(key=lambda item: (-len(item[1]), item[0]))
         starts = range(0, len(accepted), self._batch_size)
-        return [accepted[start : start + self._batch_size] for start in starts]
+        batches = (accepted[start : start + self._batch_size] for start in starts)
+        return [sorted(one, key=itemgetter(0)) if self._is_test_set else one for one in batches]
 
 
 def _encoded(

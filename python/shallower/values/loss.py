@@ -57,16 +57,20 @@ class Loss:
         texts, sums, counts = zip(*sorted(found), strict=True)
         by_text = Scores(np.array(sums, np.float64), np.array(counts, np.float64))
         by_byte = np.array([num_bytes[one] for one in texts], np.float64) if num_bytes else None
-        return cls(
-            by_text.mean,
-            by_text.stderr,
-            sum(counts),
-            len(texts),
-            num_rejected,
-            vocab_size,
-            by_text,
-            by_byte,
-        )
+        return cls.of_scores(by_text, by_byte, num_rejected=num_rejected, vocab_size=vocab_size)
+
+    @classmethod
+    def of_scores(
+        cls,
+        by_text: Scores,
+        num_bytes: NDArray[np.float64] | None = None,
+        *,
+        num_rejected: int,
+        vocab_size: int,
+    ) -> "Loss":
+        """Give the nats and tokens of all texts as a loss, with bytes where they are known."""
+        counts = int(by_text.weights.sum()), len(by_text), num_rejected, vocab_size
+        return cls(by_text.mean, by_text.stderr, *counts, by_text, num_bytes)
 
     @property
     def by_byte(self) -> Scores | None:

@@ -32,8 +32,8 @@ class Judge(ABC):
         chance: the accuracy of a guess; None where nothing is right or wrong.
         content: a hash of the items, where a study does not know them before a model is loaded.
         batches: the items as token batches, in the order in which they are looked at.
-        items: for every batch the indices of its items, ascending and consecutive: the first
-            batch has the items ``0 .. a-1``, the next ``a .. b-1``.
+        items: for every batch the indices of its items, ascending. Those of the selection set are
+            consecutive: the first batch has the items ``0 .. a-1``, the next ``a .. b-1``.
         weights: (S,) float64, what each item counts.
     """
 
@@ -85,8 +85,9 @@ class TextJudge(Judge):
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
         self.items = [np.unique(batch.samples) for batch in batches]
-        counts = [self.predicting(index).sum(axis=1) for index in range(len(batches))]
-        self.weights = np.concatenate([self.by_item(i, one * 1.0) for i, one in enumerate(counts)])
+        self.weights = np.empty(sum(map(len, self.items)))
+        for index, items in enumerate(self.items):
+            self.weights[items] = self.by_item(index, self.predicting(index).sum(axis=1) * 1.0)
 
     def predicting(self, index: int) -> NDArray[np.bool_]:
         """(B, T), true at the tokens of a batch that others are predicted from."""

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ScanError, ShallowerError, why
-from .counts import counted
-from .hashing import hash_of
-from .identity import ModelIdentity
-from .loss import Loss, TextLoss
-from .perplexity import Perplexity
-from .plan import Plan
-from .schema import of_type, read
-from .scores import Scores
-from .shard import Shard, read_shards
+from ..values.counts import counted
+from ..values.hashing import hash_of
+from ..values.identity import ModelIdentity
+from ..values.loss import Loss, TextLoss
+from ..values.perplexity import Perplexity
+from ..values.plan import Plan
+from ..values.schema import of_type, read
+from ..values.scores import Scores
+from ..values.shard import Shard, read_shards
 
 FORMAT = "shallower.eval.shard.2"
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from shallower import ScanError
+from shallower.sharing.measured import MeasuredShard, Part, gather_evaluation
 from shallower.values.hashing import hash_of
 from shallower.values.identity import ModelIdentity
-from shallower.values.measured import MeasuredShard, Part, gather_evaluation
 from shallower.values.plan import Plan
 from shallower.values.shard import Shard, kind_of
 

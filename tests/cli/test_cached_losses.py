@@ -1,0 +1,102 @@
+"""A loss that one command measured is found by every other, batch by batch."""
+
+import json
+import random
+
+import pytest
+from torch.nn.modules.module import register_module_forward_hook
+
+from shallower.evaluation import loss as losses
+from tests.conftest import write_jsonl
+from tests.documents import documents
+
+pytestmark = pytest.mark.filterwarnings(
+    "default:the cut is not patched", "default:.*samples rejected"
+)
+
+
+@pytest.fixture
+def layers_run():
+    """What decoder layers run on, (B, T), but probes of a few tokens."""
+    seen = []
+
+    def note(module, args, _output):
+        if type(module).__name__ == "LlamaDecoderLayer" and args[0].shape[1] > 3:
+            seen.append(tuple(args[0].shape[:2]))
+
+    handle = register_module_forward_hook(note)
+    yield seen
+    handle.remove()
+
+
+@pytest.fixture
+def held_out(folder):
+    """40 test texts of many lengths, of which one cannot be predicted."""
+    texts = documents(40, seed=1)
+    texts[7] = "w1"
+    return write_jsonl(folder / "held_out.jsonl", texts)
+
+
+def test_eval_runs_nothing_after_a_run_and_says_its_digits(
+    shallower, folder, tiny, texts, held_out, layers_run
+):
+    command = ["run", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", held_out]
+    done = shallower(*command, "--n", "2", "--top", "2", "--no-speech", "--out", "out")
+    assert done.status == 0, done.err
+    results = json.loads((folder / "out" / "results.json").read_text())
+    recommended = results["recommended"]
+    layers_run.clear()
+    shown = shallower("eval", tiny, "--texts", held_out, "--plan", "out", "--json")
+    checkpoint = shallower("eval", "out/checkpoint", "--texts", held_out, "--json")
+    assert layers_run == []
+    state = "cut" if recommended["patched"] is None else "patched"
+    whole = {name: one for name, one in results["whole"].items() if name != "by_text"}
+    assert {name: shown.json["base"][name] for name in whole} == whole
+    assert whole["num_rejected"] == 1
+    assert shown.json["cut"]["nats"] == recommended["cut"]
+    assert checkpoint.json["base"]["nats"] == recommended[state]
+    assert shallower(
+        "eval", "out/checkpoint", "--texts", held_out, "--no-cache", "--json"
+    ).json == (checkpoint.json)
+
+
+def test_a_study_finds_what_eval_measured(shallower, tiny, texts, held_out, monkeypatch):
+    command = ["eval", tiny, "--texts", held_out, "--drop", "2:5"]
+    found = shallower(*command, "--json").json
+    monkeypatch.setattr("shallower.judgement.judges.judge.summed_losses", lambda *_: 1 / 0)
+    curve = ["curve", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", held_out, "--n", "3"]
+    done = shallower(*curve, "--strategies", "deepest", "--states", "cut", "--out", "out", "--json")
+    assert done.status == 0, done.err
+    whole, cut = done.json["points"]
+    assert whole["loss"]["nats"] == found["base"]["nats"]
+    assert cut["dropped"] == [2, 3, 4]
+    assert cut["loss"]["nats"] == found["cut"]["nats"]
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_a_killed_eval_goes_on_behind_the_batches_that_it_measured(
+    shallower, folder, tiny, held_out, monkeypatch, stream
+):
+    (folder / "long.txt").write_text(" ".join(documents(30, seed=2)))
+    both = ["--perplexity", "long.txt", "--context", "16", "--batch-size", "3"]
+    command = ["eval", tiny, "--texts", held_out, *both, "--drop", "1:3", "--json"]
+    expected = shallower(*command, "--no-cache").json
+    plain, left, seen = losses.text_losses, 0, []
+
+    def killed(head, batch, halving):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        seen.append(batch.input_ids.tolist())
+        return plain(head, batch, halving)
+
+    monkeypatch.setattr(losses, "text_losses", killed)
+    for _ in range(4):
+        left = random.Random(len(seen)).randint(2, 9)
+        assert shallower(*command, *stream).status == 130
+    left = 1000
+    found = shallower(*command, *stream).json
+    assert {name: found[name] for name in expected} == expected
+    windows = -(-expected["perplexity"]["base"]["num_tokens"] // 45)
+    assert len(seen) == 2 * (14 + windows)
