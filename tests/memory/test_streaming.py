@@ -323,7 +323,7 @@ def test_a_bar_counts_the_texts_of_each_layer(folder, monkeypatch, capsys):
     def track(name, total=None, show=None):
         yield lambda steps, note="": seen.append((name, total, steps))
 
-    for module in ("scanning.model", "evaluation.loss", "evaluation.perplexity"):
+    for module in ("scanning.model", "evaluation.loss"):
         monkeypatch.setattr(f"shallower.{module}.track", track)
     for measure, name, texts, count in (
         (sh.scan, "scan", TEXTS, len(TEXTS)),

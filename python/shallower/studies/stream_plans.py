@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 
-from ..forecasts.work import CHECKED as CHECKED
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import Pass, StreamPlan, plan_stream
 from ..models.architecture import find_layers
