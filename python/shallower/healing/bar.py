@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
 
-from ..patching.solver import STEPPING
+from ..patching.counts import STEPPING
 from ..progress import Advance, part, track
 from ..values.recipe import GLOBAL_BATCH, Resolved
 
