@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, TextsError, one_sentence, why
-from ..texts.hub import hub_absence
+from ..texts.hub import read_caches
 from ..texts.sources import numbered_records
 
 OURS = Path(__file__).with_name("task_data")
@@ -126,6 +126,7 @@ class _Local:
         self._read: dict[Path, Rows] = {}
         self._parts: dict[str, list[str]] = {}
         self._part_of: dict[str, tuple[str, str]] = {}
+        self._absence: str | None = None
 
     def knows(self, name: str) -> bool:
         """Whether there is such a task; where it is a part of another, that one is split."""
@@ -156,13 +157,12 @@ class _Local:
         except (TextsError, MissingExtraError):
             raise
         except Exception as error:  # whatever a task file, its functions or a hub raise
-            raise self._unloaded(name, one_sentence(error)) from error
+            hint = "" if self._data else "; --data (data, SHALLOWER_DATA) names a folder of data"
+            raise TextsError(
+                f"task {name} cannot be loaded: {self._absence or one_sentence(error)}{hint}"
+            ) from error
         together = name in self._parts or self._index[name].kind.name == "GROUP"
         return TaskGroup(name, loaded["tasks"], together)
-
-    def _unloaded(self, name: str, reason: str) -> TextsError:
-        hint = "" if self._data else "; --data (data, SHALLOWER_DATA) names a folder of data"
-        return TextsError(f"task {name} cannot be loaded: {reason}{hint}")
 
     def _leaves(self, name: str, overrides: Mapping[str, Any] | None = None) -> Iterator[Any]:
         """The tasks behind a name, as lm-eval takes them in a group."""
@@ -185,8 +185,8 @@ class _Local:
         leaf = {**overrides, "task": name}
         entry = self._index.get(name)
         cfg = {**(entry.cfg or {} if entry else {}), **overrides}
-        if "/" in str(cfg.get("dataset_path")) and (absence := hub_absence()):
-            raise self._unloaded(name, absence)
+        if "/" in str(cfg.get("dataset_path")):
+            self._absence = self._absence or read_caches()
         if cfg.get("dataset_path") != "json" or "data_files" not in (
             cfg.get("dataset_kwargs") or {}
         ):

@@ -36,7 +36,8 @@ def report(
     The page is one HTML file that needs no network: what was cut, how sure that is, what
     it costs and gains, figures, every number with where it is from, and the commands to make it
     again. Markdown and JSON are written beside it, and the figures into ``figures/`` as SVG and
-    PNG, where matplotlib is installed; without it the page has none. What is there is replaced.
+    PNG, where matplotlib is installed; without it the page has none. What is there is replaced,
+    but a page with figures not by one without.
 
     Args:
         folder: what :func:`run`, :func:`compare`, :func:`curve` or :func:`sweep` has written.
@@ -57,18 +58,25 @@ def report(
         >>> sh.report("runs/page").name
         'report.html'
     """
-    return save_report(Path(folder), out, progress)[0]
+    return save_report(Path(folder), out, progress, keeps_figures=True)[0]
 
 
 def save_report(
-    folder: Path, out: str | Path | None = None, progress: bool | None = None
+    folder: Path,
+    out: str | Path | None = None,
+    progress: bool | None = None,
+    *,
+    keeps_figures: bool = False,
 ) -> tuple[Path, Story]:
-    """Write the page as :func:`report`, and give its story too."""
+    """Write the page as :func:`report`, and give its story too.
+
+    One that has figures is replaced by one without, of new results, unless it ``keeps_figures``.
+    """
     page = folder / REPORT_FILE if out is None else Path(out)
     if page.is_dir() or page.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{page}: expected the place of a page, as page.html (out, --out)")
     make, drawn = _read_results(folder), find_spec("matplotlib") is not None
-    if shows_figures(page) and not drawn:
+    if keeps_figures and shows_figures(page) and not drawn:
         kept = f"{page} has figures, and is not replaced by a page without: drawing them"
         raise OutputError(str(MissingExtraError("matplotlib", "figures", kept)))
     if not drawn:

@@ -33,6 +33,16 @@ def hub_absence() -> str | None:
     return f"{constants.ENDPOINT} cannot be reached: {way_out}"
 
 
+def read_caches() -> str | None:
+    """Read the caches of hub and datasets alone from now on, if the hub cannot be reached; why."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    if absence := hub_absence():
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    return absence
+
+
 def hub_refusal(name: str, kind: Literal["model", "dataset"]) -> str | None:
     """Ask the hub why it does not give a repository; None where it would, or cannot say."""
     from huggingface_hub import HfApi
