@@ -71,7 +71,7 @@ class AllBatches:
     def warn_of_rejected(self) -> None:
         """Warn of texts with too few tokens."""
         if self.rejections:
-            warnings.warn(self.rejections, RejectedSamplesWarning, stacklevel=3)
+            warnings.warn(self.rejections, RejectedSamplesWarning, stacklevel=4)
 
     @property
     def num_items(self) -> int:

@@ -67,7 +67,7 @@ class EvalShards:
         self._judges = {kind: LossJudge(one.numbered) for kind, one in self._all.items()}
         store = ModelStore.of(job.source, job.store)
         self._journals = {
-            one.kind: trials_journal(self._judges[one.kind], store=store, items=one.items())
+            one.kind: trials_journal(self._judges[one.kind], store=store, items=one.items)
             for one in job.measures
         }
 

@@ -67,6 +67,7 @@ class Measure(ABC, Generic[T]):
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Name all that it depends on beside the model; None where that is not known."""
 
+    @cached_property
     def items(self) -> str:
         """Identify the items that are measured, for what is kept batch by batch."""
         return hash_of(self.inputs(Store(None)))
@@ -137,6 +138,7 @@ class LossOfTexts(Measure[Loss]):
         texts = texts_content(self.texts, store)
         return texts and {"texts": texts, "tokens": asdict(self.tokens)}
 
+    @cached_property
     def items(self) -> str:
         """Identify the texts by their content, however they were given."""
         return str(items_of(self.texts, self.tokens, Store(None)))
@@ -389,7 +391,7 @@ def _scores(
     from ..judgement.trials import trials_journal
 
     judge, name = LossJudge(batches.numbered), _bar(measure.kind, plan)
-    journal = trials_journal(judge, store=store, items=measure.items())
+    journal = trials_journal(judge, store=store, items=measure.items)
     return scores_by_forwards(decoder, judge, plan, journal=journal, name=name)
 
 

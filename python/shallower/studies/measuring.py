@@ -41,6 +41,7 @@ from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.plan import Gone, Plan, gone_by, key_of
 from ..values.recipe import Recipe
+from ..values.schema import plain_fields
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
 from ..values.speech import WAYS, Speech
@@ -73,12 +74,7 @@ class Measured:
 
     def to_record(self) -> dict[str, Any]:
         """Give the values from which it can be read again, as JSON has them."""
-        return {
-            "loss": self.loss.to_record(),
-            "tasks": [one.to_record() for one in self.tasks],
-            "seconds": self.seconds,
-            "speech": self.speech and self.speech.to_record(),
-        }
+        return plain_fields(self, "to_record")
 
     @classmethod
     def from_json(cls, data: Any) -> "Measured":
