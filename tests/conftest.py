@@ -239,7 +239,16 @@ def hasty(monkeypatch, rehearsals):
 
 
 @pytest.fixture
-def shallower(folder, hasty, monkeypatch, capfd):
+def forked(monkeypatch):
+    """Workers are forks of a process that has imported all, where they would be spawned."""
+    from shallower.workers.local_workers import LocalWorkers
+    from tests.forks import Forking
+
+    monkeypatch.setattr(LocalWorkers, "processes", Forking)
+
+
+@pytest.fixture
+def shallower(folder, hasty, forked, monkeypatch, capfd):
     """Run a command in this process, in ``folder``."""
     from shallower import cli
 

@@ -47,6 +47,31 @@ class Fork:
         return self.files[1].read_text()
 
 
+class Forked(FORKS.Process):
+    """Stands for a spawned process: it has the variables and the folder of its start."""
+
+    def start(self):
+        self._target, self._args = _as_here, (
+            self._target, self._args, str(Path.cwd()), {**os.environ}
+        )  # fmt: skip
+        with _finding_what_is_tested():
+            super().start()
+
+
+class Forking:
+    """Stands for multiprocessing's spawn."""
+
+    Pipe = staticmethod(FORKS.Pipe)
+    Process = Forked
+
+
+def _as_here(target, args, folder, environment):
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*args)
+
+
 @contextlib.contextmanager
 def _finding_what_is_tested():
     """The process that is forked begins with the first fork, and imports what this one does."""

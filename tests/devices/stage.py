@@ -220,7 +220,7 @@ class Stage:
 
     Args:
         devices: one or two; none is the CPU, on which backward can be rehearsed, too.
-        offloading: whether half of the layers wait in the CPU's memory.
+        offloading: whether the last layer waits in the CPU's memory.
         streaming: whether all layers are streamed from disk, in a file that has no blocks there.
     """
 
@@ -274,12 +274,14 @@ class Stage:
         return self.spread(model) if apart else model
 
     def spread(self, model):
-        """Half of the layers on the second device, or offloaded, or all on disk, by accelerate."""
-        first = 0 if self.streaming else len(model.model.layers) // 2
-        other = "disk" if self.streaming else "cpu" if self.offloading else 1
+        """Half of the layers on the last device, one offloaded, or all on disk, by accelerate."""
+        layers = [f"model.layers.{index}" for index in range(len(model.model.layers))]
         places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb"), 0)
-        for index in range(len(model.model.layers)):
-            places[f"model.layers.{index}"] = 0 if index < first else other
+        for index, layer in enumerate(layers):
+            on_last = index >= len(layers) // 2
+            places[layer] = "disk" if self.streaming else self.last.index if on_last else 0
+        if self.offloading:
+            places[layers[-1]] = "cpu"
         places |= dict.fromkeys(("model.norm", "lm_head"), self.last.index)
         options = {"skip_keys": model._skip_keys_device_placement}
         if self.streaming:

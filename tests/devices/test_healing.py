@@ -22,7 +22,7 @@ from shallower.values.plan import Plan
 from shallower.values.presets import ModelFacts
 from shallower.values.recipe import Recipe
 from tests.devices.batches import inputs
-from tests.devices.conftest import STAGES
+from tests.devices.conftest import STAGES, on_devices
 from tests.devices.stage import Stage, devices_of
 
 PLAN = Plan.of(6, [1, 4])
@@ -62,6 +62,7 @@ def refused(stage):
     return stage.offloading
 
 
+@on_devices
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
 def test_the_loss_of_a_model_with_adapters(stage, recompute):
     if refused(stage):
@@ -77,6 +78,7 @@ def test_the_loss_of_a_model_with_adapters(stage, recompute):
         assert (loss.dtype, loss.requires_grad) == (torch.float32, True)
 
 
+@on_devices
 def test_the_loss_where_labels_lie_elsewhere(stage):
     if refused(stage):
         return
@@ -141,6 +143,7 @@ def trainer(stage):
         yield ours, model, inputs(stage.first), torch.tensor(17, device=stage.first)
 
 
+@on_devices
 def test_the_loss_of_the_trainer(stage):
     if refused(stage):
         return

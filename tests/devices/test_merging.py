@@ -7,6 +7,7 @@ import torch
 from shallower.merging import merging
 from shallower.merging.low_rank import Deviations, LowRank
 from tests.conftest import word_tokenizer
+from tests.devices.conftest import on_devices
 from tests.devices.test_healing import adapted, recipe, refused
 
 
@@ -33,6 +34,7 @@ def test_merged_weights_are_checked(stage, dtype):
         assert found.relative > 0
 
 
+@on_devices
 def test_the_logits_of_the_best_adapters(stage):
     if refused(stage):
         return

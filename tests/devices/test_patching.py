@@ -8,21 +8,10 @@ from shallower.patching.quick import QuickPatch
 from shallower.values.plan import Plan
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS, batch
-from tests.devices.conftest import STAGES
+from tests.devices.conftest import on_devices
 from tests.devices.test_models import A_PLAIN_SUM
 
-on_stages = pytest.mark.parametrize(
-    "stage",
-    [
-        pytest.param(stage, id=name, marks=pytest.mark.slow if name != "two devices" else ())
-        for name, stage in STAGES.items()
-    ],
-    indirect=True,
-)
-"""One device has no more to be wrong than two; offloaded layers are patched for real elsewhere."""
-
-
-@on_stages
+@on_devices
 def test_a_patch(stage):
     model = stage.llama()
     with stage.open(_scale=A_PLAIN_SUM):
@@ -34,7 +23,7 @@ def test_a_patch(stage):
 
 
 @pytest.mark.slow
-@on_stages
+@on_devices
 def test_a_quick_patch(stage):
     with stage.open(_scale=A_PLAIN_SUM):
         model = Layerwise(stage.llama())

@@ -28,6 +28,8 @@ class Seat:
 class LocalWorkers(Engine):
     """Processes that are started anew (spawn), so that none inherits threads or a device."""
 
+    processes: Any = multiprocessing.get_context("spawn")
+
     def __init__(self, job: Job, seats: Sequence[Seat]) -> None:
         super().__init__(job)
         self.seats = seats
@@ -46,9 +48,9 @@ class LocalWorkers(Engine):
 
     def start(self, place: int, number: int) -> str:
         """Start a process at a seat."""
-        context, seat = multiprocessing.get_context("spawn"), self.seats[place]
-        ours, theirs = context.Pipe()
-        process: Any = context.Process(target=_serve, args=(theirs, self.job), daemon=True)
+        seat = self.seats[place]
+        ours, theirs = self.processes.Pipe()
+        process = self.processes.Process(target=_serve, args=(theirs, self.job), daemon=True)
         cards = {} if seat.cards is None else {"CUDA_VISIBLE_DEVICES": seat.cards}
         with _environment({"OMP_NUM_THREADS": str(seat.threads), **cards}):
             process.start()
