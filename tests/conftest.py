@@ -218,21 +218,34 @@ def rehearsals():
 def hasty(monkeypatch, rehearsals):
     """Forecasts time this machine by few repeats of little, and rehearse a forward once."""
     from shallower.forecasts import speed
+    from shallower.healing.memory import HealingStep
     from shallower.memory.plan import ForwardStep
     from shallower.savings import timing
 
-    rehearse = ForwardStep._rehearsed
-
-    def once(step, texts):
-        config = step.model.config
-        ways = str(config._attn_implementation), str(config._experts_implementation)
-        content = config.to_json_string(use_diff=False), str(step.model.dtype), *ways
-        key = step._forward.run, *content, step._length, texts
+    def once(rehearse, *key):
         if key not in rehearsals:
-            rehearsals[key] = rehearse(step, texts)
+            rehearsals[key] = rehearse()
         return rehearsals[key]
 
-    monkeypatch.setattr(ForwardStep, "_rehearsed", once)
+    def content(model):
+        config = model.config
+        ways = str(config._attn_implementation), str(config._experts_implementation)
+        return config.to_json_string(use_diff=False), str(model.dtype), *ways
+
+    forwards, healings = ForwardStep._rehearsed, HealingStep.run
+
+    def forward(step, texts):
+        of = step._forward.run, *content(step.model), step._length, texts
+        return once(lambda: forwards(step, texts), *of)
+
+    def healing(step, texts, recompute):
+        recipe = step.recipe
+        names = ("rank", "max_length", "dropout", "dtype", "attention", "has_teacher", "is_padded")
+        of = *content(step._model), *(getattr(recipe, name) for name in names), texts, recompute
+        return once(lambda: healings(step, texts, recompute), *of)
+
+    monkeypatch.setattr(ForwardStep, "_rehearsed", forward)
+    monkeypatch.setattr(HealingStep, "run", healing)
     monkeypatch.setattr(speed, "ENOUGH", 0.0)
     monkeypatch.setattr(timing, "_WIDTH", 256)
     monkeypatch.setattr(timing, "_STREAMED", 1 << 22)

@@ -1,5 +1,6 @@
 """``shallower eval`` of a plan with experts."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import shallower as sh
 from shallower.values.experts import DroppedExperts
 from shallower.values.layers import Block, blocks_of
 from shallower.values.speech import MEASURES, ON_WORDS
-from tests.conftest import word_tokenizer
+from tests.conftest import mostly_slow, word_tokenizer
 from tests.cutting.mixtures import mixture, some_experts
 
 
@@ -80,8 +81,12 @@ def test_a_cut_that_cannot_be_made_is_refused_before_anything_is_measured(
     assert "no config describes the cut" in error
 
 
-@pytest.mark.parametrize("place", [(), ("--stream",)])
-@pytest.mark.parametrize("layers", [(), (3, 4)])
+@pytest.mark.parametrize(
+    ("layers", "place"),
+    mostly_slow(
+        itertools.product([(), (3, 4)], [(), ("--stream",)]), [((), ("--stream",)), ((3, 4), ())]
+    ),
+)
 def test_a_cut_by_a_plan_is_measured_as_the_cut_on_disk(shallower, folder, tmp_path, layers, place):
     model, _ = sh.load_model(folder, dtype="float32")
     dropped = DroppedExperts.of(6, some_experts(model)).without(layers)

@@ -1,5 +1,6 @@
 """A cut that was stopped goes on."""
 
+import itertools
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import shallower as sh
 from shallower import OutputError
 from shallower.cutting import checkpoint
 from shallower.processes import partial_folder
+from tests.conftest import mostly_slow
 from tests.cutting.checkpoints import DROPPED, stored
 from tests.cutting.mixtures import mixture
 from tests.folders import tree
@@ -133,8 +135,9 @@ CUTS = {
 
 
 @pytest.mark.filterwarnings("ignore:.* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize(
+    ("name", "seed"), mostly_slow(itertools.product(CUTS, (0, 1)), [("source", 0)])
+)
 def test_killed_at_any_moment_it_goes_on_and_nothing_is_half_there(name, seed, tmp_path, request):
     source, cut = request.getfixturevalue(name), CUTS[name]
     chance = random.Random(seed)

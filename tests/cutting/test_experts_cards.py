@@ -1,5 +1,6 @@
 """What lies beside a cut of experts: a card that is true, and no list of another tool."""
 
+import itertools
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import shallower as sh
 from shallower.cutting.exports import EXPORT_FILES, export_files
 from shallower.values.experts import DroppedExperts
+from tests.conftest import mostly_slow
 from tests.cutting.card_tools import (
     assert_same_weights,
     blocks_of_code,
@@ -27,8 +29,13 @@ def source(tmp_path, words):
     return folder
 
 
-@pytest.mark.parametrize("layers", [(), [2, 3]])
-@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}])
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    mostly_slow(
+        itertools.product([(), [2, 3]], [{}, {"dtype": "float16"}]),
+        [((), {}), ([2, 3], {"dtype": "float16"})],
+    ),
+)
 def test_a_card_makes_the_cut_again(source, tmp_path, monkeypatch, shallower, layers, options):
     first = tmp_path / "first"
     dropped = {k: some for k, some in some_experts(mixture("mixtral")).items() if k not in layers}

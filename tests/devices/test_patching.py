@@ -11,6 +11,7 @@ from tests.devices.batches import TEXTS, batch
 from tests.devices.conftest import on_devices
 from tests.devices.test_models import A_PLAIN_SUM
 
+
 @on_devices
 def test_a_patch(stage):
     model = stage.llama()

@@ -28,6 +28,7 @@ def test_the_tutorial_prints_what_it_says(folder, monkeypatch):
     assert all((folder / made).is_file() for made in tutorial.PICTURES)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 def test_the_notebook_runs(folder, monkeypatch, capsys):
     monkeypatch.setenv("MPLBACKEND", "agg")

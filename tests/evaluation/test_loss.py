@@ -16,7 +16,7 @@ import shallower as sh
 from shallower.evaluation.loss import next_token_losses
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.evaluation.texts import TEXTS
 
 
@@ -238,7 +238,7 @@ def shallow(smol):
         yield model, tokenizer
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", mostly_slow([1, 3, 8], [3]))
 def test_the_loss_is_that_of_all_logits_at_once(monkeypatch, shallow, passages, batch_size):
     model, tokenizer = shallow
     texts = [text[: 80 + 20 * i] for i, text in enumerate(passages[1][:4])]

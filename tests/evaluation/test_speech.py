@@ -408,7 +408,7 @@ def test_positions_that_were_not_learned_are_refused():
         )
 
 
-@pytest.mark.parametrize("away", ["whole", "cut", "both", "itself"])
+@pytest.mark.parametrize("away", mostly_slow(["whole", "cut", "both", "itself"], ["both"]))
 def test_layers_on_disk_are_compared_on_the_words_of_the_whole_model(sharp, cut, tmp_path, away):
     models, plain = {"whole": sharp, "cut": cut}, {"whole": sharp, "cut": cut}
     for name, model in models.items():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import shallower as sh
 from shallower.errors import ModelError, TextsError
 from shallower.evaluation.tasks import draw_items, evaluate_tasks
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.evaluation.task_folders import (
     CHOICE,
     LAST,
@@ -77,7 +77,7 @@ def pick(tmp_path):
     return folder, write_rows(folder / "pick.jsonl", rows)
 
 
-@pytest.mark.parametrize("batch_size", ["auto", 3])
+@pytest.mark.parametrize("batch_size", mostly_slow(["auto", 3], [3]))
 def test_a_choice_is_that_of_plain_float64_logits(sharp, words, pick, batch_size):
     folder, rows = pick
     norm, acc = evaluate_tasks(sharp, words, ["pick"], tasks_dir=folder, batch_size=batch_size)

@@ -53,17 +53,29 @@ def test_experts_that_the_router_needs_stay(model):
         sh.gain(model, sh.Plan(8, (), experts=dropped), device="a100-80")
 
 
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """Two mixtures of as many layers and experts, which is all that a config says of a cut."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    found = {
+        "qwen": mixture("qwen3_moe", mlp_only_layers=[], num_hidden_layers=2),
+        "mixtral": mixture("mixtral", num_hidden_layers=2),
+    }
+    for name, model in found.items():
+        model.save_pretrained(folder / name)
+    plan = sh.prune(folder / "qwen", (), folder / "cut", experts=some_experts(found["qwen"]))
+    return folder, found, plan
+
+
 @pytest.mark.parametrize("by", ["place", "config", "memory"])
-def test_a_plan_of_another_mixture_is_refused_as_prune_refuses_it(tmp_path, by):
-    """Of as many layers and experts, which is all that a config says of a cut."""
-    other, own = mixture("qwen3_moe", mlp_only_layers=[]), mixture("mixtral")
-    own.save_pretrained(tmp_path / "mixtral")
-    other.save_pretrained(tmp_path / "qwen")
-    plan = sh.prune(tmp_path / "qwen", (), tmp_path / "cut", experts=some_experts(other))
+def test_a_plan_of_another_mixture_is_refused_as_prune_refuses_it(mixtures, by):
+    folder, models, plan = mixtures
+    own, other = (
+        {"place": folder / name, "config": models[name].config, "memory": models[name]}[by]
+        for name in ("mixtral", "qwen")
+    )
     with pytest.raises(sh.PlanError, match="the plan was made for qwen"):
-        sh.prune(tmp_path / "mixtral", plan, tmp_path / "out")
-    given = {"place": tmp_path / "mixtral", "config": own.config, "memory": own}[by]
+        sh.prune(folder / "mixtral", plan, folder / "out")
     with pytest.raises(sh.PlanError, match=r"the plan was made for qwen .* is another model"):
-        sh.gain(given, plan, device="a100-80")
-    whole = {"place": tmp_path / "qwen", "config": other.config, "memory": other}[by]
-    assert sh.gain(whole, plan, device="a100-80").experts == plan.experts
+        sh.gain(own, plan, device="a100-80")
+    assert sh.gain(other, plan, device="a100-80", context=16).experts == plan.experts

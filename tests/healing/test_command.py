@@ -1,12 +1,13 @@
 """The commands `heal` and `merge`."""
 
+import itertools
 import json
 import sys
 
 import pytest
 
 from tests.commands import in_a_process
-from tests.conftest import write_jsonl
+from tests.conftest import mostly_slow, write_jsonl
 from tests.healing.cuts import HELD_OUT, TEXTS
 
 
@@ -91,8 +92,13 @@ def test_of_several_processes_one_prints_the_dry_run(
     assert (done.status, done.out, done.err) == (0, "", "")
 
 
-@pytest.mark.parametrize("setting", ["packing", "attention"])
-@pytest.mark.parametrize("given", [None, True, False])
+@pytest.mark.parametrize(
+    ("setting", "given"),
+    mostly_slow(
+        itertools.product(["packing", "attention"], [None, True, False]),
+        [("packing", True), ("packing", None), ("attention", False)],
+    ),
+)
 def test_the_preset_decides_unless_it_is_set(shallower, cut, folder, no_rehearsal, setting, given):
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     chosen = {None: (), True: (f"--{setting}",), False: (f"--no-{setting}",)}[given]

@@ -6,7 +6,7 @@ import torch
 import shallower as sh
 from shallower.healing.checks import resolve
 from shallower.models.experts import find_experts, stacked_weights
-from tests.conftest import word_tokenizer
+from tests.conftest import mostly_slow, word_tokenizer
 from tests.cutting.mixtures import mixture, some_experts
 from tests.healing.cuts import HELD_OUT, TEXTS
 
@@ -20,7 +20,7 @@ def folders(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("objective", ["lm", "kd"])
+@pytest.mark.parametrize("objective", mostly_slow(["lm", "kd"], ["kd"]))
 def test_a_cut_of_experts_is_healed(folders, objective):
     out, whole = folders / objective, folders / "whole" if objective == "kd" else None
     recipe = sh.Recipe(

@@ -17,7 +17,7 @@ from shallower.judgement.judges.options import OptionsJudge
 from shallower.models.layerwise import Layerwise
 from shallower.texts.options import OptionItem
 from shallower.values.tokens import Tokens
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import TEXTS
 
 DROPPED = (1, 3)
@@ -114,7 +114,7 @@ def test_texts_of_which_none_can_be_judged_are_refused(words):
 
 
 # The loss.
-@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("at_once", mostly_slow([1, 8], [8]))
 def test_the_loss_of_a_cut_by_text(sharp, words, at_once):
     judge = LossJudge(judged_batches(words, TEXTS, Tokens(12, at_once)))
     run, expected = cut(sharp), []
@@ -143,7 +143,7 @@ def test_the_text_with_a_score_that_is_not_finite_is_named(llama, words, judge):
 
 
 # The divergence.
-@pytest.mark.parametrize("at_once", [1, 8])
+@pytest.mark.parametrize("at_once", mostly_slow([1, 8], [8]))
 def test_the_divergence_of_a_cut_by_text(monkeypatch, sharp, words, at_once):
     monkeypatch.setattr("shallower.models.head.LOGITS_AT_ONCE", 500)
     judge = KLJudge(judged_batches(words, TEXTS, Tokens(12, at_once)))
@@ -232,7 +232,7 @@ def margins(run, tokenizer, items):
     return np.array(found)
 
 
-@pytest.mark.parametrize("at_once", [1, 8, 64])
+@pytest.mark.parametrize("at_once", mostly_slow([1, 8, 64], [8]))
 def test_the_margin_of_the_right_option(sharp, words, at_once):
     judge = OptionsJudge(ITEMS, words, tokens=Tokens(256, at_once))
     found = measured(judge, sharp, DROPPED)

@@ -21,7 +21,7 @@ from shallower.values.answers import Answer
 from shallower.values.plan import Plan
 from shallower.values.tokens import Tokens
 from shallower.values.verification import Verified
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import documents
 from tests.judgement.test_judges import cut, log_probabilities, measured, rows
 from tests.judgement.test_verifying import MemoryStore
@@ -64,7 +64,7 @@ def plain_divergences(whole, without, said):
     return found
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 64])
+@pytest.mark.parametrize("at_once", mostly_slow([1, 4, 64], [4]))
 def test_it_is_the_divergence_at_the_tokens_of_both_answers(sharp, said, at_once):
     judge = SpeechJudge(said, tokens=Tokens(64, at_once))
     found = measured(judge, sharp, DROPPED)

@@ -1,5 +1,7 @@
 """Texts in one forward: as many as a device has room for, and no result depends on it."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,14 +17,12 @@ from shallower.scanning.hidden_states import forward
 from shallower.values.memory import needed_device
 from shallower.values.positions import Positions
 from shallower.values.tokens import Tokens
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import documents
 from tests.memory_oracle import shape, tracked_forward
 
 SHAPES = (
-    "llama-2-70b", "qwen2.5-7b", "phi-2", "gpt2-xl",
-    *(pytest.param(name, marks=pytest.mark.slow)
-      for name in ("llama-2-7b", "llama-2-13b", "mistral-7b")),
+    "llama-2-70b", "qwen2.5-7b", "phi-2", "gpt2-xl", "llama-2-7b", "llama-2-13b", "mistral-7b"
 )  # fmt: skip
 
 
@@ -33,8 +33,13 @@ def planned(name, kind, texts, length=1024, device=80 * 10**9, card=True):
     )
 
 
-@pytest.mark.parametrize("logits", [False, True], ids=["scan", "eval"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "logits"),
+    mostly_slow(
+        itertools.product(SHAPES, [False, True]),
+        [("qwen2.5-7b", False), ("phi-2", True), ("gpt2-xl", False), ("llama-2-70b", True)],
+    ),
+)
 def test_a_forward_is_within_15_percent_of_the_tracker(name, logits):
     plan = planned(name, FORWARD if logits else forward(), 4, card=False)
     assert plan.peak_bytes == pytest.approx(tracked_forward(name, 2, 4, 1024, logits), rel=0.15)

@@ -25,7 +25,7 @@ from shallower.studies.items import judged_items
 from shallower.texts.sources import Texts
 from shallower.values.scores import Estimate
 from shallower.values.settings import CompareSettings
-from tests.conftest import word_tokenizer, write_jsonl
+from tests.conftest import mostly_slow, word_tokenizer, write_jsonl
 from tests.cutting.mixtures import mixture
 from tests.judgement.test_judges import cut, margins
 from tests.judgement.test_speech_judge import plain_divergences
@@ -131,6 +131,15 @@ PROMPTS = [f"w{i} w{2 * i} w{3 * i}" for i in range(1, 9)]
 UNITS = {"experts": ["frequency", "random", EXHAUSTIVE, LAYERS], "layers": ["deepest", "random"]}
 
 
+BESIDE = [
+    ("loss", "experts", "disk"),
+    ("kl", "experts", "memory"),
+    ("options", "layers", "disk"),
+    ("speech", "experts", "memory"),
+    ("speech", "experts", "disk"),
+]
+
+
 def plain_score(judge, whole, without, tokenizer, *, held_out, items):
     """The mean score of a cut by float64 loops over what each of both models predicts."""
     if judge == "options":
@@ -149,9 +158,10 @@ def plain_score(judge, whole, without, tokenizer, *, held_out, items):
     return nats / sum(len(ids) - 1 for ids in texts)
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize(
+    ("judge", "unit", "place"),
+    mostly_slow(itertools.product(JUDGES, UNITS, ["memory", "disk"]), BESIDE),
+)
 def test_every_judge_scores_every_cut_beside_the_whole_model(judge, unit, place, tmp_path):
     model, tokenizer, held_out = sparse((1, 4)), word_tokenizer(), documents(7, 6)
     given = {"speech": {"prompts": PROMPTS}, "options": {"options": tmp_path / "options.jsonl"}}
