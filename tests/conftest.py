@@ -79,9 +79,12 @@ def edited(model):
     return model
 
 
+LONGEST = ("test_examples.py", "test_tutorial.py", "test_ray.py", "test_kills.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The file that takes longest comes first: no process waits for it in the end."""
-    items.sort(key=lambda item: item.path.name != "test_examples.py")
+    """The files that take longest come first: no process waits for one of them in the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True, scope="module")
