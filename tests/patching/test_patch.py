@@ -34,7 +34,9 @@ def loss(model, words):
     return sh.evaluate_loss(model, words, HELD_OUT).nats
 
 
-@pytest.mark.parametrize("blocks", [[range(3, 5)], [range(2, 3), range(5, 6)]])
+@pytest.mark.parametrize(
+    "blocks", mostly_slow([[range(3, 5)], [range(2, 3), range(5, 6)]], [[range(2, 3), range(5, 6)]])
+)
 def test_a_patch_lowers_the_loss_of_a_cut(model, words, blocks):
     base = loss(model, words)
     with sh.without_layers(model, blocks):

@@ -15,7 +15,7 @@ from shallower.texts.sequences import collate, read_samples
 from shallower.values.answers import Answer
 from shallower.values.files import PATCH_FILE
 from shallower.values.patch import Patch
-from tests.conftest import write_jsonl
+from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.card_tools import assert_same_weights, blocks_of_code, cut_by
 from tests.documents import assert_same, state_of
 from tests.examples import sentences
@@ -57,7 +57,7 @@ def mixed_slowly(texts, answers, share):
 
 
 # In Python
-@pytest.mark.parametrize("share", [0.25, 1])
+@pytest.mark.parametrize("share", mostly_slow([0.25, 1], [0.25]))
 def test_it_is_fitted_on_texts_and_answers_in_turns(model, learned, words, said, share):
     """Answers to one token are learned as texts are."""
     said = [Answer(one.ids[:1], one.ids[1:], one.ended) for one in said]

@@ -8,6 +8,7 @@ import pytest
 import shallower as sh
 from shallower import progress
 from shallower.healing.training import Throughput
+from tests.conftest import mostly_slow
 from tests.healing.cuts import HELD_OUT, QUICK, documents, save_cut
 
 PROMPTS = ["w1 w2", "w7 w8 w9"]
@@ -122,7 +123,7 @@ def cut(tmp_path, learned, words):
     return save_cut(tmp_path, learned, words, [3])
 
 
-@pytest.mark.parametrize("every", [2, 4], ids=["at the end", "and at the end"])
+@pytest.mark.parametrize("every", mostly_slow([2, 4], [2]))
 def test_a_healing_has_one_bar_for_its_steps_and_losses(bars, cut, tmp_path, every):
     whole, path = cut
     sh.heal(

@@ -19,7 +19,7 @@ from shallower.texts.batches import TokenBatches
 from shallower.texts.splits import three_splits
 from shallower.values.comparison import CriteriaComparison
 from shallower.values.tokens import Tokens
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import assert_same, documents, state_of
 
 TEXTS = documents(24)
@@ -181,7 +181,7 @@ def paired(first, second, counts):
     return mean, math.sqrt(squares * len(counts) / (len(counts) - 1)) / sum(counts)
 
 
-@pytest.mark.parametrize("state", ["bare", "patched"])
+@pytest.mark.parametrize("state", mostly_slow(["bare", "patched"], ["patched"]))
 def test_regret_is_paired_by_text_in_both_states(compared, model, words, state):
     """The slow twin: every cut anew, text by text, in float64."""
     fit = three_splits(TEXTS, HELD_OUT).fit

@@ -34,6 +34,7 @@ from tests.studies.test_judging import said_to
 LAST = 3
 
 EXHAUSTIVE, LAYERS = "exhaustive", "layers"
+SOME = "reap", "random", EXHAUSTIVE, LAYERS
 
 
 def sparse(planted=()):
@@ -229,9 +230,8 @@ def on_disk(folder):
 
 def study(folder, store, **options):
     """A comparison of what :func:`on_disk` has written."""
-    names = ("reap", "random", EXHAUSTIVE, LAYERS)
     settings = CompareSettings(
-        **{"n": (1, 2), "unit": "experts", "criteria": names, "num_choosing": 8, **options}
+        **{"n": (1, 2), "unit": "experts", "criteria": SOME, "num_choosing": 8, **options}
     )
     return CompareStudy(
         models=(ModelSource(folder / "model", "float32"),),
@@ -258,7 +258,7 @@ def tried(monkeypatch):
     return judged
 
 
-@pytest.mark.parametrize("criteria", [("reap", "random", EXHAUSTIVE, LAYERS), None])
+@pytest.mark.parametrize("criteria", mostly_slow([(SOME,), None], [None]))
 def test_a_comparison_finds_all_that_its_parts_sent(tmp_path, tried, monkeypatch, criteria):
     on_disk(tmp_path)
     alone = study(tmp_path, Store(tmp_path / "alone"), criteria=criteria).run()
@@ -332,8 +332,11 @@ def test_a_cut_of_experts_is_not_patched():
         PatchedTrials(None, None).scores(plan)
 
 
+BY_DIVERGENCE = "--criteria", "reap,exhaustive,layers", "--judge", "kl"
+
+
 @pytest.mark.parametrize(
-    "criteria", [(), ("--criteria", "reap,exhaustive,layers", "--judge", "kl")]
+    "criteria", [pytest.param((), marks=pytest.mark.slow), BY_DIVERGENCE], ids=["all", "some"]
 )
 def test_a_dry_run_bounds_the_passes_over_layers_on_disk(shallower, tmp_path, criteria):
     on_disk(tmp_path)
