@@ -16,12 +16,14 @@ COMMANDS = {
     "curve": sh.CurveSettings,
     "compare": sh.CompareSettings,
     "heal": sh.Recipe,
+    "scan": sh.ScanSettings,
 }
 ONLY_PYTHON = {
     "run": {"num_choosing"},
     "curve": {"num_choosing", "heal"},
     "compare": {"num_choosing"},
     "heal": set(),
+    "scan": set(),
 }
 
 
@@ -66,6 +68,8 @@ def parsed(kind, *words):
         sh.CompareSettings(judge="options", options="o.jsonl", max_texts=5, max_eval_texts=6),
         sh.CompareSettings(unit="experts", judge="speech", prompts="p.jsonl"),
         sh.CompareSettings(speech=True),
+        sh.ScanSettings(metrics=["cosine"], max_length=9, keep_samples=True, experts=True),
+        sh.ScanSettings(until=0.9, tolerance=0.1, n=[1, 2], exact=True, threads=2),
     ],
     ids=lambda settings: " ".join([type(settings).__name__, *settings.to_words()]),
 )
