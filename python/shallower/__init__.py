@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from .values.settings import CurveSettings as CurveSettings
     from .values.settings import RunSettings as RunSettings
     from .values.speech import Speech as Speech
+    from .values.stage_settings import PatchSettings as PatchSettings
     from .values.stage_settings import ScanSettings as ScanSettings
     from .values.sweep import Sweep as Sweep
     from .values.task_scores import TaskScores as TaskScores
@@ -123,6 +124,7 @@ _HOMES = {
     "OutputError": "errors",
     "Patch": "values.patch",
     "PatchError": "errors",
+    "PatchSettings": "values.stage_settings",
     "Perplexity": "values.perplexity",
     "Plan": "values.plan",
     "PlanError": "errors",

@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": sh.CompareSettings,
     "heal": sh.Recipe,
     "scan": sh.ScanSettings,
+    "patch": sh.PatchSettings,
 }
 ONLY_PYTHON = {
     "run": {"num_choosing"},
@@ -24,6 +25,7 @@ ONLY_PYTHON = {
     "compare": {"num_choosing"},
     "heal": set(),
     "scan": set(),
+    "patch": set(),
 }
 
 
@@ -69,15 +71,18 @@ def parsed(kind, *words):
         sh.CompareSettings(unit="experts", judge="speech", prompts="p.jsonl"),
         sh.CompareSettings(speech=True),
         sh.ScanSettings(metrics=["cosine"], max_length=9, keep_samples=True, experts=True),
+        sh.PatchSettings(num_tokens=9, share=0.25, batch_size=2),
         sh.ScanSettings(until=0.9, tolerance=0.1, n=[1, 2], exact=True, threads=2),
     ],
     ids=lambda settings: " ".join([type(settings).__name__, *settings.to_words()]),
 )
 def test_the_words_of_settings_make_them_again(settings):
     found = parsed(type(settings), *settings.to_words())
-    assert found.to_json() == settings.to_json()
     assert found.to_words() == settings.to_words()
-    assert found == settings or settings.device_memory == "4GB"
+    if getattr(settings, "device_memory", None) == "4GB":
+        assert found.to_json() == settings.to_json()
+    else:
+        assert found == settings
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,6 @@ TrustRemoteCode = Annotated[
 ]
 MaxLength = Annotated[int, _same(ScanSettings, "max_length")]
 BatchSize = Annotated[str, _same(ScanSettings, "batch_size")]
-PatchBatchSize = Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)]
 MaxTexts = Annotated[
     int | None, typer.Option(metavar="N", help="Read the first N texts only.", min=1)
 ]
@@ -210,7 +209,6 @@ Answers = Annotated[str | None, _same(RunSettings, "answers")]
 AnswerTokens = Annotated[
     int, typer.Option(metavar="N", help="Tokens of an answer that is written, at most.", min=1)
 ]
-Share = Annotated[float, _same(RunSettings, "share")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Drop = Annotated[

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import SettingsError
+from ..errors import PatchError, SettingsError
 from .layers import parse_sizes
 from .options import Settings, option, parse_names
 from .positions import Positions
+from .recipe import SHARE, check_share
+from .tokens import BatchSize
 from .until import DEFAULT_TOLERANCE, Until
 
 
@@ -99,3 +101,32 @@ class ScanSettings(Settings):
             "until": self.stops and asdict(self.stops),
             **({"experts": True} if self.experts else {}),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchSettings(Settings):
+    """Settings of :func:`shallower.patch`.
+
+    The states of the tokens that are fitted, with those of prompts, lie in temporary files: at most
+    three times ``num_tokens`` times D values. Of texts and answers, where either are at their end,
+    the others go on. Answers that ``max_length`` leaves no token of are left out, with a warning.
+
+    Raises:
+        TextsError, PatchError, RecipeError: a number that is out of range.
+    """
+
+    batch_size: BatchSize = option(16, "Texts in one forward.", "N", least=1)
+    num_tokens: int | None = option(
+        None,
+        "Tokens to fit at most. By default 131,072; on a CPU 32,768.",
+        "N",
+        least=1,
+        before="max_length",
+    )
+    share: float = option(0.5, SHARE, "X", before="answer_tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self.share)
+        if self.num_tokens is not None:
+            self._check_least("num_tokens", 1, PatchError)
