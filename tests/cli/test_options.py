@@ -10,6 +10,7 @@ import shallower as sh
 from shallower import cli
 from shallower.cli.options import takes
 from shallower.values.options import options_of
+from shallower.values.stage_settings import EvalSettings
 
 COMMANDS = {
     "run": sh.RunSettings,
@@ -18,6 +19,7 @@ COMMANDS = {
     "heal": sh.Recipe,
     "scan": sh.ScanSettings,
     "patch": sh.PatchSettings,
+    "eval": EvalSettings,
 }
 ONLY_PYTHON = {
     "run": {"num_choosing"},
@@ -26,6 +28,7 @@ ONLY_PYTHON = {
     "heal": set(),
     "scan": set(),
     "patch": set(),
+    "eval": set(),
 }
 
 
@@ -71,6 +74,7 @@ def parsed(kind, *words):
         sh.CompareSettings(unit="experts", judge="speech", prompts="p.jsonl"),
         sh.CompareSettings(speech=True),
         sh.ScanSettings(metrics=["cosine"], max_length=9, keep_samples=True, experts=True),
+        EvalSettings(texts="t", speech="", context=2, bos=True, tasks_dir=Path("d"), num_shots=0),
         sh.PatchSettings(num_tokens=9, share=0.25, batch_size=2),
         sh.ScanSettings(until=0.9, tolerance=0.1, n=[1, 2], exact=True, threads=2),
     ],

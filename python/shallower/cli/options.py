@@ -12,7 +12,6 @@ import typer
 from ..models.dtypes import Dtype as DtypeName
 from ..values.options import Option, options_of
 from ..values.settings import CompareSettings, RunSettings
-from ..values.stage_settings import ScanSettings
 
 if TYPE_CHECKING:
     from ..studies.answers import WantedAnswers
@@ -162,8 +161,6 @@ GgufFile = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")
 ]
-MaxLength = Annotated[int, _same(ScanSettings, "max_length")]
-BatchSize = Annotated[str, _same(ScanSettings, "batch_size")]
 MaxTexts = Annotated[
     int | None, typer.Option(metavar="N", help="Read the first N texts only.", min=1)
 ]

@@ -1,7 +1,8 @@
-"""Settings of ``scan`` and ``patch``: their options and defaults, checked when made."""
+"""Settings of ``scan``, ``patch`` and ``eval``: their options and defaults, checked when made."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import PatchError, SettingsError
@@ -130,3 +131,46 @@ class PatchSettings(Settings):
         check_share(self.share)
         if self.num_tokens is not None:
             self._check_least("num_tokens", 1, PatchError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(Settings):
+    """Settings of ``shallower eval``: by the option of each measure what it is of, and how."""
+
+    texts: str | None = option(
+        None,
+        "Held-out texts for the loss: a .jsonl, .txt or .parquet file, or a hub dataset.",
+        "TEXTS",
+        before="drop",
+    )
+    perplexity: str | None = option(
+        None,
+        "A text file for the perplexity in windows; of .jsonl and .parquet the documents, parted "
+        "by a blank line.",
+        "FILE",
+    )
+    tasks: str | None = option(
+        None,
+        "Tasks of lm-eval, comma-separated: boolq, gsm8k, hellaswag, lambada, mmlu, any other.",
+        "NAMES",
+    )
+    speech: str | None = option(
+        None,
+        "How it speaks beside the whole model, on prompts: a .jsonl file with prompt or messages; "
+        "without one prompts of our own.",
+        "[PROMPTS]",
+    )
+    speech_tokens: int = option(64, "Tokens of an answer of --speech at most.", "N", least=1)
+    context: int = option(2048, "Tokens of a window of --perplexity.", "N", least=2, before="dtype")
+    bos: bool = option(False, "Begin each window with the beginning-of-text token.")
+    tasks_dir: Path | None = option(None, "A folder of task files of lm-eval.", "DIR")
+    data: Path | None = option(None, "Data of task files; $SHALLOWER_DATA by default.", "DIR")
+    max_items: int | None = option(None, "Items of a task at most, drawn by --seed.", "N", least=1)
+    num_shots: int | None = option(None, "Solved examples before each item.", "K", least=0)
+    pass_at: int | None = option(
+        None, "Also sample K answers where the answer is text: pass@K.", "K", least=1
+    )
+    seed: int = option(0, "Seed of items, examples and samples.", "S", least=0)
+    max_texts: int | None = option(
+        None, "Read the first N texts only.", "N", least=1, before="device_map"
+    )

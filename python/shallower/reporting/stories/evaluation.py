@@ -52,17 +52,16 @@ def evaluation_record(values: Values, dtype: str, plan: Plan | None) -> dict[str
 def evaluation_parts(values: Values, names: Mapping[str, str]) -> list[str | Table]:
     """Give lines, and the tables of tasks and of speech; ``names`` are of the sides, in words."""
     parts: list[str | Table] = []
-    words: dict[str, Callable[[Any], str]] = {"loss": loss_words, "perplexity": _perplexity_words}
     for kind, sides in values.items():
         if kind in ("tasks", "speech"):
             table = tasks_table if kind == "tasks" else speech_table
             parts.append(table({names[side]: one for side, one in sides.items()}))
             continue
-        parts += [f"{names[side]}: {words[kind](one)}" for side, one in sides.items()]
+        words, unit = _LINES.get(kind, (f"{kind} {{}}".format, ""))
+        parts += [f"{names[side]}: {words(one)}" for side, one in sides.items()]
         if len(sides) > 1:
             first, second = sides.values()
-            by = "text" if kind == "loss" else "window"
-            parts.append(_difference(second.minus(first), by))
+            parts.append(_difference(second.minus(first), unit))
     return parts
 
 
@@ -73,6 +72,13 @@ def _perplexity_words(found: Perplexity) -> str:
         f"tokens, stride {found.stride}\n  {bos} a beginning-of-text token; "
         f"{counted(found.num_tokens, 'token')} predicted, {found.num_rest} left over"
     )
+
+
+_LINES: dict[str, tuple[Callable[[Any], str], str]] = {
+    "loss": (loss_words, " nats a token, paired by text"),
+    "perplexity": (_perplexity_words, " nats a token, paired by window"),
+}
+"""The words and the unit of what has no table, by its kind."""
 
 
 def tasks_table(found: Mapping[str, Sequence[TaskScores]]) -> Table:
@@ -110,9 +116,9 @@ def _compared(sides: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _difference(lost: Difference, by: str) -> str:
+def _difference(lost: Difference, unit: str) -> str:
     tie = "; a tie, within two standard errors" if lost.tied else ""
-    return f"difference: {lost} nats a token, paired by {by}{tie}"
+    return f"difference: {lost}{unit}{tie}"
 
 
 def _score(scores: TaskScores) -> Number:
