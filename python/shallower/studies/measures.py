@@ -19,6 +19,7 @@ from ..values.loss import Loss
 from ..values.options import parse_names
 from ..values.perplexity import Perplexity
 from ..values.plan import Plan
+from ..values.schema import plain
 from ..values.speech import Speech
 from ..values.stage_settings import EvalSettings
 from ..values.task_scores import TaskScores
@@ -124,8 +125,7 @@ class Measure(ABC, Generic[T]):
 
     def record(self, value: T) -> dict[str, Any]:
         """Give a result as plain JSON values."""
-        result: Any = value
-        return {self.kind: result.to_record()}
+        return {self.kind: plain(value, "to_record")}
 
     def read(self, record: Mapping[str, Any]) -> T:
         """Read a result; raises KeyError, TypeError, ValueError."""
@@ -311,10 +311,6 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         return self.chosen.evaluate(
             *loaded, batch_size=tokens.batch_size, description=_bar("tasks", plan)
         )
-
-    def record(self, value: tuple[TaskScores, ...]) -> dict[str, Any]:
-        """Give scores."""
-        return {"tasks": [one.to_record() for one in value]}
 
     def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
         """Read scores."""

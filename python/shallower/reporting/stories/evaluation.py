@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ...values.counts import counted
 from ...values.perplexity import Perplexity
 from ...values.plan import Plan
+from ...values.schema import plain_fields
 from ...values.scores import Difference, Estimate, Scores
 from ...values.speech import WAYS, Speech
 from ...values.task_scores import TaskScores
@@ -57,12 +59,16 @@ def evaluation_parts(values: Values, names: Mapping[str, str]) -> list[str | Tab
             table = tasks_table if kind == "tasks" else speech_table
             parts.append(table({names[side]: one for side, one in sides.items()}))
             continue
-        words, unit = _LINES.get(kind, (f"{kind} {{}}".format, ""))
+        words, unit = _LINES.get(kind, (partial(_figure, kind), ""))
         parts += [f"{names[side]}: {words(one)}" for side, one in sides.items()]
         if len(sides) > 1:
             first, second = sides.values()
             parts.append(_difference(second.minus(first), unit))
     return parts
+
+
+def _figure(kind: str, found: Scores) -> str:
+    return f"{kind} {Number.estimate(found).text}"
 
 
 def _perplexity_words(found: Perplexity) -> str:
@@ -109,7 +115,10 @@ def _by_measure(sides: Mapping[str, Sequence[TaskScores]]) -> Iterator[dict[str,
 
 
 def _compared(sides: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {side: one.to_json() for side, one in sides.items()}
+    plain = {
+        side: plain_fields(Estimate.of(one)) if isinstance(one, Scores) else one.to_json()
+        for side, one in sides.items()
+    }
     if len(sides) > 1:
         first, second = sides.values()
         plain["difference"] = second.minus(first).to_json()
