@@ -62,7 +62,7 @@ def analyse_command(
     check_apart(path, [states])
     names, keep_samples = check_metrics(settings.metrics), settings.keep_samples
     output = _output(
-        open_store(no_cache or dry_run),
+        open_store(no_cache, dry_run=dry_run),
         states,
         out,
         tensor=tensor,

@@ -93,7 +93,7 @@ def eval_command(
         layers=layers,
         experts=experts,
         device_memory=device_memory,
-        store=open_store(no_cache or dry_run),
+        store=open_store(no_cache, dry_run=dry_run),
         out=out,
         overwrite=overwrite,
         **part,
@@ -103,7 +103,7 @@ def eval_command(
         from ..studies.evaluate import EvalPair
 
         pair = EvalPair.of(job, against)
-    if dry_run:
+    if dry_run and (shard is not None or not _is_made(job, pair)):
         job.check_place()
         job.prepare()
         named = {"against": against, **asked_of(settings)}
@@ -117,6 +117,14 @@ def eval_command(
             _say(job, results, eval_names(model, job.plan), read=job.readings, as_json=as_json)
     else:
         _compare(pair, job, as_json)
+
+
+def _is_made(job: "EvalJob", pair: "EvalPair | None") -> bool:
+    """Whether there is a file that is not to be replaced, and nothing is left to measure."""
+    if job.file is None or job.overwrite or not job.file.exists():
+        return False
+    jobs = [job] if pair is None else [pair.against, pair.model]
+    return all(one.known() is not None for one in jobs)
 
 
 def _compare(pair: "EvalPair", job: "EvalJob", as_json: bool) -> None:

@@ -99,7 +99,7 @@ def patch_command(
     asked, share = _asked(answers, answer_tokens, place), settings.share
     check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts, answers or None])
     output = output_of(
-        open_store(no_cache or dry_run),
+        open_store(no_cache, dry_run=dry_run),
         "patch",
         out,
         models={"model": place},

@@ -72,7 +72,7 @@ def scan_command(
         out=out,
         overwrite=overwrite,
         device_memory=device_memory,
-        store=open_store(no_cache or dry_run),
+        store=open_store(no_cache, dry_run=dry_run),
         **vars(settings),
         **part,
     )
@@ -80,6 +80,8 @@ def scan_command(
         say_dry_run(job.describe(), as_json)
     else:
         _carry_out(job, as_json)
+    if job.known is not None:
+        say_known(job.known.made, job.file if "shard" in part else job.out)
 
 
 def _kind(part: dict[str, Any]) -> "type[ScanJob]":
@@ -107,5 +109,3 @@ def _carry_out(job: "ScanJob", as_json: bool) -> None:
     else:
         loaded = job.load()
         say_scan(*job.run(*loaded), as_json, reading=job.reading(loaded[0]))
-    if job.known is not None:
-        say_known(job.known.made, job.file if isinstance(job, ShardJob) else job.out)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..evaluation.task_files import files_of
@@ -246,47 +245,35 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
 
     Attributes:
         names: of the tasks.
-        tasks_dir: a folder of task files.
-        data: the folder of their data.
-        settings: ``max_items``, ``num_shots``, ``pass_at`` and ``seed``.
-        batch_size: texts in one forward.
+        settings: where they lie, and what is drawn of them.
     """
 
     names: Sequence[str]
-    tasks_dir: Path | None = None
-    data: Path | None = None
-    settings: Mapping[str, int | None] = field(default_factory=dict)
-    batch_size: BatchSize = "auto"
+    settings: EvalSettings
     kind = option = "tasks"
 
     @classmethod
     def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
         """Name the tasks."""
-        drawn = ("max_items", "num_shots", "pass_at", "seed")
-        return cls(
-            parse_names(what),
-            settings.tasks_dir,
-            settings.data,
-            {name: getattr(settings, name) for name in drawn},
-            settings.batch_size,
-        )
+        return cls(parse_names(what), settings)
 
     @property
     def tokens(self) -> Tokens:  # type: ignore[override]
         """The length of a prompt that memory is planned for."""
-        return Tokens(PROMPT_TOKENS, self.batch_size)
+        return Tokens(PROMPT_TOKENS, self.settings.batch_size)
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Identify task files and their data by content; None for tasks from elsewhere."""
-        files = files_of(self.names, tasks_dir=self.tasks_dir, data=self.data)
+        given, drawn = self.settings, ("max_items", "num_shots", "pass_at", "seed")
+        files = files_of(self.names, tasks_dir=given.tasks_dir, data=given.data)
         try:
             if store.folder is None or files is None:
                 return None
             return {
                 "tasks": list(self.names),
                 "files": hash_of_files(files, store),
-                "settings": dict(self.settings),
-                "batch_size": self.batch_size,
+                "settings": {name: getattr(given, name) for name in drawn},
+                "batch_size": given.batch_size,
                 "lm_eval": version("lm_eval"),
             }
         except (OSError, PackageNotFoundError):  # loading them says what is wrong
@@ -297,8 +284,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         """The tasks, loaded, with their items."""
         from ..evaluation.tasks import ChosenTasks
 
-        settings: dict[str, Any] = dict(self.settings)
-        return ChosenTasks.of(self.names, tasks_dir=self.tasks_dir, data=self.data, **settings)
+        return ChosenTasks.of(self.names, self.settings)
 
     def prepare(self) -> None:
         """Load the tasks and draw their items."""

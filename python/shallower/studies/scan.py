@@ -196,7 +196,7 @@ class ScanJob(ScanSettings):
     @cached_property
     def _inputs(self) -> dict[str, Any] | None:
         """All that the scan depends on, without the threads; None for texts that are read once."""
-        if not self._are_read_again:
+        if not self._are_read_again or self.content is None:
             return None
         models, texts = {"model": self.source}, {"texts": self.texts}
         return inputs_of(self.store, models, texts, **self._of)

@@ -163,8 +163,8 @@ class EvalSettings(Settings):
     speech_tokens: int = option(64, "Tokens of an answer of --speech at most.", "N", least=1)
     context: int = option(2048, "Tokens of a window of --perplexity.", "N", least=2, before="dtype")
     bos: bool = option(False, "Begin each window with the beginning-of-text token.")
-    tasks_dir: Path | None = option(None, "A folder of task files of lm-eval.", "DIR")
-    data: Path | None = option(None, "Data of task files; $SHALLOWER_DATA by default.", "DIR")
+    tasks_dir: str | Path | None = option(None, "A folder of task files of lm-eval.", "DIR")
+    data: str | Path | None = option(None, "Data of task files; $SHALLOWER_DATA by default.", "DIR")
     max_items: int | None = option(None, "Items of a task at most, drawn by --seed.", "N", least=1)
     num_shots: int | None = option(None, "Solved examples before each item.", "K", least=0)
     pass_at: int | None = option(
