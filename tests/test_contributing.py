@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
+import shallower
 from tests.cli.documents import documents
 from tests.conftest import ROOT, tiny_llama, write_jsonl
 
@@ -62,7 +64,7 @@ def copied(tmp_path_factory, words):
     """A function that runs Python with a copy of the package in which all diffs are applied."""
     folder = tmp_path_factory.mktemp("copied")
     shutil.copytree(
-        ROOT / "python" / "shallower",
+        Path(shallower.__file__).parent,
         folder / "shallower",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
