@@ -25,7 +25,6 @@ from shallower.scanning.shards import gather
 from shallower.sharing.scan_shards import SharedScanJob
 from shallower.texts.sources import Texts
 from shallower.values.shard import Shard
-from shallower.values.tokens import Tokens
 from shallower.workers.units import Ledger, drive
 
 WAYS = {"one process": ("local", 1), "two processes": ("local", 2), "ray": ("ray", 2)}
@@ -37,7 +36,8 @@ def job_of(folder, texts, length, way):
         source=sh.ModelSource(demo.model_path()),
         texts=Texts(str(texts)),
         out=folder,
-        tokens=Tokens(length, 8),
+        max_length=length,
+        batch_size=8,
         on=on,
         workers=workers,
     )

@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
     from .scanning.shards import gather as gather
-    from .scanning.until import Until as Until
     from .studies.compare import compare as compare
     from .studies.curve import curve as curve
     from .studies.run import run as run
@@ -89,8 +88,11 @@ if TYPE_CHECKING:
     from .values.settings import CurveSettings as CurveSettings
     from .values.settings import RunSettings as RunSettings
     from .values.speech import Speech as Speech
+    from .values.stage_settings import PatchSettings as PatchSettings
+    from .values.stage_settings import ScanSettings as ScanSettings
     from .values.sweep import Sweep as Sweep
     from .values.task_scores import TaskScores as TaskScores
+    from .values.until import Until as Until
     from .values.verification import Verified as Verified
 
 _HOMES = {
@@ -122,6 +124,7 @@ _HOMES = {
     "OutputError": "errors",
     "Patch": "values.patch",
     "PatchError": "errors",
+    "PatchSettings": "values.stage_settings",
     "Perplexity": "values.perplexity",
     "Plan": "values.plan",
     "PlanError": "errors",
@@ -135,6 +138,7 @@ _HOMES = {
     "RunSettings": "values.settings",
     "Scan": "scanning.scan",
     "ScanError": "errors",
+    "ScanSettings": "values.stage_settings",
     "SettingsError": "errors",
     "ShallowerError": "errors",
     "Speech": "values.speech",
@@ -145,7 +149,7 @@ _HOMES = {
     "TextsIdentity": "values.identity",
     "ThreadsError": "errors",
     "TierError": "errors",
-    "Until": "scanning.until",
+    "Until": "values.until",
     "Verified": "values.verification",
     "__version__": "_core",
     "analyse_states": "scanning.analyse",

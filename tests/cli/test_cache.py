@@ -113,10 +113,14 @@ def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, 
     assert first.status == 0, first.err
     assert "shallower cache" not in first.err
     before = tree(folder)
+    dry = shallower(*words(COMMANDS[name], place), "--dry-run")
     no_model()
     again = shallower(*words(COMMANDS[name], place))
     assert (again.status, again.out) == (0, first.out), again.err
     assert "already there, made from the same inputs on" in said_once(again.err)
+    assert dry.status == 0, dry.err
+    if name != "run":
+        assert said_once(dry.err) == said_once(again.err)
     assert tree(folder) == before
 
 
@@ -124,7 +128,23 @@ def test_a_second_cut_of_a_gguf_file_is_told_by_its_name(shallower, folder):
     write_gguf(folder / "tiny.gguf")
     command = ["prune", "tiny.gguf", "--drop", "1", "--out", "cut.gguf"]
     assert shallower(*command).status == 0
-    assert said_once(shallower(*command).err).startswith("cut.gguf is already there, made from")
+    for option in ((), ("--dry-run",)):
+        said = said_once(shallower(*command, *option).err)
+        assert said.startswith("cut.gguf is already there, made from")
+
+
+def test_a_dry_run_of_an_evaluation_finds_its_file(shallower, folder, place):
+    command = words("eval {tiny} --texts {held_out} --drop 2 --out made", place)
+    done = shallower(*command)
+    before = tree(folder)
+    dry = shallower(*command, "--dry-run")
+    assert (dry.status, dry.out) == (0, done.out)
+    assert "cached, measured on" in said_once(dry.err)
+    other = [one.replace("2", "3") if one == "2" else one for one in command]
+    assert "exists already" in shallower(*other, "--dry-run").error
+    assert shallower(*other[:-1], "elsewhere").status == 0
+    assert "exists already" in shallower(*other, "--dry-run").error
+    assert {name: one for name, one in tree(folder).items() if name in before} == before
 
 
 @pytest.mark.usefixtures("undrawn")

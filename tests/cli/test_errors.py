@@ -118,7 +118,11 @@ ERRORS = [
     ("prune {tiny} --drop 1 --out {bad}/file/below", "bad/file is not a folder"),
     ("prune {tiny} --drop 1 --out /proc/none/below", "/proc/none"),
     ("prune {tiny} --drop 1 --out . --overwrite", "cannot write"),
-    ("prune {tiny} --plan none.json --out out", r"cannot read the plan none\.json: no such file"),
+    (
+        "prune {tiny} --plan none.json --out out",
+        r"cannot read the plan none\.json: no such file or directory; name the file that "
+        r"shallower plan wrote, or its folder",
+    ),
     ("eval {tiny} --perplexity {bad}/blank.txt", r"there is no text in bad/blank\.txt"),
     ("scan {bad}/tiny --texts {texts} --out out", "cannot load bad/tiny, which is no folder here"),
     (SCAN + "{bad}/folder.txt", r"bad/folder\.txt is a folder: expected a text file"),

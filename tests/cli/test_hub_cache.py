@@ -54,3 +54,9 @@ def test_a_cut_of_the_hub_is_healed_without_a_net(cached, shallower, monkeypatch
         "heal, layers run done" in shallower(*command).err
     )  # whether it helps such a model or not
     assert cached.requests == []
+
+
+def test_the_hub_is_asked_once_for_what_it_has_not(cached, shallower, jsonl):
+    done = shallower("scan", "me/other", "--texts", jsonl, "--out", "scanned")
+    assert done.status == 2
+    assert done.err.count("ask the hub for me/other") == 1

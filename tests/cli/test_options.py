@@ -10,18 +10,25 @@ import shallower as sh
 from shallower import cli
 from shallower.cli.options import takes
 from shallower.values.options import options_of
+from shallower.values.stage_settings import EvalSettings
 
 COMMANDS = {
     "run": sh.RunSettings,
     "curve": sh.CurveSettings,
     "compare": sh.CompareSettings,
     "heal": sh.Recipe,
+    "scan": sh.ScanSettings,
+    "patch": sh.PatchSettings,
+    "eval": EvalSettings,
 }
 ONLY_PYTHON = {
     "run": {"num_choosing"},
     "curve": {"num_choosing", "heal"},
     "compare": {"num_choosing"},
     "heal": set(),
+    "scan": set(),
+    "patch": set(),
+    "eval": set(),
 }
 
 
@@ -66,14 +73,20 @@ def parsed(kind, *words):
         sh.CompareSettings(judge="options", options="o.jsonl", max_texts=5, max_eval_texts=6),
         sh.CompareSettings(unit="experts", judge="speech", prompts="p.jsonl"),
         sh.CompareSettings(speech=True),
+        sh.ScanSettings(metrics=["cosine"], max_length=9, keep_samples=True, experts=True),
+        EvalSettings(texts="t", speech="", context=2, bos=True, tasks_dir=Path("d"), num_shots=0),
+        sh.PatchSettings(num_tokens=9, share=0.25, batch_size=2),
+        sh.ScanSettings(until=0.9, tolerance=0.1, n=[1, 2], exact=True, threads=2),
     ],
     ids=lambda settings: " ".join([type(settings).__name__, *settings.to_words()]),
 )
 def test_the_words_of_settings_make_them_again(settings):
     found = parsed(type(settings), *settings.to_words())
-    assert found.to_json() == settings.to_json()
     assert found.to_words() == settings.to_words()
-    assert found == settings or settings.device_memory == "4GB"
+    if getattr(settings, "device_memory", None) == "4GB":
+        assert found.to_json() == settings.to_json()
+    else:
+        assert found == settings
 
 
 @pytest.mark.parametrize(

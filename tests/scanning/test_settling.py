@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shallower import Until, _reference
 from shallower.scanning.settling import Asymptotic, Betting, Settling
-from shallower.scanning.until import Settled
+from shallower.values.until import Settled
 
 NUM_LAYERS = 5
 SIZES = 1, 2, 4

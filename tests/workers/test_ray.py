@@ -192,8 +192,14 @@ def test_a_cluster_scans_to_the_bytes_of_one_process(
     words.save_pretrained(tmp_path / "tiny")
     texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(80))))
     source = shallower.ModelSource(tmp_path / "tiny")
-    tokens = Tokens(16, 1)
-    job = SharedScanJob(source=source, texts=texts, out=tmp_path / "out", tokens=tokens, on="ray")
+    job = SharedScanJob(
+        source=source,
+        texts=texts,
+        out=tmp_path / "out",
+        max_length=16,
+        batch_size=1,
+        on="ray",
+    )
     job.run_shared()
     cluster.remove_node(node)
     shallower.scan(*source.load(), texts, max_length=16, batch_size=1).save(tmp_path / "whole")

@@ -5,17 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import (
-    DryRun,
-    Json,
-    KeepSamples,
-    Metrics,
-    NoCache,
-    Out,
-    Overwrite,
-    Threads,
-    metric_names,
-)
+from ..values.stage_settings import ScanSettings
+from .options import DryRun, Json, NoCache, Out, Overwrite, takes
 from .output import reuse, say_dry_run, say_scan
 
 if TYPE_CHECKING:
@@ -23,6 +14,7 @@ if TYPE_CHECKING:
     from ..store.store import Store
 
 
+@takes(ScanSettings, "metrics", "threads", "keep_samples")
 def analyse_command(
     states: Annotated[
         Path,
@@ -41,9 +33,7 @@ def analyse_command(
             "of three axes.",
         ),
     ] = None,
-    metrics: Metrics = "angular,cosine",
-    threads: Threads = None,
-    keep_samples: KeepSamples = False,
+    settings: ScanSettings,
     cka_batch: Annotated[
         int | None,
         typer.Option(
@@ -62,6 +52,7 @@ def analyse_command(
     """
     from ..reporting.charts.heat_map import draw_heat_map
     from ..scanning.analyse import analyse_states
+    from ..scanning.builder import check_metrics
     from ..scanning.states_file import StatesFile
     from ..storage import check_apart, check_free, claimed
     from ..store.store import open_store
@@ -69,9 +60,9 @@ def analyse_command(
 
     path = out / SCAN_FILE
     check_apart(path, [states])
-    names = metric_names(metrics)
+    names, keep_samples = check_metrics(settings.metrics), settings.keep_samples
     output = _output(
-        open_store(no_cache or dry_run),
+        open_store(no_cache, dry_run=dry_run),
         states,
         out,
         tensor=tensor,
@@ -99,7 +90,7 @@ def analyse_command(
         scanned = analyse_states(
             states,
             names,
-            threads=threads,
+            threads=settings.threads,
             keep_samples=keep_samples,
             cka_batch=cka_batch,
             tensor=tensor,

@@ -1,4 +1,4 @@
-"""``shallower eval``; :func:`_measures` makes those of ``studies/measures.py`` from its options."""
+"""``shallower eval``, whose options are the fields of ``EvalSettings``."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..models.source import ModelSource
+from ..values.stage_settings import EvalSettings
 from .options import (
-    BatchSize,
     DeviceMap,
     DeviceMemory,
     Drop,
@@ -18,8 +18,6 @@ from .options import (
     ExpertsPlan,
     GgufFile,
     Json,
-    MaxLength,
-    MaxTexts,
     Model,
     NoCache,
     On,
@@ -32,53 +30,19 @@ from .options import (
     named_cut,
     part_of,
     places,
-    read_texts,
+    takes,
 )
 from .output import eval_names, say_dry_run, say_eval, say_eval_shard, say_known
 
 if TYPE_CHECKING:
     from ..studies.evaluate import EvalJob, EvalPair, Results
-    from ..studies.measures import Measure
-    from ..texts.sources import Texts
 
 
+@takes(EvalSettings)
 def eval_command(
     model: Model,
     *,
-    texts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXTS",
-            help="Held-out texts for the loss: a .jsonl, .txt or .parquet file, or a hub dataset.",
-        ),
-    ] = None,
-    perplexity: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="A text file for the perplexity in windows; of .jsonl and .parquet the "
-            "documents, parted by a blank line.",
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Tasks of lm-eval, comma-separated: boolq, gsm8k, hellaswag, lambada, mmlu, any "
-            "other.",
-        ),
-    ] = None,
-    speech: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[PROMPTS]",
-            help="How it speaks beside the whole model, on prompts: a .jsonl file with prompt or "
-            "messages; without one prompts of our own.",
-        ),
-    ] = None,
-    speech_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of an answer of --speech at most.", min=1)
-    ] = 64,
+    settings: EvalSettings,
     drop: Drop = None,
     plan: PlanPath = None,
     drop_experts: DropExperts = None,
@@ -90,40 +54,7 @@ def eval_command(
             help="Another checkpoint with the same tokenizer: what MODEL loses more, paired.",
         ),
     ] = None,
-    context: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of a window of --perplexity.", min=2)
-    ] = 2048,
-    bos: Annotated[
-        bool, typer.Option("--bos", help="Begin each window with the beginning-of-text token.")
-    ] = False,
-    tasks_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder of task files of lm-eval.")
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Data of task files; $SHALLOWER_DATA by default."),
-    ] = None,
-    max_items: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Items of a task at most, drawn by --seed.", min=1),
-    ] = None,
-    num_shots: Annotated[
-        int | None,
-        typer.Option(metavar="K", help="Solved examples before each item.", min=0),
-    ] = None,
-    pass_at: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K", help="Also sample K answers where the answer is text: pass@K.", min=1
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(metavar="S", help="Seed of items, examples and samples.", min=0)
-    ] = 0,
     dtype: Dtype = "auto",
-    max_length: MaxLength = 256,
-    batch_size: BatchSize = "auto",
-    max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
     stream: Stream = False,
     gguf_file: GgufFile = None,
@@ -146,7 +77,7 @@ def eval_command(
     Or of one checkpoint --against another, as a patched cut and its source.
     """
     from ..store.store import open_store
-    from ..values.tokens import Tokens, parse_batch_size
+    from ..studies.evaluate import asked_of, measures_of
 
     part = part_of(shard, on, workers)
     layers, experts = None, None
@@ -158,21 +89,11 @@ def eval_command(
         source=ModelSource(
             model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
         ),
-        measures=_measures(
-            Tokens(max_length, parse_batch_size(batch_size)),
-            texts=None if texts is None else _read(texts, max_texts, part),
-            perplexity=None if perplexity is None else (perplexity, context, bos),
-            tasks=None if tasks is None else (tasks, tasks_dir, data),
-            speech=None if speech is None else (speech, speech_tokens),
-            max_items=max_items,
-            num_shots=num_shots,
-            pass_at=pass_at,
-            seed=seed,
-        ),
+        measures=measures_of(settings, is_shared=bool(part)),
         layers=layers,
         experts=experts,
         device_memory=device_memory,
-        store=open_store(no_cache or dry_run),
+        store=open_store(no_cache, dry_run=dry_run),
         out=out,
         overwrite=overwrite,
         **part,
@@ -182,11 +103,10 @@ def eval_command(
         from ..studies.evaluate import EvalPair
 
         pair = EvalPair.of(job, against)
-    if dry_run:
+    if dry_run and (shard is not None or not _is_made(job, pair)):
         job.check_place()
         job.prepare()
-        named = {"against": against, "texts": texts, "perplexity": perplexity, "tasks": tasks}
-        named |= {"speech": speech if speech != "" else "prompts of our own"}
+        named = {"against": against, **asked_of(settings)}
         shared = part if shard is None else {"shard": str(part["shard"])}
         say_dry_run({**shared, **_described(job, pair, named)}, as_json)
     elif shard is not None:
@@ -197,6 +117,14 @@ def eval_command(
             _say(job, results, eval_names(model, job.plan), read=job.readings, as_json=as_json)
     else:
         _compare(pair, job, as_json)
+
+
+def _is_made(job: "EvalJob", pair: "EvalPair | None") -> bool:
+    """Whether there is a file that is not to be replaced, and nothing is left to measure."""
+    if job.file is None or job.overwrite or not job.file.exists():
+        return False
+    jobs = [job] if pair is None else [pair.against, pair.model]
+    return all(one.known() is not None for one in jobs)
 
 
 def _compare(pair: "EvalPair", job: "EvalJob", as_json: bool) -> None:
@@ -240,12 +168,6 @@ def _check_against(*, is_cut: bool, is_shared: bool) -> None:
         )
 
 
-def _read(texts: str, max_texts: int | None, part: dict[str, Any]) -> "Texts | list[str]":
-    """The texts, read once; of a work that is shared they are named, for other processes."""
-    found = read_texts(texts, max_texts)
-    return found if part else list(found)
-
-
 def _carry_out_shard(job: "EvalJob", as_json: bool) -> None:
     from ..sharing.eval_shards import EvalShardJob
 
@@ -274,41 +196,6 @@ def _results(job: "EvalJob", held: ExitStack) -> "Results":
     return job.measure()
 
 
-def _measures(
-    tokens: Any, *, texts: Any, perplexity: Any, tasks: Any, speech: Any, **settings: Any
-) -> "list[Measure[Any]]":
-    """What is measured, in the order in which it is printed."""
-    from ..errors import TextsError
-    from ..studies.measures import LossOfTexts, PerplexityOfText, ScoresOnTasks, SpeechOnPrompts
-    from ..texts.prompts import read_prompts
-    from ..texts.sources import read_whole
-
-    found: list[Measure[Any]] = []
-    if texts is not None:
-        found.append(LossOfTexts(texts, tokens))
-    if perplexity is not None:
-        path, context, bos = perplexity
-        found.append(PerplexityOfText(read_whole(path), context, bos, tokens.batch_size, path))
-    if tasks is not None:
-        names, tasks_dir, data = tasks
-        found.append(
-            ScoresOnTasks(
-                [name.strip() for name in names.split(",")],
-                tasks_dir,
-                data,
-                settings,
-                tokens.batch_size,
-            )
-        )
-    if speech is not None:
-        (place, num_tokens), size = speech, tokens.batch_size
-        prompts, source = read_prompts(place or None), place or None
-        found.append(SpeechOnPrompts(prompts, num_tokens, settings["seed"], size, source=source))
-    if not found:
-        raise TextsError("name what to measure: --texts, --perplexity, --tasks or --speech")
-    return found
-
-
 def _say(
     job: "EvalJob", results: "Results", names: dict[str, str], *, read: list[Any], as_json: bool
 ) -> None:
@@ -330,12 +217,11 @@ def _say(
         say_known(min(made), what="" if len(made) == len(every) else what)
 
 
-def _described(
-    job: "EvalJob", pair: "EvalPair | None", named: dict[str, str | None]
-) -> dict[str, Any]:
+def _described(job: "EvalJob", pair: "EvalPair | None", named: dict[str, Any]) -> dict[str, Any]:
     described: dict[str, Any] = {"eval": str(job.source)}
     if job.plan:
         described["drop"] = job.plan.words
-    described |= {name: value for name, value in named.items() if value is not None}
+    named = {name: what for name, what in named.items() if what is not None}
+    described |= {name: what or "prompts of our own" for name, what in named.items()}
     write = {} if job.file is None else {"write": [str(job.file)]}
     return {**described, **(pair or job).describe(), **write}

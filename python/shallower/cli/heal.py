@@ -98,7 +98,7 @@ def heal_command(
     whole = None if original is None else replace(cut, path=original)
     models, saved = {"cut": cut, "original": whole}, {"merge": merge, "from_patch": from_patch}
     output = output_of(
-        open_store(no_cache or dry_run) if num_processes() == 1 else Store(None),
+        open_store(no_cache, dry_run=dry_run) if num_processes() == 1 else Store(None),
         "heal",
         out,
         models=models,
@@ -331,7 +331,7 @@ def merge_command(
     from ..values.healing import Healing
 
     check_apart(out, [adapters, model])
-    store = open_store(no_cache or dry_run)
+    store = open_store(no_cache, dry_run=dry_run)
     output = Output(store, "merge", out, lambda: adapters_inputs(adapters, model, store))
     if reuse(output, lambda _: say_healing(Healing.load(out), out, as_json)):
         return

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 
 from ..models.dtypes import Dtype as DtypeName
-from ..values.options import Option, options_of, parse_names
-from ..values.settings import CompareSettings, RunSettings, StudySettings
+from ..values.options import Option, options_of
+from ..values.settings import CompareSettings, RunSettings
 
 if TYPE_CHECKING:
     from ..studies.answers import WantedAnswers
@@ -37,7 +37,8 @@ def takes(kind: type, *names: str) -> Callable[[Callable[..., T]], Callable[...,
         at = order.index(place)
         for name, one in options.items():
             made = _parameters(kind, name, one)
-            at = order.index(one.before) if one.before else at
+            before = [order.index(each) for each in (one.before or "").split() if each in order]
+            at = min(before, default=at)
             order[at:at] = made
             at += len(made)
             shown |= made
@@ -65,6 +66,8 @@ def _parameters(kind: type, name: str, one: Option) -> dict[str, Parameter]:
         default = None
     elif isinstance(default, tuple):
         default = ",".join(map(str, default)) or None
+    elif one.read is not None and default is not None:
+        default = str(default)
     both = of is bool and default is None
     made = [(name, of if default is not None else of | None, _option(one, default, both=both))]
     if one.off is not None:
@@ -158,28 +161,9 @@ GgufFile = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")
 ]
-MaxLength = Annotated[int, _same(StudySettings, "max_length")]
-BatchSize = Annotated[str, _same(StudySettings, "batch_size")]
-PatchBatchSize = Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)]
 MaxTexts = Annotated[
     int | None, typer.Option(metavar="N", help="Read the first N texts only.", min=1)
 ]
-Metrics = Annotated[
-    str,
-    typer.Option(
-        metavar="NAMES",
-        help="Metrics to measure, comma-separated: angular, cosine, relative_l2, norm_ratio.",
-    ),
-]
-KeepSamples = Annotated[
-    bool,
-    typer.Option(
-        "--keep-samples",
-        help="Keep the distances of every sample for plan --bootstrap: 4 bytes times samples times "
-        "pairs of layers, for each metric.",
-    ),
-]
-Threads = Annotated[int | None, _same(RunSettings, "threads")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output once the new is complete.")
 ]
@@ -222,7 +206,6 @@ Answers = Annotated[str | None, _same(RunSettings, "answers")]
 AnswerTokens = Annotated[
     int, typer.Option(metavar="N", help="Tokens of an answer that is written, at most.", min=1)
 ]
-Share = Annotated[float, _same(RunSettings, "share")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Drop = Annotated[
@@ -307,16 +290,6 @@ def part_of(shard: str | None, on: str | None, workers: int | None) -> dict[str,
     if is_shared:
         raise ScanError("a shard is made by one process: leave out --workers and --on")
     return {"shard": Shard.parse(shard)}
-
-
-def metric_names(metrics: str) -> list[str]:
-    """Read names of metrics, comma-separated.
-
-    Raises MetricError if one does not exist, or is named twice.
-    """
-    from ..scanning.builder import check_metrics
-
-    return check_metrics(parse_names(metrics))
 
 
 def named_layers(drop: str | None, plan: Path | None) -> "Plan | list[Block]":

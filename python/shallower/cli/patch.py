@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..models.source import ModelSource
+from ..values.stage_settings import PatchSettings
 from .options import (
     Answers,
     AnswerTokens,
@@ -18,21 +19,19 @@ from .options import (
     DryRun,
     GgufFile,
     Json,
-    MaxLength,
     MaxTexts,
     Model,
     NoCache,
     Out,
     Overwrite,
-    PatchBatchSize,
     PlanPath,
-    Share,
     Stream,
     TextsSource,
     TrustRemoteCode,
     named_layers,
     places,
     read_apart,
+    takes,
     wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from ..values.plan import Plan
 
 
+@takes(PatchSettings)
 def patch_command(
     model: Model,
     *,
@@ -57,7 +57,6 @@ def patch_command(
         typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
     ] = None,
     answers: Answers = None,
-    share: Share = 0.5,
     answer_tokens: AnswerTokens = 256,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -66,16 +65,7 @@ def patch_command(
             "float32."
         ),
     ] = "auto",
-    num_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Tokens to fit at most. By default 131,072; on a CPU 32,768.",
-        ),
-    ] = None,
-    max_length: MaxLength = 256,
-    batch_size: PatchBatchSize = 16,
+    settings: PatchSettings,
     max_texts: MaxTexts = None,
     device_map: DeviceMap = None,
     stream: Stream = False,
@@ -100,34 +90,32 @@ def patch_command(
     from ..store.done import output_of
     from ..store.store import open_store
     from ..values.layers import ranges
-    from ..values.tokens import Tokens
 
     source, held_out = read_apart(texts, eval_texts, max_texts=max_texts)
     named = named_layers(drop, plan)
     place = ModelSource(
         model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
     )
-    asked = _asked(answers, answer_tokens, share, place)
+    asked, share = _asked(answers, answer_tokens, place), settings.share
     check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts, answers or None])
     output = output_of(
-        open_store(no_cache or dry_run),
+        open_store(no_cache, dry_run=dry_run),
         "patch",
         out,
         models={"model": place},
         texts={"texts": source, "eval_texts": held_out},
         layers=named,
-        num_tokens=num_tokens,
-        tokens=[max_length, batch_size],
+        num_tokens=settings.num_tokens,
+        tokens=[settings.max_length, settings.batch_size],
         answers=None if asked is None else {**asked.inputs, "share": share},
         device_memory=device_memory,
     )
     if reuse(output, lambda value: _say(value, place, out, as_json)):
         return
     check_free(out, overwrite)
-    wanted, tokens = _patchable(place, named, out), Tokens(max_length, batch_size)
-    plan_memory = partial(
-        forecast_source, place, "patch", tokens, num_tokens=num_tokens, device_memory=device_memory
-    )
+    wanted = _patchable(place, named, out)
+    counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
+    plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
     if dry_run:
         planned: dict[str, Any] = {
             "patch": model,
@@ -143,8 +131,7 @@ def patch_command(
             is_here=device_memory is None,
             held_out=list(held_out or ()),
             num_written=0 if asked is None else asked.num_written,
-            tokens=tokens,
-            num_tokens=num_tokens,
+            **counted,
         )
         say_dry_run({**planned, **takes, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
@@ -159,10 +146,7 @@ def patch_command(
         out=out,
         eval_texts=held_out,
         answers=_answers(asked, place, wanted, texts=source, loaded=loaded, no_cache=no_cache),
-        share=share,
-        max_length=max_length,
-        batch_size=batch_size,
-        num_tokens=num_tokens,
+        settings=settings,
         overwrite=overwrite,
     )
     evaluated = {name: loss.to_json() for name, loss in losses.items()}
@@ -185,14 +169,10 @@ def _patchable(place: ModelSource, named: "Plan | list[Block]", out: Path) -> "P
     return plan
 
 
-def _asked(
-    answers: str | None, num_tokens: int, share: float, place: ModelSource
-) -> "WantedAnswers | None":
+def _asked(answers: str | None, num_tokens: int, place: ModelSource) -> "WantedAnswers | None":
     """The answers that are wanted; a model on disk is not read for each of their tokens."""
     from ..errors import ModelError
-    from ..values.recipe import check_share
 
-    check_share(share)
     wanted = wanted_answers(answers, num_tokens=num_tokens)
     if wanted is not None and not wanted.are_there and place.waits_on_disk:
         raise ModelError(

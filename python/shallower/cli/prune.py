@@ -89,7 +89,7 @@ def prune_command(
         "verify": verify,
     }
     output = cut_output(
-        open_store(no_cache or dry_run), model, layers, experts=experts, out=out, **options
+        open_store(no_cache, dry_run=dry_run), model, layers, experts=experts, out=out, **options
     )
     if reuse(output, lambda value: _end(_written_at(value, out), out, as_json), out):
         return

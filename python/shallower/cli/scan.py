@@ -1,22 +1,17 @@
 """``shallower scan``."""
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ..models.source import ModelSource
+from ..values.stage_settings import ScanSettings
 from .options import (
-    BatchSize,
     DeviceMap,
     DeviceMemory,
     DryRun,
     Dtype,
     GgufFile,
     Json,
-    KeepSamples,
-    MaxLength,
     MaxTexts,
-    Metrics,
     Model,
     NoCache,
     On,
@@ -25,74 +20,28 @@ from .options import (
     ShardOption,
     Stream,
     TextsSource,
-    Threads,
     TrustRemoteCode,
     Workers,
-    metric_names,
     part_of,
     places,
     read_texts,
+    takes,
 )
 from .output import say_dry_run, say_known, say_scan, say_shard
 
 if TYPE_CHECKING:
-    from ..scanning.until import Until
     from ..studies.scan import ScanJob
 
 
+@takes(ScanSettings)
 def scan_command(
     model: Model,
     *,
     texts: TextsSource,
     out: Out,
+    settings: ScanSettings,
     dtype: Dtype = "auto",
-    max_length: MaxLength = 256,
-    batch_size: BatchSize = "auto",
     max_texts: MaxTexts = None,
-    metrics: Metrics = "angular,cosine",
-    positions: Annotated[
-        str,
-        typer.Option(
-            metavar="WHICH",
-            help="Tokens of a text to compare: last, last:K, random:K or all. Errors are "
-            "clustered by text.",
-        ),
-    ] = "last",
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of --positions random:K.", min=0)
-    ] = 0,
-    threads: Threads = None,
-    keep_samples: KeepSamples = False,
-    experts: Annotated[
-        bool,
-        typer.Option(
-            "--experts",
-            help="Also gather statistics of a mixture's routed experts, over all tokens, for plan "
-            "--experts; takes the time of the experts twice.",
-        ),
-    ] = False,
-    until: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            help="Stop as soon as the best blocks are, with probability P, such as 0.99, no worse "
-            "than the best there are by more than --tolerance.",
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(metavar="DISTANCE", help="Tolerance of --until; 0.005 by default."),
-    ] = None,
-    n: Annotated[
-        str | None,
-        typer.Option(metavar="SIZES", help="Block sizes that --until is of; by default 1,2,4,8."),
-    ] = None,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact", help="Bet instead of trusting --until's limit theorem; takes more texts."
-        ),
-    ] = False,
     device_map: DeviceMap = None,
     stream: Stream = False,
     gguf_file: GgufFile = None,
@@ -113,8 +62,6 @@ def scan_command(
     command is given again.
     """
     from ..store.store import open_store
-    from ..values.positions import Positions
-    from ..values.tokens import Tokens, parse_batch_size
 
     part = part_of(shard, on, workers)
     job = _kind(part)(
@@ -123,22 +70,18 @@ def scan_command(
         ),
         texts=read_texts(texts, max_texts),
         out=out,
-        tokens=Tokens(max_length, parse_batch_size(batch_size)),
-        metrics=metric_names(metrics),
-        positions=Positions.parse(positions, seed),
-        threads=threads,
-        keep_samples=keep_samples,
-        experts=experts,
-        until=_until(until, tolerance, n, exact=exact),
         overwrite=overwrite,
         device_memory=device_memory,
-        store=open_store(no_cache or dry_run),
+        store=open_store(no_cache, dry_run=dry_run),
+        **vars(settings),
         **part,
     )
     if dry_run:
         say_dry_run(job.describe(), as_json)
     else:
         _carry_out(job, as_json)
+    if job.known is not None:
+        say_known(job.known.made, job.file if "shard" in part else job.out)
 
 
 def _kind(part: dict[str, Any]) -> "type[ScanJob]":
@@ -166,27 +109,3 @@ def _carry_out(job: "ScanJob", as_json: bool) -> None:
     else:
         loaded = job.load()
         say_scan(*job.run(*loaded), as_json, reading=job.reading(loaded[0]))
-    if job.known is not None:
-        say_known(job.known.made, job.file if isinstance(job, ShardJob) else job.out)
-
-
-def _until(
-    confidence: float | None, tolerance: float | None, sizes: str | None, *, exact: bool
-) -> "Until | None":
-    """When to stop; SettingsError for what is set of it where nothing stops the scan."""
-    from ..errors import SettingsError
-    from ..scanning.until import DEFAULT_TOLERANCE, Until
-    from ..values.layers import parse_sizes
-
-    if confidence is None:
-        if exact or (tolerance, sizes) != (None, None):
-            raise SettingsError(
-                "--tolerance, --n and --exact say when a scan stops: add --until 0.99, say"
-            )
-        return None
-    return Until(
-        confidence,
-        DEFAULT_TOLERANCE if tolerance is None else tolerance,
-        () if sizes is None else tuple(parse_sizes(sizes)),
-        exact,
-    )

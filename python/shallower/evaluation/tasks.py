@@ -17,6 +17,8 @@ from ..errors import ShallowerError, TextsError, one_sentence
 from ..models.decoder import Decoder
 from ..progress import hushed
 from ..values.scores import Scores
+from ..values.settings import CurveSettings
+from ..values.stage_settings import EvalSettings
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize
 from .task_files import TaskGroup, find_tasks
@@ -84,8 +86,7 @@ def evaluate_tasks(
             finite.
         MissingExtraError: lm-eval is not installed.
     """
-    chosen = ChosenTasks.of(
-        tasks,
+    settings = EvalSettings(
         tasks_dir=tasks_dir,
         data=data,
         max_items=max_items,
@@ -93,6 +94,7 @@ def evaluate_tasks(
         pass_at=pass_at,
         seed=seed,
     )
+    chosen = ChosenTasks.of(tasks, settings)
     return chosen.evaluate(
         model, tokenizer, batch_size=batch_size, progress=progress, description=description
     )
@@ -115,32 +117,23 @@ class ChosenTasks:
     seed: int
 
     @classmethod
-    def of(
-        cls,
-        tasks: Sequence[str],
-        *,
-        tasks_dir: str | Path | None = None,
-        data: str | Path | None = None,
-        max_items: int | None = None,
-        num_shots: int | None = None,
-        pass_at: int | None = None,
-        seed: int = 0,
-    ) -> "ChosenTasks":
+    def of(cls, tasks: Sequence[str], settings: EvalSettings | CurveSettings) -> "ChosenTasks":
         """Load tasks and draw their items; see :func:`evaluate_tasks`."""
+        max_items, seed = settings.max_items, settings.seed
         for name, least, value in (
             ("items", 1, max_items),
-            ("examples", 0, num_shots),
-            ("answers", 1, pass_at),
+            ("examples", 0, settings.num_shots),
+            ("answers", 1, settings.pass_at),
             ("seed", 0, seed),
         ):
             if value is not None and value < least:
                 raise TextsError(f"the number of {name} must be at least {least}, got {value}")
         with hushed():
-            groups = find_tasks(tasks, tasks_dir=tasks_dir, data=data)
+            groups = find_tasks(tasks, tasks_dir=settings.tasks_dir, data=settings.data)
             items: dict[str, list[int]] = {}
             for group in groups:
                 for name, task in group.tasks.items():
-                    _set_shots(task, num_shots)
+                    _set_shots(task, settings.num_shots)
                     if name in items:
                         raise TextsError(f"task {name} is named twice, by itself and in a group")
                     items[name] = list(range(len(task.eval_docs)))
@@ -148,7 +141,7 @@ class ChosenTasks:
                     items |= draw_items(
                         {name: len(items[name]) for name in group.tasks}, max_items, seed
                     )
-        return cls(tuple(groups), items, pass_at, seed)
+        return cls(tuple(groups), items, settings.pass_at, seed)
 
     def evaluate(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +24,7 @@ from ..values.answers import Answer
 from ..values.layers import Layers
 from ..values.patch import Patch, refuse_experts
 from ..values.plan import Plan
-from ..values.recipe import check_share
-from ..values.tokens import Tokens
+from ..values.stage_settings import PatchSettings
 from .changes import Changes
 from .solver import Solver
 from .states import divide, no_layer_before
@@ -40,12 +40,10 @@ def patch(
     *,
     texts: AnyTexts,
     answers: Sequence[Answer] = (),
-    share: float = 0.5,
-    max_length: int = 256,
-    batch_size: int = 16,
-    num_tokens: int | None = None,
+    settings: PatchSettings | None = None,
     checkpoint: str | Path | None = None,
     progress: bool | None = None,
+    **options: Any,
 ) -> Patch:
     """Drop layers and repair the cut in minutes, in place.
 
@@ -60,26 +58,22 @@ def patch(
             report on.
         answers: what the whole model said to prompts, to fit and choose on beside the texts, as
             :func:`shallower.answer_prompts` gives it; each once, behind its prompt, which is only
-            given. Those that ``max_length`` leaves no token of are left out, with a warning.
-        share: the share of answers among texts and answers, above 0, up to 1; where either are at
-            their end, the others go on.
-        max_length: tokens of a text at most.
-        batch_size: texts in one forward.
-        num_tokens: tokens to fit, at most, with those of prompts; by default 131,072, on a CPU
-            32,768. Their states lie
-            in temporary files: at most three times ``num_tokens`` times D values. The matrices
-            that move are held four times in the memory of the CPU, and a model on the CPU takes up
-            to a quarter of what is free for the graphs of its layers.
+            given.
+        settings: the settings; by default those of :class:`PatchSettings`. The matrices that move
+            are held four times in the memory of the CPU, and a model on the CPU takes up to a
+            quarter of what is free for the graphs of its layers.
         checkpoint: a folder that keeps the work so far: the matrices that were solved, and every
             20 seconds or more the state of the steps, at most five times the size of the weights
             that move. The same patch goes on from it. It stays when the patch is done: delete it.
         progress: whether to show a bar on standard error; by default if that is a terminal.
+        options: settings by keyword, as ``num_tokens=65_536``: any field of :class:`PatchSettings`.
 
     Returns:
         The plan that was carried out, the layers that were solved anew, and the losses in nats
         a token of the whole model, the cut and the patched cut on the held-out texts.
 
     Raises:
+        SettingsError: there is no such setting.
         PatchError: the loss on held-out text would not fall; there is no layer before a
             block; a layer does not write by a plain linear map (mixtures of experts, norms
             behind the feed-forward, quantised weights); there is not enough memory. The model
@@ -96,18 +90,16 @@ def patch(
         True
         >>> sh.save_patched(model, tokenizer, "patched", done=done)
     """
-    tokens = Tokens(max_length, batch_size)
     with _solved(
         model,
         tokenizer,
         layers,
         texts=texts,
         answers=answers,
-        share=share,
-        tokens=tokens,
-        num_tokens=num_tokens,
+        settings=settings,
         checkpoint=checkpoint,
         progress=progress,
+        **options,
     ) as (done, changes):
         drop_layers(model, done.plan.blocks)
         changes.commit()
@@ -116,33 +108,11 @@ def patch(
 
 @contextmanager
 def with_patch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layers: Plan | Layers,
-    *,
-    texts: AnyTexts,
-    answers: Sequence[Answer] = (),
-    share: float = 0.5,
-    max_length: int = 256,
-    num_tokens: int | None = None,
-    checkpoint: Path | None = None,
-    progress: bool | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Plan | Layers, **how: Any
 ) -> Iterator[Patch]:
     """Patch a model inside the ``with`` statement, as :func:`patch`; it is as before afterwards."""
-    tokens = Tokens(max_length, 16)
     with (
-        _solved(
-            model,
-            tokenizer,
-            layers,
-            texts=texts,
-            answers=answers,
-            share=share,
-            tokens=tokens,
-            num_tokens=num_tokens,
-            checkpoint=checkpoint,
-            progress=progress,
-        ) as (done, _),
+        _solved(model, tokenizer, layers, **how) as (done, _),
         without_layers(model, done.plan.blocks),
     ):
         yield done
@@ -155,20 +125,21 @@ def _solved(
     layers: Plan | Layers,
     *,
     texts: AnyTexts,
-    answers: Sequence[Answer],
-    share: float,
-    tokens: Tokens,
-    num_tokens: int | None,
-    progress: bool | None,
+    answers: Sequence[Answer] = (),
+    settings: PatchSettings | None = None,
+    progress: bool | None = None,
     checkpoint: str | Path | None = None,
+    **options: Any,
 ) -> Iterator[tuple[Patch, Changes]]:
     """Solve the matrices of a model that keeps all of its layers.
 
     Yields the patch and the weights that changed: unless the body commits, the old ones return.
     """
+    settings = PatchSettings.of(settings, options)
+    tokens, share = settings.tokens, settings.share
     plan = _plan_of(model, layers)
-    most = _num_tokens(model, num_tokens)
-    check_share(share)
+    on_cpu = Decoder.of(model).device.type == "cpu"
+    most = settings.num_tokens or (CPU_TOKENS if on_cpu else NUM_TOKENS)
     answers = [*answers]
     if answers:
         check_answers(answers, text_config(model).vocab_size)
@@ -216,11 +187,3 @@ def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
     if plan.blocks[0].start == 0:
         raise no_layer_before(plan.blocks[0])
     return replace(plan, model=decoder.identity)
-
-
-def _num_tokens(model: PreTrainedModel, num_tokens: int | None) -> int:
-    if num_tokens is None:
-        return CPU_TOKENS if Decoder.of(model).device.type == "cpu" else NUM_TOKENS
-    if num_tokens < 1:
-        raise PatchError(f"num_tokens = {num_tokens}: expected at least 1")
-    return num_tokens

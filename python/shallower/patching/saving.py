@@ -35,6 +35,7 @@ from ..values.layers import Layers, drop_option
 from ..values.loss import Loss
 from ..values.patch import Patch, refuse_experts
 from ..values.plan import Plan
+from ..values.stage_settings import PatchSettings
 from .patch import patch
 
 _KEPT = "patching"
@@ -140,10 +141,7 @@ def patch_to_folder(
     out: str | Path,
     eval_texts: Iterable[str] | None = None,
     answers: Sequence[Answer] = (),
-    share: float = 0.5,
-    max_length: int = 256,
-    batch_size: int = 16,
-    num_tokens: int | None = None,
+    settings: PatchSettings | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> tuple[Patch, dict[str, Loss]]:
@@ -154,6 +152,7 @@ def patch_to_folder(
     was cut short goes on where it was. Raises as :func:`shallower.patch`, and OutputError if
     ``out`` is in use or cannot be written to.
     """
+    settings = settings or PatchSettings()
     check_apart(out, [place_of(model), place_of_texts(texts), place_of_texts(eval_texts)])
     check_free(Path(out), overwrite)
     decoder = Decoder.of(model)
@@ -162,7 +161,7 @@ def patch_to_folder(
     refuse_experts(plan)
     held_out = [] if eval_texts is None else list(eval_texts)
     if eval_texts is not None:
-        require_predictable(tokenizer, held_out, max_length)
+        require_predictable(tokenizer, held_out, settings.max_length)
     losses: dict[str, Loss] = {}
 
     def measure(name: str) -> None:
@@ -171,8 +170,8 @@ def patch_to_folder(
                 decoder,
                 tokenizer,
                 held_out,
-                max_length=max_length,
-                batch_size=batch_size,
+                max_length=settings.max_length,
+                batch_size=settings.batch_size,
                 progress=progress,
                 description=f"loss, {name}",
             )
@@ -193,10 +192,7 @@ def patch_to_folder(
                 plan,
                 texts=texts,
                 answers=answers,
-                share=share,
-                max_length=max_length,
-                batch_size=batch_size,
-                num_tokens=num_tokens,
+                settings=settings,
                 checkpoint=kept,
                 progress=progress,
             )

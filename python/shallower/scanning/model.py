@@ -1,11 +1,12 @@
 """The scan of a model: hidden states of forwards into a ``ScanBuilder``, and how it resumes."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,12 +25,11 @@ from ..storage import check_apart
 from ..texts.batches import AnyTexts, Batch, TokenBatches
 from ..texts.sources import place_of_texts
 from ..values.positions import Positions
-from ..values.tokens import DEFAULT_BATCH, BatchSize, Tokens
+from ..values.stage_settings import ScanSettings
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, Part, ScanBuilder
 from .hidden_states import compared_of, forward, stream, stream_by_layer
 from .scan import Scan, deciding
 from .settling import JUDGED, Settling
-from .until import Until
 
 
 def scan(
@@ -37,19 +37,12 @@ def scan(
     tokenizer: PreTrainedTokenizerBase,
     texts: AnyTexts,
     *,
-    max_length: int = 256,
-    batch_size: BatchSize = "auto",
-    metrics: Sequence[str] = ("angular", "cosine"),
-    threads: int | None = None,
+    settings: ScanSettings | None = None,
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     total: int | None = None,
-    keep_samples: bool = False,
     cka_batch: int | None = None,
-    positions: str | Positions = "last",
-    seed: int = 0,
-    until: Until | None = None,
-    experts: bool = False,
+    **options: Any,
 ) -> Scan:
     """Compare all L+1 states of a model, at one token of every text or more, in one pass.
 
@@ -58,37 +51,22 @@ def scan(
         tokenizer: its tokenizer.
         texts: any iterable of strings, read once, tokenised as the tokenizer does by default
             and truncated to ``max_length`` tokens.
-        max_length: tokens of a text at most.
-        batch_size: texts in one forward; ``auto`` is as many as the device has memory for, on a
-            CPU 8 at most, and 8 with ``cka_batch``, whose minibatches follow the order of the
-            batches. No text's values depend on it but for rounding.
-        metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
-        threads: threads of the Rust core, all by default.
+        settings: the settings; by default those of :class:`ScanSettings`.
         progress: a bar with ETA on standard error; by default if that is a terminal.
         checkpoint: a file that keeps the work so far, every 20 seconds; if it is there, the
             scan goes on from it. It stays when the scan is done: delete it.
         total: how many texts there are, for the ETA, where ``len(texts)`` is unknown.
-        keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
-            times texts times L(L+1)/2 a metric, in memory and in the file.
         cka_batch: also find linear CKA, from minibatches of so many consecutive texts, 4 to
             1024; not with ``checkpoint``. See :attr:`Scan.cka`. Minibatches are of tokens, if
-            several of a text are compared, which are not independent.
-        positions: the tokens of every text that are compared: ``last`` that is no padding,
-            ``last:K``, ``random:K`` different ones, or ``all``; all of a text that has fewer.
-            Standard errors are clustered by text. The first token, which can be among
-            ``random`` and ``all``, has massive activations in most models. A batch's states
-            take (L+1) D values a token in memory.
-        seed: of ``random:K``; a text's tokens follow from the seed and its index alone.
-        until: stop as soon as the best blocks are as sure as it says; the scan is that of the
-            texts so far, and its :attr:`Scan.settled` says which sizes were sure, and when. The
-            values of single samples are kept meanwhile.
-        experts: also gather the statistics of a mixture's routed experts, over all tokens of the
-            texts, whichever are compared: :attr:`Scan.experts`. Experts take twice the time.
+            several of a text are compared, which are not independent. A ``batch_size`` that is
+            ``auto`` is then 8, as minibatches follow the order of the batches.
+        options: settings by keyword, as ``max_length=128``: any field of :class:`ScanSettings`.
 
     Returns:
         The scan.
 
     Raises:
+        SettingsError: there is no such setting.
         PositionsError: ``positions`` names none, or ``seed`` is out of range.
         TextsError: no texts, or one that is not a string.
         StatesError: no text could be compared. Single texts without a token, or whose
@@ -104,30 +82,30 @@ def scan(
         ProcessesError: this is one of several processes, as torchrun starts them.
     """
     refuse_several()
+    settings = ScanSettings.of(settings, options)
+    positions, metrics, experts = settings.positions, settings.metrics, settings.experts
     if checkpoint and cka_batch is not None:
         raise ScanError("a scan with cka_batch keeps no checkpoint: leave out one of them")
     decoder = Decoder.of(model)
     if checkpoint:
         check_apart(checkpoint, [place_of(decoder.model), place_of_texts(texts)])
-    if isinstance(positions, str):
-        positions = Positions.parse(positions, seed)
-    settling = None
+    settling, until, tokens = None, settings.stops, settings.tokens
     if until is not None:
         metric = deciding(metrics)
         until.check(metric, positions)
         settling = Settling(until.of(len(decoder)), len(decoder), str(metric))
-    if batch_size == "auto" and cka_batch is not None:
-        batch_size = DEFAULT_BATCH
-    tokens = fitting(decoder, Tokens(max_length, batch_size), forward(positions, experts=experts))
+    if cka_batch is not None:
+        tokens = replace(tokens, batch_size=tokens.texts)
+    tokens = fitting(decoder, tokens, forward(positions, experts=experts))
     batches = TokenBatches(tokenizer, texts, tokens, window=JUDGED if settling else None)
     identity = decoder.identity
     observed = ExpertHooks(decoder) if experts else None
     builder = ScanBuilder(
         len(decoder) + 1,
         metrics,
-        threads=threads,
+        threads=settings.threads,
         model=identity,
-        keep_samples=keep_samples or settling is not None,
+        keep_samples=settings.keep_samples or settling is not None,
         cka_batch=cka_batch,
         positions=positions,
         experts=observed.statistics if observed else None,
@@ -171,7 +149,7 @@ def scan(
         if checkpoint:
             _save(builder.so_far(batches.identity), Path(checkpoint), settling)
     if settling:
-        samples = done.contents.samples if keep_samples else None
+        samples = done.contents.samples if settings.keep_samples else None
         return Scan(replace(done.contents, samples=samples), settling.settled)
     return done
 

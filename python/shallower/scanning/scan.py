@@ -20,8 +20,8 @@ from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
 from ..values.plan import Plan, Rejection, check_plan
 from ..values.positions import Positions
+from ..values.until import Settled
 from .scan_file import Contents, merged, read_scan, write_scan
-from .until import Settled
 
 NO_DISTANCE = "norm_ratio"
 """The one metric that does not tell how far apart two states are."""

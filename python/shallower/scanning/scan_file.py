@@ -26,7 +26,7 @@ from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
 from ..values.schema import of_type, read
 from ..values.shard import ShardOfScan
-from .until import Settled
+from ..values.until import Settled
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""

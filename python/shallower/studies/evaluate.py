@@ -24,13 +24,39 @@ from ..values.layers import Block
 from ..values.memory import MemoryPlan
 from ..values.plan import Plan, key_of
 from ..values.schema import read
+from ..values.stage_settings import EvalSettings
 from ..values.tokens import Tokens
-from .measures import Measure, SpeechOnPrompts
+from .measures import LossOfTexts, Measure, PerplexityOfText, ScoresOnTasks, SpeechOnPrompts
 
 if TYPE_CHECKING:
     from ..forecasts.work import Counted
     from ..memory.streaming import StreamPlan
     from .measures import Loaded
+
+
+MEASURES: Sequence[type[Measure[Any]]] = (
+    LossOfTexts,
+    PerplexityOfText,
+    ScoresOnTasks,
+    SpeechOnPrompts,
+)
+"""What can be measured, in the order in which it is printed."""
+
+
+def asked_of(settings: EvalSettings) -> dict[str, Any]:
+    """What is to be measured: by the options of measures what they are of."""
+    found = {one.option: getattr(settings, one.option) for one in MEASURES}
+    return {option: what for option, what in found.items() if what not in (None, False)}
+
+
+def measures_of(settings: EvalSettings, *, is_shared: bool) -> list[Measure[Any]]:
+    """Make the measures that are asked for; TextsError if there is none."""
+    asked = asked_of(settings)
+    if not asked:
+        *others, last = (f"--{one.option}" for one in MEASURES)
+        raise TextsError(f"name what to measure: {', '.join(others)} or {last}")
+    wanted = [one for one in MEASURES if one.option in asked]
+    return [one.of(asked[one.option], settings, is_shared=is_shared) for one in wanted]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,26 @@
-"""Measures of a cut; a new one also goes in ``cli/evaluate.py`` and ``sharing/eval_shards.py``."""
+"""Measures of a model and of a cut; ``MEASURES`` in ``evaluate.py`` lists them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..evaluation.task_files import files_of
 from ..models.source import ModelSource
 from ..store.inputs import hash_of_files, items_of, model_inputs, texts_content
 from ..store.store import Store
-from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint
-from ..texts.sources import Texts
+from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
+from ..texts.sources import Texts, read_whole
 from ..values.hashing import hash_of
 from ..values.loss import Loss
+from ..values.options import parse_names
 from ..values.perplexity import Perplexity
 from ..values.plan import Plan
+from ..values.schema import plain
 from ..values.speech import Speech
+from ..values.stage_settings import EvalSettings
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize, Tokens
 from .answers import KeptAnswers
@@ -51,6 +53,8 @@ class Measure(ABC, Generic[T]):
 
     Attributes:
         kind: its name, also that of the entries in the store.
+        option: the field of :class:`EvalSettings` that asks for it.
+        result: the class of its results.
         tokens: how texts become batches.
         source: the file that is read, if it is one and known.
         needs_whole: whether what was measured is completed by the whole model.
@@ -58,10 +62,17 @@ class Measure(ABC, Generic[T]):
     """
 
     kind: str
+    option: str
+    result: Any
     needs_whole: bool = False
-    tokens: Tokens
+    tokens: Tokens = Tokens()
     source: str | None = None
     whole: ModelSource | None = None
+
+    @classmethod
+    @abstractmethod
+    def of(cls, what: Any, settings: EvalSettings, *, is_shared: bool) -> Self:
+        """Make it of its option; what other processes read too, where it is shared, is named."""
 
     @abstractmethod
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
@@ -111,13 +122,14 @@ class Measure(ABC, Generic[T]):
 
         return np.array([len(ids) for ids in self.token_ids(tokenizer)])
 
-    @abstractmethod
     def record(self, value: T) -> dict[str, Any]:
         """Give a result as plain JSON values."""
+        return {self.kind: plain(value, "to_record")}
 
-    @abstractmethod
     def read(self, record: Mapping[str, Any]) -> T:
         """Read a result; raises KeyError, TypeError, ValueError."""
+        found: T = self.result.from_json(record[self.kind])
+        return found
 
 
 @dataclass
@@ -131,7 +143,14 @@ class LossOfTexts(Measure[Loss]):
 
     texts: Texts | list[str]
     tokens: Tokens = field(default_factory=Tokens)
-    kind = "loss"
+    kind, option = "loss", "texts"
+    result = Loss
+
+    @classmethod
+    def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
+        """Open the texts, and read those of this process alone, once."""
+        texts = Texts(what, settings.max_texts).check()
+        return cls(texts if is_shared else [*texts], settings.tokens)
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Identify the texts by their content."""
@@ -153,22 +172,15 @@ class LossOfTexts(Measure[Loss]):
         self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
     ) -> Loss:
         """Measure the batches that were not measured before, by any command."""
-        from ..evaluation.batches import batches_of_texts
-        from ..evaluation.loss import fitting_tokens
-
-        decoder, tokenizer = loaded
-        texts = batches_of_texts(tokenizer, self.texts, fitting_tokens(decoder, tokens))
-        scores, size = _scores(self, decoder, texts, plan=plan, store=store)
+        texts, scores, size = _scored(self, loaded, tokens=tokens, plan=plan, store=store)
         texts.warn_of_rejected()
         return texts.loss(scores, size)
 
-    def record(self, value: Loss) -> dict[str, Any]:
-        """Give a loss."""
-        return {"loss": value.to_record()}
+    def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
+        """Divide the texts."""
+        from ..evaluation.batches import batches_of_texts
 
-    def read(self, record: Mapping[str, Any]) -> Loss:
-        """Read a loss."""
-        return Loss.from_json(record["loss"])
+        return batches_of_texts(tokenizer, self.texts, tokens)
 
 
 @dataclass
@@ -188,7 +200,14 @@ class PerplexityOfText(Measure[Perplexity]):
     bos: bool = False
     batch_size: BatchSize = "auto"
     source: str | None = None
-    kind = "perplexity"
+    kind = option = "perplexity"
+    result = Perplexity
+
+    @classmethod
+    def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
+        """Read the text."""
+        size = settings.batch_size
+        return cls(read_whole(what), settings.context, settings.bos, size, source=what)
 
     @property
     def tokens(self) -> Tokens:  # type: ignore[override]
@@ -210,22 +229,14 @@ class PerplexityOfText(Measure[Perplexity]):
         self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
     ) -> Perplexity:
         """Measure the batches of windows that were not measured before."""
-        from ..evaluation.batches import batches_of_windows
-        from ..evaluation.loss import fitting_tokens
-
-        decoder, tokenizer = loaded
-        fitted = fitting_tokens(decoder, tokens)
-        windows = batches_of_windows(tokenizer, self.text, fitted, bos=self.bos)
-        scores, _ = _scores(self, decoder, windows, plan=plan, store=store)
+        windows, scores, _ = _scored(self, loaded, tokens=tokens, plan=plan, store=store)
         return windows.perplexity(scores)
 
-    def record(self, value: Perplexity) -> dict[str, Any]:
-        """Give a perplexity."""
-        return {"perplexity": value.to_record()}
+    def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
+        """Divide the windows."""
+        from ..evaluation.batches import batches_of_windows
 
-    def read(self, record: Mapping[str, Any]) -> Perplexity:
-        """Read a perplexity."""
-        return Perplexity.from_json(record["perplexity"])
+        return batches_of_windows(tokenizer, self.text, tokens, bos=self.bos)
 
 
 @dataclass
@@ -234,35 +245,35 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
 
     Attributes:
         names: of the tasks.
-        tasks_dir: a folder of task files.
-        data: the folder of their data.
-        settings: ``max_items``, ``num_shots``, ``pass_at`` and ``seed``.
-        batch_size: texts in one forward.
+        settings: where they lie, and what is drawn of them.
     """
 
     names: Sequence[str]
-    tasks_dir: Path | None = None
-    data: Path | None = None
-    settings: Mapping[str, int | None] = field(default_factory=dict)
-    batch_size: BatchSize = "auto"
-    kind = "tasks"
+    settings: EvalSettings
+    kind = option = "tasks"
+
+    @classmethod
+    def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
+        """Name the tasks."""
+        return cls(parse_names(what), settings)
 
     @property
     def tokens(self) -> Tokens:  # type: ignore[override]
         """The length of a prompt that memory is planned for."""
-        return Tokens(PROMPT_TOKENS, self.batch_size)
+        return Tokens(PROMPT_TOKENS, self.settings.batch_size)
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Identify task files and their data by content; None for tasks from elsewhere."""
-        files = files_of(self.names, tasks_dir=self.tasks_dir, data=self.data)
+        given, drawn = self.settings, ("max_items", "num_shots", "pass_at", "seed")
+        files = files_of(self.names, tasks_dir=given.tasks_dir, data=given.data)
         try:
             if store.folder is None or files is None:
                 return None
             return {
                 "tasks": list(self.names),
                 "files": hash_of_files(files, store),
-                "settings": dict(self.settings),
-                "batch_size": self.batch_size,
+                "settings": {name: getattr(given, name) for name in drawn},
+                "batch_size": given.batch_size,
                 "lm_eval": version("lm_eval"),
             }
         except (OSError, PackageNotFoundError):  # loading them says what is wrong
@@ -273,8 +284,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         """The tasks, loaded, with their items."""
         from ..evaluation.tasks import ChosenTasks
 
-        settings: dict[str, Any] = dict(self.settings)
-        return ChosenTasks.of(self.names, tasks_dir=self.tasks_dir, data=self.data, **settings)
+        return ChosenTasks.of(self.names, self.settings)
 
     def prepare(self) -> None:
         """Load the tasks and draw their items."""
@@ -287,10 +297,6 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         return self.chosen.evaluate(
             *loaded, batch_size=tokens.batch_size, description=_bar("tasks", plan)
         )
-
-    def record(self, value: tuple[TaskScores, ...]) -> dict[str, Any]:
-        """Give scores."""
-        return {"tasks": [one.to_record() for one in value]}
 
     def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
         """Read scores."""
@@ -317,8 +323,16 @@ class SpeechOnPrompts(Measure[Speech]):
     batch_size: BatchSize = "auto"
     whole: ModelSource | None = None
     source: str | None = None
-    kind = "speech"
+    kind = option = "speech"
+    result = Speech
     needs_whole = True
+
+    @classmethod
+    def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
+        """Read the prompts, or ours."""
+        place, num_tokens = what or None, settings.speech_tokens
+        prompts, size = read_prompts(place), settings.batch_size
+        return cls(prompts, num_tokens, settings.seed, size, source=place)
 
     @property
     def tokens(self) -> Tokens:  # type: ignore[override]
@@ -368,31 +382,26 @@ class SpeechOnPrompts(Measure[Speech]):
         """Let the whole model judge what was said."""
         return self._reference.judged(value, decoder)
 
-    def record(self, value: Speech) -> dict[str, Any]:
-        """Give a speech."""
-        return {"speech": value.to_record()}
 
-    def read(self, record: Mapping[str, Any]) -> Speech:
-        """Read a speech."""
-        return Speech.from_json(record["speech"])
-
-
-def _scores(
-    measure: "LossOfTexts | PerplexityOfText",
-    decoder: "Decoder",
-    batches: "AllBatches",
+def _scored(
+    measure: LossOfTexts | PerplexityOfText,
+    loaded: "Loaded",
     *,
+    tokens: Tokens,
     plan: Plan | None,
     store: "ResultStore",
-) -> "tuple[Scores, int]":
-    """The nats of all items and the size of the vocabulary; each batch is cached by itself."""
+) -> "tuple[AllBatches, Scores, int]":
+    """All items, their nats and the size of the vocabulary; each batch is cached by itself."""
+    from ..evaluation.loss import fitting_tokens
     from ..judgement.forwards import scores_by_forwards
     from ..judgement.judges.judge import LossJudge
     from ..judgement.trials import trials_journal
 
+    decoder, tokenizer = loaded
+    batches = measure.batches(tokenizer, fitting_tokens(decoder, tokens))
     judge, name = LossJudge(batches.numbered), _bar(measure.kind, plan)
     journal = trials_journal(judge, store=store, items=measure.items)
-    return scores_by_forwards(decoder, judge, plan, journal=journal, name=name)
+    return batches, *scores_by_forwards(decoder, judge, plan, journal=journal, name=name)
 
 
 def _bar(what: str, plan: Plan | None) -> str:

@@ -1,7 +1,7 @@
 """A scan of a model into a folder, checked first; ``scanning/model.py`` resumes it."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from operator import length_hint
 from pathlib import Path
@@ -14,7 +14,6 @@ from ..reporting.charts.heat_map import draw_heat_map
 from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan, deciding
 from ..scanning.settling import JUDGED
-from ..scanning.until import Settled, Until
 from ..storage import check_apart, check_free, check_room, claimed
 from ..store.done import Known, Output
 from ..store.inputs import inputs_of, job_of, model_content, texts_content
@@ -23,9 +22,9 @@ from ..texts.sources import Texts, place_of_texts
 from ..values.estimates import Time
 from ..values.files import HEAT_MAP_FILE, PARTIAL_FILE, SCAN_FILE, SMALL
 from ..values.memory import MemoryPlan
-from ..values.positions import Positions
 from ..values.schema import read
-from ..values.tokens import Tokens
+from ..values.stage_settings import ScanSettings
+from ..values.until import Settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,20 +34,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanJob:
-    """A scan of a model into a folder, which is checked when it is made.
+class ScanJob(ScanSettings):
+    """A scan of a model by settings into a folder, which is checked when it is made.
 
     Attributes:
         source: the model.
         texts: calibration texts; of a file the first one is read.
         out: the folder for ``scan.safetensors`` and, where it can be drawn, ``heat_map.png``.
-        tokens: how texts become batches.
-        metrics: metrics to measure.
-        positions: the tokens of every text that are compared.
-        threads: threads of the Rust core, all by default.
-        keep_samples: keep the values of single samples.
-        until: stop as soon as the best blocks are as sure as it says.
-        experts: also gather statistics of routed experts.
         overwrite: replace what is there, once the new is complete.
         device_memory: the memory that may be used, as ``16GB``; what is free by default.
         store: what is remembered of earlier scans.
@@ -63,19 +55,13 @@ class ScanJob:
     source: ModelSource
     texts: Iterable[str]
     out: Path
-    tokens: Tokens = field(default_factory=Tokens)
-    metrics: Sequence[str] = ("angular", "cosine")
-    positions: Positions = field(default_factory=Positions)
-    threads: int | None = None
-    keep_samples: bool = False
-    until: Until | None = None
-    experts: bool = False
     overwrite: bool = False
     device_memory: str | None = None
     store: Store = field(default_factory=lambda: Store(None))
     known: Known | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_metrics(self.metrics)
         check_apart(self.file, [self.source.place, place_of_texts(self.texts)])
         object.__setattr__(self, "known", self._look_up())
@@ -91,9 +77,9 @@ class ScanJob:
             self.texts.check()
 
     def _check_until(self) -> None:
-        if self.until is not None:
-            self.until.check(deciding(self.metrics), self.positions)
-            self.until.of(self.source.count_layers())
+        if self.stops is not None:
+            self.stops.check(deciding(self.metrics), self.positions)
+            self.stops.of(self.source.count_layers())
 
     @property
     def _num_bytes(self) -> int:
@@ -116,7 +102,7 @@ class ScanJob:
     def job(self) -> str | None:
         """A hash of all that the scan depends on but machine and places; None if not known."""
         texts = texts_content(self.texts, self.store) if self._are_read_again else None
-        return job_of(self.source, self.content, texts and {**self._settings, "texts": texts})
+        return job_of(self.source, self.content, texts and {**self._of, "texts": texts})
 
     @property
     def _are_read_again(self) -> bool:
@@ -150,8 +136,8 @@ class ScanJob:
         }
         if self.device_memory is None:  # else it is of a card that is not here
             described["time"] = told(lambda: self._time(plan.micro_batch))
-        if self.until is not None:
-            described["until"] = str(self.until.of(num_layers))
+        if self.stops is not None:
+            described["until"] = str(self.stops.of(num_layers))
         if self.source.device_map == STREAM:
             described["stream"] = told(self._planned)
         return {**described, "write": [str(self.file)]}
@@ -210,22 +196,14 @@ class ScanJob:
     @cached_property
     def _inputs(self) -> dict[str, Any] | None:
         """All that the scan depends on, without the threads; None for texts that are read once."""
-        if not self._are_read_again:
+        if not self._are_read_again or self.content is None:
             return None
         models, texts = {"model": self.source}, {"texts": self.texts}
-        return inputs_of(self.store, models, texts, **self._settings)
+        return inputs_of(self.store, models, texts, **self._of)
 
     @property
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "tokens": asdict(self.tokens),
-            "metrics": list(self.metrics),
-            "positions": asdict(self.positions),
-            "keep_samples": self.keep_samples,
-            "until": None if self.until is None else asdict(self.until),
-            "device_memory": self.device_memory,
-            **({"experts": self.experts} if self.experts else {}),
-        }
+    def _of(self) -> dict[str, Any]:
+        return {**self.to_json(), "device_memory": self.device_memory}
 
     def _look_up(self) -> Known | None:
         return self._output.find()
@@ -277,20 +255,8 @@ class ScanJob:
         from ..models.decoder import Decoder
         from ..scanning.model import scan
 
-        batch_size = self.tokens.batch_size
+        options = {one.name: getattr(self, one.name) for one in fields(ScanSettings)}
         if self.device_memory is not None:
-            batch_size = self.memory(self.source.resolved()).micro_batch
-        return scan(
-            Decoder.of(model, self.content),
-            tokenizer,
-            self.texts,
-            max_length=self.tokens.max_length,
-            batch_size=batch_size,
-            metrics=self.metrics,
-            threads=self.threads,
-            checkpoint=checkpoint,
-            keep_samples=self.keep_samples,
-            positions=self.positions,
-            until=self.until,
-            experts=self.experts,
-        )
+            options["batch_size"] = self.memory(self.source.resolved()).micro_batch
+        decoder = Decoder.of(model, self.content)
+        return scan(decoder, tokenizer, self.texts, checkpoint=checkpoint, **options)

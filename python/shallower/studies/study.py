@@ -7,7 +7,6 @@ a study, its folder, what is refused before heavy work, and the writing before e
 import json
 import shlex
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -89,7 +88,7 @@ class Part(Generic[Settings]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(ABC, Generic[Settings]):
+class Study(Generic[Settings]):
     """Settings, models and texts, checked when the value is made.
 
     Attributes:
@@ -156,9 +155,9 @@ class Study(ABC, Generic[Settings]):
         ]
 
     @property
-    @abstractmethod
     def leaves(self) -> Sequence[str]:
         """The names in ``out`` that must not be there before, but for a study that goes on."""
+        return (self.RESULTS,)
 
     def check(self) -> None:
         """Refuse what cannot be: ShallowerError. Room on disk comes last, as a model is built."""

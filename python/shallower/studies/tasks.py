@@ -27,16 +27,7 @@ class StudyTasks:
         """The tasks with their items; raises TextsError or MissingExtraError."""
         from ..evaluation.tasks import ChosenTasks
 
-        settings = self.settings
-        return ChosenTasks.of(
-            settings.tasks,
-            tasks_dir=settings.tasks_dir,
-            data=settings.data,
-            max_items=settings.max_items,
-            num_shots=settings.num_shots,
-            pass_at=settings.pass_at,
-            seed=settings.seed,
-        )
+        return ChosenTasks.of(self.settings.tasks, self.settings)
 
     @property
     def num_items(self) -> int:

@@ -1,12 +1,15 @@
 """What makes a field of settings an option; ``cli/options.py`` makes it one of a command."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from ..errors import CriterionError
+from ..errors import CriterionError, LayersError, SettingsError
+from .commands import option_words
+from .tokens import BatchSize, Tokens, parse_batch_size
 
 T = TypeVar("T")
 
@@ -23,8 +26,8 @@ class Option:
         read: makes the value of a word.
         alone: the value of the option without a word; ``...`` where there must be one.
         off: the help of ``--no-NAME``, and the value of the field by it.
-        before: what it stands before in the help: a field or a parameter of the command. By
-            default it stands behind the field before it.
+        before: what it stands before in the help: the first that is there of some fields or
+            parameters of the command. By default it stands behind the field before it.
     """
 
     sentence: str
@@ -71,6 +74,69 @@ def options_of(kind: type) -> dict[str, Option]:
                 found.pop(name, None)
                 found[name] = replace(one, name=one.name or name)
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every work on texts can be set to; TextsError for a number that is out of range."""
+
+    max_length: int = option(
+        256, "Tokens of a text at most.", "N", least=1, before="max_texts device_map"
+    )
+    batch_size: BatchSize = option(
+        "auto",
+        "Texts in one forward. auto: as many as the device has memory for, on a CPU 8 at most.",
+        "auto|N",
+        read=parse_batch_size,
+    )
+
+    def __post_init__(self) -> None:
+        _ = self.tokens
+
+    @classmethod
+    def of(cls, settings: Self | None, options: Mapping[str, Any]) -> Self:
+        """Make settings from a value and from keywords that change it.
+
+        Raises:
+            SettingsError: there is no setting of that name, or ``settings`` is of another study.
+        """
+        if settings is not None and not isinstance(settings, cls):
+            raise SettingsError(
+                f"settings of type {type(settings).__name__}: expected {cls.__name__}"
+            )
+        names = [one.name for one in fields(cls)]
+        for name in options:
+            if name not in names:
+                near = get_close_matches(name, names, 1)
+                meant = f"did you mean {near[0]}?" if near else f"expected of {', '.join(names)}"
+                raise SettingsError(f"{cls.__name__} has no setting {name!r}: {meant}")
+        return cls(**options) if settings is None else replace(settings, **options)
+
+    @property
+    def tokens(self) -> Tokens:
+        """The length of texts and how many make one forward."""
+        return Tokens(self.max_length, self.batch_size)
+
+    def to_words(self) -> list[str]:
+        """Give the settings that are not the defaults as options of the command line.
+
+        What only Python can set is left out.
+        """
+        default, options = type(self)(), options_of(type(self))
+        changed: dict[str, Any] = {}
+        for name in (one.name for one in fields(self) if one.name in options):
+            value = getattr(self, name)
+            if value != getattr(default, name):
+                changed |= options[name].words(value)
+        return option_words(changed)
+
+    def _check_least(self, name: str, least: int, error: type[Exception] = LayersError) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            option = name.replace("_", "-")
+            raise error(
+                f"{name} = {value!r}: expected a whole number, at least {least} (--{option})"
+            )
 
 
 def parse_names(listed: str) -> list[str]:

@@ -248,7 +248,10 @@ class Plan:
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8-sig")))
         except OSError as error:
-            raise PlanError(f"cannot read the plan {path}: {why(error, path)}") from error
+            raise PlanError(
+                f"cannot read the plan {path}: {why(error, path)}; name the file that shallower "
+                f"plan wrote, or its folder"
+            ) from error
         except (
             ValueError,
             KeyError,

@@ -3,21 +3,18 @@
 An option of a study is declared here, and nowhere else: the command line has the fields.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
-from ..errors import CriterionError, LayersError, PatchError, RecipeError, SettingsError, TextsError
-from .commands import option_words
+from ..errors import CriterionError, LayersError, PatchError, RecipeError, TextsError
 from .layers import layer_number, parse_sizes
 from .memory import parse_size
-from .options import distinct_names, option, options_of, parse_names, refuse_twice
+from .options import Settings, distinct_names, option, parse_names, refuse_twice
 from .recipe import SHARE, Recipe, check_share
 from .target import Target, parse_count, parse_share
-from .tokens import BatchSize, Tokens, parse_batch_size
 
 Prompts = Path | Sequence[Any] | None
 """A file of prompts, or texts, objects and prompts themselves; None for some of our own."""
@@ -35,20 +32,13 @@ _WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "p
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySettings:
+class StudySettings(Settings):
     """What every study can be set to.
 
     Raises:
         LayersError, TextsError: a number that is out of range.
     """
 
-    max_length: int = option(256, "Tokens of a text at most.", "N", least=1, before="device_map")
-    batch_size: BatchSize = option(
-        "auto",
-        "Texts in one forward. auto: as many as the device has memory for, on a CPU 8 at most.",
-        "auto|N",
-        read=parse_batch_size,
-    )
     max_texts: int = option(1024, "Read the first N calibration texts only.", "N", least=1)
     max_eval_texts: int = option(256, "Read the first N held-out texts only.", "N", least=1)
     num_choosing: int = 96
@@ -56,34 +46,10 @@ class StudySettings:
     seed: int = option(0, "Seed of whatever is drawn.", "N", least=0)
 
     def __post_init__(self) -> None:
-        _ = self.tokens
+        super().__post_init__()
         for name in ("max_texts", "max_eval_texts"):
             self._check_least(name, 1, TextsError)
         self._check_least("seed", 0)
-
-    @classmethod
-    def of(cls, settings: Self | None, options: Mapping[str, Any]) -> Self:
-        """Make settings from a value and from keywords that change it.
-
-        Raises:
-            SettingsError: there is no setting of that name, or ``settings`` is of another study.
-        """
-        if settings is not None and not isinstance(settings, cls):
-            raise SettingsError(
-                f"settings of type {type(settings).__name__}: expected {cls.__name__}"
-            )
-        names = [one.name for one in fields(cls)]
-        for name in options:
-            if name not in names:
-                near = get_close_matches(name, names, 1)
-                meant = f"did you mean {near[0]}?" if near else f"expected of {', '.join(names)}"
-                raise SettingsError(f"{cls.__name__} has no setting {name!r}: {meant}")
-        return cls(**options) if settings is None else replace(settings, **options)
-
-    @property
-    def tokens(self) -> Tokens:
-        """The length of texts and how many make one forward."""
-        return Tokens(self.max_length, self.batch_size)
 
     def to_json(self) -> dict[str, Any]:
         """Give all settings that results depend on, without places, as plain JSON values."""
@@ -94,32 +60,11 @@ class StudySettings:
             if name not in _WITHOUT_EFFECT and not isinstance(value, Path)
         }
 
-    def to_words(self) -> list[str]:
-        """Give the settings that are not the defaults as options of the command line.
-
-        What only Python can set is left out.
-        """
-        default, options = type(self)(), options_of(type(self))
-        changed: dict[str, Any] = {}
-        for name in (one.name for one in fields(self) if one.name in options):
-            value = getattr(self, name)
-            if value != getattr(default, name):
-                changed |= options[name].words(value)
-        return option_words(changed)
-
     def _take_places(self, *names: str) -> None:
         """Make paths of the files and folders that settings name."""
         for name in names:
             place = getattr(self, name)
             object.__setattr__(self, name, None if place is None else Path(place))
-
-    def _check_least(self, name: str, least: int, error: type[Exception] = LayersError) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            option = name.replace("_", "-")
-            raise error(
-                f"{name} = {value!r}: expected a whole number, at least {least} (--{option})"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ...values.counts import counted
 from ...values.perplexity import Perplexity
 from ...values.plan import Plan
+from ...values.schema import plain_fields
 from ...values.scores import Difference, Estimate, Scores
 from ...values.speech import WAYS, Speech
 from ...values.task_scores import TaskScores
@@ -52,18 +54,21 @@ def evaluation_record(values: Values, dtype: str, plan: Plan | None) -> dict[str
 def evaluation_parts(values: Values, names: Mapping[str, str]) -> list[str | Table]:
     """Give lines, and the tables of tasks and of speech; ``names`` are of the sides, in words."""
     parts: list[str | Table] = []
-    words: dict[str, Callable[[Any], str]] = {"loss": loss_words, "perplexity": _perplexity_words}
     for kind, sides in values.items():
         if kind in ("tasks", "speech"):
             table = tasks_table if kind == "tasks" else speech_table
             parts.append(table({names[side]: one for side, one in sides.items()}))
             continue
-        parts += [f"{names[side]}: {words[kind](one)}" for side, one in sides.items()]
+        words, unit = _LINES.get(kind, (partial(_figure, kind), ""))
+        parts += [f"{names[side]}: {words(one)}" for side, one in sides.items()]
         if len(sides) > 1:
             first, second = sides.values()
-            by = "text" if kind == "loss" else "window"
-            parts.append(_difference(second.minus(first), by))
+            parts.append(_difference(second.minus(first), unit))
     return parts
+
+
+def _figure(kind: str, found: Scores) -> str:
+    return f"{kind} {Number.estimate(found).text}"
 
 
 def _perplexity_words(found: Perplexity) -> str:
@@ -73,6 +78,13 @@ def _perplexity_words(found: Perplexity) -> str:
         f"tokens, stride {found.stride}\n  {bos} a beginning-of-text token; "
         f"{counted(found.num_tokens, 'token')} predicted, {found.num_rest} left over"
     )
+
+
+_LINES: dict[str, tuple[Callable[[Any], str], str]] = {
+    "loss": (loss_words, " nats a token, paired by text"),
+    "perplexity": (_perplexity_words, " nats a token, paired by window"),
+}
+"""The words and the unit of what has no table, by its kind."""
 
 
 def tasks_table(found: Mapping[str, Sequence[TaskScores]]) -> Table:
@@ -103,16 +115,19 @@ def _by_measure(sides: Mapping[str, Sequence[TaskScores]]) -> Iterator[dict[str,
 
 
 def _compared(sides: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {side: one.to_json() for side, one in sides.items()}
+    plain = {
+        side: plain_fields(Estimate.of(one)) if isinstance(one, Scores) else one.to_json()
+        for side, one in sides.items()
+    }
     if len(sides) > 1:
         first, second = sides.values()
         plain["difference"] = second.minus(first).to_json()
     return plain
 
 
-def _difference(lost: Difference, by: str) -> str:
+def _difference(lost: Difference, unit: str) -> str:
     tie = "; a tie, within two standard errors" if lost.tied else ""
-    return f"difference: {lost} nats a token, paired by {by}{tie}"
+    return f"difference: {lost}{unit}{tie}"
 
 
 def _score(scores: TaskScores) -> Number:

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import MetricError, PositionsError, SettingsError
-from ..values.counts import counted
-from ..values.layers import check_sizes
-from ..values.positions import Positions
+from .counts import counted
+from .layers import check_sizes
+from .positions import Positions
 
 DEFAULT_SIZES = 1, 2, 4, 8
 

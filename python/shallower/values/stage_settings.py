@@ -1,0 +1,176 @@
+"""Settings of ``scan``, ``patch`` and ``eval``: their options and defaults, checked when made."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import PatchError, SettingsError
+from .layers import parse_sizes
+from .options import Settings, option, parse_names
+from .positions import Positions
+from .recipe import SHARE, check_share
+from .tokens import BatchSize
+from .until import DEFAULT_TOLERANCE, Until
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanSettings(Settings):
+    """Settings of :func:`shallower.scan`.
+
+    No text's values depend on ``batch_size`` but for rounding. Of positions, a text that has fewer
+    tokens gives all of its own; they follow from the seed and the index of the text alone. The
+    first token, which can be among ``random`` and ``all``, has massive activations in most models.
+    A batch's states take (L+1) D values a token in memory. ``until`` may also be an
+    :class:`Until`; the scan is then that of the texts so far, :attr:`Scan.settled` says which sizes
+    were sure, and when, and the values of single samples are kept meanwhile.
+
+    Raises:
+        TextsError, PositionsError, SettingsError: a number that is out of range, no positions, or
+            what says when a scan stops where nothing stops it.
+    """
+
+    metrics: Sequence[str] = option(
+        ("angular", "cosine"),
+        "Metrics to measure, comma-separated: angular, cosine, relative_l2, norm_ratio.",
+        "NAMES",
+        read=parse_names,
+        before="device_map",
+    )
+    positions: Positions = option(
+        Positions(),
+        "Tokens of a text to compare: last, last:K, random:K or all. Errors are clustered by text.",
+        "WHICH",
+        read=str,
+    )
+    seed: int = option(0, "Seed of --positions random:K.", "N", least=0)
+    threads: int | None = option(
+        None, "Threads of the core; all processors by default.", "N", least=1
+    )
+    keep_samples: bool = option(
+        False,
+        "Keep the distances of every sample for plan --bootstrap: 4 bytes times samples times "
+        "pairs of layers, for each metric.",
+    )
+    experts: bool = option(
+        False,
+        "Also gather statistics of a mixture's routed experts, over all tokens, for plan "
+        "--experts; takes the time of the experts twice.",
+    )
+    until: float | Until | None = option(
+        None,
+        "Stop as soon as the best blocks are, with probability P, such as 0.99, no worse than the "
+        "best there are by more than --tolerance.",
+        "P",
+    )
+    tolerance: float | None = option(None, "Tolerance of --until; 0.005 by default.", "DISTANCE")
+    n: Sequence[int] | None = option(
+        None, "Block sizes that --until is of; by default 1,2,4,8.", "SIZES", read=parse_sizes
+    )
+    exact: bool = option(
+        False, "Bet instead of trusting --until's limit theorem; takes more texts."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.metrics, str):  # which is refused where names are checked
+            object.__setattr__(self, "metrics", tuple(self.metrics))
+        positions: Any = self.positions
+        if isinstance(positions, str):
+            object.__setattr__(self, "positions", Positions.parse(positions, self.seed))
+        _ = self.stops
+
+    @property
+    def stops(self) -> Until | None:
+        """When the scan stops before its texts end; None where it does not."""
+        if isinstance(self.until, float | int):
+            tolerance = DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
+            return Until(self.until, tolerance, tuple(self.n or ()), self.exact)
+        if self.exact or (self.tolerance, self.n) != (None, None):
+            raise SettingsError(
+                "--tolerance, --n and --exact say when a scan stops: add --until 0.99, say"
+            )
+        return self.until
+
+    def to_json(self) -> dict[str, Any]:
+        """Give all settings that a scan depends on, as plain JSON values."""
+        return {
+            "tokens": asdict(self.tokens),
+            "metrics": list(self.metrics),
+            "positions": asdict(self.positions),
+            "keep_samples": self.keep_samples,
+            "until": self.stops and asdict(self.stops),
+            **({"experts": True} if self.experts else {}),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchSettings(Settings):
+    """Settings of :func:`shallower.patch`.
+
+    The states of the tokens that are fitted, with those of prompts, lie in temporary files: at most
+    three times ``num_tokens`` times D values. Of texts and answers, where either are at their end,
+    the others go on. Answers that ``max_length`` leaves no token of are left out, with a warning.
+
+    Raises:
+        TextsError, PatchError, RecipeError: a number that is out of range.
+    """
+
+    batch_size: BatchSize = option(16, "Texts in one forward.", "N", least=1)
+    num_tokens: int | None = option(
+        None,
+        "Tokens to fit at most. By default 131,072; on a CPU 32,768.",
+        "N",
+        least=1,
+        before="max_length",
+    )
+    share: float = option(0.5, SHARE, "X", before="answer_tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self.share)
+        if self.num_tokens is not None:
+            self._check_least("num_tokens", 1, PatchError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(Settings):
+    """Settings of ``shallower eval``: by the option of each measure what it is of, and how."""
+
+    texts: str | None = option(
+        None,
+        "Held-out texts for the loss: a .jsonl, .txt or .parquet file, or a hub dataset.",
+        "TEXTS",
+        before="drop",
+    )
+    perplexity: str | None = option(
+        None,
+        "A text file for the perplexity in windows; of .jsonl and .parquet the documents, parted "
+        "by a blank line.",
+        "FILE",
+    )
+    tasks: str | None = option(
+        None,
+        "Tasks of lm-eval, comma-separated: boolq, gsm8k, hellaswag, lambada, mmlu, any other.",
+        "NAMES",
+    )
+    speech: str | None = option(
+        None,
+        "How it speaks beside the whole model, on prompts: a .jsonl file with prompt or messages; "
+        "without one prompts of our own.",
+        "[PROMPTS]",
+    )
+    speech_tokens: int = option(64, "Tokens of an answer of --speech at most.", "N", least=1)
+    context: int = option(2048, "Tokens of a window of --perplexity.", "N", least=2, before="dtype")
+    bos: bool = option(False, "Begin each window with the beginning-of-text token.")
+    tasks_dir: str | Path | None = option(None, "A folder of task files of lm-eval.", "DIR")
+    data: str | Path | None = option(None, "Data of task files; $SHALLOWER_DATA by default.", "DIR")
+    max_items: int | None = option(None, "Items of a task at most, drawn by --seed.", "N", least=1)
+    num_shots: int | None = option(None, "Solved examples before each item.", "K", least=0)
+    pass_at: int | None = option(
+        None, "Also sample K answers where the answer is text: pass@K.", "K", least=1
+    )
+    seed: int = option(0, "Seed of items, examples and samples.", "S", least=0)
+    max_texts: int | None = option(
+        None, "Read the first N texts only.", "N", least=1, before="device_map"
+    )

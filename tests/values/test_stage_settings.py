@@ -1,0 +1,77 @@
+"""Settings of a scan and of a patch: what keys have of them, and what is refused."""
+
+import pytest
+
+import shallower as sh
+from shallower.errors import PatchError, PositionsError, RecipeError, SettingsError, TextsError
+
+SCAN = {
+    "tokens": {"max_length": 256, "batch_size": "auto"},
+    "metrics": ["angular", "cosine"],
+    "positions": {"kind": "last", "count": 1, "seed": 0},
+    "keep_samples": False,
+    "until": None,
+}
+"""What a key of the store has of a scan by default: of another form no cached scan is found."""
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [
+        ({}, {}),
+        ({"threads": 3}, {}),
+        ({"experts": True}, {"experts": True}),
+        (
+            {"positions": "random:2", "seed": 5},
+            {"positions": {"kind": "random", "count": 2, "seed": 5}},
+        ),
+        ({"seed": 5}, {}),
+        (
+            {"positions": sh.Positions("random", 2, 7)},
+            {"positions": {"kind": "random", "count": 2, "seed": 7}},
+        ),
+        (
+            {"until": 0.9, "n": [1, 2], "exact": True},
+            {"until": {"confidence": 0.9, "tolerance": 0.005, "sizes": (1, 2), "exact": True}},
+        ),
+        (
+            {"until": sh.Until(0.9)},
+            {"until": {"confidence": 0.9, "tolerance": 0.005, "sizes": (), "exact": False}},
+        ),
+    ],
+    ids=str,
+)
+def test_the_key_of_a_scan_has_what_it_depends_on(options, differs):
+    assert sh.ScanSettings(**options).to_json() == SCAN | differs
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "said"),
+    [
+        (sh.ScanSettings, {"tolerance": 0.1}, SettingsError, "add --until 0.99, say"),
+        (
+            sh.ScanSettings,
+            {"until": sh.Until(0.9), "exact": True},
+            SettingsError,
+            "say when a scan",
+        ),
+        (sh.ScanSettings, {"until": 1}, SettingsError, "which no number of texts reaches"),
+        (sh.ScanSettings, {"positions": "first"}, PositionsError, "no positions 'first'"),
+        (sh.ScanSettings, {"batch_size": 0}, TextsError, "batch_size must be an integer"),
+        (
+            sh.PatchSettings,
+            {"num_tokens": 0},
+            PatchError,
+            "num_tokens = 0: expected a whole number",
+        ),
+        (sh.PatchSettings, {"share": 0}, RecipeError, "share must be above 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(kind, options, error, said):
+    with pytest.raises(error, match=said):
+        kind(**options)
+
+
+def test_a_keyword_that_is_no_setting_is_named(words):
+    with pytest.raises(SettingsError, match="ScanSettings has no setting 'metric': did you mean"):
+        sh.scan(None, words, ["a"], metric=["angular"])
