@@ -41,7 +41,7 @@ def test_a_cut_is_judged(stage, judge):
 def test_cuts_are_judged_together(stage):
     with stage.open():
         trials = Trials(Layerwise(stage.model()), LossJudge(judged_batches(WORDS, TEXTS, Tokens())))
-        trials.is_streamed = True  # as if its layers waited on disk
+        trials.model.is_streamed = True  # as if its layers waited on disk
         trials.judge_together([[1, 2], [1, 3], []])
         found = [trials.scores(dropped) for dropped in ([1, 2], [1, 3])]
     assert all(scores.complete for scores in found)

@@ -52,9 +52,7 @@ HARMLESS = {
     "evaluation/task_model.py: TaskModel._continue: torch.from_numpy(padded).to(device)": _MOVED,
     "evaluation/task_model.py: TaskModel._predicted: "
     "torch.from_numpy(rows[here] - start).to(logits.device)": _INDEX,
-    "memory/prefix_cache.py: Prefixes.run_together: found.cpu()": _ROOM,
-    "memory/prefix_cache.py: Prefixes.run_together: "
-    "self.model.run(self.batches[index], before, (layer,)).cpu()": _ROOM,
+    "memory/prefix_cache.py: Prefixes._settled: states.cpu()": _ROOM,
     "memory/streaming.py: _Travelling.__setitem__: states.cpu()": _HOST,
     "patching/quick.py: QuickPatch.run_cut: "
     "self._model.run(batch, states[index], (layer,)).cpu()": _ROOM,

@@ -124,9 +124,9 @@ def test_states_that_cuts_share_are_made_once(folder, monkeypatch):  # noqa: F81
     trials, ran = Trials(Layerwise(streamed), judge, memory=10**6), []
     run = trials.model.run
 
-    def counting(batch, states, layers):
+    def counting(batch, states, layers, **options):
         ran.append(layers)
-        return run(batch, states, layers)
+        return run(batch, states, layers, **options)
 
     monkeypatch.setattr(trials.model, "run", counting)
     cuts = [(), (1,), (1, 2), (0, 5), (3,), (3, 4)]

@@ -21,7 +21,6 @@ from ..models.architecture import find_layers, require_weights, undo_rescaling
 from ..models.decoder import Decoder
 from ..models.dtypes import STREAM, Dtype
 from ..models.identity import stored_dtype
-from ..models.layerwise import is_streamed
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
@@ -147,7 +146,7 @@ def _in_pieces(model: PreTrainedModel) -> dict[str, Any]:
 
     It brings a file's into memory at once.
     """
-    if not is_streamed(model):
+    if not Decoder.of(model).is_streamed:
         return {}
     return {"max_shard_size": max(PIECE, *map(module_bytes, find_layers(model).modules))}
 
@@ -209,13 +208,14 @@ def logits_difference(
     memory of the CPU, and its layers visit the GPU one after the other; or it is streamed where
     the layers of the model do. ModelError: it cannot be loaded, or lacks weights.
     """
-    device = Decoder.of(model).device
+    decoder = Decoder.of(model)
+    device = decoder.device
     input_ids = input_ids.to(device)
     skipped = nullcontext() if layers is None else without_layers(model, layers)
     with torch.inference_mode(), skipped:
         expected = model(input_ids=input_ids, use_cache=False).logits
     reloaded: Any
-    streamed, dtype = is_streamed(model), cast("Dtype", stored_dtype(model))
+    streamed, dtype = decoder.is_streamed, cast("Dtype", stored_dtype(model))
     if streamed:
         trusted = _has_own_code(model)
         reloaded, _ = load_model(path, dtype, STREAM, trust_remote_code=trusted, progress=False)

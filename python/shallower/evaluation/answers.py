@@ -20,10 +20,9 @@ from transformers import (
 
 from ..errors import ModelError, TextsError
 from ..memory.retry import Halving
-from ..memory.streaming import Streamed
+from ..memory.streaming import Forwards
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
-from ..models.layerwise import Layerwise, is_streamed
 from ..progress import Advance, hushed, part, track
 from ..texts.batches import Batch, padded
 from ..texts.prompts import (
@@ -131,7 +130,7 @@ def write_answers(
     check_speaks(decoder)
     check_prompts(decoder, prompts, num_tokens)
     ends, most = ends_of(decoder.model, tokenizer), len(prompts) * num_tokens
-    if is_streamed(decoder):
+    if decoder.is_streamed:
         answers: list[Answer] = []
         tokens = Tokens(max(map(len, prompts)) + num_tokens, batch_size)
         bar = track(description, most, progress)
@@ -162,7 +161,7 @@ def write_answers(
 
 def check_at_hand(decoder: Decoder) -> None:
     """Refuse, by ModelError, a model that cannot be let to speak, or would be read for it often."""
-    if is_streamed(decoder):
+    if decoder.is_streamed:
         raise ModelError(
             "the layers are streamed from disk, and every token of every answer would read all of "
             "them: leave out --stream, or what the model is to say (speech, --speech)"
@@ -308,11 +307,11 @@ def _in_passes(
     seed: int | None,
 ) -> Iterator[list[Answer]]:
     """Answer prompts by passes over layers on disk; give what there is of all after each token."""
-    streamed, rows = Streamed(Layerwise(decoder)), [one.tolist() for one in prompts]
+    forwards, rows = Forwards(decoder), [one.tolist() for one in prompts]
     drawing = [None if seed is None else _Drawing([one], seed) for one in prompts]
     size, going = fitting_tokens(decoder, tokens).texts, {*range(len(rows))}
     while going:
-        for index, logits in _next_logits(streamed, {one: rows[one] for one in going}, size):
+        for index, logits in _next_logits(forwards, {one: rows[one] for one in going}, size):
             drawn = drawing[index]
             token = int((logits if drawn is None else drawn(None, logits)).argmax())
             rows[index].append(token)
@@ -323,16 +322,16 @@ def _in_passes(
 
 @torch.inference_mode()
 def _next_logits(
-    streamed: Streamed, rows: Mapping[int, list[int]], size: int
+    forwards: Forwards, rows: Mapping[int, list[int]], size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Run rows of token ids in one pass; give (1, V) float32 logits of what comes behind each."""
     order = sorted(rows, key=lambda index: (-len(rows[index]), index))
     ids = [(index, np.array(rows[index], np.int64)) for index in order]
     batches = ([padded(ids[start : start + size])] for start in range(0, len(ids), size))
-    for batch in streamed.reached(batches):
+    for batch in forwards.ready(batches):
         lengths = batch.attention_mask.sum(axis=1, keepdims=True)
         last = np.arange(batch.input_ids.shape[1]) == lengths - 1
-        logits = torch.cat([*logits_at(streamed.model.head, batch, last)])
+        logits = torch.cat([*logits_at(forwards.head, batch, last)])
         yield from zip(batch.samples.tolist(), logits.float().split(1), strict=True)
 
 

@@ -4,7 +4,6 @@ import math
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -18,11 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ModelError
 from ..memory.plan import Forward, fitting
 from ..memory.retry import Halving
-from ..memory.streaming import Streamed, text_steps
+from ..memory.streaming import Forwards, text_steps
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import LOGITS_AT_ONCE, Head
-from ..models.layerwise import Layerwise, is_streamed
 from ..progress import track
 from ..texts.batches import Batch, TokenBatches
 from ..values.loss import Loss, TextLoss
@@ -144,9 +142,9 @@ def nats_of(
     with track(description, total, progress) as advance, evaluating(decoder.model):
         advance(steps * sum(map(len, found.values())))
         if missing or not found:
-            losses = TextLosses(decoder)
-            size = losses.head.vocab_size
-            each = losses.of((batches[place] for place in missing), advance)
+            forwards = Forwards(decoder)
+            size = forwards.head.vocab_size
+            each = _losses_of(forwards, (batches[place] for place in missing), advance)
             for place, some in zip(missing, each, strict=True):
                 found[place] = np.array([nats for _, nats, _ in some])
                 keep(place, found[place], size)
@@ -156,55 +154,31 @@ def nats_of(
     return sums, size
 
 
-class TextLosses:
-    """A model that measures batches of texts; layers on disk are read once for many of them.
+def _losses_of(
+    forwards: Forwards, batches: Iterable[Batch], advance: Callable[[int], object]
+) -> Iterator[list[TextLoss]]:
+    """Yield the losses of the texts of each batch, by a model that is evaluating meanwhile."""
+    halving, sizes, found = Halving(), deque[int](), list[TextLoss]()
 
-    Attributes:
-        head: what makes logits of the final states.
-    """
+    def parts() -> Iterator[list[Batch]]:
+        for batch in batches:
+            sizes.append(len(batch))
+            yield _parts(forwards.head, batch)
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._streamed = Streamed(Layerwise(decoder)) if is_streamed(decoder) else None
-        self.head = Head.of(decoder) if self._streamed is None else self._streamed.model.head
-        self._halving = Halving()
+    for part in forwards.ready(parts(), advance):
+        found += text_losses(forwards.head, part, halving)
+        if len(found) == sizes[0]:
+            yield found
+            sizes.popleft()
+            found = []
 
-    def of(
-        self, batches: Iterable[Batch], advance: Callable[[int], object]
-    ) -> Iterator[list[TextLoss]]:
-        """Yield the losses of the texts of each batch.
 
-        The model is to be evaluating meanwhile. ``advance`` receives the texts that are done, by
-        each layer on disk. Raises as :func:`text_losses`.
-        """
-        sizes, found = deque[int](), list[TextLoss]()
-
-        def parts() -> Iterator[list[Batch]]:
-            for batch in batches:
-                sizes.append(len(batch))
-                yield self._parts(batch)
-
-        streamed, in_parts = self._streamed, parts()
-        reached = (
-            chain.from_iterable(in_parts)
-            if streamed is None
-            else streamed.reached(in_parts, advance)
-        )
-        for part in reached:
-            found += text_losses(self.head, part, self._halving)
-            if streamed is None:
-                advance(len(part))
-            if len(found) == sizes[0]:
-                yield found
-                sizes.popleft()
-                found = []
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The batch; in parts, if the model makes all logits of it at once and they are many."""
-        self.head.decoder.check_length(batch.input_ids.shape[1])
-        if self.head.by_rows:
-            return [batch]
-        most = LOGITS_AT_ONCE // (batch.input_ids.shape[1] * self.head.vocab_size)
-        return batch.split(max(1, most))
+def _parts(head: Head, batch: Batch) -> list[Batch]:
+    """The batch; in parts, if the model makes all logits of it at once and they are many."""
+    head.decoder.check_length(batch.input_ids.shape[1])
+    if head.by_rows:
+        return [batch]
+    return batch.split(max(1, LOGITS_AT_ONCE // (batch.input_ids.shape[1] * head.vocab_size)))
 
 
 def text_losses(head: Head, batch: Batch, halving: Halving) -> Iterator[TextLoss]:

@@ -18,11 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ModelError, TextsError
 from ..memory.plan import fitting
 from ..memory.retry import Halving
-from ..memory.streaming import Streamed
+from ..memory.streaming import Forwards
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import Head
-from ..models.layerwise import Layerwise, is_streamed
 from ..progress import part, track
 from ..texts.batches import Batch, padded
 from ..texts.prompts import Prompt, given_prompts, prompt_ids
@@ -276,7 +275,7 @@ class Reference:
         head = Head.of(decoder)
         its_head = None if whole is None else Head.of(whole)
         is_itself = whole is not None and whole.model is decoder.model
-        speaks, speaking = not (is_itself or is_streamed(decoder)), self.speaking
+        speaks, speaking = not (is_itself or decoder.is_streamed), self.speaking
         found: dict[int, NDArray[np.float64]] = {}
         own = self.words if is_itself else None
         total = speaking.tokens_read + speaks * speaking.most_tokens
@@ -379,21 +378,12 @@ def _run(
     """Do work on batches, in parts where memory is short, and yield the parts with its results."""
     halving = Halving()
     with track(bar[0], sum(len(one.batch) for one in spans), bar[1]) as advance:
-        for one in _ready(spans, decoder):
+        ready = Forwards(decoder).ready([one.batch] for one in spans)
+        for one, _ in zip(spans, ready, strict=True):
             of_part = one.part
             for some, done in halving.run(one.batch, lambda some: work(of_part(some))):  # noqa: B023
                 yield of_part(some), done
                 advance(len(some))
-
-
-def _ready(spans: Sequence[_Spans], decoder: Decoder) -> Iterator[_Spans]:
-    """Give batches; of layers on disk, each while forwards start from its final states."""
-    if not is_streamed(decoder):
-        yield from spans
-        return
-    streamed = Streamed(Layerwise(decoder))
-    for one, _ in zip(spans, streamed.reached([one.batch] for one in spans), strict=True):
-        yield one
 
 
 @torch.inference_mode()

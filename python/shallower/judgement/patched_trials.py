@@ -89,7 +89,7 @@ class PatchedTrials:
     def judge_together(self, cuts: Iterable[AnyCut], looks: int | None = None) -> None:
         """Judge cuts after a quick patch at once, as :meth:`Trials.judge_together`."""
         trials, wanted = self._trials, map(_layers_of, cuts)
-        if not trials.is_streamed:
+        if not trials.model.is_streamed:
             return
         known = {gone: self._looked.get(gone, {}) for gone in wanted if gone not in self._failed}
         looked = {gone: one for gone, one in known.items() if not isinstance(one, str)}
@@ -116,8 +116,9 @@ class PatchedTrials:
         """Patch the model until the stack is closed; why that cannot be is remembered."""
         trials = self._trials
         started = trials.clock()
-        for index in range(trials.num_looks):
-            trials.prepare(index)  # by the whole model, which there is none of from here on
+        trials.prepare(
+            trials.first(None)
+        )  # by the whole model, which there is none of from here on
         try:
             stack.enter_context(self.patch.patched(Plan.of(len(trials.model), sorted(gone))))
         except PatchError as error:
@@ -190,7 +191,7 @@ def judge_patched_together(
     """
     if not cuts:
         return
-    trials.prepare_together({index for indices in cuts.values() for index in indices})
+    trials.prepare({index for indices in cuts.values() for index in indices})
     patch.prepare()
 
     def size(cut: Cut) -> int:
@@ -223,7 +224,7 @@ def _run_patched(
 
     places = [_before(cut, index) for cut, indices in cuts.items() for index in indices]
     with model.evaluating():
-        before = trials.prefixes.run_together(places, befores.__setitem__)
+        before = trials.prefixes.job(places, befores.__setitem__)
         order = {layer for cut in cuts for layer in trials.path(cut)}
         model.in_step([before, *(job(*one) for one in cuts.items())], order)
     yield from found.items()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..cutting.in_model import without_layers
 from ..errors import CacheError, LayersError, ModelError, PlanError
 from ..memory.prefix_cache import Place, Prefixes
-from ..models.layerwise import Layerwise, is_streamed
+from ..models.layerwise import Layerwise
 from ..values.layers import layer_count
 from ..values.plan import Gone, Plan, gone_by
 from ..values.schema import of_type
@@ -123,7 +123,6 @@ class Trials:
         report: receives what is added to a count.
         prefixes: runs cuts on the batches.
         num_recalled: trials of the journal.
-        is_streamed: whether the layers of the model wait on disk.
     """
 
     def __init__(
@@ -143,7 +142,6 @@ class Trials:
         self._prepares = type(judge).prepare is not Judge.prepare and not prepared
         self._prepared: set[int] = set()
         self._journal = journal
-        self.is_streamed = is_streamed(model.head.decoder)
         self._judged: dict[tuple[Gone, int], NDArray[np.float64]] = {}
         self._failed: dict[tuple[Gone, int], ModelError] = {}
         self._recalled: dict[tuple[Gone, int], float] = {}
@@ -192,19 +190,15 @@ class Trials:
         for cut in cuts:
             if isinstance(cut, Plan) and cut.experts is not None:
                 self._judge_whole(cut, looks)
-            elif self.is_streamed:
+            elif self.model.is_streamed:
                 gone.append(gone_by(cut))
-        if not gone:
-            return
-        keys = dict.fromkeys((cut, index) for index in self.first(looks) for cut in gone)
-        unknown = self._judged.keys() | self._failed.keys()
-        self._run_together([key for key in keys if key not in unknown])
+        self._judge((cut, index) for index in self.first(looks) for cut in gone)
 
-    def prepare_together(self, indices: Iterable[int]) -> None:
-        """Pass the judge the whole model's states on batches, as :meth:`prepare` does, at once."""
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Pass the judge the whole model's states on batches, each once, if it needs them."""
         if self._prepares:
             missing = [index for index in indices if index not in self._prepared]
-            self._in_groups([(index, self.path(())) for index in missing], self._take_whole)
+            self.prefixes.run(((index, self.path(())) for index in missing), self._take_whole)
 
     def first(self, looks: int | None) -> range:
         """The first batches, ``looks`` of them or all."""
@@ -223,16 +217,10 @@ class Trials:
         A ModelError says that a score is not finite.
         """
         changed = [layer for layer in self.path(dropped) if layer >= unchanged]
-        known, _ = self.prefixes.run(index, tuple(range(unchanged)))
-        states = self.model.run(self.judge.batches[index], known, changed)
+        known: dict[Place, torch.Tensor] = {}
+        self.prefixes.run([(index, tuple(range(unchanged)))], known.__setitem__)
+        states = self.model.run(self.judge.batches[index], *known.values(), changed)
         return self.measure_states(index, states)
-
-    def prepare(self, index: int) -> None:
-        """Pass the judge the whole model's states on a batch, once, if it needs them."""
-        if not self._prepares or index in self._prepared:
-            return
-        place = index, self.path(())
-        self._take_whole(place, self.prefixes.run(*place)[0])
 
     def path(self, dropped: Iterable[int | tuple[int, int]]) -> tuple[int, ...]:
         """List the layers that a cut has left, ascending.
@@ -246,23 +234,13 @@ class Trials:
         self.judge.prepare(self.model, place[0], states)
         self._prepared.add(place[0])
 
-    def _in_groups(
-        self, places: Iterable[Place], take: Callable[[Place, torch.Tensor], None]
-    ) -> None:
-        """Run paths on batches, as many at a time as their states find room for."""
-        prefixes = self.prefixes
-        for group in prefixes.groups(places, lambda place: prefixes.bytes_of([place[0]])):
-            with self.model.evaluating():
-                order = {layer for _, path in group for layer in path}
-                self.model.in_step([prefixes.run_together(group, take)], order)
-
     def _judge_whole(self, plan: Plan, looks: int | None) -> None:
         """Judge a cut of experts, made once for all batches, on those that are missing."""
         gone, started = plan.gone, self.clock()
         missing = [index for index in self.first(looks) if (gone, index) not in self._judged]
         if not missing:
             return
-        self.prepare_together(missing)
+        self.prepare(missing)
         model = self.model.head.decoder.model
         with without_layers(model, plan):
             found = Trials(Layerwise(model), self.judge, prepared=True).scores((), looks)
@@ -270,32 +248,32 @@ class Trials:
             self._note((gone, index), found.sums[self.judge.items[index]], started)
             started = self.clock()
 
-    def _run_together(self, keys: Sequence[tuple[Gone, int]]) -> None:
-        """Judge cuts on batches layer by layer; what they took is shared among them."""
-        self.prepare_together({index for _, index in keys})
+    def _judge(self, keys: Iterable[tuple[Gone, int]]) -> None:
+        """Judge cuts on batches, unless that is done; what they took is shared among them."""
+        missing = {
+            (index, self.path(gone)): (gone, index)
+            for gone, index in keys
+            if (gone, index) not in self._judged and (gone, index) not in self._failed
+        }
         started = self.clock()
-        trials = {(index, self.path(gone)): (gone, index) for gone, index in keys}
+        self.prepare(dict.fromkeys(index for index, _ in missing))
 
         def take(place: Place, states: torch.Tensor) -> None:
             nonlocal started
-            key = trials[place]
+            key = missing[place]
             try:
                 self._note(key, self.measure_states(place[0], states), started)
             except ModelError as error:
                 self._failed[key] = error
             started = self.clock()
 
-        self._in_groups(trials, take)
+        self.prefixes.run(missing, take)
 
     def _look(self, gone: Gone, index: int) -> NDArray[np.float64]:
         key = gone, index
+        self._judge([key])
         if key in self._failed:
-            raise self._failed[key]
-        if key not in self._judged:
-            started = self.clock()
-            self.prepare(index)
-            states, _ = self.prefixes.run(index, self.path(gone))
-            self._note(key, self.measure_states(index, states), started)
+            raise self._failed.pop(key)
         self.clock.recall(self._recalled.pop(key, 0.0))
         texts = len(self.judge.batches[index])
         if self.count is not None and has_experts(gone):

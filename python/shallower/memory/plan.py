@@ -19,7 +19,6 @@ from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.identity import stored_dtype
 from ..models.layer_config import heads_of
-from ..models.layerwise import is_streamed
 from ..models.offload import is_offloaded
 from ..texts.batches import Batch
 from ..values.memory import OFFLOADED, MemoryPlan, usable
@@ -223,7 +222,7 @@ def fitting(decoder: Decoder, tokens: Tokens, forward: Forward) -> Tokens:
     room = Room(free if BUDGET.bound is None else min(free, BUDGET.bound), bool(cards))
     if room.card and (layers := list(filter(is_offloaded, decoder.layers.modules))):
         room = Room(max(0, room.size - 2 * max(map(_bytes_of, layers))), card=True)
-        forward = _travelling(forward) if is_streamed(decoder) else forward
+        forward = _travelling(forward) if decoder.is_streamed else forward
     if not room.card and _plainly_fits(decoder, tokens.max_length, forward, room.size):
         return replace(tokens, batch_size=DEFAULT_BATCH)
     plan = plan_forward(

@@ -5,13 +5,14 @@ A cut's path is the indices of its layers; it starts from its longest cached beg
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import count
 from typing import TypeVar
 
 import torch
 
-from ..models.layerwise import Layerwise, is_streamed
+from ..models.layerwise import Layerwise
 from ..texts.batches import Batch
 from .budget import BUDGET
 
@@ -23,6 +24,9 @@ Item = TypeVar("Item")
 
 Place = tuple[int, tuple[int, ...]]
 """A batch, and the layers that have run on it."""
+
+Take = Callable[[Place, torch.Tensor], object]
+"""Receives a batch and the layers of a cut, with the states behind the last of them."""
 
 
 class Known:
@@ -73,59 +77,68 @@ class Prefixes:
         self.model, self.batches, self._memory = model, batches, memory
         self._states: dict[Place, torch.Tensor] = {}
 
-    def run(self, index: int, path: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-        """Run the layers of a cut on a batch, those that it has left, ascending.
+    def run(self, places: Iterable[Place], take: Take) -> None:
+        """Run the layers that cuts have left, ascending, on batches.
 
-        Gives (B, T, D), the states behind the last of them, and how many layers had to run.
+        ``take`` receives each place with (B, T, D), the states behind its last layer.
         """
-        batch, (start, states) = self.batches[index], self._start(index, path)
-        depth = start
+        for group in self.groups(places, lambda place: self.bytes_of([place[0]])):
+            with self.model.evaluating():
+                order = {layer for _, path in group for layer in path}
+                self.model.in_step([self.job(group, take)], order)
 
-        def keep(found: torch.Tensor) -> None:
-            nonlocal depth
-            depth += 1
-            if depth < len(path):
-                self._keep(index, path[:depth], found)
-
-        return self.model.run(batch, states, path[start:], each=keep), len(path) - start
-
-    def run_together(
-        self, places: Collection[Place], take: Callable[[Place, torch.Tensor], None]
-    ) -> Iterator[int]:
-        """Run the layers of several cuts on batches, one layer after the other for all of them.
+    def job(self, places: Iterable[Place], take: Take) -> Iterator[int]:
+        """Run several cuts on batches, one layer after the other for all of them.
 
         A job of :meth:`Layerwise.in_step`. States that cuts share are made once; ``take`` receives
-        each place with the states behind its last layer, as soon as they are there.
+        each place as soon as its states are there. In memory no layer is waited for, so that a cut
+        runs all that it has left in one forward, and its states stay on the device.
         """
-        done, states = {}, {}
-        begun: dict[Place, torch.Tensor] = {}
-        for index, path in dict.fromkeys(places):
-            known, found = self._start(index, path)
-            states[index, path] = begun.setdefault((index, path[:known]), found.cpu())
-            done[index, path] = known
-        del begun
+        done, states = self._begin(places)
         while True:
             for place in [place for place in states if done[place] == len(place[1])]:
                 take(place, states.pop(place))
             if not states:
                 return
-            layer = min(path[done[index, path]] for index, path in states)
-            yield layer
+            layer = min(place[1][done[place]] for place in states)
+            if self.model.is_streamed:
+                yield layer
             made: dict[Place, torch.Tensor] = {}
-            for index, path in states:
-                depth = done[index, path]
-                if path[depth] != layer:
+            for place in states:
+                index, path = place
+                if path[done[place]] != layer:
                     continue
-                behind = index, path[: depth + 1]
+                stop = done[place] + 1 if self.model.is_streamed else len(path)
+                behind = index, path[:stop]
                 if behind not in made:
-                    before = states[index, path]
-                    made[behind] = self.model.run(self.batches[index], before, (layer,)).cpu()
-                    if depth + 1 < len(path):
-                        self._keep(*behind, made[behind])
-                states[index, path], done[index, path] = made[behind], depth + 1
+                    made[behind] = self._run(place, done[place], stop, states[place])
+                states[place], done[place] = made[behind], stop
+
+    def _run(self, place: Place, start: int, stop: int, states: torch.Tensor) -> torch.Tensor:
+        """Run the layers of a path from one number to another, and keep what is not its end."""
+        index, path = place
+        depths = count(start + 1)
+
+        def keep(found: torch.Tensor) -> None:
+            if (depth := next(depths)) < len(path):
+                self._keep(index, path[:depth], found)
+
+        return self._settled(
+            self.model.run(self.batches[index], states, path[start:stop], each=keep)
+        )
+
+    def _settled(self, states: torch.Tensor) -> torch.Tensor:
+        """States where they wait between two layers: on the CPU, while those of others run."""
+        return states.cpu() if self.model.is_streamed else states
 
     def groups(self, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-        """Divide items into those that are run together; ``size`` is the bytes that one takes."""
+        """Divide items into those that run together, as long as each layer is there for all.
+
+        ``size`` is the bytes that one takes. In memory every layer always is, and each runs alone.
+        """
+        if not self.model.is_streamed:
+            yield from ([item] for item in items)
+            return
         group: list[Item] = []
         left = self._capacity
         for item in items:
@@ -141,12 +154,22 @@ class Prefixes:
         """The bytes of the states of batches before and behind a layer that runs on them."""
         return 2 * sum(self._sizes[index] for index in indices)
 
+    def _begin(self, places: Iterable[Place]) -> tuple[dict[Place, int], dict[Place, torch.Tensor]]:
+        """As :meth:`_start` of each place, of which those that begin alike share the states."""
+        done, states = dict[Place, int](), dict[Place, torch.Tensor]()
+        begun: dict[Place, torch.Tensor] = {}
+        for index, path in dict.fromkeys(places):
+            known, found = self._start(index, path)
+            states[index, path] = begun.setdefault((index, path[:known]), found)
+            done[index, path] = known
+        return done, states
+
     def _start(self, index: int, path: tuple[int, ...]) -> tuple[int, torch.Tensor]:
         """How many layers of a path need not run again on a batch, and the states behind them."""
         known = self._known.start(index, path)
         if known is not None:
             return known, self._states[index, path[:known]]
-        states = self.model.embed(self.batches[index])
+        states = self._settled(self.model.embed(self.batches[index]))
         self._keep(index, (), states)
         return 0, states
 
@@ -173,7 +196,7 @@ class Prefixes:
     def _capacity(self) -> int:
         """Bytes to keep; where layers are streamed, as many again are for what runs together."""
         whole = BUDGET.share(self) if self._memory is None else self._memory
-        return whole // 2 if is_streamed(self.model.head.decoder) else whole
+        return whole // 2 if self.model.is_streamed else whole
 
     @cached_property
     def _every(self) -> int:

@@ -9,6 +9,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,7 +19,8 @@ from transformers import PretrainedConfig
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
 from ..models.gguf_reading import layer_bytes
-from ..models.layerwise import Layerwise, is_streamed
+from ..models.head import Head
+from ..models.layerwise import Layerwise
 from ..models.loading import layers_of
 from ..models.offload import reading_of
 from ..models.transfers import Gathered, HostCopies, HostCopy, is_apart
@@ -228,15 +231,6 @@ class Streamed:
                 look(place, len(layers), one)
         return behind
 
-    def reached(
-        self, windows: Iterable[list[Batch]], advance: Callable[[int], object] = lambda _: None
-    ) -> Iterator[Batch]:
-        """Give batches, each while every forward of the model starts from its final states."""
-        for group in self.groups(windows):
-            for batch, states in zip(group, self.run(group, advance=advance), strict=True):
-                with self.model.starting_from(states, ()):
-                    yield batch
-
     def _bytes_of(
         self, window: Sequence[Batch], compared: Callable[[Batch], int]
     ) -> tuple[int, int]:
@@ -248,9 +242,40 @@ class Streamed:
         return sum(batch.input_ids.size for batch in window) * self._of_token + kept, kept
 
 
+class Forwards:
+    """Whole forwards of a model; where layers are streamed, they start from final states."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._streamed = Streamed(Layerwise(decoder)) if decoder.is_streamed else None
+
+    @cached_property
+    def head(self) -> Head:
+        """What makes logits of the final states."""
+        return Head.of(self._decoder) if self._streamed is None else self._streamed.model.head
+
+    def ready(
+        self, windows: Iterable[list[Batch]], advance: Callable[[int], object] = lambda _: None
+    ) -> Iterator[Batch]:
+        """Give batches, each while a forward of the model on it gives its logits.
+
+        ``advance`` receives the texts of a batch that is done, or that a streamed layer has run on.
+        """
+        if self._streamed is None:
+            for batch in chain.from_iterable(windows):
+                yield batch
+                advance(len(batch))
+            return
+        for group in self._streamed.groups(windows):
+            behind = self._streamed.run(group, advance=advance)
+            for batch, states in zip(group, behind, strict=True):
+                with self._streamed.model.starting_from(states, ()):
+                    yield batch
+
+
 def text_steps(decoder: Decoder) -> int:
     """The steps of a text on a bar: one, or as many as layers where each runs on its own."""
-    return len(decoder) if is_streamed(decoder) else 1
+    return len(decoder) if decoder.is_streamed else 1
 
 
 def look_at_states(model: Layerwise, batches: Sequence[Batch], look: Look) -> None:
@@ -258,7 +283,7 @@ def look_at_states(model: Layerwise, batches: Sequence[Batch], look: Look) -> No
 
     A batch at a time; all that find room, where the layers are streamed from disk.
     """
-    if is_streamed(model.head.decoder):
+    if model.is_streamed:
         first, streamed = 0, Streamed(model)
         for group in streamed.groups([batch] for batch in batches):
             streamed.run(group, look=lambda place, *found, first=first: look(first + place, *found))

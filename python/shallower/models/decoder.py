@@ -21,6 +21,7 @@ from .architecture import (
     text_config,
 )
 from .identity import identify, weights_hash
+from .offload import is_on_disk
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class Decoder:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether layers wait on disk, so that each should be read for many batches."""
+        return any(map(is_on_disk, self.layers.modules))
 
     @cached_property
     def content(self) -> str | None:

@@ -21,7 +21,7 @@ from ..texts.batches import Batch
 from .architecture import evaluating
 from .decoder import Decoder
 from .head import Head, one_of_each, replaced
-from .offload import is_offloaded, is_on_disk, read_to_cpu, reading_of, stored_bytes
+from .offload import is_offloaded, read_to_cpu, reading_of, stored_bytes
 from .prefetch import Ahead
 
 
@@ -80,12 +80,13 @@ class Layerwise:
     Attributes:
         modules: the decoder layers, L of them.
         head: what makes logits of the final states.
+        is_streamed: whether the layers wait on disk, each read for all that need it next.
     """
 
     def __init__(self, model: PreTrainedModel | Decoder) -> None:
         decoder = Decoder.of(model)
         self.head = Head.of(decoder)
-        self.modules = decoder.layers.modules
+        self.modules, self.is_streamed = decoder.layers.modules, decoder.is_streamed
         self._model, self._device = decoder.model, decoder.device
         self._runner, self._path = decoder.layers.runner, decoder.layers.path
         self._extras: list[int] = []
@@ -213,7 +214,7 @@ class Layerwise:
         made, wanted = token_rows(batch, states), token_rows(batch, expected)
         if not torch.allclose(made, wanted, rtol=0, atol=0, equal_nan=True):  # what is NaN is both
             raise self._joined_by_more()
-        self._is_checked = is_streamed(self.head.decoder)  # read twice for it
+        self._is_checked = self.is_streamed  # read twice for it
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -226,7 +227,7 @@ class Layerwise:
             raise self._joined_by_more() from error
 
     def _joined_by_more(self) -> ModelError:
-        instead = "; load it without --stream" if is_streamed(self.head.decoder) else ""
+        instead = "; load it without --stream" if self.is_streamed else ""
         return ModelError(
             f"the layers of {type(self._model).__name__} cannot be run one by one: more than the "
             f"residual stream goes from one to the next{instead}"
@@ -426,11 +427,6 @@ def check_states(batch: Batch, states: Any, index: int, *, path: str) -> None:
             f"{path}: expected hidden states of shape (B, T, D) with (B, T) = {tuple(expected)} at "
             f"layer {index}, got {shape}"
         )
-
-
-def is_streamed(model: nn.Module | Decoder) -> bool:
-    """Whether the layers of a model wait on disk, so that each should be read for many batches."""
-    return any(map(is_on_disk, Decoder.of(model).layers.modules))
 
 
 def token_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:

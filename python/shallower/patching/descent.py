@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..memory.budget import BUDGET
 from ..models.head import Head, part_sizes
-from ..models.layerwise import Layerwise, Trace, is_streamed, rows
+from ..models.layerwise import Layerwise, Trace, rows
 from ..models.offload import in_file, is_offloaded, is_on_disk, stored_weight, will_need
 from ..texts.batches import Batch
 from .changes import Changes
@@ -204,7 +204,7 @@ class Descent:
             layer: [MovingMatrix(*found) for found in matrices(model.modules[layer])]
             for layer in model.one_by_one(layers)
         }
-        self._on_disk = is_streamed(model.head.decoder)
+        self._on_disk = model.is_streamed
         self._scale = 0.0
         device = model.head.decoder.device
         # A card runs a layer again in less time than its memory is worth.

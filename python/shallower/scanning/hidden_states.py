@@ -23,7 +23,7 @@ from ..memory.retry import Halving
 from ..memory.streaming import Streamed
 from ..models.architecture import DecoderLayers, evaluating
 from ..models.decoder import Decoder
-from ..models.layerwise import Layerwise, check_states, is_streamed
+from ..models.layerwise import Layerwise, check_states
 from ..models.transfers import Gathered, HostCopies, HostCopy
 from ..texts.batches import Batch
 from ..values.positions import Positions
@@ -104,7 +104,7 @@ def stream(
         TextsError: a batch is longer than the positions that the model has learned.
     """
     decoder = Decoder.of(model)
-    if is_streamed(decoder):
+    if decoder.is_streamed:
         streamed = Streamed(Layerwise(decoder))
         yield from stream_by_layer(streamed, batches, positions, experts=experts, advance=advance)
         return

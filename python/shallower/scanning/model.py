@@ -16,7 +16,7 @@ from ..memory.plan import fitting
 from ..memory.retry import Halving
 from ..memory.streaming import Streamed, text_steps
 from ..models.decoder import Decoder
-from ..models.layerwise import Layerwise, is_streamed
+from ..models.layerwise import Layerwise
 from ..models.source import place_of
 from ..models.transfers import HostCopies
 from ..processes import refuse_several
@@ -169,7 +169,7 @@ def states_of(
     :func:`stream`; windows stay ``apart`` where each is judged.
     """
     copies, halving = HostCopies(), Halving()
-    if not is_streamed(decoder):
+    if not decoder.is_streamed:
         for window in windows:
             yield stream(
                 decoder, window, positions, copies=copies, halving=halving, experts=experts

@@ -30,9 +30,9 @@ class InMemory:
     @property
     def waits_on_disk(self) -> bool:
         """Whether its layers are read from disk as they run."""
-        from ..models.layerwise import is_streamed
+        from ..models.decoder import Decoder
 
-        return is_streamed(self.model)
+        return Decoder.of(self.model).is_streamed
 
     def __str__(self) -> str:
         return str(self.model.name_or_path) or type(self.model).__name__

@@ -70,12 +70,11 @@ class KeptAnswers:
     ) -> list[Answer]:
         """Answer prompts as :func:`write_answers`; CacheError where the store is damaged."""
         from ..evaluation.answers import check_prompts, check_speaks, ends_of, write_answers
-        from ..models.layerwise import is_streamed
 
         check_speaks(decoder)
         check_prompts(decoder, prompts, num_tokens)
-        in_passes = is_streamed(decoder)  # over all layers, in each of which all answers go on
-        at_once = len(prompts) if in_passes else AT_ONCE
+        # In passes over layers on disk all answers go on.
+        at_once = len(prompts) if decoder.is_streamed else AT_ONCE
         found: list[Answer] = []
         settings = {
             "num_tokens": num_tokens,

@@ -193,7 +193,7 @@ class _Choosing:
         sizes, trials = self.study.settings.n, self.subject.trials
         if self.study.settings.criteria is not None or not isinstance(criterion, EverySet):
             return sizes
-        return criterion.cheap(self.subject.decoder, sizes, on_disk=trials.is_streamed)
+        return criterion.cheap(self.subject.decoder, sizes, on_disk=trials.model.is_streamed)
 
     # Layers that are run, times texts, at most.
     @property
