@@ -1,7 +1,7 @@
 """Trials of cuts after a quick patch; several at once, where layers are streamed from disk."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -32,9 +32,6 @@ from .trials import (
 
 Cut = frozenset[int]
 
-Judged = dict[int, NDArray[np.float64]] | ModelError | PatchError
-"""The sums of a cut by batch, or why there are none."""
-
 
 class PatchedTrials:
     """Cuts of one model, each judged after a quick patch on the items of its trials.
@@ -51,9 +48,11 @@ class PatchedTrials:
         self, trials: Trials, patch: QuickPatch, *, journal: Journal | None = None
     ) -> None:
         self._trials, self.patch, self._journal = trials, patch, journal
-        self._looked: dict[Cut, dict[int, NDArray[np.float64]] | str] = {}
-        self._failed: dict[Cut, ModelError | PatchError] = {}
+        self._looked = defaultdict[Cut, dict[int, NDArray[np.float64]]](dict)
+        self._failed: dict[Cut, ModelError | PatchError] = {}  # this time
+        self._why: dict[Cut, str] = {}  # they can never be patched
         self._recalled: dict[tuple[Cut, int | None], float] = {}
+        self._started = 0.0
         recall(journal, self._recall, "patched trials")
 
     def scores(self, cut: AnyCut, looks: int | None = None) -> Scores:
@@ -62,70 +61,98 @@ class PatchedTrials:
         As :meth:`Trials.scores`; a PatchError says why a cut cannot be patched.
         """
         trials, gone = self._trials, _layers_of(cut)
-        self.judge_together([gone], looks)
+        self._judge([gone], looks)
         if gone in self._failed:
-            raise self._failed[gone]
-        looked = self._looked.get(gone, {})
-        if isinstance(looked, str):
+            raise self._failed.pop(gone)
+        if gone in self._why:
             trials.clock.recall(self._recalled.pop((gone, None), 0.0))
-            raise PatchError(looked)
-        missing = [index for index in trials.first(looks) if index not in looked]
-        if missing:
-            started = trials.clock()  # the patch belongs to the first look
-            with ExitStack() as stack:
-                self._solve(gone, stack)
-                for index in missing:
-                    looked[index] = trials.judge_changed(gone, index, unchanged=min(gone) - 1)
-                    self._note(gone, started, {"look": index, "sums": looked[index].tolist()})
-                    started = trials.clock()
-            self._looked[gone] = looked
+            raise PatchError(self._why[gone])
         sums = np.full(trials.judge.num_items, np.nan)
         for index in trials.first(looks):
             self._count(gone, index)
             trials.clock.recall(self._recalled.pop((gone, index), 0.0))
-            sums[trials.judge.items[index]] = looked[index]
+            sums[trials.judge.items[index]] = self._looked[gone][index]
         return Scores(sums, trials.judge.weights)
 
     def judge_together(self, cuts: Iterable[AnyCut], looks: int | None = None) -> None:
         """Judge cuts after a quick patch at once, as :meth:`Trials.judge_together`."""
-        trials, wanted = self._trials, map(_layers_of, cuts)
-        if not trials.model.is_streamed:
-            return
-        known = {gone: self._looked.get(gone, {}) for gone in wanted if gone not in self._failed}
-        looked = {gone: one for gone, one in known.items() if not isinstance(one, str)}
+        if self._trials.model.is_streamed:
+            self._judge(map(_layers_of, cuts), looks)
+
+    def _judge(self, cuts: Iterable[Cut], looks: int | None) -> None:
+        """Judge cuts on the batches that are missing of those whose patch did not fail."""
+        trials = self._trials
         missing = {
             gone: indices
-            for gone, one in looked.items()
-            if (indices := [index for index in trials.first(looks) if index not in one])
+            for gone in cuts
+            if gone not in self._failed
+            and gone not in self._why
+            and (indices := [one for one in trials.first(looks) if one not in self._looked[gone]])
         }
-        started = trials.clock()
-        for gone, found in judge_patched_together(trials, self.patch, missing):
-            if isinstance(found, dict):
-                self._looked[gone] = {**looked[gone], **found}
-                for index, sums in found.items():
-                    self._note(gone, started, {"look": index, "sums": sums.tolist()})
-                    started = trials.clock()
-            elif stays(found):
-                self._looked[gone] = str(found)
-                self._note(gone, started, {"why": str(found)})
-            else:
-                self._failed[gone] = found
-            started = trials.clock()
+        if not missing:
+            return
+        self._started = trials.clock()  # the patch belongs to the first look
+        trials.prepare(sorted({index for indices in missing.values() for index in indices}))
+        if not trials.model.is_streamed:
+            for one in missing.items():
+                self._judge_in_memory(*one)
+            return
+        self.patch.prepare()
 
-    def _solve(self, gone: Cut, stack: ExitStack) -> None:
-        """Patch the model until the stack is closed; why that cannot be is remembered."""
+        def size(gone: Cut) -> int:
+            return trials.prefixes.bytes_of(missing[gone]) + self.patch.bytes_of_cut
+
+        for group in trials.prefixes.groups(missing, size):
+            self._judge_streamed({gone: missing[gone] for gone in group})
+
+    def _judge_in_memory(self, gone: Cut, indices: Sequence[int]) -> None:
+        """Judge a cut batch by batch, by forwards of the model that is patched meanwhile."""
         trials = self._trials
-        started = trials.clock()
-        trials.prepare(
-            trials.first(None)
-        )  # by the whole model, which there is none of from here on
         try:
-            stack.enter_context(self.patch.patched(Plan.of(len(trials.model), sorted(gone))))
-        except PatchError as error:
-            if stays(error):
-                self._looked[gone] = str(error)  # of memory there may be more another time
-                self._note(gone, started, {"why": str(error)})
-            raise
+            with self.patch.patched(Plan.of(len(trials.model), sorted(gone))):
+                for index in indices:
+                    self._take(gone, index, trials.judge_changed(gone, index, min(gone) - 1))
+        except (ModelError, PatchError) as error:
+            self._fail(gone, error)
+
+    def _judge_streamed(self, cuts: Mapping[Cut, Sequence[int]]) -> None:
+        """Patch and judge cuts layer by layer, each of which is read for all of them."""
+        trials, model = self._trials, self._trials.model
+        befores: dict[Place, torch.Tensor] = {}
+
+        def job(gone: Cut, indices: Sequence[int]) -> Iterator[int]:
+            def starts() -> list[torch.Tensor]:
+                return [befores[_before(gone, index)] for index in indices]
+
+            try:
+                plan, batches = Plan.of(len(model), sorted(gone)), trials.judge.batches
+                behind = yield from self.patch.run_cut(plan, [batches[i] for i in indices], starts)
+                found = list(map(trials.measure_states, indices, behind))
+            except torch.OutOfMemoryError as error:
+                self._fail(gone, out_of_memory(error))
+            except (ModelError, PatchError) as error:
+                self._fail(gone, error)
+            else:
+                for one in zip(indices, found, strict=True):
+                    self._take(gone, *one)
+
+        places = [_before(gone, index) for gone, indices in cuts.items() for index in indices]
+        with model.evaluating():
+            before = trials.prefixes.job(places, befores.__setitem__)
+            order = {layer for gone in cuts for layer in trials.path(gone)}
+            model.in_step([before, *(job(*one) for one in cuts.items())], order)
+
+    def _take(self, gone: Cut, index: int, sums: NDArray[np.float64]) -> None:
+        """Keep what a look came to."""
+        self._looked[gone][index] = sums
+        self._note(gone, {"look": index, "sums": sums.tolist()})
+
+    def _fail(self, gone: Cut, error: ModelError | PatchError) -> None:
+        """Keep why a cut cannot be judged: for this time, or for good."""
+        self._failed[gone] = error
+        if stays(error):  # of memory there may be more another time
+            self._why[gone] = str(error)
+            self._note(gone, {"why": str(error)})
 
     def _count(self, gone: Cut, index: int) -> None:
         """Count a look, and the patch before it, and before that the whole model on every look."""
@@ -141,25 +168,25 @@ class PatchedTrials:
         changed = sum(layer >= unchanged for layer in trials.path(gone))
         trials.count.once(("patched", gone, index), changed * texts)
 
-    def _note(self, gone: Cut, started: float, record: dict[str, Any]) -> None:
+    def _note(self, gone: Cut, record: dict[str, Any]) -> None:
         if self._journal is not None:
-            took = self._trials.clock() - started
+            took = self._trials.clock() - self._started
             self._journal.append({"dropped": sorted(gone), **record, "seconds": took})
+        self._started = self._trials.clock()
 
     def _recall(self, record: dict[str, Any]) -> None:
         gone = layers_of(record, len(self._trials.model))
         if not gone:
             raise ValueError("a patch of no cut")
         if "why" in record:
-            self._looked[gone] = of_type(str, record["why"])
+            self._why[gone] = of_type(str, record["why"])
             self._recalled[gone, None] = seconds_of(record)
             return
         items = self._trials.judge.items
         index = look_of(record, len(items))
-        looked = self._looked.setdefault(gone, {})
-        if isinstance(looked, str):
+        if gone in self._why:
             raise ValueError("a look at a cut that cannot be patched")
-        looked[index] = sums_of(record, len(items[index]))
+        self._looked[gone][index] = sums_of(record, len(items[index]))
         self._recalled[gone, index] = seconds_of(record)
 
 
@@ -180,54 +207,6 @@ def _layers_of(cut: AnyCut) -> Cut:
     if isinstance(cut, Plan):
         refuse_experts(cut)
     return frozenset(cut.dropped if isinstance(cut, Plan) else cut)
-
-
-def judge_patched_together(
-    trials: Trials, patch: QuickPatch, cuts: Mapping[Cut, Sequence[int]]
-) -> Iterator[tuple[Cut, Judged]]:
-    """Judge cuts after a quick patch, each on some batches, while each layer is read for all.
-
-    Gives what was found of each cut.
-    """
-    if not cuts:
-        return
-    trials.prepare({index for indices in cuts.values() for index in indices})
-    patch.prepare()
-
-    def size(cut: Cut) -> int:
-        return trials.prefixes.bytes_of(cuts[cut]) + patch.bytes_of_cut
-
-    for group in trials.prefixes.groups(cuts, size):
-        yield from _run_patched(trials, patch, {cut: cuts[cut] for cut in group})
-
-
-def _run_patched(
-    trials: Trials, patch: QuickPatch, cuts: Mapping[Cut, Sequence[int]]
-) -> Iterator[tuple[Cut, Judged]]:
-    model, batches = trials.model, trials.judge.batches
-    befores: dict[Place, torch.Tensor] = {}
-    found: dict[Cut, Judged] = {}
-
-    def job(cut: Cut, indices: Sequence[int]) -> Iterator[int]:
-        def starts() -> list[torch.Tensor]:
-            return [befores[_before(cut, index)] for index in indices]
-
-        try:
-            plan = Plan.of(len(model), sorted(cut))
-            behind = yield from patch.run_cut(plan, [batches[index] for index in indices], starts)
-            states = zip(indices, behind, strict=True)
-            found[cut] = {index: trials.measure_states(index, one) for index, one in states}
-        except torch.OutOfMemoryError as error:
-            found[cut] = out_of_memory(error)
-        except (PatchError, ModelError) as error:
-            found[cut] = error
-
-    places = [_before(cut, index) for cut, indices in cuts.items() for index in indices]
-    with model.evaluating():
-        before = trials.prefixes.job(places, befores.__setitem__)
-        order = {layer for cut in cuts for layer in trials.path(cut)}
-        model.in_step([before, *(job(*one) for one in cuts.items())], order)
-    yield from found.items()
 
 
 def _before(cut: Cut, index: int) -> Place:

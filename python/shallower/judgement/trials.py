@@ -209,7 +209,7 @@ class Trials:
         return looks_at([len(items) for items in self.judge.items], num_items)
 
     def judge_changed(
-        self, dropped: Iterable[int], index: int, *, unchanged: int
+        self, dropped: Iterable[int], index: int, unchanged: int
     ) -> NDArray[np.float64]:
         """Judge a cut on a batch while weights of the model are changed, by a patch maybe.
 

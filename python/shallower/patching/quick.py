@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +156,10 @@ class QuickPatch:
         try:
             try:
                 with torch.no_grad():
-                    fits = self._solve(Plan.of(len(self._model), plan), changes)
+                    ridges = dict(self._solve(Plan.of(len(self._model), plan), changes))
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(error) from error
-            yield fits
+            yield QuickFits(tuple(ridges), tuple(ridges.values()))
         finally:
             changes.undo()
 
@@ -182,25 +182,14 @@ class QuickPatch:
         those behind the last layer. A weight is what it was before the next layer is asked for, so
         that other cuts may use the same ones. Raises as :meth:`patched`.
         """
-        first, after = _solved(plan)
-        last, states = max(after), []
+        first, _ = _solved(plan)
+        changes, states = Changes(), list[torch.Tensor]()
+        solving = self._solve(plan, changes, by_layer=True)
         for layer in (layer for layer in plan.survivors if layer >= first):
             yield layer
-            if layer == first:
-                cuts, states = [part.whole[first] for part in self._parts], starts()
-            changes = Changes()
+            states = states or starts()
             try:
-                if layer in after:
-                    sets = [
-                        StateSet(part.batches, part.whole[after[layer]], cut)
-                        for part, cut in zip(self._parts, cuts, strict=True)
-                    ]
-                    self._fit(layer, sets, changes)
-                if layer < last:
-                    moved = [part.cut.like() for part in self._parts] if layer == first else cuts
-                    for part, cut, behind in zip(self._parts, cuts, moved, strict=True):
-                        self._advance(part, cut, behind, layers=(layer,))
-                    cuts = moved
+                next(solving)
                 for index, batch in enumerate(batches):
                     states[index] = self._model.run(batch, states[index], (layer,)).cpu()
             finally:
@@ -225,21 +214,35 @@ class QuickPatch:
                 after[index] = self._model.run(batch, before[index], some)
             before = after
 
-    def _solve(self, plan: Plan, changes: Changes) -> QuickFits:
-        blocks, (_, after) = blocks_of(plan.dropped), _solved(plan)
-        layers = tuple(after)
-        states = [
-            StateSet(part.batches, part.whole[blocks[0].stop], part.whole[layers[0]])
-            for part in self._parts
-        ]
-        ridges = [self._fit(layers[0], states, changes)]
-        for block, following in pairwise(blocks):
-            between = (block.start - 1, *range(block.stop, following.start - 1))
-            for place, part in enumerate(self._parts):
-                self._advance(part, states[place].cut, part.cut, layers=between)
-                states[place] = StateSet(part.batches, part.whole[following.stop], part.cut)
-            ridges.append(self._fit(following.start - 1, states, changes))
-        return QuickFits(layers, tuple(ridges))
+    def _solve(
+        self, plan: Plan, changes: Changes, *, by_layer: bool = False
+    ) -> Iterator[tuple[int, float]]:
+        """Solve the matrix before each block, the next one from states of what has changed so far.
+
+        Gives each layer that is solved with its ridge; ``by_layer`` each from the first of them on,
+        while it is as solved: then it may change back, and other cuts may be solved meanwhile.
+        """
+        first, after = _solved(plan)
+        cuts, stretches = [part.whole[first] for part in self._parts], list[list[int]]()
+        for layer in (layer for layer in plan.survivors if layer >= first):
+            if by_layer or layer in after:
+                stretches.append([])
+            stretches[-1].append(layer)
+        for layer, *more in stretches:
+            ridge = math.nan
+            if layer in after:
+                sets = [
+                    StateSet(part.batches, part.whole[after[layer]], cut)
+                    for part, cut in zip(self._parts, cuts, strict=True)
+                ]
+                ridge = self._fit(layer, sets, changes)
+            if layer < max(after):
+                if layer == first:
+                    moved = [part.cut.like() if by_layer else part.cut for part in self._parts]
+                for part, cut, behind in zip(self._parts, cuts, moved, strict=True):
+                    self._advance(part, cut, behind, layers=(layer, *more))
+                cuts = moved
+            yield layer, ridge
 
     def _fit(self, layer: int, states: Sequence[StateSet], changes: Changes) -> float:
         """Solve the last matrix of a layer; returns the ridge that was chosen."""
