@@ -15,7 +15,7 @@ from shallower.memory.plan import fitting
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
-from shallower.scanning.hidden_states import stream
+from shallower.scanning.model import states_of
 from shallower.values.tokens import Tokens
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS, batch
@@ -32,8 +32,8 @@ LAYER = 2 * LEAST + 4 * SQUARE + 3 * MATRIX
 
 
 def scan(model):
-    for part in stream(model, [batch()] * 4):
-        assert part.states.shape == (5, 3, 4096)
+    for parts in states_of(Decoder.of(model), [[batch()] * 4]):
+        assert all(part.states.shape == (5, 3, 4096) for part in parts)
 
 
 def evaluate(model):

@@ -10,7 +10,7 @@ import shallower as sh
 from shallower.memory.retry import Halving
 from shallower.models.architecture import find_layers
 from shallower.models.transfers import HostCopies
-from shallower.scanning.hidden_states import _RowHooks, chosen_tokens
+from shallower.scanning.hidden_states import _RowHooks
 from shallower.texts.batches import Batch, TokenBatches
 from shallower.values.positions import Positions
 from shallower.values.tokens import Tokens
@@ -114,6 +114,6 @@ def test_a_forward_without_memory_leaves_no_states_behind(short_of_memory, words
     hooks = _RowHooks(find_layers(model), HostCopies())
     (batch,) = TokenBatches(words, TEXTS[:4], Tokens(64, 4))
     with hooks, pytest.raises(torch.OutOfMemoryError):
-        hooks.run(batch, *chosen_tokens(batch, Positions()), torch.device("cpu"))
-    assert not hooks.gathered
-    assert not hooks.tokens_on
+        hooks.run(batch, Positions(), torch.device("cpu"))
+    assert not hooks.rows.gathered
+    assert not hooks.rows._tokens_on

@@ -23,7 +23,7 @@ from ..memory.retry import Halving
 from ..memory.streaming import Streamed
 from ..models.architecture import DecoderLayers, evaluating
 from ..models.decoder import Decoder
-from ..models.layerwise import Layerwise, check_states
+from ..models.layerwise import check_states
 from ..models.transfers import Gathered, HostCopies, HostCopy
 from ..texts.batches import Batch
 from ..values.positions import Positions
@@ -43,7 +43,7 @@ def forward(positions: Positions = LAST, *, experts: bool = False) -> Forward:
             if experts:
                 stack.enter_context(ExpertHooks(decoder)).turn_to(batch)
             hooks = stack.enter_context(_RowHooks(decoder.layers, HostCopies()))
-            hooks.run(batch, *chosen_tokens(batch, positions), decoder.device)
+            hooks.run(batch, positions, decoder.device)
 
     def beside(decoder: Decoder, length: int) -> int:
         count = min(length, positions.count or length)
@@ -82,15 +82,12 @@ def stream(
     copies: HostCopies | None = None,
     halving: Halving | None = None,
     experts: ExpertHooks | None = None,
-    advance: Callable[[int], object] = lambda _: None,
 ) -> Generator[Part, None, None]:
     """Run batches through a model, and keep the states of the chosen tokens.
 
-    A part is given while the next batch runs, so that two batches' states are in memory at most;
-    where layers are streamed, those of as many batches as find room, by :func:`stream_by_layer`.
+    A part is given while the next batch runs, so that two batches' states are in memory at most.
     ``copies`` and ``halving`` of earlier calls bring buffers, and how many texts the device takes.
-    ``experts`` count what runs meanwhile. ``advance`` receives the texts of a batch that a layer on
-    disk has run on, of which no part is a step.
+    ``experts`` count what runs meanwhile.
 
     Yields:
         A part for each batch, or several where the device has no memory for the whole. The states
@@ -104,10 +101,6 @@ def stream(
         TextsError: a batch is longer than the positions that the model has learned.
     """
     decoder = Decoder.of(model)
-    if decoder.is_streamed:
-        streamed = Streamed(Layerwise(decoder))
-        yield from stream_by_layer(streamed, batches, positions, experts=experts, advance=advance)
-        return
     copies, halving = copies or HostCopies(), halving or Halving()
     with ExitStack() as stack:
         stack.enter_context(evaluating(decoder.model))
@@ -115,9 +108,8 @@ def stream(
         pending: tuple[HostCopy, NDArray[np.int64], int] | None = None
 
         def forward(batch: Batch) -> tuple[list[Gathered], NDArray[np.int64]]:
-            rows, columns = chosen_tokens(batch, positions)
             with nullcontext() if experts is None else experts.watching(batch):
-                return hooks.run(batch, rows, columns, decoder.device), batch.samples[rows]
+                return hooks.run(batch, positions, decoder.device)
 
         for batch in batches:
             decoder.check_length(batch.input_ids.shape[1])
@@ -155,20 +147,11 @@ def _in_one_pass(
     experts: ExpertHooks | None,
     advance: Callable[[int], object],
 ) -> Generator[Part, None, None]:
-    chosen = [chosen_tokens(batch, positions) for batch in batches]
-    places = [
-        torch.from_numpy(rows * batch.input_ids.shape[1] + columns)
-        for batch, (rows, columns) in zip(batches, chosen, strict=True)
-    ]
-    found: list[torch.Tensor] = []
+    copies, size = HostCopies(), len(streamed.model) + 1
+    kept = [_Rows(batch, positions, size, copies) for batch in batches]
 
     def look(place: int, state: int, states: torch.Tensor) -> None:
-        if not state:
-            shape = len(streamed.model) + 1, len(places[place]), states.shape[-1]
-            found.append(torch.empty(shape, dtype=states.dtype))
-        kept = found[place].to(torch.promote_types(found[place].dtype, states.dtype))
-        kept[state] = states.flatten(0, 1)[places[place]]  # Mamba's are wider behind a layer
-        found[place] = kept
+        kept[place].keep(state, states)
         if experts is not None:
             experts.turn_to(batches[place])
             experts.check_stream(state - 1, states)
@@ -176,8 +159,8 @@ def _in_one_pass(
     streamed.run(batches, look=look, advance=advance)
     if experts is not None:
         experts.turn_to(None)
-    for batch, (rows, _), states in zip(batches, chosen, found, strict=True):
-        yield _part(states, batch.samples[rows], 0, positions)
+    for rows in kept:
+        yield _part(copies.start([*rows.gathered.values()]).wait(), rows.texts, 0, positions)
 
 
 def _part(states: torch.Tensor, texts: NDArray[np.int64], steps: int, positions: Positions) -> Part:
@@ -196,16 +179,53 @@ def _positions(batch: Batch) -> dict[str, torch.Tensor]:
     return {"position_ids": counted.clamp(min=0)}
 
 
+class _Rows:
+    """The rows of a batch's chosen tokens in its states, beside those of one device and dtype."""
+
+    def __init__(
+        self, batch: Batch, positions: Positions, num_states: int, copies: HostCopies
+    ) -> None:
+        rows, columns = chosen_tokens(batch, positions)
+        self.batch, self.texts = batch, batch.samples[rows]
+        self.missing = set(range(num_states))
+        self.gathered: dict[tuple[torch.device, torch.dtype, int], Gathered] = {}
+        self._tokens = torch.from_numpy(rows * batch.input_ids.shape[1] + columns)
+        self._tokens_on: dict[torch.device, torch.Tensor] = {}
+        self._copies = copies
+
+    def keep(self, index: int, states: torch.Tensor) -> None:
+        """Keep the rows of a state, (B, T, D)."""
+        device = states.device
+        if device not in self._tokens_on:
+            self._tokens_on[device] = self._copies.send(self._tokens, device)
+        tokens = self._tokens_on[device]
+        torch.index_select(states.flatten(0, 1), 0, tokens, out=self._place(index, states))
+
+    def free(self) -> None:
+        """Let go of the memory on devices."""
+        self.gathered, self._tokens_on = {}, {}
+
+    def _place(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """Where the rows of a state go, beside those of the same device and dtype."""
+        key = states.device, states.dtype, states.shape[-1]
+        if key not in self.gathered:
+            shape = len(self.missing), len(self._tokens), key[2]
+            with torch.inference_mode(False):
+                rows = torch.empty(shape, dtype=key[1], device=states.device)
+            self.gathered[key] = Gathered(rows, [])
+        gathered = self.gathered[key]
+        if index not in gathered.states:
+            gathered.states.append(index)
+            self.missing.discard(index)
+        return gathered.rows[gathered.states.index(index)]
+
+
 class _RowHooks:
     """Hooks that keep the chosen tokens' rows of one forward at a time."""
 
     def __init__(self, layers: DecoderLayers, copies: HostCopies) -> None:
         self.layers, self.copies = layers, copies
-        self.gathered: dict[tuple[torch.device, torch.dtype, int], Gathered] = {}
-        self.seen: set[int] = set()
-        self.tokens = torch.empty(0)
-        self.tokens_on: dict[torch.device, torch.Tensor] = {}
-        self.batch: Batch | None = None
+        self.rows: _Rows | None = None
         self.handles: list[Any] = []
 
     def __enter__(self) -> "_RowHooks":
@@ -222,16 +242,10 @@ class _RowHooks:
 
     @torch.inference_mode()
     def run(
-        self,
-        batch: Batch,
-        rows: NDArray[np.int64],
-        columns: NDArray[np.int64],
-        device: torch.device,
-    ) -> list[Gathered]:
-        """One forward of the base model; the (N, D) rows of each of the L+1 states."""
-        self.gathered, self.seen, self.tokens_on = {}, set(), {}
-        self.batch = batch
-        self.tokens = torch.from_numpy(rows * batch.input_ids.shape[1] + columns)
+        self, batch: Batch, positions: Positions, device: torch.device
+    ) -> tuple[list[Gathered], NDArray[np.int64]]:
+        """One forward of the base model; the (N, D) rows of the L+1 states, and their texts."""
+        rows = self.rows = _Rows(batch, positions, len(self.layers) + 1, self.copies)
         inputs = {
             "input_ids": torch.from_numpy(batch.input_ids),
             "attention_mask": torch.from_numpy(batch.attention_mask),
@@ -240,11 +254,11 @@ class _RowHooks:
         inputs = {name: self.copies.send(tensor, device) for name, tensor in inputs.items()}
         try:
             self.layers.runner(**inputs, use_cache=False)
-            if missing := sorted({*range(len(self.layers) + 1)} - self.seen):
+            if missing := sorted(rows.missing):
                 raise ModelError(f"{self.layers.path}: the forward gave no states for {missing}")
-            return list(self.gathered.values())
+            return list(rows.gathered.values()), rows.texts
         finally:  # of a forward that failed, too: a smaller one may need the memory
-            self.gathered, self.tokens_on = {}, {}
+            rows.free()
 
     def _input_hook(self, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -256,26 +270,6 @@ class _RowHooks:
         self._keep(len(self.layers), output[0] if isinstance(output, tuple) else output)
 
     def _keep(self, index: int, states: Any) -> None:
-        assert self.batch is not None
-        check_states(self.batch, states, index, path=self.layers.path)
-        device = states.device
-        if device not in self.tokens_on:
-            self.tokens_on[device] = self.copies.send(self.tokens, device)
-        tokens = self.tokens_on[device]
-        torch.index_select(states.flatten(0, 1), 0, tokens, out=self._place(index, states))
-
-    def _place(self, index: int, states: torch.Tensor) -> torch.Tensor:
-        """Where the rows of a state go, beside those of the same device and dtype."""
-        key = states.device, states.dtype, states.shape[-1]
-        if key not in self.gathered:
-            room = len(self.layers) + 1 - len(self.seen)
-            with torch.inference_mode(False):
-                rows = torch.empty(
-                    (room, len(self.tokens), key[2]), dtype=key[1], device=states.device
-                )
-            self.gathered[key] = Gathered(rows, [])
-        gathered = self.gathered[key]
-        if index not in gathered.states:
-            gathered.states.append(index)
-            self.seen.add(index)
-        return gathered.rows[gathered.states.index(index)]
+        assert self.rows is not None
+        check_states(self.rows.batch, states, index, path=self.layers.path)
+        self.rows.keep(index, states)

@@ -27,7 +27,7 @@ from ..texts.sources import place_of_texts
 from ..values.positions import Positions
 from ..values.stage_settings import ScanSettings
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, Part, ScanBuilder
-from .hidden_states import compared_of, forward, stream, stream_by_layer
+from .hidden_states import LAST, compared_of, forward, stream, stream_by_layer
 from .scan import Scan, deciding
 from .settling import JUDGED, Settling
 
@@ -157,16 +157,16 @@ def scan(
 def states_of(
     decoder: Decoder,
     windows: Iterable[list[Batch]],
-    positions: Positions,
+    positions: Positions = LAST,
     *,
-    advance: Callable[[int], object],
+    advance: Callable[[int], object] = lambda _: None,
     experts: ExpertHooks | None = None,
     apart: bool = False,
 ) -> Iterator[Generator[Part, None, None]]:
     """The states of windows of batches; of a model whose layers are streamed, of several at once.
 
-    Each is to be closed before the next is asked for. ``experts`` and ``advance`` as for
-    :func:`stream`; windows stay ``apart`` where each is judged.
+    Each is to be closed before the next is asked for. ``experts`` as for :func:`stream`, and
+    ``advance`` as for :func:`stream_by_layer`; windows stay ``apart`` where each is judged.
     """
     copies, halving = HostCopies(), Halving()
     if not decoder.is_streamed:
