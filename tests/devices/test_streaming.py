@@ -15,7 +15,7 @@ from shallower.memory.plan import fitting
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
-from shallower.scanning.model import states_of
+from shallower.scanning.hidden_states import states_of
 from shallower.values.tokens import Tokens
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS, batch

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower.memory.prefix_cache import Known, Prefixes
+from shallower.memory.prefix_cache import Kept, Prefixes
 from shallower.models.layerwise import Layerwise
 from tests.conftest import tiny_llama
 from tests.models.batches import batch
@@ -19,6 +19,9 @@ def run(store, path):
     return found[0, path]
 
 
+STATE = torch.zeros(1)
+
+
 paths = st.sets(st.integers(0, 5)).map(lambda layers: tuple(sorted(layers)))
 
 
@@ -27,48 +30,47 @@ paths = st.sets(st.integers(0, 5)).map(lambda layers: tuple(sorted(layers)))
     st.integers(0, 12),
     st.integers(1, 4),
 )
-def test_no_more_is_known_than_fits(asked, room, every):
+def test_no_more_is_kept_than_fits(asked, room, every):
     sizes = [10, 25]
-    known = Known(room * 10, sizes, every)
-    kept = {}
+    kept, tried = Kept(room * 10, sizes, every), set()
     for index, path in asked:
         for depth in range(len(path)):
-            for place in known.keep(index, path[:depth]):
-                del kept[place]
-            if (index, path[:depth]) in known:
-                kept[index, path[:depth]] = sizes[index]
-        assert sum(kept.values()) <= room * 10
-        assert all(place in known for place in kept)
-        assert all(len(layers) % every == 0 for _, layers in kept)
+            kept.keep(index, path[:depth], STATE)
+            tried.add((index, path[:depth]))
+        found = [place for place in tried if place in kept]
+        assert sum(sizes[index] for index, _ in found) <= room * 10
+        assert all(len(layers) % every == 0 for _, layers in found)
 
 
 def test_the_longest_beginning_is_found():
-    known = Known(1000, [1], 1)
-    assert known.start(0, (0, 1, 2)) is None
+    kept = Kept(1000, [1], 1)
+    assert kept.start(0, (0, 1, 2)) is None
     for depth in range(4):
-        known.keep(0, (0, 1, 2, 4)[:depth])
-    assert known.start(0, (0, 1, 2)) == 3
-    assert known.start(0, (0, 1, 3)) == 2
-    assert known.start(0, (1,)) == 0
-    known.keep(0, (0, 1, 3))
-    assert known.start(0, (0, 1, 3)) == 3
+        kept.keep(0, (0, 1, 2, 4)[:depth], torch.tensor(depth))
+    for path, depth in (((0, 1, 2), 3), ((0, 1, 3), 2), ((1,), 0)):
+        assert kept.start(0, path) == (depth, depth)
+    kept.keep(0, (0, 1, 3), STATE)
+    assert kept.start(0, (0, 1, 3))[0] == 3
 
 
 def test_what_was_longest_not_needed_goes_first():
-    known = Known(3, [1], 1)
+    kept = Kept(3, [1], 1)
     for path in ((), (0,), (1,)):
-        known.keep(0, path)
-    known.start(0, (0, 2))  # needs the embedding and what is behind layer 0
-    assert known.keep(0, (2,)) == [(0, (1,))]
-    assert known.keep(0, (3,)) == [(0, (0,))]
+        kept.keep(0, path, STATE)
+    kept.start(0, (0, 2))  # needs the embedding and what is behind layer 0
+    for path, gone in (((2,), (1,)), ((3,), (0,))):
+        assert (0, gone) in kept
+        kept.keep(0, path, STATE)
+        assert (0, gone) not in kept
+    assert all((0, path) in kept for path in ((), (2,), (3,)))
 
 
 def test_a_state_that_fits_nowhere_drives_nobody_out():
-    known = Known(10, [1, 50], 1)
-    known.keep(0, ())
-    assert known.keep(1, ()) == []
-    assert (0, ()) in known
-    assert (1, ()) not in known
+    kept = Kept(10, [1, 50], 1)
+    kept.keep(0, (), STATE)
+    kept.keep(1, (), STATE)
+    assert (0, ()) in kept
+    assert (1, ()) not in kept
 
 
 def test_every_second_state_is_kept_where_two_paths_do_not_fit():
@@ -76,7 +78,7 @@ def test_every_second_state_is_kept_where_two_paths_do_not_fit():
     of_state = some.input_ids.size * 32 * 4
     for states, every in [(12, 1), (11, 2), (6, 2), (5, 3), (4, 3), (3, 6), (0, 6)]:
         store = Prefixes(layerwise, [some], memory=states * of_state)
-        assert store._known._every == every, states
+        assert store._kept._every == every, states
 
 
 @pytest.mark.parametrize("memory", [None, 0, 20_000])

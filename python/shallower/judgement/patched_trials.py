@@ -97,12 +97,8 @@ class PatchedTrials:
             for one in missing.items():
                 self._judge_in_memory(*one)
             return
-        self.patch.prepare()
-
-        def size(gone: Cut) -> int:
-            return trials.prefixes.bytes_of(missing[gone]) + self.patch.bytes_of_cut
-
-        for group in trials.prefixes.groups(missing, size):
+        own, prefixes = self.patch.bytes_of_cut, trials.prefixes
+        for group in prefixes.groups(missing, lambda one: prefixes.bytes_of(missing[one]) + own):
             self._judge_streamed({gone: missing[gone] for gone in group})
 
     def _judge_in_memory(self, gone: Cut, indices: Sequence[int]) -> None:

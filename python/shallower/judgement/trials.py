@@ -219,8 +219,10 @@ class Trials:
         changed = [layer for layer in self.path(dropped) if layer >= unchanged]
         known: dict[Place, torch.Tensor] = {}
         self.prefixes.run([(index, tuple(range(unchanged)))], known.__setitem__)
-        states = self.model.run(self.judge.batches[index], *known.values(), changed)
-        return self.measure_states(index, states)
+        (before,) = known.values()
+        return self.measure_states(
+            index, self.model.run(self.judge.batches[index], before, changed)
+        )
 
     def path(self, dropped: Iterable[int | tuple[int, int]]) -> tuple[int, ...]:
         """List the layers that a cut has left, ascending.

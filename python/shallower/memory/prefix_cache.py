@@ -29,40 +29,41 @@ Take = Callable[[Place, torch.Tensor], object]
 """Receives a batch and the layers of a cut, with the states behind the last of them."""
 
 
-class Known:
-    """Which states are cached, within ``capacity`` bytes; the least recently used are evicted.
+class Kept:
+    """States within ``capacity`` bytes; the least recently used are evicted.
 
-    The states lie elsewhere. Using one counts as using those before it. ``sizes`` are bytes by
-    batch; kept are the embedding and every ``every``-th layer.
+    Using some counts as using those before them. ``sizes`` are bytes by batch; kept are the
+    embedding and every ``every``-th layer.
     """
 
     def __init__(self, capacity: int, sizes: Sequence[int], every: int) -> None:
         self._capacity, self._sizes, self._every = capacity, sizes, every
         self._used = 0
-        self._places: OrderedDict[Place, None] = OrderedDict()
+        self._states: OrderedDict[Place, torch.Tensor] = OrderedDict()
 
     def __contains__(self, place: Place) -> bool:
-        return place in self._places
+        return place in self._states
 
-    def start(self, index: int, path: tuple[int, ...]) -> int | None:
-        """Find how many layers of a path need not run on a batch; None without the embedding."""
-        depths = [d for d in range(len(path), -1, -1) if (index, path[:d]) in self._places]
+    def start(self, index: int, path: tuple[int, ...]) -> tuple[int, torch.Tensor] | None:
+        """Find how many layers of a path need not run on a batch, and the states behind them.
+
+        None without the embedding.
+        """
+        depths = [d for d in range(len(path), -1, -1) if (index, path[:d]) in self._states]
         for depth in depths:
-            self._places.move_to_end((index, path[:depth]))
-        return depths[0] if depths else None
+            self._states.move_to_end((index, path[:depth]))
+        return (depths[0], self._states[index, path[: depths[0]]]) if depths else None
 
-    def keep(self, index: int, path: tuple[int, ...]) -> list[Place]:
-        """Take states in, if they are of those that are kept; gives what was forgotten for them."""
-        size, forgotten = self._sizes[index], []
-        if len(path) % self._every or (index, path) in self._places or size > self._capacity:
-            return []
+    def keep(self, index: int, path: tuple[int, ...], states: torch.Tensor) -> None:
+        """Copy states to the CPU, if they are of those that are kept."""
+        size = self._sizes[index]
+        if len(path) % self._every or (index, path) in self._states or size > self._capacity:
+            return
         while self._used + size > self._capacity:
-            place, _ = self._places.popitem(last=False)
+            place, _ = self._states.popitem(last=False)
             self._used -= self._sizes[place[0]]
-            forgotten.append(place)
-        self._places[index, path] = None
+        self._states[index, path] = torch.empty(states.shape, dtype=states.dtype).copy_(states)
         self._used += size
-        return forgotten
 
 
 class Prefixes:
@@ -75,7 +76,6 @@ class Prefixes:
         self, model: Layerwise, batches: Sequence[Batch], *, memory: int | None = None
     ) -> None:
         self.model, self.batches, self._memory = model, batches, memory
-        self._states: dict[Place, torch.Tensor] = {}
 
     def run(self, places: Iterable[Place], take: Take) -> None:
         """Run the layers that cuts have left, ascending, on batches.
@@ -121,7 +121,7 @@ class Prefixes:
 
         def keep(found: torch.Tensor) -> None:
             if (depth := next(depths)) < len(path):
-                self._keep(index, path[:depth], found)
+                self._kept.keep(index, path[:depth], found)
 
         return self._settled(
             self.model.run(self.batches[index], states, path[start:stop], each=keep)
@@ -166,23 +166,15 @@ class Prefixes:
 
     def _start(self, index: int, path: tuple[int, ...]) -> tuple[int, torch.Tensor]:
         """How many layers of a path need not run again on a batch, and the states behind them."""
-        known = self._known.start(index, path)
-        if known is not None:
-            return known, self._states[index, path[:known]]
-        states = self._settled(self.model.embed(self.batches[index]))
-        self._keep(index, (), states)
-        return 0, states
-
-    def _keep(self, index: int, path: tuple[int, ...], states: torch.Tensor) -> None:
-        for place in self._known.keep(index, path):
-            del self._states[place]
-        if (index, path) in self._known and (index, path) not in self._states:
-            kept = torch.empty(states.shape, dtype=states.dtype)
-            self._states[index, path] = kept.copy_(states)
+        found = self._kept.start(index, path)
+        if found is None:
+            found = 0, self._settled(self.model.embed(self.batches[index]))
+            self._kept.keep(index, (), found[1])
+        return found
 
     @cached_property
-    def _known(self) -> Known:
-        return Known(self._capacity, self._sizes, self._every)
+    def _kept(self) -> Kept:
+        return Kept(self._capacity, self._sizes, self._every)
 
     @cached_property
     def _sizes(self) -> list[int]:

@@ -155,14 +155,13 @@ class Layerwise:
         order = list(layers)
         yield from self._there([iter(order)], dict(pairwise(order)).get)
 
-    def in_step(self, jobs: Iterable[Iterator[int]], order: Iterable[int] | None = None) -> None:
+    def in_step(self, jobs: Iterable[Iterator[int]], order: Iterable[int]) -> None:
         """Carry out jobs, each of which yields the ascending layers that it needs.
 
-        Each layer is brought to its device once for all jobs that wait for it. ``order``, by
-        default all layers, helps to fetch the next one.
+        Each layer is brought to its device once for all jobs that wait for it. ``order``, all that
+        may be needed, helps to fetch the next one.
         """
-        needed = sorted(range(len(self)) if order is None else order)
-        for _ in self._there(jobs, dict(pairwise(needed)).get):
+        for _ in self._there(jobs, dict(pairwise(sorted(order))).get):
             pass
 
     def _there(

@@ -163,13 +163,9 @@ class QuickPatch:
         finally:
             changes.undo()
 
-    def prepare(self) -> None:
-        """Run the whole model on the texts, unless that is done."""
-        _ = self._parts
-
     @property
     def bytes_of_cut(self) -> int:
-        """Bytes of a cut's states on the texts."""
+        """Bytes of a cut's states on the texts, on which the whole model has run first."""
         return sum(part.cut.nbytes for part in self._parts)
 
     @torch.no_grad()
@@ -202,9 +198,7 @@ class QuickPatch:
                 part.whole[0][index] = self._model.embed(batch)
         for layer in self._model.one_by_one(range(len(self._model))):
             for part in parts:
-                for index, batch in enumerate(part.batches):
-                    states = self._model.run(batch, part.whole[layer][index], (layer,))
-                    part.whole[layer + 1][index] = states
+                self._advance(part, part.whole[layer], part.whole[layer + 1], layers=(layer,))
 
     def _advance(
         self, part: _Part, before: Stored, after: Stored, *, layers: Sequence[int]

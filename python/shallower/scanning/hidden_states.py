@@ -7,7 +7,7 @@ norm. Nothing else of a batch is kept. On CUDA the rows travel to pinned memory 
 batch runs (``models.transfers``).
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..memory.retry import Halving
 from ..memory.streaming import Streamed
 from ..models.architecture import DecoderLayers, evaluating
 from ..models.decoder import Decoder
-from ..models.layerwise import check_states
+from ..models.layerwise import Layerwise, check_states
 from ..models.transfers import Gathered, HostCopies, HostCopy
 from ..texts.batches import Batch
 from ..values.positions import Positions
@@ -72,6 +72,32 @@ def chosen_tokens(
 def compared_of(positions: Positions) -> Callable[[Batch], int]:
     """Count the tokens of a batch that are compared."""
     return lambda batch: len(chosen_tokens(batch, positions)[0])
+
+
+def states_of(
+    decoder: Decoder,
+    windows: Iterable[list[Batch]],
+    positions: Positions = LAST,
+    *,
+    advance: Callable[[int], object] = lambda _: None,
+    experts: ExpertHooks | None = None,
+    apart: bool = False,
+) -> Iterator[Generator[Part, None, None]]:
+    """The states of windows of batches; of a model whose layers are streamed, of several at once.
+
+    Each is to be closed before the next is asked for. ``experts`` as for :func:`stream`, and
+    ``advance`` as for :func:`stream_by_layer`; windows stay ``apart`` where each is judged.
+    """
+    copies, halving = HostCopies(), Halving()
+    if not decoder.is_streamed:
+        for window in windows:
+            yield stream(
+                decoder, window, positions, copies=copies, halving=halving, experts=experts
+            )
+        return
+    streamed = Streamed(Layerwise(decoder))
+    for group in windows if apart else streamed.groups(windows, compared_of(positions)):
+        yield stream_by_layer(streamed, group, positions, experts=experts, advance=advance)
 
 
 def stream(

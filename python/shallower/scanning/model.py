@@ -1,7 +1,7 @@
 """The scan of a model: hidden states of forwards into a ``ScanBuilder``, and how it resumes."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from operator import length_hint
@@ -13,21 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ScanError, TextsError
 from ..experts.hooks import ExpertHooks
 from ..memory.plan import fitting
-from ..memory.retry import Halving
-from ..memory.streaming import Streamed, text_steps
+from ..memory.streaming import text_steps
 from ..models.decoder import Decoder
-from ..models.layerwise import Layerwise
 from ..models.source import place_of
-from ..models.transfers import HostCopies
 from ..processes import refuse_several
 from ..progress import say_goes_on, track
 from ..storage import check_apart
 from ..texts.batches import AnyTexts, Batch, TokenBatches
 from ..texts.sources import place_of_texts
-from ..values.positions import Positions
 from ..values.stage_settings import ScanSettings
-from .builder import SECONDS_BETWEEN_CHECKPOINTS, Part, ScanBuilder
-from .hidden_states import LAST, compared_of, forward, stream, stream_by_layer
+from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
+from .hidden_states import forward, states_of
 from .scan import Scan, deciding
 from .settling import JUDGED, Settling
 
@@ -152,32 +148,6 @@ def scan(
         samples = done.contents.samples if settings.keep_samples else None
         return Scan(replace(done.contents, samples=samples), settling.settled)
     return done
-
-
-def states_of(
-    decoder: Decoder,
-    windows: Iterable[list[Batch]],
-    positions: Positions = LAST,
-    *,
-    advance: Callable[[int], object] = lambda _: None,
-    experts: ExpertHooks | None = None,
-    apart: bool = False,
-) -> Iterator[Generator[Part, None, None]]:
-    """The states of windows of batches; of a model whose layers are streamed, of several at once.
-
-    Each is to be closed before the next is asked for. ``experts`` as for :func:`stream`, and
-    ``advance`` as for :func:`stream_by_layer`; windows stay ``apart`` where each is judged.
-    """
-    copies, halving = HostCopies(), Halving()
-    if not decoder.is_streamed:
-        for window in windows:
-            yield stream(
-                decoder, window, positions, copies=copies, halving=halving, experts=experts
-            )
-        return
-    streamed = Streamed(Layerwise(decoder))
-    for group in windows if apart else streamed.groups(windows, compared_of(positions)):
-        yield stream_by_layer(streamed, group, positions, experts=experts, advance=advance)
 
 
 def _unsettled(windows: Iterator[list[Batch]], settling: Settling | None) -> Iterator[list[Batch]]:

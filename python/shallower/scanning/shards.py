@@ -197,7 +197,7 @@ class Shards:
         experts: "ExpertHooks | None",
     ) -> Iterator[int]:
         """Add the states of batches; how many were added, each time work may be kept."""
-        from .model import states_of
+        from .hidden_states import states_of
 
         given = 0
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ..errors import OutputError, ProcessesError, ScanError, raise_output_error
-from ..models.dtypes import STREAM
 from ..models.source import ModelSource
 from ..storage import write_file
 from ..store.inputs import check_made_by, made_by, model_content
@@ -136,8 +135,8 @@ class SharedShards:
     @property
     def shards(self) -> list[Shard]:
         """All shards; each of a model that is streamed reads all of it."""
-        is_streamed = self.source.device_map == STREAM
-        count = (self.workers or NUM_STREAMED) if is_streamed else NUM_SHARDS
+        of_streamed = self.workers or NUM_STREAMED
+        count = of_streamed if self.source.waits_on_disk else NUM_SHARDS
         return [Shard(index, count) for index in range(count)]
 
     @property

@@ -14,7 +14,7 @@ from ...models.layerwise import rows
 from ...models.residual_writers import find_writers
 from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
-from ...scanning.model import states_of
+from ...scanning.hidden_states import states_of
 from ...scanning.scan import Scan
 from ...values.costs import Costs
 from ...values.counts import counted
@@ -131,7 +131,7 @@ def _scan(subject: Subject, experts: bool) -> Scan:
         cka_batch=-(-count // minibatches) if count >= MIN_BATCH and not experts else None,
         experts=hooks.statistics if hooks else None,
     )
-    (found,) = states_of(subject.decoder, [subject.batches], positions, experts=hooks)
+    (found,) = states_of(subject.decoder, [[*subject.batches]], positions, experts=hooks)
     with hooks or nullcontext(), closing(found) as parts:
         builder.take(parts)
     return builder.finish(subject.texts)
