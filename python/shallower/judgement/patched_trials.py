@@ -103,11 +103,16 @@ class PatchedTrials:
 
     def _judge_in_memory(self, gone: Cut, indices: Sequence[int]) -> None:
         """Judge a cut batch by batch, by forwards of the model that is patched meanwhile."""
-        trials = self._trials
+        trials, model = self._trials, self._trials.model
+        changed = [layer for layer in trials.path(gone) if layer >= min(gone) - 1]
+        before: dict[Place, torch.Tensor] = {}
         try:
-            with self.patch.patched(Plan.of(len(trials.model), sorted(gone))):
+            with self.patch.patched(Plan.of(len(model), sorted(gone))):
                 for index in indices:
-                    self._take(gone, index, trials.judge_changed(gone, index, min(gone) - 1))
+                    trials.prefixes.run([_before(gone, index)], before.__setitem__)
+                    start, batch = before.popitem()[1], trials.judge.batches[index]
+                    sums = trials.measure_states(index, model.run(batch, start, changed))
+                    self._take(gone, index, sums)
         except (ModelError, PatchError) as error:
             self._fail(gone, error)
 

@@ -197,8 +197,8 @@ class Trials:
     def prepare(self, indices: Iterable[int]) -> None:
         """Pass the judge the whole model's states on batches, each once, if it needs them."""
         if self._prepares:
-            missing = [index for index in indices if index not in self._prepared]
-            self.prefixes.run(((index, self.path(())) for index in missing), self._take_whole)
+            missing = [(one, self.path(())) for one in indices if one not in self._prepared]
+            self.prefixes.run(missing, self._take_whole)
 
     def first(self, looks: int | None) -> range:
         """The first batches, ``looks`` of them or all."""
@@ -207,22 +207,6 @@ class Trials:
     def looks_at(self, num_items: int) -> int:
         """Count the first batches that hold at least so many items; all if they hold fewer."""
         return looks_at([len(items) for items in self.judge.items], num_items)
-
-    def judge_changed(
-        self, dropped: Iterable[int], index: int, unchanged: int
-    ) -> NDArray[np.float64]:
-        """Judge a cut on a batch while weights of the model are changed, by a patch maybe.
-
-        The first ``unchanged`` layers are as the trials know them. Nothing of the rest is kept.
-        A ModelError says that a score is not finite.
-        """
-        changed = [layer for layer in self.path(dropped) if layer >= unchanged]
-        known: dict[Place, torch.Tensor] = {}
-        self.prefixes.run([(index, tuple(range(unchanged)))], known.__setitem__)
-        (before,) = known.values()
-        return self.measure_states(
-            index, self.model.run(self.judge.batches[index], before, changed)
-        )
 
     def path(self, dropped: Iterable[int | tuple[int, int]]) -> tuple[int, ...]:
         """List the layers that a cut has left, ascending.
