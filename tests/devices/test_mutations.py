@@ -63,7 +63,6 @@ HARMLESS = {
     "patching/solver.py: Solver._best_fit: "
     "feed_forward.weight.to(equations.gram.device, copy=True)": _LAYER,
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
-    "models/head.py: Head.logits_of: torch.from_numpy(tokens).to(states.device)": _INDEX,
     "models/head.py: Head.states_at: torch.from_numpy(tokens).to(states.device)": _INDEX,
     "models/residual_writers.py: _ratio: probe.to(output)": _LAYER,
     "models/transfers.py: HostCopies.send: tensor.to(device)": _HOST,
