@@ -22,35 +22,38 @@ import shallower as sh
 from shallower.runs import demo
 from shallower.scanning.scan_file import scan_bytes
 from shallower.scanning.shards import gather
-from shallower.sharing.scan_shards import SharedScanJob
+from shallower.sharing.engines import workers_of
+from shallower.sharing.scan_work import ScanWork
+from shallower.sharing.share import OPENER
+from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
 from shallower.values.shard import Shard
-from shallower.workers.units import Ledger, drive
+from shallower.workers.units import Job, Ledger, drive
 
 WAYS = {"one process": ("local", 1), "two processes": ("local", 2), "ray": ("ray", 2)}
 
 
-def job_of(folder, texts, length, way):
+def work_of(folder, texts, length, way):
     on, workers = way
-    return SharedScanJob(
+    job = ScanJob(
         source=sh.ModelSource(demo.model_path()),
         texts=Texts(str(texts)),
         out=folder,
         max_length=length,
         batch_size=8,
-        on=on,
-        workers=workers,
     )
+    return ScanWork(job, on=on, workers=workers)
 
 
 class Once:
     """One scan by workers, with the moments that count."""
 
-    def __init__(self, job):
+    def __init__(self, work):
         self.begun, self.workers, self.parts = time.perf_counter(), 0, {}
-        units = [str(shard) for shard in job.shared().shards]
-        self.wanted, self.ready, self.first = job.workers, None, None
-        drive(job.shared().engine(), Ledger(units), self.accept, ready=self.opened)
+        self.wanted, self.ready, self.first = work.workers, None, None
+        job, of = Job(OPENER, work.described()), {"workers": work.workers, "on": work.on}
+        engine = workers_of(job, memory=work.memory, **of)
+        drive(engine, Ledger(work.units), self.accept, ready=self.opened)
         self.ended = self.last
 
     def opened(self, _worker, _hello):
@@ -72,7 +75,7 @@ class Once:
 def gathered(parts, folder):
     folder.mkdir()
     for unit, content in parts.items():
-        (folder / Shard.parse(unit).file).write_bytes(content)
+        (folder / Shard.parse(unit).file_of("scan")).write_bytes(content)
     return scan_bytes(gather([folder]).contents)
 
 
@@ -97,7 +100,7 @@ def main():
         del model
         for repeat in range(args.repeats):
             for name, way in ways.items():
-                done = Once(job_of(folder / "out", file, args.max_length, way))
+                done = Once(work_of(folder / "out", file, args.max_length, way))
                 bytes_of = gathered(done.parts, folder / f"{name} {repeat}")
                 assert bytes_of == scan_bytes(whole.contents), name
                 found[name].append(done.seconds_a_shard)

@@ -1,4 +1,4 @@
-"""A loss that one command measured is found by every other, batch by batch."""
+"""Losses and scores that one command measured are found by every other."""
 
 import json
 import random
@@ -9,6 +9,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from shallower.evaluation import loss as losses
 from tests.conftest import write_jsonl
 from tests.documents import documents
+from tests.evaluation.task_folders import CHOICE, choices, write_rows, write_tasks
 
 pytestmark = pytest.mark.filterwarnings(
     "default:the cut is not patched", "default:.*samples rejected"
@@ -71,6 +72,34 @@ def test_a_study_finds_what_eval_measured(shallower, tiny, texts, held_out, monk
     assert whole["loss"]["nats"] == found["base"]["nats"]
     assert cut["dropped"] == [2, 3, 4]
     assert cut["loss"]["nats"] == found["cut"]["nats"]
+
+
+def test_scores_on_tasks_are_found_by_curve_and_by_eval(
+    shallower, folder, tiny, texts, held_out, layers_run, monkeypatch
+):
+    pytest.importorskip("lm_eval")
+    tasks = write_tasks(folder / "tasks", CHOICE)
+    write_rows(tasks / "pick.jsonl", choices(20))
+    asked = ["--tasks", "pick", "--tasks-dir", tasks, "--max-items", "15", "--json"]
+    curve = ["curve", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", held_out, "--n", "3"]
+    curve += ["--strategies", "deepest", "--states", "cut", *asked]
+    done = shallower(*curve, "--out", "out")
+    assert done.status == 0, done.err
+    points = [one["tasks"] for one in done.json["points"]]
+    layers_run.clear()
+    found = shallower("eval", tiny, *asked, "--drop", "2:5")
+    assert found.status == 0, found.err
+    assert layers_run == []
+    (main, *_) = (one for one in found.json["tasks"] if one["metric"] == points[0][0]["metric"])
+    sides = [main["base"], main["cut"]]
+    assert sides == [{name: one[name] for name in sides[0]} for (one,) in points]
+    monkeypatch.setenv("SHALLOWER_CACHE", str(folder / "other"))
+    assert shallower("eval", tiny, *asked, "--drop", "2:5").json == found.json
+    assert layers_run
+    monkeypatch.setattr("shallower.evaluation.tasks.ChosenTasks.evaluate", lambda *_, **__: 1 / 0)
+    again = shallower(*curve, "--out", "again")
+    assert again.status == 0, again.err
+    assert [one["tasks"] for one in again.json["points"]] == points
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
-from shallower.sharing.measured import MeasuredShard, gather_evaluation
+from shallower.sharing.measured import MeasuredShard, evaluation_of
 from shallower.store.store import open_store
+from shallower.values.shard import read_shards
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
 
@@ -73,7 +74,8 @@ def test_eight_shards_are_gathered_to_what_one_process_finds(
 
 def test_losses_by_text_and_window_have_the_bits_of_one_process(folder, tiny, many, shards):
     shards(5, *BOTH)
-    found = gather_evaluation([folder / "shards"]).values
+    shards_of = read_shards([folder / "shards"], MeasuredShard.load, "eval")
+    found = evaluation_of(shards_of).values
     model, tokenizer = sh.load_model(tiny)
     texts = [json.loads(line)["text"] for line in many.read_text().splitlines()]
     long = (folder / "long.txt").read_text()
@@ -104,39 +106,6 @@ def test_shards_of_a_streamed_model_have_the_same_bits(shallower, command, shard
     whole = shallower(*command, *BOTH, "--no-cache", "--json").json
     shards(2, "--stream", *BOTH)
     assert shallower("gather", "shards", "--out", "gathered", "--json").json == whole
-
-
-def test_a_shard_that_is_there_is_not_measured_again(shallower, folder, command, monkeypatch):
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
-    command = [*command, "--out", "out", "--shard", "auto"]
-    first = shallower(*command)
-    assert "shard 1/4: loss, batches [6, 13) of 26, 19 texts" in first.out
-    monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
-    again = shallower(*command)
-    assert again.out == first.out
-    assert "out/eval.1-of-4.json is already there" in again.err
-    dry = shallower(*command, "--dry-run", "--json").json
-    assert (dry["shard"], dry["write"]) == ("1/4", ["out/eval.1-of-4.json"])
-    other = shallower(*command, "--max-texts", "70")
-    assert "eval.1-of-4.json exists already" in other.error
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--shard", "9/8", "--out", "out"], "there is no shard 9/8"),
-        (["--shard", "1/8"], "a shard is a file: name the folder to write it to (--out)"),
-        (["--shard", "1/8", "--workers", "2", "--out", "out"], "made by one process"),
-        (["--on", "local"], "how many processes are to share the eval?"),
-        (["--tasks", "boolq", "--shard", "1/8", "--out", "out"], "--tasks are scored by one"),
-        (["--tasks", "boolq", "--workers", "2"], "by naming one task a command"),
-        (["--against", "other", "--workers", "2"], "finds both in the cache"),
-    ],
-)
-def test_what_falls_into_no_shards_is_refused(shallower, folder, tiny, jsonl, options, said):
-    assert said in shallower("eval", tiny, "--texts", jsonl, *options).error
-    assert not (folder / "out").exists()
 
 
 def test_gather_refuses_shards_that_are_of_different_work(shallower, folder, command, shards):
@@ -216,28 +185,6 @@ def test_workers_measure_what_one_process_finds(shallower, folder, command, monk
     again = shallower(*command, *BOTH, "--workers", "2", "--json")
     assert again.json == whole
     assert "cached, measured" in again.err
-
-
-@pytest.mark.slow
-def test_texts_that_no_worker_can_measure_are_named_and_the_others_are_kept(
-    shallower, folder, command, monkeypatch
-):
-    command = [*command, "--out", "out", "--workers", "1"]
-    with monkeypatch.context() as patch:
-        patch.setattr("shallower.sharing.eval_shards.OPENER", "tests.studies.poisoned:PoisonedEval")
-        done = shallower(*command)
-        unkept = shallower(*command[:-4], "--workers", "1")
-    assert "the eval is incomplete: 1 of its shards failed 3 times each" in done.error
-    assert "shard 7/64 by ValueError: poison" in done.error
-    assert "each, shard 7/64 by ValueError: poison" in unkept.error
-    assert "name a folder to keep the others (--out)" in unkept.error
-    (named,) = json.loads((folder / "out" / "incomplete.json").read_text())
-    assert named["shard"] == "7/64"
-    assert 0 <= named["texts"]["loss"][0] < named["texts"]["loss"][1] <= 76
-    again = shallower(*command, "--json")
-    assert "resuming: 63 of 64 shards are done" in again.err
-    assert again.json == shallower(*command[:-4], "--no-cache", "--json").json
-    assert [path.name for path in (folder / "out").iterdir()] == ["eval.json"]
 
 
 # Into a folder.

@@ -12,11 +12,14 @@ import pytest
 import shallower as sh
 from shallower import ModelSource, ProcessesError
 from shallower.scanning.shards import ScannedShard
-from shallower.sharing.eval_shards import OpenedEval, SharedEvalJob
-from shallower.sharing.scan_shards import OpenedScan, SharedScanJob
-from shallower.sharing.shards import NUM_SHARDS
+from shallower.sharing.eval_work import EvalWork
+from shallower.sharing.scan_work import ScanWork
+from shallower.sharing.share import open_work
+from shallower.sharing.work import NUM_SHARDS
 from shallower.store.store import open_store
+from shallower.studies.evaluate import EvalJob
 from shallower.studies.measures import LossOfTexts
+from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
 from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import edited, tiny_llama, write_jsonl
@@ -58,39 +61,6 @@ def test_eight_shards_are_gathered_to_the_bytes_of_the_whole(shallower, folder, 
     jobs = {ScannedShard.load(path).of.job for path in (folder / "shards").iterdir()}
     assert len(jobs) == 1
     assert None not in jobs
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_shard_that_is_there_is_not_scanned_again(shallower, folder, tiny, many, monkeypatch):
-    command = ["scan", tiny, "--texts", many, "--out", "out", *SMALL, "--shard", "auto"]
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
-    first = shallower(*command)
-    assert "shard 1/4: batches [20, 40) of 80, 20 samples" in first.out
-    place = folder / "out" / "scan.1-of-4.safetensors"
-    before = place.stat().st_mtime_ns
-    again = shallower(*command)
-    assert again.out == first.out
-    assert "out/scan.1-of-4.safetensors is already there" in again.err
-    assert place.stat().st_mtime_ns == before
-    other = shallower(*command, "--metrics", "angular")
-    assert "scan.1-of-4.safetensors exists already" in other.error
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--shard", "9/8"], "there is no shard 9/8"),
-        (["--shard", "one"], "expected I/N, as 3/64, or auto"),
-        (["--shard", "1/8", "--workers", "2"], "a shard is made by one process"),
-        (["--shard", "1/8", "--until", "0.99"], "--until is for a scan of one process"),
-        (["--workers", "2", "--until", "0.99"], "--until is for a scan of one process"),
-    ],
-)
-def test_shards_that_cannot_be_are_refused(shallower, folder, tiny, jsonl, options, said):
-    done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", *options)
-    assert said in done.error
-    assert not (folder / "out").exists()
 
 
 def test_gather_refuses_what_is_missing_or_taken(shallower, folder, tiny, jsonl, scans):
@@ -155,19 +125,17 @@ def test_workers_open_nothing_but_what_the_driver_has(folder, tiny, many, kind, 
     store, texts = open_store(no_cache), Texts(str(many))
     source = ModelSource(folder / "model", "float32")
     if kind == "scan":
-        job = SharedScanJob(source=source, texts=texts, out=folder, workers=1, store=store)
-        shared, opens = job.shared(), OpenedScan
+        work = ScanWork(ScanJob(source=source, texts=texts, out=folder, store=store), workers=1)
     else:
-        measures = [LossOfTexts(texts)]
-        job = SharedEvalJob(source=source, measures=measures, workers=1, store=store)
-        shared, opens = job.shared(folder), OpenedEval
-    described = json.loads(json.dumps(shared.described().described))
-    assert opens(described).run("0/64")
+        job = EvalJob(source=source, measures=[LossOfTexts(texts)], store=store)
+        work = EvalWork(job, workers=1)
+    described = json.loads(json.dumps(work.described()))
+    assert open_work(described).run("0/64")
     place = {"model": folder / "model" / "model.safetensors", "texts": many}[changed]
     with place.open("ab") as file:
         file.write(b'{"text": "w1 w2"}\n')
     with pytest.raises(ProcessesError, match=rf"on this node is no {changed} of the driver"):
-        opens(described)
+        open_work(described)
 
 
 def test_workers_scan_to_the_bytes_of_the_whole(shallower, folder, tiny, many, whole):
@@ -197,24 +165,3 @@ def test_a_killed_scan_asks_for_exactly_the_rest(folder, tiny, many, whole):
     assert ended.status == 0, ended.err
     assert f"resuming: {len(there)} of {NUM_SHARDS} shards are done" in ended.err
     assert (out / "scan.safetensors").read_bytes() == whole
-
-
-@pytest.mark.slow
-def test_texts_that_no_worker_can_scan_are_named_and_the_others_are_scanned(
-    shallower, folder, tiny, many, whole, monkeypatch
-):
-    command = ["scan", tiny, "--texts", many, "--out", "out", *SMALL, "--workers", "1"]
-    with monkeypatch.context() as patch:
-        patch.setattr("shallower.sharing.scan_shards.OPENER", "tests.studies.poisoned:PoisonedScan")
-        done = shallower(*command)
-    assert "the scan is incomplete: 1 of its shards failed 3 times each" in done.error
-    assert "shard 7/64 by ValueError: poison" in done.error
-    (named,) = json.loads((folder / "out" / "incomplete.json").read_text())
-    assert named["shard"] == "7/64"
-    assert 0 <= named["texts"][0] < named["texts"][1] <= 80
-    assert len(named["errors"]) == 3
-    again = shallower(*command, "--json")
-    assert again.status == 0
-    assert "resuming: 63 of 64 shards are done" in again.err
-    assert not (folder / "out" / "incomplete.json").exists()
-    assert (folder / "out" / "scan.safetensors").read_bytes() == whole

@@ -80,11 +80,13 @@ def test_shards_make_the_bytes_of_the_whole(mixtral, words, whole, tmp_path):
     shards = Shards(mixtral, words, TEXTS, Tokens(12, 2), experts=True)
     for index in range(3):
         shard = Shard(index, 3)
-        (tmp_path / shard.file).write_bytes(shards.scan(shard, progress=False).to_bytes())
+        (tmp_path / shard.file_of("scan")).write_bytes(
+            shards.scan(shard, progress=False).to_bytes()
+        )
     gather([tmp_path]).save(tmp_path / "scan")
     assert (tmp_path / "scan").read_bytes() == whole.read_bytes()
     plain = Shards(mixtral, words, TEXTS, Tokens(12, 2))
-    (tmp_path / shard.file).write_bytes(plain.scan(shard, progress=False).to_bytes())
+    (tmp_path / shard.file_of("scan")).write_bytes(plain.scan(shard, progress=False).to_bytes())
     with pytest.raises(sh.ScanError, match="settings"):
         gather([tmp_path])
 
@@ -133,7 +135,9 @@ def test_unused_experts_are_counted_once_all_shards_are_there(mixtral, words, tm
     """A shard alone says nothing of them: its error would be one here."""
     shards = Shards(mixtral, words, ["w1 w2", "w3"], Tokens(12, 1), experts=True)
     for shard in (Shard(0, 2), Shard(1, 2)):
-        (tmp_path / shard.file).write_bytes(shards.scan(shard, progress=False).to_bytes())
+        (tmp_path / shard.file_of("scan")).write_bytes(
+            shards.scan(shard, progress=False).to_bytes()
+        )
     with UNUSED:
         gather([tmp_path])
 

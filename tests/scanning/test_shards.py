@@ -28,7 +28,7 @@ def written(folder, shards, count):
     folder.mkdir(exist_ok=True)
     for index in range(count):
         shard = Shard(index, count)
-        (folder / shard.file).write_bytes(shards.scan(shard, progress=False).to_bytes())
+        (folder / shard.file_of("scan")).write_bytes(shards.scan(shard, progress=False).to_bytes())
     return folder
 
 
@@ -135,16 +135,20 @@ def parts(llama, words, tmp_path):
 
 def changed(parts, tmp_path, **fields):
     """The parts with something of the second one changed."""
-    one = ScannedShard.load(parts / Shard(1, 3).file)
+    one = ScannedShard.load(parts / Shard(1, 3).file_of("scan"))
     (tmp_path / "other.safetensors").write_bytes(
         replace(one, of=replace(one.of, **fields)).to_bytes()
     )
-    return [parts / Shard(0, 3).file, tmp_path / "other.safetensors", parts / Shard(2, 3).file]
+    return [
+        parts / Shard(0, 3).file_of("scan"),
+        tmp_path / "other.safetensors",
+        parts / Shard(2, 3).file_of("scan"),
+    ]
 
 
 def test_a_missing_shard_is_named(parts):
     with pytest.raises(ScanError, match=r"^2 shards of 3 are missing: 0/3, 2/3$"):
-        gather([parts / Shard(1, 3).file])
+        gather([parts / Shard(1, 3).file_of("scan")])
 
 
 def test_an_incomplete_shard_is_a_missing_one(parts, tmp_path):
@@ -177,17 +181,17 @@ def test_shards_that_were_made_differently_are_refused(parts, tmp_path, fields, 
 def test_shards_of_other_scans_are_refused(llama, words, parts, tmp_path, options, said):
     texts = options.pop("texts", TEXTS)
     other = shards_of(llama, words, texts, **options).scan(Shard(1, 3), progress=False)
-    (tmp_path / Shard(1, 3).file).write_bytes(other.to_bytes())
+    (tmp_path / Shard(1, 3).file_of("scan")).write_bytes(other.to_bytes())
     with pytest.raises(ScanError, match=said):
-        gather([parts / Shard(0, 3).file, tmp_path, parts / Shard(2, 3).file])
+        gather([parts / Shard(0, 3).file_of("scan"), tmp_path, parts / Shard(2, 3).file_of("scan")])
 
 
 def test_shards_of_other_weights_are_refused(llama, words, parts, tmp_path):
     """Which neither shapes nor norms tell apart."""
     other = shards_of(edited(llama), words, TEXTS).scan(Shard(1, 3), progress=False)
-    (tmp_path / Shard(1, 3).file).write_bytes(other.to_bytes())
+    (tmp_path / Shard(1, 3).file_of("scan")).write_bytes(other.to_bytes())
     with pytest.raises(ScanError, match=r"their weights differ \(\w{12} and \w{12}\)"):
-        gather([parts / Shard(0, 3).file, tmp_path, parts / Shard(2, 3).file])
+        gather([parts / Shard(0, 3).file_of("scan"), tmp_path, parts / Shard(2, 3).file_of("scan")])
 
 
 def test_two_files_of_one_shard_that_differ_are_both_named(parts, tmp_path):
@@ -200,7 +204,7 @@ def test_a_scan_is_no_shard_and_a_shard_no_scan(llama, words, parts, tmp_path):
     with pytest.raises(ScanError, match="is a whole scan: expected shards"):
         gather([tmp_path / "whole.safetensors"])
     with pytest.raises(ScanError, match="is a shard of a scan: put all of them together"):
-        sh.Scan.load(parts / Shard(0, 3).file)
+        sh.Scan.load(parts / Shard(0, 3).file_of("scan"))
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
@@ -217,7 +221,7 @@ def test_texts_of_which_none_can_be_compared_are_refused(llama, words, tmp_path)
 
 
 def test_a_damaged_shard_is_refused(parts, tmp_path):
-    content = (parts / Shard(0, 3).file).read_bytes()
+    content = (parts / Shard(0, 3).file_of("scan")).read_bytes()
     place = tmp_path / "damaged.safetensors"
     place.write_bytes(content.replace(b'\\"num_done\\": ', b'\\"num_done\\": 9'))
     with pytest.raises(ScanError, match=r"damaged\.safetensors is (damaged|truncated)"):

@@ -161,12 +161,20 @@ def test_processes_see_their_own_threads_and_devices(tmp_path, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
-def test_a_machine_with_gpus_needs_no_number_of_workers(machine):
+def test_a_machine_with_gpus_needs_no_number_of_workers(machine, tmp_path):
     from shallower.models.source import ModelSource
-    from shallower.sharing.shards import check_workers
+    from shallower.sharing.scan_work import ScanWork
+    from shallower.studies.scan import ScanJob
+    from shallower.texts.sources import Texts
+
+    (tmp_path / "texts.txt").write_text("w1 w2")
+
+    def work(**how):
+        texts = Texts(str(tmp_path / "texts.txt"))
+        return ScanWork(ScanJob(source=ModelSource("model", **how), texts=texts, out=tmp_path))
 
     machine(8, 2)
     assert engines.cards_for(None) == ["0", "1"]
-    check_workers(None, "local", "scan", ModelSource("model"))
+    work()
     with pytest.raises(ProcessesError, match="how many processes"):
-        check_workers(None, "local", "scan", ModelSource("model", device_map="cpu"))
+        work(device_map="cpu")

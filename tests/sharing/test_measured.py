@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from shallower import ScanError
-from shallower.sharing.measured import MeasuredShard, Part, gather_evaluation
+from shallower.sharing.measured import MeasuredShard, Part, evaluation_of
 from shallower.values.hashing import hash_of
 from shallower.values.identity import ModelIdentity
 from shallower.values.plan import Plan
-from shallower.values.shard import Shard, kind_of
+from shallower.values.shard import Shard, kind_of, read_shards
 
 MODEL = ModelIdentity("tiny", "llama", 6, "float32", "ab" * 32)
 VERSIONS = {"shallower": "0.1.0", "torch": "2.0", "transformers": "5.0"}
@@ -55,6 +55,10 @@ def shard(index):
     )
 
 
+def gather_evaluation(parts):
+    return evaluation_of(read_shards(parts, MeasuredShard.load, "eval"))
+
+
 def write(folder, *shards):
     folder.mkdir(exist_ok=True)
     for one in shards:
@@ -80,8 +84,8 @@ def test_shards_in_any_order_are_the_losses_of_all_texts_in_theirs(parts):
     window = found.values["perplexity"]["base"]
     assert (window.context, window.bos, window.num_rest) == (4, False, 2)
     assert window.by_window.sums.tolist() == loss.by_text.sums.tolist()
-    assert (found.job, found.machine) == ("job", {"cpu": "here"})
-    assert found.plan.dropped == (1, 2)
+    assert (found.of.job, found.machine) == ("job", {"cpu": "here"})
+    assert found.of.plan.dropped == (1, 2)
 
 
 def test_what_is_of_several_machines_is_found_by_none(parts):
@@ -180,7 +184,10 @@ def test_a_damaged_shard_is_named(parts, place, value):
         data[name] = value
 
     damage(parts, change)
-    with pytest.raises(ScanError, match=r"eval\.0-of-3\.json is damaged, or no shard of an eval: "):
+    with pytest.raises(
+        ScanError,
+        match=r"eval\.0-of-3\.json is damaged, or no shard of format shallower\.eval\.shard\.2: ",
+    ):
         gather_evaluation([parts])
 
 
@@ -191,7 +198,10 @@ def test_a_damaged_shard_is_named(parts, place, value):
         (b"[]", "is damaged"),
         (b"{", "is damaged"),
         (b'{"loss": 1}', "it has no 'format'"),
-        (b'{"format": "shallower.eval.shard.1"}', "expected format shallower.eval.shard.2"),
+        (
+            b'{"format": "shallower.eval.shard.1"}',
+            "got format .shallower.eval.shard.1.: make it anew",
+        ),
         (b"[" * 100_000, "is damaged"),
     ],
 )

@@ -4,37 +4,39 @@ import os
 import signal
 from pathlib import Path
 
-from shallower.sharing.eval_shards import OpenedEval
-from shallower.sharing.scan_shards import OpenedScan
-from shallower.sharing.study_units import OpenedStudy
+from shallower.sharing.share import open_work
 
 
-class _Poisoned:
-    """Shards of which no worker can make the eighth."""
+def poisoned(described):
+    """A scan or an eval of which no worker can make the eighth shard."""
 
-    def run(self, unit):
-        """A shard, or an error."""
-        if unit == "7/64":
-            raise ValueError("poison")
-        return super().run(unit)
+    def fail():
+        raise ValueError("poison")
 
-
-class PoisonedScan(_Poisoned, OpenedScan):
-    """A scan."""
+    return _before(open_work(described), "7/64", fail)
 
 
-class PoisonedEval(_Poisoned, OpenedEval):
-    """An evaluation."""
-
-
-class DyingStudy(OpenedStudy):
+def dying(described):
     """A comparison whose greedy search ends its worker as often as DEATHS says, beside a file."""
 
-    def run(self, unit):
-        """A part, or the end."""
+    def end():
         place, _, times = os.environ["DEATHS"].rpartition(":")
         died = len(Path(place).read_text()) if Path(place).exists() else 0
-        if unit.startswith("greedy of") and died < int(times):
+        if died < int(times):
             Path(place).write_text("x" * (died + 1))
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().run(unit)
+
+    return _before(open_work(described), "greedy of", end)
+
+
+def _before(opened, unit, happens):
+    """An opened work to which something happens before some unit."""
+    run = opened.run
+
+    def run_or_end(name):
+        if name.startswith(unit):
+            happens()
+        return run(name)
+
+    opened.run = run_or_end
+    return opened

@@ -18,7 +18,8 @@ from shallower.judgement.trials import Trials
 from shallower.models.experts import find_experts
 from shallower.models.source import ModelSource
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.sharing.study_units import OpenedStudy, describe
+from shallower.sharing.share import open_work
+from shallower.sharing.study_work import CompareWork
 from shallower.store.store import Store, open_store
 from shallower.studies.compare import CompareStudy
 from shallower.studies.items import judged_items
@@ -263,7 +264,8 @@ def test_a_comparison_finds_all_that_its_parts_sent(tmp_path, tried, monkeypatch
     on_disk(tmp_path)
     alone = study(tmp_path, Store(tmp_path / "alone"), criteria=criteria).run()
     shared = study(tmp_path, open_store(), criteria=criteria)
-    worker = OpenedStudy(json.loads(json.dumps(describe(shared))))
+    described = CompareWork(shared, on="ray").described()
+    worker = open_work(json.loads(json.dumps(described)))
     for part in shared.parts():
         shared.store.take(json.loads(worker.run(str(part))))
     tried.clear()

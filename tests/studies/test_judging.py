@@ -14,7 +14,8 @@ from shallower.models.decoder import Decoder
 from shallower.models.source import ModelSource
 from shallower.reporting.results import Run
 from shallower.reporting.stories.run import run_story
-from shallower.sharing.study_units import OpenedStudy, describe
+from shallower.sharing.share import open_work
+from shallower.sharing.study_work import CompareWork
 from shallower.store.store import Store, open_store
 from shallower.studies.compare import CompareStudy
 from shallower.studies.items import items_fingerprint, judged_items
@@ -161,10 +162,10 @@ def test_workers_are_told_the_file_of_prompts(places, tmp_path, judged, silent):
     object.__setattr__(alone, "store", Store(tmp_path / "alone"))
     rows = alone.run().rows
     study = studies(places, **options)
-    described = json.loads(json.dumps(describe(study)))
+    described = json.loads(json.dumps(CompareWork(study, on="ray").described()))
     assert described["settings"]["prompts"] == str(places / "prompts.jsonl")
-    worker = OpenedStudy(described)
-    for unit in described["parts"]:
+    worker = open_work(described)
+    for unit in described["units"]:
         study.store.take(json.loads(worker.run(unit)))
     judged.clear()
     silent()

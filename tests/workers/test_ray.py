@@ -16,11 +16,14 @@ import pytest
 
 import shallower
 from shallower.errors import ProcessesError, TextsError
-from shallower.sharing.eval_shards import SharedEvalJob
-from shallower.sharing.scan_shards import SharedScanJob
-from shallower.sharing.study_units import share
+from shallower.sharing.eval_work import EvalWork
+from shallower.sharing.scan_work import ScanWork
+from shallower.sharing.share import share
+from shallower.sharing.study_work import CompareWork
 from shallower.store.store import Store
+from shallower.studies.evaluate import EvalJob
 from shallower.studies.measures import LossOfTexts
+from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
 from shallower.values.memory import MemoryPlan
 from shallower.values.tokens import Tokens
@@ -29,8 +32,8 @@ from shallower.workers.ray_workers import RayWorkers
 from shallower.workers.units import Ledger, drive
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
-from tests.sharing.test_study_units import comparison, rows
-from tests.sharing.test_study_units import measured as measured
+from tests.sharing.test_study_work import comparison, rows
+from tests.sharing.test_study_work import measured as measured
 from tests.workers.counting import done_in, job_of
 
 ray = pytest.importorskip("ray")
@@ -120,13 +123,12 @@ def test_a_cluster_measures_what_one_process_finds(tmp_path, words):
     tiny_llama().save_pretrained(tmp_path / "tiny")
     words.save_pretrained(tmp_path / "tiny")
     texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(80))))
-    job = SharedEvalJob(
+    job = EvalJob(
         source=sh.ModelSource(tmp_path / "tiny"),
         measures=[LossOfTexts(texts, Tokens(16, 2))],
         layers=[sh.Block(1, 3)],
-        on="ray",
     )
-    found = job.run_shared()["loss"]
+    found = share(EvalWork(job, on="ray"))["loss"]
     model, tokenizer = job.source.load()
     for side, cut in (("base", nullcontext()), ("cut", sh.without_layers(model, [1, 2]))):
         with cut:
@@ -192,15 +194,8 @@ def test_a_cluster_scans_to_the_bytes_of_one_process(
     words.save_pretrained(tmp_path / "tiny")
     texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(80))))
     source = shallower.ModelSource(tmp_path / "tiny")
-    job = SharedScanJob(
-        source=source,
-        texts=texts,
-        out=tmp_path / "out",
-        max_length=16,
-        batch_size=1,
-        on="ray",
-    )
-    job.run_shared()
+    job = ScanJob(source=source, texts=texts, out=tmp_path / "out", max_length=16, batch_size=1)
+    share(ScanWork(job, on="ray"))
     cluster.remove_node(node)
     shallower.scan(*source.load(), texts, max_length=16, batch_size=1).save(tmp_path / "whole")
     assert (tmp_path / "out" / "scan.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -218,7 +213,7 @@ def test_a_cluster_sends_all_that_a_comparison_takes(tmp_path, words, measured):
     alone = comparison(tmp_path, store=Store(tmp_path / "alone")).run()
     study = comparison(tmp_path)
     measured.clear()
-    share(study, None, "ray")
+    share(CompareWork(study, on="ray"))
     assert rows(study.run()) == rows(alone)
     assert measured == []
 

@@ -118,7 +118,7 @@ def test_the_same_bytes_come_of_any_history(shards, tmp_path):
         folder = tmp_path / str(seed)
         folder.mkdir()
         for unit, content in accepted.items():
-            (folder / Shard.parse(unit).file).write_bytes(content)
+            (folder / Shard.parse(unit).file_of("scan")).write_bytes(content)
         found = scan_bytes(gather([folder]).contents)
         expected = expected or found
         assert found == expected

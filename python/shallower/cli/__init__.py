@@ -37,7 +37,7 @@ COMMANDS = {
     ),
     "gather": Command(
         "gather",
-        "Put the shards of a scan, an eval or a comparison together.",
+        "Put the shards of a scan, an eval, a comparison or a curve together.",
         "scans/shards --out scans/smol",
     ),
     "analyse": Command(

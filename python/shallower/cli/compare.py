@@ -24,12 +24,11 @@ from .options import (
     read_texts,
     takes,
 )
-from .output import called, print_json, say_dry_run_of, say_known, show
+from .output import called, make_shard_of, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
     from ..studies.compare import CompareStudy
     from ..values.comparison import CriteriaComparison
-    from ..values.shard import Shard
 
 Models = Annotated[
     list[str] | None,
@@ -108,34 +107,21 @@ def compare_command(
     if dry_run:
         say_dry_run_of(study, _described(study), as_json)
         return 0
-    if "shard" in part:
-        _say_shard(_measure_shard(study, part["shard"]), as_json)
-        return 0
     if part:
-        from ..sharing.study_units import share
-
-        share(study, **part)
-    comparison = study.run()
-    if part:
-        study.found.clear()  # the workers' results are of today
-    return say_comparison(comparison, study, as_json)
+        return _carry_out(study, part, as_json)
+    return say_comparison(study.run(), study, as_json)
 
 
-def _measure_shard(study: "CompareStudy", shard: "Shard") -> dict[str, Any]:
-    from ..errors import ProcessesError
-    from ..sharing.study_units import measure_shard
+def _carry_out(study: "CompareStudy", part: dict[str, Any], as_json: bool) -> int:
+    """Make a shard, or let workers share the comparison; the exit status."""
+    from ..sharing.share import share
+    from ..sharing.study_work import CompareWork
 
-    if study.out is None:
-        raise ProcessesError("a shard is a file in a folder: name --out")
-    return measure_shard(study, shard)
-
-
-def _say_shard(done: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(done)
-        return
-    parts = f"{len(done['parts'])} of {done['num_parts']} parts"
-    show(f"shard {done['shard']}: {parts}", f"wrote {done['written'][0]}")
+    work = CompareWork(study, **part)
+    if work.shard is None:
+        return say_comparison(share(work), study, as_json)
+    make_shard_of(work, as_json)
+    return 0
 
 
 def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, Any], Any]:

@@ -17,6 +17,7 @@ from .options import (
     On,
     Out,
     OverwriteParts,
+    ShardOption,
     Stream,
     TextsSource,
     TrustRemoteCode,
@@ -26,7 +27,7 @@ from .options import (
     read_texts,
     takes,
 )
-from .output import called, print_json, say_dry_run_of, say_known, show
+from .output import called, make_shard_of, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
     from ..studies.curve import CurveStudy
@@ -48,6 +49,7 @@ def curve_command(
     trust_remote_code: TrustRemoteCode = False,
     overwrite: OverwriteParts = False,
     no_cache: NoCache = False,
+    shard: ShardOption = None,
     on: On = None,
     workers: Workers = None,
     dry_run: DryRun = False,
@@ -79,11 +81,22 @@ def curve_command(
         study.check()
         say_dry_run_of(study, _described(study), as_json)
         return
-    if part := part_of(None, on, workers):
-        from ..sharing.study_units import share
+    if part := part_of(shard, on, workers):
+        _carry_out(study, part, as_json)
+    else:
+        say_curve(study.run(), study, as_json)
 
-        share(study, **part)
-    _say(study.run(), study, as_json)
+
+def _carry_out(study: "CurveStudy", part: dict[str, Any], as_json: bool) -> None:
+    """Make a shard, or let workers share the curve."""
+    from ..sharing.share import share
+    from ..sharing.study_work import CurveWork
+
+    work = CurveWork(study, **part)
+    if work.shard is None:
+        say_curve(share(work), study, as_json)
+    else:
+        make_shard_of(work, as_json)
 
 
 def _described(study: "CurveStudy") -> dict[str, Any]:
@@ -101,7 +114,8 @@ def _described(study: "CurveStudy") -> dict[str, Any]:
     }
 
 
-def _say(curve: "Curve", study: "CurveStudy", as_json: bool) -> None:
+def say_curve(curve: "Curve", study: "CurveStudy", as_json: bool) -> None:
+    """Print a curve, and write its page."""
     from ..runs.report import save_report
 
     page, story = save_report(study.folder)

@@ -32,9 +32,10 @@ from .options import (
     places,
     takes,
 )
-from .output import eval_names, say_dry_run, say_eval, say_eval_shard, say_known
+from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known
 
 if TYPE_CHECKING:
+    from ..sharing.eval_work import EvalWork
     from ..studies.evaluate import EvalJob, EvalPair, Results
 
 
@@ -77,7 +78,7 @@ def eval_command(
     Or of one checkpoint --against another, as a patched cut and its source.
     """
     from ..store.store import open_store
-    from ..studies.evaluate import asked_of, measures_of
+    from ..studies.evaluate import EvalJob, EvalPair, asked_of, measures_of
 
     part = part_of(shard, on, workers)
     layers, experts = None, None
@@ -85,7 +86,7 @@ def eval_command(
         layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
     if against is not None:
         _check_against(is_cut=is_cut, is_shared=bool(part))
-    job = _kind(part)(
+    job = EvalJob(
         source=ModelSource(
             model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
         ),
@@ -96,24 +97,21 @@ def eval_command(
         store=open_store(no_cache, dry_run=dry_run),
         out=out,
         overwrite=overwrite,
-        **part,
     )
-    pair = None
-    if against is not None:
-        from ..studies.evaluate import EvalPair
-
-        pair = EvalPair.of(job, against)
+    work = _shared(job, part) if part else None
+    pair = None if against is None else EvalPair.of(job, against)
     if dry_run and (shard is not None or not _is_made(job, pair)):
-        job.check_place()
+        if shard is None:
+            job.check_place()
         job.prepare()
         named = {"against": against, **asked_of(settings)}
-        shared = part if shard is None else {"shard": str(part["shard"])}
-        say_dry_run({**shared, **_described(job, pair, named)}, as_json)
-    elif shard is not None:
-        _carry_out_shard(job, as_json)
+        say_dry_run(_described(job, work or pair or job, named), as_json)
+    elif work is not None and work.shard is not None:
+        job.prepare()
+        make_shard_of(work, as_json)
     elif pair is None:
         with ExitStack() as held:
-            results = _results(job, held)
+            results = _results(job, held, work)
             _say(job, results, eval_names(model, job.plan), read=job.readings, as_json=as_json)
     else:
         _compare(pair, job, as_json)
@@ -144,15 +142,10 @@ def _compare(pair: "EvalPair", job: "EvalJob", as_json: bool) -> None:
         _say(job, results, names, read=read, as_json=as_json)
 
 
-def _kind(part: dict[str, Any]) -> "type[EvalJob]":
-    """The evaluation that is asked for: of one process, a shard, or shared by workers."""
-    if not part:
-        from ..studies.evaluate import EvalJob
+def _shared(job: "EvalJob", part: dict[str, Any]) -> "EvalWork":
+    from ..sharing.eval_work import EvalWork
 
-        return EvalJob
-    from ..sharing.eval_shards import EvalShardJob, SharedEvalJob
-
-    return EvalShardJob if "shard" in part else SharedEvalJob
+    return EvalWork(job, **part)
 
 
 def _check_against(*, is_cut: bool, is_shared: bool) -> None:
@@ -168,21 +161,8 @@ def _check_against(*, is_cut: bool, is_shared: bool) -> None:
         )
 
 
-def _carry_out_shard(job: "EvalJob", as_json: bool) -> None:
-    from ..sharing.eval_shards import EvalShardJob
-
-    assert isinstance(job, EvalShardJob)
-    if job.made is None:
-        job.prepare()
-        job.run_shard()
-    say_eval_shard(job.file, as_json)
-    if job.made is not None:
-        say_known(job.made, job.file)
-
-
-def _results(job: "EvalJob", held: ExitStack) -> "Results":
+def _results(job: "EvalJob", held: ExitStack, work: "EvalWork | None" = None) -> "Results":
     """What is known of a model, or is measured now, with its place ``held`` from then on."""
-    from ..sharing.eval_shards import SharedEvalJob
     from ..storage import claimed
 
     known = job.known()
@@ -191,16 +171,19 @@ def _results(job: "EvalJob", held: ExitStack) -> "Results":
     if job.file is not None:
         held.enter_context(claimed(job.file, job.overwrite))
     job.prepare()
-    if isinstance(job, SharedEvalJob):
-        return job.run_shared()
-    return job.measure()
+    if work is None:
+        return job.measure()
+    from ..sharing.share import share
+
+    found: Results = share(work)
+    return found
 
 
 def _say(
     job: "EvalJob", results: "Results", names: dict[str, str], *, read: list[Any], as_json: bool
 ) -> None:
     """Print what was found, and write it where it is to be; what was cached is said."""
-    from ..sharing.gather import write_evaluation
+    from ..reporting.results import write_evaluation
 
     values = {
         kind: {side: one.value for side, one in sides.items()} for kind, sides in results.items()
@@ -217,11 +200,13 @@ def _say(
         say_known(min(made), what="" if len(made) == len(every) else what)
 
 
-def _described(job: "EvalJob", pair: "EvalPair | None", named: dict[str, Any]) -> dict[str, Any]:
+def _described(
+    job: "EvalJob", work: "EvalWork | EvalPair | EvalJob", named: dict[str, Any]
+) -> dict[str, Any]:
     described: dict[str, Any] = {"eval": str(job.source)}
     if job.plan:
         described["drop"] = job.plan.words
     named = {name: what for name, what in named.items() if what is not None}
     described |= {name: what or "prompts of our own" for name, what in named.items()}
     write = {} if job.file is None else {"write": [str(job.file)]}
-    return {**described, **(pair or job).describe(), **write}
+    return {**described, **write, **work.describe()}

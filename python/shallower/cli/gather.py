@@ -1,12 +1,15 @@
-"""``shallower gather``: the shards of a scan, an evaluation or a comparison put together."""
+"""``shallower gather``: the shards of a work put together."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Json, Out, Overwrite, TrustRemoteCode
 from .output import eval_names, say_eval, say_scan, warn
+
+if TYPE_CHECKING:
+    from ..sharing.measured import Evaluation
 
 
 def gather_command(
@@ -22,40 +25,41 @@ def gather_command(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> int:
-    """Put the shards of a scan, an eval or a comparison together.
+    """Put the shards of a scan, an eval, a comparison or a curve together.
 
     All must be there, and of the same work. From a scan it writes scan.safetensors, with the bytes
     that one process would write, and heat_map.png if matplotlib is installed. From an eval it
-    writes eval.json, as eval --json prints it, and caches the result. From a comparison it writes
-    all that compare does: the model is loaded for its shape, and nothing is measured.
+    writes eval.json, as eval --json prints it, and caches the result. From a comparison or a curve
+    it writes all that one process does: the model is loaded for its shape, and of what shards have
+    nothing is measured.
     """
-    from ..sharing.eval_shards import gather_eval_into
-    from ..sharing.gather import gather_into
-    from ..store.store import open_store
-    from ..values.files import EVAL_FILE
-    from ..values.shard import kind_of
+    from ..sharing.share import gather
+    from .compare import say_comparison
+    from .curve import say_curve
 
-    kind = kind_of(parts)
+    kind, found = gather(parts, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
     if kind == "scan":
-        say_scan(*gather_into(parts, out, overwrite=overwrite), as_json)
+        scanned, written = found
+        say_scan(scanned, written, as_json)
         return 0
+    if kind == "eval":
+        _say_eval(*found, out=out, as_json=as_json)
+        return 0
+    study, done = found
     if kind == "compare":
-        from ..sharing.study_units import gather_study
-        from .compare import say_comparison
+        return say_comparison(done, study, as_json)
+    say_curve(done, study, as_json)
+    return 0
 
-        study, comparison = gather_study(
-            parts, out, overwrite=overwrite, trust_remote_code=trust_remote_code
-        )
-        return say_comparison(comparison, study, as_json)
-    found, is_kept = gather_eval_into(parts, out, store=open_store(), overwrite=overwrite)
-    names = eval_names(found.model.name, found.plan)
-    written = out / EVAL_FILE
-    say_eval(
-        found.values, found.model.dtype, found.plan, names=names, written=written, as_json=as_json
-    )
+
+def _say_eval(found: "Evaluation", is_kept: bool, *, out: Path, as_json: bool) -> None:
+    from ..values.files import EVAL_FILE
+
+    of, written = found.of, out / EVAL_FILE
+    names = eval_names(of.model.name, of.plan)
+    say_eval(found.values, of.model.dtype, of.plan, names=names, written=written, as_json=as_json)
     if not is_kept:
         warn(
             "eval will not find this in the cache: the model or the texts are not here as the "
             "shards say, or different machines measured them"
         )
-    return 0

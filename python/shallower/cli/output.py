@@ -14,9 +14,14 @@ if TYPE_CHECKING:
     from ..reporting.stories.evaluation import Values
     from ..reporting.writers.terminal import Part
     from ..scanning.scan import Scan
+    from ..scanning.shards import ScannedShard
+    from ..sharing.measured import MeasuredShard
+    from ..sharing.share import AnyWork
+    from ..sharing.study_work import StudyShard
     from ..store.done import Output
     from ..studies.study import Study
     from ..values.plan import Plan
+    from ..values.shard import Shard
 
 
 _called: list[str] = []
@@ -164,52 +169,61 @@ def say_scan(
         show(scan_table(scanned), *weights, *rejected(scanned), *said, *wrote)
 
 
-def say_shard(place: Path, as_json: bool) -> None:
-    """Print which batches a shard has, and its file."""
-    from ..scanning.shards import ScannedShard
-    from ..values.counts import counted
+def make_shard_of(work: "AnyWork", as_json: bool) -> None:
+    """Make the shard of a work, unless it is there, and print what it has, and its file."""
+    from ..sharing.share import make_shard
 
-    done = ScannedShard.load(place)
-    of, sums = done.of, done.contents.sums
-    batches = of.shard.of(of.num_batches)
+    assert work.shard is not None
+    made, place = work.made(work.shard), make_shard(work)
+    facts, lines = _SHARDS[work.kind](work.content.load(place))
     if as_json:
-        print_json(
-            {
-                "shard": str(of.shard),
-                "batches": [batches.start, batches.stop],
-                "num_batches": of.num_batches,
-                "num_samples": sums.count,
-                "num_rejected": sums.rejected,
-                "written": [str(place)],
-            }
-        )
+        print_json({"shard": str(work.shard), **facts, "written": [str(place)]})
     else:
-        show(
-            f"shard {of.shard}: batches [{batches.start}, {batches.stop}) of {of.num_batches}, "
-            f"{counted(sums.count, 'sample')}",
-            f"wrote {place}",
-        )
+        show(*(f"shard {work.shard}: {line}" for line in lines), f"wrote {place}")
+    if made is not None:
+        say_known(made, place)
 
 
-def say_eval_shard(place: Path, as_json: bool) -> None:
-    """Print which batches a shard of an evaluation has, and its file."""
-    from ..sharing.measured import MeasuredShard
+def _of_batches(shard: "Shard", total: int, **counts: int) -> tuple[dict[str, Any], str]:
+    mine = shard.of(total)
+    facts = {"batches": [mine.start, mine.stop], "num_batches": total, **counts}
+    return facts, f"batches [{mine.start}, {mine.stop}) of {total}"
+
+
+def _of_scan(done: "ScannedShard") -> tuple[dict[str, Any], list[str]]:
     from ..values.counts import counted
 
-    done = MeasuredShard.load(place)
-    described: dict[str, Any] = {"shard": str(done.shard)}
-    lines = []
+    sums, total = done.contents.sums, done.of.num_batches
+    counts = {"num_samples": sums.count, "num_rejected": sums.rejected}
+    facts, words = _of_batches(done.shard, total, **counts)
+    return facts, [f"{words}, {counted(sums.count, 'sample')}"]
+
+
+def _of_eval(done: "MeasuredShard") -> tuple[dict[str, Any], list[str]]:
+    from ..values.counts import counted
+
+    facts, lines = {}, []
     for kind, part in done.parts.items():
-        mine, count, total = done.shard.of(part.num_batches), len(part.items), part.num_batches
-        batches = [mine.start, mine.stop]
-        described[kind] = {"batches": batches, "num_batches": total, "num_measured": count}
-        texts = counted(count, "text" if kind == "loss" else "window")
-        of_all = f"batches [{mine.start}, {mine.stop}) of {total}"
-        lines.append(f"shard {done.shard}: {kind}, {of_all}, {texts}")
-    if as_json:
-        print_json({**described, "written": [str(place)]})
-    else:
-        show(*lines, f"wrote {place}")
+        count = len(part.items)
+        facts[kind], words = _of_batches(done.shard, part.num_batches, num_measured=count)
+        lines.append(f"{kind}, {words}, {counted(count, 'text' if kind == 'loss' else 'window')}")
+    return facts, lines
+
+
+def _of_study(done: "StudyShard") -> tuple[dict[str, Any], list[str]]:
+    units = done.described["units"]
+    mine = units[done.shard.index :: done.shard.count]
+    facts = {"parts": mine, "num_parts": len(units)}
+    return facts, [f"{len(mine)} of {len(units)} parts"]
+
+
+_SHARDS: dict[str, Any] = {
+    "scan": _of_scan,
+    "eval": _of_eval,
+    "compare": _of_study,
+    "curve": _of_study,
+}
+"""What a shard has, as JSON values and in words, by the kind of its work."""
 
 
 def eval_names(model: str, plan: "Plan | None") -> dict[str, str]:

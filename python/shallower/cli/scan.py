@@ -27,9 +27,10 @@ from .options import (
     read_texts,
     takes,
 )
-from .output import say_dry_run, say_known, say_scan, say_shard
+from .output import make_shard_of, say_dry_run, say_known, say_scan
 
 if TYPE_CHECKING:
+    from ..sharing.scan_work import ScanWork
     from ..studies.scan import ScanJob
 
 
@@ -62,9 +63,10 @@ def scan_command(
     command is given again.
     """
     from ..store.store import open_store
+    from ..studies.scan import ScanJob
 
     part = part_of(shard, on, workers)
-    job = _kind(part)(
+    job = ScanJob(
         source=ModelSource(
             model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
         ),
@@ -73,39 +75,34 @@ def scan_command(
         overwrite=overwrite,
         device_memory=device_memory,
         store=open_store(no_cache, dry_run=dry_run),
+        shard=part.get("shard"),
         **vars(settings),
-        **part,
     )
+    work = _shared(job, part) if part else None
     if dry_run:
-        say_dry_run(job.describe(), as_json)
+        say_dry_run((work or job).describe(), as_json)
+    elif work is not None and work.shard is not None:
+        make_shard_of(work, as_json)
     else:
-        _carry_out(job, as_json)
+        _carry_out(job, work, as_json)
     if job.known is not None:
-        say_known(job.known.made, job.file if "shard" in part else job.out)
+        say_known(job.known.made, job.out)
 
 
-def _kind(part: dict[str, Any]) -> "type[ScanJob]":
-    """The scan that is asked for: of one process, a shard, or shared by workers."""
-    if not part:
-        from ..studies.scan import ScanJob
+def _shared(job: "ScanJob", part: dict[str, Any]) -> "ScanWork":
+    from ..sharing.scan_work import ScanWork
 
-        return ScanJob
-    from ..sharing.scan_shards import ShardJob, SharedScanJob
-
-    return ShardJob if "shard" in part else SharedScanJob
+    return ScanWork(job, **part)
 
 
-def _carry_out(job: "ScanJob", as_json: bool) -> None:
-    from ..sharing.scan_shards import ShardJob, SharedScanJob
-
-    if isinstance(job, ShardJob):
-        if job.known is None:
-            job.run_shard()
-        say_shard(job.file, as_json)
-    elif job.known is not None:
+def _carry_out(job: "ScanJob", work: "ScanWork | None", as_json: bool) -> None:
+    if job.known is not None:
         say_scan(*job.reuse(), as_json)
-    elif isinstance(job, SharedScanJob):
-        say_scan(*job.run_shared(), as_json)
+    elif work is not None:
+        from ..sharing.share import share
+
+        scanned, written = share(work)
+        say_scan(scanned, written, as_json)
     else:
         loaded = job.load()
         say_scan(*job.run(*loaded), as_json, reading=job.reading(loaded[0]))

@@ -1,11 +1,12 @@
 """What a model scores on tasks of lm-eval, item by item."""
 
+import json
 import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ShallowerError, TextsError, one_sentence
 from ..models.decoder import Decoder
 from ..progress import hushed
+from ..values.hashing import hash_of
+from ..values.provenance import LM_EVAL, versions
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
 from ..values.stage_settings import EvalSettings
@@ -142,6 +145,17 @@ class ChosenTasks:
                         {name: len(items[name]) for name in group.tasks}, max_items, seed
                     )
         return cls(tuple(groups), items, settings.pass_at, seed)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of lm-eval, definitions, items, examples, and how answers are sampled."""
+        found: list[Any] = [self.pass_at, self.seed, versions(LM_EVAL).get(LM_EVAL)]
+        for group in self.groups:
+            for name, task in group.tasks.items():
+                items = [task.eval_docs[index] for index in self.items[name]]
+                solved = list(task.fewshot_docs()) if task.get_config("num_fewshot") else []
+                found.append([group.name, name, task.dump_config(), items, solved])
+        return hash_of([json.dumps(found, default=str)])
 
     def evaluate(
         self,

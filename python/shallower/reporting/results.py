@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, ShallowerError, why
-from ..storage import sha256_of, write_file
+from ..storage import claimed, holds, sha256_of, write_file
 from ..values.comparison import CriteriaComparison
 from ..values.curve import Curve
 from ..values.files import (
     CHECKPOINT_FOLDER,
     COMPARISON_FILE,
     CURVE_FILE,
+    EVAL_FILE,
     HEALED_FOLDER,
     RESULTS_FILE,
     SCAN_FILE,
@@ -23,11 +24,13 @@ from ..values.files import (
 )
 from ..values.healing import Healing
 from ..values.loss import Loss
+from ..values.plan import Plan
 from ..values.recommendation import Recommended, SizeRow
 from ..values.schema import of_type
 from ..values.speech import Speech
 from ..values.sweep import JobKind, Sweep, SweepJob
 from ..values.target import Target
+from .stories.evaluation import Values, evaluation_record
 
 if TYPE_CHECKING:
     from ..scanning.scan import Scan
@@ -215,6 +218,17 @@ def read_job(out: Path, job: SweepJob) -> "CriteriaComparison | Curve | Scan | N
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ShallowerError):
         return None
     return curve if len(curve.points) > curve.num_wanted else None
+
+
+def write_evaluation(
+    out: Path, values: Values, dtype: str, *, plan: Plan | None, overwrite: bool = True
+) -> None:
+    """Write what ``eval --json`` prints, unless that is there; OutputError if something else is."""
+    record = evaluation_record(values, dtype, plan)
+    place, content = out / EVAL_FILE, (json.dumps(record, indent=2) + "\n").encode()
+    if not holds(place, content):
+        with claimed(place, overwrite):
+            write_file(place, content)
 
 
 def is_sweep(out: Path) -> bool:

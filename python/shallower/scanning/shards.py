@@ -257,7 +257,7 @@ def gather(parts: Iterable[str | Path]) -> Scan:
             settings or versions.
         StatesError: no sample of all was accepted.
     """
-    return _joined(read_shards(parts, ScannedShard.load, "scan"))
+    return joined_shards(read_shards(parts, ScannedShard.load, "scan"))
 
 
 def _model_of(contents: Contents) -> str:
@@ -278,8 +278,8 @@ def _settings_of(contents: Contents) -> str:
     return f"{', '.join(contents.sums.metrics)} of {contents.positions}, {kept} samples{experts}"
 
 
-def _joined(shards: Sequence[ScannedShard]) -> Scan:
-    """The scan of all shards, in their order."""
+def joined_shards(shards: Sequence[ScannedShard]) -> Scan:
+    """Put all shards together, in their order; raises as :func:`gather`."""
     first = shards[0].contents
     assert first.positions is not None
     builder = ScanBuilder(

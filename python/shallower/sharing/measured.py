@@ -1,29 +1,21 @@
-"""A shard of an evaluation: the losses of whole batches of all texts or windows, a file of JSON.
+"""A shard of an evaluation: the losses of whole batches of all texts or windows."""
 
-What shards have in common stands in each, and is compared when they are put together.
-"""
-
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ScanError, ShallowerError, why
+from ..errors import ScanError
 from ..values.counts import counted
-from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
-from ..values.loss import Loss, TextLoss
+from ..values.loss import Loss
 from ..values.perplexity import Perplexity
 from ..values.plan import Plan
-from ..values.schema import of_type, read
 from ..values.scores import Scores
-from ..values.shard import Shard, read_shards
-
-FORMAT = "shallower.eval.shard.2"
+from ..values.shard import Shard
+from .json_shards import JsonShard
 
 SIDES = ("base", "cut")
 """The whole model, and that without layers."""
@@ -73,10 +65,6 @@ class Part:
         if not all(np.isfinite(one).all() for one in self.nats.values()):
             raise ValueError("a loss is not finite")
 
-    def losses(self, side: str) -> list[TextLoss]:
-        """Give the losses of the texts, or windows."""
-        return [*zip(self.items, self.nats[side].tolist(), self.counts, strict=True)]
-
     def __str__(self) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         measured = "nats" if self.num_bytes is None else "nats and bytes"
@@ -85,7 +73,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredShard:
+class MeasuredShard(JsonShard):
     """A shard of an evaluation.
 
     Attributes:
@@ -100,6 +88,8 @@ class MeasuredShard:
         plan: of the layers that ``cut`` is without; None where there is no cut.
         parts: what it has of each measure, ``loss`` or ``perplexity``.
     """
+
+    FORMAT = "shallower.eval.shard.2"
 
     shard: Shard
     job: str | None
@@ -123,76 +113,19 @@ class MeasuredShard:
             raise ValueError("it has no measure")
 
     @property
-    def is_complete(self) -> bool:
-        """True: it is written when all of its batches are measured."""
-        return True
-
-    @property
     def common(self) -> dict[str, object]:
         """What all shards of an evaluation have in common, by the words of an error."""
-        parts = self.parts.items()
+        parts, cut = self.parts.items(), self.plan and [self.plan.words, self.plan.experts]
         return {
             "number of shards": self.shard.count,
             "versions": dict(self.versions),
             "model": str(replace(self.model, name="the model")),
             "weights": str(self.weights)[:12],
-            "cut": self._cut,
+            "cut": ", ".join(str(one) for one in cut or ["none"] if one),
             "measures": "; ".join(f"{kind}, {part}" for kind, part in parts),
             "texts": "; ".join(f"{part.num_items:,}, {part.fingerprint[:12]}" for _, part in parts),
             "inputs": self.job,
         }
-
-    @property
-    def _cut(self) -> str:
-        if self.plan is None:
-            return "none"
-        experts = self.plan.experts
-        return self.plan.words if experts is None else f"{self.plan.words}, {experts}"
-
-    def to_bytes(self) -> bytes:
-        """Give its file."""
-        plain = {
-            "format": FORMAT,
-            "shard": asdict(self.shard),
-            "job": self.job,
-            "versions": dict(self.versions),
-            "machine": dict(self.machine),
-            "described": dict(self.described),
-            "model": asdict(self.model),
-            "weights": self.weights,
-            "plan": self.plan and self.plan.to_json(),
-            "parts": {
-                kind: {
-                    **{name: getattr(part, name) for name in Part.__dataclass_fields__},
-                    "nats": {side: nats.tolist() for side, nats in part.nats.items()},
-                }
-                for kind, part in self.parts.items()
-            },
-        }
-        return (json.dumps({**plain, "sha256": hash_of(plain)}) + "\n").encode()
-
-    @classmethod
-    def load(cls, path: str | Path) -> "MeasuredShard":
-        """Read a shard, and check it.
-
-        ScanError: the file is not there, is truncated, damaged or of another version, or is no
-        shard of an evaluation.
-        """
-        try:
-            found = of_type(dict, json.loads(Path(path).read_bytes()))
-            if (kind := of_type(str, found.pop("format"))) != FORMAT:
-                raise ValueError(f"expected format {FORMAT}, got {kind!r}: measure it again")
-            if found.pop("sha256") != hash_of({"format": FORMAT, **found}):
-                raise ValueError("its checksum does not fit its content")
-            shard: MeasuredShard = read(cls, found)
-        except OSError as error:
-            raise ScanError(f"cannot read the shard {path}: {why(error, path)}") from error
-        except (*_DAMAGES, ShallowerError) as error:
-            raise ScanError(f"{path} is damaged, or no shard of an eval: {why(error)}") from error
-        return shard
-
-
-_DAMAGES = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,27 +134,20 @@ class Evaluation:
 
     Attributes:
         values: by the measure and the side, a :class:`Loss` or :class:`Perplexity`.
-        model: the whole model.
-        plan: of the layers that ``cut`` is without; None where there is no cut.
-        job: as of the shards.
-        described: the evaluation, as the first shard says.
+        of: the first shard, which says of what.
         machine: that which measured; None for several that differ.
     """
 
     values: Mapping[str, Mapping[str, Any]]
-    model: ModelIdentity
-    plan: Plan | None
-    job: str | None
-    described: Mapping[str, Any]
+    of: MeasuredShard
     machine: Mapping[str, Any] | None
 
 
-def gather_evaluation(parts: Iterable[str | Path]) -> Evaluation:
+def evaluation_of(shards: Sequence[MeasuredShard]) -> Evaluation:
     """Put the shards of an evaluation together, to the bits of one process.
 
-    ScanError: as :func:`shallower.gather`, or texts are missing in a shard.
+    ScanError: texts are missing in a shard.
     """
-    shards = read_shards(parts, MeasuredShard.load, "eval")
     first, values = shards[0], {}
     for kind, part in first.parts.items():
         of_kind = [shard.parts[kind] for shard in shards]
@@ -231,31 +157,26 @@ def gather_evaluation(parts: Iterable[str | Path]) -> Evaluation:
                 f"the shards have {len(items):,} losses of {part.num_items:,}, or one twice: "
                 f"measure them again"
             )
-        values[kind] = {side: _VALUES[kind](of_kind, side) for side in part.nats}
-    machine = first.machine if all(one.machine == first.machine for one in shards) else None
-    return Evaluation(values, first.model, first.plan, first.job, first.described, machine)
+        counts = _in_order(items, [one.counts for one in of_kind])
+        sizes = [one.num_bytes for one in of_kind if one.num_bytes is not None]
+        num_bytes = _in_order(items, sizes) if sizes else None
+        values[kind] = {
+            side: _value(part, Scores(_in_order(items, nats), counts), num_bytes)
+            for side in part.nats
+            if (nats := [one.nats[side] for one in of_kind])
+        }
+    is_one = all(one.machine == first.machine for one in shards)
+    return Evaluation(values, first, first.machine if is_one else None)
 
 
-def _loss(parts: Sequence[Part], side: str) -> Loss:
-    found = [loss for part in parts for loss in part.losses(side)]
-    sizes = {
-        item: size
-        for part in parts
-        for item, size in zip(part.items, part.num_bytes or (), strict=part.num_bytes is not None)
-    }
-    return Loss.of_texts(found, sizes, **parts[0].settings)
+def _in_order(items: Sequence[int], found: Sequence[Any]) -> NDArray[np.float64]:
+    """(S,) the values of all shards, in the order of their texts."""
+    return np.concatenate(found)[np.argsort(items)].astype(np.float64)
 
 
-def _perplexity(parts: Sequence[Part], side: str) -> Perplexity:
-    found = sorted(loss for part in parts for loss in part.losses(side))
-    _, nats, counts = (np.array(one, np.float64) for one in zip(*found, strict=True))
-    settings = parts[0].settings
-    return Perplexity(
-        settings["context"], bool(settings["bos"]), settings["num_rest"], Scores(nats, counts)
-    )
-
-
-_VALUES: Mapping[str, Callable[[Sequence[Part], str], Any]] = {
-    "loss": _loss,
-    "perplexity": _perplexity,
-}
+def _value(part: Part, scores: Scores, num_bytes: NDArray[np.float64] | None) -> Loss | Perplexity:
+    """The result of one side, of the scores of all texts or windows."""
+    of = part.settings
+    if "context" in of:
+        return Perplexity(of["context"], bool(of["bos"]), of["num_rest"], scores)
+    return Loss.of_scores(scores, num_bytes, **of)

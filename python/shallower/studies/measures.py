@@ -17,8 +17,9 @@ from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.options import parse_names
 from ..values.perplexity import Perplexity
-from ..values.plan import Plan
+from ..values.plan import Plan, key_of
 from ..values.schema import plain
+from ..values.settings import CurveSettings
 from ..values.speech import Speech
 from ..values.stage_settings import EvalSettings
 from ..values.task_scores import TaskScores
@@ -246,10 +247,12 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
     Attributes:
         names: of the tasks.
         settings: where they lie, and what is drawn of them.
+        progress: a bar; by default if standard error is a terminal.
     """
 
     names: Sequence[str]
-    settings: EvalSettings
+    settings: EvalSettings | CurveSettings
+    progress: bool | None = None
     kind = option = "tasks"
 
     @classmethod
@@ -293,10 +296,17 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
     def measure(
         self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
     ) -> tuple[TaskScores, ...]:
-        """Score the model."""
-        return self.chosen.evaluate(
-            *loaded, batch_size=tokens.batch_size, description=_bar("tasks", plan)
-        )
+        """Score the model, unless any command has."""
+        from ..judgement.trials import recalled
+
+        size = tokens.batch_size
+        inputs = {**key_of(plan), "tasks": self.chosen.identity, "batch_size": size}
+        if (known := store.get("scores", inputs)) is not None:
+            return recalled(self.read, known, "scores")
+        bar: Any = {"progress": self.progress, "description": _bar("tasks", plan)}
+        found = self.chosen.evaluate(*loaded, batch_size=size, **bar)
+        store.put("scores", inputs, self.record(found))
+        return found
 
     def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
         """Read scores."""

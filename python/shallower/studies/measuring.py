@@ -332,12 +332,12 @@ class Measuring:
         if state == "cut" or plan is None:
             loss = self.loss_of_cut(plan)
             with without_layers(self.model, plan) if plan else nullcontext():
-                tasks = self._tasks.scores(self.model, self.tokenizer)
+                tasks = self._tasks.scores((self.model, self.tokenizer), plan, store=self._store)
             return Measured(loss, tasks, speech=self._speech_of_cut(plan))
         with ExitStack() as stack:
             with part(self._making(len(plan.dropped), state)):
                 model, tokenizer = stack.enter_context(self._in_state(plan, state))
-            found = Measured(self.loss_now(model), self._tasks.scores(model, tokenizer))
+            found = Measured(self.loss_now(model), self._tasks.scores((model, tokenizer)))
             said = None if self.speech is None else self._heard(self.speech, model, state)
         if self.speech is None or said is None:
             return found

@@ -23,6 +23,7 @@ from ..values.estimates import Time
 from ..values.files import HEAT_MAP_FILE, PARTIAL_FILE, SCAN_FILE, SMALL
 from ..values.memory import MemoryPlan
 from ..values.schema import read
+from ..values.shard import Shard
 from ..values.stage_settings import ScanSettings
 from ..values.until import Settled
 
@@ -44,6 +45,7 @@ class ScanJob(ScanSettings):
         overwrite: replace what is there, once the new is complete.
         device_memory: the memory that may be used, as ``16GB``; what is free by default.
         store: what is remembered of earlier scans.
+        shard: which part of it is made alone, beside what is there.
         known: of this very scan in this place, if it was made before.
 
     Raises:
@@ -58,16 +60,21 @@ class ScanJob(ScanSettings):
     overwrite: bool = False
     device_memory: str | None = None
     store: Store = field(default_factory=lambda: Store(None))
+    shard: Shard | None = None
     known: Known | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_metrics(self.metrics)
         check_apart(self.file, [self.source.place, place_of_texts(self.texts)])
-        object.__setattr__(self, "known", self._look_up())
-        if self.known is None:
-            self._check_until()
-            for name in (SCAN_FILE, HEAT_MAP_FILE):  # which is drawn before the scan is whole
+        known = self._output.find() if self.shard is None else None
+        object.__setattr__(self, "known", known)
+        if known is None:
+            if self.stops is not None:
+                self.stops.check(deciding(self.metrics), self.positions)
+                self.stops.of(self.source.count_layers())
+            names = (SCAN_FILE, HEAT_MAP_FILE) if self.shard is None else ()
+            for name in names:  # the map is drawn before the scan is whole
                 begun = name == HEAT_MAP_FILE and (self.out / PARTIAL_FILE).exists()
                 check_free(self.out / name, self.overwrite or begun)
             check_room(self.file, self._num_bytes)
@@ -75,11 +82,6 @@ class ScanJob(ScanSettings):
                 self.source.count_experts()  # a ModelError refuses a model that has none
         if isinstance(self.texts, Texts):
             self.texts.check()
-
-    def _check_until(self) -> None:
-        if self.stops is not None:
-            self.stops.check(deciding(self.metrics), self.positions)
-            self.stops.of(self.source.count_layers())
 
     @property
     def _num_bytes(self) -> int:
@@ -204,9 +206,6 @@ class ScanJob(ScanSettings):
     @property
     def _of(self) -> dict[str, Any]:
         return {**self.to_json(), "device_memory": self.device_memory}
-
-    def _look_up(self) -> Known | None:
-        return self._output.find()
 
     def reuse(self) -> tuple[Scan, list[Path]]:
         """Read the scan that is there already, and name its files."""

@@ -1,19 +1,21 @@
 """The tasks of a study: loaded once, known by their items, and the main measure of each."""
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..values.hashing import hash_of
+from ..store.given_models import ModelStore
+from ..store.store import Store
+from ..values.plan import Plan
 from ..values.provenance import LM_EVAL, versions
 from ..values.settings import CurveSettings
 from ..values.task_scores import TaskScores
+from .measures import ScoresOnTasks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from ..judgement.trials import ResultStore
 
-    from ..evaluation.tasks import ChosenTasks
+_NOWHERE = ModelStore(Store(None), None, [])
 
 
 @dataclass(frozen=True)
@@ -23,44 +25,36 @@ class StudyTasks:
     settings: CurveSettings
 
     @cached_property
-    def chosen(self) -> "ChosenTasks":
+    def measure(self) -> ScoresOnTasks:
         """The tasks with their items; raises TextsError or MissingExtraError."""
-        from ..evaluation.tasks import ChosenTasks
-
-        return ChosenTasks.of(self.settings.tasks, self.settings)
+        return ScoresOnTasks(self.settings.tasks, self.settings, False)
 
     @property
     def num_items(self) -> int:
         """The items of all tasks."""
-        return sum(map(len, self.chosen.items.values())) if self.settings.tasks else 0
+        return sum(map(len, self.measure.chosen.items.values())) if self.settings.tasks else 0
 
     @property
     def versions(self) -> dict[str, str]:
         """Of the packages that make losses and, where there are tasks, scores."""
         return versions(LM_EVAL) if self.settings.tasks else versions()
 
-    @cached_property
+    @property
     def identity(self) -> str | None:
-        """A hash of lm-eval, definitions, items and examples; None where there are no tasks."""
-        if not self.settings.tasks:
-            return None
-        found: list[Any] = [self.settings.pass_at, self.versions.get(LM_EVAL)]
-        for group in self.chosen.groups:
-            for name, task in group.tasks.items():
-                items = [task.eval_docs[index] for index in self.chosen.items[name]]
-                solved = list(task.fewshot_docs()) if task.get_config("num_fewshot") else []
-                found.append([group.name, name, task.dump_config(), items, solved])
-        return hash_of([json.dumps(found, default=str)])
+        """What the scores depend on beside the model; None where there are no tasks."""
+        return self.measure.chosen.identity if self.settings.tasks else None
 
     def scores(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+        self, loaded: Any, plan: Plan | None = None, *, store: "ResultStore" = _NOWHERE
     ) -> tuple[TaskScores, ...]:
-        """Measure a model as it is now: each task, and behind it that of its sampled answers."""
+        """Measure a model and its tokenizer: each task, and behind it its sampled answers.
+
+        Those of the whole model and of bare cuts are found in a ``store`` by their ``plan``.
+        """
         main: dict[str, TaskScores] = {}
         if self.settings.tasks:
-            for one in self.chosen.evaluate(
-                model, tokenizer, batch_size=self.settings.batch_size, progress=False
-            ):
+            of: Any = {"tokens": self.measure.tokens, "plan": plan, "store": store}
+            for one in self.measure.measure(loaded, **of):
                 main.setdefault(one.task, one)
                 if one.metric == f"pass@{self.settings.pass_at}":
                     name = f"{one.task} sampled"

@@ -1,7 +1,7 @@
 """The held-out loss of a model, and of the cuts that were tried."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -43,21 +43,6 @@ class Loss:
     vocab_size: int
     by_text: Scores | None = field(default=None, compare=False, repr=False)
     bytes_by_text: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
-
-    @classmethod
-    def of_texts(
-        cls,
-        found: Sequence[TextLoss],
-        num_bytes: Mapping[int, float],
-        *,
-        num_rejected: int,
-        vocab_size: int,
-    ) -> "Loss":
-        """Put the losses of texts together, in any order; bytes by text, or none."""
-        texts, sums, counts = zip(*sorted(found), strict=True)
-        by_text = Scores(np.array(sums, np.float64), np.array(counts, np.float64))
-        by_byte = np.array([num_bytes[one] for one in texts], np.float64) if num_bytes else None
-        return cls.of_scores(by_text, by_byte, num_rejected=num_rejected, vocab_size=vocab_size)
 
     @classmethod
     def of_scores(

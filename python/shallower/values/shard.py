@@ -12,8 +12,11 @@ from .counts import counted
 
 MOST_SHARDS = 100_000
 
-SUFFIXES = {"scan": "safetensors", "eval": "json", "compare": "json"}
+SUFFIXES = {"scan": "safetensors", "eval": "json", "compare": "json", "curve": "json"}
 """The kinds of work that falls into shards, and how their files end."""
+
+NAMES = {"scan": "scan", "eval": "eval", "compare": "comparison", "curve": "curve"}
+"""What they are called."""
 
 PLURAL = ("inputs", "measures", "settings", "texts", "versions", "weights")
 """What several shards have in common, of those that differ without an s."""
@@ -78,11 +81,6 @@ class Shard:
     def file_of(self, kind: str) -> str:
         """Name its file in the folder of a work of this kind."""
         return f"{kind}.{self.index}-of-{self.count}.{SUFFIXES[kind]}"
-
-    @property
-    def file(self) -> str:
-        """The name of its file in the folder of a scan."""
-        return self.file_of("scan")
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -175,11 +173,9 @@ def kind_of(parts: Iterable[Path]) -> str:
 
 def _kind_of_file(path: Path) -> str:
     """The kind of a shard's file, by its name; of another name by its suffix."""
-    named, like_it = (
-        path.name.partition(".")[0],
-        [k for k, s in SUFFIXES.items() if path.suffix == f".{s}"],
-    )
-    return named if named in like_it else next(iter(like_it), "scan")
+    like_it = [kind for kind, suffix in SUFFIXES.items() if path.suffix == f".{suffix}"] or ["scan"]
+    named = path.name.partition(".")[0]
+    return named if named in like_it else like_it[0]
 
 
 def shard_files(parts: Iterable[str | Path], kind: str = "scan") -> list[Path]:
@@ -228,8 +224,8 @@ def _check_alike(first: tuple[Path, Content], other: tuple[Path, Content], kind:
         theirs = other[1].common[name]
         if mine != theirs:
             raise ScanError(
-                f"{first[0]} and {other[0]} are shards of different {kind}s: their {name} differ"
-                f"{'' if name in PLURAL else 's'} ({mine} and {theirs})"
+                f"{first[0]} and {other[0]} are shards of different {NAMES[kind]}s: their {name} "
+                f"differ{'' if name in PLURAL else 's'} ({mine} and {theirs})"
             )
 
 

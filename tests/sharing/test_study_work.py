@@ -8,8 +8,10 @@ import pytest
 from shallower.errors import CacheError, ProcessesError
 from shallower.judgement.trials import Trials
 from shallower.models.source import ModelSource
-from shallower.sharing import engines, study_units
-from shallower.sharing.study_units import OpenedStudy, describe, share
+from shallower.sharing import engines
+from shallower.sharing import share as sharing
+from shallower.sharing.share import open_work, share
+from shallower.sharing.study_work import CompareWork, CurveWork, is_known
 from shallower.store.store import Store, open_store
 from shallower.studies.compare import CompareStudy
 from shallower.studies.curve import CurveStudy
@@ -89,9 +91,20 @@ def measured(monkeypatch):
 
 def in_this_process(study):
     """Carry out the parts as a worker far away would; what it sends."""
-    described = json.loads(json.dumps(describe(study)))
-    worker = OpenedStudy(described)
-    return [json.loads(worker.run(unit)) for unit in described["parts"]]
+    described = far(study)
+    worker = open_work(described)
+    return [json.loads(worker.run(unit)) for unit in described["units"]]
+
+
+def near(study, **how):
+    """A study that workers share, here if nothing else is said."""
+    kind = CompareWork if study.KIND == "compare" else CurveWork
+    return kind(study, **({"workers": 2} | how))
+
+
+def far(study):
+    """A study as a worker far away receives it."""
+    return json.loads(json.dumps(near(study, on="ray").described()))
 
 
 def test_a_comparison_finds_all_that_its_parts_sent(places, tmp_path, measured):
@@ -122,22 +135,22 @@ def test_workers_of_this_machine_make_the_comparison(places, measured, tmp_path)
     alone = comparison(places, store=Store(tmp_path / "alone")).run()
     study = comparison(places)
     measured.clear()
-    share(study, 2)
+    share(near(study))
     assert rows(study.run()) == rows(alone)
     assert measured == []
-    share(comparison(places), 2)  # nobody is started for what is known
+    share(near(comparison(places)))  # nobody is started for what is known
 
 
 @pytest.mark.slow
 def test_a_worker_that_dies_loses_only_its_part(places, tmp_path, measured, monkeypatch, capfd):
     alone = comparison(places, store=Store(tmp_path / "alone")).run()
-    monkeypatch.setattr(study_units, "OPENER", "tests.studies.poisoned:DyingStudy")
+    monkeypatch.setattr(sharing, "OPENER", "tests.studies.poisoned:dying")
     for name, deaths in (("once", 1), ("always", 9)):
         monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / name))
         monkeypatch.setenv("DEATHS", f"{tmp_path / name}.deaths:{deaths}")
         study = comparison(places)
         measured.clear()
-        share(study, 1)
+        share(near(study, workers=1))
         assert rows(study.run()) == rows(alone)
         assert bool(measured) == (name == "always")
     said = capfd.readouterr().err
@@ -152,13 +165,14 @@ def test_what_is_known_is_not_handed_out(places, tmp_path, monkeypatch):
     study.store.take(sent["whole model"])
     drawn = []
     monkeypatch.setattr(engines, "drive", lambda _engine, ledger, *_, **__: drawn.append(ledger))
-    share(study, 1)
+    share(near(study, workers=1))
     (ledger,) = drawn
-    waiting = [ledger.take("worker") for _ in describe(study)["parts"]]
-    assert waiting == [*describe(study)["parts"][1:], None]
+    units = near(study).units
+    waiting = [ledger.take("worker") for _ in units]
+    assert waiting == [*units[1:], None]
     fewer = comparison(places, criteria=("deepest",))  # another comparison with a part in common
     fewer.store.take(sent["deepest"])
-    assert all(study_units.is_known(fewer, part) for part in fewer.parts())
+    assert all(is_known(fewer, part) for part in fewer.parts())
 
 
 # What is refused.
@@ -169,9 +183,9 @@ def test_what_others_cannot_open_is_not_shared(places, tmp_path):
         (curve(places, tmp_path, strategies=("deepest",), store=Store(None)), "--no-cache"),
     ):
         with pytest.raises(ProcessesError, match=said):
-            share(study, 2)
+            share(near(study))
     with pytest.raises(ProcessesError, match="how many processes"):
-        share(comparison(places), None)
+        share(near(comparison(places), workers=None))
 
 
 @pytest.mark.parametrize(
@@ -182,10 +196,10 @@ def test_what_others_cannot_open_is_not_shared(places, tmp_path):
     ],
 )
 def test_a_worker_that_has_something_else_refuses(places, name, other, said):
-    described = describe(comparison(places))
+    described = far(comparison(places))
     expects = {**described["expects"], name: other}
     with pytest.raises(ProcessesError, match=said):
-        OpenedStudy({**described, "expects": expects})
+        open_work({**described, "expects": expects})
 
 
 @pytest.mark.parametrize(
@@ -196,10 +210,10 @@ def test_a_worker_that_has_something_else_refuses(places, name, other, said):
     ],
 )
 def test_a_worker_that_has_another_model_or_processor_refuses(places, change, said):
-    described = describe(comparison(places))
+    described = far(comparison(places))
     identities = [{**one, **change} for one in described["identities"]]
     with pytest.raises(ProcessesError, match=said):
-        OpenedStudy({**described, "identities": identities})
+        open_work({**described, "identities": identities})
 
 
 def test_entries_that_were_changed_are_refused(places):

@@ -1,0 +1,247 @@
+"""An evaluation that is shared, in shards of its batches: of losses, not of tasks and speech."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ProcessesError, SettingsError, ShallowerError
+from ..models.source import ModelSource
+from ..reporting.results import write_evaluation
+from ..store.given_models import ModelStore
+from ..store.inputs import machine
+from ..store.store import Store, open_store
+from ..studies.evaluate import EvalJob, KnownResults, Result, Results
+from ..studies.measures import LossOfTexts, Measure, PerplexityOfText
+from ..texts.sources import Texts, read_whole
+from ..values.files import EVAL_FILE
+from ..values.plan import Plan
+from ..values.provenance import forward_versions
+from ..values.shard import Shard
+from ..values.tokens import Tokens
+from .measured import Evaluation, MeasuredShard, Part, evaluation_of
+from .work import Batches, OpenedBatches, absolute, described_texts
+
+if TYPE_CHECKING:
+    from ..values.scores import Scores
+
+_NAMES = {"loss": "texts", "perplexity": "text"}
+"""What a measure is of, by its kind."""
+
+_ALONE = {
+    "tasks": ("are scored", "share them by naming one task a command"),
+    "speech": ("is measured", "measure it apart"),
+}
+"""Measures whose items do not fall into shards: what is said of them, and the way out."""
+
+_DESCRIBED = ("source", "measures", "plan", "device_memory")
+"""What a shard says of its evaluation, from which a process makes it again."""
+
+
+class OpenedEval(OpenedBatches):
+    """An evaluation that is opened: a model, of which any shard can be measured.
+
+    Raises PlanError for a plan of another model, and what the measures raise.
+    """
+
+    def open(self, source: ModelSource) -> "OpenedEval":
+        """Check the texts, and load the model."""
+        from ..judgement.judges.judge import LossJudge
+        from ..judgement.trials import trials_journal
+        from ..models.decoder import Decoder
+
+        job: Any = _job_of(self.described, self.store)
+        for one in job.measures:
+            place = self.described["measures"][one.kind]["source"]
+            self.agree(_NAMES[one.kind], place, partial(one.inputs, self.store))
+        model, tokenizer = source.load(progress=self.progress)
+        self._decoder, self._sides = Decoder.of(model, self.content), job.sides
+        if job.plan:
+            job.plan.check_model(self._decoder.identity)
+        self._all = {one.kind: one.batches(tokenizer, job.fitted(one)) for one in job.measures}
+        self._judges = {kind: LossJudge(one.numbered) for kind, one in self._all.items()}
+        store = ModelStore.of(source, self.store)
+        self._journals = {
+            one.kind: trials_journal(self._judges[one.kind], store=store, items=one.items)
+            for one in job.measures
+        }
+        return self
+
+    @property
+    def common(self) -> Mapping[str, object]:
+        """What is the same wherever the same evaluation is opened."""
+        model = self._decoder.identity
+        return {
+            "dtype": model.dtype,
+            "model": model.fingerprint,
+            "weights": self._decoder.content,
+            "texts": {kind: one.fingerprint for kind, one in self._all.items()},
+            "number of batches": {kind: len(one.batches) for kind, one in self._all.items()},
+        }
+
+    def texts_of(self, shard: Shard) -> dict[str, list[int]]:
+        """The first text, or window, of a shard and the one behind the last, by measure."""
+        found = {}
+        for kind, one in self._all.items():
+            indices = one.indices(shard.of(len(one.batches)))
+            found[kind] = [indices[0], indices[-1] + 1] if indices else [0, 0]
+        return found
+
+    def run(self, unit: str) -> bytes:
+        """Measure one shard, of the model and of its cut."""
+        shard = Shard.parse(unit)
+        done = MeasuredShard(
+            shard,
+            self.described["job"],
+            forward_versions(),
+            machine=machine(),
+            described={name: self.described[name] for name in _DESCRIBED},
+            model=self._decoder.identity,
+            weights=self._decoder.content,
+            plan=self._sides.get("cut"),
+            parts={kind: self._part(kind, shard) for kind in self._all},
+        )
+        return done.to_bytes()
+
+    def _part(self, kind: str, shard: Shard) -> Part:
+        """What a shard has of one measure."""
+        every, judge = self._all[kind], self._judges[kind]
+        looks, nats = shard.of(len(judge.batches)), {}
+        numbers = sorted(number for look in looks for number in judge.items[look].tolist())
+        for side, plan in self._sides.items():
+            scores, vocab_size = self._scores(kind, shard, plan)
+            nats[side] = scores.sums[numbers]
+        items, sizes = every.indices(looks), every.num_bytes
+        return Part(
+            num_batches=len(every.batches),
+            batch_size=every.batch_size,
+            num_items=every.num_items,
+            fingerprint=every.fingerprint,
+            settings={**every.settings, **({"vocab_size": vocab_size} if kind == "loss" else {})},
+            items=tuple(items),
+            counts=tuple(map(int, judge.weights[numbers])),
+            num_bytes=None if sizes is None else tuple(sizes[item] for item in items),
+            nats=nats,
+        )
+
+    def _scores(self, kind: str, shard: Shard, plan: Plan | None) -> "tuple[Scores, int]":
+        """The scores of a shard without what a plan drops, and the size of the vocabulary."""
+        from ..cutting.in_model import without_layers
+        from ..judgement.forwards import scores_by_forwards
+
+        judge, cut = self._judges[kind], f"without {plan.words}, " if plan else ""
+        with without_layers(self._decoder.model, plan) if plan else nullcontext():
+            return scores_by_forwards(
+                self._decoder,
+                judge,
+                plan,
+                looks=shard.of(len(judge.batches)),
+                journal=self._journals[kind],
+                name=f"{kind} {cut}shard {shard}",
+                progress=self.progress,
+            )
+
+
+class EvalWork(Batches):
+    """An evaluation."""
+
+    kind, results = "eval", EVAL_FILE
+    opens, content = OpenedEval, MeasuredShard
+
+    def prepare(self) -> None:
+        """Refuse tasks, speech, whose items do not fall into shards, and texts that were given."""
+        super().prepare()
+        self.reads = [self.job.source.place, *(one.source for one in self.job.measures)]
+        for one in self.job.measures:
+            if one.kind in _ALONE:
+                done, way_out = _ALONE[one.kind]
+                raise SettingsError(
+                    f"--{one.kind} {done} by one process: leave out --shard, --workers and --on, "
+                    f"and {way_out}"
+                )
+            _described(one)
+
+    def described(self) -> dict[str, Any]:
+        """Describe the evaluation: what is measured of which cut."""
+        job, found = self.job, super().described()
+        found["expects"] |= {_NAMES[one.kind]: one.inputs(job.store) for one in job.measures}
+        return {
+            **found,
+            "measures": {one.kind: _described(one) for one in job.measures},
+            "plan": job.plan and job.plan.to_json(),
+            "device_memory": job.device_memory,
+        }
+
+    def joined(self, shards: Sequence[MeasuredShard]) -> Results:
+        """Put shards together, and remember what they found."""
+        found = evaluation_of(shards)
+        _keep(found, self.job)
+        return {
+            kind: {side: Result(value, found.of.model) for side, value in sides.items()}
+            for kind, sides in found.values.items()
+        }
+
+    @classmethod
+    def gather(
+        cls, shards: Sequence[MeasuredShard], out: Path, *, overwrite: bool, **_: bool
+    ) -> tuple[Evaluation, bool]:
+        """Put shards together, and write what was found.
+
+        It is remembered where model and texts lie here as the shards say. Returns it, and whether
+        it is.
+        """
+        found = evaluation_of(shards)
+        dtype, plan = found.of.model.dtype, found.of.plan
+        write_evaluation(out, found.values, dtype, plan=plan, overwrite=overwrite)
+        try:
+            if found.of.described["source"]["trust_remote_code"]:  # by the word of a file
+                return found, False
+            return found, _keep(found, _job_of(found.of.described, open_store()))
+        except (ShallowerError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            return found, False  # it describes nothing that is here
+
+
+def _described(measure: Measure[Any]) -> dict[str, Any]:
+    """A measure as a worker makes it; ProcessesError where its texts were given."""
+    if isinstance(measure, LossOfTexts):
+        return {**described_texts(measure.texts), "tokens": asdict(measure.tokens)}
+    assert isinstance(measure, PerplexityOfText)
+    if measure.source is None:
+        raise ProcessesError("workers read a text themselves: name its file")
+    options = {"context": measure.context, "bos": measure.bos, "batch_size": measure.batch_size}
+    return {"source": absolute(measure.source), **options}
+
+
+def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
+    """The evaluation that was described."""
+    return EvalJob(
+        source=ModelSource(**described["source"]),
+        measures=[_measure_of(kind, one) for kind, one in described["measures"].items()],
+        layers=described["plan"] and Plan.from_json(described["plan"]),
+        device_memory=described["device_memory"],
+        store=store,
+    )
+
+
+def _measure_of(kind: str, described: Mapping[str, Any]) -> Measure[Any]:
+    """The measure that :func:`_described` described."""
+    options = dict(described)
+    if kind == "loss":
+        tokens = Tokens(**options.pop("tokens"))
+        return LossOfTexts(Texts(**options), tokens)
+    return PerplexityOfText(read_whole(options["source"]), **options)
+
+
+def _keep(found: Evaluation, job: EvalJob) -> bool:
+    """Remember what shards found, if they are of this very job, as what one process measured."""
+    if None in (found.machine, job.job, *job.inputs.values()) or found.of.job != job.job:
+        return False
+    for measure in job.measures:
+        inputs: Any = job.inputs[measure.kind]
+        of = {**inputs, "model": {**inputs["model"], "machine": found.machine}}
+        known = KnownResults(job.store, measure, of)
+        for side, value in found.values[measure.kind].items():
+            known.keep(job.sides[side], value, found.of.model)
+    return True

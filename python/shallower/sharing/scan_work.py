@@ -1,0 +1,100 @@
+"""A scan that is shared, in shards of its batches."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import ScanError
+from ..models.source import ModelSource
+from ..reporting.charts.heat_map import draw_heat_map
+from ..scanning.scan import Scan
+from ..scanning.scan_file import scan_bytes
+from ..scanning.shards import ScannedShard, Shards, joined_shards
+from ..storage import check_free, claimed, holds, write_file
+from ..store.inputs import texts_content
+from ..texts.sources import Texts, place_of_texts
+from ..values.files import HEAT_MAP_FILE, SCAN_FILE
+from ..values.positions import Positions
+from ..values.shard import Shard
+from ..values.tokens import Tokens
+from .work import Batches, OpenedBatches, described_texts
+
+
+class OpenedScan(OpenedBatches):
+    """A scan that is opened."""
+
+    def open(self, source: ModelSource) -> Shards:
+        """Check the texts, and load the model."""
+        from ..models.decoder import Decoder
+
+        described = self.described
+        texts = Texts(**described["texts"])
+        self.agree("texts", texts.source, lambda: texts_content(texts, self.store))
+        model, tokenizer = source.load(progress=self.progress)
+        return Shards(
+            Decoder.of(model, self.content),
+            tokenizer,
+            texts,
+            Tokens(**described["tokens"]),
+            positions=Positions(**described["positions"]),
+            job=described["job"],
+            **described["options"],
+        )
+
+    def run(self, unit: str) -> bytes:
+        """Scan one shard; by hand it goes on where it was interrupted."""
+        checkpoint = self.folder and self.folder / "begun"
+        shard, progress = Shard.parse(unit), self.progress
+        done: ScannedShard = self.batches.scan(shard, checkpoint=checkpoint, progress=progress)
+        return done.to_bytes()
+
+
+class ScanWork(Batches):
+    """A scan."""
+
+    kind, results = "scan", SCAN_FILE
+    opens, content = OpenedScan, ScannedShard
+
+    def prepare(self) -> None:
+        """Refuse what only a scan of one process can do, and texts that were given."""
+        super().prepare()
+        if self.job.until is not None:
+            raise ScanError(
+                "--until is for a scan of one process, from the first text on: leave it out, or "
+                "--shard, --workers and --on"
+            )
+        described_texts(self.job.texts)
+        self.reads = [self.job.source.place, place_of_texts(self.job.texts)]
+
+    def described(self) -> dict[str, Any]:
+        """Describe the scan; files may change, so all is identified before anything is read."""
+        self.job.identify()
+        job, found = self.job, super().described()
+        found["expects"]["texts"] = texts_content(job.texts, job.store)
+        options = ("metrics", "threads", "keep_samples", "experts")
+        return {
+            **found,
+            "texts": described_texts(job.texts),
+            "tokens": asdict(job.tokens),
+            "positions": asdict(job.positions),
+            "options": {name: getattr(job, name) for name in options},
+        }
+
+    def joined(self, shards: Sequence[ScannedShard]) -> tuple[Scan, list[Path]]:
+        """Put shards together, and write the scan and its heat map."""
+        return self.job.finish(joined_shards(shards))
+
+    @classmethod
+    def gather(
+        cls, shards: Sequence[ScannedShard], out: Path, *, overwrite: bool, **_: bool
+    ) -> tuple[Scan, list[Path]]:
+        """Put shards together, and write the scan and its heat map."""
+        scanned, file = joined_shards(shards), out / SCAN_FILE
+        content = scan_bytes(scanned.contents)
+        overwrite = overwrite or holds(file, content)
+        for name in (SCAN_FILE, HEAT_MAP_FILE):
+            check_free(out / name, overwrite)
+        with claimed(file, overwrite):
+            write_file(file, content)
+            return scanned, [file, *draw_heat_map(scanned, out)]

@@ -1,0 +1,92 @@
+"""One way to share: workers do the units of a work, or anybody makes its shards by hand.
+
+A kind of work supplies what :mod:`shallower.sharing.work` asks for.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..storage import check_apart, resumable_file, write_file
+from ..values.shard import kind_of, read_shards
+from ..workers.units import Job
+from .engines import hand_out
+from .eval_work import EvalWork
+from .scan_work import ScanWork
+from .study_work import CompareWork, CurveWork, StudyWork
+from .work import Opened
+
+OPENER = f"{__name__}:open_work"
+"""What a worker opens."""
+
+AnyWork = ScanWork | EvalWork | StudyWork
+
+KINDS: dict[str, Any] = {one.kind: one for one in (ScanWork, EvalWork, CompareWork, CurveWork)}
+
+
+def open_work(described: Mapping[str, Any], folder: Path | None = None) -> Opened:
+    """Open a work that another process described; by hand with a ``folder`` for what is begun.
+
+    ProcessesError: packages, models or texts are not those of that process.
+    """
+    return KINDS[described["kind"]].opens(described, folder)
+
+
+def share(work: AnyWork) -> Any:
+    """Let workers do what is missing of a work, and give what one process gives.
+
+    Units that were done before are not done again. Results have the bits of one process with as
+    many threads as a worker. ProcessesError: there are no workers, or shards failed too often; the
+    others stay for the same command.
+    """
+    described = work.described()
+    with work.held():
+        if not work.is_known:
+            ledger = hand_out(
+                Job(OPENER, described),
+                work.units,
+                work.done(),
+                name=f"{work.kind}, {work.unit_names}",
+                keep=work.keep,
+                ready=work.ready,
+                exact=work.is_exact,
+                progress=getattr(work.job, "progress", None),
+                workers=work.workers,
+                on=work.on,
+                memory=work.memory,
+                device_memory=getattr(work.job, "device_memory", None),
+            )
+            work.give_up(ledger)
+        return work.finish()
+
+
+def make_shard(work: AnyWork) -> Path:
+    """Make the shard of a work into its file; one that was interrupted is gone on with.
+
+    OutputError: something else is there.
+    """
+    assert work.shard is not None
+    place = work.place(work.shard)
+    check_apart(place, work.reads)
+    if work.made(work.shard) is None:
+        described = work.described()
+        with resumable_file(place, str(described["job"]), work.job.overwrite) as folder:
+            content = open_work(described, folder).shard(work.shard)
+            write_file(folder / place.name, content)
+    return place
+
+
+def gather(
+    parts: Iterable[Path], out: Path, *, overwrite: bool = False, trust_remote_code: bool = False
+) -> tuple[str, Any]:
+    """Put the shards of a work together into a folder; the shards stay.
+
+    Returns the kind of the work, and what its ``gather`` gives. Raises ScanError as
+    :func:`shallower.gather`, and OutputError.
+    """
+    parts = list(parts)
+    work = KINDS[kind_of(parts)]
+    check_apart(out / work.results, [part for part in parts if not part.is_dir()])
+    shards = read_shards(parts, work.content.load, work.kind)
+    trusts = {"trust_remote_code": trust_remote_code}
+    return work.kind, work.gather(shards, out, overwrite=overwrite, **trusts)

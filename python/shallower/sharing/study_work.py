@@ -1,0 +1,277 @@
+"""A study that is shared, in parts that are measured into stores.
+
+Results are found by content alone (``store.store``), so the study itself runs last, in one process,
+and measures nothing again. Repeated by workers are loading, tokenising, cuts and trials that
+several choose at once, the whole model's answers, and a curve's scan and costs. Healings stay with
+the study, because all of its settings decide them.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+from weakref import finalize
+
+from ..errors import CacheError, ProcessesError, ScanError
+from ..models.source import ModelSource
+from ..progress import part, track
+from ..store.inputs import check_machine, check_made_by, made_by, model_inputs
+from ..store.store import Store, open_store
+from ..studies.compare import CompareStudy
+from ..studies.curve import CurveStudy
+from ..studies.study import Part, Study
+from ..texts.sources import Texts
+from ..values.memory import MemoryPlan
+from ..values.shard import NAMES, Shard
+from ..workers.units import Ledger
+from .engines import memory_of
+from .json_shards import JsonShard
+from .work import Opened, Work, absolute
+
+_STUDIES: dict[str, Any] = {one.KIND: one for one in (CompareStudy, CurveStudy)}
+
+
+@dataclass(frozen=True, slots=True)
+class StudyShard(JsonShard):
+    """Every N-th part of a study.
+
+    Attributes:
+        shard: which it is.
+        job: a hash of all that the study depends on.
+        described: the study, from which a process makes it again.
+        entries: what the store of the parts has.
+    """
+
+    FORMAT = "shallower.study.shard.1"
+
+    shard: Shard
+    job: str
+    described: Mapping[str, Any]
+    entries: Mapping[str, Any]
+
+    @property
+    def common(self) -> dict[str, object]:
+        """What all shards of a study have in common, by the words of an error."""
+        versions = self.described["expects"]["versions"]
+        return {"number of shards": self.shard.count, "versions": versions, "inputs": self.job}
+
+
+def opened(
+    described: Mapping[str, Any], store: Store, *, as_named: bool, **more: Any
+) -> Study[Any]:
+    """Open a study that another process described; models ``as_named`` there, or by whole places.
+
+    ProcessesError: processors, models or texts are not those of that process.
+    """
+    for identity in described["identities"]:
+        check_machine(identity["machine"])
+    models = [
+        ModelSource(**{**given, "path": given["path"] if as_named else place})
+        for given, place in zip(described["models"], described["places"], strict=True)
+    ]
+    *texts, (_, eval_texts) = [(name, Texts(place, n)) for name, place, n in described["texts"]]
+    kind = _STUDIES[described["kind"]]
+    study: Study[Any] = kind(
+        models=models,
+        texts=dict(texts),
+        eval_texts=eval_texts,
+        settings=kind.SETTINGS(**described["settings"]),
+        store=store,
+        identities=described["identities"],
+        **more,
+    )
+    hashes = open_store()
+    for model, identity in zip(models, described["identities"], strict=True):
+        here = model_inputs(model, store if hashes.folder is None else hashes)
+        if here is None or _without_places(here) != _without_places(identity):
+            raise ProcessesError(f"{model} here is not the model of the driver")
+    if [study.fitted, study.reported] != described["expects"]["texts"]:
+        raise ProcessesError("the texts here are not those of the driver")
+    return study
+
+
+def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity of a model without the names of its folder and the machine."""
+    return {**identity, "model": {**identity["model"], "names": None}, "machine": None}
+
+
+def is_known(study: Study[Any], part: Part[Any]) -> bool:
+    """Whether the store has the measurements of a part."""
+    return study.store.get("part", study.part_inputs(part)) is not None
+
+
+class OpenedStudy(Opened):
+    """A study that is opened; its model stays loaded from one part to the next."""
+
+    def __init__(self, described: Mapping[str, Any], folder: Path | None = None) -> None:
+        super().__init__(described, folder)
+        own = folder or Path(mkdtemp(prefix="shallower-"))
+        if folder is None:
+            finalize(self, shutil.rmtree, own, ignore_errors=True)
+        self.store = Store(Path(described["store"] or own / "store"))
+        self._sent: dict[str, int] = {}
+        self._study = opened(described, self.store, as_named=False, out=own / "out", progress=False)
+        self._parts = dict(zip(described["units"], self._study.parts(), strict=True))
+        self._make = self._study.maker()
+
+    def run(self, unit: str) -> bytes:
+        """Measure a part; what its store has more, unless it is that of the driver."""
+        part = self._parts[unit]
+        if not is_known(self._study, part):
+            self._make(part)
+            self.store.put("part", self._study.part_inputs(part), {"part": unit})
+        is_sent = self.folder is None and self.described["store"] is None
+        return json.dumps(self.store.give(self._sent) if is_sent else {}).encode()
+
+    def shard(self, shard: Shard) -> bytes:
+        """Measure every N-th part."""
+        mine = self.described["units"][shard.index :: shard.count]
+        with track(f"{self._study.KIND}, shard {shard}", len(mine), self.progress):
+            for unit in mine:
+                with part(1, unit), track(unit):
+                    self.run(unit)
+        entries = self.store.give({})
+        return StudyShard(shard, self.described["job"], self.described, entries).to_bytes()
+
+
+class StudyWork(Work):
+    """A study: a unit is a part, whose measurements go into the store."""
+
+    opens, content = OpenedStudy, StudyShard
+    unit_names, is_exact = "parts", False  # what a worker sends depends on what it has sent
+
+    def prepare(self) -> None:
+        """Refuse what cannot be, as :meth:`Study.check`."""
+        self.job.check()
+        self.models = [one for one in self.job.models if isinstance(one, ModelSource)]
+        self.reads, self.units = self.job.reads, list(map(str, self.job.parts()))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the whole study is cached."""
+        return self.job.entry is not None
+
+    def memory(self) -> MemoryPlan:
+        """Forecast what a forward of the largest model takes."""
+        return memory_of(self.models, self.job.settings.tokens)
+
+    def described(self) -> dict[str, Any]:
+        """The study as it is opened, with the store of workers on this machine."""
+        study, models = self.job, self.models
+        named = [*study.named_texts.items(), ("", study.eval_texts)]
+        texts = [(name, one) for name, one in named if isinstance(one, Texts)]
+        if len(models) < len(study.models) or len(texts) < len(named):
+            raise ProcessesError("workers read models and texts themselves: name files or datasets")
+        if study.store.folder is None:
+            raise ProcessesError(
+                "what is shared is put together in the cache: leave out --no-cache"
+            )
+        if study.inputs is None:
+            raise ProcessesError(
+                "what is shared must be known by its content: models of whose files all is known, "
+                "and criteria of this package"
+            )
+        is_near = self.shard is None and self.on == "local"
+        settings = study.shared_settings()
+        return {
+            "kind": self.kind,
+            "source": {"device_map": models[0].device_map},  # by which an engine takes GPUs
+            "models": [{**asdict(one), "path": str(one.path)} for one in models],
+            "places": [absolute(str(one.path)) for one in models],
+            "texts": [[name, absolute(one.source), one.limit] for name, one in texts],
+            "settings": {one.name: _plain(getattr(settings, one.name)) for one in fields(settings)},
+            "identities": list(study.of_models.values()),
+            "job": study.job,
+            "units": self.units,
+            "store": str(study.store.folder.absolute()) if is_near else None,
+            "expects": {"versions": made_by(), "texts": [study.fitted, study.reported]},
+        }
+
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the folder of the study."""
+        return self.job.alone()
+
+    def done(self) -> list[str]:
+        """The parts that the store has."""
+        return [str(part) for part in self.job.parts() if is_known(self.job, part)]
+
+    def keep(self, unit: str, content: bytes) -> None:
+        """Put into the store what a worker has measured."""
+        self.job.store.take(json.loads(content))
+
+    def give_up(self, ledger: Ledger) -> None:
+        """Say which parts failed too often: the study measures them itself."""
+        for name, errors in ledger.given_up.items():
+            said = f"{name} failed {len(errors)} times, by {errors[-1]}: it is measured here"
+            print(said, file=sys.stderr, flush=True)
+
+    def finish(self) -> Any:
+        """Carry the study out, which finds what was measured: that is of today, and not said."""
+        done = self.job.run()
+        getattr(self.job, "found", []).clear()
+        return done
+
+    @classmethod
+    def gather(
+        cls,
+        shards: Sequence[StudyShard],
+        out: Path,
+        *,
+        overwrite: bool,
+        trust_remote_code: bool,
+    ) -> tuple[Study[Any], Any]:
+        """Carry out the study of some shards, caching only the entries that it asks for.
+
+        Returns it, and its results. ProcessesError: shards are without a measurement, or of other
+        packages, processors, models or texts than are here; or of a model that runs its own code,
+        without ``trust_remote_code``.
+        """
+        described, store = shards[0].described, open_store()
+        check_made_by(described["expects"]["versions"])
+        if store.folder is None:
+            raise ProcessesError("there is no cache to put shards into: name one (SHALLOWER_CACHE)")
+        trusts = trust_remote_code or not any(of["trust_remote_code"] for of in described["models"])
+        if not trusts:
+            raise ProcessesError(
+                "gather runs no code that comes with a model by the word of a file: allow it "
+                "yourself (trust_remote_code=True, --trust-remote-code)"
+            )
+        if described["kind"] != cls.kind:
+            raise ScanError(f"these are no shards of a {NAMES[cls.kind]}")
+        given = [one["path"] for one in described["models"]]
+        is_here = described["places"] == list(map(absolute, given))
+        study = opened(described, store, as_named=is_here, out=out, overwrite=overwrite)
+        for one in shards:
+            try:
+                store.offer(one.entries)
+            except CacheError as error:
+                raise ScanError(f"shard {one.shard}: {error}") from error
+        if lacking := [str(part) for part in study.parts() if not is_known(study, part)]:
+            raise ProcessesError(
+                f"the shards have no measurement of {', '.join(lacking[:3])}: delete them, and "
+                f"make them anew ({cls.kind} --shard)"
+            )
+        return study, cls(study, shard=shards[0].shard).finish()
+
+
+class CompareWork(StudyWork):
+    """A comparison."""
+
+    kind, results = CompareStudy.KIND, CompareStudy.RESULTS
+
+
+class CurveWork(StudyWork):
+    """A curve."""
+
+    kind, results = CurveStudy.KIND, CurveStudy.RESULTS
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return absolute(str(value))
+    return [getattr(one, "name", one) for one in value] if isinstance(value, tuple) else value

@@ -1,0 +1,165 @@
+"""What all works do alike that are shared: by hand, by workers and refused, by one table."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from shallower.scanning import shards
+from tests.conftest import write_jsonl
+from tests.documents import documents
+
+pytestmark = [
+    pytest.mark.usefixtures("undrawn"),
+    pytest.mark.filterwarnings("default:.*samples rejected"),
+]
+
+
+@dataclass
+class Kind:
+    """A command that is shared, what its shard 1/4 says, and an option of another work."""
+
+    options: str
+    says: str
+    other: str
+
+
+SMALL = "--texts many.jsonl --max-length 16 "
+KINDS = {
+    "scan": Kind(
+        SMALL + "--batch-size 1", "batches [20, 40) of 80, 20 samples", "--metrics angular"
+    ),
+    "eval": Kind(
+        SMALL + "--batch-size 3",
+        "loss, batches [7, 14) of 28, 20 texts",
+        "--max-texts 70",
+    ),
+    "compare": Kind(
+        SMALL + "--eval-texts held.jsonl --n 1 --criteria deepest", "1 of 2 parts", "--seed 1"
+    ),
+    "curve": Kind(
+        SMALL + "--eval-texts held.jsonl --n 1 --strategies deepest --states cut",
+        "1 of 2 parts",
+        "--seed 1",
+    ),
+}
+
+
+@pytest.fixture
+def asked(folder, tiny):
+    """Give the words of a command, on texts in the folder."""
+    write_jsonl(folder / "many.jsonl", documents(80))
+    write_jsonl(folder / "held.jsonl", documents(8, seed=1))
+    return lambda kind: [kind, tiny, *KINDS[kind].options.split(), "--out", "out"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_is_there_is_not_made_again(shallower, folder, asked, kind, monkeypatch):
+    of, command = KINDS[kind], [*asked(kind), "--shard", "auto"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    first = shallower(*command)
+    assert f"shard 1/4: {of.says}" in first.out, first.err
+    (place,) = (folder / "out").iterdir()
+    assert place.name.startswith(f"{kind}.1-of-4.")
+    before = place.stat().st_mtime_ns
+    monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
+    again = shallower(*command)
+    assert again.out == first.out
+    assert f"out/{place.name} is already there" in again.err
+    if kind in ("scan", "eval"):
+        dry = shallower(*command, "--dry-run", "--json").json
+        assert (dry["shard"], dry["write"]) == ("1/4", [f"out/{place.name}"])
+    assert place.stat().st_mtime_ns == before
+    assert f"{place.name} exists already" in shallower(*command, *of.other.split()).error
+
+
+def test_a_shard_that_was_killed_is_gone_on_with(shallower, folder, asked, monkeypatch):
+    command, shard = asked("scan"), ["--shard", "1/2"]
+    assert shallower(*command[:-1], "whole", *shard).status == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "SECONDS_BETWEEN_CHECKPOINTS", -1)
+        written, write = [], shards.write_file
+
+        def killed(*content):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(write(*content))
+
+        patch.setattr(shards, "write_file", killed)
+        assert shallower(*command, *shard).status == 130
+    assert not list((folder / "out").glob("scan.*"))
+    done = shallower(*command, *shard)
+    assert "of 40 batches were scanned" in done.err
+    (place,) = (folder / "out").iterdir()
+    assert place.read_bytes() == (folder / "whole" / place.name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--shard 9/8", "there is no shard 9/8"),
+        ("--shard one", "expected I/N, as 3/64, or auto"),
+        ("--shard 1/8 --workers 2", "a shard is made by one process"),
+        ("--on local", "how many processes are to share the "),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(shallower, folder, asked, kind, options, said):
+    assert said in shallower(*asked(kind), *options.split()).error
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("scan --shard 1/8 --until 0.99 --out out", "--until is for a scan of one process"),
+        ("scan --workers 2 --until 0.99 --out out", "--until is for a scan of one process"),
+        ("eval --shard 1/8", "a shard is a file: name the folder to write it to (--out)"),
+        ("eval --tasks boolq --shard 1/8 --out out", "--tasks are scored by one"),
+        ("eval --tasks boolq --workers 2", "by naming one task a command"),
+        ("eval --against other --workers 2", "finds both in the cache"),
+        ("compare --shard 0/2", "a shard is a file: name the folder to write it to (--out)"),
+        ("compare --shard 0/2 --out out --no-cache", "leave out --no-cache"),
+        ("compare --workers 2 --no-cache", "leave out --no-cache"),
+        ("curve --workers 2 --no-cache --out out", "leave out --no-cache"),
+    ],
+)
+def test_what_a_kind_cannot_share_is_refused(shallower, folder, asked, command, said):
+    kind, *options = command.split()
+    *shared, _, _ = asked(kind)
+    assert said in shallower(*shared, *options).error
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["scan", "eval"])
+def test_texts_that_no_worker_can_do_are_named_and_the_others_are_kept(
+    shallower, folder, asked, kind, monkeypatch
+):
+    command = [*asked(kind), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("shallower.sharing.share.OPENER", "tests.studies.poisoned:poisoned")
+        done = shallower(*command)
+    assert f"the {kind} is incomplete: 1 of its shards failed 3 times each" in done.error
+    assert "shard 7/64 by ValueError: poison" in done.error
+    (named,) = json.loads((folder / "out" / "incomplete.json").read_text())
+    first, last = named["texts"] if kind == "scan" else named["texts"]["loss"]
+    assert (named["shard"], len(named["errors"])) == ("7/64", 3)
+    assert 0 <= first < last <= 80
+    again = shallower(*command, "--json")
+    assert "resuming: 63 of 64 shards are done" in again.err
+    assert not [one for one in (folder / "out").iterdir() if "-of-64" in one.name]
+    assert not (folder / "out" / "incomplete.json").exists()
+    (result,) = (folder / "out").glob(f"{kind}.*")
+    whole = shallower(*asked(kind)[:-1], "whole", "--no-cache")
+    assert whole.status == 0, whole.err
+    assert result.read_bytes() == (folder / "whole" / result.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_without_a_folder_nothing_of_an_eval_is_kept(shallower, asked, monkeypatch):
+    monkeypatch.setattr("shallower.sharing.share.OPENER", "tests.studies.poisoned:poisoned")
+    said = shallower(*asked("eval")[:-2], "--workers", "1").error
+    assert "each, shard 7/64 by ValueError: poison" in said
+    assert "name a folder to keep the others (--out)" in said
