@@ -67,14 +67,14 @@ class ScanJob(ScanSettings):
         super().__post_init__()
         check_metrics(self.metrics)
         check_apart(self.file, [self.source.place, place_of_texts(self.texts)])
-        known = self._output.find() if self.shard is None else None
-        object.__setattr__(self, "known", known)
-        if known is None:
+        object.__setattr__(self, "known", None if self.shard else self._output.find())
+        if self.known is None:
             if self.stops is not None:
                 self.stops.check(deciding(self.metrics), self.positions)
                 self.stops.of(self.source.count_layers())
-            names = (SCAN_FILE, HEAT_MAP_FILE) if self.shard is None else ()
-            for name in names:  # the map is drawn before the scan is whole
+            for name in (
+                () if self.shard else (SCAN_FILE, HEAT_MAP_FILE)
+            ):  # drawn before it is whole
                 begun = name == HEAT_MAP_FILE and (self.out / PARTIAL_FILE).exists()
                 check_free(self.out / name, self.overwrite or begun)
             check_room(self.file, self._num_bytes)

@@ -47,10 +47,7 @@ class StudyTasks:
     def scores(
         self, loaded: Any, plan: Plan | None = None, *, store: "ResultStore" = _NOWHERE
     ) -> tuple[TaskScores, ...]:
-        """Measure a model and its tokenizer: each task, and behind it its sampled answers.
-
-        Those of the whole model and of bare cuts are found in a ``store`` by their ``plan``.
-        """
+        """Score a model and its tokenizer, or find a bare cut's scores; sampled answers behind."""
         main: dict[str, TaskScores] = {}
         if self.settings.tasks:
             of: Any = {"tokens": self.measure.tokens, "plan": plan, "store": store}
@@ -63,6 +60,5 @@ class StudyTasks:
 
     def to_json(self) -> dict[str, Any]:
         """Give what the scores depend on, but places, as plain JSON values."""
-        given = self.settings
-        beside = {name: getattr(given, name) for name in ("max_items", "num_shots", "pass_at")}
-        return {"names": list(given.tasks), **beside}
+        given, beside = self.settings, ("max_items", "num_shots", "pass_at")
+        return {"names": list(given.tasks), **{name: getattr(given, name) for name in beside}}
