@@ -126,4 +126,4 @@ def _serve(connection: Any, job: Job) -> None:
         while True:
             connection.send(worker.run(connection.recv()))
     except (EOFError, OSError):
-        return
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to end
