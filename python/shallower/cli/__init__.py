@@ -37,7 +37,7 @@ COMMANDS = {
     ),
     "gather": Command(
         "gather",
-        "Put the shards of a scan, an eval, a comparison or a curve together.",
+        "Put the shards of a scan, eval, comparison or curve together.",
         "scans/shards --out scans/smol",
     ),
     "analyse": Command(

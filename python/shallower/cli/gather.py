@@ -25,7 +25,7 @@ def gather_command(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> int:
-    """Put the shards of a scan, an eval, a comparison or a curve together.
+    """Put the shards of a scan, eval, comparison or curve together.
 
     All must be there, and of the same work. From a scan it writes scan.safetensors, with the bytes
     that one process would write, and heat_map.png if matplotlib is installed. From an eval it
