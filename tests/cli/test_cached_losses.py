@@ -93,6 +93,13 @@ def test_scores_on_tasks_are_found_by_curve_and_by_eval(
     (main, *_) = (one for one in found.json["tasks"] if one["metric"] == points[0][0]["metric"])
     sides = [main["base"], main["cut"]]
     assert sides == [{name: one[name] for name in sides[0]} for (one,) in points]
+    for place, content in (("utils.py", "value = 1"), ("pick.jsonl", None)):
+        before = (tasks / place).read_text() if content is None else None
+        (tasks / place).write_text(content or before.replace('"answer": 1', '"answer": 0'))
+        layers_run.clear()
+        assert shallower("eval", tiny, *asked, "--drop", "2:5").status == 0
+        assert layers_run, f"{place} was changed"
+        (tasks / place).unlink() if before is None else (tasks / place).write_text(before)
     monkeypatch.setenv("SHALLOWER_CACHE", str(folder / "other"))
     assert shallower("eval", tiny, *asked, "--drop", "2:5").json == found.json
     assert layers_run

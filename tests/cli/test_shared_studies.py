@@ -97,6 +97,9 @@ def test_gather_refuses_what_is_missing_changed_or_of_other_work(shallower, fold
         file.write_text(content.replace(before, after, 1))
         said = shallower("gather", "deepests", "--out", "out").error
         assert "deepests/compare.0-of-2.json is" in said
+    file.write_text(content)
+    crafted(file, lambda content: content.update(described={}))
+    assert "deepests/compare.0-of-2.json is" in shallower("gather", file, "--out", "out").error
     assert not (folder / "out").exists()
 
 
@@ -110,6 +113,14 @@ def test_gather_trusts_no_code_by_the_word_of_a_file(shallower, folder, asked, m
     assert [one.kind for one in open_store().usage()] == []
     assert shallower(*gather, "--trust-remote-code").status == 0
     assert "cached, measured" in shallower(*command, "--out", "out").err
+    (file,) = (folder / "shards").iterdir()
+
+    def names_code_of_tasks(content):
+        content["described"]["models"][0]["trust_remote_code"] = False
+        content["described"]["settings"]["tasks_dir"] = "tasks"
+
+    crafted(file, names_code_of_tasks)
+    assert "gather runs no code" in shallower(*gather[:-1], "other").error
 
 
 def crafted(file, change):

@@ -89,10 +89,33 @@ def test_a_shard_that_was_killed_is_gone_on_with(shallower, folder, asked, monke
         patch.setattr(shards, "write_file", killed)
         assert shallower(*command, *shard).status == 130
     assert not list((folder / "out").glob("scan.*"))
+    (begun,) = (folder / "out").rglob("begun")
+    content = begun.read_bytes()
+    begun.write_bytes(b"damaged")
+    assert "delete it to start anew" in shallower(*command, *shard).error
+    begun.write_bytes(content)
     done = shallower(*command, *shard)
     assert "of 40 batches were scanned" in done.err
     (place,) = (folder / "out").iterdir()
     assert place.read_bytes() == (folder / "whole" / place.name).read_bytes()
+
+
+def test_a_shard_by_hand_is_of_what_the_command_has_read(shallower, folder, tiny, monkeypatch):
+    (folder / "text.txt").write_text(" ".join(f"w{i % 97}" for i in range(300)))
+    monkeypatch.setattr("shallower.sharing.eval_work.read_whole", lambda _: 1 / 0)  # as of a pipe
+    options = ["--perplexity", folder / "text.txt", "--context", 16, "--shard", "0/1"]
+    assert shallower("eval", tiny, *options, "--out", "out").status == 0
+
+
+def test_a_shard_names_the_model_as_the_scan_does(shallower, folder, asked, tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    of = [*SMALL.replace("many", f"{folder}/many").split(), "--out"]
+    assert shallower("scan", ".", *of, folder / "out", "--shard", "0/1").status == 0
+    assert shallower("gather", folder / "out", "--out", folder / "gathered").status == 0
+    assert shallower("scan", ".", *of, folder / "whole").status == 0
+    names = (folder / name / "scan.safetensors" for name in ("gathered", "whole"))
+    gathered, whole = (name.read_bytes() for name in names)
+    assert gathered == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,6 +146,8 @@ def test_what_cannot_be_shared_is_refused(shallower, folder, asked, kind, option
         ("compare --shard 0/2 --out out --no-cache", "leave out --no-cache"),
         ("compare --workers 2 --no-cache", "leave out --no-cache"),
         ("curve --workers 2 --no-cache --out out", "leave out --no-cache"),
+        ("curve --shard 9/2 --dry-run --out out", "there is no shard 9/2"),
+        ("curve --shard 0/2 --states cut,healed --heal-steps 1 --out out", "a shard heals no cut"),
     ],
 )
 def test_what_a_kind_cannot_share_is_refused(shallower, folder, asked, command, said):

@@ -220,7 +220,7 @@ class Stage:
 
     Args:
         devices: one or two; none is the CPU, on which backward can be rehearsed, too.
-        offloading: whether the last layer waits in the CPU's memory.
+        offloading: whether the layer before the middle waits in the CPU's memory.
         streaming: whether all layers are streamed from disk, in a file that has no blocks there.
     """
 
@@ -281,7 +281,7 @@ class Stage:
             on_last = index >= len(layers) // 2
             places[layer] = "disk" if self.streaming else self.last.index if on_last else 0
         if self.offloading:
-            places[layers[-1]] = "cpu"
+            places[layers[len(layers) // 2 - 1]] = "cpu"
         places |= dict.fromkeys(("model.norm", "lm_head"), self.last.index)
         options = {"skip_keys": model._skip_keys_device_placement}
         if self.streaming:

@@ -23,5 +23,5 @@ def test_taylor_needs_weights_on_their_device():
     stage = Stage(1, offloading=True)
     with stage.open():
         subject = make_subject(stage.model(), word_tokenizer(), TEXTS)
-        with pytest.raises(CriterionError, match="weights of layer 3 have none"):
+        with pytest.raises(CriterionError, match="weights of layer 1 have none"):
             criteria["taylor"].costs(subject)

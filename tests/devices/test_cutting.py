@@ -15,13 +15,8 @@ def map_of_half(stage):
     """Where the layers 0 and 3 of four are; None where all are on one device."""
     if stage.devices == 1 and not stage.offloading:
         return None
-    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
-    other = "cpu" if stage.offloading else 1
-    return (
-        places
-        | {"model.layers.1": other, "model.norm": stage.last.index}
-        | {"lm_head": stage.last.index}
-    )
+    places = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
+    return places | dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], stage.last.index)
 
 
 def runs(model):

@@ -1,9 +1,19 @@
 """Settings of a scan and of a patch: what keys have of them, and what is refused."""
 
+import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.errors import PatchError, PositionsError, RecipeError, SettingsError, TextsError
+from shallower.errors import (
+    LayersError,
+    PatchError,
+    PositionsError,
+    RecipeError,
+    SettingsError,
+    TextsError,
+)
+from shallower.values.positions import Positions
+from shallower.values.stage_settings import ScanSettings
 
 SCAN = {
     "tokens": {"max_length": 256, "batch_size": "auto"},
@@ -75,3 +85,31 @@ def test_a_setting_that_cannot_be_is_refused(kind, options, error, said):
 def test_a_keyword_that_is_no_setting_is_named(words):
     with pytest.raises(SettingsError, match="ScanSettings has no setting 'metric': did you mean"):
         sh.scan(None, words, ["a"], metric=["angular"])
+
+
+def test_a_seed_is_that_of_the_positions():
+    settings = ScanSettings(positions="random:2", seed=3)
+    assert settings.positions.seed == 3
+    assert ScanSettings.of(settings, {"seed": 7}).positions.seed == 7
+    assert ScanSettings(positions=Positions("random", 2, 5)).positions.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"seed": "x"}, PositionsError),
+        ({"seed": True}, PositionsError),
+        ({"until": "0.9"}, SettingsError),
+        ({"until": 0.9, "tolerance": "0.1"}, SettingsError),
+        ({"until": 0.9, "n": "1,2"}, LayersError),
+        ({"n": [1]}, SettingsError),
+    ],
+)
+def test_what_a_scan_cannot_be_set_to_is_refused(options, error):
+    with pytest.raises(error):
+        ScanSettings(**options)
+
+
+def test_sizes_may_come_in_any_form():
+    found = [ScanSettings(until=0.9, n=n) for n in (1, [1], np.array([1]))]
+    assert len({*found}) == 1

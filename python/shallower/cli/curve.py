@@ -77,11 +77,11 @@ def curve_command(
         store=open_store(no_cache, dry_run=dry_run),
         command=called(),
     )
+    part = part_of(shard, on, workers)
     if dry_run:
         study.check()
         say_dry_run_of(study, _described(study), as_json)
-        return
-    if part := part_of(shard, on, workers):
+    elif part:
         _carry_out(study, part, as_json)
     else:
         say_curve(study.run(), study, as_json)

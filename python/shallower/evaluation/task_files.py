@@ -75,6 +75,12 @@ def find_tasks(
     return [local.load(name, manager) for name in names]
 
 
+def files_in(folder: str | Path) -> list[Path]:
+    """List the files of a folder of tasks, but compiled code."""
+    files = (path for path in Path(folder).glob("**/*") if path.is_file())
+    return sorted(path for path in files if "__pycache__" not in path.parts)
+
+
 def files_of(
     names: Sequence[str],
     *,
@@ -93,9 +99,7 @@ def files_of(
     known: set[str] = set()
     wanted = set(names)
     for folder in folders:
-        for path in sorted(path for path in folder.glob("**/*") if path.is_file()):
-            if "__pycache__" in path.parts:
-                continue
+        for path in files_in(folder):
             found[path] = None
             content = None if path.suffix not in ("", ".yaml") else _content(path)
             if not isinstance(content, dict):

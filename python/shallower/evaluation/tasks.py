@@ -148,14 +148,18 @@ class ChosenTasks:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of lm-eval, definitions, items, examples, and how answers are sampled."""
+        """A hash of lm-eval, definitions, rows, items, examples, and how answers are sampled."""
         found: list[Any] = [self.pass_at, self.seed, versions(LM_EVAL).get(LM_EVAL)]
         for group in self.groups:
             for name, task in group.tasks.items():
-                items = [task.eval_docs[index] for index in self.items[name]]
+                drawn = self.items[name], list(task.eval_docs)  # chance is that of all rows
                 solved = list(task.fewshot_docs()) if task.get_config("num_fewshot") else []
-                found.append([group.name, name, task.dump_config(), items, solved])
-        return hash_of([json.dumps(found, default=str)])
+                found.append([group.name, name, task.dump_config(), *drawn, solved])
+        # Of a function its name: where it lies in memory differs from process to process.
+        named = json.dumps(
+            found, default=lambda one: getattr(one, "__qualname__", None) or str(one)
+        )
+        return hash_of([named])
 
     def evaluate(
         self,

@@ -63,7 +63,7 @@ class PatchedTrials:
         trials, gone = self._trials, _layers_of(cut)
         self._judge([gone], looks)
         if gone in self._failed:
-            raise self._failed.pop(gone)
+            raise self._failed[gone] if trials.model.is_streamed else self._failed.pop(gone)
         if gone in self._why:
             trials.clock.recall(self._recalled.pop((gone, None), 0.0))
             raise PatchError(self._why[gone])

@@ -259,7 +259,7 @@ class Trials:
         key = gone, index
         self._judge([key])
         if key in self._failed:
-            raise self._failed.pop(key)
+            raise self._failed[key] if self.model.is_streamed else self._failed.pop(key)
         self.clock.recall(self._recalled.pop(key, 0.0))
         texts = len(self.judge.batches[index])
         if self.count is not None and has_experts(gone):

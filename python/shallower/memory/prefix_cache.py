@@ -123,9 +123,13 @@ class Prefixes:
             if (depth := next(depths)) < len(path):
                 self._kept.keep(index, path[:depth], found)
 
-        return self._settled(
-            self.model.run(self.batches[index], states, path[start:stop], each=keep)
+        each = None if self.model.is_streamed else keep
+        found = self._settled(
+            self.model.run(self.batches[index], states, path[start:stop], each=each)
         )
+        if each is None:  # of one layer, and copied from the device once
+            keep(found)
+        return found
 
     def _settled(self, states: torch.Tensor) -> torch.Tensor:
         """States where they wait between two layers: on the CPU, while those of others run."""

@@ -230,8 +230,8 @@ class Shards:
 
 
 def _resume(builder: ScanBuilder, of: ShardOfScan, checkpoint: Path, shards: Shards) -> ShardOfScan:
-    before = ScannedShard.load(checkpoint)
     try:
+        before = ScannedShard.load(checkpoint)
         if replace(before.of, num_done=0) != of:
             raise ScanError("it is of other work, or of another version")
         builder.resume(Scan(before.contents), shards.texts)

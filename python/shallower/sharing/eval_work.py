@@ -52,7 +52,7 @@ class OpenedEval(OpenedBatches):
         from ..judgement.trials import trials_journal
         from ..models.decoder import Decoder
 
-        job: Any = _job_of(self.described, self.store)
+        job: Any = self.job or _job_of(self.described, self.store)
         for one in job.measures:
             place = self.described["measures"][one.kind]["source"]
             self.agree(_NAMES[one.kind], place, partial(one.inputs, self.store))

@@ -24,12 +24,13 @@ AnyWork = ScanWork | EvalWork | StudyWork
 KINDS: dict[str, Any] = {one.kind: one for one in (ScanWork, EvalWork, CompareWork, CurveWork)}
 
 
-def open_work(described: Mapping[str, Any], folder: Path | None = None) -> Opened:
-    """Open a work that another process described; by hand with a ``folder`` for what is begun.
+def open_work(described: Mapping[str, Any], folder: Path | None = None, job: Any = None) -> Opened:
+    """Open a work that another process described; by hand its ``job``, with a ``folder`` for what
+    is begun.
 
     ProcessesError: packages, models or texts are not those of that process.
     """
-    return KINDS[described["kind"]].opens(described, folder)
+    return KINDS[described["kind"]].opens(described, folder, job)
 
 
 def share(work: AnyWork) -> Any:
@@ -71,7 +72,7 @@ def make_shard(work: AnyWork) -> Path:
     if work.made(work.shard) is None:
         described = work.described()
         with resumable_file(place, str(described["job"]), work.job.overwrite) as folder:
-            content = open_work(described, folder).shard(work.shard)
+            content = open_work(described, folder, work.job).shard(work.shard)
             write_file(folder / place.name, content)
     return place
 

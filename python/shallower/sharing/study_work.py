@@ -17,7 +17,7 @@ from tempfile import mkdtemp
 from typing import Any
 from weakref import finalize
 
-from ..errors import CacheError, ProcessesError, ScanError
+from ..errors import CacheError, ProcessesError, ScanError, SettingsError
 from ..models.source import ModelSource
 from ..progress import part, track
 from ..store.inputs import check_machine, check_made_by, made_by, model_inputs
@@ -53,6 +53,11 @@ class StudyShard(JsonShard):
     job: str
     described: Mapping[str, Any]
     entries: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("kind", "models", "places", "texts", "settings", "identities", "units"):
+            self.described[name]  # KeyError says which is missing
+        _ = self.common
 
     @property
     def common(self) -> dict[str, object]:
@@ -108,8 +113,10 @@ def is_known(study: Study[Any], part: Part[Any]) -> bool:
 class OpenedStudy(Opened):
     """A study that is opened; its model stays loaded from one part to the next."""
 
-    def __init__(self, described: Mapping[str, Any], folder: Path | None = None) -> None:
-        super().__init__(described, folder)
+    def __init__(
+        self, described: Mapping[str, Any], folder: Path | None = None, job: Any = None
+    ) -> None:
+        super().__init__(described, folder, job)
         own = folder or Path(mkdtemp(prefix="shallower-"))
         if folder is None:
             finalize(self, shutil.rmtree, own, ignore_errors=True)
@@ -235,11 +242,11 @@ class StudyWork(Work):
         check_made_by(described["expects"]["versions"])
         if store.folder is None:
             raise ProcessesError("there is no cache to put shards into: name one (SHALLOWER_CACHE)")
-        trusts = trust_remote_code or not any(of["trust_remote_code"] for of in described["models"])
-        if not trusts:
+        has_code = any(of["trust_remote_code"] for of in described["models"])
+        if (has_code or described["settings"].get("tasks_dir")) and not trust_remote_code:
             raise ProcessesError(
-                "gather runs no code that comes with a model by the word of a file: allow it "
-                "yourself (trust_remote_code=True, --trust-remote-code)"
+                "gather runs no code that comes with a model or with tasks by the word of a file: "
+                "allow it yourself (trust_remote_code=True, --trust-remote-code)"
             )
         if described["kind"] != cls.kind:
             raise ScanError(f"these are no shards of a {NAMES[cls.kind]}")
@@ -269,6 +276,15 @@ class CurveWork(StudyWork):
     """A curve."""
 
     kind, results = CurveStudy.KIND, CurveStudy.RESULTS
+
+    def prepare(self) -> None:
+        """Refuse healings of a shard, which shards do not have and ``gather`` would leave out."""
+        super().prepare()
+        if self.shard is not None and "healed" in self.job.settings.states:
+            raise SettingsError(
+                "a shard heals no cut: leave out healed (states, --states), or share the curve by "
+                "workers (--workers)"
+            )
 
 
 def _plain(value: Any) -> Any:

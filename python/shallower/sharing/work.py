@@ -32,7 +32,7 @@ INCOMPLETE_FILE = "incomplete.json"
 
 
 class Opened(ABC):
-    """A work that is opened: by a worker, or by hand with a ``folder`` for what is begun.
+    """A work that is opened: by a worker, or by hand a ``job`` with a ``folder`` for what is begun.
 
     ``hello`` is what all workers must have in common, and the texts of every shard, for a record of
     those that failed. ProcessesError: packages are not those of whoever described it.
@@ -40,9 +40,11 @@ class Opened(ABC):
 
     hello: Mapping[str, Any] = {"common": {}, "texts": {}}
 
-    def __init__(self, described: Mapping[str, Any], folder: Path | None = None) -> None:
+    def __init__(
+        self, described: Mapping[str, Any], folder: Path | None = None, job: Any = None
+    ) -> None:
         check_made_by(described["expects"]["versions"])
-        self.described, self.folder = described, folder
+        self.described, self.folder, self.job = described, folder, job
         self.progress = False if folder is None else None
 
     @abstractmethod
@@ -151,9 +153,12 @@ class Work(ABC):
 class OpenedBatches(Opened):
     """Batches of all texts; model and texts are those of whoever described the work."""
 
-    def __init__(self, described: Mapping[str, Any], folder: Path | None = None) -> None:
-        super().__init__(described, folder)
-        self.store, source = open_store(described["no_cache"]), ModelSource(**described["source"])
+    def __init__(
+        self, described: Mapping[str, Any], folder: Path | None = None, job: Any = None
+    ) -> None:
+        super().__init__(described, folder, job)
+        self.store = open_store(described["no_cache"])
+        source = ModelSource(**described["source"]) if job is None else job.source
         self.content = described["expects"]["model"]
         self.agree("model", str(source), lambda: model_content(source, self.store))
         of = self.batches = self.open(source)
@@ -162,7 +167,7 @@ class OpenedBatches(Opened):
 
     def agree(self, name: str, place: str, found: Callable[[], Any]) -> None:
         """Refuse what is not what the driver has: ProcessesError."""
-        wanted = None if self.folder else self.described["expects"][name]
+        wanted = self.described["expects"][name] if self.job is None else None
         if wanted is not None and found() != wanted:
             raise ProcessesError(f"{place} on this node is no {name} of the driver, or not there")
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from ..evaluation.task_files import files_of
+from ..evaluation.task_files import files_in, files_of
 from ..models.source import ModelSource
 from ..store.inputs import hash_of_files, items_of, model_inputs, texts_content
 from ..store.store import Store
@@ -283,6 +283,13 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
             return None
 
     @cached_property
+    def identity(self) -> str:
+        """A hash of the tasks with their items, and of the files given: they may have code."""
+        folder = self.settings.tasks_dir
+        files = [] if folder is None else files_in(folder)
+        return hash_of([self.chosen.identity, hash_of_files(files, Store(None))])
+
+    @cached_property
     def chosen(self) -> "ChosenTasks":
         """The tasks, loaded, with their items."""
         from ..evaluation.tasks import ChosenTasks
@@ -300,7 +307,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         from ..judgement.trials import recalled
 
         size = tokens.batch_size
-        inputs = {**key_of(plan), "tasks": self.chosen.identity, "batch_size": size}
+        inputs = {**key_of(plan), "tasks": self.identity, "batch_size": size}
         if (known := store.get("scores", inputs)) is not None:
             return recalled(self.read, known, "scores")
         bar: Any = {"progress": self.progress, "description": _bar("tasks", plan)}

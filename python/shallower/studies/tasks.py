@@ -42,7 +42,7 @@ class StudyTasks:
     @property
     def identity(self) -> str | None:
         """What the scores depend on beside the model; None where there are no tasks."""
-        return self.measure.chosen.identity if self.settings.tasks else None
+        return self.measure.identity if self.settings.tasks else None
 
     def scores(
         self, loaded: Any, plan: Plan | None = None, *, store: "ResultStore" = _NOWHERE

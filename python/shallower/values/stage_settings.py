@@ -1,12 +1,12 @@
 """Settings of ``scan``, ``patch`` and ``eval``: their options and defaults, checked when made."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import PatchError, SettingsError
-from .layers import parse_sizes
+from ..errors import PatchError, PositionsError, SettingsError
+from .layers import layer_number, parse_sizes
 from .options import Settings, option, parse_names
 from .positions import Positions
 from .recipe import SHARE, check_share
@@ -75,9 +75,16 @@ class ScanSettings(Settings):
         super().__post_init__()
         if not isinstance(self.metrics, str):  # which is refused where names are checked
             object.__setattr__(self, "metrics", tuple(self.metrics))
+        self._check_least("seed", 0, PositionsError)
         positions: Any = self.positions
         if isinstance(positions, str):
-            object.__setattr__(self, "positions", Positions.parse(positions, self.seed))
+            positions = Positions.parse(positions, self.seed)
+        elif self.seed and positions.kind == "random":  # changed since they were read
+            positions = replace(positions, seed=self.seed)
+        object.__setattr__(self, "positions", positions)
+        if self.n is not None:
+            sizes = self.n if isinstance(self.n, Iterable) else [self.n]
+            object.__setattr__(self, "n", tuple(map(layer_number, sizes)))
         _ = self.stops
 
     @property
@@ -89,6 +96,10 @@ class ScanSettings(Settings):
         if self.exact or (self.tolerance, self.n) != (None, None):
             raise SettingsError(
                 "--tolerance, --n and --exact say when a scan stops: add --until 0.99, say"
+            )
+        if not isinstance(self.until, Until | None):
+            raise SettingsError(
+                f"until = {self.until!r}: expected a probability, as 0.99 (--until)"
             )
         return self.until
 

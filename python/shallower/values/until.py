@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any
 
 from ..errors import MetricError, PositionsError, SettingsError
@@ -40,13 +41,13 @@ class Until:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1:
+        if not isinstance(self.confidence, Real) or not 0 < self.confidence < 1:
             never = ", which no number of texts reaches" if self.confidence == 1 else ""
             raise SettingsError(
                 f"until = {self.confidence!r}{never}: expected a probability between 0 and 1, such "
                 f"as 0.99 (--until)"
             )
-        if not 0 <= self.tolerance < 1:
+        if not isinstance(self.tolerance, Real) or not 0 <= self.tolerance < 1:
             raise SettingsError(
                 f"tolerance = {self.tolerance!r}: expected a distance from 0 on and below 1, such "
                 f"as 0.005 (--tolerance)"
