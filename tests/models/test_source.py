@@ -12,6 +12,7 @@ from shallower.models.dtypes import CPU_FEATURES, choose_device_map, choose_dtyp
 from shallower.models.identity import stored_dtype
 from shallower.models.loading import load_model
 from shallower.models.source import ModelSource
+from shallower.values.stage_settings import EvalSettings
 
 
 @pytest.fixture
@@ -126,20 +127,12 @@ def test_functions_and_commands_have_the_same_defaults():
     defaults = {
         function: {name: p.default for name, p in inspect.signature(function).parameters.items()}
         for function in (
-            load_model, ModelSource, sh.scan, sh.evaluate_loss, sh.patch,
+            load_model, ModelSource, sh.evaluate_loss,
             scan.scan_command, evaluate.eval_command, patch.patch_command, run.run_command,
         )
     }  # fmt: skip
-    pairs = (
-        (sh.scan, scan.scan_command, ("max_length", "batch_size")),
-        (sh.evaluate_loss, evaluate.eval_command, ("max_length", "batch_size")),
-        (sh.patch, patch.patch_command, ("max_length", "batch_size", "num_tokens")),
-        (ModelSource, run.run_command, ()),
-    )
-    for function, command, names in pairs:
-        for name in names:
-            assert defaults[function][name] == defaults[command][name], name
-        for name, value in DEFAULTS.items():
-            assert defaults[command][name] == value, name
+    for name in ("max_length", "batch_size"):
+        assert defaults[sh.evaluate_loss][name] == getattr(EvalSettings(), name)
     for name, value in DEFAULTS.items():
-        assert defaults[load_model][name] == defaults[ModelSource][name] == value
+        for function in {*defaults} - {sh.evaluate_loss}:
+            assert defaults[function][name] == value, name
