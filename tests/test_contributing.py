@@ -123,6 +123,7 @@ except sh.SettingsError as error:
     assert "did you mean drafts?" in said
 
 
+@pytest.mark.slow  # as docs/how-to/add-a-criterion.md, which runs by day
 def test_a_criterion_is_one_class(copied):
     command = "compare tiny --texts texts.jsonl --eval-texts held.jsonl --n 1 --criteria median"
     said = copied(CALL + f'call("compare --list")\nprint("=")\ncall("{command}")')
