@@ -12,6 +12,7 @@ import typer
 from ..models.dtypes import Dtype as DtypeName
 from ..values.options import Option, options_of
 from ..values.settings import CompareSettings, RunSettings
+from ..values.stage_settings import EvalSettings
 
 if TYPE_CHECKING:
     from ..studies.answers import WantedAnswers
@@ -161,9 +162,7 @@ GgufFile = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")
 ]
-MaxTexts = Annotated[
-    int | None, typer.Option(metavar="N", help="Read the first N texts only.", min=1)
-]
+MaxTexts = Annotated[int | None, _same(EvalSettings, "max_texts")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output once the new is complete.")
 ]

@@ -123,12 +123,11 @@ class Prefixes:
             if (depth := next(depths)) < len(path):
                 self._kept.keep(index, path[:depth], found)
 
-        each = None if self.model.is_streamed else keep
-        found = self._settled(
-            self.model.run(self.batches[index], states, path[start:stop], each=each)
-        )
-        if each is None:  # of one layer, and copied from the device once
-            keep(found)
+        batch, layers = self.batches[index], path[start:stop]
+        if not self.model.is_streamed:
+            return self.model.run(batch, states, layers, each=keep)
+        found = self._settled(self.model.run(batch, states, layers))  # so copied only once
+        keep(found)
         return found
 
     def _settled(self, states: torch.Tensor) -> torch.Tensor:

@@ -72,9 +72,8 @@ class ScanJob(ScanSettings):
             if self.stops is not None:
                 self.stops.check(deciding(self.metrics), self.positions)
                 self.stops.of(self.source.count_layers())
-            for name in (
-                () if self.shard else (SCAN_FILE, HEAT_MAP_FILE)
-            ):  # drawn before it is whole
+            names = () if self.shard else (SCAN_FILE, HEAT_MAP_FILE)
+            for name in names:  # the heat map is drawn before the scan is whole
                 begun = name == HEAT_MAP_FILE and (self.out / PARTIAL_FILE).exists()
                 check_free(self.out / name, self.overwrite or begun)
             check_room(self.file, self._num_bytes)

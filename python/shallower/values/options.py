@@ -13,6 +13,9 @@ from .tokens import BatchSize, Tokens, parse_batch_size
 
 T = TypeVar("T")
 
+THREADS = "Threads of the core; all processors by default."
+"""The sentence of ``--threads``, of a scan and of studies."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Option:

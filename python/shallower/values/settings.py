@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, TextsError
 from .layers import layer_number, parse_sizes
 from .memory import parse_size
-from .options import Settings, distinct_names, option, parse_names, refuse_twice
+from .options import THREADS, Settings, distinct_names, option, parse_names, refuse_twice
 from .recipe import SHARE, Recipe, check_share
 from .target import Target, parse_count, parse_share
 
@@ -73,9 +73,7 @@ class RacingSettings(StudySettings):
 
     top: int = 4
     heal_steps: int | None = None
-    threads: int | None = option(
-        None, "Threads of the core; all processors by default.", "N", least=1, before="seed"
-    )
+    threads: int | None = option(None, THREADS, "N", least=1, before="seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import PatchError, PositionsError, SettingsError
 from .layers import layer_number, parse_sizes
-from .options import Settings, option, parse_names
+from .options import THREADS, Settings, option, parse_names
 from .positions import Positions
 from .recipe import SHARE, check_share
 from .tokens import BatchSize
@@ -44,9 +44,7 @@ class ScanSettings(Settings):
         read=str,
     )
     seed: int = option(0, "Seed of --positions random:K.", "N", least=0)
-    threads: int | None = option(
-        None, "Threads of the core; all processors by default.", "N", least=1
-    )
+    threads: int | None = option(None, THREADS, "N", least=1)
     keep_samples: bool = option(
         False,
         "Keep the distances of every sample for plan --bootstrap: 4 bytes times samples times "
