@@ -80,6 +80,12 @@ def _foreign(folder: Path, recorded: Collection[str], inside: str = "") -> Itera
             yield f"{name}/"
 
 
+def absolute(place: str) -> str:
+    """A place that another process finds, whatever folder it is in; a hub id as it is."""
+    path = Path(place).expanduser()
+    return str(path.absolute()) if path.exists() else place
+
+
 def check_apart(path: str | Path, inputs: Iterable[object]) -> None:
     """Refuse to write to a place that is read, that lies in what is read, or that holds it.
 

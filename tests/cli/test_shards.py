@@ -134,7 +134,7 @@ def test_workers_open_nothing_but_what_the_driver_has(folder, tiny, many, kind, 
     place = {"model": folder / "model" / "model.safetensors", "texts": many}[changed]
     with place.open("ab") as file:
         file.write(b'{"text": "w1 w2"}\n')
-    with pytest.raises(ProcessesError, match=rf"on this node is no {changed} of the driver"):
+    with pytest.raises(ProcessesError, match=r"on this node is not that of the driver"):
         open_work(described)
 
 

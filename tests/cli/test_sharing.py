@@ -139,7 +139,7 @@ def test_what_cannot_be_shared_is_refused(shallower, folder, asked, kind, option
         ("scan --shard 1/8 --until 0.99 --out out", "--until is for a scan of one process"),
         ("scan --workers 2 --until 0.99 --out out", "--until is for a scan of one process"),
         ("eval --shard 1/8", "a shard is a file: name the folder to write it to (--out)"),
-        ("eval --tasks boolq --shard 1/8 --out out", "--tasks are scored by one"),
+        ("eval --tasks boolq --shard 1/8 --out out", "--tasks is measured by one"),
         ("eval --tasks boolq --workers 2", "by naming one task a command"),
         ("eval --against other --workers 2", "finds both in the cache"),
         ("compare --shard 0/2", "a shard is a file: name the folder to write it to (--out)"),

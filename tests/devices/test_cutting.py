@@ -7,8 +7,12 @@ from torch import nn
 from shallower.cutting import saving
 from shallower.cutting.in_model import drop_layers, without_layers
 from shallower.models.architecture import PackedTable
+from shallower.values.experts import DroppedExperts
+from shallower.values.plan import Plan
 from tests.devices.batches import inputs
+from tests.devices.conftest import on_devices
 from tests.devices.stage import Stage
+from tests.devices.test_scanning import MIXTRAL
 
 
 def map_of_half(stage):
@@ -43,6 +47,15 @@ def test_a_model_that_lost_layers_runs(stage):
         assert len(model.model.layers) == 2
         assert runs(model)
     assert getattr(model, "hf_device_map", None) == map_of_half(stage)
+
+
+@on_devices
+def test_a_mixture_without_some_experts_runs(stage):
+    model = stage.mixture(MIXTRAL)
+    plan = Plan(4, (), experts=DroppedExperts(4, dict.fromkeys(range(4), (0, 2))))
+    with stage.open(), without_layers(model, plan):
+        assert {len(layer.mlp.gate.weight) for layer in model.model.layers} == {2}
+        model(input_ids=inputs("cuda:0")["input_ids"], use_cache=False)
 
 
 def test_a_weight_that_holds_a_part_for_every_layer_is_cut(stage):

@@ -56,13 +56,16 @@ HARMLESS = {
     "memory/streaming.py: _Travelling.__setitem__: states.cpu()": _HOST,
     "patching/quick.py: QuickPatch.run_cut: "
     "self._model.run(batch, states[index], (layer,)).cpu()": _ROOM,
+    "experts/hooks.py: _Layer.check_stream: states.to(wanted.device)": _LAYER,
     "patching/changes.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
     "patching/descent.py: Descent._entered: self._model.run(batch, states, (layer,)).cpu()": _ROOM,
+    "patching/descent.py: MovingMatrix.__init__: stored_weight(module, name).detach().cpu()": _ROOM,
     "patching/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,
     "patching/least_squares.py: NormalEquations._add_kept: x.to(gram)": _LAYER,
     "patching/solver.py: Solver._best_fit: "
     "feed_forward.weight.to(equations.gram.device, copy=True)": _LAYER,
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
+    "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,
     "models/head.py: Head.states_at: torch.from_numpy(tokens).to(states.device)": _INDEX,
     "models/residual_writers.py: _ratio: probe.to(output)": _LAYER,
     "models/transfers.py: HostCopies.send: tensor.to(device)": _HOST,
@@ -70,8 +73,8 @@ HARMLESS = {
 }
 """Moves that no rehearsal misses, and why."""
 
-ASKING = {"_products_are_deterministic", "this_machine"}
-"""Functions that ask CUDA itself, or time it, and need a card."""
+ASKING = {"_products_are_deterministic", "this_machine", "_fill"}
+"""Functions that ask CUDA itself, or time it or what runs there, and need a card."""
 
 MOVES = [move for move in moves() if move.function not in ASKING]
 

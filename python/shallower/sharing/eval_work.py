@@ -2,39 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ProcessesError, SettingsError, ShallowerError
+from ..errors import ShallowerError
 from ..models.source import ModelSource
 from ..reporting.results import write_evaluation
 from ..store.given_models import ModelStore
 from ..store.inputs import machine
 from ..store.store import Store, open_store
-from ..studies.evaluate import EvalJob, KnownResults, Result, Results
-from ..studies.measures import LossOfTexts, Measure, PerplexityOfText
-from ..texts.sources import Texts, read_whole
+from ..studies.evaluate import MEASURES, EvalJob, KnownResults, Result, Results
 from ..values.files import EVAL_FILE
 from ..values.plan import Plan
 from ..values.provenance import forward_versions
 from ..values.shard import Shard
-from ..values.tokens import Tokens
 from .measured import Evaluation, MeasuredShard, Part, evaluation_of
-from .work import Batches, OpenedBatches, absolute, described_texts
+from .work import Batches, OpenedBatches
 
 if TYPE_CHECKING:
     from ..values.scores import Scores
-
-_NAMES = {"loss": "texts", "perplexity": "text"}
-"""What a measure is of, by its kind."""
-
-_ALONE = {
-    "tasks": ("are scored", "share them by naming one task a command"),
-    "speech": ("is measured", "measure it apart"),
-}
-"""Measures whose items do not fall into shards: what is said of them, and the way out."""
 
 _DESCRIBED = ("source", "measures", "plan", "device_memory")
 """What a shard says of its evaluation, from which a process makes it again."""
@@ -54,8 +41,7 @@ class OpenedEval(OpenedBatches):
 
         job: Any = self.job or _job_of(self.described, self.store)
         for one in job.measures:
-            place = self.described["measures"][one.kind]["source"]
-            self.agree(_NAMES[one.kind], place, partial(one.inputs, self.store))
+            self.agree(one.kind, one.source, partial(one.inputs, self.store))
         model, tokenizer = source.load(progress=self.progress)
         self._decoder, self._sides = Decoder.of(model, self.content), job.sides
         if job.plan:
@@ -155,21 +141,15 @@ class EvalWork(Batches):
         super().prepare()
         self.reads = [self.job.source.place, *(one.source for one in self.job.measures)]
         for one in self.job.measures:
-            if one.kind in _ALONE:
-                done, way_out = _ALONE[one.kind]
-                raise SettingsError(
-                    f"--{one.kind} {done} by one process: leave out --shard, --workers and --on, "
-                    f"and {way_out}"
-                )
-            _described(one)
+            one.described()
 
     def described(self) -> dict[str, Any]:
         """Describe the evaluation: what is measured of which cut."""
         job, found = self.job, super().described()
-        found["expects"] |= {_NAMES[one.kind]: one.inputs(job.store) for one in job.measures}
+        found["expects"] |= {one.kind: one.inputs(job.store) for one in job.measures}
         return {
             **found,
-            "measures": {one.kind: _described(one) for one in job.measures},
+            "measures": {one.kind: one.described() for one in job.measures},
             "plan": job.plan and job.plan.to_json(),
             "device_memory": job.device_memory,
         }
@@ -203,35 +183,16 @@ class EvalWork(Batches):
             return found, False  # it describes nothing that is here
 
 
-def _described(measure: Measure[Any]) -> dict[str, Any]:
-    """A measure as a worker makes it; ProcessesError where its texts were given."""
-    if isinstance(measure, LossOfTexts):
-        return {**described_texts(measure.texts), "tokens": asdict(measure.tokens)}
-    assert isinstance(measure, PerplexityOfText)
-    if measure.source is None:
-        raise ProcessesError("workers read a text themselves: name its file")
-    options = {"context": measure.context, "bos": measure.bos, "batch_size": measure.batch_size}
-    return {"source": absolute(measure.source), **options}
-
-
 def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
     """The evaluation that was described."""
+    named = described["measures"]
     return EvalJob(
         source=ModelSource(**described["source"]),
-        measures=[_measure_of(kind, one) for kind, one in described["measures"].items()],
+        measures=[one.from_described(named[one.kind]) for one in MEASURES if one.kind in named],
         layers=described["plan"] and Plan.from_json(described["plan"]),
         device_memory=described["device_memory"],
         store=store,
     )
-
-
-def _measure_of(kind: str, described: Mapping[str, Any]) -> Measure[Any]:
-    """The measure that :func:`_described` described."""
-    options = dict(described)
-    if kind == "loss":
-        tokens = Tokens(**options.pop("tokens"))
-        return LossOfTexts(Texts(**options), tokens)
-    return PerplexityOfText(read_whole(options["source"]), **options)
 
 
 def _keep(found: Evaluation, job: EvalJob) -> bool:

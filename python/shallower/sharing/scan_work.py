@@ -13,12 +13,12 @@ from ..scanning.scan_file import scan_bytes
 from ..scanning.shards import ScannedShard, Shards, joined_shards
 from ..storage import check_free, claimed, holds, write_file
 from ..store.inputs import texts_content
-from ..texts.sources import Texts, place_of_texts
+from ..texts.sources import Texts, described_texts, place_of_texts
 from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 from ..values.positions import Positions
 from ..values.shard import Shard
 from ..values.tokens import Tokens
-from .work import Batches, OpenedBatches, described_texts
+from .work import Batches, OpenedBatches
 
 
 class OpenedScan(OpenedBatches):

@@ -20,6 +20,7 @@ from weakref import finalize
 from ..errors import CacheError, ProcessesError, ScanError, SettingsError
 from ..models.source import ModelSource
 from ..progress import part, track
+from ..storage import absolute
 from ..store.inputs import check_machine, check_made_by, made_by, model_inputs
 from ..store.store import Store, open_store
 from ..studies.compare import CompareStudy
@@ -31,7 +32,7 @@ from ..values.shard import NAMES, Shard
 from ..workers.units import Ledger
 from .engines import memory_of
 from .json_shards import JsonShard
-from .work import Opened, Work, absolute
+from .work import Opened, Work
 
 _STUDIES: dict[str, Any] = {one.KIND: one for one in (CompareStudy, CurveStudy)}
 

@@ -12,10 +12,9 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import OutputError, ProcessesError, ScanError, SettingsError, raise_output_error
 from ..models.source import ModelSource
-from ..storage import claimed, write_file
+from ..storage import absolute, claimed, write_file
 from ..store.inputs import check_made_by, made_by, model_content
 from ..store.store import open_store
-from ..texts.sources import Texts
 from ..values.memory import MemoryPlan
 from ..values.shard import NAMES, Shard, read_shards
 from ..workers.units import Ledger
@@ -165,11 +164,11 @@ class OpenedBatches(Opened):
         texts = {unit: of.texts_of(Shard.parse(unit)) for unit in described["units"]}
         self.hello = {"common": of.common, "texts": texts}
 
-    def agree(self, name: str, place: str, found: Callable[[], Any]) -> None:
+    def agree(self, name: str, place: str | None, found: Callable[[], Any]) -> None:
         """Refuse what is not what the driver has: ProcessesError."""
         wanted = self.described["expects"][name] if self.job is None else None
         if wanted is not None and found() != wanted:
-            raise ProcessesError(f"{place} on this node is no {name} of the driver, or not there")
+            raise ProcessesError(f"{place} on this node is not that of the driver, or not there")
 
     @abstractmethod
     def open(self, source: ModelSource) -> Any:
@@ -271,16 +270,3 @@ class Batches(Work):
     @abstractmethod
     def joined(self, shards: Sequence[Any]) -> Any:
         """Put shards together, as what one process finds."""
-
-
-def described_texts(texts: object) -> dict[str, Any]:
-    """Describe texts as workers read them themselves; ProcessesError where they were given."""
-    if not isinstance(texts, Texts):
-        raise ProcessesError("workers read texts themselves: name a file or a dataset")
-    return {"source": absolute(texts.source), "limit": texts.limit}
-
-
-def absolute(place: str) -> str:
-    """A place that another process finds, whatever folder it is in; a hub id as it is."""
-    path = Path(place).expanduser()
-    return str(path.absolute()) if path.exists() else place

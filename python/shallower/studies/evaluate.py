@@ -420,15 +420,16 @@ class EvalPair:
                 pairs = zip_longest(measure.token_ids(first), measure.token_ids(second))
                 for index, (one, other) in enumerate(pairs):
                     if one is None or other is None or one.tolist() != other.tolist():
-                        raise self._differ(measure.kind, index)
+                        raise self._differ(measure, index)
             store.put("same_tokens", inputs, {"same": True})
 
-    def _differ(self, kind: str, index: int) -> TextsError:
-        what = {"loss": "text", "speech": "prompt"}.get(kind, "window")
+    def _differ(self, measure: Measure[Any], index: int) -> TextsError:
+        what = measure.item
         return TextsError(
             f"{self.model.source} and {self.against.source} have different tokenizers: {what} "
-            f"{index} becomes other tokens, so their {kind} cannot be paired by {what}. Compare "
-            f"checkpoints of one tokenizer, or by --tasks, whose items are paired (--against)"
+            f"{index} becomes other tokens, so their {measure.kind} cannot be paired by {what}. "
+            f"Compare checkpoints of one tokenizer, or by --tasks, whose items are paired "
+            f"(--against)"
         )
 
     def describe(self) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from ..errors import ProcessesError, SettingsError
 from ..evaluation.task_files import files_in, files_of
 from ..models.source import ModelSource
+from ..storage import absolute
 from ..store.inputs import hash_of_files, items_of, model_inputs, texts_content
 from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
-from ..texts.sources import Texts, read_whole
+from ..texts.sources import Texts, described_texts, place_of_texts, read_whole
 from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.options import parse_names
@@ -55,7 +57,9 @@ class Measure(ABC, Generic[T]):
     Attributes:
         kind: its name, also that of the entries in the store.
         option: the field of :class:`EvalSettings` that asks for it.
+        item: what results are paired by.
         result: the class of its results.
+        apart: the way out where its items do not fall into shards.
         tokens: how texts become batches.
         source: the file that is read, if it is one and known.
         needs_whole: whether what was measured is completed by the whole model.
@@ -64,7 +68,9 @@ class Measure(ABC, Generic[T]):
 
     kind: str
     option: str
+    item: str
     result: Any
+    apart: str = "measure it apart"
     needs_whole: bool = False
     tokens: Tokens = Tokens()
     source: str | None = None
@@ -83,6 +89,22 @@ class Measure(ABC, Generic[T]):
     def items(self) -> str:
         """Identify the items that are measured, for what is kept batch by batch."""
         return hash_of(self.inputs(Store(None)))
+
+    def described(self) -> dict[str, Any]:
+        """Describe it for other processes that measure shards of it.
+
+        Raises SettingsError where its items do not fall into shards, and ProcessesError where they
+        cannot be read again.
+        """
+        raise SettingsError(
+            f"--{self.option} is measured by one process: leave out --shard, --workers and --on, "
+            f"and {self.apart}"
+        )
+
+    @classmethod
+    def from_described(cls, described: Mapping[str, Any]) -> Self:
+        """Make what was described."""
+        raise NotImplementedError
 
     def prepare(self) -> None:
         """Find out what is wrong with it before a model is loaded."""
@@ -144,7 +166,7 @@ class LossOfTexts(Measure[Loss]):
 
     texts: Texts | list[str]
     tokens: Tokens = field(default_factory=Tokens)
-    kind, option = "loss", "texts"
+    kind, option, item = "loss", "texts", "text"
     result = Loss
 
     @classmethod
@@ -152,6 +174,20 @@ class LossOfTexts(Measure[Loss]):
         """Open the texts, and read those of this process alone, once."""
         texts = Texts(what, settings.max_texts).check()
         return cls(texts if is_shared else [*texts], settings.tokens)
+
+    @property
+    def source(self) -> str | None:  # type: ignore[override]
+        """The file or dataset, where the texts are of one."""
+        return place_of_texts(self.texts)
+
+    def described(self) -> dict[str, Any]:
+        """Name the texts."""
+        return {"texts": described_texts(self.texts), "tokens": asdict(self.tokens)}
+
+    @classmethod
+    def from_described(cls, described: Mapping[str, Any]) -> Self:
+        """Open the texts."""
+        return cls(Texts(**described["texts"]), Tokens(**described["tokens"]))
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Identify the texts by their content."""
@@ -202,6 +238,7 @@ class PerplexityOfText(Measure[Perplexity]):
     batch_size: BatchSize = "auto"
     source: str | None = None
     kind = option = "perplexity"
+    item = "window"
     result = Perplexity
 
     @classmethod
@@ -209,6 +246,18 @@ class PerplexityOfText(Measure[Perplexity]):
         """Read the text."""
         size = settings.batch_size
         return cls(read_whole(what), settings.context, settings.bos, size, source=what)
+
+    def described(self) -> dict[str, Any]:
+        """Name the file of the text."""
+        if self.source is None:
+            raise ProcessesError("workers read a text themselves: name its file")
+        options = {"context": self.context, "bos": self.bos, "batch_size": self.batch_size}
+        return {"source": absolute(self.source), **options}
+
+    @classmethod
+    def from_described(cls, described: Mapping[str, Any]) -> Self:
+        """Read the text."""
+        return cls(read_whole(described["source"]), **described)
 
     @property
     def tokens(self) -> Tokens:  # type: ignore[override]
@@ -254,6 +303,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
     settings: EvalSettings | CurveSettings
     progress: bool | None = None
     kind = option = "tasks"
+    item, apart = "item", "share them by naming one task a command"
 
     @classmethod
     def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
@@ -341,6 +391,7 @@ class SpeechOnPrompts(Measure[Speech]):
     whole: ModelSource | None = None
     source: str | None = None
     kind = option = "speech"
+    item = "prompt"
     result = Speech
     needs_whole = True
 
