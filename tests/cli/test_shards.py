@@ -17,10 +17,10 @@ from shallower.sharing.scan_work import ScanWork
 from shallower.sharing.share import open_work
 from shallower.sharing.work import NUM_SHARDS
 from shallower.store.store import open_store
-from shallower.studies.evaluate import EvalJob
-from shallower.studies.measures import LossOfTexts
+from shallower.studies.evaluate import EvalJob, measures_of
 from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
+from shallower.values.stage_settings import EvalSettings
 from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import edited, tiny_llama, write_jsonl
 from tests.documents import documents
@@ -127,7 +127,8 @@ def test_workers_open_nothing_but_what_the_driver_has(folder, tiny, many, kind, 
     if kind == "scan":
         work = ScanWork(ScanJob(source=source, texts=texts, out=folder, store=store), workers=1)
     else:
-        job = EvalJob(source=source, measures=[LossOfTexts(texts)], store=store)
+        measures = measures_of(EvalSettings(texts=str(many)), is_shared=True)
+        job = EvalJob(source=source, measures=measures, store=store)
         work = EvalWork(job, workers=1)
     described = json.loads(json.dumps(work.described()))
     assert open_work(described).run("0/64")

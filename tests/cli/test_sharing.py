@@ -102,7 +102,9 @@ def test_a_shard_that_was_killed_is_gone_on_with(shallower, folder, asked, monke
 
 def test_a_shard_by_hand_is_of_what_the_command_has_read(shallower, folder, tiny, monkeypatch):
     (folder / "text.txt").write_text(" ".join(f"w{i % 97}" for i in range(300)))
-    monkeypatch.setattr("shallower.sharing.eval_work.read_whole", lambda _: 1 / 0)  # as of a pipe
+    monkeypatch.setattr(
+        "shallower.sharing.eval_work.measures_of", lambda *_, **__: 1 / 0
+    )  # as of a pipe
     options = ["--perplexity", folder / "text.txt", "--context", 16, "--shard", "0/1"]
     assert shallower("eval", tiny, *options, "--out", "out").status == 0
 
@@ -167,10 +169,10 @@ def test_texts_that_no_worker_can_do_are_named_and_the_others_are_kept(
         patch.setattr("shallower.sharing.share.OPENER", "tests.studies.poisoned:poisoned")
         done = shallower(*command)
     assert f"the {kind} is incomplete: 1 of its shards failed 3 times each" in done.error
-    assert "shard 7/64 by ValueError: poison" in done.error
+    assert "shard 9/64 by ValueError: poison" in done.error
     (named,) = json.loads((folder / "out" / "incomplete.json").read_text())
     first, last = named["texts"] if kind == "scan" else named["texts"]["loss"]
-    assert (named["shard"], len(named["errors"])) == ("7/64", 3)
+    assert (named["shard"], len(named["errors"])) == ("9/64", 3)
     assert 0 <= first < last <= 80
     again = shallower(*command, "--json")
     assert "resuming: 63 of 64 shards are done" in again.err
@@ -186,5 +188,5 @@ def test_texts_that_no_worker_can_do_are_named_and_the_others_are_kept(
 def test_without_a_folder_nothing_of_an_eval_is_kept(shallower, asked, monkeypatch):
     monkeypatch.setattr("shallower.sharing.share.OPENER", "tests.studies.poisoned:poisoned")
     said = shallower(*asked("eval")[:-2], "--workers", "1").error
-    assert "each, shard 7/64 by ValueError: poison" in said
+    assert "each, shard 9/64 by ValueError: poison" in said
     assert "name a folder to keep the others (--out)" in said

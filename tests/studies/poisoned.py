@@ -8,12 +8,12 @@ from shallower.sharing.share import open_work
 
 
 def poisoned(described):
-    """A scan or an eval of which no worker can make the eighth shard."""
+    """A scan or an eval of which no worker can make the tenth shard."""
 
     def fail():
         raise ValueError("poison")
 
-    return _before(open_work(described), "7/64", fail)
+    return _before(open_work(described), "9/64", fail)
 
 
 def dying(described):

@@ -21,12 +21,11 @@ from shallower.sharing.scan_work import ScanWork
 from shallower.sharing.share import share
 from shallower.sharing.study_work import CompareWork
 from shallower.store.store import Store
-from shallower.studies.evaluate import EvalJob
-from shallower.studies.measures import LossOfTexts
+from shallower.studies.evaluate import EvalJob, measures_of
 from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
 from shallower.values.memory import MemoryPlan
-from shallower.values.tokens import Tokens
+from shallower.values.stage_settings import EvalSettings
 from shallower.workers import ray_workers, units
 from shallower.workers.ray_workers import RayWorkers
 from shallower.workers.units import Ledger, drive
@@ -123,9 +122,10 @@ def test_a_cluster_measures_what_one_process_finds(tmp_path, words):
     tiny_llama().save_pretrained(tmp_path / "tiny")
     words.save_pretrained(tmp_path / "tiny")
     texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(80))))
+    settings = EvalSettings(texts=texts.source, max_length=16, batch_size=2)
     job = EvalJob(
         source=sh.ModelSource(tmp_path / "tiny"),
-        measures=[LossOfTexts(texts, Tokens(16, 2))],
+        measures=measures_of(settings, is_shared=True),
         layers=[sh.Block(1, 3)],
     )
     found = share(EvalWork(job, on="ray"))["loss"]

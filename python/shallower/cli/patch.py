@@ -240,10 +240,10 @@ def _planned(
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
     from ..forecasts.speed import told
+    from ..forecasts.stream_plans import plan_passes, plan_steps
     from ..forecasts.work import forecast, of_patch
     from ..memory.checkpoints import left_bytes
     from ..storage import free_bytes
-    from ..studies.stream_plans import plan_passes, plan_steps
     from ..values.estimates import Disk
 
     counted = cache(lambda: of_patch(place, dropped, texts, **more))

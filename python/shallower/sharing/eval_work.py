@@ -12,18 +12,19 @@ from ..reporting.results import write_evaluation
 from ..store.given_models import ModelStore
 from ..store.inputs import machine
 from ..store.store import Store, open_store
-from ..studies.evaluate import MEASURES, EvalJob, KnownResults, Result, Results
+from ..studies.evaluate import EvalJob, KnownResults, Result, Results, measures_of
 from ..values.files import EVAL_FILE
 from ..values.plan import Plan
 from ..values.provenance import forward_versions
 from ..values.shard import Shard
+from ..values.stage_settings import EvalSettings
 from .measured import Evaluation, MeasuredShard, Part, evaluation_of
 from .work import Batches, OpenedBatches
 
 if TYPE_CHECKING:
     from ..values.scores import Scores
 
-_DESCRIBED = ("source", "measures", "plan", "device_memory")
+_DESCRIBED = ("source", "settings", "plan", "device_memory")
 """What a shard says of its evaluation, from which a process makes it again."""
 
 
@@ -149,7 +150,7 @@ class EvalWork(Batches):
         found["expects"] |= {one.kind: one.inputs(job.store) for one in job.measures}
         return {
             **found,
-            "measures": {one.kind: one.described() for one in job.measures},
+            "settings": {k: v for one in job.measures for k, v in one.described().items()},
             "plan": job.plan and job.plan.to_json(),
             "device_memory": job.device_memory,
         }
@@ -185,10 +186,9 @@ class EvalWork(Batches):
 
 def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
     """The evaluation that was described."""
-    named = described["measures"]
     return EvalJob(
         source=ModelSource(**described["source"]),
-        measures=[one.from_described(named[one.kind]) for one in MEASURES if one.kind in named],
+        measures=measures_of(EvalSettings(**described["settings"]), is_shared=True),
         layers=described["plan"] and Plan.from_json(described["plan"]),
         device_memory=described["device_memory"],
         store=store,

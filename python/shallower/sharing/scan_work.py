@@ -5,15 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import ScanError
+from ..errors import ProcessesError, ScanError
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import draw_heat_map
 from ..scanning.scan import Scan
 from ..scanning.scan_file import scan_bytes
 from ..scanning.shards import ScannedShard, Shards, joined_shards
-from ..storage import check_free, claimed, holds, write_file
+from ..storage import absolute, check_free, claimed, holds, write_file
 from ..store.inputs import texts_content
-from ..texts.sources import Texts, described_texts, place_of_texts
+from ..texts.sources import Texts, place_of_texts
 from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 from ..values.positions import Positions
 from ..values.shard import Shard
@@ -64,7 +64,7 @@ class ScanWork(Batches):
                 "--until is for a scan of one process, from the first text on: leave it out, or "
                 "--shard, --workers and --on"
             )
-        described_texts(self.job.texts)
+        _described_texts(self.job.texts)
         self.reads = [self.job.source.place, place_of_texts(self.job.texts)]
 
     def described(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class ScanWork(Batches):
         options = ("metrics", "threads", "keep_samples", "experts")
         return {
             **found,
-            "texts": described_texts(job.texts),
+            "texts": _described_texts(job.texts),
             "tokens": asdict(job.tokens),
             "positions": asdict(job.positions),
             "options": {name: getattr(job, name) for name in options},
@@ -98,3 +98,10 @@ class ScanWork(Batches):
         with claimed(file, overwrite):
             write_file(file, content)
             return scanned, [file, *draw_heat_map(scanned, out)]
+
+
+def _described_texts(texts: object) -> dict[str, Any]:
+    """Describe texts as workers read them themselves; ProcessesError where they were given."""
+    if not isinstance(texts, Texts):
+        raise ProcessesError("workers read texts themselves: name a file or a dataset")
+    return {"source": absolute(texts.source), "limit": texts.limit}

@@ -15,6 +15,7 @@ import numpy as np
 from ..evaluation.speech import SPEECH_TOKENS
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
 from ..forecasts.speed import Work, device_of, told
+from ..forecasts.stream_plans import StepsPlan, plan_passes, plan_steps
 from ..forecasts.work import (
     CHECKED,
     QUICK_SOLVES,
@@ -58,7 +59,6 @@ from .answers import WantedAnswers
 from .compare import CompareStudy
 from .disk import sizes_of, study_bytes
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
-from .stream_plans import StepsPlan, plan_passes, plan_steps
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 

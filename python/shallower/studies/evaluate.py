@@ -56,7 +56,7 @@ def measures_of(settings: EvalSettings, *, is_shared: bool) -> list[Measure[Any]
         *others, last = (f"--{one.option}" for one in MEASURES)
         raise TextsError(f"name what to measure: {', '.join(others)} or {last}")
     wanted = [one for one in MEASURES if one.option in asked]
-    return [one.of(asked[one.option], settings, is_shared=is_shared) for one in wanted]
+    return [one.asked_by(settings, is_shared=is_shared) for one in wanted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +253,8 @@ class EvalJob:
 
     def _stream(self) -> "dict[str, StreamPlan | str]":
         """Plan what speech reads where layers are streamed from disk, at most; else nothing."""
+        from ..forecasts.stream_plans import plan_passes
         from ..forecasts.work import CHECKED
-        from .stream_plans import plan_passes
 
         speech = [one for one in self.measures if isinstance(one, SpeechOnPrompts)]
         if not speech or not self.source.waits_on_disk:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from ..errors import ProcessesError, SettingsError
 from ..evaluation.task_files import files_in, files_of
@@ -14,7 +14,7 @@ from ..storage import absolute
 from ..store.inputs import hash_of_files, items_of, model_inputs, texts_content
 from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
-from ..texts.sources import Texts, described_texts, place_of_texts, read_whole
+from ..texts.sources import Texts, read_whole
 from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.options import parse_names
@@ -59,7 +59,10 @@ class Measure(ABC, Generic[T]):
         option: the field of :class:`EvalSettings` that asks for it.
         item: what results are paired by.
         result: the class of its results.
-        apart: the way out where its items do not fall into shards.
+        shared: the settings that its shards depend on beside that option; where its items do not
+            fall into shards, None.
+        apart: the way out then.
+        asked: the settings that asked for it, if any did.
         tokens: how texts become batches.
         source: the file that is read, if it is one and known.
         needs_whole: whether what was measured is completed by the whole model.
@@ -70,7 +73,9 @@ class Measure(ABC, Generic[T]):
     option: str
     item: str
     result: Any
-    apart: str = "measure it apart"
+    shared: ClassVar[Sequence[str] | None] = None
+    apart: ClassVar[str] = "measure it apart"
+    asked: ClassVar[EvalSettings | None] = None
     needs_whole: bool = False
     tokens: Tokens = Tokens()
     source: str | None = None
@@ -80,6 +85,13 @@ class Measure(ABC, Generic[T]):
     @abstractmethod
     def of(cls, what: Any, settings: EvalSettings, *, is_shared: bool) -> Self:
         """Make it of its option; what other processes read too, where it is shared, is named."""
+
+    @classmethod
+    def asked_by(cls, settings: EvalSettings, *, is_shared: bool) -> Self:
+        """Make it as settings ask for it."""
+        made = cls.of(getattr(settings, cls.option), settings, is_shared=is_shared)
+        made.asked = settings  # type: ignore[misc]
+        return made
 
     @abstractmethod
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
@@ -91,20 +103,20 @@ class Measure(ABC, Generic[T]):
         return hash_of(self.inputs(Store(None)))
 
     def described(self) -> dict[str, Any]:
-        """Describe it for other processes that measure shards of it.
+        """Give the settings by which other processes make it.
 
-        Raises SettingsError where its items do not fall into shards, and ProcessesError where they
-        cannot be read again.
+        Raises SettingsError where its items do not fall into shards, and ProcessesError where
+        nothing names them.
         """
-        raise SettingsError(
-            f"--{self.option} is measured by one process: leave out --shard, --workers and --on, "
-            f"and {self.apart}"
-        )
-
-    @classmethod
-    def from_described(cls, described: Mapping[str, Any]) -> Self:
-        """Make what was described."""
-        raise NotImplementedError
+        if self.shared is None:
+            raise SettingsError(
+                f"--{self.option} is measured by one process: leave out --shard, --workers and "
+                f"--on, and {self.apart}"
+            )
+        if self.asked is None:
+            raise ProcessesError("workers read texts themselves: name a file or a dataset")
+        place = absolute(getattr(self.asked, self.option))
+        return {self.option: place} | {name: getattr(self.asked, name) for name in self.shared}
 
     def prepare(self) -> None:
         """Find out what is wrong with it before a model is loaded."""
@@ -162,32 +174,21 @@ class LossOfTexts(Measure[Loss]):
     Attributes:
         texts: held-out texts, which can be read again.
         tokens: how they become batches.
+        source: the file or dataset that they are read from.
     """
 
     texts: Texts | list[str]
     tokens: Tokens = field(default_factory=Tokens)
+    source: str | None = None
     kind, option, item = "loss", "texts", "text"
+    shared = ("max_texts", "max_length", "batch_size")
     result = Loss
 
     @classmethod
     def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
         """Open the texts, and read those of this process alone, once."""
         texts = Texts(what, settings.max_texts).check()
-        return cls(texts if is_shared else [*texts], settings.tokens)
-
-    @property
-    def source(self) -> str | None:  # type: ignore[override]
-        """The file or dataset, where the texts are of one."""
-        return place_of_texts(self.texts)
-
-    def described(self) -> dict[str, Any]:
-        """Name the texts."""
-        return {"texts": described_texts(self.texts), "tokens": asdict(self.tokens)}
-
-    @classmethod
-    def from_described(cls, described: Mapping[str, Any]) -> Self:
-        """Open the texts."""
-        return cls(Texts(**described["texts"]), Tokens(**described["tokens"]))
+        return cls(texts if is_shared else [*texts], settings.tokens, what)
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Identify the texts by their content."""
@@ -238,7 +239,7 @@ class PerplexityOfText(Measure[Perplexity]):
     batch_size: BatchSize = "auto"
     source: str | None = None
     kind = option = "perplexity"
-    item = "window"
+    item, shared = "window", ("context", "bos", "batch_size")
     result = Perplexity
 
     @classmethod
@@ -246,18 +247,6 @@ class PerplexityOfText(Measure[Perplexity]):
         """Read the text."""
         size = settings.batch_size
         return cls(read_whole(what), settings.context, settings.bos, size, source=what)
-
-    def described(self) -> dict[str, Any]:
-        """Name the file of the text."""
-        if self.source is None:
-            raise ProcessesError("workers read a text themselves: name its file")
-        options = {"context": self.context, "bos": self.bos, "batch_size": self.batch_size}
-        return {"source": absolute(self.source), **options}
-
-    @classmethod
-    def from_described(cls, described: Mapping[str, Any]) -> Self:
-        """Read the text."""
-        return cls(read_whole(described["source"]), **described)
 
     @property
     def tokens(self) -> Tokens:  # type: ignore[override]

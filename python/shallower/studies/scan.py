@@ -145,8 +145,8 @@ class ScanJob(ScanSettings):
 
     def _planned(self) -> "StreamPlan":
         """What is read from disk, at most; raises what no plan can be made of."""
+        from ..forecasts.stream_plans import plan_passes
         from ..forecasts.work import count_texts
-        from .stream_plans import plan_passes
 
         length, count = self.tokens.max_length, count_texts(self.texts)
         texts = count if self.until is None else min(count, JUDGED)

@@ -8,9 +8,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, ProcessesError, TextsError, why
+from ..errors import MissingExtraError, TextsError, why
 from ..progress import hushed, shortened
-from ..storage import absolute
 from .hub import hub_refusal
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
@@ -26,13 +25,6 @@ _HEAD_BYTES = 1 << 16
 def place_of_texts(texts: object) -> str | None:
     """Name the file or the hub dataset that texts are read from; None where they are given."""
     return texts.source if isinstance(texts, Texts) else None
-
-
-def described_texts(texts: object) -> dict[str, Any]:
-    """Describe texts as workers read them themselves; ProcessesError where they were given."""
-    if not isinstance(texts, Texts):
-        raise ProcessesError("workers read texts themselves: name a file or a dataset")
-    return {"source": absolute(texts.source), "limit": texts.limit}
 
 
 class Texts:
