@@ -2,9 +2,9 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 import shallower
 from tests.cli.documents import documents
 from tests.conftest import ROOT, tiny_llama, write_jsonl
+from tests.forks import Fork
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 OPTION, CRITERION, MEASURE, STUDY = (
@@ -59,6 +60,15 @@ def apply(title, folder):
         place.write_text(text, encoding="utf-8")
 
 
+def in_the_copy(code):
+    """Run code with the package of this folder, and with the core that was imported before."""
+    for name in [one for one in sys.modules if one.partition(".")[0] == "shallower"]:
+        if name != "shallower._core":
+            del sys.modules[name]
+    sys.path.insert(0, str(Path.cwd()))
+    exec(code, {})
+
+
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory, words):
     """A function that runs Python with a copy of the package in which all diffs are applied."""
@@ -79,12 +89,12 @@ def copied(tmp_path_factory, words):
     write_jsonl(folder / "texts.jsonl", documents(24))
     write_jsonl(folder / "held.jsonl", documents(8, seed=1))
 
+    numbers = count()
+
     def run(code):
-        found = subprocess.run(
-            [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
-        )
-        assert found.returncode == 0, found.stderr
-        return found.stdout
+        ran = Fork(in_the_copy, code, folder=folder, name=next(numbers))
+        assert ran.ended() == 0, ran.err
+        return ran.out
 
     return run
 
@@ -123,7 +133,6 @@ except sh.SettingsError as error:
     assert "did you mean drafts?" in said
 
 
-@pytest.mark.slow  # as docs/how-to/add-a-criterion.md, which runs by day
 def test_a_criterion_is_one_class(copied):
     command = "compare tiny --texts texts.jsonl --eval-texts held.jsonl --n 1 --criteria median"
     said = copied(CALL + f'call("compare --list")\nprint("=")\ncall("{command}")')

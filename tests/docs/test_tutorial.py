@@ -17,6 +17,7 @@ pytestmark = pytest.mark.timeout(1200)
 """A minute of one core, which others may want as well."""
 
 
+@pytest.mark.slow
 def test_the_tutorial_prints_what_it_says(folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     differences = [

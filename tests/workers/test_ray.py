@@ -99,6 +99,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path):
     assert sorted(unit for unit, _ in done_in(tmp_path)) == [*"0122345"]
 
 
+@pytest.mark.slow  # as of local workers: it is the ledger's
 @pytest.mark.usefixtures("cluster")
 def test_what_fails_wherever_it_is_done_is_given_up(tmp_path):
     found, ledger = squares(tmp_path, poison="2")
@@ -230,6 +231,7 @@ def test_a_worker_that_no_node_has_room_for_is_refused_at_once(tmp_path, monkeyp
         pass
 
 
+@pytest.mark.slow  # as of local workers: it is the ledger's
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     ("sick", "said"),
