@@ -65,8 +65,8 @@ SLOW = how_to(
     "vllm",
 ) | {
     "docs/how-much-is-20-percent.md",
-    "answer_prompts", "compare", "curve", "evaluate_loss", "evaluate_speech", "heal", "load_model", "memory_forecast",
-    "patch", "report", "run", "sweep",
+    "answer_prompts", "compare", "curve", "evaluate_loss", "evaluate_speech", "heal",
+    "load_model", "memory_forecast", "patch", "report", "run", "sweep",
 }  # fmt: skip
 
 SHORTER = {"README.md", "report", "run"} | how_to(
