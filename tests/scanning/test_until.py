@@ -20,19 +20,21 @@ def bytes_of(scanned, path):
     return path.read_bytes()
 
 
-@pytest.fixture(autouse=True)
-def judged(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def judged():
     """Judge every 16 texts: so few are not worth a text of their own in other tests."""
-    monkeypatch.setattr("shallower.scanning.model.JUDGED", 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shallower.scanning.model.JUDGED", 16)
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model():
     """A model with two blocks that are nearly alike."""
     return tiny_llama(seed=2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def scan(model, words):
     """Scan the model, a text at a time."""
     return lambda texts=TEXTS, batch_size=1, **options: sh.scan(
@@ -40,8 +42,8 @@ def scan(model, words):
     )
 
 
-@pytest.fixture
-def stopped(scan):
+@pytest.fixture(scope="module")
+def stopped(scan, judged):
     done = scan(until=SURE)
     assert 64 <= done.num_samples < len(TEXTS)
     assert done.settled.all
