@@ -1,6 +1,7 @@
 """Checkpoints, texts, scans and plans for the command line."""
 
 import warnings
+from functools import cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,9 +10,19 @@ import torch
 
 import shallower as sh
 from shallower import Scan
+from shallower.forecasts import forecast
 from tests.cli.documents import documents
 from tests.conftest import tiny_llama, write_jsonl
 from tests.studies.conftest import trained as trained
+
+
+@pytest.fixture
+def hasty(hasty, monkeypatch):
+    """The forward of a stage is one thing, as its rehearsals are known by it."""
+    monkeypatch.setattr(forecast, "_forward", STAGES)
+
+
+STAGES = cache(forecast._forward)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from operator import length_hint
 from typing import Any
@@ -122,6 +123,10 @@ def spoken(layers: int, whole: int, prompts: Lengths, *, num_tokens: int) -> Wor
     return written(layers, words) + runs
 
 
+_writer_widths = lru_cache(maxsize=1)(writer_widths)
+"""One model is counted after the other, cut by cut."""
+
+
 def solved(model: nn.Module | None, n: int, tokens: float, *, solves: float = SOLVES) -> Work:
     """Count the equations before each block, about every second layer that goes ending one.
 
@@ -129,7 +134,7 @@ def solved(model: nn.Module | None, n: int, tokens: float, *, solves: float = SO
     """
     if model is None:
         return Work()
-    inputs, width = writer_widths(model)
+    inputs, width = _writer_widths(model)
     flops = 2 * tokens * inputs * (inputs + width)
     flops += solves * (inputs**3 / 3 + 2 * inputs**2 * width)
     return Work(flops=flops * (n + 1) / 2)
