@@ -51,9 +51,9 @@ def place(tmp_path_factory, models, texts, trained, words):
         "tiny": models / "tiny",
         "texts": texts / "texts.jsonl",
         "held_out": texts / "held_out.jsonl",
-        "many": write_jsonl(folder / "many.jsonl", documents(300, seed=2)),
+        "many": write_jsonl(folder / "many.jsonl", documents(120, seed=2)),
         "trained": folder / "trained",
-        "counting": write_jsonl(folder / "counting.jsonl", progressions(300, 5)),
+        "counting": write_jsonl(folder / "counting.jsonl", progressions(150, 5)),
         "counted": write_jsonl(folder / "counted.jsonl", progressions(12, 1)),
         "states": folder / "states.safetensors",
         "cut": folder / "cut",
@@ -183,7 +183,7 @@ def test_what_somebody_has_changed_is_not_known(shallower, folder, place, name):
 def test_another_input_is_another_result(shallower, place, name):
     command = words(COMMANDS[name], place)
     assert shallower(*command).status == 0
-    number = "--num-tokens=2500" if name == "patch" else "--max-texts=20"
+    number = "--num-tokens=1200" if name == "patch" else "--max-texts=20"
     other = [*words(COMMANDS[name], place, "other"), number]
     done = shallower(*other)
     assert done.status == 0

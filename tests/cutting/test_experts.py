@@ -17,10 +17,11 @@ from shallower.values.layers import Block
 from tests.conftest import mostly_slow
 from tests.cutting.mixtures import NUM_EXPERTS, mixture, some_experts, unchosen
 from tests.cutting.test_families import check_generation, generation, logits, reload
-from tests.documents import TEXTS
+from tests.documents import documents
 from tests.families import EXPERTS_STAY, MIXTURES, SCALES
 from tests.models.offloaded import offloaded
 
+TEXTS = documents(6)
 FAST = ["deepseek_v3", "ernie4_5_moe", "gpt_oss", "llama4_text", "mixtral", "qwen2_moe"]
 """On every change: routers that differ most. All others are slow tests."""
 

@@ -64,7 +64,7 @@ def logits(model, tokens):
 def generation(model, tokens, use_cache):
     mask = torch.ones_like(tokens)
     return model.generate(
-        tokens, attention_mask=mask, do_sample=False, max_new_tokens=6, min_new_tokens=6,
+        tokens, attention_mask=mask, do_sample=False, max_new_tokens=3, min_new_tokens=3,
         use_cache=use_cache, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
@@ -73,6 +73,7 @@ def test_lists_of_the_config_are_cut_by_surviving_layer(family, cut, tmp_path):
         assert stored[name] == getattr(model.config, name) == [options[name][i] for i in survivors]
 
 
+@settings(max_examples=settings.default.max_examples // 3)
 @given(st.sets(st.integers(0, 5), min_size=1, max_size=5))
 def test_without_layers_is_the_skipped_model_and_then_the_old_one(llama_with_lists, dropped):
     model = llama_with_lists
