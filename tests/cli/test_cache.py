@@ -53,7 +53,7 @@ def place(tmp_path_factory, models, texts, trained, words):
         "held_out": texts / "held_out.jsonl",
         "many": write_jsonl(folder / "many.jsonl", documents(120, seed=2)),
         "trained": folder / "trained",
-        "counting": write_jsonl(folder / "counting.jsonl", progressions(150, 5)),
+        "counting": write_jsonl(folder / "counting.jsonl", progressions(160, 5)),
         "counted": write_jsonl(folder / "counted.jsonl", progressions(12, 1)),
         "states": folder / "states.safetensors",
         "cut": folder / "cut",

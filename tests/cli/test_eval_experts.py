@@ -13,7 +13,6 @@ from shallower.values.speech import MEASURES, ON_WORDS
 from tests.conftest import mostly_slow, word_tokenizer
 from tests.cutting.mixtures import mixture, some_experts
 
-
 NUM_LAYERS = 4
 
 
@@ -135,7 +134,9 @@ def test_a_plan_with_experts_cannot_be_patched(folder, texts):
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
 def test_nor_by_the_command(shallower, folder, texts, tmp_path, options):
     model, _ = sh.load_model(folder, dtype="float32")
-    sh.Plan(NUM_LAYERS, (), experts=DroppedExperts.of(6, some_experts(model))).save(tmp_path / "plan.json")
+    sh.Plan(NUM_LAYERS, (), experts=DroppedExperts.of(6, some_experts(model))).save(
+        tmp_path / "plan.json"
+    )
     command = ["patch", folder, "--plan", tmp_path / "plan.json", "--out", tmp_path / "out"]
     done = shallower(*command, "--texts", texts / "held_out.jsonl", *options)
     assert "also drops 2 experts a layer: prune by it" in done.error

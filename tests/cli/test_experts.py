@@ -10,7 +10,6 @@ from shallower.forecasts.speed import Work
 from shallower.models.source import ModelSource
 from tests.cutting.mixtures import mixture, unchosen
 
-
 NUM_LAYERS = 3
 
 
@@ -44,7 +43,10 @@ def narrow(words, jsonl, tmp_path_factory):
     texts = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
     model = small()
     said = "6 of 18 experts received no token from these texts, and go first"
-    with unchosen(model, dict.fromkeys(range(NUM_LAYERS), UNSEEN)), pytest.warns(UserWarning, match=said):
+    with (
+        unchosen(model, dict.fromkeys(range(NUM_LAYERS), UNSEEN)),
+        pytest.warns(UserWarning, match=said),
+    ):
         sh.scan(model, words, texts, experts=True).save(place)
     return place
 
@@ -54,7 +56,10 @@ def test_scan_gathers_statistics_of_experts(shallower, mixtral, jsonl, folder, s
     done = shallower("scan", mixtral, *options)
     assert done.status == 0
     unrouted = sum(map(len, sh.Scan.load(scanned).experts.unrouted.values()))
-    assert f"experts: 6 in each of {NUM_LAYERS} layers, {unrouted} of which received no token" in done.out
+    assert (
+        f"experts: 6 in each of {NUM_LAYERS} layers, {unrouted} of which received no token"
+        in done.out
+    )
     assert (folder / "out" / "scan.safetensors").read_bytes() == scanned.read_bytes()
 
 

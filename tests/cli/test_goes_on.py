@@ -15,7 +15,7 @@ from tests.conftest import edited, tiny_llama
 def asked(tiny, texts):
     """A model, and texts to choose by and to report on."""
     files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
-    return (tiny, *files, "--max-length", 16, "--out", "out")
+    return (tiny, *files, "--max-texts", 12, "--max-length", 16, "--out", "out")
 
 
 @pytest.fixture
@@ -61,7 +61,8 @@ def test_a_scan_does_not_go_on_with_other_weights(
     """The files of the model are changed between the kill and the same command."""
     shutil.copytree(tiny, folder / "model")
     monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
-    command = ("scan", "model", "--texts", jsonl, "--batch-size", 1, "--out", "out", *options)
+    few = ("--max-texts", 5, "--batch-size", 1)
+    command = ("scan", "model", "--texts", jsonl, *few, "--out", "out", *options)
     with monkeypatch.context() as patch:
         patch.setattr(scanning.ScanBuilder, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -84,7 +85,7 @@ def test_a_curve_does_not_go_on_with_the_scan_of_other_weights(
     shutil.copytree(tiny, folder / "model")
     monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
     files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
-    command = ("curve", "model", *files, "--max-length", 16)
+    command = ("curve", "model", *files, "--max-texts", 12, "--max-length", 16)
     command = (*command, "--n", 1, "--strategies", "similarity", "--states", "cut", "--overwrite")
     with monkeypatch.context() as patch:
         patch.setattr(scanning.ScanBuilder, "finish", interrupted)
