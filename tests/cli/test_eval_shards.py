@@ -169,7 +169,14 @@ def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder,
     assert "their weights differ" in shallower("gather", "parts", "--out", "out").error
 
 
-@pytest.mark.parametrize("change", [{"path": "twin"}, {"trust_remote_code": True}, {"dtype": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"path": "twin"},
+        {"trust_remote_code": True},
+        pytest.param({"dtype": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
     shallower, folder, models, command, shards, change
 ):

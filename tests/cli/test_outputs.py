@@ -1,5 +1,6 @@
 """Outputs: never what is read, by whatever name; one process at a time; refused before any work."""
 
+import itertools
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from shallower.patching import saving as shallower_patch
 from shallower.processes import held
 from shallower.texts.sources import Texts
 from tests.cli.documents import tree
-from tests.conftest import write_jsonl
+from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.gguf_files import write
 from tests.healing.cuts import QUICK, documents
 
@@ -117,7 +118,13 @@ def read(made, monkeypatch):
 
 
 ROWS = [
-    pytest.param(command, name, place, id=f"{command}: {place} {name}")
+    pytest.param(
+        command,
+        name,
+        place,
+        id=f"{command}: {place} {name}",
+        marks=() if place == "the same" or name == names[0] else pytest.mark.slow,
+    )
     for command, names in COMMANDS.items()
     for name in names
     for place in PLACES
@@ -164,7 +171,12 @@ IN_THEIRS += [
 ]
 
 
-@pytest.mark.parametrize(("command", "place", "named"), IN_THEIRS)
+@pytest.mark.parametrize(
+    ("command", "place", "named"),
+    mostly_slow(
+        IN_THEIRS, [one for one in IN_THEIRS if one[1] in EACH_WAY or one[0].startswith("prune")]
+    ),
+)
 def test_a_folder_with_what_no_command_wrote_is_not_replaced(
     read, shallower, monkeypatch, command, place, named
 ):
@@ -260,8 +272,13 @@ LONG = [command for command in COMMANDS if not command.startswith("plan")]
 LONG += ["eval all/model --texts all/texts.jsonl"]
 
 
-@pytest.mark.parametrize("where", WRITING)
-@pytest.mark.parametrize("command", LONG)
+@pytest.mark.parametrize(
+    ("command", "where"),
+    mostly_slow(
+        every := list(itertools.product(LONG, WRITING)),
+        [one for one in every if one[1] == "it" or one[0].startswith(("scan", "heal", "prune"))],
+    ),
+)
 def test_a_place_that_another_process_writes_to_is_not_to_be_replaced(
     read, shallower, command, where
 ):

@@ -66,7 +66,9 @@ def test_a_cut_on_disk_is_the_cut_in_memory(source, tmp_path, size):
     assert [path.name for path in tmp_path.iterdir() if path.name[0] == "."] == []
 
 
-@pytest.mark.parametrize("family", [*WITH_LISTS, *OTHERS])
+@pytest.mark.parametrize(
+    "family", mostly_slow([*WITH_LISTS, *OTHERS], [*WITH_LISTS, "gpt2", "qwen2-moe"])
+)
 def test_families_are_cut_on_disk_as_in_memory(family, tmp_path):
     model = build(*(WITH_LISTS | OTHERS)[family])
     model.save_pretrained(tmp_path / "source")
@@ -159,8 +161,8 @@ def test_a_cut_can_be_cut_again(source, tmp_path):
 
 # Families that the config alone describes.
 DROPS = ([0, 1], [3, 4], [1], [1, 3, 4], [5])
-IN_FOUR_BITS = ("llama", "mixtral", "gemma3_text", "qwen2", "olmo2")
-"""The families of which the quick tests cut weights of four bits."""
+BY_DAY = ("llama", "mixtral", "gemma3_text")
+"""Plain families that differ most."""
 PLAIN_SIZES = {**HEADS, "num_hidden_layers": 6, "sliding_window": 4}
 
 
@@ -192,7 +194,7 @@ def assert_told_by_the_config(folder, monkeypatch, drops=DROPS[:2]):
         assert light[1].model is not None
 
 
-@pytest.mark.parametrize("family", mostly_slow(VECTORS, quick=IN_FOUR_BITS))
+@pytest.mark.parametrize("family", mostly_slow(VECTORS, quick=BY_DAY))
 def test_the_config_alone_tells_the_cuts_of_plain_families(family, tmp_path, monkeypatch):
     folder = plain_checkpoint(family, tmp_path / "source")
     assert_told_by_the_config(folder, monkeypatch, DROPS)
@@ -211,7 +213,7 @@ def test_the_config_alone_tells_the_cuts_of_plain_families(family, tmp_path, mon
         assert_told_by_the_config(folder, monkeypatch)
 
 
-@pytest.mark.parametrize("family", mostly_slow(VECTORS, quick=IN_FOUR_BITS))
+@pytest.mark.parametrize("family", mostly_slow(VECTORS, quick=BY_DAY[:2]))
 def test_so_it_does_in_four_bits(family, tmp_path, monkeypatch):
     plain = plain_checkpoint(
         family, tmp_path / "plain", hidden_size=64, intermediate_size=64, head_dim=16
