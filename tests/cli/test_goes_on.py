@@ -8,7 +8,7 @@ from shallower.scanning import model as scanning
 from shallower.studies.compare_rows import _Choosing
 from shallower.studies.curve import CurveStudy
 from shallower.studies.recommending import Recommending
-from tests.conftest import edited, tiny_llama
+from tests.conftest import edited, mostly_slow, tiny_llama
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_a_scan_says_how_many_texts_were_scanned(cut_short, monkeypatch, tiny, j
     assert said.endswith(" texts were scanned")
 
 
-@pytest.mark.parametrize("options", [[], ["--no-cache"], ["--stream"]])
+@pytest.mark.parametrize(
+    "options", mostly_slow([[], ["--no-cache"], ["--stream"]], [[], ["--stream"]])
+)
 @pytest.mark.usefixtures("undrawn")
 def test_a_scan_does_not_go_on_with_other_weights(
     shallower, monkeypatch, folder, tiny, jsonl, options

@@ -107,7 +107,7 @@ def test_a_checkpoint_of_the_model_without_its_head(tmp_path):
     assert plan.model.fingerprint == memory.model.fingerprint
 
 
-@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", mostly_slow(["nf4", "int8"], ["nf4"]))
 def test_quantised_checkpoints_of_bitsandbytes_stay_bit_by_bit(words, tmp_path, dtype):
     model_class, config_class, options = OTHERS["mistral"]
     sizes = {"hidden_size": 64, "intermediate_size": 128}
@@ -232,7 +232,7 @@ def test_so_it_does_in_every_dtype(dtype, tmp_path, monkeypatch):
     assert_told_by_the_config(tmp_path / "source", monkeypatch, [DROPPED])
 
 
-@pytest.mark.parametrize("period", [1, 3])
+@pytest.mark.parametrize("period", mostly_slow([1, 3], [3]))
 def test_so_it_does_for_another_pattern_of_windows(period, tmp_path, monkeypatch):
     folder = plain_checkpoint("gemma3_text", tmp_path / "source")
     raw = read_json(folder / "config.json")
@@ -306,7 +306,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", mostly_slow(WAYS, ["command"]))
 def test_a_plain_family_is_cut_without_torch_and_in_little_memory(source, tmp_path, way):
     out = tmp_path / "cut"
     call = WAYS[way].format(source=str(source), out=str(out))
