@@ -105,6 +105,7 @@ pytestmark = pytest.mark.filterwarnings("default:the cut is not patched")
 RUN = pytest.param("run", marks=pytest.mark.slow)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", mostly_slow(COMMANDS, set(COMMANDS) - {"run", "heal merged"}))
 def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, name):
     first = shallower(*words(COMMANDS[name], place))
