@@ -1,6 +1,7 @@
 """Checkpoints, texts, scans and plans for the command line."""
 
 import warnings
+from functools import cache, partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,9 +10,20 @@ import torch
 
 import shallower as sh
 from shallower import Scan
+from shallower.forecasts import forecast
+from shallower.studies import speaking
 from tests.cli.documents import documents
 from tests.conftest import tiny_llama, write_jsonl
 from tests.studies.conftest import trained as trained
+
+
+@pytest.fixture
+def hasty(hasty, monkeypatch):
+    """The forward of a stage is one thing, as its rehearsals are known by it."""
+    monkeypatch.setattr(forecast, "_forward", STAGES)
+
+
+STAGES = cache(forecast._forward)
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +89,12 @@ def plans(tmp_path_factory, scans):
         plan = Scan.load(scans / name / "scan.safetensors").plan(2)
         plan.save(folder / name / "shallower_plan.json")
     return folder
+
+
+@pytest.fixture
+def terse(monkeypatch):
+    """Models answer the prompts of a study with few tokens."""
+    monkeypatch.setattr(speaking, "Speaking", partial(speaking.Speaking, num_tokens=6))
 
 
 @pytest.fixture

@@ -51,9 +51,9 @@ def place(tmp_path_factory, models, texts, trained, words):
         "tiny": models / "tiny",
         "texts": texts / "texts.jsonl",
         "held_out": texts / "held_out.jsonl",
-        "many": write_jsonl(folder / "many.jsonl", documents(300, seed=2)),
+        "many": write_jsonl(folder / "many.jsonl", documents(120, seed=2)),
         "trained": folder / "trained",
-        "counting": write_jsonl(folder / "counting.jsonl", progressions(300, 5)),
+        "counting": write_jsonl(folder / "counting.jsonl", progressions(160, 5)),
         "counted": write_jsonl(folder / "counted.jsonl", progressions(12, 1)),
         "states": folder / "states.safetensors",
         "cut": folder / "cut",
@@ -103,10 +103,9 @@ pytestmark = pytest.mark.filterwarnings("default:the cut is not patched")
 
 
 RUN = pytest.param("run", marks=pytest.mark.slow)
-LONG = {"run", "heal", "heal merged", "patch"}
-"""Commands whose JSON is compared at night: what they find again is compared by their text."""
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", mostly_slow(COMMANDS, set(COMMANDS) - {"run", "heal merged"}))
 def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, name):
     first = shallower(*words(COMMANDS[name], place))
@@ -150,7 +149,7 @@ def test_a_dry_run_of_an_evaluation_finds_its_file(shallower, folder, place):
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "name",
-    mostly_slow(COMMANDS, set(COMMANDS) - LONG),
+    mostly_slow(COMMANDS, ["scan samples", "prune"]),
 )
 def test_the_json_of_a_second_run_is_that_of_the_first(shallower, place, no_model, name):
     first = shallower(*words(COMMANDS[name], place), "--json")
@@ -183,7 +182,7 @@ def test_what_somebody_has_changed_is_not_known(shallower, folder, place, name):
 def test_another_input_is_another_result(shallower, place, name):
     command = words(COMMANDS[name], place)
     assert shallower(*command).status == 0
-    number = "--num-tokens=2500" if name == "patch" else "--max-texts=20"
+    number = "--num-tokens=1200" if name == "patch" else "--max-texts=20"
     other = [*words(COMMANDS[name], place, "other"), number]
     done = shallower(*other)
     assert done.status == 0

@@ -124,6 +124,7 @@ def test_compare_judges_by_options(shallower, folder, asked):
     assert "answer" in error
 
 
+@pytest.mark.usefixtures("terse")
 def test_compare_judges_by_the_words_of_the_whole_model(shallower, folder, asked):
     lines = [{"prompt": f"w{i} w{i + 1}"} for i in range(12)]
     (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))

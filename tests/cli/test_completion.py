@@ -8,10 +8,14 @@ import pytest
 
 from tests.cli.test_program import HEAVY, loaded_by
 from tests.commands import SHALLOWER, in_a_process
+from tests.conftest import mostly_slow
 from tests.terminals import terminal_of
 
 
-@pytest.mark.parametrize("typed", ["", "compare ", "compare --judge ", "nothing "])
+@pytest.mark.parametrize(
+    "typed",
+    mostly_slow(["", "compare ", "compare --judge ", "nothing "], ["compare --judge ", "nothing "]),
+)
 def test_a_tab_loads_nothing_heavy(typed, monkeypatch):
     monkeypatch.setenv("_SHALLOWER_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"shallower {typed}")

@@ -14,7 +14,7 @@ from tests.evaluation.task_folders import CHOICE, SAID, choices, write_rows, wri
 @pytest.fixture
 def tasks(tmp_path):
     folder = write_tasks(tmp_path / "task files", CHOICE)
-    write_rows(folder / "pick.jsonl", choices(20))
+    write_rows(folder / "pick.jsonl", choices(8))
     return folder
 
 
@@ -29,7 +29,7 @@ def test_all_measures_of_a_model_and_of_a_cut(shallower, tiny, texts, tasks, lon
     pytest.importorskip("lm_eval")
     command = [
         "eval", tiny, "--texts", texts / "held_out.jsonl", "--perplexity", long, "--context", "16",
-        "--tasks", "pick", "--tasks-dir", tasks, "--max-items", "15", "--drop", "1:3",
+        "--tasks", "pick", "--tasks-dir", tasks, "--max-items", "5", "--drop", "1:3",
     ]  # fmt: skip
     first = shallower(*command, "--json")
     assert first.status == 0, first.err
@@ -45,7 +45,7 @@ def test_all_measures_of_a_model_and_of_a_cut(shallower, tiny, texts, tasks, lon
     ]  # fmt: skip
     model, tokenizer = sh.load_model(tiny)
     with sh.without_layers(model, [1, 2]):
-        (cut, _) = sh.evaluate_tasks(model, tokenizer, ["pick"], tasks_dir=tasks, max_items=15)
+        (cut, _) = sh.evaluate_tasks(model, tokenizer, ["pick"], tasks_dir=tasks, max_items=5)
         again = sh.evaluate_perplexity(model, tokenizer, long.read_text(), context=16)
     assert norm["cut"] == cut.to_json()
     assert found["perplexity"]["cut"] == again.to_json()

@@ -13,18 +13,20 @@ from shallower.values.speech import MEASURES, ON_WORDS
 from tests.conftest import mostly_slow, word_tokenizer
 from tests.cutting.mixtures import mixture, some_experts
 
+NUM_LAYERS = 4
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("mixture") / "mixture"
-    sh.save_model(mixture("mixtral"), word_tokenizer(), place)
+    sh.save_model(mixture("mixtral", num_hidden_layers=NUM_LAYERS), word_tokenizer(), place)
     return place
 
 
 def test_a_plan_with_experts_is_measured_and_found_again(shallower, folder, texts, tmp_path):
     model, tokenizer = sh.load_model(folder, dtype="float32")
-    plan = sh.Plan(8, (), experts=DroppedExperts.of(6, some_experts(model)))
-    other = sh.Plan(8, (), experts=DroppedExperts.of(6, some_experts(model, seed=1)))
+    plan = sh.Plan(NUM_LAYERS, (), experts=DroppedExperts.of(6, some_experts(model)))
+    other = sh.Plan(NUM_LAYERS, (), experts=DroppedExperts.of(6, some_experts(model, seed=1)))
     plan.save(tmp_path / "plan.json")
     other.save(tmp_path / "other.json")
     held_out = [
@@ -46,8 +48,8 @@ def test_a_plan_with_experts_is_measured_and_found_again(shallower, folder, text
     named = ("--drop-experts", plan.experts), ("--experts-plan", tmp_path / "plan.json")
     for cut in named:
         assert shallower(*command[:-1], *cut, "--json").json == first.json
-    layers = replace(plan, blocks=(Block(3, 5),), experts=plan.experts.without([3, 4]))
-    third = shallower(*command[:-1], "--drop", "3:5", "--drop-experts", layers.experts, "--json")
+    layers = replace(plan, blocks=(Block(1, 3),), experts=plan.experts.without([1, 2]))
+    third = shallower(*command[:-1], "--drop", "1:3", "--drop-experts", layers.experts, "--json")
     with sh.without_layers(model, layers):
         loss = sh.evaluate_loss(model, tokenizer, held_out)
     assert third.json["cut"]["nats"] == pytest.approx(loss.nats, rel=1e-12)
@@ -62,12 +64,12 @@ def test_a_cut_that_cannot_be_is_refused_before_anything_is_read(
 ):
     monkeypatch.setattr("shallower.models.loading.load_weights", lambda *_, **__: 1 / 0)
     command = ["eval", folder, "--texts", texts / "held_out.jsonl", *options, "--drop-experts"]
-    every = ";".join(f"{layer}:0:5" for layer in range(8))
+    every = ";".join(f"{layer}:0:5" for layer in range(NUM_LAYERS))
     assert "keep at least 2" in shallower(*command, every).error
     assert "layer 1 would keep all of its 6 experts" in shallower(*command, "0:1").error
 
 
-@pytest.mark.parametrize("cut", [("--drop", "3:5"), ("--drop-experts", "0:1")])
+@pytest.mark.parametrize("cut", [("--drop", "1:3"), ("--drop-experts", "0:1")])
 def test_a_cut_that_cannot_be_made_is_refused_before_anything_is_measured(
     shallower, folder, texts, cut, monkeypatch
 ):
@@ -84,21 +86,21 @@ def test_a_cut_that_cannot_be_made_is_refused_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("layers", "place"),
     mostly_slow(
-        itertools.product([(), (3, 4)], [(), ("--stream",)]), [((), ("--stream",)), ((3, 4), ())]
+        itertools.product([(), (1, 2)], [(), ("--stream",)]), [((), ("--stream",)), ((1, 2), ())]
     ),
 )
 def test_a_cut_by_a_plan_is_measured_as_the_cut_on_disk(shallower, folder, tmp_path, layers, place):
     model, _ = sh.load_model(folder, dtype="float32")
     dropped = DroppedExperts.of(6, some_experts(model)).without(layers)
-    plan = sh.Plan(8, blocks_of(layers), experts=dropped)
+    plan = sh.Plan(NUM_LAYERS, blocks_of(layers), experts=dropped)
     plan.save(tmp_path / "plan.json")
     (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 97}" for i in range(200)))
-    asked = [json.dumps({"prompt": f"w{i} w{2 * i}"}) for i in range(1, 9)]
+    asked = [json.dumps({"prompt": f"w{i} w{2 * i}"}) for i in range(1, 6)]
     (tmp_path / "asked.jsonl").write_text("\n".join(asked))
     cut = ["--plan", tmp_path / "plan.json"]
     assert shallower("prune", folder, *cut, "--out", tmp_path / "cut").status == 0
     options = ["--perplexity", tmp_path / "text.txt", "--context", 32, "--speech"]
-    options += [tmp_path / "asked.jsonl", "--speech-tokens", 6, "--dtype", "float32", "--json"]
+    options += [tmp_path / "asked.jsonl", "--speech-tokens", 4, "--dtype", "float32", "--json"]
     expected = shallower("eval", tmp_path / "cut", "--against", folder, *options).json
     command = ["eval", folder, *cut, *options, *place]
     done = shallower(*command)
@@ -118,13 +120,13 @@ def test_a_cut_by_a_plan_is_measured_as_the_cut_on_disk(shallower, folder, tmp_p
     assert ("says nothing itself" in told.out) == bool(place)
     planned = shallower(*command, "--dry-run").json
     assert planned["drop"] == plan.words
-    assert planned["stream"]["passes"] == 20 if place else "stream" not in planned
+    assert planned["stream"]["passes"] == 16 if place else "stream" not in planned
 
 
 def test_a_plan_with_experts_cannot_be_patched(folder, texts):
     model, tokenizer = sh.load_model(folder, dtype="float32")
-    plan = sh.Plan.of(8, [3, 4])
-    dropped = DroppedExperts.of(6, some_experts(model)).without([3, 4])
+    plan = sh.Plan.of(NUM_LAYERS, [1, 2])
+    dropped = DroppedExperts.of(6, some_experts(model)).without([1, 2])
     with pytest.raises(sh.PatchError, match="also drops 2 experts a layer: prune by it"):
         sh.patch(model, tokenizer, replace(plan, experts=dropped), texts=["w1 w2 w3"] * 8)
 
@@ -132,7 +134,9 @@ def test_a_plan_with_experts_cannot_be_patched(folder, texts):
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
 def test_nor_by_the_command(shallower, folder, texts, tmp_path, options):
     model, _ = sh.load_model(folder, dtype="float32")
-    sh.Plan(8, (), experts=DroppedExperts.of(6, some_experts(model))).save(tmp_path / "plan.json")
+    sh.Plan(NUM_LAYERS, (), experts=DroppedExperts.of(6, some_experts(model))).save(
+        tmp_path / "plan.json"
+    )
     command = ["patch", folder, "--plan", tmp_path / "plan.json", "--out", tmp_path / "out"]
     done = shallower(*command, "--texts", texts / "held_out.jsonl", *options)
     assert "also drops 2 experts a layer: prune by it" in done.error

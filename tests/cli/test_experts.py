@@ -10,11 +10,17 @@ from shallower.forecasts.speed import Work
 from shallower.models.source import ModelSource
 from tests.cutting.mixtures import mixture, unchosen
 
+NUM_LAYERS = 3
+
+
+def small():
+    return mixture("mixtral", num_hidden_layers=NUM_LAYERS)
+
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory, words):
     folder = tmp_path_factory.mktemp("mixtures") / "mixtral"
-    mixture("mixtral").save_pretrained(folder)
+    small().save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
@@ -35,9 +41,12 @@ UNSEEN = (1, 4)
 def narrow(words, jsonl, tmp_path_factory):
     place = tmp_path_factory.mktemp("narrow") / "scan.safetensors"
     texts = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
-    model = mixture("mixtral")
-    said = "16 of 48 experts received no token from these texts, and go first"
-    with unchosen(model, dict.fromkeys(range(8), UNSEEN)), pytest.warns(UserWarning, match=said):
+    model = small()
+    said = "6 of 18 experts received no token from these texts, and go first"
+    with (
+        unchosen(model, dict.fromkeys(range(NUM_LAYERS), UNSEEN)),
+        pytest.warns(UserWarning, match=said),
+    ):
         sh.scan(model, words, texts, experts=True).save(place)
     return place
 
@@ -47,14 +56,17 @@ def test_scan_gathers_statistics_of_experts(shallower, mixtral, jsonl, folder, s
     done = shallower("scan", mixtral, *options)
     assert done.status == 0
     unrouted = sum(map(len, sh.Scan.load(scanned).experts.unrouted.values()))
-    assert f"experts: 6 in each of 8 layers, {unrouted} of which received no token" in done.out
+    assert (
+        f"experts: 6 in each of {NUM_LAYERS} layers, {unrouted} of which received no token"
+        in done.out
+    )
     assert (folder / "out" / "scan.safetensors").read_bytes() == scanned.read_bytes()
 
 
 def test_scan_describes_them_in_json(shallower, mixtral, jsonl, scanned):
     options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts", "--json")
     found = shallower("scan", mixtral, *options).json["experts"]
-    assert (found["num_experts"], found["layers"]) == (6, [*range(8)])
+    assert (found["num_experts"], found["layers"]) == (6, [*range(NUM_LAYERS)])
     unrouted = sh.Scan.load(scanned).experts.unrouted
     assert found["unrouted"] == {str(layer): list(some) for layer, some in unrouted.items()}
 
@@ -72,7 +84,7 @@ def test_a_dry_run_counts_the_second_run_of_the_experts(shallower, mixtral, json
     assert found["memory"]["peak_bytes"] > 1.1 * plain["memory"]["peak_bytes"]
     lines, tokenizer = jsonl.read_text().splitlines(), ModelSource(mixtral).load_tokenizer()
     lengths = (len(tokenizer(json.loads(line)["text"])["input_ids"]) for line in lines)
-    assert plain["time"]["seconds"] == 8 * sum(min(32, length) for length in lengths)
+    assert plain["time"]["seconds"] == NUM_LAYERS * sum(min(32, length) for length in lengths)
     assert found["time"]["seconds"] == 1.5 * plain["time"]["seconds"]
 
 
@@ -104,8 +116,8 @@ def test_plan_chooses_experts(shallower, scanned, folder):
     assert done.status == 0
     plan = sh.Plan.load(folder / "out" / "shallower_plan.json")
     assert plan == sh.Scan.load(scanned).plan(experts=2)
-    assert "experts: 2 of 6 go of 8 layers, by reap: mean g‖f‖" in done.out
-    assert "plan: 0 of 8 layers" in done.out
+    assert f"experts: 2 of 6 go of {NUM_LAYERS} layers, by reap: mean g‖f‖" in done.out
+    assert f"plan: 0 of {NUM_LAYERS} layers" in done.out
     assert "Distance is not loss" not in done.out
 
 
@@ -124,10 +136,10 @@ def test_plan_names_experts_without_tokens(shallower, scanned):
 @pytest.mark.parametrize(
     ("options", "fate"),
     [
-        (("--experts", 1), "8 of them go, 8 stay"),
-        (("--experts", 3), "16 of them go, 0 stay"),
-        (("--experts", 3, "--criterion", "man"), "16 of them go, 0 stay"),
-        (("--experts", 2, "--n", 2), "12 of them go, 0 stay"),
+        (("--experts", 1), "3 of them go, 3 stay"),
+        (("--experts", 3), "6 of them go, 0 stay"),
+        (("--experts", 3, "--criterion", "man"), "6 of them go, 0 stay"),
+        (("--experts", 2, "--n", 1), "4 of them go, 0 stay"),
     ],
 )
 def test_plan_says_what_becomes_of_them(shallower, narrow, options, fate):
@@ -141,8 +153,8 @@ def test_plan_says_what_becomes_of_them(shallower, narrow, options, fate):
 
 
 def test_plan_of_layers_and_experts(shallower, scanned, folder):
-    done = shallower("plan", scanned, "--n", 2, "--experts", 3, "--criterion", "aimer", "--json")
-    plan = sh.Scan.load(scanned).plan(2, experts=3, criterion="aimer")
+    done = shallower("plan", scanned, "--n", 1, "--experts", 3, "--criterion", "aimer", "--json")
+    plan = sh.Scan.load(scanned).plan(1, experts=3, criterion="aimer")
     assert sh.Plan.from_json(done.json) == plan
 
 

@@ -8,14 +8,14 @@ from shallower.scanning import model as scanning
 from shallower.studies.compare_rows import _Choosing
 from shallower.studies.curve import CurveStudy
 from shallower.studies.recommending import Recommending
-from tests.conftest import edited, tiny_llama
+from tests.conftest import edited, mostly_slow, tiny_llama
 
 
 @pytest.fixture
 def asked(tiny, texts):
     """A model, and texts to choose by and to report on."""
     files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
-    return (tiny, *files, "--max-length", 16, "--out", "out")
+    return (tiny, *files, "--max-texts", 12, "--max-length", 16, "--out", "out")
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_a_scan_says_how_many_texts_were_scanned(cut_short, monkeypatch, tiny, j
     assert said.endswith(" texts were scanned")
 
 
-@pytest.mark.parametrize("options", [[], ["--no-cache"], ["--stream"]])
+@pytest.mark.parametrize(
+    "options", mostly_slow([[], ["--no-cache"], ["--stream"]], [[], ["--stream"]])
+)
 @pytest.mark.usefixtures("undrawn")
 def test_a_scan_does_not_go_on_with_other_weights(
     shallower, monkeypatch, folder, tiny, jsonl, options
@@ -61,7 +63,8 @@ def test_a_scan_does_not_go_on_with_other_weights(
     """The files of the model are changed between the kill and the same command."""
     shutil.copytree(tiny, folder / "model")
     monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
-    command = ("scan", "model", "--texts", jsonl, "--batch-size", 1, "--out", "out", *options)
+    few = ("--max-texts", 5, "--batch-size", 1)
+    command = ("scan", "model", "--texts", jsonl, *few, "--out", "out", *options)
     with monkeypatch.context() as patch:
         patch.setattr(scanning.ScanBuilder, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -84,7 +87,7 @@ def test_a_curve_does_not_go_on_with_the_scan_of_other_weights(
     shutil.copytree(tiny, folder / "model")
     monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
     files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
-    command = ("curve", "model", *files, "--max-length", 16)
+    command = ("curve", "model", *files, "--max-texts", 12, "--max-length", 16)
     command = (*command, "--n", 1, "--strategies", "similarity", "--states", "cut", "--overwrite")
     with monkeypatch.context() as patch:
         patch.setattr(scanning.ScanBuilder, "finish", interrupted)

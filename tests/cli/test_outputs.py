@@ -1,5 +1,6 @@
 """Outputs: never what is read, by whatever name; one process at a time; refused before any work."""
 
+import itertools
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from shallower.patching import saving as shallower_patch
 from shallower.processes import held
 from shallower.texts.sources import Texts
 from tests.cli.documents import tree
-from tests.conftest import write_jsonl
+from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.gguf_files import write
 from tests.healing.cuts import QUICK, documents
 
@@ -99,6 +100,14 @@ def fill_with_theirs(root, cut):
     (root / "linked").symlink_to("theirs/cut")
 
 
+@pytest.fixture(scope="module")
+def loaded(made):
+    """The model, as functions are given it that refuse."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(made)
+        return sh.load_model("all/model")
+
+
 @pytest.fixture
 def read(made, monkeypatch):
     """The folder to work in; what is in it is the same in the end."""
@@ -109,7 +118,13 @@ def read(made, monkeypatch):
 
 
 ROWS = [
-    pytest.param(command, name, place, id=f"{command}: {place} {name}")
+    pytest.param(
+        command,
+        name,
+        place,
+        id=f"{command}: {place} {name}",
+        marks=() if place == "the same" or name == names[0] else pytest.mark.slow,
+    )
     for command, names in COMMANDS.items()
     for name in names
     for place in PLACES
@@ -122,7 +137,7 @@ ROWS = [
 def test_a_command_refuses_to_write_to_what_it_reads(read, shallower, command, name, place):
     os.chdir(read)
     out = PLACES[place].format(name)
-    for option in ("--overwrite", "--dry-run"):
+    for option in ("--overwrite", "--dry-run")[: 2 if place == "the same" else 1]:
         done = shallower(*command.split(), "--out", out, option)
         assert done.status == 2
         assert f"cannot write {out}" in done.err, done.err
@@ -139,6 +154,9 @@ THEIRS = {
 }
 """Folders that hold what no command wrote, and what a refusal names of each."""
 
+EACH_WAY = ("theirs/mine", "theirs")
+"""Those by which dry runs, and commands without a cache, are tested, too."""
+
 WHOLE = [
     *(one for one in COMMANDS if one.split()[0] in ("patch", "heal", "merge")),
     *(one for one in COMMANDS if one.startswith("prune all/model") or "--as-gguf" in one),
@@ -153,14 +171,19 @@ IN_THEIRS += [
 ]
 
 
-@pytest.mark.parametrize(("command", "place", "named"), IN_THEIRS)
+@pytest.mark.parametrize(
+    ("command", "place", "named"),
+    mostly_slow(
+        IN_THEIRS, [one for one in IN_THEIRS if one[1] in EACH_WAY or one[0].startswith("prune")]
+    ),
+)
 def test_a_folder_with_what_no_command_wrote_is_not_replaced(
     read, shallower, monkeypatch, command, place, named
 ):
     os.chdir(read)
     monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("loaded"))
     foreign = THEIRS[place] if named == place else ".git/, thesis.txt"
-    for options in ([], ["--dry-run"], ["--no-cache"]):
+    for options in ([], ["--dry-run"], ["--no-cache"])[: 3 if place in EACH_WAY else 1]:
         done = shallower(*command.split(), "--out", place, "--overwrite", *options)
         assert done.status == 2
         assert f"cannot replace {named}: no record says that shallower wrote {foreign} there; " in (
@@ -171,9 +194,9 @@ def test_a_folder_with_what_no_command_wrote_is_not_replaced(
 
 def test_what_lies_beside_the_files_of_a_command_stays(made, shallower, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
-    texts, few = "--texts all/texts.jsonl", "--eval-texts all/held.jsonl --n 1 --max-texts 40"
+    texts, few = "--texts all/texts.jsonl", "--eval-texts all/held.jsonl --n 1 --max-texts 12"
     for shard in ("0/2", "1/2"):
-        words = (*texts.split(), "--out", tmp_path / "shards", "--shard", shard)
+        words = (*texts.split(), "--max-texts", 9, "--out", tmp_path / "shards", "--shard", shard)
         assert shallower("scan", "all/model", *words).status == 0
     states = np.random.default_rng(0).standard_normal((4, 7, 8), dtype=np.float32)
     np.save(tmp_path / "states.npy", states)
@@ -249,8 +272,13 @@ LONG = [command for command in COMMANDS if not command.startswith("plan")]
 LONG += ["eval all/model --texts all/texts.jsonl"]
 
 
-@pytest.mark.parametrize("where", WRITING)
-@pytest.mark.parametrize("command", LONG)
+@pytest.mark.parametrize(
+    ("command", "where"),
+    mostly_slow(
+        every := list(itertools.product(LONG, WRITING)),
+        [one for one in every if one[1] == "it" or one[0].startswith(("scan", "heal", "prune"))],
+    ),
+)
 def test_a_place_that_another_process_writes_to_is_not_to_be_replaced(
     read, shallower, command, where
 ):
@@ -334,17 +362,16 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("place", ["the same", "a link to it", "a roundabout way"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_refuses_to_write_to_what_it_reads(read, name, place):
+def test_a_function_refuses_to_write_to_what_it_reads(read, loaded, name, place):
     reads, call = FUNCTIONS[name]
-    loaded = sh.load_model("all/model")
     with pytest.raises(sh.OutputError, match="which is read: choose another place"):
         call(PLACES[place].format(reads), loaded)
 
 
 @pytest.mark.parametrize("place", THEIRS)
 @pytest.mark.parametrize("name", ["prune", "heal", "merge", "save_model", "save_patched", "run"])
-def test_a_function_replaces_nothing_that_none_wrote(read, name, place):
-    loaded, named = sh.load_model("all/model"), place
+def test_a_function_replaces_nothing_that_none_wrote(read, loaded, name, place):
+    named = place
     if name == "run":
         place, named = "theirs", "theirs/checkpoint"
     words = f"cannot replace {named}: no record says that shallower wrote "
@@ -352,8 +379,8 @@ def test_a_function_replaces_nothing_that_none_wrote(read, name, place):
         FUNCTIONS[name][1](place, loaded)
 
 
-def test_a_patched_model_is_not_saved_over_its_source(read, words):
-    model, tokenizer = sh.load_model("all/model")
+def test_a_patched_model_is_not_saved_over_its_source(read, loaded):
+    model, tokenizer = loaded
     with pytest.raises(sh.OutputError, match="it is all/model, which is read"):
         sh.save_patched(model, tokenizer, "all/model", done=PATCHED, overwrite=True)
 

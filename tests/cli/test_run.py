@@ -61,6 +61,7 @@ def test_a_dry_run_refuses_a_place_that_is_a_file(shallower, folder, tiny):
 
 
 # The whole way.
+@pytest.mark.usefixtures("terse")
 @pytest.mark.filterwarnings("default:the cut is not patched")
 def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, request):
     (folder / "asked.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": "w3"}\n')
@@ -138,7 +139,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     assert len(Plan.load(folder / "out" / "shallower_plan.json").dropped) == 3
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("undrawn", "terse")
 def test_run_races_by_the_words_of_the_whole_model(shallower, folder, tiny, texts):
     lines = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(12)]
     (folder / "asked.jsonl").write_text("\n".join(lines))

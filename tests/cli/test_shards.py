@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,24 +22,25 @@ from shallower.studies.evaluate import EvalJob, measures_of
 from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
 from shallower.values.stage_settings import EvalSettings
-from tests.commands import SHALLOWER, in_a_process
+from tests.commands import SHALLOWER, in_a_process, in_this_process
 from tests.conftest import edited, tiny_llama, write_jsonl
 from tests.documents import documents
 
 SMALL = ["--max-length", 16, "--batch-size", 1]
 
 
-@pytest.fixture
-def many(folder):
-    """A file of 80 texts."""
-    return write_jsonl(folder / "many.jsonl", documents(80))
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A file of 64 texts."""
+    return write_jsonl(tmp_path_factory.mktemp("many") / "many.jsonl", documents(64))
 
 
-@pytest.fixture
-def whole(shallower, folder, tiny, many):
+@pytest.fixture(scope="module")
+def whole(many, tiny, kept):
     """The bytes of a scan by one process."""
-    assert shallower("scan", tiny, "--texts", many, "--out", "whole", *SMALL).status == 0
-    return (folder / "whole" / "scan.safetensors").read_bytes()
+    out = many.parent / "whole"
+    assert in_this_process("scan", tiny, "--texts", many, "--out", out, *SMALL).status == 0
+    return (out / "scan.safetensors").read_bytes()
 
 
 # By hand.
@@ -48,12 +50,12 @@ def test_eight_shards_are_gathered_to_the_bytes_of_the_whole(shallower, folder, 
         command = ["scan", tiny, "--texts", many, "--out", "shards", *SMALL]
         done = shallower(*command, "--shard", f"{index}/8", "--json").json
         assert done["shard"] == f"{index}/8"
-        assert done["batches"] == [10 * index, 10 * index + 10]
-        assert (done["num_batches"], done["num_samples"]) == (80, 10)
+        assert done["batches"] == [8 * index, 8 * index + 8]
+        assert (done["num_batches"], done["num_samples"]) == (64, 8)
         assert done["written"] == [f"shards/scan.{index}-of-8.safetensors"]
     for _ in range(2):  # the same is written again
         done = shallower("gather", "shards", "--out", "gathered", "--json").json
-        assert (done["num_samples"], done["written"][0]) == (80, "gathered/scan.safetensors")
+        assert (done["num_samples"], done["written"][0]) == (64, "gathered/scan.safetensors")
         assert (folder / "gathered" / "scan.safetensors").read_bytes() == whole
     (folder / "gathered" / "scan.safetensors").write_bytes(b"another")
     refused = shallower("gather", "shards", "--out", "gathered")
@@ -111,6 +113,7 @@ def test_workers_without_a_cache_go_on_with_their_own_shards(
     assert shallower(*command, "--shard", "0/64", "--overwrite").status == 0
     stores = [path for path in cache_folder.rglob("*") if path.suffix == ".sqlite"]
     before = {path: path.read_bytes() for path in stores}
+    assert before
     done = shallower(*workers)
     assert "resuming: 1 of 64 shards are done" in done.err
     assert (folder / "out" / "scan.safetensors").read_bytes() == whole
@@ -122,6 +125,7 @@ def test_workers_without_a_cache_go_on_with_their_own_shards(
 @pytest.mark.parametrize("changed", ["model", "texts"])
 def test_workers_open_nothing_but_what_the_driver_has(folder, tiny, many, kind, changed, no_cache):
     shutil.copytree(tiny, folder / "model")
+    many = Path(shutil.copy(many, folder))
     store, texts = open_store(no_cache), Texts(str(many))
     source = ModelSource(folder / "model", "float32")
     if kind == "scan":
@@ -142,7 +146,7 @@ def test_workers_open_nothing_but_what_the_driver_has(folder, tiny, many, kind, 
 def test_workers_scan_to_the_bytes_of_the_whole(shallower, folder, tiny, many, whole):
     command = ["scan", tiny, "--texts", many, "--out", "out", *SMALL, "--workers", "2"]
     done = shallower(*command, "--json")
-    assert done.json["num_samples"] == 80
+    assert done.json["num_samples"] == 64
     assert (folder / "out" / "scan.safetensors").read_bytes() == whole
     names = {path.name for path in (folder / "out").iterdir()}
     assert names == {"scan.safetensors", "heat_map.png"}

@@ -3,7 +3,7 @@
 import pytest
 
 import shallower as sh
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.card_tools import (
     assert_same_weights,
     blocks_of_code,
@@ -61,7 +61,7 @@ def from_within(source, out):
 FOLDERS = [in_memory, in_four_bits, on_disk, by_the_door, in_shards, from_within]
 
 
-@pytest.mark.parametrize("cut", FOLDERS)
+@pytest.mark.parametrize("cut", mostly_slow(FOLDERS, [in_memory, on_disk, from_within]))
 def test_a_card_of_a_folder(source, tmp_path, monkeypatch, shallower, cut):
     first = tmp_path / "first"
     cut(source, first)
@@ -132,7 +132,7 @@ def test_a_card_of_a_gguf_file(files, tmp_path, monkeypatch, shallower, as_gguf)
     assert_loads(card, folder, monkeypatch, 2)
 
 
-@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize("in_folder", mostly_slow([False, True], [False]))
 def test_a_card_of_a_gguf_file_that_was_loaded(files, tmp_path, monkeypatch, shallower, in_folder):
     first = tmp_path / "first"
     if in_folder:

@@ -123,7 +123,7 @@ def test_a_license_is_not_invented(tmp_path):
         "---\n- license\n---\ntext",
         "---\nlicense: {a: b}\n---\ntext",
         "---\nlicense: null\n---\ntext",
-        "---\nlicense: " + "[" * 5000 + "\n---\ntext",
+        "---\nlicense: " + "[" * 1000 + "\n---\ntext",
         "---\nnever closed\n",
         b"\xff\xfe\x00license: mit",
     ):

@@ -20,6 +20,7 @@ from shallower.cutting.prune import plan_prune
 from shallower.healing.loaded_models import OriginalModel
 from shallower.models.experts import find_experts
 from shallower.models.identity import identify
+from tests.conftest import mostly_slow
 from tests.cutting.checkpoints import read_json, stored
 from tests.cutting.mixtures import NUM_EXPERTS, mixture, some_experts, unchosen
 from tests.cutting.test_checkpoint import FRESH
@@ -75,7 +76,9 @@ def test_so_it_is_for_every_other_mixture(name, tmp_path):
     check_on_disk(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize(
+    "name", mostly_slow([*FAST, "ernie4_5_moe", "qwen2_moe"], ["gpt_oss", "mixtral"])
+)
 def test_a_checkpoint_in_the_names_of_the_model_is_cut_alike(name, tmp_path):
     """Stacks where transformers saves single experts; it loads either."""
     model = mixture(name)
@@ -119,7 +122,7 @@ def test_a_checkpoint_of_single_experts_is_cut_alike(name, tmp_path):
     assert not any(f".experts.{kept}." in key for key in cut)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", mostly_slow(["mixtral", "qwen2_moe", "gpt_oss"], ["gpt_oss"]))
 def test_layers_and_experts_go_in_one_plan(name, tmp_path):
     model = mixture(name)
     model.save_pretrained(tmp_path / "whole", max_shard_size="60KB")
@@ -199,7 +202,7 @@ def test_a_cut_on_disk_is_verified(tmp_path, words):
     assert plan.dropped == (2,)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", mostly_slow(PLAIN, ["mixtral"]))
 def test_a_plain_mixture_is_cut_without_torch_and_in_little_memory(name, tmp_path):
     mixture(name).save_pretrained(tmp_path / "whole")
     folders = f"{str(tmp_path / 'whole')!r}, (), {str(tmp_path / 'cut')!r}"

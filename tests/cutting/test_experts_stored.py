@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import shallower as sh
 from shallower.values.experts import DroppedExperts
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.checkpoints import edit_json, read_json, stored
 from tests.cutting.mixtures import mixture, some_experts
 from tests.cutting.test_checkpoint_formats import FORMATS
@@ -217,7 +217,7 @@ def test_experts_of_layers_for_multi_token_prediction_are_refused(tmp_path):
     sh.prune(source, [7], tmp_path / "layers")
 
 
-@pytest.mark.parametrize("name", sorted(EXPERTS_STAY))
+@pytest.mark.parametrize("name", mostly_slow(sorted(EXPERTS_STAY), ["jetmoe", "zaya"]))
 def test_what_routes_otherwise_is_refused_on_disk(name, tmp_path):
     mixture(name).save_pretrained(tmp_path / "source")
     experts = {layer: [0] for layer in range(8)}

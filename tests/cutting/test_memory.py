@@ -1,11 +1,12 @@
 """Cuts in memory against forwards that skip the layers."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
@@ -13,7 +14,7 @@ from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
 import shallower as sh
 from shallower.healing.recomputation import recompute_activations
 from shallower.models.identity import identify
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.tiny_models import (
     GATED,
     IDS,
@@ -31,8 +32,14 @@ from tests.cutting.tiny_models import (
 CUTS = {"middle": [2, 3], "first": [0, 1], "deepest but last": [3, 4], "scattered": [0, 2, 5]}
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("family", [*WITH_LISTS, *OTHERS])
+def of_day(families):
+    """Each with each cut, by day one cut of each, and each cut of two."""
+    every = list(itertools.product(families, CUTS))
+    quick = [one for one in every if one[1] == "scattered" or one[0] in ("smollm3", "gpt2")]
+    return mostly_slow(every, quick)
+
+
+@pytest.mark.parametrize(("family", "cut"), of_day([*WITH_LISTS, *OTHERS]))
 def test_a_cut_is_the_model_with_its_layers_skipped(family, cut):
     model = build(*(WITH_LISTS | OTHERS)[family])
     expected = skipping(model, CUTS[cut])
@@ -44,14 +51,17 @@ def test_a_cut_is_the_model_with_its_layers_skipped(family, cut):
     assert numbers_in(model) == [{i} for i in range(6 - len(CUTS[cut]))] or family == "opt"
 
 
-@pytest.mark.parametrize("family", [*WITH_LISTS, *OTHERS])
+@pytest.mark.parametrize(
+    "family",
+    mostly_slow([*WITH_LISTS, *OTHERS], ["qwen3", "gemma3", "gpt-oss", "smollm3", "gpt2", "bloom"]),
+)
 def test_a_scattered_cut_comes_back_from_disk_by_stock_transformers(family, tmp_path):
     model = build(*(WITH_LISTS | OTHERS)[family])
     sh.drop_layers(model, CUTS["scattered"])
     assert_stock_loads_the_same(model, tmp_path / "cut")
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", mostly_slow(CUTS, ["first", "scattered"]))
 def test_a_cut_llama_comes_back_from_disk_by_stock_transformers(cut, tmp_path):
     model = tiny_llama(initializer_range=0.2)
     expected = skipping(model, CUTS[cut])
@@ -60,8 +70,7 @@ def test_a_cut_llama_comes_back_from_disk_by_stock_transformers(cut, tmp_path):
     assert_stock_loads_the_same(model, tmp_path / "cut")
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("family", WITH_LISTS)
+@pytest.mark.parametrize(("family", "cut"), of_day(WITH_LISTS))
 def test_lists_of_the_config_are_cut_by_surviving_layer(family, cut, tmp_path):
     model = build(*WITH_LISTS[family])
     options = WITH_LISTS[family][2]
@@ -73,6 +82,7 @@ def test_lists_of_the_config_are_cut_by_surviving_layer(family, cut, tmp_path):
         assert stored[name] == getattr(model.config, name) == [options[name][i] for i in survivors]
 
 
+@settings(max_examples=settings.default.max_examples // 3)
 @given(st.sets(st.integers(0, 5), min_size=1, max_size=5))
 def test_without_layers_is_the_skipped_model_and_then_the_old_one(llama_with_lists, dropped):
     model = llama_with_lists

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import shallower as sh
+from tests.conftest import mostly_slow
 from tests.cutting.tiny_models import (
     GATED,
     HEADS,
@@ -105,7 +106,12 @@ DESCRIBABLE = {
 }
 
 
-@pytest.mark.parametrize("case", DESCRIBABLE)
+@pytest.mark.parametrize(
+    "case",
+    mostly_slow(
+        DESCRIBABLE, ["the only dense layer", "attention every so often", "indices of layers"]
+    ),
+)
 def test_a_cut_that_the_config_can_describe_otherwise_is_made(case, tmp_path):
     *blueprint, cut = DESCRIBABLE[case]
     model = build(*blueprint)
@@ -206,7 +212,9 @@ def picture_model(vision_layers, vision_size):
     return Gemma3ForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize(("vision_layers", "vision_size"), [(3, 16), (6, 16), (6, 96)])
+@pytest.mark.parametrize(
+    ("vision_layers", "vision_size"), mostly_slow([(3, 16), (6, 16), (6, 96)], [(6, 16)])
+)
 def test_a_cut_leaves_the_eyes_of_a_model_alone(vision_layers, vision_size, tmp_path):
     model = picture_model(vision_layers, vision_size)
     text_layers = model.model.language_model.layers

@@ -140,7 +140,7 @@ def assert_stock_loads_the_same(model, path):
     sh.save_model(model, None, path)
     reloaded = reload(path)
     torch.testing.assert_close(logits_of(reloaded), logits_of(model), atol=1e-5, rtol=0)
-    options = {"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8, "pad_token_id": 0}
+    options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4, "pad_token_id": 0}
     cached = reloaded.generate(IDS, use_cache=True, **options)
     assert torch.equal(cached, reloaded.generate(IDS, use_cache=False, **options))
     assert torch.equal(cached, model.generate(IDS, use_cache=True, **options))

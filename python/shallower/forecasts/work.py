@@ -122,8 +122,8 @@ def spoken(layers: int, whole: int, prompts: Lengths, *, num_tokens: int) -> Wor
     return written(layers, words) + runs
 
 
-def solved(model: nn.Module | None, n: int, tokens: float, *, solves: float = SOLVES) -> Work:
-    """Count the equations before each block, about every second layer that goes ending one.
+def solved(model: nn.Module | None, *cuts: int, tokens: float, solves: float = SOLVES) -> Work:
+    """Count the equations before each block of cuts of so many layers; every second layer ends one.
 
     None of no model.
     """
@@ -132,7 +132,7 @@ def solved(model: nn.Module | None, n: int, tokens: float, *, solves: float = SO
     inputs, width = writer_widths(model)
     flops = 2 * tokens * inputs * (inputs + width)
     flops += solves * (inputs**3 / 3 + 2 * inputs**2 * width)
-    return Work(flops=flops * (n + 1) / 2)
+    return Work(flops=flops * sum(n + 1 for n in cuts) / 2)
 
 
 def patched(
@@ -159,7 +159,7 @@ def patched(
         updates=float(steps * layers.moved),
         passes=(CHECKED, (layers.passes(steps), 0)),
     )
-    equations = solved(model, 2 * layers.num_blocks - 1, 2 * (fitted + held))
+    equations = solved(model, 2 * layers.num_blocks - 1, tokens=2 * (fitted + held))
     return walked + losses + descent + equations
 
 
@@ -213,8 +213,8 @@ class CutWork:
     def quick(self, *cuts: int, texts: int = PATCH_TEXTS) -> Work:
         """Count quick patches of cuts, solved in one pass."""
         fit = self.fit[:texts]
-        equations = (solved(self.model, n, fit.sum(), solves=QUICK_SOLVES) for n in cuts)
-        work = sum(equations, run(Forwards(sum(cuts)), fit))
+        equations = solved(self.model, *cuts, tokens=fit.sum(), solves=QUICK_SOLVES)
+        work = equations + run(Forwards(sum(cuts)), fit)
         held = TOGETHER * len(cuts) * float(fit.sum() + self.report.sum())
         return replace(work, passes=((1, held),))
 

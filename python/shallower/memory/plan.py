@@ -70,9 +70,10 @@ def peak_of(step: Step, choice: Choice) -> int:
 def _may_fit(step: Step, choice: Choice, device_bytes: int) -> bool:
     """Whether one text fits, which is quickly rehearsed, and more are not far from it."""
     texts, recompute = choice
-    if peak_of(step, (1, recompute)) > usable(device_bytes):
-        return False
-    return texts <= 2 or 0.9 * estimate(step, choice) <= usable(device_bytes)
+    one, room = peak_of(step, (1, recompute)), usable(device_bytes)
+    if texts <= 2 or texts * one <= room:  # no text takes more than the first
+        return one <= room
+    return one <= room and 0.9 * estimate(step, choice) <= room
 
 
 def estimate(step: Step, choice: Choice) -> int:

@@ -345,7 +345,7 @@ class _Model:
                 patch_texts=len(some),
             )
             yield run(found, self.texts.judged.mean())
-            yield solved(self.empty, n, some.sum(), solves=QUICK_SOLVES) * (top + 3)
+            yield solved(self.empty, n, tokens=some.sum(), solves=QUICK_SOLVES) * (top + 3)
 
     def _chosen(self, chosen: Sequence[Criterion], sizes: Sequence[int]) -> Iterator[Work]:
         """What criteria run to choose so many layers; passes that several share are made once."""
