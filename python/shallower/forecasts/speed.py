@@ -129,7 +129,8 @@ def measure_speed(source: ModelSource, *, texts: int, length: int, work: Work) -
     whole = build_empty(config, getattr(torch, dtype))
     last = num_parameters(find_layers(whole).modules[-1])
     mean = sum(map(num_parameters, find_layers(whole).modules)) / total / last
-    model = build_empty(shortened(config, max(0, total - 2)), getattr(torch, dtype))
+    two = shortened(config, total - 2) if total > 2 else config
+    model = build_empty(two, getattr(torch, dtype))
     if 3 * module_bytes(model) > available_bytes(device):
         raise ModelError("there is not enough memory to time a layer")
     model = model.to_empty(device=device)
