@@ -268,7 +268,7 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
     assert {*folder.iterdir()} == before
 
 
-def test_several_processes_write_no_answers(heal, given, monkeypatch, folder):
+def test_several_processes_write_no_answers(heal, given, monkeypatch, folder, no_rehearsal):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert "--answers are written by one process: give a file that has the" in heal("out").error

@@ -12,7 +12,7 @@ from tests.healing.cuts import HELD_OUT, TEXTS
 
 
 # The command line
-def test_the_command_heals_and_merges(shallower, cut, folder):
+def test_the_command_heals_and_merges(shallower, cut, folder, no_rehearsal):
     texts, held_out = (
         write_jsonl(folder / "t.jsonl", TEXTS),
         write_jsonl(folder / "e.jsonl", HELD_OUT),
@@ -159,7 +159,7 @@ def test_a_healing_that_does_not_fit_ends_before_it_loads(shallower, cut, folder
     texts = write_jsonl(folder / "texts.jsonl", TEXTS)
     done = shallower(
         "heal", cut, "--texts", texts, "--out", "x", "--max-length", 16, "--dtype", "float32",
-        "--device-memory", "100MB",
+        "--batch-size", 1, "--device-memory", "100MB",
     )  # fmt: skip
     assert done.status == 2
     assert "takes a device of" in done.err

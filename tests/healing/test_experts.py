@@ -14,7 +14,7 @@ from tests.healing.cuts import HELD_OUT, TEXTS
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("mixtures")
-    model = mixture("mixtral")
+    model = mixture("mixtral", num_hidden_layers=2)
     sh.save_model(model, word_tokenizer(), place / "whole")
     sh.prune(place / "whole", (), place / "cut", experts=some_experts(model))
     return place

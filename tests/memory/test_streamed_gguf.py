@@ -25,7 +25,7 @@ from tests.peaks import tensors_peak
 QUICK = ["llama", "gpt2", "gemma2", "lfm2", "mamba", "qwen2moe"]
 """Permuted rows, turned matrices, norms less one, conversions, wider states, experts joined."""
 
-TEXTS = ["héllo ab", "one more text of bytes", "ab ab ab and another one"] * 8
+TEXTS = ["héllo ab", "one more text of bytes", "ab ab ab and another one"] * 4
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ FAMILIES = [
 """Full and sliding attention, learned positions, experts, states of a recurrence, both, sinks,
 biases by distance; weights that are read by others than their modules, and choices passed on."""
 
-TEXTS = documents(150)
+TEXTS, MANY = documents(64), documents(150)
+"""Of many, not all are read before the first of them run."""
 
 
 def stored(folder, model, words):
@@ -172,9 +173,9 @@ def test_texts_without_tokens_are_counted_wherever_they_are(folder, tmp_path, te
 
 def test_states_that_find_no_room_are_another_pass(folder, tmp_path, monkeypatch):
     streamed, whole, tokenizer = both(folder)
-    whole_scan = sh.scan(whole, tokenizer, TEXTS, batch_size=2, max_length=12)
+    whole_scan = sh.scan(whole, tokenizer, MANY, batch_size=2, max_length=12)
     monkeypatch.setattr(budget.BUDGET, "bound", 400_000)
-    scanned = sh.scan(streamed, tokenizer, TEXTS, batch_size=2, max_length=12)
+    scanned = sh.scan(streamed, tokenizer, MANY, batch_size=2, max_length=12)
     assert reading_of(streamed).passes == 5
     np.testing.assert_array_equal(scanned.distance, whole_scan.distance)
 
@@ -186,15 +187,15 @@ def test_an_interrupted_streamed_scan_goes_on(folder, tmp_path, monkeypatch):
     part = tmp_path / "part.safetensors"
 
     def broken():
-        yield from TEXTS[:70]
+        yield from MANY[:70]
         raise KeyboardInterrupt
 
     options = {"batch_size": 2, "max_length": 12, "checkpoint": part}
     with pytest.raises(KeyboardInterrupt):
         sh.scan(streamed, tokenizer, broken(), **options)
     assert 0 < sh.Scan.load(part).num_samples < 70
-    sh.scan(streamed, tokenizer, TEXTS, **options)
-    sh.scan(whole, tokenizer, TEXTS, batch_size=2, max_length=12).save(tmp_path / "b.safetensors")
+    sh.scan(streamed, tokenizer, MANY, **options)
+    sh.scan(whole, tokenizer, MANY, batch_size=2, max_length=12).save(tmp_path / "b.safetensors")
     assert part.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 

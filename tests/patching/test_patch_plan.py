@@ -50,7 +50,7 @@ def test_equations_are_within_15_percent_of_the_tracker(name):
 
 
 @pytest.mark.parametrize(("name", "layers", "card", "waits"), [
-    ("llama-2-7b", 8, "24GB", False),
+    ("llama-2-7b", 4, "24GB", False),
     pytest.param("llama-2-70b", 16, "48GB", True, marks=slow),
     pytest.param("llama-2-7b", 32, "24GB", False, marks=slow),
     pytest.param("llama-2-70b", 80, "80GB", True, marks=slow),
