@@ -27,7 +27,7 @@ def model(learned):
 
 
 BLOCK = [range(3, 5)]
-TEXTS = sentences(80, seed=1)
+TEXTS = sentences(56, seed=1)
 HELD_OUT = [text for text in sentences(64, seed=2) if text not in TEXTS]
 
 
@@ -119,8 +119,8 @@ def test_what_is_reported_is_the_loss_of_the_model_that_is_left(patched, words):
 
 def test_a_cpu_fits_fewer_tokens_unless_they_are_asked_for(model, words, monkeypatch):
     assert patching.CPU_TOKENS < patching.NUM_TOKENS
-    monkeypatch.setattr(patching, "CPU_TOKENS", 1200)
-    for num_tokens, expected in ((None, 1200), (480, 480)):
+    monkeypatch.setattr(patching, "CPU_TOKENS", 960)
+    for num_tokens, expected in ((None, 960), (480, 480)):
         copied = copy.deepcopy(model)
         done = patch(copied, words, [range(3, 5)], texts=TEXTS, num_tokens=num_tokens)
         assert done.num_tokens == expected

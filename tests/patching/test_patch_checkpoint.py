@@ -19,7 +19,7 @@ from tests.cli.documents import tree
 from tests.conftest import mostly_slow
 from tests.examples import sentences
 
-TEXTS = sentences(64, seed=1)
+TEXTS = sentences(32, seed=1)
 BLOCKS = [range(2, 3), range(4, 5)]
 
 
@@ -28,6 +28,7 @@ def small_steps():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(descent, "STEP_TOKENS", 200)
         patched.setattr(descent, "STEPS", 6)
+        patched.setattr(descent, "PASSES", 3)
         patched.setattr(checkpoint, "SECONDS", 0)
         patched.setattr(checkpoint, "SHARE", float("inf"))
         yield
@@ -127,7 +128,7 @@ def test_it_ends_the_same_wherever_it_was_cut_short(learned, words, tmp_path, co
 
 def test_of_another_patch_nothing_is_read(learned, words, kept, counted):
     done, _ = counted
-    for layers, texts in (([range(3, 5)], TEXTS), (BLOCKS, TEXTS[:48])):
+    for layers, texts in (([range(3, 5)], TEXTS), (BLOCKS, TEXTS[:24])):
         done.clear()
         model, plain = copy.deepcopy(learned), copy.deepcopy(learned)
         found = patch(model, words, layers, texts=texts, checkpoint=kept)

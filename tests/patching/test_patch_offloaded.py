@@ -11,7 +11,15 @@ from shallower.patching import descent, least_squares
 from tests.examples import sentences
 from tests.models.offloaded import offloaded
 
-TEXTS = sentences(64, seed=1)
+TEXTS = sentences(32, seed=1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_steps():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(descent, "STEP_TOKENS", 200)
+        patched.setattr(descent, "STEPS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.memory.test_streaming import FAMILIES, both, stored
 from tests.patching.test_descent import batches_of, gone
 from tests.peaks import needs_linux, peak_of, resident
 
-TEXTS = sentences(56, seed=1)
+TEXTS = sentences(32, seed=1)
 
 
 @pytest.fixture(scope="module")
