@@ -370,11 +370,11 @@ def test_the_commands_say_what_was_read(folder, tmp_path, shallower):
     planned = shallower(*scan, tmp_path / "d", "--dry-run", "--json").json
     assert planned["stream"]["passes"] == 1
     assert planned["stream"]["bytes_read"] == pytest.approx(185_856, rel=0.05)
-    for more, times in ([], 1), (["--against", folder], 2), (["--drop", "1:2"], 2):
+    for more in ["--against", folder], ["--drop", "1:2"]:
         streamed = shallower("eval", folder, *common, *more, "--stream", "--json").json
         read = {"passes": streamed.pop("passes"), "bytes_read": streamed.pop("bytes_read")}
-        assert read["passes"] == times
-        assert 2 * read["bytes_read"] > (2 * times - 1) * 185_856
+        assert read["passes"] == 2
+        assert 2 * read["bytes_read"] > 3 * 185_856
         assert streamed == shallower("eval", folder, *common, *more, "--json").json
     said = shallower("eval", folder, *common, "--stream").out
     assert "of layers from disk, in 1 pass\n" in said

@@ -45,7 +45,7 @@ def files(folder):
 def test_a_streamed_patch_is_saved_with_the_same_bytes(folder, tmp_path, dtype):
     streamed, whole, tokenizer = both(folder, dtype)
     for name, model in (("a", streamed), ("b", whole)):
-        done = sh.patch(model, tokenizer, [2, 3, 5], texts=TEXTS, progress=False)
+        done = sh.patch(model, tokenizer, [2, 3, 5], texts=sentences(56, seed=1), progress=False)
         sh.save_patched(model, tokenizer, tmp_path / name, done=done)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert done.patched < done.cut
