@@ -11,7 +11,7 @@ from shallower.patching import descent, least_squares
 from tests.examples import sentences
 from tests.models.offloaded import offloaded
 
-TEXTS = sentences(32, seed=1)
+TEXTS = sentences(48, seed=1)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -23,7 +23,7 @@ from tests.memory.test_streaming import FAMILIES, both, stored
 from tests.patching.test_descent import batches_of, gone
 from tests.peaks import needs_linux, peak_of, resident
 
-TEXTS = sentences(32, seed=1)
+TEXTS = sentences(48, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def files(folder):
 def test_a_streamed_patch_is_saved_with_the_same_bytes(folder, tmp_path, dtype):
     streamed, whole, tokenizer = both(folder, dtype)
     for name, model in (("a", streamed), ("b", whole)):
-        done = sh.patch(model, tokenizer, [2, 3, 5], texts=sentences(56, seed=1), progress=False)
+        done = sh.patch(model, tokenizer, [2, 3, 5], texts=TEXTS, progress=False)
         sh.save_patched(model, tokenizer, tmp_path / name, done=done)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert done.patched < done.cut
@@ -95,6 +95,7 @@ def test_a_streamed_patch_goes_on_from_the_steps_it_took(folder, tmp_path, monke
     streamed, whole, tokenizer = both(folder)
     options = {"texts": TEXTS, "progress": False}
     expected = sh.patch(whole, tokenizer, [2, 3, 5], **options)
+    assert expected.descent  # so that steps that were lost would be missed
     options["checkpoint"] = tmp_path / "kept"
     step, left = Descent._step, [2]
 
