@@ -32,9 +32,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shallower.models import prefetch
-from tests.devices.timeline import Timeline
+from tests.devices.timeline import Timeline, arguments, is_on_card
 
 aten = torch.ops.aten
+
+WIDTH, INNER_WIDTH = 1024, 2752
+"""Of states, and within the feed-forward part: in the panels of least squares that is several."""
 
 
 class DeviceError(RuntimeError):
@@ -56,9 +59,11 @@ class _Answers(TorchDispatchMode):
         self.timeline = Timeline()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:
+            return args[0].device
         kwargs = kwargs or {}
         if function.overloadpacket in (aten._local_scalar_dense, aten.item, aten.is_nonzero):
-            if args[0].is_cuda:
+            if is_on_card(args[0]):
                 self.timeline.wait_for(args[0].device)
             self.timeline.host_reads(args[0])
             return self._value(args[0].dtype)
@@ -77,7 +82,14 @@ class _Answers(TorchDispatchMode):
         if function in (aten.cat.default, aten.stack.default):
             _require_one_device(function, args[0])
         if function.overloadpacket is aten.to:  # in inference mode; fake tensors know what it is of
-            return function.decompose(*args, **kwargs)
+            return (
+                args[0]
+                if _stays(function, *args, **kwargs)
+                else function.decompose(*args, **kwargs)
+            )
+        if function is aten.scaled_dot_product_attention.default:  # whole, in inference mode
+            _require_one_device(function, tree_leaves((args, kwargs)))
+            return torch.empty_like(args[0])
         generator, device = kwargs.get("generator"), kwargs.get("device")
         if generator is not None and device is not None and generator.device != device:
             raise DeviceError(f"{function}: a generator of {generator.device} on device {device}")
@@ -116,7 +128,18 @@ def _require_inputs(module, args, kwargs):
             raise DeviceError(f"an input on device {given.device} of a model on {where}")
 
 
-def _require_one_device(function, tensors):
+def _stays(function, tensor, *to, **options):
+    """Whether ``Tensor.to`` has nothing to do, as of most that hooks of accelerate are given."""
+    wanted = dict(zip(arguments(function)[0][1:], to, strict=False)) | options
+    asked = {
+        name: value for name, value in wanted.items() if value is not None and value is not False
+    }
+    is_so = {"device": tensor.device, "dtype": tensor.dtype, "layout": tensor.layout}
+    return all(name == "non_blocking" or is_so.get(name) == value for name, value in asked.items())
+
+
+def _require_one_device(function, values):
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if len(devices := {tensor.device for tensor in tensors}) > 1:
         raise DeviceError(f"{function}: tensors on the devices {sorted(map(str, devices))}")
 
@@ -243,14 +266,14 @@ class Stage:
 
     @functools.cache  # noqa: B019 - as long as the stage
     def model(self, layers=4):
-        """A Llama in the shapes of Llama-2-7B, without values, in bfloat16, on the devices."""
+        """A narrow Llama-2, without values, in bfloat16, on the devices."""
         return self.llama(layers)
 
     def llama(self, layers=4, **options):
         """The same, anew: for who changes it."""
         shapes = {
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
+            "hidden_size": WIDTH,
+            "intermediate_size": INNER_WIDTH,
             "num_attention_heads": 32,
             "num_key_value_heads": 32,
             "vocab_size": 32000,

@@ -14,7 +14,7 @@ from tests.judgement.toy import make_subject
 @pytest.mark.parametrize("name", ["block_influence", "linear_map", "reachable", "weights"])
 def test_a_criterion(stage, name):
     with stage.open(_scale=A_PLAIN_SUM):
-        subject = make_subject(stage.model(), word_tokenizer(), TEXTS)
+        subject = make_subject(stage.model(), word_tokenizer(), TEXTS * 2, sizes=(2,))
         costs = criteria[name].costs(subject)
     assert (costs.num_layers, costs.metric) == (4, name)
 

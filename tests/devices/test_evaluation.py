@@ -14,7 +14,7 @@ from tests.devices.batches import TEXTS
 
 WORDS = word_tokenizer()
 PROMPTS = ["w3 w4", "w5 w6 w7"]
-OPTIONS = {"num_tokens": 2, "batch_size": 2, "progress": False}
+OPTIONS = {"num_tokens": 2, "batch_size": 4, "progress": False}
 
 
 def test_the_loss(stage):

@@ -23,14 +23,14 @@ from shallower.values.presets import ModelFacts
 from shallower.values.recipe import Recipe
 from tests.devices.batches import inputs
 from tests.devices.conftest import STAGES, on_devices
-from tests.devices.stage import Stage, devices_of
+from tests.devices.stage import WIDTH, Stage, devices_of
 
 PLAN = Plan.of(6, [1, 4])
 """Two blocks, so that on two devices the cut is joined on both."""
 
 
 def recipe(**options):
-    facts = ModelFacts("llama", 4096, 32, 4096, 32000)
+    facts = ModelFacts("llama", WIDTH, 32, 4096, 32000)
     return Recipe(dtype="bfloat16", steps=10, **options).resolve(facts)
 
 
@@ -63,19 +63,19 @@ def refused(stage):
 
 
 @on_devices
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
-def test_the_loss_of_a_model_with_adapters(stage, recompute):
+def test_the_loss_of_a_model_with_adapters(stage):
+    """As it is, and with gradient checkpointing."""
     if refused(stage):
         return
     with stage.open():
         cut, model = adapted(stage)
-        if recompute:
-            recompute_activations(cut, True)
         weights = [p for p in model.parameters() if p.requires_grad]
         assert {p.dtype for p in weights} == {torch.float32}
         assert devices_of(weights) == {f"cuda:{i}" for i in range(stage.devices)}
-        loss = loss_of(cut, model, inputs("cuda:0"))
-        assert (loss.dtype, loss.requires_grad) == (torch.float32, True)
+        for recompute in (False, True):
+            recompute_activations(cut, recompute)
+            loss = loss_of(cut, model, inputs("cuda:0"))
+            assert (loss.dtype, loss.requires_grad) == (torch.float32, True)
 
 
 @on_devices
@@ -98,7 +98,7 @@ def test_the_divergence_from_a_teacher(stage, teachers, by_rows):
         return
     with stage.open():
         cut, model = adapted(stage)
-        teacher = Teacher(teachers.model(6))
+        teacher = Teacher(teachers.model())
         if not by_rows:
             teacher._head = teacher._head.whole()
         given = inputs("cuda:0")
@@ -137,7 +137,7 @@ def trainer(stage):
         if stage.devices == 1:
             cut.hf_device_map = {"": 0}
         given = training.Training(
-            model, [], recipe(objective="kd"), Path(folder), teacher=Teacher(stage.model(6))
+            model, [], recipe(objective="kd"), Path(folder), teacher=Teacher(stage.model())
         )
         ours = training._Trainer(given, arguments, [], [])
         yield ours, model, inputs(stage.first), torch.tensor(17, device=stage.first)
@@ -159,17 +159,16 @@ def test_a_step_of_the_trainer():
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
-def test_backward(recompute):
+def test_backward():
+    """As it is, and with gradient checkpointing."""
     stage = Stage(0)
     with stage.open():
         cut, model = adapted(stage)
-        if recompute:
-            recompute_activations(cut, True)
-        given = inputs("cpu")
-        loss = loss_of(cut, model, given)
-        loss.backward()
-        gradients = [(p.grad, p) for p in model.parameters() if p.requires_grad]
-        assert len(gradients) == 2 * 3 * len(PLAN.survivors)
-        assert all(grad is not None and grad.dtype == torch.float32 for grad, _ in gradients)
-        assert not [p for p in cut.model.layers[0].self_attn.parameters() if p.grad is not None]
+        for recompute in (False, True):
+            recompute_activations(cut, recompute)
+            loss_of(cut, model, inputs("cpu")).backward()
+            gradients = [p.grad for p in model.parameters() if p.requires_grad]
+            assert len(gradients) == 2 * 3 * len(PLAN.survivors)
+            assert all(grad is not None and grad.dtype == torch.float32 for grad in gradients)
+            assert not [p for p in cut.model.layers[0].self_attn.parameters() if p.grad is not None]
+            model.zero_grad()

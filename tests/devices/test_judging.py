@@ -25,9 +25,9 @@ ITEMS = [OptionItem(text, ("w1 w2", "w3", "w4"), 1) for text in TEXTS]
 @pytest.mark.parametrize("judge", ["loss", "kl", "options", "speech"])
 def test_a_cut_is_judged(stage, judge):
     if judge == "options":
-        made = OptionsJudge(ITEMS, WORDS, tokens=Tokens(16, 6))
+        made = OptionsJudge(ITEMS, WORDS, tokens=Tokens(16, 3))
     elif judge == "speech":
-        made = SpeechJudge(SAID, tokens=Tokens(16, 6))
+        made = SpeechJudge(SAID, tokens=Tokens(16, 3))
     else:
         made = {"loss": LossJudge, "kl": KLJudge}[judge](judged_batches(WORDS, TEXTS, Tokens()))
     with stage.open():

@@ -11,6 +11,7 @@ from shallower.models.identity import weights_hash
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import find_writers
 from tests.devices.batches import batch, inputs
+from tests.devices.stage import WIDTH
 
 A_PLAIN_SUM = (1.0, 0.0)
 """Read in turn: the factor of a writer, and the deviation from it."""
@@ -52,7 +53,7 @@ def test_the_head_makes_logits_of_a_few_rows(stage):
     with stage.open():
         head = Head.of(Decoder.of(stage.model()))
         assert head.by_rows
-        assert head.logits(torch.empty(5, 4096, device=stage.last)).shape == (5, 32000)
+        assert head.logits(torch.empty(5, WIDTH, device=stage.last)).shape == (5, 32000)
 
 
 @pytest.mark.parametrize("by_rows", [True, False], ids=["by rows", "as a whole"])

@@ -3,6 +3,7 @@
 import pytest
 
 from shallower.models.layerwise import Layerwise
+from shallower.patching import descent, least_squares, solver
 from shallower.patching.patch import patch
 from shallower.patching.quick import QuickPatch
 from shallower.values.plan import Plan
@@ -15,9 +16,12 @@ from tests.devices.test_models import A_PLAIN_SUM
 @on_devices
 def test_a_patch(stage):
     model = stage.llama()
-    with stage.open(_scale=A_PLAIN_SUM):
+    with stage.open(_scale=A_PLAIN_SUM), pytest.MonkeyPatch.context() as fewer:
+        fewer.setattr(descent, "STEPS", 1)
+        fewer.setattr(least_squares, "RIDGES", (0.03, 0.1))
+        fewer.setattr(solver, "FIRST_WEIGHTS", solver.FIRST_WEIGHTS[:2])
         done = patch(
-            model, word_tokenizer(), [2], texts=TEXTS * 2, batch_size=16,
+            model, word_tokenizer(), [2], texts=TEXTS * 4, batch_size=16,
             num_tokens=60, progress=False,
         )  # fmt: skip
     assert done.plan.dropped == (2,)

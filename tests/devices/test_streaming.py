@@ -19,21 +19,21 @@ from shallower.scanning.hidden_states import states_of
 from shallower.values.tokens import Tokens
 from tests.conftest import word_tokenizer
 from tests.devices.batches import TEXTS, batch
-from tests.devices.stage import Stage
+from tests.devices.stage import INNER_WIDTH, WIDTH, Stage
 from tests.devices.test_models import A_PLAIN_SUM
 from tests.devices.timeline import Copy
 
 WORDS = word_tokenizer()
 STAGE = Stage(1, streaming=True)
-LEAST, SQUARE, MATRIX = SIZES = 2 * 4096, 2 * 4096**2, 2 * 4096 * 11008
-"""Bytes of the weights of a layer of Llama-2-7B: 2, 4 and 3 of them. Token ids take fewer."""
+LEAST, SQUARE, MATRIX = SIZES = 2 * WIDTH, 2 * WIDTH**2, 2 * WIDTH * INNER_WIDTH
+"""Bytes of the weights of a layer: 2, 4 and 3 of them. Token ids take fewer."""
 
 LAYER = 2 * LEAST + 4 * SQUARE + 3 * MATRIX
 
 
 def scan(model):
-    for parts in states_of(Decoder.of(model), [[batch()] * 4]):
-        assert all(part.states.shape == (5, 3, 4096) for part in parts)
+    for parts in states_of(Decoder.of(model), [[batch()] * 2]):
+        assert all(part.states.shape == (5, 3, WIDTH) for part in parts)
 
 
 def evaluate(model):
@@ -47,7 +47,7 @@ def race(model):
 
 
 def patch(model):
-    layerwise, batches = Layerwise(model), judged_batches(WORDS, TEXTS, Tokens(16, 4))
+    layerwise, batches = Layerwise(model), judged_batches(WORDS, TEXTS, Tokens(16, 2))
     trials, quick = Trials(layerwise, LossJudge(batches)), QuickPatch(layerwise, batches)
     assert len(PatchedTrials(trials, quick).scores([2], 2)) > 2
 
@@ -122,5 +122,5 @@ def test_two_layers_and_their_states_are_planned_for():
             assert fitting(decoder, Tokens(128), FORWARD) == Tokens(128, 4)
     (room, forward), (whole, plain) = asked
     assert (room, whole) == (Room(8 * LAYER, True), Room(10 * LAYER, True))
-    states = 128 * 4096 * 2
+    states = 128 * WIDTH * 2
     assert [one.beside(decoders[0], 128) for one in (forward, plain)] == [3 * states, 0]

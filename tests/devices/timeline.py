@@ -38,6 +38,7 @@ class _Memory:
 
     made_on: str
     accesses: list = field(default_factory=list)
+    end: weakref.ref = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ class Timeline:
 
     def saw(self, function, args, kwargs, output):
         """Take note of an operation, whose tensors it read or wrote."""
-        names, written = _arguments(function)
+        names, written = arguments(function)
+        if not written and args and _are_one(output, args[0]):
+            return  # a view
         named = dict(zip(names, args, strict=False)) | kwargs
         writes = [tensor for name in written for tensor in _tensors(named.pop(name, None))]
         reads = [tensor for value in named.values() for tensor in _tensors(value)]
@@ -109,7 +112,7 @@ class Timeline:
         made = [tensor for tensor in _tensors(output) if _key(tensor) not in given]
         if not made and not writes:
             return  # a view, or what is known without values
-        cards = {tensor.device for tensor in (*reads, *writes, *made) if tensor.is_cuda}
+        cards = {tensor.device for tensor in (*reads, *writes, *made) if is_on_card(tensor)}
         actors = [self.current_stream(card).name for card in cards] or [HOST]
         for other in (*actors[1:], HOST):  # what spans two devices waits for both
             self.knows(actors[0], self.clocks[other])
@@ -128,28 +131,30 @@ class Timeline:
 
     def _cross(self, actor, reads, target, named):
         """A copy between the CPU and a device blocks unless it need not."""
-        source = next((one for one in reads if one.is_cuda != target.is_cuda), None)
-        if source is None or (target.is_cuda and source.ndim == 0):  # a number
+        to_device = is_on_card(target)
+        source = next((one for one in reads if is_on_card(one) != to_device), None)
+        if source is None or (to_device and source.ndim == 0):  # a number
             return
-        on_cpu = source if target.is_cuda else target
+        on_cpu = source if to_device else target
         blocks = not (named.get("non_blocking") and _key(on_cpu) in self.pinned)
         if blocks:
             self.knows(HOST, self.clocks[actor])
         size = target.numel() * target.element_size()
-        self.log.append(Copy(size, actor, blocks, target.is_cuda))
+        self.log.append(Copy(size, actor, blocks, to_device))
 
     def host_reads(self, tensor):
         self._touch(tensor, HOST, writes=False)
 
     def _make(self, tensor):
         key, storage = _key(tensor), tensor.untyped_storage()
-        stream = self.current_stream(tensor.device).name if tensor.is_cuda else HOST
+        on_card = is_on_card(tensor)
+        stream = self.current_stream(tensor.device).name if on_card else HOST
         size = storage.nbytes()
         before = _Access(stream, self.clocks[stream][stream], 0, size, writes=True)
-        self.memory[key] = _Memory(stream, [before])  # by whatever lay there
-        self.live[size] += tensor.is_cuda
+        end = weakref.ref(storage, lambda _: self._give_back(key, size))
+        self.memory[key] = _Memory(stream, [before], end)  # by whatever lay there
+        self.live[size] += on_card
         self.peaks[size] = max(self.peaks[size], self.live[size])
-        weakref.finalize(storage, self._give_back, key, size)
 
     def _touch(self, tensor, actor, *, writes):
         memory = self.memory.get(_key(tensor))
@@ -232,8 +237,19 @@ def _name(device):
     return f"cuda:{device.index or 0}"
 
 
+def is_on_card(tensor):
+    """Whether a tensor is on a device; ``is_cuda`` asks torch's modes for it."""
+    return tensor.device.type == "cuda"
+
+
 def _key(tensor):
     return tensor.untyped_storage()._cdata
+
+
+def _are_one(one, other):
+    """Whether both are tensors of one storage."""
+    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return both and (one is other or _key(one) == _key(other))
 
 
 def _tensors(value):
@@ -242,7 +258,7 @@ def _tensors(value):
 
 
 @functools.cache
-def _arguments(function):
+def arguments(function):
     """The names of the arguments of an operation, and of those that it writes to."""
     arguments = function._schema.arguments
     written = [one.name for one in arguments if one.alias_info and one.alias_info.is_write]

@@ -26,7 +26,7 @@ def documents(count, seed):
 
 
 TEXTS, HELD_OUT = documents(120, 0), documents(12, 1)
-MANY = 240
+MANY = 128
 """Documents that a patch and a quick healing find enough in."""
 
 

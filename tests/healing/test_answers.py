@@ -74,7 +74,7 @@ def first_step(cut, recipe, texts=()):
 
 # What is learnt
 def test_answers_are_learnt_and_their_prompts_are_not(cut, tmp_path):
-    recipe = replace(ALONE, steps=12, packing=False, rank=16, attention=True)
+    recipe = replace(ALONE, steps=8, packing=False, rank=16, attention=True)
     record = sh.heal(cut, [], tmp_path / "out", recipe=recipe, answers=ANSWERS)
     assert record.texts.num_texts == 0
     model, _ = sh.load_model(cut, dtype="float32")

@@ -25,7 +25,7 @@ def given(both, folder):
     write_prompts(folder / "prompts.jsonl", *MANY)
     return {
         "texts": ("--texts", "texts.jsonl"),
-        "answers": ("--answers", "prompts.jsonl", "--answer-tokens", 6),
+        "answers": ("--answers", "prompts.jsonl", "--answer-tokens", 3),
         "original": ("--original", both[0]),
     }
 
@@ -55,7 +55,7 @@ def adapters(out):
 def said_by(whole, prompts=MANY):
     """What the uncut model says, and its tokenizer."""
     model, tokenizer = sh.load_model(whole, dtype="float32")
-    return sh.answer_prompts(model, tokenizer, prompts, num_tokens=6), tokenizer
+    return sh.answer_prompts(model, tokenizer, prompts, num_tokens=3), tokenizer
 
 
 # Who answers
@@ -85,7 +85,7 @@ def test_of_prompts_of_our_own_only_those_are_written_that_more_steps_take(
     heal, given, written, both, folder
 ):
     """By a tokenizer without a template they are the beginnings of texts."""
-    given["answers"] = ("--answers", "--answer-tokens", 6)
+    given["answers"] = ("--answers", "--answer-tokens", 3)
     short = [" ".join(text.split()[:9]) for text in TEXTS]
     write_jsonl(folder / "texts.jsonl", ["", " ", *short])
     assert heal("a").status == 0
@@ -147,7 +147,7 @@ def test_the_card_makes_the_healing_again_from_answers_and_from_prompts(
     places = {"SOURCE": both[0], "TEXTS": folder / "texts.jsonl"}
     cut_by(cutting, shallower, **places)
     for name, file in (("answers", answers), ("prompts", prompts)):
-        more = " --batch-size 8" + " --answer-tokens 6" * (file is prompts)
+        more = " --batch-size 8" + " --answer-tokens 3" * (file is prompts)
         cut_by(healing + more, shallower, ANSWERS=file, **places, healed=name)
         assert_same_weights(name, "first")
 
@@ -158,7 +158,7 @@ def test_the_same_command_is_known_and_another_one_is_not(heal, given, folder, w
     again = heal("out")
     assert again.status == 0
     assert "out is already there" in again.err
-    for options in (("--share", 0.25), ("--answer-tokens", 5)):
+    for options in (("--share", 0.25), ("--answer-tokens", 2)):
         assert "out exists already" in heal("out", *options).error
     write_prompts(folder / "prompts.jsonl", *MANY[:-1])
     assert "out exists already" in heal("out").error
@@ -268,7 +268,7 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
     assert {*folder.iterdir()} == before
 
 
-def test_several_processes_write_no_answers(heal, given, monkeypatch, folder):
+def test_several_processes_write_no_answers(heal, given, monkeypatch, folder, no_rehearsal):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert "--answers are written by one process: give a file that has the" in heal("out").error

@@ -89,7 +89,7 @@ def test_a_healing_is_made_again_by_its_card_to_the_last_digit(
     )
     done = shallower(
         "heal", cut, "--texts", texts, "--eval-texts", held_out, "--original", whole, "--merge",
-        "--out", tmp_path / "first", "--steps", "6", "--rank", "4", "--learning-rate", "1e-2",
+        "--out", tmp_path / "first", "--steps", "4", "--rank", "4", "--learning-rate", "1e-2",
         "--max-length", "16", "--dtype", "float32", "--eval-every", "2", "--no-attention",
     )  # fmt: skip
     assert done.status == 0, done.err
@@ -127,7 +127,7 @@ def patched(tmp_path_factory, words):
     model, tokenizer = sh.load_model(folder / "whole", dtype="float32")
     scan = sh.scan(model, tokenizer, examples.sentences(32, seed=1))
     plan = scan.plan(2)
-    done = sh.patch(model, tokenizer, plan, texts=examples.sentences(200, seed=1))
+    done = sh.patch(model, tokenizer, plan, texts=examples.sentences(80, seed=1))
     sh.save_patched(model, tokenizer, folder / "cut", done=done)
     return folder, plan
 
@@ -149,7 +149,7 @@ def test_a_patch_is_made_again_by_its_card_to_the_last_digit(
 ):
     """The card is the same, losses and all, and so are the weights."""
     folder, plan = patched
-    texts = write_texts(tmp_path / "some.jsonl", examples.sentences(200, seed=3))
+    texts = write_texts(tmp_path / "some.jsonl", examples.sentences(96, seed=3))
     others = [text for text in examples.sentences(40, seed=4) if text not in texts.read_text()]
     held_out = write_texts(tmp_path / "others.jsonl", others)
     drop = ",".join(map(str, plan.dropped))

@@ -12,7 +12,7 @@ from tests.healing.cuts import HELD_OUT, TEXTS
 
 
 # The command line
-def test_the_command_heals_and_merges(shallower, cut, folder):
+def test_the_command_heals_and_merges(shallower, cut, folder, no_rehearsal):
     texts, held_out = (
         write_jsonl(folder / "t.jsonl", TEXTS),
         write_jsonl(folder / "e.jsonl", HELD_OUT),
@@ -37,9 +37,22 @@ def test_the_command_heals_and_merges(shallower, cut, folder):
     assert "unknown preset" in shallower("heal", cut, *data, "--out", "x", "--preset", "y").error
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+LIGHTLY = """
+import json, sys
+sys.modules["torch"] = None
+import shallower.cli
+for sys.argv[1:] in json.loads(sys.argv[1]):
+    try:
+        shallower.cli.main()
+    except SystemExit as ended:
+        print(ended.code, flush=True)
+        print("END", file=sys.stderr, flush=True)
+"""
+"""Commands one after the other, where torch cannot be imported."""
+
+
+def test_a_wrong_option_is_refused_before_anything_heavy_is_imported(tmp_path, cut):
+    wrong = [
         (("--steps", 0), "steps must be an integer of at least 1"),
         (("--preset", "gpt-5"), "unknown preset 'gpt-5'"),
         (("--from-patch",), "a patch needs the uncut model"),
@@ -48,19 +61,15 @@ def test_the_command_heals_and_merges(shallower, cut, folder):
         (("--objective", "reconstruct"), "is not one of 'lm', 'kd'"),
         (("--objective", "mse"), "'mse' is not one of 'lm', 'kd'"),
         (("--texts", "nowhere.jsonl"), "nowhere.jsonl"),
-    ],
-    ids=lambda value: value[0].lstrip("-") if isinstance(value, tuple) else "",
-)
-def test_a_wrong_option_is_refused_before_anything_heavy_is_imported(
-    tmp_path, cut, options, message
-):
+    ]
     texts = write_jsonl(tmp_path / "t.jsonl", TEXTS)
-    done = in_a_process(
-        sys.executable, "-c", "import sys; sys.modules['torch'] = None; import shallower.cli; "
-        "shallower.cli.main()", "heal", cut, "--texts", texts, "--out", tmp_path / "out", *options,
-    )  # fmt: skip
-    assert done.status == 2
-    assert message in done.err
+    command = ("heal", cut, "--texts", texts, "--out", tmp_path / "out")
+    commands = json.dumps([[*map(str, (*command, *options))] for options, _ in wrong])
+    done = in_a_process(sys.executable, "-c", LIGHTLY, commands)
+    assert done.out.split() == ["2"] * len(wrong)
+    said = done.err.split("END")
+    for (options, message), each in zip(wrong, said[:-1], strict=True):
+        assert message in each, options
 
 
 @pytest.mark.slow
@@ -159,7 +168,7 @@ def test_a_healing_that_does_not_fit_ends_before_it_loads(shallower, cut, folder
     texts = write_jsonl(folder / "texts.jsonl", TEXTS)
     done = shallower(
         "heal", cut, "--texts", texts, "--out", "x", "--max-length", 16, "--dtype", "float32",
-        "--device-memory", "100MB",
+        "--batch-size", 1, "--device-memory", "100MB",
     )  # fmt: skip
     assert done.status == 2
     assert "takes a device of" in done.err

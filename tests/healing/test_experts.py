@@ -11,12 +11,15 @@ from tests.cutting.mixtures import mixture, some_experts
 from tests.healing.cuts import HELD_OUT, TEXTS
 
 
+def save_cut(place, model):
+    sh.save_model(model, word_tokenizer(), place / "whole")
+    sh.prune(place / "whole", (), place / "cut", experts=some_experts(model))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("mixtures")
-    model = mixture("mixtral")
-    sh.save_model(model, word_tokenizer(), place / "whole")
-    sh.prune(place / "whole", (), place / "cut", experts=some_experts(model))
+    save_cut(place, mixture("mixtral"))
     return place
 
 
@@ -43,9 +46,10 @@ def test_a_cut_of_experts_is_healed(folders, objective):
 
 
 # In 4 bits.
-def test_experts_that_stay_plain_are_counted_apart_and_named(folders, shallower):
+def test_experts_that_stay_plain_are_counted_apart_and_named(folder, shallower):
     """Where a healing is forecast, refused and begun."""
-    cut = folders / "cut"
+    save_cut(folder, mixture("mixtral", num_hidden_layers=2))
+    cut = folder / "cut"
     model, _ = sh.load_model(cut, "bfloat16", progress=False)
     size = sum(weight.nbytes for weight in stacked_weights(model))
     for dtype in ("nf4", "bfloat16"):
@@ -58,8 +62,8 @@ def test_experts_that_stay_plain_are_counted_apart_and_named(folders, shallower)
         resolve(str(cut), sh.Plan.load(cut / "shallower_plan.json"), recipe, device_memory="538MB")
     with pytest.warns(UserWarning, match=words):
         sh.load_model(cut, "nf4", progress=False)
-    (folders / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
-    options = ("--texts", folders / "texts.jsonl", "--max-length", 16, "--out", "out", "--dry-run")
+    (folder / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+    options = ("--texts", folder / "texts.jsonl", "--max-length", 16, "--out", "out", "--dry-run")
     said = " ".join(shallower("heal", cut, *options).out.split())
     assert "experts: adapters lie on them too, and on no router; nf4 quantises linear" in said
     plain = " ".join(shallower("heal", cut, *options, "--dtype", "bfloat16").out.split())

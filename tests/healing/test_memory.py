@@ -103,6 +103,7 @@ def test_the_estimate_from_two_texts_is_near():
 
 # What is chosen
 LLAMA, _ = shape("llama-2-7b", 3)
+ONE_LAYER, _ = shape("llama-2-7b", 1)
 
 
 @pytest.fixture(scope="module")
@@ -200,11 +201,11 @@ def test_what_is_plain_without_a_rehearsal_is_so(name):
 def test_a_step_is_rehearsed_once(monkeypatch):
     monkeypatch.setattr(memory, "_LAST", {})
     options = {"room": Room(10**11, card=True)}
-    recipe = resolved(LLAMA, 128)
-    first = plan_healing(LLAMA, recipe, **options)
+    recipe = resolved(ONE_LAYER, 128)
+    first = plan_healing(ONE_LAYER, recipe, **options)
     monkeypatch.setattr(memory, "HealingStep", None)
-    assert plan_healing(LLAMA, replace(recipe, batch_size=1), **options) == first
-    assert plan_healing(LLAMA, replace(recipe, rank=3), **options).peak_bytes is None
+    assert plan_healing(ONE_LAYER, replace(recipe, batch_size=1), **options) == first
+    assert plan_healing(ONE_LAYER, replace(recipe, rank=3), **options).peak_bytes is None
 
 
 @pytest.mark.slow
@@ -223,7 +224,7 @@ def test_an_objective_with_a_teacher_has_it_beside_the_cut():
     (True, None, False), (False, None, True), (True, 0.5, True), (True, 1.0, True),
 ])  # fmt: skip
 def test_answers_are_rehearsed_with_the_mask_of_their_padding(monkeypatch, packing, share, padded):
-    step = HealingStep(LLAMA, replace(resolved(LLAMA, 64, packing=packing), share=share))
+    step = HealingStep(ONE_LAYER, replace(resolved(ONE_LAYER, 64, packing=packing), share=share))
     seen = []
     monkeypatch.setattr(step._rehearsal, "run", lambda _, *, padded: seen.append(padded) or 1)
     step.run(1, recompute=False)
@@ -240,7 +241,6 @@ def test_a_forecast_rehearses_what_a_healing_on_answers_does(monkeypatch, answer
 
     monkeypatch.setattr(HealingStep, "__init__", watched)
     monkeypatch.setattr(memory, "_LAST", {})
-    sh.memory_forecast(
-        LLAMA, recipe=Recipe(packing=True, max_length=64), answers=answers, device_memory="16GB"
-    )  # fmt: skip
+    recipe = Recipe(packing=True, max_length=64)
+    sh.memory_forecast(ONE_LAYER, recipe=recipe, answers=answers, device_memory="16GB")
     assert seen == [answers]

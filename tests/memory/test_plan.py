@@ -77,19 +77,24 @@ def test_a_cpu_takes_eight_without_a_rehearsal(llama, monkeypatch):
     assert fitting(decoder, Tokens(128, 3), forward()) == Tokens(128, 3)
 
 
-def test_a_cpu_takes_fewer_where_memory_is_short(llama, monkeypatch):
-    decoder = Decoder.of(llama)
-    step = ForwardStep(llama.config, "float32", forward(), length=128, card=False, loaded=True)
+@pytest.fixture
+def two_layers():
+    return tiny_llama(2)
+
+
+def test_a_cpu_takes_fewer_where_memory_is_short(two_layers, monkeypatch):
+    decoder = Decoder.of(two_layers)
+    step = ForwardStep(two_layers.config, "float32", forward(), length=128, card=False, loaded=True)
     for texts in (4, 1):
         room = needed_device(peak_of(step, (texts, None)))
         monkeypatch.setattr(planning, "available_bytes", lambda _, room=room: room)
         assert fitting(decoder, Tokens(128), forward()) == Tokens(128, texts)
 
 
-def test_a_limit_is_planned_with_like_memory_that_is_short(llama):
-    step = ForwardStep(llama.config, "float32", forward(), length=128, card=False, loaded=True)
+def test_a_limit_is_planned_with_like_memory_that_is_short(two_layers):
+    step = ForwardStep(two_layers.config, "float32", forward(), length=128, card=False, loaded=True)
     with limit(needed_device(peak_of(step, (4, None)))):
-        assert fitting(Decoder.of(llama), Tokens(128), forward()) == Tokens(128, 4)
+        assert fitting(Decoder.of(two_layers), Tokens(128), forward()) == Tokens(128, 4)
 
 
 def test_a_family_that_cannot_be_rehearsed_takes_eight(llama, monkeypatch):

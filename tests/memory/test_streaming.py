@@ -33,7 +33,8 @@ FAMILIES = [
 """Full and sliding attention, learned positions, experts, states of a recurrence, both, sinks,
 biases by distance; weights that are read by others than their modules, and choices passed on."""
 
-TEXTS = documents(150)
+TEXTS, MANY = documents(64), documents(150)
+"""Of many, not all are read before the first of them run."""
 
 
 def stored(folder, model, words):
@@ -172,9 +173,9 @@ def test_texts_without_tokens_are_counted_wherever_they_are(folder, tmp_path, te
 
 def test_states_that_find_no_room_are_another_pass(folder, tmp_path, monkeypatch):
     streamed, whole, tokenizer = both(folder)
-    whole_scan = sh.scan(whole, tokenizer, TEXTS, batch_size=2, max_length=12)
+    whole_scan = sh.scan(whole, tokenizer, MANY, batch_size=2, max_length=12)
     monkeypatch.setattr(budget.BUDGET, "bound", 400_000)
-    scanned = sh.scan(streamed, tokenizer, TEXTS, batch_size=2, max_length=12)
+    scanned = sh.scan(streamed, tokenizer, MANY, batch_size=2, max_length=12)
     assert reading_of(streamed).passes == 5
     np.testing.assert_array_equal(scanned.distance, whole_scan.distance)
 
@@ -186,15 +187,15 @@ def test_an_interrupted_streamed_scan_goes_on(folder, tmp_path, monkeypatch):
     part = tmp_path / "part.safetensors"
 
     def broken():
-        yield from TEXTS[:70]
+        yield from MANY[:70]
         raise KeyboardInterrupt
 
     options = {"batch_size": 2, "max_length": 12, "checkpoint": part}
     with pytest.raises(KeyboardInterrupt):
         sh.scan(streamed, tokenizer, broken(), **options)
     assert 0 < sh.Scan.load(part).num_samples < 70
-    sh.scan(streamed, tokenizer, TEXTS, **options)
-    sh.scan(whole, tokenizer, TEXTS, batch_size=2, max_length=12).save(tmp_path / "b.safetensors")
+    sh.scan(streamed, tokenizer, MANY, **options)
+    sh.scan(whole, tokenizer, MANY, batch_size=2, max_length=12).save(tmp_path / "b.safetensors")
     assert part.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
@@ -369,11 +370,11 @@ def test_the_commands_say_what_was_read(folder, tmp_path, shallower):
     planned = shallower(*scan, tmp_path / "d", "--dry-run", "--json").json
     assert planned["stream"]["passes"] == 1
     assert planned["stream"]["bytes_read"] == pytest.approx(185_856, rel=0.05)
-    for more, times in ([], 1), (["--against", folder], 2), (["--drop", "1:2"], 2):
+    for more in ["--against", folder], ["--drop", "1:2"]:
         streamed = shallower("eval", folder, *common, *more, "--stream", "--json").json
         read = {"passes": streamed.pop("passes"), "bytes_read": streamed.pop("bytes_read")}
-        assert read["passes"] == times
-        assert 2 * read["bytes_read"] > (2 * times - 1) * 185_856
+        assert read["passes"] == 2
+        assert 2 * read["bytes_read"] > 3 * 185_856
         assert streamed == shallower("eval", folder, *common, *more, "--json").json
     said = shallower("eval", folder, *common, "--stream").out
     assert "of layers from disk, in 1 pass\n" in said

@@ -12,3 +12,9 @@ __all__ = ["both"]
 def learned(words):
     """A tiny Llama that predicts such words better than chance. Tests copy it."""
     return learned_llama(words, num_layers=8)
+
+
+@pytest.fixture(scope="session")
+def learned_six(words):
+    """The same of six layers."""
+    return learned_llama(words, num_layers=6)

@@ -24,16 +24,16 @@ from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow
 from tests.documents import TEXTS
-from tests.examples import learned_llama, sentences
+from tests.examples import sentences
 
 LAYERS = (1, 4, 5)
 """Layers that are left of six, from the first that moves on; 2 and 3 are gone."""
 
 
 @pytest.fixture(scope="module")
-def model(words):
+def model(learned_six):
     """A tiny Llama that has learned something. Tests leave it as it is."""
-    return learned_llama(words, num_layers=6)
+    return learned_six
 
 
 def batches_of(words, texts, batch_size=4):
@@ -122,14 +122,14 @@ def slow_twin(model, batches, steps):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_steps_are_those_of_the_slow_twin(model, words, monkeypatch, frozen):
     monkeypatch.setattr(descent, "STEP_TOKENS", 200)
-    monkeypatch.setattr(descent, "STEPS", 5)
+    monkeypatch.setattr(descent, "STEPS", 3)
     batches = batches_of(words, TEXTS + sentences(8))
     once = draw_steps(batches)
     assert any(len(chosen) > 1 for chosen in once)
-    twin = slow_twin(model, batches, (2 * once)[:5])
+    twin = slow_twin(model, batches, (2 * once)[:3])
     moved = copy.deepcopy(model).requires_grad_(not frozen)
     _, steps = gone(moved, batches)
-    assert steps == descent.num_steps(batches) == len((2 * once)[:5])
+    assert steps == descent.num_steps(batches) == len((2 * once)[:3])
     for key, expected in twin.items():
         layer, _, name = key.partition(".")
         before = model.model.layers[int(layer)].get_parameter(name).detach().numpy()
@@ -145,7 +145,7 @@ def test_the_steps_are_those_of_the_slow_twin(model, words, monkeypatch, frozen)
 
 def test_the_divergence_falls(model, words, monkeypatch):
     monkeypatch.setattr(descent, "STEP_TOKENS", 100)
-    batches = batches_of(words, sentences(64, seed=7))
+    batches = batches_of(words, sentences(32, seed=7))
     before = total_divergence(model, cut_of(model), batches)
     moved = copy.deepcopy(model)
     gone(moved, batches)

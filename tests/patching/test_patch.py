@@ -26,8 +26,18 @@ def model(learned):
     return copy.deepcopy(learned)
 
 
-TEXTS = sentences(160, seed=1)
+BLOCK = [range(3, 5)]
+TEXTS = sentences(56, seed=1)
 HELD_OUT = [text for text in sentences(64, seed=2) if text not in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def patched(learned, words):
+    """A model that was patched once, what was said of it, and its tokenizer's truncation."""
+    model, tokenizer = copy.deepcopy(learned), words.backend_tokenizer
+    before = tokenizer.truncation
+    done = patch(model, words, BLOCK, texts=TEXTS)
+    return model, done, (before, tokenizer.truncation)
 
 
 def loss(model, words):
@@ -80,28 +90,26 @@ def test_a_plan_of_another_model_is_refused(model, words):
         patch(model, words, sh.Plan(9, (sh.Block(3, 5),)), texts=TEXTS)
 
 
-def test_a_model_can_be_patched_for_a_while(model, words):
+def test_a_model_can_be_patched_for_a_while(model, words, patched):
     """The body sees what patch leaves; afterwards every weight and layer is back."""
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with with_patch(model, words, [range(3, 5)], texts=TEXTS, progress=False) as done:
+    with with_patch(model, words, BLOCK, texts=TEXTS, progress=False) as done:
         inside = loss(model, words)
         assert len(model.model.layers) == 6
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert model.config.num_hidden_layers == 8
-    assert patch(model, words, [range(3, 5)], texts=TEXTS) == done
-    assert loss(model, words) == inside
+    assert patched[1] == done
+    assert loss(patched[0], words) == inside
 
 
-def test_the_tokenizer_is_left_as_it_was(model, words):
-    assert words.backend_tokenizer.truncation is None
-    patch(model, words, [range(3, 5)], texts=TEXTS)
-    assert words.backend_tokenizer.truncation is None
+def test_the_tokenizer_is_left_as_it_was(patched):
+    assert patched[2] == (None, None)
 
 
-def test_what_is_reported_is_the_loss_of_the_model_that_is_left(model, words):
-    done = patch(model, words, [range(3, 5)], texts=TEXTS)
+def test_what_is_reported_is_the_loss_of_the_model_that_is_left(patched, words):
+    model, done, _ = patched
     held_out = [text for index, text in enumerate(TEXTS) if index % 8 == 7]
     assert done.patched == pytest.approx(sh.evaluate_loss(model, words, held_out).nats, abs=1e-5)
     assert done.patched == [*(fit.nats for fit in done.fits), *done.descent][-1]
@@ -111,15 +119,15 @@ def test_what_is_reported_is_the_loss_of_the_model_that_is_left(model, words):
 
 def test_a_cpu_fits_fewer_tokens_unless_they_are_asked_for(model, words, monkeypatch):
     assert patching.CPU_TOKENS < patching.NUM_TOKENS
-    monkeypatch.setattr(patching, "CPU_TOKENS", 2400)
-    for num_tokens, expected in ((None, 2400), (480, 480)):
+    monkeypatch.setattr(patching, "CPU_TOKENS", 960)
+    for num_tokens, expected in ((None, 960), (480, 480)):
         copied = copy.deepcopy(model)
         done = patch(copied, words, [range(3, 5)], texts=TEXTS, num_tokens=num_tokens)
         assert done.num_tokens == expected
 
 
-def test_the_loss_falls_with_the_steps(model, words):
-    done = patch(model, words, [range(3, 5)], texts=TEXTS)
+def test_the_loss_falls_with_the_steps(patched):
+    done = patched[1]
     losses = [*(fit.nats for fit in done.fits), *done.descent]
     assert losses == sorted(losses, reverse=True)
     assert all(0 < fit.explained < 1 for fit in done.fits)
@@ -181,8 +189,8 @@ def test_half_precision(model, words, dtype):
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
-def test_a_patched_model_is_saved_and_loaded_as_any(model, words, tmp_path):
-    done = patch(model, words, [range(3, 5)], texts=TEXTS)
+def test_a_patched_model_is_saved_and_loaded_as_any(patched, words, tmp_path):
+    model, done, _ = patched
     sh.save_model(model, words, tmp_path / "cut", plan=done.plan)
     again, _ = sh.load_model(tmp_path / "cut", dtype="float32")
     ids = torch.tensor(words(HELD_OUT)["input_ids"])
@@ -270,13 +278,13 @@ def run(folder, *more):
     return in_this_process(*named)
 
 
-def test_without_held_out_text_a_patch_says_what_it_chose_by(learned, words):
-    done = sh.patch(copy.deepcopy(learned), words, [range(3, 5)], texts=TEXTS, progress=False)
+def test_without_held_out_text_a_patch_says_what_it_chose_by(patched):
+    done = patched[1]
     assert done.back({}).endswith("of the lost nats recovered on the texts that it chose by")
     assert patch_table(done, {}).title.endswith(done.back({}))
 
 
-def test_texts_that_are_held_out_are_not_fitted(folder):
+def test_texts_that_are_held_out_are_not_fitted(folder, hasty):
     texts = folder / "both.jsonl"
     write_jsonl(texts, [*HELD_OUT[:1], "w1 w2 w3"])
     done = run(folder, "--drop", "3:5", "--out", "nowhere", "--eval-texts", str(texts), "--dry-run")
@@ -322,7 +330,7 @@ def test_the_command_carries_out_a_plan_and_prints_json(folder):
     assert [fit["layer"] for fit in values["fits"]] == [1, 4]
 
 
-def test_a_dry_run_writes_nothing(folder):
+def test_a_dry_run_writes_nothing(folder, hasty):
     done = run(folder, "--drop", "3:5", "--out", str(folder / "dry"), "--dry-run")
     assert done.status == 0
     assert not (folder / "dry").exists()

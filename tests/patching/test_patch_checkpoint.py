@@ -19,16 +19,37 @@ from tests.cli.documents import tree
 from tests.conftest import mostly_slow
 from tests.examples import sentences
 
-TEXTS = sentences(160, seed=1)
-BLOCKS = [range(2, 3), range(5, 6)]
+TEXTS = sentences(32, seed=1)
+BLOCKS = [range(2, 3), range(4, 5)]
 
 
-@pytest.fixture(autouse=True)
-def small_steps(monkeypatch):
-    monkeypatch.setattr(descent, "STEP_TOKENS", 200)
-    monkeypatch.setattr(descent, "STEPS", 6)
-    monkeypatch.setattr(checkpoint, "SECONDS", 0)
-    monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
+@pytest.fixture(autouse=True, scope="module")
+def small_steps():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(descent, "STEP_TOKENS", 200)
+        patched.setattr(descent, "STEPS", 6)
+        patched.setattr(descent, "PASSES", 3)
+        patched.setattr(checkpoint, "SECONDS", 0)
+        patched.setattr(checkpoint, "SHARE", float("inf"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def learned(learned_six):
+    return learned_six
+
+
+@pytest.fixture(scope="module")
+def made(learned, words, tmp_path_factory):
+    """What is said of a model that was patched once, and the folder that keeps its work."""
+    model, kept = copy.deepcopy(learned), tmp_path_factory.mktemp("made") / "kept"
+    return patch(model, words, BLOCKS, texts=TEXTS, checkpoint=kept), kept
+
+
+@pytest.fixture
+def kept(made, tmp_path):
+    """The folder of a patch that was made, to go on in."""
+    return shutil.copytree(made[1], tmp_path / "kept")
 
 
 @pytest.fixture
@@ -58,18 +79,18 @@ def counted(monkeypatch):
 )
 def test_a_patch_says_where_it_goes_on(learned, words, tmp_path, counted, capfd, limit, said):
     _, last = counted
+    last.update(limit)
+    killed = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=killed)
+    last.clear()
+    assert "resuming:" not in capfd.readouterr().err
     for progress in (None, False):
-        last.update(limit)
-        kept = tmp_path / str(progress)
-        with pytest.raises(KeyboardInterrupt):
-            patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept)
-        last.clear()
-        assert "resuming:" not in capfd.readouterr().err
+        kept = shutil.copytree(killed, tmp_path / str(progress))
         again = copy.deepcopy(learned)
         patch(again, words, BLOCKS, texts=TEXTS, checkpoint=kept, progress=progress)
         shown = capfd.readouterr().err
         assert (said in shown) == (progress is None)
-        counted[0].clear()
 
 
 def weights_of(model):
@@ -87,6 +108,7 @@ def test_it_ends_the_same_wherever_it_was_cut_short(learned, words, tmp_path, co
     done, last = counted
     whole = copy.deepcopy(learned).to(dtype)
     expected = patch(whole, words, BLOCKS, texts=TEXTS)
+    assert expected.descent  # so that steps that were lost would be missed
     assert done == 2 * ["fit"] + 6 * ["step"]
     kept = tmp_path / "kept"
     done.clear()
@@ -105,11 +127,9 @@ def test_it_ends_the_same_wherever_it_was_cut_short(learned, words, tmp_path, co
     assert (done.count("fit"), done.count("step")) == (2, 6)  # nothing twice
 
 
-def test_of_another_patch_nothing_is_read(learned, words, tmp_path, counted):
+def test_of_another_patch_nothing_is_read(learned, words, kept, counted):
     done, _ = counted
-    kept = tmp_path / "kept"
-    patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept)
-    for layers, texts in (([range(3, 5)], TEXTS), (BLOCKS, TEXTS[:120])):
+    for layers, texts in (([range(3, 5)], TEXTS), (BLOCKS, TEXTS[:24])):
         done.clear()
         model, plain = copy.deepcopy(learned), copy.deepcopy(learned)
         found = patch(model, words, layers, texts=texts, checkpoint=kept)
@@ -118,11 +138,9 @@ def test_of_another_patch_nothing_is_read(learned, words, tmp_path, counted):
         assert_same_weights(model, plain.state_dict())
 
 
-def test_of_another_model_with_the_same_norms_nothing_is_read(learned, words, tmp_path, counted):
+def test_of_another_model_with_the_same_norms_nothing_is_read(learned, words, kept, counted):
     """As a model and what a healing makes of it, whose identities are the same."""
     done, _ = counted
-    kept = tmp_path / "kept"
-    patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept)
     other = copy.deepcopy(learned)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(1.01)
@@ -132,22 +150,19 @@ def test_of_another_model_with_the_same_norms_nothing_is_read(learned, words, tm
     assert done == 2 * ["fit"] + 6 * ["step"]
 
 
-def test_what_is_damaged_is_made_anew(learned, words, tmp_path, counted):
+def test_what_is_damaged_is_made_anew(learned, words, made, kept, counted):
     done, _ = counted
-    kept = tmp_path / "kept"
-    expected = patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept)
+    expected = made[0]
     for file in kept.iterdir():
         file.write_bytes(file.read_bytes()[:100])
-    done.clear()
     assert patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept) == expected
     assert done.count("fit") == len(expected.fits)
 
 
-def test_what_cannot_be_kept_stops_nothing(learned, words, tmp_path):
+def test_what_cannot_be_kept_stops_nothing(learned, words, made, tmp_path):
     (tmp_path / "file").write_text("in the way")
     kept = tmp_path / "file" / "kept"
-    expected = patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS)
-    assert patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept) == expected
+    assert patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=kept) == made[0]
 
 
 def test_a_folder_is_whole_or_goes_on(learned, words, tmp_path, counted):

@@ -11,7 +11,22 @@ from shallower.patching import descent, least_squares
 from tests.examples import sentences
 from tests.models.offloaded import offloaded
 
-TEXTS = sentences(120, seed=1)
+TEXTS = sentences(48, seed=1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_steps():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(descent, "STEP_TOKENS", 200)
+        patched.setattr(descent, "STEPS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain(learned, words):
+    """A model in memory that was patched, and what was said of it."""
+    model = copy.deepcopy(learned)
+    return model, sh.patch(model, words, [range(2, 6)], texts=TEXTS, progress=False)
 
 
 def weights(model):
@@ -28,26 +43,18 @@ def equal(one, other):
 
 @pytest.mark.parametrize(
     "layers",
-    [pytest.param(None, marks=pytest.mark.slow), [2, 4, 6]],
+    [pytest.param(None, marks=pytest.mark.slow), [1, 2, 4, 6]],
     ids=["whole", "some layers"],
 )
-def test_it_gets_the_same_weights(learned, words, layers):
-    plain, model = copy.deepcopy(learned), offloaded(copy.deepcopy(learned), layers)
-    done = [
-        sh.patch(one, words, [range(2, 6)], texts=TEXTS, progress=False) for one in (plain, model)
-    ]
-    assert done[0] == done[1]
-    assert equal(weights(plain), weights(model))
+def test_it_gets_the_same_weights(learned, words, plain, layers):
+    """By least squares and all the way down."""
+    model = offloaded(copy.deepcopy(learned), layers)
+    done = sh.patch(model, words, [range(2, 6)], texts=TEXTS, progress=False)
+    assert done == plain[1]
+    assert done.descent
+    assert equal(weights(plain[0]), weights(model))
     sh.drop_layers(cut := copy.deepcopy(learned), [range(2, 6)])
-    assert not equal(weights(plain), weights(cut))
-
-
-def test_it_goes_down_the_same_way(learned, words):
-    plain, model = copy.deepcopy(learned), offloaded(copy.deepcopy(learned), [1, 2, 6])
-    done = [sh.patch(one, words, [range(2, 6)], texts=TEXTS) for one in (plain, model)]
-    assert done[0] == done[1]
-    assert done[0].descent
-    assert equal(weights(plain), weights(model))
+    assert not equal(weights(plain[0]), weights(cut))
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")

@@ -122,7 +122,8 @@ def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, 
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that peft uses an old name of transformers
-        adapted = get_peft_model(model, config)
+        adapted: Any = get_peft_model(model, config)
+    adapted.create_or_update_model_card = lambda _folder: None  # of a checkpoint, which none reads
     adapted.peft_config["default"].base_model_name_or_path = base
     count = sum(name.endswith(".lora_A") for name, _ in adapted.named_modules())
     if count != len(targets):

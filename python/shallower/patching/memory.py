@@ -127,9 +127,8 @@ def writer_widths(model: nn.Module) -> tuple[int, int]:
     """
     decoder = Decoder.of(model)
     width = int(decoder.config.hidden_size)
-    feed_forward = _last_inputs(model, feed_forward_targets(model), width)
-    both = feed_forward_targets(model, attention=True)
-    known = set(feed_forward_targets(model).modules)
+    targets, both = (feed_forward_targets(model, attention=also) for also in (False, True))
+    feed_forward, known = _last_inputs(model, targets, width), set(targets.modules)
     rest = Targets(tuple(name for name in both.modules if name not in known), (), both.transposed)
     attention = _last_inputs(model, rest, width)
     layers = {*feed_forward, *attention}
