@@ -25,13 +25,13 @@ from tests.conftest import write_jsonl
 from tests.cutting.card_tools import assert_same_weights
 from tests.documents import assert_same, state_of
 from tests.families import random_model
-from tests.healing.cuts import MANY, QUICK, documents
+from tests.healing.cuts import QUICK, documents
 from tests.written import MANY as PROMPTS
 from tests.written import write_answered, write_prompts
 from tests.written import written as written
 
-TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
-TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ()}
+TEXTS, REPORT = documents(120, 5), documents(12, 1)
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 1, "prompts": ()}
 HEAL = replace(QUICK, steps=4, share=0.25)
 CHAT = {"messages": [{"role": "user", "content": "w1"}]}
 
@@ -144,7 +144,8 @@ def chats(words):
 def test_a_model_that_chats_is_healed_on_answers_by_default(
     learned, chats, tmp_path, written, monkeypatch
 ):
-    patches, taken = patched_on(monkeypatch), {**TAKEN, "heal": replace(HEAL, share=0.5)}
+    patches = patched_on(monkeypatch)
+    taken = {**TAKEN, "n": 2, "heal": replace(HEAL, share=0.5, learning_rate=3e-3)}
     done = sh.run(learned, chats, TEXTS, **taken, out=tmp_path / "out")
     assert sum(written) == 32  # eight a step
     assert done.healing.answers.num_answers == len(patches[0]["answers"]) == 32
