@@ -268,7 +268,7 @@ def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, mon
     texts = progressions(MANY, 5)
     options = {**TAKEN, "n": [2], "strategies": ["deepest"], "heal": QUICK, "states": ["healed"]}
     with monkeypatch.context() as patched:
-        patched.setattr("shallower.studies.measuring.loss_as_it_is", _killed)
+        patched.setattr(Measuring, "loss_now", _killed)
         with pytest.raises(Killed):
             sh.curve(learned, words, texts, **options, out=tmp_path / "out")
     monkeypatch.setattr("shallower.healing.heal.heal", _killed)

@@ -113,9 +113,9 @@ def test_a_dry_run_bounds_what_is_read(folder, tmp_path, shallower):
 
 
 def test_a_dry_run_of_a_patch_says_what_is_read(folder, tmp_path, shallower):
-    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS[:48])
+    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
     command = ["patch", folder, "--drop", "2,4", "--texts", texts, "--stream", "--no-cache"]
     planned = shallower(*command, "--out", tmp_path / "a", "--dry-run", "--json").json["stream"]
     streamed, _, tokenizer = both(folder)
-    sh.patch(streamed, tokenizer, [2, 4], texts=TEXTS[:48])
+    sh.patch(streamed, tokenizer, [2, 4], texts=TEXTS)
     assert planned["passes"] == reading_of(streamed).passes + 1  # and one to save it
