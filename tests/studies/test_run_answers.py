@@ -25,7 +25,7 @@ from tests.conftest import write_jsonl
 from tests.cutting.card_tools import assert_same_weights
 from tests.documents import assert_same, state_of
 from tests.families import random_model
-from tests.healing.cuts import QUICK, documents
+from tests.healing.cuts import MANY, QUICK, documents
 from tests.written import MANY as PROMPTS
 from tests.written import write_answered, write_prompts
 from tests.written import written as written
@@ -319,7 +319,7 @@ def test_texts_for_a_step_are_enough_beside_answers(learned, words):
 @pytest.mark.filterwarnings("ignore:answers are left out")  # of prompts longer than these texts
 def test_the_command_takes_answers(learned, words, shallower, folder, written):
     sh.save_model(learned, words, folder / "stored")
-    for name, texts in (("texts", TEXTS), ("held_out", REPORT)):
+    for name, texts in (("texts", documents(MANY, 5)), ("held_out", REPORT)):
         write_jsonl(folder / f"{name}.jsonl", texts)
     write_prompts(folder / "prompts.jsonl", *PROMPTS)
     command = ["run", "stored", "--texts", "texts.jsonl", "--eval-texts", "held_out.jsonl"]

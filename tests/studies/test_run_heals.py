@@ -13,7 +13,7 @@ from shallower.studies.healing_stage import HealingStage
 from tests.conftest import write_jsonl
 from tests.cutting.card_tools import blocks_of_code, one_line
 from tests.documents import assert_same, once, state_of
-from tests.healing.cuts import QUICK, documents
+from tests.healing.cuts import MANY, QUICK, documents
 from tests.studies.test_again import commands_of
 
 TEXTS, REPORT = documents(140, 5), documents(12, 1)
@@ -165,7 +165,7 @@ def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_p
 @pytest.mark.slow
 def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
     sh.save_model(learned, words, tmp_path / "stored")
-    for name, passages in (("texts", TEXTS), ("held_out", REPORT)):
+    for name, passages in (("texts", documents(MANY, 5)), ("held_out", REPORT)):
         write_jsonl(tmp_path / f"{name}.jsonl", passages)
     done = shallower(
         "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
