@@ -1,5 +1,7 @@
 """Cuts that a config can describe, and those that it cannot."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 import shallower as sh
+from shallower.cutting.twin import built_from
 from tests.conftest import mostly_slow
 from tests.cutting.tiny_models import (
     GATED,
@@ -229,3 +232,16 @@ def test_a_cut_leaves_the_eyes_of_a_model_alone(vision_layers, vision_size, tmp_
         tmp_path / "cut", output_loading_info=True
     )
     assert not any(info.values())
+
+
+def test_a_config_is_built_once_and_no_cut_changes_what_another_is_compared_with(llama):
+    config = copy.deepcopy(llama.config)
+    assert built_from(llama, config) is built_from(llama, copy.deepcopy(config))
+    config.hidden_act = "gelu"
+    assert built_from(llama, config) is not built_from(llama, llama.config)
+    before = dict(llama.all_tied_weights_keys)
+    with sh.without_layers(llama, [1]):
+        llama.all_tied_weights_keys["lm_head.weight"] = "model.embed_tokens.weight"
+    assert llama.all_tied_weights_keys == before
+    with sh.without_layers(llama, [2]):
+        assert llama.all_tied_weights_keys == before

@@ -25,7 +25,7 @@ WORDS = word_tokenizer()
 EOS = 99
 
 
-def said(model, prompts=PROMPTS, num_tokens=8, tokenizer=WORDS, **options):
+def said(model, prompts=PROMPTS, num_tokens=5, tokenizer=WORDS, **options):
     return write_answers(
         Decoder.of(model), tokenizer, prompts, num_tokens=num_tokens, progress=False, **options
     )
@@ -50,7 +50,7 @@ def ending_at(model, *ends):
 # What is said.
 @pytest.mark.parametrize("seed", [None, 3])
 def test_answers_are_those_of_plain_forwards_without_a_cache(spread, seed):
-    expected = [plain_answer(spread, one, 8, ends=[EOS], seed=seed) for one in PROMPTS]
+    expected = [plain_answer(spread, one, 5, ends=[EOS], seed=seed) for one in PROMPTS]
     assert said(spread, seed=seed) == expected
     assert len({one.written for one in expected}) > 15
 
@@ -59,7 +59,7 @@ def test_answers_are_those_of_plain_forwards_without_a_cache(spread, seed):
 def test_answers_end_at_any_end_that_the_model_or_the_tokenizer_names(spread, seed):
     ends = [*range(0, 97, 9), EOS]
     model = ending_at(spread, *ends[:-1])
-    expected = [plain_answer(model, one, 8, ends=ends, seed=seed) for one in PROMPTS]
+    expected = [plain_answer(model, one, 5, ends=ends, seed=seed) for one in PROMPTS]
     found = said(model, seed=seed)
     assert found == expected
     assert {one.ended for one in found} == {True, False}
@@ -69,7 +69,7 @@ def test_answers_end_at_any_end_that_the_model_or_the_tokenizer_names(spread, se
             (alone,) = said(model, [np.array(one.given)], len(one.written), seed=seed)
             assert alone == one
     model.generation_config.eos_token_id = ends[1]  # a single one
-    expected = [plain_answer(model, one, 8, ends=[ends[1], EOS], seed=seed) for one in PROMPTS]
+    expected = [plain_answer(model, one, 5, ends=[ends[1], EOS], seed=seed) for one in PROMPTS]
     assert said(model, seed=seed) == expected
 
 
@@ -79,8 +79,8 @@ def test_an_answer_ends_where_its_turn_does(spread):
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['content'] }} w7 {% endfor %}"
     )
-    expected = [plain_answer(spread, one, 25, ends=[7, EOS], seed=0) for one in PROMPTS]
-    found = said(spread, tokenizer=tokenizer, num_tokens=25, seed=0)
+    expected = [plain_answer(spread, one, 15, ends=[7, EOS], seed=0) for one in PROMPTS]
+    found = said(spread, tokenizer=tokenizer, num_tokens=15, seed=0)
     assert found == expected
     assert {7, EOS} <= {one.written[-1] for one in found}
 
@@ -88,8 +88,8 @@ def test_an_answer_ends_where_its_turn_does(spread):
 def test_a_tokenizer_without_an_end_lets_every_answer_go_on(spread):
     tokenizer = word_tokenizer()
     tokenizer.eos_token = None
-    found = said(spread, tokenizer=tokenizer, num_tokens=40, seed=0)
-    assert {len(one.written) for one in found} == {40}
+    found = said(spread, tokenizer=tokenizer, num_tokens=20, seed=0)
+    assert {len(one.written) for one in found} == {20}
     assert EOS in {token for one in found for token in one.written}
     assert not any(one.ended for one in found)
 
@@ -143,13 +143,13 @@ def test_neither_order_nor_neighbours_nor_batch_size_change_an_answer(
     expected, spread, order, size, seed
 ):
     some = order[: 1 + size]
-    found = said(spread, [PROMPTS[i] for i in some], 6, batch_size=size, seed=seed)
+    found = said(spread, [PROMPTS[i] for i in some], 3, batch_size=size, seed=seed)
     assert found == [expected[seed][i] for i in some]
 
 
 @pytest.fixture(scope="module")
 def expected(spread):
-    return {seed: said(spread, num_tokens=6, batch_size=1, seed=seed) for seed in (None, 5)}
+    return {seed: said(spread, num_tokens=3, batch_size=1, seed=seed) for seed in (None, 5)}
 
 
 def test_equal_prompts_have_equal_answers(spread):

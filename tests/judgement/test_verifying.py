@@ -75,7 +75,7 @@ class MemoryStore:
 def make(model, words, *, store=None, splits=SPLITS, **options):
     return verifier_of(
         Decoder.of(model), words, splits, store=store or MemoryStore(), texts="texts",
-        tokens=Tokens(64, 4), progress=False, **options,
+        tokens=Tokens(64, 8), progress=False, **options,
     )  # fmt: skip
 
 

@@ -1,16 +1,31 @@
 """A model that has learned something."""
 
+import copy
+
 import pytest
 import torch
 
+from shallower.studies import dry_run, measuring, speaking
 from tests.conftest import tiny_llama
 from tests.healing.cuts import documents
+
+FEW_WORDS = 8
+"""Tokens of an answer at most, in place of 64."""
+
+
+@pytest.fixture(autouse=True, scope="package")
+def short_answers():
+    """The models of a study speak in few tokens: each takes a forward."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (dry_run, measuring, speaking):
+            patched.setattr(module, "SPEECH_TOKENS", FEW_WORDS)
+        yield
 
 
 @pytest.fixture(scope="session")
 def trained(words):
-    """A tiny model that was trained a little, so that a patch has something to gain."""
-    model = tiny_llama(6, seed=3)
+    """A tiny model of four layers, trained a little, so that a patch has something to gain."""
+    model = tiny_llama(4, seed=3)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     texts = [text for text in documents(400, 0) if text.count(" ") >= 15]
     rows = torch.tensor([words(text)["input_ids"][:16] for text in texts])
@@ -25,6 +40,4 @@ def trained(words):
 @pytest.fixture
 def learned(trained):
     """A copy of it."""
-    copied = tiny_llama(6)
-    copied.load_state_dict(trained.state_dict())
-    return copied
+    return copy.deepcopy(trained)

@@ -15,7 +15,7 @@ PROMPTS = ["w1 w2", "w7 w8 w9"]
 TAKEN = {
     "eval_texts": documents(12, 1), "max_length": 16, "cache": False, "prompts": PROMPTS,
 }  # fmt: skip
-TEXTS = documents(120, 5)
+TEXTS = documents(80, 5)
 WITHOUT_TOTAL = ("load", "tokenise", "save", "reload")
 
 
@@ -61,7 +61,7 @@ def largest_step(bar):
 
 def test_a_curve_has_one_bar_for_all_of_its_points(bars, learned, words, tmp_path):
     sh.curve(
-        learned, words, TEXTS, **TAKEN, out=tmp_path / "curve", n=[2, 4, 0], patch_tokens=512,
+        learned, words, TEXTS, **TAKEN, out=tmp_path / "curve", n=[1, 2, 0], patch_tokens=512,
         top=2, strategies=["recommended", "similarity", "one_shot"],
     )  # fmt: skip
     assert_moving(
@@ -99,7 +99,7 @@ def test_a_comparison_counts_what_its_cuts_generate(bars, learned, words, tmp_pa
 
 
 def test_a_run_has_no_bar_within_another(bars, learned, words, tmp_path):
-    sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "run", n=2, top=2)
+    sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "run", n=1, top=2)
     names = [bar.description for bar in bars]
     assert_moving(bars, [name for name in names if not name.startswith(WITHOUT_TOTAL)])
     assert "patch, layers run" in names
@@ -110,7 +110,7 @@ def test_a_run_has_no_bar_within_another(bars, learned, words, tmp_path):
 
 
 def test_steps_of_a_patch_weigh_what_they_take(bars, learned, words):
-    sh.patch(learned, words, [3], texts=TEXTS, max_length=16, num_tokens=512, batch_size=8)
+    sh.patch(learned, words, [2], texts=TEXTS, max_length=16, num_tokens=512, batch_size=8)
     assert_moving(bars, ["patch, layers run"])
     # Both walks, the solving and the steps are a part each, whatever their number.
     assert largest_step(bars[0]) < 0.4
@@ -120,7 +120,7 @@ def test_steps_of_a_patch_weigh_what_they_take(bars, learned, words):
 @pytest.fixture
 def cut(tmp_path, learned, words):
     """The folders of a model that has learned a little, and of the same without a layer."""
-    return save_cut(tmp_path, learned, words, [3])
+    return save_cut(tmp_path, learned, words, [2])
 
 
 @pytest.mark.parametrize("every", mostly_slow([2, 4], [2]))

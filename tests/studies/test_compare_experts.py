@@ -32,7 +32,7 @@ from tests.judgement.test_judges import cut, margins
 from tests.judgement.test_speech_judge import plain_divergences
 from tests.studies.test_judging import said_to
 
-LAST = 3
+LAST = 1
 
 EXHAUSTIVE, LAYERS = "exhaustive", "layers"
 SOME = "reap", "random", EXHAUSTIVE, LAYERS
@@ -169,7 +169,13 @@ def test_every_judge_scores_every_cut_beside_the_whole_model(judge, unit, place,
     given = {"speech": {"prompts": PROMPTS}, "options": {"options": tmp_path / "options.jsonl"}}
     given = given.get(judge, {})
     (tmp_path / "options.jsonl").write_text("\n".join(map(json.dumps, OPTIONS)))
-    study = {"n": [3], "unit": unit, "criteria": UNITS[unit], "judge": judge, "num_choosing": 8}
+    study = {
+        "n": [3 if unit == "experts" else 1],
+        "unit": unit,
+        "criteria": UNITS[unit],
+        "judge": judge,
+        "num_choosing": 8,
+    }
     study |= {"cache": False, "progress": False, **given}
     subject = model
     if place == "disk":
@@ -262,8 +268,9 @@ def tried(monkeypatch):
 @pytest.mark.parametrize("criteria", mostly_slow([(SOME,), None], [None]))
 def test_a_comparison_finds_all_that_its_parts_sent(tmp_path, tried, monkeypatch, criteria):
     on_disk(tmp_path)
-    alone = study(tmp_path, Store(tmp_path / "alone"), criteria=criteria).run()
-    shared = study(tmp_path, open_store(), criteria=criteria)
+    asked = {"n": (2,), "criteria": criteria}
+    alone = study(tmp_path, Store(tmp_path / "alone"), **asked).run()
+    shared = study(tmp_path, open_store(), **asked)
     described = CompareWork(shared, on="ray").described()
     worker = open_work(json.loads(json.dumps(described)))
     for part in shared.parts():
@@ -286,7 +293,8 @@ def test_a_comparison_that_was_killed_goes_on(tmp_path, tried, monkeypatch):
         of_experts = (one for one in tried if any(isinstance(gone, tuple) for gone in one[1]))
         return sorted(f"{judge} {sorted(gone)} {look}" for judge, gone, look in of_experts)
 
-    whole = study(tmp_path, Store(tmp_path / "alone"), judge="kl").run()
+    asked = {"n": (2,), "judge": "kl"}
+    whole = study(tmp_path, Store(tmp_path / "alone"), **asked).run()
     wanted, total = cuts(), len(tried)
     note, left = Trials._note, [0]
 
@@ -301,9 +309,9 @@ def test_a_comparison_that_was_killed_goes_on(tmp_path, tried, monkeypatch):
     for most in (7, total // 3):
         left[0] = most
         with pytest.raises(Killed):
-            study(tmp_path, open_store(), judge="kl").run()
+            study(tmp_path, open_store(), **asked).run()
     left[0] = 10**6
-    assert timeless(study(tmp_path, open_store(), judge="kl").run()) == timeless(whole)
+    assert timeless(study(tmp_path, open_store(), **asked).run()) == timeless(whole)
     assert cuts() == wanted
 
 
@@ -338,12 +346,14 @@ BY_DIVERGENCE = "--criteria", "reap,exhaustive,layers", "--judge", "kl"
 
 
 @pytest.mark.parametrize(
-    "criteria", [pytest.param((), marks=pytest.mark.slow), BY_DIVERGENCE], ids=["all", "some"]
+    ("n", "criteria"),
+    [pytest.param(2, (), marks=pytest.mark.slow), (1, BY_DIVERGENCE)],
+    ids=["all", "some"],
 )
-def test_a_dry_run_bounds_the_passes_over_layers_on_disk(shallower, tmp_path, criteria):
+def test_a_dry_run_bounds_the_passes_over_layers_on_disk(shallower, tmp_path, n, criteria):
     on_disk(tmp_path)
     command = (
-        "compare", tmp_path / "model", "--unit", "experts", "--n", 2, "--texts",
+        "compare", tmp_path / "model", "--unit", "experts", "--n", n, "--texts",
         tmp_path / "texts.jsonl", "--eval-texts", tmp_path / "held_out.jsonl", "--dtype",
         "float32", "--stream", *criteria,
     )  # fmt: skip

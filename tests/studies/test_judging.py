@@ -28,6 +28,7 @@ from tests.documents import documents
 from tests.healing.cuts import documents as progressions
 from tests.judgement.test_judges import cut
 from tests.judgement.test_speech_judge import plain_divergences
+from tests.studies.conftest import FEW_WORDS
 
 TEXTS, HELD_OUT = documents(24), documents(8, seed=1)
 ASKED = [f"w{i} w{2 * i} w{3 * i}" for i in range(1, 13)]
@@ -46,7 +47,9 @@ def sharp():
 def said_to(prompts, model, tokenizer, seed=0):
     """What a model says to prompts, greedily and drawn."""
     ids, decoder = prompt_ids(tokenizer, prompts), Decoder.of(model)
-    ways = [write_answers(decoder, tokenizer, ids, num_tokens=64, seed=s) for s in (None, seed)]
+    ways = [
+        write_answers(decoder, tokenizer, ids, num_tokens=FEW_WORDS, seed=s) for s in (None, seed)
+    ]
     return [*zip(*ways, strict=True)]
 
 

@@ -1,5 +1,6 @@
 """The stages joined."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -18,7 +19,6 @@ from shallower.reporting.results import Run
 from shallower.reporting.stories.run import sizes_table
 from shallower.studies import recommending
 from shallower.values.scores import Difference
-from tests.conftest import tiny_llama
 from tests.documents import HELD_OUT, Unread, assert_same, once, state_of
 from tests.healing.cuts import QUICK
 from tests.healing.cuts import documents as progressions
@@ -35,8 +35,7 @@ def read_results(folder):
 @pytest.fixture(scope="module")
 def done(trained, words, kept, tmp_path_factory):
     """A run of a model that was trained a little."""
-    model = tiny_llama(6)
-    model.load_state_dict(trained.state_dict())
+    model = copy.deepcopy(trained)
     out = tmp_path_factory.mktemp("run") / "out"
     return sh.run(model, words, TEXTS, **TAKEN, out=out, n=2)
 
@@ -51,7 +50,7 @@ def test_a_run_leaves_a_checkpoint_that_stock_transformers_loads(done, learned, 
     assert done.checkpoint == done.out / "checkpoint"
     assert done.difference <= 1e-5
     reloaded = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)
-    assert len(reloaded.model.layers) == 4
+    assert len(reloaded.model.layers) == 2
     loss = sh.evaluate_loss(reloaded, words, REPORT, max_length=16)
     assert loss.nats == pytest.approx(done.recommended.patched.nats, abs=1e-6)
 
@@ -96,7 +95,7 @@ def test_the_sentence_says_what_goes_and_what_it_costs(done):
     recommended = done.recommended
     said = recommended.sentence()
     blocks = " ".join(map(str, recommended.plan.blocks))
-    assert said.startswith(f"Drop layers {blocks}: 33 % of layers, ")
+    assert said.startswith(f"Drop layers {blocks}: 50 % of layers, ")
     lost = recommended.patched.nats - recommended.whole.nats
     assert f"{lost:+.2f} ± {recommended.difference.stderr:.2f} nats a token" in said
     assert f"({recommended.whole.nats:.2f} → {recommended.patched.nats:.2f}), patched; " in said
@@ -130,7 +129,7 @@ def test_a_run_leaves_the_model_as_it_was(learned, words, tmp_path):
 
 def test_texts_that_report_are_held_out_where_none_are_given(learned, words, tmp_path):
     taken = {**TAKEN, "eval_texts": None}
-    done = sh.run(learned, words, TEXTS, **taken, out=tmp_path / "out", n=1)
+    done = sh.run(learned, words, TEXTS, **taken, out=tmp_path / "out", n=1, plan_only=True)
     assert done.splits == {"fit": 60, "choose": 29, "report": 30}
     held_out = sh.evaluate_loss(learned, words, TEXTS[3::4], max_length=16)
     assert done.whole.nats == pytest.approx(held_out.nats, abs=1e-6)
@@ -149,7 +148,7 @@ def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     assert small.recommended.patched.nats == done.recommended.patched.nats
     target = {"max_loss": 50.0}
     most = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "most", **target)
-    assert len(most.recommended.plan.dropped) == 5
+    assert len(most.recommended.plan.dropped) == 3
     assert most.recommended.warnings() == []
     lost = most.recommended.difference.mean
     (warned,) = replace(most.recommended, max_loss=lost - 1e-9).warnings()
@@ -295,19 +294,20 @@ def test_a_patch_that_finds_no_room_is_not_lost(
     assert {path.name for path in out.iterdir()} == FILES
 
 
-def test_a_cut_that_cannot_be_patched_is_saved_bare(llama, words, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("done", "warm")
+def test_a_cut_that_cannot_be_patched_is_saved_bare(learned, words, tmp_path, monkeypatch):
     def refuse(*_args, **_options):
         raise sh.PatchError("there is no plain matrix")
 
     monkeypatch.setattr(recommending, "with_patch", refuse)
     with pytest.warns(UserWarning, match="the cut is not patched: there is no plain matrix"):
-        done = sh.run(llama, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
+        done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=2)
     assert done.recommended.patched is None
     assert done.recommended.loss is done.recommended.cut
     assert "the cut is not patched" in done.to_json()["recommended"]["warnings"][0]
     assert "not patched" in done.recommended.sentence()
     reloaded = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)
-    kept = [llama.model.layers[index] for index in done.recommended.plan.survivors]
+    kept = [learned.model.layers[index] for index in done.recommended.plan.survivors]
     for layer, original in zip(reloaded.model.layers, kept, strict=True):
         for name, weight in original.state_dict().items():
             assert torch.equal(layer.state_dict()[name], weight)
@@ -321,7 +321,7 @@ def test_a_family_that_no_patch_fits_is_cut(words, tmp_path):
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval()
     with pytest.warns(UserWarning, match="the cut is not patched"):
-        done = sh.run(model, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
+        done = sh.run(model, words, TEXTS[:60], **TAKEN, out=tmp_path / "out", n=1)
     assert done.recommended.state == "cut"
     assert done.recommended.verified.after == "none"
     assert [row.patched for row in done.table] == [None, None]
@@ -347,6 +347,7 @@ def test_files_of_somebody_else_stay(learned, words, tmp_path, name):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["dear to someone"]
 
 
+@pytest.mark.usefixtures("done", "warm")
 def test_the_results_are_there_when_the_checkpoint_is_another_model(
     learned, words, tmp_path, monkeypatch
 ):
@@ -355,7 +356,7 @@ def test_the_results_are_there_when_the_checkpoint_is_another_model(
 
     monkeypatch.setattr("shallower.studies.recommending.verify_checkpoint", other_model)
     with pytest.raises(sh.ModelError, match=r"another model; all else is in .*results\.json"):
-        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1)
+        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=2)
     results = read_results(tmp_path / "out")
     assert results["recommended"]["patched"] is not None
     assert results["max_logits_difference"] is None

@@ -30,8 +30,8 @@ from tests.written import MANY as PROMPTS
 from tests.written import write_answered, write_prompts
 from tests.written import written as written
 
-TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
-TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": ()}
+TEXTS, REPORT = documents(120, 5), documents(12, 1)
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 1, "prompts": ()}
 HEAL = replace(QUICK, steps=4, share=0.25)
 CHAT = {"messages": [{"role": "user", "content": "w1"}]}
 
@@ -144,7 +144,8 @@ def chats(words):
 def test_a_model_that_chats_is_healed_on_answers_by_default(
     learned, chats, tmp_path, written, monkeypatch
 ):
-    patches, taken = patched_on(monkeypatch), {**TAKEN, "heal": replace(HEAL, share=0.5)}
+    patches = patched_on(monkeypatch)
+    taken = {**TAKEN, "n": 2, "heal": replace(HEAL, share=0.5, learning_rate=3e-3)}
     done = sh.run(learned, chats, TEXTS, **taken, out=tmp_path / "out")
     assert sum(written) == 32  # eight a step
     assert done.healing.answers.num_answers == len(patches[0]["answers"]) == 32
@@ -318,7 +319,7 @@ def test_texts_for_a_step_are_enough_beside_answers(learned, words):
 @pytest.mark.filterwarnings("ignore:answers are left out")  # of prompts longer than these texts
 def test_the_command_takes_answers(learned, words, shallower, folder, written):
     sh.save_model(learned, words, folder / "stored")
-    for name, texts in (("texts", TEXTS), ("held_out", REPORT)):
+    for name, texts in (("texts", documents(MANY, 5)), ("held_out", REPORT)):
         write_jsonl(folder / f"{name}.jsonl", texts)
     write_prompts(folder / "prompts.jsonl", *PROMPTS)
     command = ["run", "stored", "--texts", "texts.jsonl", "--eval-texts", "held_out.jsonl"]

@@ -14,14 +14,15 @@ from shallower.studies.healing_stage import HealingStage
 from shallower.studies.recommending import Recommending
 from shallower.studies.speaking import NUM_SAMPLES, StudySpeech
 from shallower.values.speech import MEASURES, WAYS
-from tests.conftest import tiny_llama, write_jsonl
+from tests.conftest import write_jsonl
 from tests.documents import assert_same, state_of
 from tests.evaluation.answering import plain_answer
-from tests.healing.cuts import MANY, QUICK, documents
+from tests.healing.cuts import QUICK, documents
+from tests.studies.conftest import FEW_WORDS
 
-TEXTS, REPORT = documents(MANY, 5), documents(12, 1)
+TEXTS, REPORT = documents(80, 5), documents(12, 1)
 PROMPTS = ["w5 w7 w11", "w1 w2", {"prompt": "w40 w41 w42 w43"}, "w9", "w60 w62 w64"]
-TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 2, "prompts": PROMPTS}
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 1, "prompts": PROMPTS}
 
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -37,8 +38,7 @@ def heard():
 @pytest.fixture(scope="module")
 def done(trained, words, kept, heard, tmp_path_factory):
     """A run that has ended."""
-    model = tiny_llama(6)
-    model.load_state_dict(trained.state_dict())
+    model = copy.deepcopy(trained)
     before = state_of(model)
     out = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patched:
@@ -67,6 +67,13 @@ def reloaded(place):
     return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
 
 
+def spoken(model, words, whole):
+    """How a model speaks beside the whole one, measured alone."""
+    return sh.evaluate_speech(
+        model, words, PROMPTS, whole=whole, num_tokens=FEW_WORDS, progress=False
+    )
+
+
 def assert_speech(found, expected):
     assert found.words == expected.words
     for way in WAYS:
@@ -81,7 +88,7 @@ def test_every_state_speaks_as_if_measured_alone(done, learned, words):
     sh.drop_layers(cut, done.recommended.plan.dropped)
     models = {"whole": learned, "cut": cut, "patched": reloaded(done.checkpoint)}
     for name, model in models.items():
-        alone = sh.evaluate_speech(model, words, PROMPTS, whole=learned, progress=False)
+        alone = spoken(model, words, learned)
         assert_speech(done.speech[name], alone)
     assert done.speech["whole"].mean("acceptance") == 1
     assert 0 < done.speech["cut"].mean("acceptance") < 1
@@ -101,7 +108,7 @@ def test_samples_are_what_was_said_greedily_to_the_first_prompts(done, learned, 
     for one in done.continuations:
         for model, said in ((learned, one.whole), (reloaded(done.checkpoint), one.patched)):
             given = words(one.prompt)["input_ids"]
-            written = plain_answer(model, given, 64, ends=(2, 99)).written
+            written = plain_answer(model, given, FEW_WORDS, ends=(2, 99)).written
             assert said == words.decode(written, skip_special_tokens=True)
         assert one.healed is None
 
@@ -185,7 +192,7 @@ def test_a_healed_model_speaks_too(learned, words, tmp_path):
     healed = reloaded(done.checkpoint)
     assert_speech(
         done.speech["healed"],
-        sh.evaluate_speech(healed, words, PROMPTS, whole=learned, progress=False),
+        spoken(healed, words, learned),
     )
     assert all(isinstance(one.healed, str) for one in done.continuations)
     assert Run.load(done.out).speech.keys() == done.speech.keys()
@@ -228,14 +235,14 @@ def test_a_healed_model_of_another_head_does_not_end_the_run(learned, words, tmp
 # Where nothing can be said.
 @pytest.fixture
 def short():
-    """A model that has learned forty positions."""
-    config = GPT2Config(vocab_size=100, n_embd=16, n_layer=3, n_head=2, n_positions=40)
+    """A model that has learned thirty positions."""
+    config = GPT2Config(vocab_size=100, n_embd=16, n_layer=3, n_head=2, n_positions=30)
     return GPT2LMHeadModel(config).eval()
 
 
 def test_prompts_of_our_own_that_do_not_fit_are_left_out(short, words, tmp_path):
     options = {**TAKEN, "n": 1, "plan_only": True, "out": tmp_path / "out"}
-    with pytest.warns(UserWarning, match=r"no speech is measured: prompt \d+ with .* 40 positions"):
+    with pytest.warns(UserWarning, match=r"no speech is measured: prompt \d+ with .* 30 positions"):
         done = sh.run(short, words, TEXTS, **{**options, "prompts": None})
     assert done.speech == {}
     assert done.continuations == ()
@@ -243,8 +250,9 @@ def test_prompts_of_our_own_that_do_not_fit_are_left_out(short, words, tmp_path)
 
 
 def test_given_prompts_that_do_not_fit_are_refused_before_the_scan(short, words, tmp_path):
-    with pytest.raises(sh.TextsError, match="prompt 2 with an answer of 64 tokens has 68 tokens"):
-        sh.run(short, words, TEXTS, **TAKEN, out=tmp_path / "out")
+    asked = {**TAKEN, "prompts": [*PROMPTS[:2], " ".join(25 * ["w3"])]}
+    with pytest.raises(sh.TextsError, match="prompt 2 with an answer of 8 tokens has 33 tokens"):
+        sh.run(short, words, TEXTS, **asked, out=tmp_path / "out")
     assert not (tmp_path / "out" / "scan.safetensors").exists()
 
 

@@ -24,7 +24,7 @@ from ..models.offload import bring_part
 from ..values.experts import DroppedExperts
 from ..values.plan import Plan
 from .mixture import Mixture
-from .twin import BUILDING_ERRORS, plain_attributes, shortened_config
+from .twin import BUILDING_ERRORS, built_from, plain_attributes, shortened_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,7 @@ def with_fewer_experts(model: PreTrainedModel, dropped: DroppedExperts) -> PreTr
     for part, name in count_keys(config.get_text_config(decoder=True), dropped.num_experts):
         setattr(part, name, dropped.num_kept)
     try:
-        with torch.device("meta"):
-            return type(model)(type(config).from_dict(config.to_dict()))
+        return built_from(model, config)
     except BUILDING_ERRORS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be built with {dropped.num_kept} experts a layer: "
@@ -117,7 +116,7 @@ def config_left(model: PreTrainedModel, plan: Plan) -> Any:
         mixture_of(model, find_experts(model, found)).check(plan.experts, plan.dropped)
         whole, model = model, with_fewer_experts(model, plan.experts)
         compare_layers(whole, found, model, dropped=plan.experts)
-    return shortened_config(model, plan.survivors) if plan.blocks else model.config
+    return shortened_config(model, plan.survivors) if plan.blocks else copy.deepcopy(model.config)
 
 
 def compare_layers(

@@ -170,7 +170,7 @@ def _cut_layers(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[i
     modules = dict(model.named_modules())
     for path, built in twin.named_modules():
         if path in modules:
-            modules[path].__dict__.update(_ties(built))
+            modules[path].__dict__.update(copy.deepcopy(_ties(built)))
     survived = nn.ModuleList(kept)
     survived.training = found.modules.training
     setattr(found.owner, found.name, survived)
@@ -183,8 +183,9 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     seen = {id(main): main}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if type(config) is type(main) and layer_counts(config) == layer_counts(main):
-            seen.setdefault(id(config), config)
+        is_new = type(config) is type(main) and id(config) not in seen
+        if is_new and layer_counts(config) == layer_counts(main):
+            seen[id(config)] = config
     return list(seen.values())
 
 
@@ -198,7 +199,7 @@ def _take_places(layer: nn.Module, twin: nn.Module) -> None:
     for module, built in zip(layer.modules(), twin.modules(), strict=True):
         for name in PLACES:
             if name in vars(module) and name in vars(built):
-                setattr(module, name, vars(built)[name])
+                setattr(module, name, copy.copy(vars(built)[name]))
 
 
 def _renumber_device_map(model: PreTrainedModel, path: str, survivors: tuple[int, ...]) -> None:

@@ -52,6 +52,26 @@ PLACES = (
 """Attributes by which a module knows its place; none changes what a causal model computes."""
 
 
+def built_from(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """Build a model's class from a config as a stock loader does, without weights.
+
+    Many cuts of one model leave one config, so a few models are kept: leave them as they are.
+    """
+    content = config.to_dict()
+    key = type(model), type(config), repr(content)
+    built = _BUILT.get(key)
+    if built is None:
+        with torch.device("meta"):
+            built = _BUILT[key] = type(model)(type(config).from_dict(content))
+        if len(_BUILT) > _KEPT:
+            _BUILT.pop(next(iter(_BUILT)))
+    return built
+
+
+_BUILT: dict[tuple[type, type, str], PreTrainedModel] = {}
+_KEPT = 8
+
+
 def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
     """Make and check the config of a model with the ``survivors`` alone; the model stays as it is.
 
@@ -113,8 +133,7 @@ def _twin(
     decoder = config.get_text_config(decoder=True)
     try:
         shorten(decoder, len(found), survivors)
-        with torch.device("meta"):
-            twin = type(model)(type(config).from_dict(config.to_dict()))
+        twin = built_from(model, config)
         layers = find_layers(twin).modules
     except BUILDING_ERRORS as error:
         raise ModelError(

@@ -226,7 +226,7 @@ class Trials:
         missing = [index for index in self.first(looks) if (gone, index) not in self._judged]
         if not missing:
             return
-        self.prepare(missing)
+        self.prepare(self.first(looks))  # all are measured, those of the journal too
         model = self.model.head.decoder.model
         with without_layers(model, plan):
             found = Trials(Layerwise(model), self.judge, prepared=True).scores((), looks)

@@ -155,12 +155,12 @@ class PackedTable:
 
 def packed_tables(model: nn.Module, layers: DecoderLayers) -> list[PackedTable]:
     """Find the weights beside the layers that hold a part for each of them."""
-    prefix = layers.path.rpartition(".")[0]
+    prefix, weights = layers.path.rpartition(".")[0], dict(model.named_parameters())
+    tables = {".".join(filter(None, (prefix, tail))): axis for tail, axis in PACKED_TABLES.items()}
     return [
         PackedTable(model, name, axis, len(layers))
-        for tail, axis in PACKED_TABLES.items()
-        for name, weight in model.named_parameters()
-        if name == ".".join(filter(None, (prefix, tail))) and weight.shape[axis] % len(layers) == 0
+        for name, axis in tables.items()
+        if name in weights and weights[name].shape[axis] % len(layers) == 0
     ]
 
 

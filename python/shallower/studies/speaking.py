@@ -29,6 +29,7 @@ def speaking_on(
     return Speaking(
         tokenizer,
         prompt_ids(tokenizer, prompts),
+        num_tokens=SPEECH_TOKENS,
         seed=study.settings.seed,
         batch_size=study.settings.batch_size,
         progress=study.progress,
