@@ -18,6 +18,8 @@ RUST := Cargo.toml Cargo.lock $(shell find rust -type f)
 SOURCES := $(RUST) pyproject.toml README.md LICENSE LICENSE-THIRD-PARTY $(shell find python -type f -not -name '*.pyc' -not -name '*.so')
 # Processes that share the tests, a file each at a time; torch has one thread in each.
 WORKERS ?= 2
+# Their processes start slowly and hardly compute: these tests run beside all others.
+WAITING := tests/workers/test_ray.py
 LINTED := python tests benches
 # What the benchmarks' assertions are about: they, the core, and the modules that they name.
 NAMED = $(wildcard $(shell grep -ohE "^from shallower[a-z_.]* import \w+" benches/*.py | sort -u \
@@ -45,7 +47,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev affected check install browser ci test test-rust build-rust-tests test-python build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs lint-workflows lint-words format demo families docs tutorial \
+.PHONY: help dev affected check install browser ci test test-rust build-rust-tests test-python test-computing test-waiting build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs lint-workflows lint-words format demo families docs tutorial \
 	bench build-benches bench-check gpu-check fuzz sanitize release release-check wheel wheel-arm test-arm old-cpus licences clean
 
 help:  ## This list
@@ -93,7 +95,14 @@ build-rust-tests:  ## The core's tests, built alone
 	nice cargo test --locked --quiet --no-run
 
 test-python: build-python-tests  ## The package's tests, against the installed wheel
-	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(MAKE) $(MAKEOVERRIDES) --jobs 2 --output-sync=target test-waiting test-computing
+
+test-computing: build-python-tests  ## All of them but those of Ray
+	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" \
+		$(WAITING:%=--ignore %)
+
+test-waiting: build-python-tests  ## Those of Ray, whose processes start slowly: beside the others
+	SHALLOWER_WHEEL=1 $(INSTALLED)/python -m pytest -p no:cacheprovider -m "not slow" $(WAITING)
 
 build-python-tests: $(WHEEL)/.compiled  ## What the package's tests import, compiled alone
 

@@ -79,7 +79,7 @@ def edited(model):
     return model
 
 
-LONGEST = ("test_ray.py", "test_kills.py", "test_examples.py")
+LONGEST = ("test_kills.py", "test_examples.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -60,9 +60,9 @@ def how_to(*names):
 
 
 SLOW = how_to(
-    "choose-by-your-task", "compare", "curve", "eval", "experts", "gain", "heal", "heal-a-7b",
-    "memory", "patch", "prune-heal-quantise", "run", "scan-a-70b", "share-the-work", "sweep",
-    "vllm",
+    "add-a-criterion", "choose-by-your-task", "compare", "curve", "eval", "experts", "gain",
+    "heal", "heal-a-7b", "memory", "patch", "prune-heal-quantise", "run", "scan-a-70b",
+    "share-the-work", "sweep", "vllm",
 ) | {
     "docs/how-much-is-20-percent.md",
     "answer_prompts", "compare", "curve", "evaluate_loss", "evaluate_speech", "heal",

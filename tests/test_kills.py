@@ -38,7 +38,8 @@ COMMANDS = {
 """Commands that go on where they were."""
 
 RARE = (
-    "run", "run --heal", "curve", "heal --objective kd", "heal --answers", "compare", "merge"
+    "run", "run --heal", "curve", "heal --objective kd", "heal --answers", "compare", "merge",
+    "prune --drop-experts",
 )  # fmt: skip
 
 MOMENTS = [

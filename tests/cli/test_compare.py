@@ -124,6 +124,7 @@ def test_compare_judges_by_options(shallower, folder, asked):
     assert "answer" in error
 
 
+@pytest.mark.slow  # as sh.compare in tests/studies/test_judging.py
 @pytest.mark.usefixtures("terse")
 def test_compare_judges_by_the_words_of_the_whole_model(shallower, folder, asked):
     lines = [{"prompt": f"w{i} w{i + 1}"} for i in range(12)]
@@ -137,7 +138,12 @@ def test_compare_judges_by_the_words_of_the_whole_model(shallower, folder, asked
     shown = shallower(*asked, *speech)
     assert "speech, the divergence from the whole model on its own words, nats a" in shown.out
     assert "divergence" in shown.out
-    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"prompt": " "}])))
+
+
+def test_prompts_that_nobody_judges_by_are_refused(shallower, folder, asked):
+    speech = ["--judge", "speech", "--prompts", "asked.jsonl"]
+    lines = [*({"prompt": f"w{i} w{i + 1}"} for i in range(12)), {"prompt": " "}]
+    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert "line 13" in shallower(*asked, *speech).error
     refused = shallower(*asked, *speech[:2], "--stream").error
     assert "leave out --stream, or the judge speech" in refused

@@ -54,10 +54,11 @@ def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny
 
 
 def test_a_dry_run_refuses_a_place_that_is_a_file(shallower, folder, tiny):
-    source = write_jsonl(folder / "own.jsonl", ["w1 w2 w3", "w4 w5"])
-    done = shallower("eval", tiny, "--texts", source, "--out", source, "--dry-run")
+    source = write_jsonl(folder / "texts.jsonl", ["w1 w2 w3", "w4 w5"])
+    (folder / "own.txt").touch()
+    done = shallower("eval", tiny, "--texts", source, "--out", "own.txt", "--dry-run")
     assert done.status == 2
-    assert "own.jsonl is not a folder" in done.error
+    assert "own.txt is not a folder" in done.error
 
 
 # The whole way.
@@ -139,6 +140,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     assert len(Plan.load(folder / "out" / "shallower_plan.json").dropped) == 3
 
 
+@pytest.mark.slow  # as sh.run in tests/studies/test_judging.py
 @pytest.mark.usefixtures("undrawn", "terse")
 def test_run_races_by_the_words_of_the_whole_model(shallower, folder, tiny, texts):
     lines = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(12)]

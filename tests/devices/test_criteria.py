@@ -4,14 +4,19 @@ import pytest
 
 from shallower.errors import CriterionError
 from shallower.judgement.criteria import criteria
-from tests.conftest import word_tokenizer
+from tests.conftest import mostly_slow, word_tokenizer
 from tests.devices.batches import TEXTS
 from tests.devices.stage import Stage
 from tests.devices.test_models import A_PLAIN_SUM
 from tests.judgement.toy import make_subject
 
 
-@pytest.mark.parametrize("name", ["block_influence", "linear_map", "reachable", "weights"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        ["block_influence", "linear_map", "reachable", "weights"], ["linear_map", "reachable"]
+    ),
+)
 def test_a_criterion(stage, name):
     with stage.open(_scale=A_PLAIN_SUM):
         subject = make_subject(stage.model(), word_tokenizer(), TEXTS * 2, sizes=(2,))

@@ -12,7 +12,7 @@ from shallower.patching.quick import QuickPatch
 from shallower.texts.options import OptionItem
 from shallower.values.answers import Answer
 from shallower.values.tokens import Tokens
-from tests.conftest import word_tokenizer
+from tests.conftest import mostly_slow, word_tokenizer
 from tests.devices.batches import TEXTS
 from tests.devices.test_models import A_PLAIN_SUM
 
@@ -22,7 +22,9 @@ SAID = [[Answer((1, 2), (3, 4, place), False), Answer((1, 2), (5,), True)]
 ITEMS = [OptionItem(text, ("w1 w2", "w3", "w4"), 1) for text in TEXTS]
 
 
-@pytest.mark.parametrize("judge", ["loss", "kl", "options", "speech"])
+@pytest.mark.parametrize(
+    "judge", mostly_slow(["loss", "kl", "options", "speech"], ["kl", "speech"])
+)
 def test_a_cut_is_judged(stage, judge):
     if judge == "options":
         made = OptionsJudge(ITEMS, WORDS, tokens=Tokens(16, 3))

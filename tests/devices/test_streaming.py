@@ -17,7 +17,7 @@ from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
 from shallower.scanning.hidden_states import states_of
 from shallower.values.tokens import Tokens
-from tests.conftest import word_tokenizer
+from tests.conftest import mostly_slow, word_tokenizer
 from tests.devices.batches import TEXTS, batch
 from tests.devices.stage import INNER_WIDTH, WIDTH, Stage
 from tests.devices.test_models import A_PLAIN_SUM
@@ -102,7 +102,7 @@ def check(work):
             assert not any(one.blocks for one in between)
 
 
-@pytest.mark.parametrize("work", [scan, evaluate, race, patch])
+@pytest.mark.parametrize("work", mostly_slow([scan, evaluate, race, patch], [scan, race]))
 def test_each_layer_comes_while_the_one_before_computes(work):
     check(work)
 

@@ -17,14 +17,17 @@ def built():
     return site.build()
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(built):
     assert built == []
 
 
+@pytest.mark.slow
 def test_no_link_of_the_site_is_dead(built):
     assert site.dead_links() == []
 
 
+@pytest.mark.slow
 def test_every_page_of_the_documentation_is_in_the_site_and_its_navigation(built):
     pages = {page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")}
     home = site.Page((site.SITE / "index.html").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from shallower.scanning.scan_file import FORMAT, digest
 from shallower.scanning.shards import Shards, gather
 from shallower.values.shard import Shard
 from shallower.values.tokens import Tokens
+from tests.conftest import mostly_slow
 from tests.cutting.mixtures import mixture
 from tests.documents import documents
 
@@ -110,7 +111,10 @@ def test_an_interrupted_scan_goes_on_to_the_same_bytes(
     assert (tmp_path / "again").read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "llama4_text", "granitemoehybrid"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(["mixtral", "llama4_text", "granitemoehybrid"], ["mixtral", "granitemoehybrid"]),
+)
 def test_layers_that_wait_on_disk_give_the_same_bytes(name, words, tmp_path, monkeypatch):
     """In several passes, with ratios of weights and what a layer does to the stream."""
     mixture(name).save_pretrained(tmp_path / "model")

@@ -1,5 +1,6 @@
 """Shards of a scan, put together to the bytes of the whole."""
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -12,7 +13,7 @@ from shallower.scanning.scan_file import scan_bytes
 from shallower.scanning.shards import ScannedShard, Shards, gather
 from shallower.values.shard import Shard
 from shallower.values.tokens import Tokens
-from tests.conftest import edited
+from tests.conftest import edited, mostly_slow
 from tests.documents import TEXTS, documents
 
 BATCH = 2
@@ -76,8 +77,13 @@ def test_a_shard_that_is_not_there_is_refused(text, said):
 
 # The same bytes.
 @pytest.mark.filterwarnings("default::shallower.RejectedSamplesWarning")
-@pytest.mark.parametrize("count", [1, 3, 8, 64])
-@pytest.mark.parametrize("positions", ["last", "random:2", "all"])
+@pytest.mark.parametrize(
+    ("count", "positions"),
+    mostly_slow(
+        itertools.product([1, 3, 8, 64], ["last", "random:2", "all"]),
+        [(1, "last"), (3, "random:2"), (8, "all"), (64, "last")],
+    ),
+)
 def test_shards_are_gathered_to_the_bytes_of_the_whole(llama, words, tmp_path, count, positions):
     texts = documents(75)
     texts[0] = texts[40] = texts[74] = ""
