@@ -219,8 +219,8 @@ def test_a_healed_model_of_another_head_does_not_end_the_run(learned, words, tmp
     """As on another device, whose products are rounded otherwise."""
     measure = HealingStage._loss
 
-    def changed(stage, model, tokenizer):
-        found = measure(stage, model, tokenizer)
+    def changed(stage, source, model, tokenizer):
+        found = measure(stage, source, model, tokenizer)
         model.lm_head.weight.data.mul_(1.001)
         return found
 
