@@ -120,6 +120,7 @@ class Measuring:
             tasks or StudyTasks(CurveSettings()),
         )
         self.decoder = Decoder.of(model)
+        self.decoder.identity  # noqa: B018 - as the model is before anything is cut
         self.tokens = fitting_tokens(self.decoder, study.settings.tokens)
         self.texts = self._tokenised()
         self.report = next(iter(self.texts.values())).report
