@@ -6,7 +6,11 @@ import random
 import pytest
 from torch.nn.modules.module import register_module_forward_hook
 
+from shallower import Block, ModelSource
 from shallower.evaluation import loss as losses
+from shallower.store.store import open_store
+from shallower.studies.evaluate import EvalJob, measures_of
+from shallower.values.stage_settings import EvalSettings
 from tests.conftest import write_jsonl
 from tests.documents import documents
 from tests.evaluation.task_folders import CHOICE, choices, write_rows, write_tasks
@@ -73,6 +77,23 @@ def test_a_study_finds_what_eval_measured(shallower, tiny, texts, held_out, monk
     assert whole["loss"]["nats"] == found["base"]["nats"]
     assert cut["dropped"] == [2, 3, 4]
     assert cut["loss"]["nats"] == found["cut"]["nats"]
+
+
+def test_a_cut_that_is_measured_beside_a_cached_model_is_of_the_whole_one(
+    shallower, tiny, held_out
+):
+    for cut in [], ["--drop", "1:3"]:
+        assert shallower("eval", tiny, "--texts", held_out, *cut).status == 0
+    settings = EvalSettings(texts=str(held_out))
+    job = EvalJob(
+        source=ModelSource(str(tiny)),
+        measures=measures_of(settings, is_shared=False),
+        layers=[Block(1, 3)],
+        store=open_store(),
+    )
+    sides = job.known()["loss"]
+    assert sides["cut"].model == sides["base"].model
+    assert sides["cut"].model.num_layers == 6
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -100,7 +100,6 @@ def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
     assert (elsewhere / "erster Lauf" / "checkpoint" / "README.md").read_text() == card
 
 
-@pytest.mark.slow
 def test_a_run_by_python_is_made_again_by_a_command(places, elsewhere, tmp_path, shallower):
     texts, held_out = examples.sentences(60, seed=1), examples.sentences(20, seed=2)
     settings = RunSettings(n=1, top=2, max_texts=40, max_eval_texts=12, max_length=10, prompts=())

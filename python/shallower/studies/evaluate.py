@@ -331,6 +331,7 @@ class EvalJob:
         from ..cutting.in_model import without_layers
 
         decoder, _ = loaded = self._loaded(self.source)
+        identity = decoder.identity  # as the model is before anything is cut
         if self.plan:
             with without_layers(decoder.model, self.plan):
                 pass  # refused, if it is, before anything is measured
@@ -349,13 +350,13 @@ class EvalJob:
                     if measure.needs_whole:
                         waiting.append((measure, side, value))
                     else:
-                        kept = self._kept(measure, side, value, decoder.identity)
+                        kept = self._kept(measure, side, value, identity)
                         found[measure.kind][side] = kept
         for measure, side, value in waiting:
             if measure.whole is None:
                 completed = measure.complete(value, decoder)
-                found[measure.kind][side] = self._kept(measure, side, completed, decoder.identity)
-        return decoder.identity, [one for one in waiting if one[0].whole is not None]
+                found[measure.kind][side] = self._kept(measure, side, completed, identity)
+        return identity, [one for one in waiting if one[0].whole is not None]
 
     def _meet(self, measure: Measure[Any], loaded: "Loaded", source: ModelSource) -> None:
         """Let a measure see the whole model, which ``source`` names."""
