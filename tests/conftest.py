@@ -11,6 +11,7 @@ import secrets
 import sys
 import tempfile
 import warnings
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -217,10 +218,18 @@ def rehearsals():
     return {}
 
 
+@pytest.fixture(scope="session")
+def stages():
+    """The forward of a stage, one thing for each, as its rehearsals are known by it."""
+    from shallower.forecasts import forecast
+
+    return cache(forecast._forward)
+
+
 @pytest.fixture
-def hasty(monkeypatch, rehearsals):
+def hasty(monkeypatch, rehearsals, stages):
     """Forecasts time this machine by few repeats of little, and rehearse a forward once."""
-    from shallower.forecasts import speed
+    from shallower.forecasts import forecast, speed
     from shallower.healing.memory import HealingStep
     from shallower.memory.plan import ForwardStep
     from shallower.savings import timing
@@ -247,6 +256,7 @@ def hasty(monkeypatch, rehearsals):
         of = *content(step._model), *(getattr(recipe, name) for name in names), texts, recompute
         return once(lambda: healings(step, texts, recompute), *of)
 
+    monkeypatch.setattr(forecast, "_forward", stages)
     monkeypatch.setattr(ForwardStep, "_rehearsed", forward)
     monkeypatch.setattr(HealingStep, "run", healing)
     monkeypatch.setattr(speed, "ENOUGH", 0.0)

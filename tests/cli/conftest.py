@@ -1,7 +1,6 @@
 """Checkpoints, texts, scans and plans for the command line."""
 
 import warnings
-from functools import cache, partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,20 +9,10 @@ import torch
 
 import shallower as sh
 from shallower import Scan
-from shallower.forecasts import forecast
-from shallower.studies import speaking
 from tests.cli.documents import documents
 from tests.conftest import tiny_llama, write_jsonl
+from tests.studies.conftest import answer_shortly
 from tests.studies.conftest import trained as trained
-
-
-@pytest.fixture
-def hasty(hasty, monkeypatch):
-    """The forward of a stage is one thing, as its rehearsals are known by it."""
-    monkeypatch.setattr(forecast, "_forward", STAGES)
-
-
-STAGES = cache(forecast._forward)
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +83,7 @@ def plans(tmp_path_factory, scans):
 @pytest.fixture
 def terse(monkeypatch):
     """Models answer the prompts of a study with few tokens."""
-    monkeypatch.setattr(speaking, "Speaking", partial(speaking.Speaking, num_tokens=6))
+    answer_shortly(monkeypatch)
 
 
 @pytest.fixture

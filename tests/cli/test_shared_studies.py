@@ -24,13 +24,8 @@ FEW = ["--max-texts", "12"]
 
 
 def compared(asked, *criteria):
-    return [
-        "compare",
-        *asked,
-        *FEW,
-        "--criteria",
-        ",".join(criteria or ["angular", "greedy", "deepest"]),
-    ]
+    names = ",".join(criteria or ["angular", "greedy", "deepest"])
+    return ["compare", *asked, *FEW, "--criteria", names]
 
 
 def without_time(found):
@@ -75,16 +70,8 @@ def test_shards_of_a_comparison_are_gathered_to_the_whole(shallower, folder, ask
 
 @pytest.mark.usefixtures("undrawn")
 def test_shards_of_a_curve_are_gathered_to_the_whole(shallower, folder, asked, monkeypatch):
-    command = [
-        "curve",
-        *asked,
-        *FEW,
-        "--strategies",
-        "similarity,deepest",
-        "--states",
-        "cut",
-        "--json",
-    ]
+    command = ["curve", *asked, *FEW, "--strategies", "similarity,deepest"]
+    command += ["--states", "cut", "--json"]
     whole = shallower(*command, "--out", "whole").json
     for index in range(2):
         elsewhere(monkeypatch, folder, index)

@@ -17,9 +17,14 @@ FEW_WORDS = 8
 def short_answers():
     """The models of a study speak in few tokens: each takes a forward."""
     with pytest.MonkeyPatch.context() as patched:
-        for module in (dry_run, measuring, speaking):
-            patched.setattr(module, "SPEECH_TOKENS", FEW_WORDS)
+        answer_shortly(patched)
         yield
+
+
+def answer_shortly(patched):
+    """Let the models of studies answer prompts with few tokens."""
+    for module in (dry_run, measuring, speaking):
+        patched.setattr(module, "SPEECH_TOKENS", FEW_WORDS)
 
 
 @pytest.fixture(scope="session")

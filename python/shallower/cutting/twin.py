@@ -7,6 +7,8 @@ made, so that no stock loader builds another network than the one in memory.
 import copy
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,18 +60,23 @@ def built_from(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     Many cuts of one model leave one config, so a few models are kept: leave them as they are.
     """
     content = config.to_dict()
-    key = type(model), type(config), repr(content)
-    built = _BUILT.get(key)
-    if built is None:
-        with torch.device("meta"):
-            built = _BUILT[key] = type(model)(type(config).from_dict(content))
-        if len(_BUILT) > _KEPT:
-            _BUILT.pop(next(iter(_BUILT)))
+    return _built(_Blueprint((type(model), type(config), repr(content)), content))
+
+
+@dataclass(frozen=True, slots=True)
+class _Blueprint:
+    """The classes of a model and its config, and what the config says, by its text."""
+
+    key: tuple[Any, Any, str]
+    content: dict[str, Any] = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def _built(blueprint: _Blueprint) -> PreTrainedModel:
+    kind, config, _ = blueprint.key
+    with torch.device("meta"):
+        built: PreTrainedModel = kind(config.from_dict(blueprint.content))
     return built
-
-
-_BUILT: dict[tuple[type, type, str], PreTrainedModel] = {}
-_KEPT = 8
 
 
 def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:

@@ -71,9 +71,8 @@ def _may_fit(step: Step, choice: Choice, device_bytes: int) -> bool:
     """Whether one text fits, which is quickly rehearsed, and more are not far from it."""
     texts, recompute = choice
     one, room = peak_of(step, (1, recompute)), usable(device_bytes)
-    if texts <= 2 or texts * one <= room:  # no text takes more than the first
-        return one <= room
-    return one <= room and 0.9 * estimate(step, choice) <= room
+    few = texts <= 2 or texts * one <= room  # no text takes more than the first
+    return one <= room and (few or 0.9 * estimate(step, choice) <= room)
 
 
 def estimate(step: Step, choice: Choice) -> int:

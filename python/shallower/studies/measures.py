@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..errors import ProcessesError, SettingsError
 from ..evaluation.task_files import files_in, files_of
@@ -73,9 +73,9 @@ class Measure(ABC, Generic[T]):
     option: str
     item: str
     result: Any
-    shared: ClassVar[Sequence[str] | None] = None
-    apart: ClassVar[str] = "measure it apart"
-    asked: ClassVar[EvalSettings | None] = None
+    shared: Sequence[str] | None = None
+    apart: str = "measure it apart"
+    asked: EvalSettings | None = None
     needs_whole: bool = False
     tokens: Tokens = Tokens()
     source: str | None = None
@@ -90,7 +90,7 @@ class Measure(ABC, Generic[T]):
     def asked_by(cls, settings: EvalSettings, *, is_shared: bool) -> Self:
         """Make it as settings ask for it."""
         made = cls.of(getattr(settings, cls.option), settings, is_shared=is_shared)
-        made.asked = settings  # type: ignore[misc]
+        made.asked = settings
         return made
 
     @abstractmethod
