@@ -1,5 +1,6 @@
 """The bar is for a person at a terminal; a log gets a line now and then."""
 
+import logging
 import os
 import pty
 import sys
@@ -391,6 +392,17 @@ def test_bars_of_other_packages_are_off_and_then_as_they_were(capfd, kept_off):
     bars_of_others()
     assert capfd.readouterr().err.count("\n") == 3 - kept_off
     datasets.enable_progress_bars()
+
+
+def test_notes_of_other_packages_come_back_when_the_last_thread_is_through():
+    logger, level = logging.getLogger("huggingface_hub"), logging.getLogger("huggingface_hub").level
+    first, second = hushed(), hushed()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.level == logging.CRITICAL
+    second.__exit__(None, None, None)
+    assert logger.level == level
 
 
 def test_bars_are_back_after_an_exception(capfd):

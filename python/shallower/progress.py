@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from functools import partial
 from threading import Event, Lock, RLock, Thread
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -408,23 +409,15 @@ _SWITCHES = (
 def hushed() -> Iterator[None]:
     """Keep other packages' bars and notes off standard error in the body.
 
-    Bars of all threads are off, by the packages' own switches: of those that are imported before.
+    Those of all threads are off, bars by the packages' own switches: of packages imported before.
     """
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [one.level for one in loggers]
     with warnings.catch_warnings(), _THEIRS:
         warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
-        for one in loggers:
-            one.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for one, level in zip(loggers, levels, strict=True):
-                one.setLevel(level)
+        yield
 
 
-class _TheirBars:
-    """Other packages' bars, off for as long as any thread is hushed, then as they were."""
+class _Theirs:
+    """Other packages' bars and notes, off while any thread is hushed, then as they were."""
 
     def __init__(self) -> None:
         self._lock, self._depth = Lock(), 0
@@ -434,6 +427,9 @@ class _TheirBars:
         with self._lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where a variable of the user decides
             self._depth += 1
+            for one in map(logging.getLogger, _LOGGERS if self._depth == 1 else ()):
+                self._turn_on.append(partial(one.setLevel, one.level))
+                one.setLevel(logging.CRITICAL)
             for name, told, switch in _SWITCHES:
                 module: Any = sys.modules.get(name)
                 if module and getattr(module, told)() == told.endswith("enabled"):
@@ -448,4 +444,4 @@ class _TheirBars:
                 self._turn_on.pop()()
 
 
-_THEIRS = _TheirBars()
+_THEIRS = _Theirs()
