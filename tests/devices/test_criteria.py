@@ -13,9 +13,7 @@ from tests.judgement.toy import make_subject
 
 @pytest.mark.parametrize(
     "name",
-    mostly_slow(
-        ["block_influence", "linear_map", "reachable", "weights"], ["linear_map", "reachable"]
-    ),
+    mostly_slow(["block_influence", "linear_map", "reachable", "weights"], ["reachable"]),
 )
 def test_a_criterion(stage, name):
     with stage.open(_scale=A_PLAIN_SUM):

@@ -24,6 +24,7 @@ def test_the_loss(stage):
     assert loss.vocab_size == 32000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [None, 0])
 def test_prompts_are_answered(stage, seed):
     prompts = prompt_ids(WORDS, [Prompt(one) for one in PROMPTS])
@@ -36,8 +37,8 @@ def test_a_model_speaks_beside_one_on_the_cpu(stage):
     config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     with stage.open():
         whole = LlamaForCausalLM(config).eval()
-        found = evaluate_speech(stage.model(), WORDS, PROMPTS, whole=whole, **OPTIONS)
-    assert found.num_prompts == 2
+        found = evaluate_speech(stage.model(), WORDS, PROMPTS[:1], whole=whole, **OPTIONS)
+    assert found.num_prompts == 1
 
 
 def test_a_cut_speaks_in_the_place_of_the_whole_model(stage):

@@ -29,7 +29,7 @@ def test_a_cut_is_judged(stage, judge):
     if judge == "options":
         made = OptionsJudge(ITEMS, WORDS, tokens=Tokens(16, 3))
     elif judge == "speech":
-        made = SpeechJudge(SAID, tokens=Tokens(16, 3))
+        made = SpeechJudge(SAID, tokens=Tokens(16, 8))
     else:
         made = {"loss": LossJudge, "kl": KLJudge}[judge](judged_batches(WORDS, TEXTS, Tokens()))
     with stage.open():

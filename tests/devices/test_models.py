@@ -10,6 +10,7 @@ from shallower.models.head import Head
 from shallower.models.identity import weights_hash
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import find_writers
+from tests.conftest import mostly_slow
 from tests.devices.batches import batch, inputs
 from tests.devices.stage import WIDTH
 
@@ -31,7 +32,9 @@ def test_the_weights_of_a_model_are_hashed_wherever_they_are(stage):
         assert (weights_hash(model) is None) == offloaded
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["as they come", "after a stop on the CPU"])
+@pytest.mark.parametrize(
+    "apart", mostly_slow([False, True], [True]), ids=["as they come", "after a stop on the CPU"]
+)
 def test_layers_run_one_by_one(stage, apart):
     with stage.open():
         model = Layerwise(stage.model())
@@ -56,7 +59,9 @@ def test_the_head_makes_logits_of_a_few_rows(stage):
         assert head.logits(torch.empty(5, WIDTH, device=stage.last)).shape == (5, 32000)
 
 
-@pytest.mark.parametrize("by_rows", [True, False], ids=["by rows", "as a whole"])
+@pytest.mark.parametrize(
+    "by_rows", mostly_slow([True, False], [False]), ids=["by rows", "as a whole"]
+)
 def test_the_logits_of_chosen_tokens(stage, by_rows):
     with stage.open():
         head = Head.of(Decoder.of(stage.model()))
@@ -68,7 +73,7 @@ def test_the_logits_of_chosen_tokens(stage, by_rows):
             assert part.shape == (len(tokens), 32000)
 
 
-@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("layer", mostly_slow([0, 3], [3]))
 def test_writers_are_found(stage, layer):
     with stage.open(_scale=A_PLAIN_SUM):
         model = Layerwise(stage.model())

@@ -10,6 +10,7 @@ import itertools
 import time
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from shallower.errors import ModelError
 from tests.devices import (
@@ -86,7 +87,8 @@ def cases(function):
     for mark in marks:
         names, values, *_ = mark.args
         names = names.split(", ") if isinstance(names, str) else names
-        sets.append([dict(zip(names, v if len(names) > 1 else [v], strict=True)) for v in values])
+        values = [ParameterSet.extract_from(v, force_tuple=len(names) == 1).values for v in values]
+        sets.append([dict(zip(names, some, strict=True)) for some in values])
     for chosen in itertools.product(*sets):
         yield {name: value for one in chosen for name, value in one.items()}
 

@@ -15,16 +15,16 @@ from tests.devices.test_models import A_PLAIN_SUM
 
 @on_devices
 def test_a_patch(stage):
-    model = stage.llama()
+    model = stage.llama(3)
     with stage.open(_scale=A_PLAIN_SUM), pytest.MonkeyPatch.context() as fewer:
         fewer.setattr(descent, "STEPS", 1)
         fewer.setattr(least_squares, "RIDGES", (0.03, 0.1))
-        fewer.setattr(solver, "FIRST_WEIGHTS", solver.FIRST_WEIGHTS[:2])
+        fewer.setattr(solver, "FIRST_WEIGHTS", solver.FIRST_WEIGHTS[:1])
         done = patch(
-            model, word_tokenizer(), [2], texts=TEXTS * 4, batch_size=16,
+            model, word_tokenizer(), [1], texts=TEXTS * 4, batch_size=16,
             num_tokens=60, progress=False,
         )  # fmt: skip
-    assert done.plan.dropped == (2,)
+    assert done.plan.dropped == (1,)
 
 
 @pytest.mark.slow

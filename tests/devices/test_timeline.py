@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from shallower.errors import ModelError
+from tests.conftest import mostly_slow
 from tests.devices.mutations import is_order, moves, without
 from tests.devices.stage import DeviceError, Stage
 from tests.devices.test_streaming import check, scan
@@ -89,7 +90,7 @@ WAITS = [
 """Not those of token ids, which a model in memory gets: nobody waits for them."""
 
 
-@pytest.mark.parametrize("wait", WAITS, ids=str)
+@pytest.mark.parametrize("wait", mostly_slow(WAITS, WAITS[::3]), ids=str)
 def test_a_wait_that_is_taken_out_or_a_copy_that_blocks_is_missed(wait):
     refused = AssertionError, OrderError, DeviceError
     with without(wait), pytest.raises((*refused, ModelError)) as error:
