@@ -119,7 +119,7 @@ def slow_twin(model, batches, steps):
     return {key: weight.detach().numpy() for key, weight in weights.items()}
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", mostly_slow([False, True], [True]))
 def test_the_steps_are_those_of_the_slow_twin(model, words, monkeypatch, frozen):
     monkeypatch.setattr(descent, "STEP_TOKENS", 200)
     monkeypatch.setattr(descent, "STEPS", 3)

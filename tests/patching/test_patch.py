@@ -286,9 +286,6 @@ def test_without_held_out_text_a_patch_says_what_it_chose_by(patched):
 
 def test_texts_that_are_held_out_are_not_fitted(folder, hasty):
     texts = folder / "both.jsonl"
-    write_jsonl(texts, [*HELD_OUT[:1], "w1 w2 w3"])
-    done = run(folder, "--drop", "3:5", "--out", "nowhere", "--eval-texts", str(texts), "--dry-run")
-    assert done.status == 0
     write_jsonl(texts, [*HELD_OUT, f"{TEXTS[5]} "])
     done = run(folder, "--drop", "3:5", "--out", "nowhere", "--eval-texts", str(texts), "--dry-run")
     assert done.status == 2
@@ -331,10 +328,13 @@ def test_the_command_carries_out_a_plan_and_prints_json(folder):
 
 
 def test_a_dry_run_writes_nothing(folder, hasty):
-    done = run(folder, "--drop", "3:5", "--out", str(folder / "dry"), "--dry-run")
+    texts = write_jsonl(folder / "apart.jsonl", [*HELD_OUT[:1], "w1 w2 w3"])
+    options = ("--eval-texts", str(texts), "--dry-run")
+    done = run(folder, "--drop", "3:5", "--out", str(folder / "dry"), *options)
     assert done.status == 0
     assert not (folder / "dry").exists()
     assert "[3, 5)" in done.out
+    assert "solver " in done.out
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,19 @@ from tests.examples import sentences
 from tests.written import MANY, write_answered, write_prompts
 from tests.written import written as written
 
-TEXTS = sentences(48, seed=1)
-BLOCK = [range(3, 5)]
+TEXTS = sentences(32, seed=1)
+BLOCK = [range(2, 4)]
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     monkeypatch.setattr(descent, "STEP_TOKENS", 200)
     monkeypatch.setattr(descent, "STEPS", 4)
+
+
+@pytest.fixture(scope="module")
+def learned(learned_six):
+    return learned_six
 
 
 @pytest.fixture
@@ -154,7 +159,7 @@ def given(shallower, folder, learned, words):
     write_prompts(folder / "prompts.jsonl", *MANY)
 
     def call(
-        out, *options, answers=("prompts.jsonl", "--answer-tokens", 12), layers=("--drop", "3:5")
+        out, *options, answers=("prompts.jsonl", "--answer-tokens", 12), layers=("--drop", "2:4")
     ):
         words = ["--texts", "texts.jsonl", *layers, "--dtype", "float32"]
         words += [] if answers is None else ["--answers", *answers]
@@ -187,7 +192,7 @@ def test_the_whole_model_answers_once(given, folder, learned, words, written):
 
 def test_prompts_of_our_own_are_beginnings_of_texts_without_a_template(given, folder, written):
     assert given("out", answers=("--answer-tokens", 4)).status == 0
-    assert written == [32, 16]
+    assert written == [32]
     assert json.loads((folder / "out" / PATCH_FILE).read_text())["share"] == 0.5
 
 
@@ -213,7 +218,6 @@ def test_a_dry_run_tells_of_answers_and_loads_nothing(given, folder, monkeypatch
     assert (done["answers"], done["share"]) == ("to 40 prompts", 0.25)
     said = given("out", "--dry-run", answers=()).out
     assert "answers: to 512 prompts of our own, or beginnings of texts\n" in said
-    assert not {"answers", "share"} & {*given("out", "--dry-run", "--json", answers=None).json}
     assert not (folder / "out").exists()
 
 

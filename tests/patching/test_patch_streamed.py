@@ -23,12 +23,12 @@ from tests.memory.test_streaming import FAMILIES, both, stored
 from tests.patching.test_descent import batches_of, gone
 from tests.peaks import needs_linux, peak_of, resident
 
-TEXTS = sentences(48, seed=1)
+TEXTS = sentences(32, seed=1)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, learned, words):
-    return stored(tmp_path_factory.mktemp("stream") / "learned", copy.deepcopy(learned), words)
+def folder(tmp_path_factory, learned_six, words):
+    return stored(tmp_path_factory.mktemp("stream") / "learned", copy.deepcopy(learned_six), words)
 
 
 @pytest.fixture(autouse=True)
@@ -45,22 +45,22 @@ def files(folder):
 def test_a_streamed_patch_is_saved_with_the_same_bytes(folder, tmp_path, dtype):
     streamed, whole, tokenizer = both(folder, dtype)
     for name, model in (("a", streamed), ("b", whole)):
-        done = sh.patch(model, tokenizer, [2, 3, 5], texts=TEXTS, progress=False)
+        done = sh.patch(model, tokenizer, [2, 4], texts=TEXTS, progress=False)
         sh.save_patched(model, tokenizer, tmp_path / name, done=done)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert done.patched < done.cut
     assert done.descent
     changed = [len(changed_weights(layer)) for layer in find_layers(streamed).modules]
-    assert changed == [0, 7, 7, 7, 7]  # all matrices from the first that was solved on
+    assert changed == [0, 7, 7, 7]  # all matrices from the first that was solved on
 
 
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["gemma3_text", "gpt2"]))
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["gpt2"]))
 def test_every_kind_of_layer_is_patched_to_the_same_bytes(family, tmp_path, words):
     streamed, whole, tokenizer = both(stored(tmp_path / family, random_model(family), words))
     results = []
     for name, model in (("a", streamed), ("b", whole)):
         try:
-            done = sh.patch(model, tokenizer, [3, 4], texts=documents(32), progress=False)
+            done = sh.patch(model, tokenizer, [3, 4], texts=documents(24), progress=False)
             results.append(done)
             sh.save_patched(model, tokenizer, tmp_path / name, done=done)
         except sh.PatchError as error:
@@ -75,7 +75,7 @@ def test_a_streamed_patch_goes_on_from_the_matrices_it_solved(folder, tmp_path, 
     streamed, _, tokenizer = both(folder)
     options = {"texts": TEXTS, "progress": False, "checkpoint": tmp_path / "kept"}
     (tmp_path / "kept").mkdir()
-    first = sh.patch(streamed, tokenizer, [2, 3, 5], **options)
+    first = sh.patch(streamed, tokenizer, [2, 4], **options)
     solved = {
         f"{index}.{name}": weight
         for index, layer in enumerate(find_layers(streamed).modules)
@@ -83,7 +83,7 @@ def test_a_streamed_patch_goes_on_from_the_matrices_it_solved(folder, tmp_path, 
     }
     again, _, tokenizer = both(folder)
     monkeypatch.setattr(Solver, "_fit", lambda *_args: pytest.fail("it was solved before"))
-    assert sh.patch(again, tokenizer, [2, 3, 5], **options) == first
+    assert sh.patch(again, tokenizer, [2, 4], **options) == first
     for name, weight in solved.items():
         index, _, path = name.partition(".")
         assert (changed_weights(find_layers(again).modules[int(index)])[path] == weight).all()
@@ -94,7 +94,7 @@ def test_a_streamed_patch_goes_on_from_the_steps_it_took(folder, tmp_path, monke
     monkeypatch.setattr(checkpoint, "SHARE", float("inf"))
     streamed, whole, tokenizer = both(folder)
     options = {"texts": TEXTS, "progress": False}
-    expected = sh.patch(whole, tokenizer, [2, 3, 5], **options)
+    expected = sh.patch(whole, tokenizer, [2, 4], **options)
     assert expected.descent  # so that steps that were lost would be missed
     options["checkpoint"] = tmp_path / "kept"
     step, left = Descent._step, [2]
@@ -107,10 +107,10 @@ def test_a_streamed_patch_goes_on_from_the_steps_it_took(folder, tmp_path, monke
 
     monkeypatch.setattr(Descent, "_step", stepping)
     with pytest.raises(KeyboardInterrupt):
-        sh.patch(streamed, tokenizer, [2, 3, 5], **options)
+        sh.patch(streamed, tokenizer, [2, 4], **options)
     assert not any(map(changed_weights, find_layers(streamed).modules))
     left[0] = 2  # of four
-    assert sh.patch(streamed, tokenizer, [2, 3, 5], **options) == expected
+    assert sh.patch(streamed, tokenizer, [2, 4], **options) == expected
     for one, other in zip(*(find_layers(m).modules for m in (streamed, whole)), strict=True):
         for name, weight in changed_weights(one).items():
             assert (weight == other.get_parameter(name)).all()
@@ -132,8 +132,8 @@ def test_a_streamed_patch_reads_layers_forwards_and_backwards(folder, tmp_path, 
         prefetch, "fetch_ahead", lambda one: fetched.append(layers.index(one)) or fetch(one)
     )
     monkeypatch.setattr(Descent, "put", lambda *_args: fetched.append("put"))
-    sh.patch(streamed, tokenizer, [2, 3, 5], texts=TEXTS, progress=False)
-    assert fetched[: fetched.index("put")] == [4, 6, 7, 6, 4, 1]
+    sh.patch(streamed, tokenizer, [2, 4], texts=TEXTS, progress=False)
+    assert fetched[: fetched.index("put")] == [3, 5, 3, 1]
     assert list(tmp_path.iterdir()) == []  # files of matrices have no names
 
 
@@ -210,11 +210,12 @@ def test_a_streamed_model_is_as_before_where_a_patch_does_not_help(folder, monke
     monkeypatch.setattr(descent, "RATE", 0.0)
     streamed, whole, tokenizer = both(folder)
     with pytest.raises(sh.PatchError, match="does not help"):
-        sh.patch(streamed, tokenizer, [range(2, 6)], texts=TEXTS, progress=False)
+        sh.patch(streamed, tokenizer, [range(2, 5)], texts=TEXTS, progress=False)
     assert not any(map(changed_weights, find_layers(streamed).modules))
     assert sh.evaluate_loss(streamed, tokenizer, TEXTS) == sh.evaluate_loss(whole, tokenizer, TEXTS)
 
 
+@pytest.mark.slow
 def test_the_command_streams_a_patch(folder, tmp_path, shallower):
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
     report = write_jsonl(tmp_path / "report.jsonl", [f"{text} w1" for text in TEXTS])
