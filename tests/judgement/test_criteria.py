@@ -8,7 +8,7 @@ import torch
 
 from shallower.errors import CriterionError, ModelError, RejectedSamplesWarning, StatesError
 from shallower.judgement.criteria import criteria
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import TEXTS, documents
 from tests.families import random_model
 from tests.judgement import twins
@@ -30,7 +30,14 @@ def tiny_gpt2():
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 
 
-@pytest.fixture(params=[(m, d) for m in MODELS for d in DTYPES], ids=str, scope="module")
+@pytest.fixture(
+    params=mostly_slow(
+        (((m, d),) for m in MODELS for d in DTYPES),
+        [(("llama", torch.bfloat16),), (("gpt2", torch.float32),)],
+    ),
+    ids=str,
+    scope="module",
+)
 def subject(request, words):
     name, dtype = request.param
     return make_subject(MODELS[name]().to(dtype), words, TEXTS, batch_size=5)
@@ -202,7 +209,8 @@ MAPS = ("linear_map", "reachable", "weights")
 @pytest.mark.parametrize(
     ("family", "refused", "missing"),
     [
-        ("falcon", (), ()),  # attention and feed-forward side by side
+        # attention and feed-forward side by side
+        pytest.param("falcon", (), (), marks=pytest.mark.slow),
         ("mixtral", ("reachable", "weights"), ()),  # experts
         ("qwen3_moe, every second", (), ("reachable", "weights")),
         ("gemma4_text, shared keys and values", (*ALL[2:5], *MAPS), ()),  # not the stream alone

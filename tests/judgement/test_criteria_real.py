@@ -15,7 +15,7 @@ from tests.judgement.toy import make_subject
 
 @pytest.fixture(scope="module")
 def subject(smol, passages):
-    return make_subject(*smol, [*passages[0], *passages[1]][:8], max_length=24, batch_size=4)
+    return make_subject(*smol, [*passages[0], *passages[1]][:8], max_length=16, batch_size=4)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def share_lost(num_races, **options):
     return wrong / num_races, seen / num_races
 
 
-@pytest.mark.parametrize("gap", mostly_slow([0.0, 0.05, 0.3, 2.0], [0.05, 2.0]))
+@pytest.mark.parametrize("gap", mostly_slow([0.0, 0.05, 0.3, 2.0], [0.05]))
 def test_the_best_is_rarely_lost_with_heavy_tails(gap):
     # Of 400 races at a rate of 0.05, 28 or fewer go wrong in 97 of 100 tries.
     wrong, _ = share_lost(400, gap=gap)

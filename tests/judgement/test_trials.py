@@ -128,7 +128,7 @@ def test_layers_are_counted_as_they_run_with_memory_for_all_states(tried, memory
     assert runs[1] >= runs[0]  # what runs again for lack of memory
 
 
-@pytest.mark.parametrize("judge", [LossJudge, KLJudge])
+@pytest.mark.parametrize("judge", mostly_slow([LossJudge, KLJudge], [KLJudge]))
 def test_counts_do_not_depend_on_memory(model, monkeypatch, judge):
     stores = [{}, {"memory": 0}, {"memory": 6_000}, {"memory": 9_000}]
     charged = [run_all(make(model, judge=judge, **options))[1] for options in stores]
@@ -137,7 +137,7 @@ def test_counts_do_not_depend_on_memory(model, monkeypatch, judge):
     assert charged == [charged[0]] * 5
 
 
-@half
+@settings(max_examples=settings.default.max_examples // 4)
 @given(st.lists(cuts, min_size=1, max_size=12))
 def test_with_room_for_all_states_no_layer_runs_twice_on_the_same(tried):
     model = tiny_llama(NUM_LAYERS)
@@ -261,7 +261,7 @@ def test_a_process_goes_on_from_any_record(judge, memory):
     expected = run_all(make(model, judge=judge, journal=journal, memory=memory))
     assert len(journal) == len(TRIED) * len(SIZES)
     counted = Counted(model)
-    for kept in range(0, len(journal) + 1, 2):
+    for kept in range(0, len(journal) + 1, 3):
         rest = Memory(journal[:kept])
         trials = make(model, judge=judge, journal=rest, memory=memory)
         before = counted.runs
