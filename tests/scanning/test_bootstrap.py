@@ -273,7 +273,7 @@ def test_other_threads_run_while_samples_are_drawn():
     ticker = threading.Thread(target=tick)
     ticker.start()
     begin = time.perf_counter()
-    scan.bootstrap(3000, threads=1)
+    scan.bootstrap(1000, threads=1)
     end = time.perf_counter()
     done.set()
     ticker.join()

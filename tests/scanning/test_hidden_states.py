@@ -1,5 +1,6 @@
 """Hidden states against plain forwards, and what hooks leave behind."""
 
+import itertools
 from contextlib import suppress
 
 import numpy as np
@@ -31,7 +32,7 @@ from shallower.scanning.builder import ScanBuilder
 from shallower.scanning.hidden_states import chosen_tokens, stream
 from shallower.texts.batches import Batch
 from shallower.values.positions import Positions
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.scanning.batches import plain_states
 
 SIZES = {
@@ -67,6 +68,9 @@ FAMILIES = {
     "phi": lambda: PhiForCausalLM(PhiConfig(**SIZES, intermediate_size=48)),
     "llama": lambda: tiny_llama(4),
 }
+
+
+CHOSEN = ["last", "last:2", "last:9", "random:1", "random:3", "all"]
 
 
 def padded(sequences, left=False, first=0):
@@ -112,9 +116,13 @@ def test_states_are_those_of_a_plain_forward(family):
         assert (states[-1] - normed).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("size", "left", "family"),
+    mostly_slow(
+        itertools.product([1, 2, 5], [True, False], FAMILIES),
+        [(size, size == 2, family) for size in (2, 5) for family in FAMILIES],
+    ),
+)
 def test_the_last_token_is_found_under_any_padding(family, left, size):
     torch.manual_seed(2)
     model = FAMILIES[family]().eval()
@@ -142,8 +150,13 @@ def test_the_last_token_is_the_last_that_is_no_padding():
     assert columns.tolist() == [3, 1, 3, 2, 3]
 
 
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("name", ["last", "last:2", "last:9", "random:1", "random:3", "all"])
+@pytest.mark.parametrize(
+    ("name", "left"),
+    mostly_slow(
+        itertools.product(CHOSEN, [True, False]),
+        [*zip(CHOSEN, 3 * [True, False], strict=True)],
+    ),
+)
 def test_the_chosen_tokens_are_those_of_a_plain_forward(llama, name, left):
     positions = Positions.parse(name, 5)
     (whole,) = stream(llama, [padded(SEQUENCES)], Positions.parse("all"))

@@ -8,7 +8,7 @@ import torch
 
 import shallower as sh
 from shallower import _reference
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.scanning.batches import interrupted, plain_states
 
 
@@ -25,8 +25,12 @@ def oracle(model, tokenizer, texts, max_length=256):
 TEXTS = [" ".join(f"w{(7 * i + 3 * j) % 97}" for j in range(1 + i % 11)) for i in range(23)]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch_size", [1, 16])
+@pytest.mark.parametrize(
+    ("batch_size", "side"),
+    mostly_slow(
+        [(1, "left"), (1, "right"), (16, "left"), (16, "right")], [(16, "left"), (16, "right")]
+    ),
+)
 def test_a_scan_is_that_of_a_float64_oracle(llama, words, side, batch_size):
     tokenizer = copy.deepcopy(words)
     tokenizer.padding_side = side
@@ -108,7 +112,10 @@ def hurried(monkeypatch):
 
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")
-@pytest.mark.parametrize(("at", "batch_size"), [(1, 2), (33, 2), (64, 2), (64, 5), (100, 2)])
+@pytest.mark.parametrize(
+    ("at", "batch_size"),
+    mostly_slow([(1, 2), (33, 2), (64, 2), (64, 5), (100, 2)], [(33, 2), (64, 5)]),
+)
 def test_a_resumed_scan_has_the_bits_of_an_uninterrupted_one(
     llama, words, tmp_path, at, batch_size
 ):

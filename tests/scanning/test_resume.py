@@ -6,7 +6,7 @@ import pytest
 
 import shallower as sh
 from shallower import Scan, ScanError, TextsError
-from tests.conftest import edited, tiny_llama
+from tests.conftest import edited, mostly_slow, tiny_llama
 from tests.documents import HELD_OUT, TEXTS, broken_after, documents
 
 
@@ -19,7 +19,7 @@ def interrupted(model, tokenizer, path, texts, count, monkeypatch, **options):
             sh.scan(model, tokenizer, broken_after(texts, count), checkpoint=path, **options)
 
 
-@pytest.mark.parametrize("count", [16, 20, 40])
+@pytest.mark.parametrize("count", mostly_slow([16, 20, 40], [40]))
 def test_a_resumed_scan_has_the_same_bytes(llama, words, tmp_path, monkeypatch, count):
     texts = documents(56)
     sh.scan(llama, words, texts, batch_size=1).save(tmp_path / "whole")

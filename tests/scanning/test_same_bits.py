@@ -161,7 +161,7 @@ def test_merging_leaves_its_parts_as_they_were():
 
 # Threads of Python
 def test_other_threads_run_while_states_are_compared():
-    states = random_states((12, 257, 512), 0).astype(np.float16).repeat(10, axis=0)
+    states = random_states((12, 257, 512), 0).astype(np.float16).repeat(4, axis=0)
     ticks, done = [], threading.Event()
 
     def tick():

@@ -8,7 +8,7 @@ import pytest
 import shallower as sh
 from shallower import Scan, ScanError, SettingsError, Until, _reference
 from shallower.models.offload import reading_of
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import broken_after, documents
 
 TEXTS = documents(176)
@@ -36,8 +36,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def scan(model, words):
-    """Scan the model, a text at a time."""
-    return lambda texts=TEXTS, batch_size=1, **options: sh.scan(
+    """Scan the model."""
+    return lambda texts=TEXTS, batch_size=8, **options: sh.scan(
         model, words, texts, batch_size=batch_size, **options
     )
 
@@ -50,10 +50,11 @@ def stopped(scan, judged):
     return done
 
 
-@pytest.mark.parametrize("keep_samples", [False, True])
+@pytest.mark.parametrize("keep_samples", mostly_slow([False, True], [True]))
 def test_it_is_the_scan_of_the_texts_so_far(scan, stopped, tmp_path, keep_samples):
-    done = scan(until=SURE, keep_samples=keep_samples)
-    plain = scan(TEXTS[: stopped.num_samples], keep_samples=keep_samples)
+    options = {"batch_size": 1, "keep_samples": keep_samples}  # batches of several are others
+    done = scan(until=SURE, **options)
+    plain = scan(TEXTS[: stopped.num_samples], **options)
     assert bytes_of(done, tmp_path / "done") == bytes_of(plain, tmp_path / "plain")
     assert plain.settled is None is Scan.load(tmp_path / "done").settled
 
@@ -66,7 +67,7 @@ def test_it_says_when_each_size_was_settled(stopped):
     assert str(stopped.settled).startswith("sure by 0.9 within 0.005: n = 1 after ")
 
 
-@pytest.mark.parametrize("batch_size", [3, 16, 50])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_texts_are_judged_as_often_whatever_the_batch(scan, stopped, batch_size):
     assert scan(until=SURE, batch_size=batch_size).settled == stopped.settled
 
@@ -77,10 +78,10 @@ def test_no_text_behind_the_stop_is_read(scan, stopped):
 
 
 def test_what_stays_open_takes_all_texts(scan, tmp_path):
-    done = scan(until=replace(SURE, tolerance=0.0))
+    done = scan(until=replace(SURE, tolerance=0.0), batch_size=1)
     assert None in done.settled.texts
     assert "open: n = " in str(done.settled)
-    assert bytes_of(done, tmp_path / "a") == bytes_of(scan(), tmp_path / "b")
+    assert bytes_of(done, tmp_path / "a") == bytes_of(scan(batch_size=1), tmp_path / "b")
 
 
 def test_bets_take_more_texts(scan, stopped):
