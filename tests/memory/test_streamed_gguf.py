@@ -23,7 +23,7 @@ from tests.memory.test_streaming import both
 from tests.models.gguf_files import FAMILIES, write_family, write_gguf
 from tests.peaks import tensors_peak
 
-QUICK = ["llama", "gpt2", "gemma2", "lfm2", "mamba", "qwen2moe"]
+QUICK = ["llama", "gpt2", "gemma2", "lfm2", "mamba", "qwen3moe"]
 """Permuted rows, turned matrices, norms less one, conversions, wider states, experts joined."""
 
 TEXTS = ["héllo ab", "one more text of bytes", "ab ab ab and another one"] * 4
@@ -85,6 +85,17 @@ def test_a_streamed_gguf_model_is_changed_cut_and_saved_as_one_in_memory(file, t
     assert found[0] == found[1]
 
 
+def test_a_dry_run_tells_what_will_be_read_of_a_gguf_file(file, tmp_path, shallower):
+    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    for command in (["scan", file], ["patch", file, "--drop", "1"]):
+        command += ["--texts", texts, "--dtype", "float32", "--max-length", "12"]
+        command += ["--stream", "--out", tmp_path / "out", "--dry-run", "--json"]
+        planned = shallower(*command).json["stream"]
+        assert planned["bytes_read"] == planned["passes"] * stored_in(file)
+        assert command[0] == "patch" or planned["passes"] == 1
+
+
+@pytest.mark.slow
 def test_commands_stream_a_gguf_file_and_say_what_they_read(file, tmp_path, shallower):
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
     common = ["--texts", texts, "--dtype", "float32", "--max-length", "12", "--no-cache"]
@@ -93,13 +104,8 @@ def test_commands_stream_a_gguf_file_and_say_what_they_read(file, tmp_path, shal
         done = shallower(*command).json
         if more:
             assert (done["passes"], done["bytes_read"]) == (1, stored_in(file))
-            planned = shallower(*command[:-2], tmp_path / "c", "--json", "--dry-run").json["stream"]
-            assert (planned["passes"], planned["bytes_read"]) == (1, stored_in(file))
     first, second = (tmp_path / name / "scan.safetensors" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
-    command = ["patch", file, "--drop", "1", *common, "--stream", "--out", tmp_path / "d"]
-    planned = shallower(*command, "--dry-run", "--json").json["stream"]
-    assert planned["bytes_read"] == planned["passes"] * stored_in(file)
     whole, streamed = (shallower("eval", file, *common, *m, "--json") for m in ([], ["--stream"]))
     read = {"passes": 1, "bytes_read": stored_in(file)}
     assert {**whole.json, **read} == streamed.json
@@ -114,7 +120,7 @@ def test_tensors_are_fetched_ahead_as_they_are_stored(file, monkeypatch):
 
 
 def test_no_more_than_all_beside_the_layers_and_two_of_them_are_in_memory(file, tmp_path):
-    sizes = {"embedding_length": 256, "feed_forward_length": 1024, "block_count": 8}
+    sizes = {"embedding_length": 256, "feed_forward_length": 512, "block_count": 6}
     large = write_family(tmp_path / "large.gguf", "qwen2", **sizes)
 
     def work(file):
@@ -130,7 +136,7 @@ def test_no_more_than_all_beside_the_layers_and_two_of_them_are_in_memory(file, 
         tracemalloc.stop()
     whole, _ = sh.load_model(large, "float32", progress=False)
     layer = sum(4 * p.numel() for p in whole.model.layers[0].parameters())
-    beside = sum(4 * p.numel() for p in whole.parameters()) - 8 * layer
+    beside = sum(4 * p.numel() for p in whole.parameters()) - 6 * layer
     assert peak < beside + 2 * layer
     assert beside < layer
 

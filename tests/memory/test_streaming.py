@@ -33,7 +33,7 @@ FAMILIES = [
 """Full and sliding attention, learned positions, experts, states of a recurrence, both, sinks,
 biases by distance; weights that are read by others than their modules, and choices passed on."""
 
-TEXTS, MANY = documents(64), documents(150)
+TEXTS, MANY = documents(64), documents(80)
 """Of many, not all are read before the first of them run."""
 
 
@@ -96,7 +96,7 @@ def test_a_streamed_perplexity_reads_each_layer_once_to_the_same_bits(folder):
     assert reading.bytes_read - before == sum(map(stored_bytes, streamed.model.layers))
 
 
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["gemma3_text", "qwen2_moe"]))
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["qwen2_moe"]))
 def test_every_kind_of_layer_is_streamed_to_the_same_bits(family, tmp_path, words):
     streamed, whole = measured_both(family, tmp_path, words)
     assert streamed == whole
@@ -174,7 +174,7 @@ def test_texts_without_tokens_are_counted_wherever_they_are(folder, tmp_path, te
 def test_states_that_find_no_room_are_another_pass(folder, tmp_path, monkeypatch):
     streamed, whole, tokenizer = both(folder)
     whole_scan = sh.scan(whole, tokenizer, MANY, batch_size=2, max_length=12)
-    monkeypatch.setattr(budget.BUDGET, "bound", 400_000)
+    monkeypatch.setattr(budget.BUDGET, "bound", 220_000)
     scanned = sh.scan(streamed, tokenizer, MANY, batch_size=2, max_length=12)
     assert reading_of(streamed).passes == 5
     np.testing.assert_array_equal(scanned.distance, whole_scan.distance)
@@ -187,13 +187,13 @@ def test_an_interrupted_streamed_scan_goes_on(folder, tmp_path, monkeypatch):
     part = tmp_path / "part.safetensors"
 
     def broken():
-        yield from MANY[:70]
+        yield from MANY[:40]
         raise KeyboardInterrupt
 
     options = {"batch_size": 2, "max_length": 12, "checkpoint": part}
     with pytest.raises(KeyboardInterrupt):
         sh.scan(streamed, tokenizer, broken(), **options)
-    assert 0 < sh.Scan.load(part).num_samples < 70
+    assert 0 < sh.Scan.load(part).num_samples < 40
     sh.scan(streamed, tokenizer, MANY, **options)
     sh.scan(whole, tokenizer, MANY, batch_size=2, max_length=12).save(tmp_path / "b.safetensors")
     assert part.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -375,7 +375,7 @@ def test_the_commands_say_what_was_read(folder, tmp_path, shallower):
         read = {"passes": streamed.pop("passes"), "bytes_read": streamed.pop("bytes_read")}
         assert read["passes"] == 2
         assert 2 * read["bytes_read"] > 3 * 185_856
-        assert streamed == shallower("eval", folder, *common, *more, "--json").json
+    assert streamed == shallower("eval", folder, *common, *more, "--json").json
     said = shallower("eval", folder, *common, "--stream").out
     assert "of layers from disk, in 1 pass\n" in said
 
