@@ -161,7 +161,7 @@ def test_a_cut_can_be_cut_again(source, tmp_path):
 
 # Families that the config alone describes.
 DROPS = ([0, 1], [3, 4], [1], [1, 3, 4], [5])
-BY_DAY = ("llama", "mixtral", "gemma3_text")
+BY_DAY = ("llama", "mixtral")
 """Plain families that differ most."""
 PLAIN_SIZES = {**HEADS, "num_hidden_layers": 6, "sliding_window": 4}
 
@@ -213,7 +213,7 @@ def test_the_config_alone_tells_the_cuts_of_plain_families(family, tmp_path, mon
         assert_told_by_the_config(folder, monkeypatch)
 
 
-@pytest.mark.parametrize("family", mostly_slow(VECTORS, quick=BY_DAY[:2]))
+@pytest.mark.parametrize("family", mostly_slow(VECTORS, quick=BY_DAY))
 def test_so_it_does_in_four_bits(family, tmp_path, monkeypatch):
     plain = plain_checkpoint(
         family, tmp_path / "plain", hidden_size=64, intermediate_size=64, head_dim=16

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import shallower as sh
+from tests.conftest import mostly_slow
 from tests.cutting.test_families import logits
 
 TEXT = {
@@ -41,7 +42,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, ["llama4"]))
 def test_the_text_part_is_cut_and_all_else_stays(name, tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **MODELS[name])

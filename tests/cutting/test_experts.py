@@ -49,7 +49,7 @@ def check_mixture(name, tmp_path):
     assert torch.equal(generation(found, tokens[:1], True).sequences, said.sequences)
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", mostly_slow(FAST, ["deepseek_v3", "llama4_text"]))
 def test_a_cut_is_the_mixture_whose_dropped_experts_cannot_be_chosen(name, tmp_path):
     check_mixture(name, tmp_path)
 
@@ -102,13 +102,13 @@ def test_experts_are_cut_as_offloaded_layers_are_read(name, place, tmp_path, wor
         away = offloaded(mixture(name), range(8))
     assert any(weight.is_meta for weight in away.parameters())
     plan = sh.Plan(8, (), experts=DroppedExperts(NUM_EXPERTS, some_experts(whole)))
-    for cut in (plan, replace(plan, blocks=(Block(3, 5),), experts=plan.experts.without([3, 4]))):
-        before, found = sh.evaluate_loss(away, words, TEXTS), []
-        for model in (whole, away):
-            with sh.without_layers(model, cut):
-                found.append(sh.evaluate_loss(model, words, TEXTS))
-        assert found[0] == found[1] != before
-        assert sh.evaluate_loss(away, words, TEXTS) == before
+    cut = replace(plan, blocks=(Block(3, 5),), experts=plan.experts.without([3, 4]))
+    before, found = sh.evaluate_loss(away, words, TEXTS), []
+    for model in (whole, away):
+        with sh.without_layers(model, cut):
+            found.append(sh.evaluate_loss(model, words, TEXTS))
+    assert found[0] == found[1] != before
+    assert sh.evaluate_loss(away, words, TEXTS) == before
     for model, folder in ((whole, "a"), (away, "b")):
         sh.drop_experts(model, plan.experts.by_layer)
         sh.save_model(model, words, tmp_path / folder)

@@ -33,7 +33,7 @@ def source(tmp_path, words):
     ("layers", "options"),
     mostly_slow(
         itertools.product([(), [2, 3]], [{}, {"dtype": "float16"}]),
-        [((), {}), ([2, 3], {"dtype": "float16"})],
+        [([2, 3], {"dtype": "float16"})],
     ),
 )
 def test_a_card_makes_the_cut_again(source, tmp_path, monkeypatch, shallower, layers, options):

@@ -65,7 +65,9 @@ def check_on_disk(name, tmp_path):
     torch.testing.assert_close(logits(found, TOKENS), wanted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", sorted({*FAST, "granitemoe"}))
+@pytest.mark.parametrize(
+    "name", mostly_slow(sorted({*FAST, "granitemoe"}), ["gpt_oss", "mixtral", "granitemoe"])
+)
 def test_a_cut_on_disk_is_the_cut_in_memory(name, tmp_path):
     check_on_disk(name, tmp_path)
 

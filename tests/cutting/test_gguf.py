@@ -14,6 +14,7 @@ import shallower as sh
 from shallower._core import Gguf
 from tests.conftest import ROOT
 from tests.cutting.gguf_files import CUT, files_of_cut, write
+from tests.models.gguf_files import write_gguf
 
 
 def fields(reader):
@@ -147,6 +148,23 @@ def test_the_plan_lies_beside(real, cut):
     assert set(cut.parent.iterdir()) == set(files_of_cut(cut))
 
 
+def test_a_small_file_gives_the_logits_of_the_model_cut_in_memory(tmp_path):
+    source = write_gguf(tmp_path / "whole.gguf")
+    sh.prune(source, [1, 2], tmp_path / "cut.gguf")
+    (whole, _), (loaded, _) = (
+        sh.load_model(tmp_path / name, dtype="float32") for name in ("whole.gguf", "cut.gguf")
+    )
+    assert len(loaded.model.layers) == loaded.config.num_hidden_layers == 2
+    ids = torch.arange(3, 23)[None]
+    with torch.inference_mode():
+        before = whole(ids).logits
+        with sh.without_layers(whole, [1, 2]):
+            expected = whole(ids).logits
+        assert torch.equal(loaded(ids).logits, expected)
+    assert not torch.allclose(before, expected, atol=1e-2)
+
+
+@pytest.mark.slow
 def test_the_file_gives_the_logits_of_the_model_cut_in_memory(smol, cut):
     model, tokenizer = smol
     loaded, reloaded = sh.load_model(cut, dtype="float32")
