@@ -64,7 +64,7 @@ def test_answers_end_at_any_end_that_the_model_or_the_tokenizer_names(spread, se
     assert found == expected
     assert {one.ended for one in found} == {True, False}
     assert all((one.written[-1] in ends) == one.ended for one in found)
-    for one in found:  # as many tokens as are allowed, and an end
+    for one in found[:8]:  # as many tokens as are allowed, and an end
         if one.ended:
             (alone,) = said(model, [np.array(one.given)], len(one.written), seed=seed)
             assert alone == one
@@ -137,7 +137,7 @@ def test_prompts_draw_apart_and_so_do_seeds(spread):
 
 
 # Whatever runs beside it.
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.permutations(range(len(PROMPTS))), st.integers(1, 20), st.sampled_from([None, 5]))
 def test_neither_order_nor_neighbours_nor_batch_size_change_an_answer(
     expected, spread, order, size, seed

@@ -12,6 +12,7 @@ from shallower.judgement.judges.judge import LossJudge
 from shallower.models.decoder import Decoder
 from shallower.values.shard import Shard
 from shallower.values.tokens import Tokens
+from tests.conftest import mostly_slow
 from tests.documents import documents
 
 
@@ -40,7 +41,7 @@ def parts_of(model, every, count):
     return sums.tolist()
 
 
-@pytest.mark.parametrize("count", [1, 4, 64])
+@pytest.mark.parametrize("count", mostly_slow([1, 4, 64], [64]))
 def test_texts_meet_the_forwards_that_one_process_makes(llama, words, forwards, count):
     texts = documents(70)
     whole = sh.evaluate_loss(llama, words, texts, batch_size=3, progress=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -85,6 +85,7 @@ def expected(sharp, words):
     return sh.evaluate_loss(sharp, words, TEXTS, batch_size=1)
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(st.permutations(range(len(TEXTS))), st.integers(1, 20))
 def test_neither_order_nor_batch_size_changes_the_loss(sharp, words, expected, order, batch_size):
     loss = sh.evaluate_loss(sharp, words, [TEXTS[i] for i in order], batch_size=batch_size)

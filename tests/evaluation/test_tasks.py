@@ -241,7 +241,7 @@ def test_a_cut_scores_as_the_model_without_its_layers(sharp, words, pick):
 
 def test_the_paired_error_of_two_cuts_is_that_of_a_bootstrap(sharp, words, tmp_path):
     folder = write_tasks(tmp_path, CHOICE)
-    write_rows(folder / "pick.jsonl", choices(300, seed=3, options=2))
+    write_rows(folder / "pick.jsonl", choices(150, seed=3, options=2))
     found = []
     for layers in ([1], [3]):
         with sh.without_layers(sharp, layers):
@@ -250,7 +250,7 @@ def test_the_paired_error_of_two_cuts_is_that_of_a_bootstrap(sharp, words, tmp_p
     differences = found[1].by_item.sums - found[0].by_item.sums
     assert 0.1 < np.mean(differences != 0) < 0.9
     rng = np.random.default_rng(0)
-    means = differences[rng.integers(0, 300, (4000, 300))].mean(axis=1)
+    means = differences[rng.integers(0, 150, (4000, 150))].mean(axis=1)
     assert lost.mean == pytest.approx(differences.mean(), abs=1e-12)
     assert lost.stderr == pytest.approx(means.std(), rel=0.1)
 
@@ -312,7 +312,7 @@ def test_the_hub_of_a_task_is_not_waited_for(sharp, words, pick, monkeypatch):
 
 def test_a_task_file_that_is_no_yaml(sharp, words, pick):
     folder, _ = pick
-    for text in ("task: [1, 2\n", f"task: {'[' * 3000}\n"):
+    for text in ("task: [1, 2\n", f"task: {'[' * 1500}\n"):
         (folder / "bad.yaml").write_text(text)
         assert f"the task file {folder / 'bad.yaml'} is no YAML" in refused(
             sharp, words, ["pick"], tasks_dir=folder

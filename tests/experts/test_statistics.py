@@ -17,12 +17,21 @@ from shallower.models.experts import find_experts
 from shallower.scanning.hidden_states import stream
 from shallower.texts.batches import Batch
 from shallower.values.routing import Routing
+from tests.conftest import mostly_slow
 from tests.cutting.mixtures import mixture
 from tests.documents import documents
 from tests.families import MIXTURES
 
 FAST = ["dbrx", "deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "qwen2_moe"]
 """Experts that are called otherwise, routers that differ, biases, shared experts."""
+
+BY_SIDE = pytest.mark.parametrize(
+    ("name", "side"),
+    mostly_slow(
+        itertools.product(FAST, ["left", "right"]), [*zip(FAST, 3 * ["left", "right"], strict=True)]
+    ),
+)
+"""Each with padding on one side by day, on both at night."""
 
 WITHOUT_STREAM = {
     "afmoe", "beam", "cohere2_moe", "dbrx", "flex_olmo", "gemma4_text, experts",
@@ -153,8 +162,7 @@ def of_inputs(states, num_experts, tokens):
                 yield expert, some[token].double(), np.nan, False
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", FAST)
+@BY_SIDE
 def test_statistics_are_those_of_a_float64_twin(name, side):
     model, seen = mixture(name), batch(side)
     found = observed(model, seen)
@@ -327,8 +335,7 @@ def _sent(generator, tokens):
     return Sent(*map(torch.from_numpy, (chosen, *values)), multiplies=True, products=products)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", FAST)
+@BY_SIDE
 def test_another_batching_is_equal_but_for_the_rounding_of_the_forward(name, side):
     model = mixture(name)
     alone = observed(model, *(batch(texts=[text]) for text in range(3)))

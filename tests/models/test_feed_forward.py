@@ -68,7 +68,7 @@ def shape(model, name):
     return module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
 
 
-@pytest.mark.parametrize("name", mostly_slow(families(), quick=families()[::3]))
+@pytest.mark.parametrize("name", mostly_slow(families(), quick=families()[::9]))
 def test_every_family_has_targets_or_a_refusal(name):
     model = empty(name)
     if name in NOTHING_THERE:
@@ -98,7 +98,7 @@ def test_every_family_has_targets_or_a_refusal(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mostly_slow(families(), quick=families()[::3]))
+@pytest.mark.parametrize("name", mostly_slow(families(), quick=families()[::9]))
 def test_adapters_reach_the_loss_in_every_family(name):
     if name in NOTHING_THERE | SHARED:
         pytest.skip("refused")

@@ -9,7 +9,7 @@ from shallower.models.architecture import find_layers
 from shallower.models.layerwise import Layerwise
 from shallower.models.offload import write_weight
 from shallower.models.prefetch import Ahead
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import documents
 from tests.models.batches import batch
 from tests.models.gguf_files import write_family
@@ -41,7 +41,10 @@ def model_of(kind, folder, words):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("safetensors", "float32"), ("safetensors", "bfloat16"), ("lfm2", "float32")],
+    mostly_slow(
+        [("safetensors", "float32"), ("safetensors", "bfloat16"), ("lfm2", "float32")],
+        [("safetensors", "bfloat16"), ("lfm2", "float32")],
+    ),
 )
 def test_what_comes_late_is_what_does_not_travel(kind, dtype, tmp_path, words, request):
     place = model_of(kind, tmp_path, words)

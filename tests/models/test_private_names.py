@@ -59,9 +59,9 @@ def test_a_name_that_moved_is_told_with_what_it_was_used_for(entry):
         require(entry)
 
 
-def private_uses(tree):
+def private_uses(nodes):
     """Private attributes of other objects, and strings that name them."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and not (
             isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
         ):
@@ -72,8 +72,8 @@ def private_uses(tree):
             yield node.value
 
 
-def own_names(tree):
-    for node in ast.walk(tree):
+def own_names(nodes):
+    for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -83,13 +83,16 @@ def own_names(tree):
 
 
 def test_every_private_name_in_use_is_listed():
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
-    own = {name for tree in trees.values() for name in own_names(tree)} | {"_core", "_reference"}
+    trees = {
+        path: [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        for path in SOURCE.rglob("*.py")
+    }
+    own = {name for nodes in trees.values() for name in own_names(nodes)} | {"_core", "_reference"}
     listed = {part for entry in PRIVATE_NAMES for part in entry.name.split(".")}
     unlisted = {
         f"{path.relative_to(SOURCE)}: {name}"
-        for path, tree in trees.items()
-        for name in private_uses(tree)
+        for path, nodes in trees.items()
+        for name in private_uses(nodes)
         if re.fullmatch(r"_[a-z]\w+", name) and name not in own | listed | SUFFIXES
     }
     assert unlisted == set()
