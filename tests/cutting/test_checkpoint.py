@@ -67,7 +67,7 @@ def test_a_cut_on_disk_is_the_cut_in_memory(source, tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    "family", mostly_slow([*WITH_LISTS, *OTHERS], [*WITH_LISTS, "gpt2", "qwen2-moe"])
+    "family", mostly_slow([*WITH_LISTS, *OTHERS], ["gemma3", "gpt-oss", "gpt2", "qwen2-moe"])
 )
 def test_families_are_cut_on_disk_as_in_memory(family, tmp_path):
     model = build(*(WITH_LISTS | OTHERS)[family])

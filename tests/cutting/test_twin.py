@@ -111,9 +111,7 @@ DESCRIBABLE = {
 
 @pytest.mark.parametrize(
     "case",
-    mostly_slow(
-        DESCRIBABLE, ["the only dense layer", "attention every so often", "indices of layers"]
-    ),
+    mostly_slow(DESCRIBABLE, ["the only dense layer", "indices of layers"]),
 )
 def test_a_cut_that_the_config_can_describe_otherwise_is_made(case, tmp_path):
     *blueprint, cut = DESCRIBABLE[case]

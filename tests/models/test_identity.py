@@ -1,5 +1,7 @@
 """The identity and the fingerprint of a model."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,7 +10,7 @@ import shallower as sh
 from shallower.cutting.checkpoint import identity_of
 from shallower.models.identity import identify, stored_dtype, weights_hash
 from shallower.models.loading import load_model
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.mixtures import mixture, some_experts
 from tests.models.checkpoints import lively, logits_of, wide_llama, wide_qwen
 
@@ -22,8 +24,18 @@ def test_the_identity_tells_what_it_is_of(wide):
     assert identity == identify(model)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "nf4", "int8"])
-@pytest.mark.parametrize("build", [wide_llama, wide_qwen])
+@pytest.mark.parametrize(
+    ("build", "dtype"),
+    mostly_slow(
+        itertools.product([wide_llama, wide_qwen], ["bfloat16", "float16", "nf4", "int8"]),
+        [
+            (wide_llama, "bfloat16"),
+            (wide_qwen, "float16"),
+            (wide_qwen, "nf4"),
+            (wide_llama, "int8"),
+        ],
+    ),
+)
 def test_the_fingerprint_is_the_same_in_every_dtype(words, tmp_path, build, dtype):
     build().to(torch.bfloat16).save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
@@ -118,7 +130,12 @@ def test_offloaded_weights_have_no_hash():
 DENSE = "4aa16f02f6b1"
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "granitemoe", "qwen2_moe", "dbrx"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        ["mixtral", "olmoe", "granitemoe", "qwen2_moe", "dbrx"], ["mixtral", "granitemoe", "dbrx"]
+    ),
+)
 def test_the_fingerprint_counts_experts(name, tmp_path):
     """In memory, on disk and loaded, by the config and by a model that is built of it."""
     model = mixture(name)

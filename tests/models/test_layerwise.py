@@ -5,7 +5,7 @@ import torch
 
 import shallower as sh
 from shallower.models.layerwise import Layerwise
-from tests.conftest import tiny_llama
+from tests.conftest import mostly_slow, tiny_llama
 from tests.families import FAST, random_model
 from tests.models.batches import batch
 
@@ -68,7 +68,7 @@ def test_no_layer_at_all_gives_the_states_back():
     assert layerwise.run(some, states, ()) is states
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", mostly_slow(FAST, FAST[::2]))
 def test_a_family_can_be_run_by_layers_or_is_refused(name):
     model, some = random_model(name), batch(vocabulary=60)
     layerwise = Layerwise(model)

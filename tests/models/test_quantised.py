@@ -19,6 +19,7 @@ from shallower.models.dtypes import stored_quantisation
 from shallower.models.identity import stored_dtype
 from shallower.models.loading import load_model, load_weights
 from shallower.models.source import ModelSource
+from tests.conftest import mostly_slow
 from tests.models.checkpoints import logits_of, wide_qwen
 
 
@@ -59,7 +60,7 @@ def test_a_forward_does_not_change_what_would_be_stored(quantised):
     assert_same_state(stored(quantised), before)
 
 
-@pytest.mark.parametrize("forward_first", [True, False])
+@pytest.mark.parametrize("forward_first", mostly_slow([True, False], [True]))
 def test_a_cut_quantised_model_comes_back_exactly(quantised, tmp_path, forward_first):
     if forward_first:
         logits_of(quantised)
@@ -141,8 +142,12 @@ def assert_saved_exactly_or_refused(model, path, expected):
         assert_same_state(stored(stock(path)), expected)
 
 
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("state_dict_between", [True, False])
+@pytest.mark.parametrize(
+    ("state_dict_between", "double"),
+    mostly_slow(
+        [(True, True), (True, False), (False, True), (False, False)], [(True, False), (False, True)]
+    ),
+)
 def test_a_model_that_transformers_loaded_is_saved_exactly_or_refused(
     wide, tmp_path, double, state_dict_between
 ):
