@@ -85,7 +85,7 @@ def test_a_patch_says_where_it_goes_on(learned, words, tmp_path, counted, capfd,
         patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=killed)
     last.clear()
     assert "resuming:" not in capfd.readouterr().err
-    for progress in (None, False)[: 1 + ("fit" in limit)]:
+    for progress in (None, False) if "fit" in limit else (None,):
         kept = shutil.copytree(killed, tmp_path / str(progress))
         again = copy.deepcopy(learned)
         patch(again, words, BLOCKS, texts=TEXTS, checkpoint=kept, progress=progress)
