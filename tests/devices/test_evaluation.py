@@ -33,6 +33,7 @@ def test_prompts_are_answered(stage, seed):
     assert [one.written for one in found] == [(1,), (1,)]  # all that is read is true, as an end
 
 
+@pytest.mark.slow
 def test_a_model_speaks_beside_one_on_the_cpu(stage):
     config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     with stage.open():

@@ -137,6 +137,7 @@ def trainer(stage):
         yield ours, model, inputs(stage.first), torch.tensor(17, device=stage.first)
 
 
+@pytest.mark.slow
 @on_devices
 def test_the_loss_of_the_trainer(stage):
     if refused(stage):

@@ -100,6 +100,7 @@ def test_chance_is_that_of_the_same_answer_to_all(sharp, words, tmp_path, right,
     assert [one.chance for one in found] == [chance, chance]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_lm_evals_own_adapter(sharp, words, pick, capfd):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -239,6 +240,7 @@ def test_a_cut_scores_as_the_model_without_its_layers(sharp, words, pick):
         np.testing.assert_array_equal(one.by_item.sums, other.by_item.sums)
 
 
+@pytest.mark.slow
 def test_the_paired_error_of_two_cuts_is_that_of_a_bootstrap(sharp, words, tmp_path):
     folder = write_tasks(tmp_path, CHOICE)
     write_rows(folder / "pick.jsonl", choices(150, seed=3, options=2))

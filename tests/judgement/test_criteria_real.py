@@ -12,6 +12,8 @@ from shallower.runs import demo
 from tests.judgement import twins
 from tests.judgement.toy import make_subject
 
+pytestmark = pytest.mark.slow  # the same twins tell by day of small models
+
 
 @pytest.fixture(scope="module")
 def subject(smol, passages):
@@ -43,7 +45,6 @@ def test_linear_maps_of_the_last_layers(subject, states):
         assert costs.stderr[start, stop] == pytest.approx(errors[start, stop], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_blocks_of_eight_on_c4(data):
     """Exhaustive search by the loss finds [12, 20) on held-out text, the distances [11, 19)."""
     with (data / "text" / "c4.jsonl").open(encoding="utf-8") as lines:

@@ -273,6 +273,7 @@ def test_the_layers_of_a_patch_are_counted_as_they_run(words, dropped):
     assert first <= before <= first + 40 * len(blocks_of(dropped))
 
 
+@pytest.mark.slow
 def test_chance_among_four_items_ends_no_race_of_patched_cuts(words):
     splits = Splits(TEXTS[:8], documents(60, seed=8), [], 0)
     verifier = make(tiny_llama(16, seed=1), words, splits=splits, after="patch")

@@ -143,6 +143,7 @@ def test_the_steps_are_those_of_the_slow_twin(model, words, monkeypatch, frozen)
             assert torch.equal(weight, moved.get_parameter(name))
 
 
+@pytest.mark.slow
 def test_the_divergence_falls(model, words, monkeypatch):
     monkeypatch.setattr(descent, "STEP_TOKENS", 100)
     batches = batches_of(words, sentences(32, seed=7))

@@ -180,9 +180,8 @@ def test_the_feed_forward_is_ridge_regression_of_what_is_missing(learned, words,
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "dtype", mostly_slow([torch.bfloat16, torch.float16], quick=[torch.bfloat16])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(model, words, dtype):
     done = patch(model.to(dtype), words, [range(3, 5)], texts=TEXTS)
     assert done.recovered > 0.1

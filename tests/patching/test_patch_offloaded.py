@@ -57,6 +57,7 @@ def test_it_gets_the_same_weights(learned, words, plain, layers):
     assert not equal(weights(plain[0]), weights(cut))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 def test_it_is_saved_as_any(learned, words, tmp_path):
     model = offloaded(copy.deepcopy(learned))
