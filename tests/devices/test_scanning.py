@@ -15,6 +15,7 @@ from tests.devices.batches import batch
 from tests.devices.stage import WIDTH, Stage
 
 
+@pytest.mark.slow
 def test_states_come_layer_by_layer(stage):
     with stage.open():
         streamed = Streamed(Layerwise(stage.model()))

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from shallower.evaluation.task_model import TaskModel
 from shallower.models.decoder import Decoder
 from shallower.savings import timing
@@ -32,6 +34,7 @@ def test_answers_are_generated(stage):
     assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_tokens_are_decoded_from_a_cache(stage):
     with stage.open():
         timing._decode(stage.model(), 8, 2)

@@ -170,6 +170,7 @@ def test_a_race_that_was_killed_goes_on_to_the_same_plan(folder, raced):  # noqa
     assert len(read) > 1
 
 
+@pytest.mark.slow
 def test_looks_that_are_asked_for_together_are_one_pass(folder, reads):  # noqa: F811
     streamed, _, tokenizer = both(folder)
     for name in ("loss", "kl"):

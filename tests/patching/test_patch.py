@@ -316,6 +316,7 @@ def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
+@pytest.mark.slow
 def test_the_command_carries_out_a_plan_and_prints_json(folder):
     sh.Plan(8, (sh.Block(2, 3), sh.Block(5, 6))).save(folder / "plan.json")
     out = str(folder / "by_plan")
