@@ -82,7 +82,7 @@ def make_folder(folder, tokenizer):
     tokenizer.save_pretrained(folder / "mixture")
     write_jsonl(folder / "c4.jsonl", sentences(NUM_TEXTS, seed=1))
     write_jsonl(folder / "c4_eval.jsonl", sentences(NUM_HELD_OUT, seed=2))
-    short = learned_llama(tokenizer, 14)
+    short = learned_llama(tokenizer, 10)
     for name in LARGE:
         short.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -174,7 +174,7 @@ def quicker(code):
 
 
 def shorten(folder):
-    """A model of 14 layers in place of that of 30: what measures many cuts takes seconds."""
+    """A model of 10 layers in place of that of 30: what measures many cuts takes seconds."""
     copy_folder(folder / LARGE[0], folder / MODEL)
 
 

@@ -8,6 +8,7 @@ import pytest
 import shallower as sh
 from tests import examples
 from tests.conftest import ROOT, mostly_slow
+from tests.studies.conftest import answer_shortly
 
 pytestmark = [
     pytest.mark.timeout(1200),
@@ -72,7 +73,7 @@ SLOW = how_to(
 SHORTER = {"README.md", "report", "run"} | how_to(
     "choose-by-your-task", "compare", "curve", "prune-heal-quantise", "run", "sweep"
 )
-"""Examples that measure many cuts, and do not tell of how many layers: they get 14 of the 30."""
+"""Examples that measure many cuts, and do not tell of how many layers: they get 10 of the 30."""
 STUDIES = {"run", "report", "curve", "compare"}
 """Examples that measure many cuts: they get fewer texts."""
 
@@ -103,7 +104,8 @@ def more(made, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_cache(made, cache_folder, monkeypatch):
-    """What one example has measured, the same example elsewhere finds."""
+    """What one example has measured, the same example elsewhere finds; answers are short."""
+    answer_shortly(monkeypatch)
     monkeypatch.setenv("SHALLOWER_CACHE", str(made.with_name("cache-of-examples")))
 
 

@@ -44,17 +44,36 @@ def test_how_to_pages_are_in_groups_that_are_seen_at_once():
     assert max(sizes) <= 7
 
 
-def test_the_site_installs_in_the_words_of_the_readme(built):
-    page = (site.SITE / "install.html").read_text(encoding="utf-8")
-    assert "pip install" in site.installing()
-    assert all(
-        html.escape(line.strip(), quote=False) in page
-        for line in site.installing().splitlines()
-        if line.startswith("    pip")
-    )
+def installs():
+    """The lines that install the package, of README."""
+    return [line for line in site.installing().splitlines() if line.startswith("    pip")]
+
+
+def test_pages_install_in_the_words_of_the_readme(tmp_path):
+    site.stage(pages=tmp_path)
+    page = (tmp_path / "install.md").read_text(encoding="utf-8")
+    assert any("pip install" in line for line in installs())
+    assert all(line in page for line in installs())
     assert "pip install" not in (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_the_site_installs_in_the_words_of_the_readme(built):
+    page = (site.SITE / "install.html").read_text(encoding="utf-8")
+    assert all(html.escape(line.strip(), quote=False) in page for line in installs())
+
+
+def test_every_command_has_its_help_on_a_page(tmp_path, monkeypatch):
+    from shallower.cli import COMMANDS
+
+    monkeypatch.setenv("COLUMNS", "80")  # which is set for the page
+    site.write_commands(tmp_path / "commands.md")
+    page = (tmp_path / "commands.md").read_text(encoding="utf-8")
+    assert all(f"\n## shallower {name}\n" in page for name in COMMANDS)
+    assert "--max-length" in page
+
+
+@pytest.mark.slow
 def test_every_command_has_its_help_in_the_site(built):
     from shallower.cli import COMMANDS
 
