@@ -21,7 +21,8 @@ HEAL = (
 )
 COMMANDS = {
     "scan": "scan tiny --texts texts.jsonl --max-length 16 --batch-size 1 --out out",
-    "eval": "eval tiny --texts many.jsonl --max-length 16 --batch-size 1 --drop 2:4 --out out",
+    "eval": "eval tiny --texts many.jsonl --max-texts 120 --max-length 16 --batch-size 1 "
+    "--drop 2:4 --out out",
     "run": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl",
     "run --heal": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl --texts many.jsonl "
     "--max-texts 60 --heal --heal-steps 4",
@@ -82,7 +83,7 @@ def place(tmp_path_factory, words):
     asked = [json.dumps({"prompt": one}) for one in documents(6, 2)]
     (folder / "asked.jsonl").write_text("\n".join(asked))
     write_prompts(folder / "prompts.jsonl", *MANY, *MANY[::-1])
-    for command in ("prune tiny --drop 2:4 --out cut", HEAL + "adapters"):
+    for command in ("prune tiny --drop 2:4 --out cut", HEAL + "adapters --steps 1"):
         done(command, folder)
     return folder
 

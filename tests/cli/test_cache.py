@@ -22,7 +22,7 @@ from tests.models.gguf_files import write_gguf
 from tests.scanning.state_files import keep
 
 QUICK = (
-    "--dtype float32 --max-length 16 --batch-size 8 --steps 6 --rank 2 --learning-rate 0.01 "
+    "--dtype float32 --max-length 16 --batch-size 8 --steps 2 --rank 2 --learning-rate 0.01 "
     "--eval-every 1"
 )
 FEW = "--max-eval-texts 40 "
@@ -64,7 +64,7 @@ def place(tmp_path_factory, models, texts, trained, words):
     keep(names["states"], *sh.load_model(names["tiny"]), Texts(str(names["texts"])))
     sh.prune(names["tiny"], [range(2, 4)], names["cut"])
     recipe = Recipe(
-        steps=6, rank=2, learning_rate=0.01, max_length=16, batch_size=8, dtype="float32",
+        steps=1, rank=2, learning_rate=0.01, max_length=16, batch_size=8, dtype="float32",
         eval_every=1,
     )  # fmt: skip
     sh.heal(names["cut"], Texts(str(names["many"])), names["adapters"], recipe=recipe)
@@ -106,7 +106,9 @@ RUN = pytest.param("run", marks=pytest.mark.slow)
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("name", mostly_slow(COMMANDS, set(COMMANDS) - {"run", "heal merged"}))
+@pytest.mark.parametrize(
+    "name", mostly_slow(COMMANDS, set(COMMANDS) - {"run", "heal merged", "scan samples"})
+)
 def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, name):
     first = shallower(*words(COMMANDS[name], place))
     assert first.status == 0, first.err
@@ -160,7 +162,7 @@ def test_the_json_of_a_second_run_is_that_of_the_first(shallower, place, no_mode
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("name", ["scan", RUN, "prune", "merge"])
+@pytest.mark.parametrize("name", mostly_slow(["scan", "run", "prune", "merge"], ["scan", "merge"]))
 def test_what_somebody_has_changed_is_not_known(shallower, folder, place, name):
     command = words(COMMANDS[name], place)
     assert shallower(*command).status == 0

@@ -47,7 +47,8 @@ def test_eval_runs_nothing_after_a_run_and_says_its_digits(
     shallower, folder, tiny, texts, held_out, layers_run
 ):
     command = ["run", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", held_out]
-    done = shallower(*command, "--n", "2", "--top", "2", "--no-speech", "--out", "out")
+    few = ("--max-texts", 12, "--top", 1)
+    done = shallower(*command, "--n", "2", *few, "--no-speech", "--out", "out")
     assert done.status == 0, done.err
     results = json.loads((folder / "out" / "results.json").read_text())
     recommended = results["recommended"]
@@ -103,7 +104,7 @@ def test_scores_on_tasks_are_found_by_curve_and_by_eval(
     pytest.importorskip("lm_eval")
     tasks = write_tasks(folder / "tasks", CHOICE)
     write_rows(tasks / "pick.jsonl", choices(8))
-    asked = ["--tasks", "pick", "--tasks-dir", tasks, "--max-items", "5", "--json"]
+    asked = ["--tasks", "pick", "--tasks-dir", tasks, "--max-items", "3", "--json"]
     curve = ["curve", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", held_out, "--n", "3"]
     curve += ["--strategies", "deepest", "--states", "cut", *asked]
     done = shallower(*curve, "--out", "out")
@@ -136,7 +137,7 @@ def test_scores_on_tasks_are_found_by_curve_and_by_eval(
 def test_a_killed_eval_goes_on_behind_the_batches_that_it_measured(
     shallower, folder, tiny, held_out, monkeypatch, stream
 ):
-    (folder / "long.txt").write_text(" ".join(documents(15, seed=2)))
+    (folder / "long.txt").write_text(" ".join(documents(8, seed=2)))
     both = ["--perplexity", "long.txt", "--context", "16", "--batch-size", "3"]
     command = ["eval", tiny, "--texts", held_out, *both, "--drop", "1:3", "--json"]
     expected = shallower(*command, "--no-cache").json

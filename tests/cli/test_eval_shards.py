@@ -5,6 +5,7 @@ import random
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -53,13 +54,18 @@ def whole(asked, tiny):
 
 
 @pytest.fixture(scope="module")
-def five(tmp_path_factory, asked, tiny, kept):
-    """The folder of five shards of both."""
+def told(tmp_path_factory, asked, tiny, kept):
+    """What five shards of both say, measured by hand in any order; the last one comes last."""
     folder = tmp_path_factory.mktemp("five")
-    command = [*command_of(tiny, asked / "many.jsonl"), *BOTH]
-    for index in random.Random(1).sample(range(5), 5):
-        done_in(asked, *command, "--out", folder, "--shard", f"{index}/5")
-    return folder
+    command = [*command_of(tiny, asked / "many.jsonl"), *BOTH, "--out", folder, "--json"]
+    indices = random.Random(1).sample(range(5), 5)
+    return [done_in(asked, *command, "--shard", f"{index}/5").json for index in indices]
+
+
+@pytest.fixture(scope="module")
+def five(told):
+    """The folder that they are in."""
+    return Path(told[0]["written"][0]).parent
 
 
 @pytest.fixture
@@ -90,25 +96,25 @@ def shards(shallower, command):
 
 
 # By hand.
-def test_eight_shards_are_gathered_to_what_one_process_finds(
-    shallower, folder, command, shards, whole, monkeypatch
+def test_shards_are_gathered_to_what_one_process_finds(
+    shallower, folder, command, told, five, whole, monkeypatch
 ):
-    last = shards(8, *BOTH)
+    last = told[-1]
     assert last["loss"]["num_batches"] == 13
-    assert last["written"] == [f"shards/eval.{last['shard'][0]}-of-8.json"]
-    jobs = {MeasuredShard.load(path).job for path in (folder / "shards").iterdir()}
+    assert last["written"] == [f"{five}/eval.{last['shard'][0]}-of-5.json"]
+    jobs = {MeasuredShard.load(path).job for path in five.iterdir()}
     assert len(jobs) == 1
     assert None not in jobs
-    parts = random.Random(2).sample([*(folder / "shards").iterdir()], 8)
+    parts = random.Random(2).sample([*five.iterdir()], 5)
     gathered = shallower("gather", *parts, "--out", "gathered", "--json")
     assert gathered.json == whole
     assert (folder / "gathered" / "eval.json").read_text() == gathered.out
-    told = shallower("gather", "shards", "--out", "again")
-    assert shallower("gather", "shards", "--out", "again").out == told.out
+    again = shallower("gather", five, "--out", "again")
+    assert shallower("gather", five, "--out", "again").out == again.out
     monkeypatch.setattr("shallower.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
     known = shallower(*command, *BOTH)
     assert "cached, measured" in known.err
-    assert told.out == f"{known.out}wrote again/eval.json\n"
+    assert again.out == f"{known.out}wrote again/eval.json\n"
 
 
 def test_losses_by_text_and_window_have_the_bits_of_one_process(five, tiny, asked):
@@ -178,10 +184,10 @@ def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder,
     ],
 )
 def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
-    shallower, folder, models, command, shards, change
+    shallower, folder, models, command, five, change
 ):
     """The shards name a model that was not measured, or one whose code would be run."""
-    shards(2)
+    shutil.copytree(five, folder / "shards")
     if "path" in change:
         change = {"path": str(models / "twin")}
     for path in (folder / "shards").iterdir():
@@ -193,7 +199,7 @@ def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
     assert done.status == 0
     assert "eval will not find this in the cache" in done.err
     assert {one.kind for one in open_store().usage()} <= {"hashes", "trials"}
-    twin = shallower("eval", models / "twin", *command[2:], "--json")
+    twin = shallower("eval", models / "twin", *command[2:], *BOTH, "--json")
     assert twin.json != json.loads((folder / "gathered" / "eval.json").read_text())
     assert "cached, measured" not in twin.err
 

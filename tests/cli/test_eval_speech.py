@@ -123,15 +123,16 @@ def test_another_cut_finds_the_words_of_the_whole_model(shallower, tiny, asked, 
 
 
 # The prompts.
-@pytest.mark.parametrize("behind", [False, True])
-def test_prompts_of_our_own_need_no_value(shallower, tiny, asked, behind, monkeypatch):
+def test_prompts_of_our_own_need_no_value(shallower, tiny, asked, monkeypatch):
     monkeypatch.setattr("shallower.texts.prompts.SPEECH_PROMPTS", asked)  # which are fewer
     options = ("--drop", "1", "--speech-tokens", 2, "--json")
-    command = (*options, "--speech") if behind else ("--speech", *options)
-    found = shallower("eval", tiny, *command)
+    found = shallower("eval", tiny, "--speech", *options)
     assert found.status == 0, found.err
     assert found.json["speech"]["prompts"] == len(PROMPTS)
-    dry = shallower("eval", tiny, *command, "--dry-run").json
+    behind = shallower("eval", tiny, *options, "--speech")
+    assert "cached, measured" in behind.err
+    assert behind.json == found.json
+    dry = shallower("eval", tiny, *options, "--dry-run", "--speech").json
     assert dry["speech"] == "prompts of our own"
 
 
@@ -186,6 +187,7 @@ def test_a_cut_on_disk_speaks_as_in_memory(shallower, tiny, asked, folder, loade
     assert done.json["speech"] == in_memory["speech"]
 
 
+@pytest.mark.slow
 def test_two_checkpoints_are_measured_once(shallower, tiny, asked, folder, request):
     assert shallower("prune", tiny, "--drop", "1:3", "--out", "cut").status == 0
     command = ("eval", "cut", "--against", tiny, "--speech", asked, "--speech-tokens", 4)
@@ -201,7 +203,7 @@ def test_two_checkpoints_are_measured_once(shallower, tiny, asked, folder, reque
 
 def test_each_checkpoint_keeps_its_own_words(shallower, tiny, models, asked, folder):
     """What one said as the whole model beside another is not taken for the other's."""
-    options = ("--speech", asked, "--speech-tokens", 4, "--json")
+    options = ("--speech", asked, "--speech-tokens", 2, "--json")
     other = folder / "other"
     model, tokenizer = sh.load_model(tiny, progress=False)
     torch.nn.init.normal_(model.model.layers[0].mlp.down_proj.weight)
@@ -225,7 +227,8 @@ def test_another_head_is_one_sentence(shallower, tiny, asked, folder):
     model, tokenizer = sh.load_model(tiny, progress=False)
     torch.nn.init.normal_(model.lm_head.weight)
     sh.save_model(model, tokenizer, folder / "other")
-    said = shallower("eval", "other", "--against", tiny, "--speech", asked).error
+    options = ("--speech", asked, "--speech-tokens", 2)
+    said = shallower("eval", "other", "--against", tiny, *options).error
     assert "another head, or another dtype, than the whole one" in said
 
 
