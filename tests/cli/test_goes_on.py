@@ -80,6 +80,7 @@ def test_a_scan_does_not_go_on_with_other_weights(
     assert of[0] == of[1]
 
 
+@pytest.mark.slow  # as a scan by day
 @pytest.mark.usefixtures("undrawn")
 def test_a_curve_does_not_go_on_with_the_scan_of_other_weights(
     shallower, monkeypatch, folder, tiny, texts
@@ -128,6 +129,7 @@ def test_a_run_says_how_far_it_came(cut_short, asked):
     assert said.startswith("resuming: the layers are chosen")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_that_compared_the_layers_says_so(cut_short, asked):
     command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only", "--no-speech")

@@ -29,9 +29,9 @@ def places(tmp_path_factory, words):
     """Two checkpoints, texts and held-out texts."""
     folder = tmp_path_factory.mktemp("shared")
     for seed, name in enumerate(("tiny", "twin")):
-        tiny_llama(seed=seed).save_pretrained(folder / name)
+        tiny_llama(4, seed=seed).save_pretrained(folder / name)
         words.save_pretrained(folder / name)
-    write_jsonl(folder / "texts.jsonl", documents(24))
+    write_jsonl(folder / "texts.jsonl", documents(12))
     write_jsonl(folder / "held_out.jsonl", documents(8, seed=1))
     return folder
 
@@ -108,8 +108,9 @@ def far(study):
 
 
 def test_a_comparison_finds_all_that_its_parts_sent(places, tmp_path, measured):
-    alone = comparison(places, "tiny", "twin", store=Store(tmp_path / "alone")).run()
-    study = comparison(places, "tiny", "twin")
+    asked = {"criteria": ("greedy", "deepest")}
+    alone = comparison(places, "tiny", "twin", store=Store(tmp_path / "alone"), **asked).run()
+    study = comparison(places, "tiny", "twin", **asked)
     for entries in in_this_process(study):
         study.store.take(entries)
     measured.clear()

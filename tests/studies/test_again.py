@@ -25,7 +25,7 @@ MODEL, TEXTS, EVAL_TEXTS = "kleines Modell", "Texte --für alle.jsonl", "andere 
 def places(tmp_path_factory, words):
     """A folder with a model that has learned something, texts and held-out texts."""
     folder = tmp_path_factory.mktemp("noch einmal für alle")
-    sh.save_model(examples.learned_llama(words, 4), words, folder / MODEL)
+    sh.save_model(examples.learned_llama(words, 3), words, folder / MODEL)
     write_jsonl(folder / TEXTS, examples.sentences(60, seed=1))
     write_jsonl(folder / EVAL_TEXTS, examples.sentences(20, seed=2))
     return folder
@@ -76,8 +76,8 @@ def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
 ):
     done = shallower(
         "run", places / MODEL, "--texts", places / TEXTS, "--eval-texts",
-        places / EVAL_TEXTS, "--out", "../runs/erster Lauf", "--n", "1", "--top", "2",
-        "--max-texts", "40", "--max-eval-texts", "12", "--max-length", "10", "--dtype", dtype,
+        places / EVAL_TEXTS, "--out", "../runs/erster Lauf", "--n", "1", "--top", "1",
+        "--max-texts", "30", "--max-eval-texts", "12", "--max-length", "10", "--dtype", dtype,
         "--no-cache", "--no-speech", "--json",
     )  # fmt: skip
     assert done.status == 0, done.err
@@ -100,6 +100,7 @@ def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
     assert (elsewhere / "erster Lauf" / "checkpoint" / "README.md").read_text() == card
 
 
+@pytest.mark.slow
 def test_a_run_by_python_is_made_again_by_a_command(places, elsewhere, tmp_path, shallower):
     texts, held_out = examples.sentences(60, seed=1), examples.sentences(20, seed=2)
     settings = RunSettings(n=1, top=2, max_texts=40, max_eval_texts=12, max_length=10, prompts=())

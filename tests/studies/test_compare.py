@@ -5,6 +5,7 @@ import json
 import math
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ class Odd(sh.Criterion):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_llama()
+    return tiny_llama(5)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_shares_are_of_layers_and_of_parameters(compared, model):
     layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
     total = sum(weight.numel() for weight in model.parameters())
     for row in compared.rows:
-        assert row.layers_share == row.n / 6
+        assert row.layers_share == row.n / 5
         assert row.parameters_share == pytest.approx(row.n * layer / total)
 
 
@@ -137,13 +138,13 @@ def test_tau_compares_with_the_true_losses_of_single_layers(compared, model, wor
         with sh.without_layers(model, [layer]):
             return sh.evaluate_loss(model, words, HELD_OUT).nats
 
-    truth = np.array([loss_without(layer) for layer in range(6)])
+    truth = np.array([loss_without(layer) for layer in range(5)])
     assert compared.models[0].single_layers == pytest.approx(truth, rel=1e-6)
-    costs = np.array([(layer + 1) % 2 for layer in range(6)])
+    costs = np.array([(layer + 1) % 2 for layer in range(5)])
     signs = [
-        np.sign((costs[i] - costs[j]) * (truth[i] - truth[j])) for i in range(6) for j in range(i)
+        np.sign((costs[i] - costs[j]) * (truth[i] - truth[j])) for i in range(5) for j in range(i)
     ]
-    pairs, ties = len(signs), sum(costs[i] == costs[j] for i in range(6) for j in range(i))
+    pairs, ties = len(signs), sum(costs[i] == costs[j] for i in range(5) for j in range(i))
     expected = sum(signs) / math.sqrt(pairs * (pairs - ties))
     (tau,) = {row.tau for row in compared.rows if row.criterion == "odd"}
     assert tau == pytest.approx(expected)
@@ -156,7 +157,7 @@ def test_a_patched_loss_is_that_of_the_patched_model(compared, model, words):
     fit = three_splits(TEXTS, HELD_OUT).fit
     patch = QuickPatch(Layerwise(model), list(TokenBatches(words, fit, Tokens(256, 8))))
     for row in {row.dropped: row for row in patched}.values():
-        with patch.patched(sh.Plan.of(6, row.dropped)), sh.without_layers(model, row.dropped):
+        with patch.patched(sh.Plan.of(5, row.dropped)), sh.without_layers(model, row.dropped):
             loss = sh.evaluate_loss(model, words, HELD_OUT)
         assert row.patched.loss.mean == pytest.approx(loss.nats, rel=1e-6)
         assert row.patched.loss.stderr == pytest.approx(loss.stderr, rel=1e-4)
@@ -170,7 +171,7 @@ def by_text(model, words, dropped, patch=None):
     with ExitStack() as entered:
         if dropped:
             if patch is not None:
-                entered.enter_context(patch.patched(sh.Plan.of(6, dropped)))
+                entered.enter_context(patch.patched(sh.Plan.of(5, dropped)))
             entered.enter_context(sh.without_layers(model, dropped))
         losses = [sh.evaluate_loss(model, words, [text]) for text in HELD_OUT]
     counts = np.array([loss.num_tokens for loss in losses], np.float64)
@@ -184,30 +185,31 @@ def paired(first, second, counts):
     return mean, math.sqrt(squares * len(counts) / (len(counts) - 1)) / sum(counts)
 
 
-@pytest.mark.parametrize("state", mostly_slow(["bare", "patched"], ["patched"]))
-def test_regret_is_paired_by_text_in_both_states(compared, model, words, state):
+@pytest.mark.parametrize(
+    ("state", "n"), mostly_slow(product(["bare", "patched"], [1, 3]), [("patched", 3)])
+)
+def test_regret_is_paired_by_text_in_both_states(compared, model, words, state, n):
     """The slow twin: every cut anew, text by text, in float64."""
     fit = three_splits(TEXTS, HELD_OUT).fit
     quick = QuickPatch(Layerwise(model), list(TokenBatches(words, fit, Tokens(256, 8))))
     patch = quick if state == "patched" else None
     whole, counts = by_text(model, words, ())
-    for n in (1, 3):
-        rows = [row for row in compared.rows if row.n == n and (not patch or 0 not in row.dropped)]
-        cuts = {row.dropped for row in rows}
-        sums = {dropped: by_text(model, words, dropped, patch)[0] for dropped in cuts}
-        best = min(sums, key=lambda dropped: sum(sums[dropped]))
-        for row in rows:
-            standing = row.patched if patch else row.cut
-            regret, stderr = paired(sums[row.dropped], sums[best], counts)
-            assert standing.regret.mean == pytest.approx(regret, abs=1e-6)
-            assert standing.regret.stderr == pytest.approx(stderr, rel=1e-3, abs=1e-7)
-            assert standing.tied == (abs(regret) <= 2 * stderr)
-            lost, stderr = paired(sums[row.dropped], whole, counts)
-            assert standing.difference.mean == pytest.approx(lost, abs=1e-6)
-            assert standing.difference.stderr == pytest.approx(stderr, rel=1e-3)
-        standings = [(row.dropped, row.patched if patch else row.cut) for row in rows]
-        assert [dropped for dropped, one in standings if one.regret.mean == 0
-                ].count(best) == sum(row.dropped == best for row in rows)  # fmt: skip
+    rows = [row for row in compared.rows if row.n == n and (not patch or 0 not in row.dropped)]
+    cuts = {row.dropped for row in rows}
+    sums = {dropped: by_text(model, words, dropped, patch)[0] for dropped in cuts}
+    best = min(sums, key=lambda dropped: sum(sums[dropped]))
+    for row in rows:
+        standing = row.patched if patch else row.cut
+        regret, stderr = paired(sums[row.dropped], sums[best], counts)
+        assert standing.regret.mean == pytest.approx(regret, abs=1e-6)
+        assert standing.regret.stderr == pytest.approx(stderr, rel=1e-3, abs=1e-7)
+        assert standing.tied == (abs(regret) <= 2 * stderr)
+        lost, stderr = paired(sums[row.dropped], whole, counts)
+        assert standing.difference.mean == pytest.approx(lost, abs=1e-6)
+        assert standing.difference.stderr == pytest.approx(stderr, rel=1e-3)
+    standings = [(row.dropped, row.patched if patch else row.cut) for row in rows]
+    assert [dropped for dropped, one in standings if one.regret.mean == 0
+            ].count(best) == sum(row.dropped == best for row in rows)  # fmt: skip
     unpatched = [row for row in compared.rows if 0 in row.dropped]
     assert all(row.patched is None and not row.to_json()["patched_tied"] for row in unpatched)
 
@@ -317,7 +319,7 @@ def test_a_criterion_that_fails_is_named_and_the_others_go_on(model, words):
     assert said.keys() == {criterion.name for criterion in broken}
     assert said["raises"] == "ValueError: no such thing"
     assert "drops 2 layers: expected 1" in said["too_many"]
-    assert all("6 layers" in said[name] for name in ("of_another", "no_costs"))
+    assert all("5 layers" in said[name] for name in ("of_another", "no_costs"))
 
 
 # Several models.
@@ -342,8 +344,8 @@ def test_the_only_model_that_cannot_be_loaded_is_an_error(tmp_path):
 
 
 def test_a_size_that_the_model_cannot_lose_is_refused(model, words):
-    with pytest.raises(LayersError, match="6"):
-        sh.compare(model, words, TEXTS, HELD_OUT, n=[6], criteria=["deepest"])
+    with pytest.raises(LayersError, match="5"):
+        sh.compare(model, words, TEXTS, HELD_OUT, n=[5], criteria=["deepest"])
 
 
 # Bad input.

@@ -56,7 +56,7 @@ def documents(start, count):
 def done():
     return sh.compare(
         sparse((1, 4)), word_tokenizer(), {"a": documents(1, 24), "b": documents(3, 24)},
-        documents(7, 12), n=[2], unit="experts", num_choosing=8, cache=False, progress=False,
+        documents(7, 12), n=[2], unit="experts", num_choosing=4, cache=False, progress=False,
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ OPTIONS = [
     for i in range(1, 17)
 ]
 PROMPTS = [f"w{i} w{2 * i} w{3 * i}" for i in range(1, 9)]
-UNITS = {"experts": ["frequency", "random", EXHAUSTIVE, LAYERS], "layers": ["deepest", "random"]}
+UNITS = {"experts": ["frequency", "random", LAYERS], "layers": ["deepest", "random"]}
 
 
 BESIDE = [
@@ -165,7 +165,7 @@ def plain_score(judge, whole, without, tokenizer, *, held_out, items):
     mostly_slow(itertools.product(JUDGES, UNITS, ["memory", "disk"]), BESIDE),
 )
 def test_every_judge_scores_every_cut_beside_the_whole_model(judge, unit, place, tmp_path):
-    model, tokenizer, held_out = sparse((1, 4)), word_tokenizer(), documents(7, 6)
+    model, tokenizer, held_out = sparse((1, 4)), word_tokenizer(), documents(7, 3)
     given = {"speech": {"prompts": PROMPTS}, "options": {"options": tmp_path / "options.jsonl"}}
     given = given.get(judge, {})
     (tmp_path / "options.jsonl").write_text("\n".join(map(json.dumps, OPTIONS)))
@@ -174,7 +174,7 @@ def test_every_judge_scores_every_cut_beside_the_whole_model(judge, unit, place,
         "unit": unit,
         "criteria": UNITS[unit],
         "judge": judge,
-        "num_choosing": 8,
+        "num_choosing": 4,
     }
     study |= {"cache": False, "progress": False, **given}
     subject = model
@@ -205,7 +205,7 @@ def test_every_judge_scores_every_cut_beside_the_whole_model(judge, unit, place,
 
 def test_bad_input_is_one_sentence(words):
     model, texts, held_out = sparse(), documents(1, 24), documents(7, 12)
-    options = {"unit": "experts", "num_choosing": 8, "cache": False, "progress": False}
+    options = {"unit": "experts", "num_choosing": 4, "cache": False, "progress": False}
     with pytest.raises(sh.ExpertsError, match="cannot drop 6 of 6 experts a layer"):
         sh.compare(model, words, texts, held_out, n=[6], **options)
     with pytest.raises(sh.ExpertsError, match="unknown criterion of experts 'angular'"):
@@ -218,7 +218,7 @@ def test_bad_input_is_one_sentence(words):
 
 def test_all_sets_are_tried_by_default_where_they_are_few(words, monkeypatch):
     monkeypatch.setattr(experts, "MOST_SETS", 14)
-    texts, options = documents(1, 24), {"unit": "experts", "n": [1, 2], "num_choosing": 8}
+    texts, options = documents(1, 24), {"unit": "experts", "n": [1, 2], "num_choosing": 4}
     options |= {"cache": False, "progress": False}
     done = sh.compare(sparse((1, 4)), words, texts, documents(7, 12), **options)
     assert {row.n for row in done.rows if row.criterion == EXHAUSTIVE} == {1}
@@ -238,7 +238,7 @@ def on_disk(folder):
 def study(folder, store, **options):
     """A comparison of what :func:`on_disk` has written."""
     settings = CompareSettings(
-        **{"n": (1, 2), "unit": "experts", "criteria": SOME, "num_choosing": 8, **options}
+        **{"n": (1, 2), "unit": "experts", "criteria": SOME, "num_choosing": 4, **options}
     )
     return CompareStudy(
         models=(ModelSource(folder / "model", "float32"),),
@@ -265,7 +265,8 @@ def tried(monkeypatch):
     return judged
 
 
-@pytest.mark.parametrize("criteria", mostly_slow([(SOME,), None], [None]))
+@pytest.mark.slow
+@pytest.mark.parametrize("criteria", [SOME, None])
 def test_a_comparison_finds_all_that_its_parts_sent(tmp_path, tried, monkeypatch, criteria):
     on_disk(tmp_path)
     asked = {"n": (2,), "criteria": criteria}
@@ -293,7 +294,7 @@ def test_a_comparison_that_was_killed_goes_on(tmp_path, tried, monkeypatch):
         of_experts = (one for one in tried if any(isinstance(gone, tuple) for gone in one[1]))
         return sorted(f"{judge} {sorted(gone)} {look}" for judge, gone, look in of_experts)
 
-    asked = {"n": (2,), "judge": "kl"}
+    asked = {"n": (2,), "judge": "kl", "criteria": ("reap", EXHAUSTIVE)}
     whole = study(tmp_path, Store(tmp_path / "alone"), **asked).run()
     wanted, total = cuts(), len(tried)
     note, left = Trials._note, [0]
@@ -357,7 +358,9 @@ def test_a_dry_run_bounds_the_passes_over_layers_on_disk(shallower, tmp_path, n,
         tmp_path / "texts.jsonl", "--eval-texts", tmp_path / "held_out.jsonl", "--dtype",
         "float32", "--stream", *criteria,
     )  # fmt: skip
-    planned = shallower(*command, "--dry-run", "--json").json["stream"]["passes"]
+    told = shallower(*command, "--dry-run", "--json").json
+    assert told["time"]["seconds"] > 0
+    planned = told["stream"]["passes"]
     done = shallower(*command, "--json")
     assert done.status == 0, done.err
     passes = int(re.search(r"of layers from disk, in (\d+) passes", done.err)[1])
@@ -370,7 +373,7 @@ def test_the_command_leaves_a_page(shallower, tmp_path):
     out = tmp_path / "out"
     found = shallower(
         "compare", tmp_path / "model", "--unit", "experts", "--n", "1,2", "--criteria",
-        "reap,frequency,exhaustive,layers", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
+        "reap,frequency,layers", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
         tmp_path / "held_out.jsonl", "--dtype", "float32", "--out", out,
     )  # fmt: skip
     assert found.status == 0, found.err

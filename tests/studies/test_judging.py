@@ -31,7 +31,7 @@ from tests.judgement.test_speech_judge import plain_divergences
 from tests.studies.conftest import FEW_WORDS
 
 TEXTS, HELD_OUT = documents(24), documents(8, seed=1)
-ASKED = [f"w{i} w{2 * i} w{3 * i}" for i in range(1, 13)]
+ASKED = [f"w{i} w{2 * i} w{3 * i}" for i in range(1, 9)]
 
 CHEAP = {"n": [1], "criteria": ["exhaustive", "deepest"], "judge": "speech", "prompts": ASKED}
 CALIBRATION, REPORT = progressions(60, 5), progressions(8, 1)
@@ -92,7 +92,7 @@ def test_a_comparison_chooses_and_scores_on_the_words_of_the_whole_model(sharp, 
     best, deepest = done.rows
     assert best.dropped == (int(np.argmin(by_layer)),)
     assert (done.judge, done.unit) == ("speech", "nats a token")
-    assert done.splits["choose"] == 6
+    assert done.splits["choose"] == 4
     for row in done.rows:
         score = divergence(sharp, reporting, row.dropped)
         assert row.score.mean == pytest.approx(score, rel=1e-4)
@@ -140,7 +140,7 @@ def places(tmp_path_factory, sharp, words):
     write_jsonl(folder / "held_out.jsonl", HELD_OUT)
     lines = [json.dumps({"prompt": one}) + "\n" for one in ASKED]
     (folder / "prompts.jsonl").write_text("".join(lines))
-    (folder / "others.jsonl").write_text("".join(lines[1:]))
+    (folder / "others.jsonl").write_text("".join([*lines[1:], '{"prompt": "w9 w9"}\n']))
     return folder
 
 
@@ -159,14 +159,24 @@ def test_prompts_and_seed_are_known_by_content_and_not_by_place(places, tmp_path
     assert alike[0].again.endswith("--judge speech --prompts prompts.jsonl")
 
 
-def test_workers_are_told_the_file_of_prompts(places, tmp_path, judged, silent):
+def told(study):
+    """A comparison as workers are told it."""
+    return json.loads(json.dumps(CompareWork(study, on="ray").described()))
+
+
+def test_workers_are_told_the_file_of_prompts(places):
+    described = told(studies(places, prompts=places / "prompts.jsonl"))
+    assert described["settings"]["prompts"] == str(places / "prompts.jsonl")
+
+
+@pytest.mark.slow
+def test_what_workers_judged_by_speech_is_found(places, tmp_path, judged, silent):
     options = {"prompts": places / "prompts.jsonl", "criteria": ["greedy", "deepest"]}
     alone = studies(places, **options)
     object.__setattr__(alone, "store", Store(tmp_path / "alone"))
     rows = alone.run().rows
     study = studies(places, **options)
-    described = json.loads(json.dumps(CompareWork(study, on="ray").described()))
-    assert described["settings"]["prompts"] == str(places / "prompts.jsonl")
+    described = told(study)
     worker = open_work(described)
     for unit in described["units"]:
         study.store.take(json.loads(worker.run(unit)))
@@ -189,7 +199,7 @@ def test_halves_of_our_own_prompts_choose_and_report():
 
 def test_a_prompt_that_is_there_twice_is_one():
     twice = [{"prompt": one, "answer": "so"} for one in ASKED] + ASKED
-    assert sum(map(len, judged_items("speech", prompts=twice, seed=0))) == 12
+    assert sum(map(len, judged_items("speech", prompts=twice, seed=0))) == 8
     with pytest.raises(TextsError, match=r"too few prompts .*: 7 distinct, expected at least 8"):
         judged_items("speech", prompts=2 * ASKED[:7], seed=0)
 
@@ -230,7 +240,7 @@ def done(sharp, words, kept, tmp_path_factory):
 
 def test_a_run_races_by_speech_and_reports_losses(done, sharp, words):
     recommended, verified = done.recommended, done.recommended.verified
-    assert (verified.judge, verified.after, verified.num_items) == ("speech", "patch", 6)
+    assert (verified.judge, verified.after, verified.num_items) == ("speech", "patch", 4)
     with sh.without_layers(sharp, recommended.plan.blocks):
         loss = sh.evaluate_loss(sharp, words, REPORT, max_length=16)
     assert recommended.cut.nats == pytest.approx(loss.nats, abs=1e-6)
@@ -245,7 +255,7 @@ def test_the_models_of_a_run_speak_on_prompts_that_have_not_chosen(done):
     choosing, reporting = study.items
     assert study.prompts == reporting
     assert not {one.text for one in choosing} & {one.text for one in reporting}
-    assert done.speech["cut"].num_prompts == len(reporting) == 6
+    assert done.speech["cut"].num_prompts == len(reporting) == 4
     assert done.continuations[0].prompt == reporting[0].text
     own = RunStudy(**given, settings=RunSettings(judge="speech"))
     assert own.prompts == own.items[1][:24]
@@ -261,14 +271,14 @@ def test_the_page_says_divergence_where_speech_has_raced(done):
     (table,) = (one for section in story.sections for one in section.tables
                 if one.title.startswith("Proposals that came into"))  # fmt: skip
     assert table.head[2:4] == ("prompts", "divergence")
-    assert "up to 6 selection prompts, in nats a token of divergence" in table.note
+    assert "up to 4 selection prompts, in nats a token of divergence" in table.note
     drawn = {one.name: one for section in story.sections for one in section.drawings}
     assert drawn["proposals"].title == "What other proposals diverge more than the winner"
     facts = {fact.name: fact for section in story.sections for fact in section.facts}
     assert facts["judge"].value == (
         "speech, the divergence from the whole model on its own words, nats a token"
     )
-    assert facts["selection prompts"].value.value == 6
+    assert facts["selection prompts"].value.value == 4
 
 
 def test_a_run_that_is_known_runs_no_race_and_says_nothing(

@@ -15,8 +15,8 @@ from shallower.runs import demo
 from tests.cutting.checkpoints import read_json, stored
 
 BLOCK = sh.Block(11, 19)
-MAX_LENGTH = 64
-NUM_TEXTS = 6
+MAX_LENGTH = 32
+NUM_TEXTS = 4
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,6 @@ def test_a_cut_costs_loss_and_less_where_the_layers_are_alike(smol, held_out, re
     assert after.nats == pytest.approx(without.nats, abs=1e-5)
     assert 1 < before.nats < after.nats < headless.nats
     assert before.vocab_size == 49152
-    assert sh.evaluate_loss(model, tokenizer, held_out, **options) == before
 
 
 def test_the_loss_is_that_of_transformers(smol, held_out):

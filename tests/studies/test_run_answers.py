@@ -31,7 +31,7 @@ from tests.written import write_answered, write_prompts
 from tests.written import written as written
 
 TEXTS, REPORT = documents(120, 5), documents(12, 1)
-TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 1, "prompts": ()}
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 1, "n": 1, "prompts": ()}
 HEAL = replace(QUICK, steps=4, share=0.25)
 CHAT = {"messages": [{"role": "user", "content": "w1"}]}
 
@@ -149,13 +149,21 @@ def test_a_model_that_chats_is_healed_on_answers_by_default(
     done = sh.run(learned, chats, TEXTS, **taken, out=tmp_path / "out")
     assert sum(written) == 32  # eight a step
     assert done.healing.answers.num_answers == len(patches[0]["answers"]) == 32
-    on_texts = sh.run(learned, chats, TEXTS, **taken, answers=False, out=tmp_path / "texts")
-    assert (on_texts.healing.answers, [*patches[1]["answers"]]) == (None, [])
-    assert sum(written) == 32
+
+
+@pytest.mark.slow
+def test_a_model_that_chats_is_healed_on_texts_where_that_is_said(
+    learned, chats, tmp_path, written, monkeypatch
+):
+    patches = patched_on(monkeypatch)
+    taken = {**TAKEN, "n": 2, "heal": replace(HEAL, share=0.5, learning_rate=3e-3)}
+    done = sh.run(learned, chats, TEXTS, **taken, answers=False, out=tmp_path / "texts")
+    assert (done.healing.answers, [*patches[0]["answers"]]) == (None, [])
+    assert written == []
 
 
 def test_by_default_no_other_model_is_asked(run, written):
-    assert run(heal=QUICK).healing.answers is None
+    assert run(heal=replace(QUICK, steps=2)).healing.answers is None
     assert written == []
 
 
@@ -202,6 +210,9 @@ def test_other_answers_are_another_run(study, tmp_path):
     for nothing in (False, None, ()):
         assert study(answers=nothing).job == jobs[0]
         assert study(answers=nothing).wanted_answers is None
+    healed = {"heal": True, "heal_steps": 4}
+    assert study(**healed).wanted_answers.chats_only
+    assert study(answers=False, **healed).wanted_answers is None
 
 
 @pytest.mark.parametrize(

@@ -9,25 +9,35 @@ from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower.reporting.results import Run
+from shallower.runs.report import read_story
 from shallower.studies.healing_stage import HealingStage
 from tests.conftest import write_jsonl
 from tests.cutting.card_tools import blocks_of_code, one_line
 from tests.documents import assert_same, once, state_of
 from tests.healing.cuts import MANY, QUICK, documents
 from tests.studies.test_again import commands_of
+from tests.studies.test_run_speech import PROMPTS, assert_speech, reloaded, spoken
 
 TEXTS, REPORT = documents(140, 5), documents(12, 1)
-TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "n": 1, "prompts": ()}
+TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 1, "n": 1, "prompts": ()}
 
 
 pytestmark = pytest.mark.usefixtures("warm")
 """These runs have all in common up to their healing."""
 
 
-def test_a_run_heals_what_it_patched(learned, words, tmp_path):
+def test_a_run_heals_what_it_patched_and_lets_it_speak(learned, words, tmp_path):
     before = state_of(learned)
-    done = sh.run(learned, words, once(TEXTS), **TAKEN, out=tmp_path / "out", heal=QUICK)
+    taken = {**TAKEN, "prompts": PROMPTS, "heal": QUICK, "out": tmp_path / "out"}
+    done = sh.run(learned, words, once(TEXTS), **taken)
     assert_same(before, state_of(learned))
+    assert {*done.speech} == {"whole", "cut", "patched", "healed"}
+    assert_speech(done.speech["healed"], spoken(reloaded(done.checkpoint), words, learned))
+    assert all(isinstance(one.healed, str) for one in done.continuations)
+    story = read_story(done.out, drawn=False)
+    (section,) = (one for one in story.sections if one.title == "How it speaks")
+    assert section.tables[0].head == ("", "whole", "cut", "patched", "healed")
+    assert "the healed model would accept" in section.lines[0]
     recommended = done.recommended
     assert recommended.state == "healed"
     assert recommended.loss is recommended.healed
@@ -41,9 +51,11 @@ def test_a_run_heals_what_it_patched(learned, words, tmp_path):
     results = json.loads((done.out / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["recommended"]["healed"] == recommended.healed.nats
     assert results["checkpoint"] == "healed"
-    assert replace(Run.load(done.out), scan=done.scan) == done
+    again = Run.load(done.out)
+    assert again.speech.keys() == done.speech.keys()
+    assert replace(again, scan=done.scan, speech=done.speech) == done
     saved = done.checkpoint.rename(tmp_path / "moved") / "model.safetensors"
-    again = sh.run(learned, words, once(TEXTS), **TAKEN, out=tmp_path / "out", heal=QUICK)
+    again = sh.run(learned, words, once(TEXTS), **taken)
     assert (again.checkpoint / saved.name).read_bytes() == saved.read_bytes()
 
 

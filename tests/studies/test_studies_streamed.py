@@ -15,7 +15,7 @@ from tests.examples import sentences
 from tests.families import random_model
 from tests.memory.test_streaming import FAMILIES, both, stored
 
-TEXTS, REPORT = documents(32), documents(8, seed=1)
+TEXTS, REPORT = documents(20), documents(6, seed=1)
 CURVE = {"n": [1, 2], "patch_tokens": 512, "max_length": 12, "top": 2, "cache": False}
 FEW = ["angular", "greedy", "mask_regression", "weights", "deepest"]
 COMPARED = {"n": [1, 2], "max_length": 12, "cache": False, "progress": False}
@@ -23,7 +23,7 @@ COMPARED = {"n": [1, 2], "max_length": 12, "cache": False, "progress": False}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, words):
-    return stored(tmp_path_factory.mktemp("stream") / "tiny", tiny_llama(6), words)
+    return stored(tmp_path_factory.mktemp("stream") / "tiny", tiny_llama(5), words)
 
 
 @pytest.fixture(autouse=True)
