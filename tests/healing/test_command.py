@@ -17,12 +17,12 @@ def test_the_command_heals_and_merges(shallower, cut, folder, no_rehearsal):
         write_jsonl(folder / "t.jsonl", TEXTS),
         write_jsonl(folder / "e.jsonl", HELD_OUT),
     )
-    options = ("--dtype", "float32", "--max-length", 16, "--batch-size", 8, "--steps", 4)
-    options = (*options, "--rank", 4, "--learning-rate", 0.01, "--eval-every", 2)
+    options = ("--dtype", "float32", "--max-length", 16, "--batch-size", 8, "--steps", 2)
+    options = (*options, "--rank", 4, "--learning-rate", 0.01, "--eval-every", 1)
     data = ("--texts", texts, "--eval-texts", held_out)
     done = shallower("heal", cut, *data, "--out", "adapters", *options)
     assert done.status == 0, done.err
-    assert "preset small: rank 4, peak rate 0.01, 4 steps of 16 sequences of 16 tokens" in done.out
+    assert "preset small: rank 4, peak rate 0.01, 2 steps of 16 sequences of 16 tokens" in done.out
     assert "wrote adapters" in done.out
     merged = shallower("merge", "adapters", "--out", "merged", "--json").json
     assert merged["merge"]["difference"] < 1e-5
@@ -105,7 +105,7 @@ def test_of_several_processes_one_prints_the_dry_run(
     ("setting", "given"),
     mostly_slow(
         itertools.product(["packing", "attention"], [None, True, False]),
-        [("packing", True), ("packing", None), ("attention", False)],
+        [("packing", True), ("attention", None)],
     ),
 )
 def test_the_preset_decides_unless_it_is_set(shallower, cut, folder, no_rehearsal, setting, given):
@@ -164,6 +164,7 @@ def test_a_dry_run_prints_the_memory_of_a_card_that_is_not_here(shallower, cut, 
     assert "which does not fit" in with_less
 
 
+@pytest.mark.slow
 def test_a_healing_that_does_not_fit_ends_before_it_loads(shallower, cut, folder):
     texts = write_jsonl(folder / "texts.jsonl", TEXTS)
     done = shallower(

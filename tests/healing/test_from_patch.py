@@ -10,9 +10,18 @@ import shallower as sh
 from shallower.healing import heal as healing
 from shallower.healing import job as jobs
 from shallower.healing import loaded_models
+from shallower.patching import descent
 from shallower.values.healing import Healing
 from tests.conftest import mostly_slow
 from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_steps():
+    """A patch is solved, and its descent is short."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(descent, "STEPS", 4)
+        yield
 
 
 # From a patch
@@ -55,16 +64,16 @@ def test_healing_starts_from_the_patch(patchable, tmp_path):
 def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
     whole, cut = patchable
     texts = documents(MANY, 5)
-    options = {"original": whole, "from_patch": True}
+    options = {"original": whole, "from_patch": True, "recipe": replace(QUICK, steps=2)}
     monkeypatch.setattr(healing, "train", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sh.heal(cut, texts, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, **options)
+        sh.heal(cut, texts, tmp_path / "out", **options)
     monkeypatch.undo()
     again = lambda *_args, **_options: pytest.fail("patched again")  # noqa: E731
     monkeypatch.setattr(jobs, "with_patch", again)
-    sh.heal(cut, texts, tmp_path / "out", recipe=QUICK, eval_texts=HELD_OUT, **options)
+    sh.heal(cut, texts, tmp_path / "out", **options)
     with pytest.raises(pytest.fail.Exception):
-        sh.heal(cut, texts[1:], tmp_path / "other", recipe=QUICK, eval_texts=HELD_OUT, **options)
+        sh.heal(cut, texts[1:], tmp_path / "other", **options)
 
 
 def test_a_patch_needs_the_uncut_model(cut, tmp_path):
@@ -201,7 +210,7 @@ def test_a_patched_cut_is_copied_with_its_folders_and_without_its_job(tmp_path):
     assert template.read_text() == "{{ tools }}"
 
 
-@pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "nf4"], quick=["nf4"]))
+@pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "nf4"], quick=["bfloat16"]))
 def test_the_unpatched_cut_is_measured_as_if_it_were_loaded(patchable, tmp_path, dtype, words):
     """Without its layers, the uncut model in the dtype of the training is the cut."""
     whole, _ = patchable

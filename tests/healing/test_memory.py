@@ -231,7 +231,7 @@ def test_answers_are_rehearsed_with_the_mask_of_their_padding(monkeypatch, packi
     assert seen == [padded]
 
 
-@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize("answers", mostly_slow([True, False], [True]))
 def test_a_forecast_rehearses_what_a_healing_on_answers_does(monkeypatch, answers):
     seen, make = [], HealingStep.__init__
 

@@ -62,13 +62,13 @@ def test_adapters_are_a_repository_of_peft(healed, cut):
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine(cut, tmp_path):
-    recipe = replace(QUICK, steps=12, warmup_steps=3, learning_rate=0.004)
+    recipe = replace(QUICK, steps=8, warmup_steps=3, learning_rate=0.004)
     record = sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe)
     expected = [
-        0.004 * (k / 3 if k < 3 else 0.5 * (1 + math.cos(math.pi * (k - 3) / 9))) for k in range(12)
+        0.004 * (k / 3 if k < 3 else 0.5 * (1 + math.cos(math.pi * (k - 3) / 5))) for k in range(8)
     ]
     assert [step.learning_rate for step in record.steps] == pytest.approx(expected, abs=1e-9)
-    assert (record.held_out, record.best_step, record.recovered) == ((), 12, None)
+    assert (record.held_out, record.best_step, record.recovered) == ((), 8, None)
 
 
 @pytest.mark.parametrize("packing", mostly_slow([True, False], quick=[True]))
@@ -76,7 +76,7 @@ def test_the_forward_may_be_of_any_size(cut, tmp_path, packing):
     """Sixteen sequences a step are one mean over their tokens, however they are divided."""
     recipe = replace(QUICK, dropout=0.0, packing=packing, steps=2)
     results = []
-    for size in (1, 4, 16):
+    for size in (1, 16):
         out = tmp_path / str(size)
         record = sh.heal(cut, TEXTS, out, recipe=replace(recipe, batch_size=size))
         results.append((load_file(out / "adapter_model.safetensors"), record))

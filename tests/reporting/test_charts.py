@@ -132,10 +132,10 @@ def test_cells_of_a_heat_map_hold_the_distances_of_their_blocks(tmp_path):
 
 def test_files_are_the_same_each_time(tmp_path):
     for folder in ("one", "two"):
-        for drawing in (*heat_maps(scan(6)), line_chart("line", [line([0.1, 0.3])], **WORDS)):
+        for drawing in (heat_maps(scan(6))[1], line_chart("line", [line([0.1, 0.3])], **WORDS)):
             drawing.save(tmp_path / folder)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == [f"{name}.{kind}" for name in ("heat_map_raw", "heat_map_rescaled", "line")
+    assert files == [f"{name}.{kind}" for name in ("heat_map_raw", "line")
                      for kind in ("png", "svg")]  # fmt: skip
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

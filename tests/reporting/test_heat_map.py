@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from shallower import MetricError, MissingExtraError, OutputError, analyse_states
 from shallower.reporting.charts.heat_map import block_distances, rescale_rows, save_heat_map
+from tests.conftest import mostly_slow
 
 
 def scan_of(num_layers, metrics=("angular",)):
@@ -24,6 +25,12 @@ def draw(scan, path, title=""):
         warnings.simplefilter("error")
         save_heat_map(scan, path, title)
     return imread(path, format="png")
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory):
+    """The picture of six layers."""
+    return draw(scan_of(6), tmp_path_factory.mktemp("six") / "map.png")
 
 
 @given(st.integers(2, 12))
@@ -66,7 +73,7 @@ def test_rescaling_leaves_the_rows_as_they_were():
     assert np.array_equal(rows, before, equal_nan=True)
 
 
-@pytest.mark.parametrize("num_layers", [2, 3, 12])
+@pytest.mark.parametrize("num_layers", mostly_slow([2, 3, 12], [2, 12]))
 def test_the_heat_map_is_a_picture(tmp_path, num_layers):
     pixels = draw(scan_of(num_layers), tmp_path / "map.png")
     height, width = pixels.shape[:2]
@@ -76,30 +83,26 @@ def test_the_heat_map_is_a_picture(tmp_path, num_layers):
     assert (pixels[..., :3] < 0.9).any(axis=2).mean() > 0.2
 
 
-def test_the_heat_map_rings_the_best_blocks(tmp_path):
-    pixels = draw(scan_of(6), tmp_path / "map.png")
-    red, green, blue = np.moveaxis(pixels[..., :3], 2, 0)
+def test_the_heat_map_rings_the_best_blocks(six):
+    red, green, blue = np.moveaxis(six[..., :3], 2, 0)
     crimson = (red > 0.7) & (green < 0.3) & (blue < 0.4)
     half = crimson.shape[1] // 2
     assert crimson[:, :half].any()
     assert crimson[:, half:].any()
 
 
-def test_the_title_is_drawn(tmp_path):
-    plain = draw(scan_of(6), tmp_path / "plain.png")
+def test_the_title_is_drawn(six, tmp_path):
     titled = draw(scan_of(6), tmp_path / "titled.png", "SmolLM2-135M")
-    assert plain.shape == titled.shape
-    assert not np.array_equal(plain, titled)
+    assert six.shape == titled.shape
+    assert not np.array_equal(six, titled)
 
 
 def test_letters_that_the_font_lacks_are_no_warning(tmp_path):
     assert draw(scan_of(4), tmp_path / "map.png", "模型").size
 
 
-def test_the_same_scan_gives_the_same_picture(tmp_path):
-    first = draw(scan_of(6), tmp_path / "first")
-    second = draw(scan_of(6), str(tmp_path / "second"))
-    assert np.array_equal(first, second)
+def test_the_same_scan_gives_the_same_picture(six, tmp_path):
+    assert np.array_equal(six, draw(scan_of(6), str(tmp_path / "again")))
 
 
 def test_equal_states_can_be_drawn(tmp_path):
