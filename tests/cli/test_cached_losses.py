@@ -97,6 +97,7 @@ def test_a_cut_that_is_measured_beside_a_cached_model_is_of_the_whole_one(
     assert sides["cut"].model.num_layers == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_scores_on_tasks_are_found_by_curve_and_by_eval(
     shallower, folder, tiny, texts, held_out, layers_run, monkeypatch

@@ -78,7 +78,7 @@ def test_the_context_is_within_the_positions_that_are_learned():
     assert sh.gain(gpt2, [1], device="h100").context == 47
     with pytest.raises(sh.ModelError, match="context = 48: the model has learned 48 positions"):
         sh.gain(gpt2, [1], device="h100", context=48)
-    small = LlamaConfig(**{**LLAMA_2_7B, "num_hidden_layers": 4})
+    small = LlamaConfig(**{**LLAMA_2_7B, "num_hidden_layers": 2})
     assert sh.gain(small, [1], device="h100").context == 2048
 
 

@@ -8,7 +8,7 @@ import torch
 import shallower as sh
 from shallower.evaluation import answers as evaluation
 from shallower.healing import trainer_checkpoints
-from tests.conftest import mostly_slow, tiny_llama, write_jsonl
+from tests.conftest import tiny_llama, write_jsonl
 from tests.cutting.card_tools import assert_same_weights, blocks_of_code, cut_by, one_line
 from tests.healing.cuts import QUICK, TEXTS
 from tests.written import MANY, write_answered, write_prompts
@@ -137,7 +137,8 @@ def test_a_quantised_model_answers_and_can_be_trained(heal, both):
         assert "trained on 40 answers of " in done.out
 
 
-@pytest.mark.parametrize("share", mostly_slow([0.25, 1], quick=[1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.25, 1])
 def test_the_card_makes_the_healing_again_from_answers_and_from_prompts(
     heal, both, given, folder, shallower, share
 ):

@@ -96,6 +96,7 @@ def test_the_batch_size_does_not_change_the_best_blocks(smol, calibration, scann
     ]
 
 
+@pytest.mark.slow
 def test_a_saved_cut_is_the_model_with_its_layers_skipped(smol, reloaded, held_out):
     model, tokenizer = smol
     ids = tokenizer(held_out[0], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]

@@ -111,6 +111,7 @@ def test_it_is_patched_and_healed_on_what_the_whole_model_says(
     assert written == []
 
 
+@pytest.mark.slow
 def test_answers_of_a_file_are_those_of_its_model(run, learned, words, tmp_path, written):
     said = [one for one in said_by(learned, words) if one.written[-1] != 2]
     write_prompts(tmp_path / "asked.jsonl", *(words.decode(one.given) for one in said))
@@ -126,6 +127,7 @@ def test_answers_of_a_file_are_those_of_its_model(run, learned, words, tmp_path,
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_of_prompts_of_our_own_the_texts_that_fit_are_begun(run, study, words, written):
     with pytest.warns(sh.RejectedSamplesWarning, match="answers are left out: .* a prompt of"):
         done = run(answers=True)  # of 16 tokens, where some beginnings have more
