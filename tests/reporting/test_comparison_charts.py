@@ -264,21 +264,17 @@ def test_several_calibration_texts_have_figures_of_their_own(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("sizes", [(1,), pytest.param((1, 2), marks=pytest.mark.slow)])
-def test_a_single_criterion_can_be_drawn(tmp_path, sizes):
-    rows = rows_of(compared(), criteria=("deepest",), sizes=sizes)
-    assert list(draw(CriteriaComparison((compared(),), tuple(rows)), tmp_path)) == FILES
+def test_a_single_criterion_can_be_drawn_and_names_are_no_formulas(tmp_path, sizes):
+    """What stands between dollars would be set as mathematics."""
+    model = compared("a$\\frac{b$")
+    rows = rows_of(model, criteria=("deepest",), sizes=sizes)
+    rows = tuple(replace(row, criterion="own$^{$") for row in rows)
+    assert list(draw(CriteriaComparison((model,), rows), tmp_path)) == FILES
 
 
 def test_nothing_compared_is_nothing_drawn(tmp_path):
     assert draw(CriteriaComparison((), (), failures={"a": "why"}), tmp_path) == {}
     assert draw(CriteriaComparison((compared(),), ()), tmp_path) == {}
-
-
-def test_names_are_not_formulas(tmp_path):
-    """What stands between dollars would be set as mathematics."""
-    model = compared("a$\\frac{b$")
-    rows = [replace(row, criterion="own$^{$") for row in rows_of(model, criteria=("deepest",))]
-    draw(CriteriaComparison((model,), tuple(rows)), tmp_path)
 
 
 def test_a_place_that_cannot_be_written_is_named(small, tmp_path):

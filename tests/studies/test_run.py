@@ -24,7 +24,7 @@ from tests.healing.cuts import QUICK
 from tests.healing.cuts import documents as progressions
 
 FILES = {"scan.safetensors", "shallower_plan.json", "gain.json", "results.json", "checkpoint"}
-TEXTS, REPORT = progressions(120, 5), progressions(12, 1)
+TEXTS, REPORT = progressions(90, 5), progressions(12, 1)
 TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 2, "prompts": ()}
 
 
@@ -87,7 +87,7 @@ def test_the_results_say_what_the_interface_promises(done):
     assert [row["n"] for row in results["table"]] == [1, 2, 3]
     (row,) = (row for row in results["table"] if row["n"] == 2)
     assert (row["dropped"], row["cut"]) == (recommended["dropped"], recommended["cut"])
-    assert results["splits"] == {"fit": 80, "choose": 39, "report": 12}
+    assert results["splits"] == {"fit": 60, "choose": 30, "report": 12}
     words = "shallower run MODEL --texts TEXTS --eval-texts EVAL_TEXTS "
     assert results["command"].startswith(words)  # as a shell takes them
     assert replace(Run.load(done.out), scan=done.scan) == done
