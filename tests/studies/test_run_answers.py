@@ -30,7 +30,7 @@ from tests.written import MANY as PROMPTS
 from tests.written import write_answered, write_prompts
 from tests.written import written as written
 
-TEXTS, REPORT = documents(120, 5), documents(12, 1)
+TEXTS, REPORT = documents(90, 5), documents(12, 1)
 TAKEN = {"eval_texts": REPORT, "max_length": 16, "top": 1, "n": 1, "prompts": ()}
 HEAL = replace(QUICK, steps=4, share=0.25)
 CHAT = {"messages": [{"role": "user", "content": "w1"}]}
