@@ -138,6 +138,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path
         "dry_run": True,
         "demo": demo.model_path().name,
         "texts": 16,
+        "judge": "loss",
         "eval_texts": 16,
         "target": "2 layers less",
         "heal": False,

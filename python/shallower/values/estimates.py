@@ -73,7 +73,7 @@ class Time:
     def to_json(self) -> dict[str, Any]:
         """Give the seconds, and what is not in them."""
         beside = {"beside": self.beside} if self.beside else {}
-        return {"seconds": round(self.seconds, 1), **beside}
+        return {"seconds": round(self.seconds, 3), **beside}
 
     def __str__(self) -> str:
         beside = f", beside {self.beside}" if self.beside else ""
