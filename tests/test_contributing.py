@@ -142,7 +142,7 @@ def test_a_criterion_is_one_class(copied):
 
 
 def test_a_measure_is_one_file(copied):
-    command = "eval tiny --texts texts.jsonl --entropy texts.jsonl --drop 2"
+    command = "eval tiny --texts texts.jsonl --entropy texts.jsonl --drop 2 --dtype bfloat16"
     plain, *values = copied(
         CALL
         + f"""
