@@ -31,9 +31,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _CACHES = tempfile.TemporaryDirectory(prefix="shallower-tests-")
 os.environ["SHALLOWER_CACHE"] = _CACHES.name
 
-# Garbage is looked for less often: every 700 objects, as Python does, takes a ninth of the time.
-gc.set_threshold(20_000, 20, 20)
-
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(97)]
 
