@@ -28,16 +28,13 @@ def tiny_gpt2():
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
-
-
-@pytest.fixture(
-    params=mostly_slow(
-        (((m, d),) for m in MODELS for d in DTYPES),
-        [(("llama", torch.bfloat16),), (("gpt2", torch.float32),)],
-    ),
-    ids=str,
-    scope="module",
+SUBJECTS = mostly_slow(
+    (((m, d),) for m in MODELS for d in DTYPES),
+    [(("llama", torch.bfloat16),), (("gpt2", torch.float32),)],
 )
+
+
+@pytest.fixture(params=SUBJECTS, ids=str, scope="module")
 def subject(request, words):
     name, dtype = request.param
     return make_subject(MODELS[name]().to(dtype), words, TEXTS, batch_size=5)

@@ -7,10 +7,10 @@ import torch
 from shallower.errors import CriterionError, ModelError
 from shallower.judgement import kept_states
 from shallower.judgement.criteria import criteria
-from tests.conftest import mostly_slow, tiny_llama
+from tests.conftest import tiny_llama
 from tests.documents import documents
 from tests.judgement import twins
-from tests.judgement.test_criteria import DTYPES, MODELS
+from tests.judgement.test_criteria import MODELS, SUBJECTS
 from tests.judgement.test_trials import Counted
 from tests.judgement.toy import make_subject
 
@@ -18,14 +18,7 @@ LAST = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj"}
 FEW = documents(32)
 
 
-@pytest.fixture(
-    params=mostly_slow(
-        (((m, d),) for m in MODELS for d in DTYPES),
-        [(("llama", torch.bfloat16),), (("gpt2", torch.float32),)],
-    ),
-    ids=str,
-    scope="module",
-)
+@pytest.fixture(params=SUBJECTS, ids=str, scope="module")
 def subject(request, words):
     name, dtype = request.param
     return make_subject(MODELS[name]().to(dtype), words, FEW, batch_size=6)
