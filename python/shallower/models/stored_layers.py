@@ -152,8 +152,10 @@ class _InSafetensors(Converted):
             for name in weights.keys() & made.keys():
                 self._first[name], self._shapes[name] = first, made[name].shape
                 weights[name].data = weights[name].data.to(made[name].dtype)
+        self._tied: dict[str, str] = {}
         for name, source in model.all_tied_weights_keys.items():
             if name in weights and name not in self._first and source in self._first:
+                self._tied[name] = source
                 self._first[name], self._shapes[name] = self._first[source], self._shapes[source]
         self.sources = {name: self.sources[first] for name, first in self._first.items()}
 
@@ -183,7 +185,7 @@ class _InSafetensors(Converted):
                 stored: torch.Tensor = opened(self._places[name][0]).get_slice(name)[...]
                 return stored.to(self._dtypes[first])
 
-            return self.convert(first, read)[target]
+            return self.convert(first, read)[self._tied.get(target, target)]
 
     def others(self, files: Mapping[str, Any]) -> dict[str, Any]:
         """The stored tensors that no weight of a layer is made of, unread."""
