@@ -332,7 +332,7 @@ def test_texts_for_a_step_are_enough_beside_answers(learned, words):
 @pytest.mark.filterwarnings("ignore:answers are left out")  # of prompts longer than these texts
 def test_the_command_takes_answers(learned, words, shallower, folder, written):
     sh.save_model(learned, words, folder / "stored")
-    for name, texts in (("texts", documents(MANY, 5)), ("held_out", REPORT)):
+    for name, texts in (("texts", documents(2 * MANY, 5)), ("held_out", REPORT)):
         write_jsonl(folder / f"{name}.jsonl", texts)
     write_prompts(folder / "prompts.jsonl", *PROMPTS)
     command = ["run", "stored", "--texts", "texts.jsonl", "--eval-texts", "held_out.jsonl"]

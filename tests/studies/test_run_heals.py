@@ -177,7 +177,7 @@ def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_p
 @pytest.mark.slow
 def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
     sh.save_model(learned, words, tmp_path / "stored")
-    for name, passages in (("texts", documents(MANY, 5)), ("held_out", REPORT)):
+    for name, passages in (("texts", documents(2 * MANY, 5)), ("held_out", REPORT)):
         write_jsonl(tmp_path / f"{name}.jsonl", passages)
     done = shallower(
         "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
