@@ -23,7 +23,7 @@ def alive(monkeypatch):
         models = [model for known in loaded if (model := known()) is not None]
         found.append((event, len(models)))
 
-    def load_watched(source, _progress=None):
+    def load_watched(source, progress=None):
         note(f"load {str(source.path).rsplit('/', 1)[-1].rsplit('.', 1)[-1]}")
         model, tokenizer = load(source)
         assert isinstance(model, PreTrainedModel)
