@@ -414,8 +414,10 @@ def test_texts_that_report_choose_nothing():
 
 @pytest.mark.slow
 def test_the_real_model(smol, data):
-    texts = [json.loads(line)["text"] for line in (data / "text" / "c4.jsonl").open()]
-    held_out = [json.loads(line)["text"] for line in (data / "text" / "c4_eval.jsonl").open()]
+    texts, held_out = (
+        [json.loads(line)["text"] for line in (data / "text" / name).read_bytes().splitlines()]
+        for name in ("c4.jsonl", "c4_eval.jsonl")
+    )
     done = sh.compare(
         *smol, texts, held_out, n=[8], criteria=["angular", "exhaustive", "deepest"],
         max_eval_texts=16, cache=False,

@@ -2,7 +2,7 @@
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -92,16 +92,18 @@ def save_cut(
     overwrite: bool = False,
     losses: tuple[Loss, Loss] | None = None,
     command: str = "",
+    beside: Callable[[Path], Mapping[str, bytes]] = lambda _: {},
 ) -> None:
     """Save a cut as :func:`save_model` does; ``source`` is what the model names by default.
 
-    ``command`` is what made it, as :class:`~.exports.CutFacts` has it.
+    ``command`` is what made it, as :class:`~.exports.CutFacts` has it; ``beside`` gives more files,
+    by name, for the folder with all others.
     """
     check_plan(plan)
     require_weights(model)
     source = source or _source_of(model, plan)
     texts = exports(replace(_facts(model, plan, source, losses), command=command))
-    _save(model, tokenizer, Path(path), overwrite, plan, texts, source.licenses)
+    _save(model, tokenizer, Path(path), overwrite, plan, texts, source.licenses, beside)
 
 
 def _save(
@@ -112,6 +114,7 @@ def _save(
     plan: Plan | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
     carried: Mapping[str, Path] = MappingProxyType({}),
+    beside: Callable[[Path], Mapping[str, bytes]] = lambda _: {},
 ) -> None:
     check_apart(path, [place_of(model)])
     check_exact(model)
@@ -139,6 +142,8 @@ def _save(
             plan.save(folder / PLAN_FILE)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+        for name, content in beside(folder).items():
+            (folder / name).write_bytes(content)
 
 
 def _in_pieces(model: PreTrainedModel) -> dict[str, Any]:

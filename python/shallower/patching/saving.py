@@ -18,14 +18,7 @@ from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..progress import track
-from ..storage import (
-    check_apart,
-    check_free,
-    check_room,
-    new_folder,
-    resumable_folder,
-    write_file,
-)
+from ..storage import check_apart, check_free, check_room, resumable_folder
 from ..texts.sources import place_of_texts
 from ..values.answers import Answer
 from ..values.commands import option_words
@@ -74,21 +67,23 @@ def save_patched(
         OutputError, ModelError: as :func:`shallower.save_model`.
     """
     check_apart(path, [place_of(model)])
-    with new_folder(Path(path), overwrite) as folder:
-        folder.rmdir()
-        save_cut(
-            model,
-            tokenizer,
-            folder,
-            plan=done.plan,
-            losses=(losses["whole"], losses["patched"]) if losses else None,
-            command=command or _command(done, measured=bool(losses)),
-        )
+    check_free(Path(path), overwrite)
+
+    def beside(folder: Path) -> Mapping[str, bytes]:
         card = healed_card(folder / CARD_FILE, _PATCHED, _patch_rows(done, losses or {}))
         report = json.dumps(done.to_json(), indent=2) + "\n"
-        beside = {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
-        for name, content in beside.items():
-            write_file(folder / name, content)
+        return {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
+
+    save_cut(
+        model,
+        tokenizer,
+        path,
+        plan=done.plan,
+        overwrite=overwrite,
+        losses=(losses["whole"], losses["patched"]) if losses else None,
+        command=command or _command(done, measured=bool(losses)),
+        beside=beside,
+    )
 
 
 def _command(done: Patch, *, measured: bool) -> str:
