@@ -10,7 +10,7 @@ import torch
 
 import shallower as sh
 from shallower.models.residual_writers import Writers, find_writers
-from shallower.patching import descent, least_squares, solver
+from shallower.patching import descent, least_squares, saving, solver
 from shallower.patching import patch as patching
 from shallower.patching.patch import patch, with_patch
 from shallower.reporting.stories.stages import patch_table
@@ -63,14 +63,22 @@ def test_a_patch_lowers_the_loss_of_a_cut(model, words, blocks):
     assert [fit.layer for fit in done.fits] == [block.start - 1 for block in blocks]
 
 
-def test_a_patch_keeps_what_its_plan_knows(model, words, tmp_path):
+def test_a_patch_keeps_what_its_plan_knows(model, words, tmp_path, monkeypatch):
     """Score, metric, texts and strategy come to the saved plan and its card."""
+    hidden, make = [], saving.healed_card
+
+    def card(*given):
+        hidden.append(len([*tmp_path.glob(".*.partial.*")]))
+        return make(*given)
+
+    monkeypatch.setattr(saving, "healed_card", card)
     plan = sh.scan(model, words, TEXTS[:40]).plan(2)
     assert plan.strategy == "similarity"
     done = patch(model, words, plan, texts=TEXTS)
     assert done.plan == plan
     assert done.plan.blocks[0].score == plan.blocks[0].score is not None
     sh.save_patched(model, words, tmp_path / "patched", done=done)
+    assert hidden == [1]  # which the next run removes, should this one be killed
     saved = sh.Plan.load(tmp_path / "patched" / "shallower_plan.json")
     assert (saved.strategy, saved.metric, saved.texts) == ("similarity", "angular", plan.texts)
     assert saved.blocks[0].score == plan.blocks[0].score
