@@ -53,9 +53,7 @@ fn batches() -> impl Strategy<Value = (usize, Vec<Vec<f32>>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(
-        std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(64)
-    ))]
+    #![proptest_config(crate::config(64))]
 
     #[test]
     fn equals_the_slow_twin((width, batches) in batches()) {

@@ -2,6 +2,8 @@
 //!
 //! One program, so that what is generic is built once.
 
+use proptest::prelude::ProptestConfig;
+
 mod checkpoint;
 mod cka;
 mod experts;
@@ -11,3 +13,9 @@ mod search;
 mod sequences;
 mod stored;
 mod threads;
+
+/// So many cases of a property, or as many as `PROPTEST_CASES` asks for.
+fn config(cases: u32) -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok();
+    ProptestConfig::with_cases(asked.and_then(|n| n.parse().ok()).unwrap_or(cases))
+}

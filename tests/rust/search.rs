@@ -7,15 +7,6 @@ use std::ops::Range;
 
 const METRICS: [Metric; 2] = [Metric::Angular, Metric::Cosine];
 
-fn config() -> ProptestConfig {
-    ProptestConfig::with_cases(
-        std::env::var("PROPTEST_CASES")
-            .ok()
-            .and_then(|n| n.parse().ok())
-            .unwrap_or(64),
-    )
-}
-
 /// Directions at multiples of 45 degrees, so that many plans cost the same.
 fn accumulate(directions: &[u8], num_states: usize) -> Sums {
     let rows = [
@@ -157,7 +148,7 @@ fn costs() -> impl Strategy<Value = (usize, Vec<Option<Magnitudes>>)> {
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(crate::config(64))]
 
     #[test]
     fn the_best_plan_is_the_best_of_all(

@@ -6,15 +6,6 @@ use shallower_core::{Accumulator, Cka, Error, Metric, Order, States, Sums};
 const STATES: usize = 3;
 const WIDTH: usize = 2;
 
-fn config() -> ProptestConfig {
-    ProptestConfig::with_cases(
-        std::env::var("PROPTEST_CASES")
-            .ok()
-            .and_then(|n| n.parse().ok())
-            .unwrap_or(64),
-    )
-}
-
 /// Sums of samples, of which some are rejected and some are of one sequence.
 fn sums() -> impl Strategy<Value = Sums> {
     (0_usize..20, 1_usize..5).prop_flat_map(|(samples, metrics)| {
@@ -107,7 +98,7 @@ fn are_possible(sums: &Sums) {
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(crate::config(64))]
 
     #[test]
     fn sums_come_back(sums in sums()) {

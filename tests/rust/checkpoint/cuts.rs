@@ -13,9 +13,7 @@ use super::files::{
 };
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(
-        std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(128)
-    ))]
+    #![proptest_config(crate::config(128))]
 
     #[test]
     fn a_cut_equals_the_slow_twin((n, shards) in tensors(), mask in any::<u64>(), size in 1_u64..200) {

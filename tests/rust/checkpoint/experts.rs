@@ -94,9 +94,7 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(
-        std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(128)
-    ))]
+    #![proptest_config(crate::config(128))]
 
     #[test]
     fn a_cut_of_experts_equals_the_slow_twin(

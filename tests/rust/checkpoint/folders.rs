@@ -12,9 +12,7 @@ use tempfile::{TempDir, tempdir};
 use super::files::{file_bytes, open};
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(
-        std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(128)
-    ))]
+    #![proptest_config(crate::config(128))]
 
     #[test]
     fn junk_is_no_index(text in ".{0,60}", file in ".{0,20}", tensor in ".{0,20}") {

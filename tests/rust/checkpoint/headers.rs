@@ -43,9 +43,7 @@ fn check_invariants(header: &Header, data_len: u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(
-        std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(128)
-    ))]
+    #![proptest_config(crate::config(128))]
 
     #[test]
     fn junk_is_no_header(bytes in prop::collection::vec(any::<u8>(), 0..200), len in any::<u64>()) {

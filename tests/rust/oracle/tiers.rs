@@ -9,13 +9,8 @@ use super::twin::{
     equals_the_slow_twin, no_zero_row,
 };
 
-fn cases() -> u32 {
-    let asked = std::env::var("PROPTEST_CASES").ok();
-    asked.and_then(|n| n.parse().ok()).unwrap_or(64)
-}
-
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(cases()))]
+    #![proptest_config(crate::config(64))]
 
     #[test]
     fn every_tier_equals_the_slow_twin((mut data, shape) in batches()) {
@@ -108,7 +103,7 @@ proptest! {
 
 proptest! {
     // A case takes ten times as long as one of the others.
-    #![proptest_config(ProptestConfig::with_cases(cases().div_ceil(4)))]
+    #![proptest_config(crate::config(16))]
 
     #[test]
     fn every_tier_equals_the_slow_twin_on_deep_models((data, shape) in deep_batches()) {
