@@ -96,13 +96,8 @@ def test_a_streamed_perplexity_reads_each_layer_once_to_the_same_bits(folder):
     assert reading.bytes_read - before == sum(map(stored_bytes, streamed.model.layers))
 
 
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["qwen2_moe"]))
-def test_every_kind_of_layer_is_streamed_to_the_same_bits(family, tmp_path, words):
-    streamed, whole = measured_both(family, tmp_path, words)
-    assert streamed == whole
-
-
-@pytest.mark.parametrize("family", mostly_slow(families(), ["zamba"]))  # whose layers share weights
+# Experts are joined of stored tensors; layers of Zamba share weights.
+@pytest.mark.parametrize("family", mostly_slow(families(), ["qwen2_moe", "zamba"]))
 def test_no_family_is_streamed_to_other_bits(family, tmp_path, words):
     if family in NOT_STREAMED:
         with pytest.raises(ModelError):
