@@ -65,7 +65,11 @@ class Texts:
     def __iter__(self) -> Iterator[str]:
         readers = {".jsonl": self._jsonl, ".txt": self._lines, ".parquet": self._parquet}
         read = readers[self._path.suffix] if self._is_file else self._hub
-        return islice(read(), self.limit)
+        count = 0
+        for text in islice(read(), self.limit):
+            count += 1
+            yield text
+        self._counted = count
 
     def __length_hint__(self) -> int:
         """An estimate of how many texts there are, for an ETA; 0 where nothing is known."""
