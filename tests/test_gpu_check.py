@@ -30,7 +30,7 @@ FIGURES = {
         "difference_of_mean_losses", "memory", "planned", "memory_of_plain_loop",
     },
     "e": {
-        "model", "steps", "block", "loss", "loss_of_cut", "loss_before_training", "loss_healed",
+        "model", "steps", "blocks", "loss", "loss_of_cut", "loss_before_training", "loss_healed",
         "recovered", "max_logits_difference", "tokens_per_second", "seconds", "memory",
     },
     "f": {"steps", "seconds_of_resumed", "same_bits", "max_difference", "largest_weight"},

@@ -159,31 +159,33 @@ def run_heal(setting):
         sh.Recipe(steps=100, dtype=setting.plain),
         sh.Recipe(steps=2, dtype=setting.plain, max_length=32, rank=4, warmup_steps=0),
     )
-    found = {}
+    few = {"n": 1, "top": 1, "answers": False, "prompts": ["Name a river.", "Count to three."]}
+    asked, found = setting.pick({"n": 8}, few), {}
 
     def work():
         found["done"] = sh.run(
-            source, texts=texts, eval_texts=held_out, out=setting.work / "run", sizes=[8],
-            max_length=max_length, heal=recipe, overwrite=True, progress=False,
+            source, texts=texts, eval_texts=held_out, out=setting.work / "run",
+            max_length=max_length, heal=recipe, overwrite=True, progress=False, **asked,
         )  # fmt: skip
 
     with setting.peak() as memory:
         taken = setting.seconds(work)
     done = found["done"]
-    healed = done.healing.merge.loss
-    whole, cut = done.losses
-    assert healed.nats < cut.nats, "the healed model is not better than the cut"
+    best, healing = done.recommended, done.healing
+    assert healing is not None, f"nothing was healed: {best.unhealed}"
+    whole, cut, healed = best.whole.nats, best.cut.nats, healing.merge.loss.nats
+    assert healed < cut, "the healed model is not better than the cut"
     return {
         "model": "SmolLM2-135M-Instruct",
         "steps": recipe.steps,
-        "block": [done.plan.blocks[0].start, done.plan.blocks[0].stop],
-        "loss": whole.nats,
-        "loss_of_cut": cut.nats,
-        "loss_before_training": done.healing.before.nats,
-        "loss_healed": healed.nats,
-        "recovered": (cut.nats - healed.nats) / (cut.nats - whole.nats),
+        "blocks": [[block.start, block.stop] for block in best.plan.blocks],
+        "loss": whole,
+        "loss_of_cut": cut,
+        "loss_before_training": healing.before.nats,
+        "loss_healed": healed,
+        "recovered": (cut - healed) / (cut - whole),
         "max_logits_difference": done.difference,
-        "tokens_per_second": done.healing.tokens_per_second,
+        "tokens_per_second": healing.tokens_per_second,
         "seconds": taken,
         "memory": memory,
     }
