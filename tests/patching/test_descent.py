@@ -14,10 +14,10 @@ from shallower.patching.changes import Changes
 from shallower.patching.descent import (
     Descent,
     MovingMatrix,
-    divergence_gradients,
     draw_steps,
     keep_best,
     matrices,
+    target_gradients,
 )
 from shallower.patching.states import StateSet, Stored
 from shallower.texts.batches import TokenBatches
@@ -78,6 +78,15 @@ def divergence(whole, cut, ids):
     return (wanted.exp() * (wanted - found)).sum()
 
 
+def missed(whole, cut, ids):
+    """The sum over tokens of the cross-entropy with the target, by its definition."""
+    with torch.no_grad():
+        target = whole(input_ids=ids).logits.softmax(-1)
+        labels = torch.nn.functional.one_hot(ids[:, 1:], target.shape[-1])
+        target[:, :-1] += descent.LABELS * (labels - target[:, :-1])
+    return -(target * cut(input_ids=ids).logits.log_softmax(-1)).sum()
+
+
 def total_divergence(whole, cut, batches):
     return sum(
         float(divergence(whole, cut, torch.from_numpy(ids[mask.astype(bool)])[None]).detach())
@@ -99,7 +108,7 @@ def slow_twin(model, batches, steps):
     momentum, rows, columns = (dict.fromkeys(weights, 0.0) for _ in range(3))
     for number, chosen in enumerate(steps, 1):
         total = sum(
-            divergence(whole, cut, torch.from_numpy(ids[mask.astype(bool)])[None])
+            missed(whole, cut, torch.from_numpy(ids[mask.astype(bool)])[None])
             for batch in (batches[index] for index in chosen)
             for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         )
@@ -231,17 +240,23 @@ def test_slopes_that_almost_vanish_do_not_run_away():
     assert float((layer.weight - start).detach().abs().max()) <= 1.01 * 0.01 * descent.MOST * size
 
 
-def test_slopes_of_the_divergence_are_those_of_autograd(model, words, monkeypatch):
+def test_slopes_towards_the_target_are_those_of_autograd(model, words, monkeypatch):
     monkeypatch.setattr(descent, "COPIES", 1 << 18)  # so that rows are taken in parts
     generator = torch.Generator().manual_seed(0)
     cut, whole = (torch.randn(13, 32, generator=generator) for _ in range(2))
     head = Layerwise(model).head
+    labels = torch.arange(13) * 7
+    labels[4::5] = -1
     given = cut.clone().requires_grad_()
-    wanted = model.lm_head(whole).detach().log_softmax(-1)
+    wanted = model.lm_head(whole).detach().softmax(-1)
     found = model.lm_head(given).log_softmax(-1)
-    (expected,) = torch.autograd.grad((wanted.exp() * (wanted - found)).sum(), given)
+    has = labels >= 0
+    loss = -(wanted * found).sum(-1)
+    loss[has] *= 1 - descent.LABELS
+    loss[has] -= descent.LABELS * found[has, labels[has]]
+    (expected,) = torch.autograd.grad(loss.sum(), given)
     torch.testing.assert_close(
-        divergence_gradients(head, cut, whole), expected, rtol=1e-4, atol=1e-6
+        target_gradients(head, cut, whole, labels), expected, rtol=1e-4, atol=1e-6
     )
 
 

@@ -83,13 +83,13 @@ def test_of_an_answer_what_was_written_is_learned_as_a_healing_learns_it(
     model, learned, words, said, monkeypatch
 ):
     """The oracle are the labels of a healing, and the model's own loss of them."""
-    took, make = [], descent.divergence_gradients
+    took, make = [], descent.target_gradients
 
-    def counted(head, cut, whole):
-        took.append(len(cut))
-        return make(head, cut, whole)
+    def counted(head, cut, whole, labels):
+        took.append((len(cut), int((labels >= 0).sum())))
+        return make(head, cut, whole, labels)
 
-    monkeypatch.setattr(descent, "divergence_gradients", counted)
+    monkeypatch.setattr(descent, "target_gradients", counted)
     options = {"texts": (), "share": 1, "max_length": 12, "batch_size": 64}
     done = sh.patch(model, words, BLOCK, answers=said, **options)
     samples = read_samples(
@@ -104,7 +104,7 @@ def test_of_an_answer_what_was_written_is_learned_as_a_healing_learns_it(
         assert getattr(done, name) == pytest.approx(float(loss), rel=1e-6), name
     counts = [sum(int(row.predicted.sum()) + 1 for row in rows) for rows in (rest, held)]
     assert [done.num_tokens, done.num_held_out] == counts
-    assert {*took} == {counts[0]}
+    assert {*took} == {(counts[0], sum(int(row.predicted.sum()) for row in rest))}
     assert done.patched < done.cut
 
 

@@ -30,7 +30,7 @@ from ..models.loading import layers_of
 from ..models.source import ModelSource
 from ..patching.changes import Changes
 from ..patching.counts import STEPPING
-from ..patching.descent import MovingMatrix, divergence_gradients, matrices
+from ..patching.descent import MovingMatrix, matrices, target_gradients
 from ..savings.timing import settle
 from ..texts.batches import Batch
 from ..values.estimates import Unknown
@@ -203,7 +203,8 @@ class _Timing:
         trace.gradients(self._states.float())
 
     def head_steps(self) -> None:
-        divergence_gradients(self.model.head, self._rows, self._rows)
+        labels = torch.zeros(len(self._rows), dtype=torch.long, device=self._rows.device)
+        target_gradients(self.model.head, self._rows, self._rows, labels)
 
     def updates(self) -> None:
         for one in self._moving:

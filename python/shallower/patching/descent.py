@@ -1,6 +1,7 @@
 """Gradient descent from a patched cut towards the whole model's next-token distributions.
 
-The loss is the divergence of the cut model's distributions from those of the whole model. Its
+The loss is the cross-entropy of the cut model's distributions with a mixture of those of the whole
+model and the text's own next tokens. Its
 gradient is taken backwards through the cut, layer after layer, so that only one layer's gradients
 are held at a time. So is its graph: the layer runs anew from the states before it, but on a CPU
 whose memory has room for the graphs of more. Every matrix takes steps of Adam (1412.6980) with
@@ -17,10 +18,12 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..evaluation.loss import predicting_tokens
 from ..memory.budget import BUDGET
 from ..models.head import Head, part_sizes
 from ..models.layerwise import Layerwise, Trace, rows
@@ -30,16 +33,16 @@ from .changes import Changes
 from .checkpoint import PatchCheckpoint
 from .states import StateSet
 
-STEPS = 48
+STEPS = 96
 """Steps, at most."""
 
-STEP_TOKENS = 2048
+STEP_TOKENS = 1024
 """Tokens of a step, of whole batches: at least so many, where there are."""
 
 PASSES = 2
 """Passes over the texts, at most."""
 
-RATE = 0.002
+RATE = 0.001
 """The size of a step, as a share of the root mean square of a matrix's entries."""
 
 WARM_UP, DECAY = 4, 0.6
@@ -50,6 +53,9 @@ MOMENTUM, SQUARES = 0.9, 0.99
 
 MOST = 10.0
 """The largest step of one entry, in those of the rate: an outer product misjudges some."""
+
+LABELS = 0.3
+"""The share of the text's own next token in the target; the rest is the whole model's distribution."""
 
 COPIES = 4
 """Copies of the logits that are made beside them."""
@@ -348,7 +354,9 @@ class Descent:
         given = cut.clone().requires_grad_()
         with torch.enable_grad(), self._model.starting_from(given, ()):
             reached = rows(head.states(ids, mask), batch.learned)
-        gradients = divergence_gradients(head, reached.detach(), aim)
+        next_ids = np.where(predicting_tokens(batch), np.roll(batch.input_ids, -1, axis=1), -1)
+        labels = torch.from_numpy(next_ids[batch.learned]).to(aim.device)
+        gradients = target_gradients(head, reached.detach(), aim, labels)
         (found,) = torch.autograd.grad(reached, given, gradients)
         # Halves are coarse near zero: gradients are made as large as one.
         found = found.float()
@@ -356,16 +364,24 @@ class Descent:
         return found.mul_(self._scale).to(cut.dtype)
 
 
-def divergence_gradients(head: Head, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Take the gradients of Σ KL(whole ‖ cut) in the cut's final states, a few rows at a time.
+def target_gradients(
+    head: Head, cut: torch.Tensor, whole: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Take the gradients of Σ KL(target ‖ cut) in the cut's final states, a few rows at a time.
 
-    All are (R, D), states as the head gets them; the distributions are in the dtype of the logits.
+    States are (R, D), as the head gets them; the distributions are in the dtype of the logits. The
+    target is the whole model's distribution, with a share :data:`LABELS` of the label, (R,) int64
+    token ids; -1 where a text ends.
     """
     gradients = torch.empty_like(cut)
     sizes = part_sizes(len(cut), COPIES * head.vocab_size)
-    for some, aim, found in zip(*(x.split(sizes) for x in (cut, whole, gradients)), strict=True):
+    parts = (values.split(sizes) for values in (cut, whole, labels, gradients))
+    for some, aim, label, found in zip(*parts, strict=True):
         with torch.no_grad():
             wanted = head.logits(aim).softmax(-1)
+            share = (label >= 0).to(wanted) * LABELS
+            wanted.mul_(1 - share[:, None])
+            wanted.scatter_add_(1, label.clamp(min=0)[:, None], share[:, None])
         with torch.enable_grad():
             given = some.clone().requires_grad_()
             logits = head.logits(given)

@@ -24,6 +24,9 @@ from .least_squares import HeldOut, NormalEquations
 MAX_HELD_OUT = 8192
 """Tokens on which choices are made, at most."""
 
+BATCH_TOKENS = 1024
+"""Tokens of a batch, about, where ``batch_size`` is no less: a step takes whole batches."""
+
 FARTHEST = 12.0
 """How far a text's first token is moved at most, in mean norms of the other tokens' states.
 
@@ -60,6 +63,8 @@ def divide(
             counts[held] += len(tokenised.ids)
     for part in parts:
         part.sort(key=_by_length)  # texts of one length together: less padding
+    at_once = BATCH_TOKENS * len(parts[0]) // max(1, counts[0])
+    tokens = replace(tokens, batch_size=max(1, min(tokens.texts, at_once)))
     fitted, held_out = (
         [
             replace(batch, given=np.array([part[index].given for index in batch.samples]))
