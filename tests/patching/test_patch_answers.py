@@ -3,6 +3,7 @@
 import copy
 import json
 from fractions import Fraction
+from functools import partial
 from math import floor
 
 import pytest
@@ -85,9 +86,9 @@ def test_of_an_answer_what_was_written_is_learned_as_a_healing_learns_it(
     """The oracle are the labels of a healing, and the model's own loss of them."""
     took, make = [], descent.target_gradients
 
-    def counted(head, cut, whole, labels):
+    def counted(head, cut, whole, *, labels):
         took.append((len(cut), int((labels >= 0).sum())))
-        return make(head, cut, whole, labels)
+        return make(head, cut, whole, labels=labels)
 
     monkeypatch.setattr(descent, "target_gradients", counted)
     options = {"texts": (), "share": 1, "max_length": 12, "batch_size": 64}
@@ -119,7 +120,7 @@ def test_the_record_and_the_card_tell_of_answers(model, words, said, tmp_path):
     done = sh.patch(model, words, BLOCK, texts=TEXTS, answers=iter(said), share=0.25)
     sh.save_patched(model, words, tmp_path / "patched", done=done)
     card = (tmp_path / "patched" / "README.md").read_text()
-    assert f"| tokens fitted | {done.num_tokens:,}, 25 % of the texts answers |" in card
+    assert f"| tokens fitted | {done.num_tokens:,}, up to 25 % of the texts answers |" in card
     assert "--texts TEXTS --answers ANSWERS --share 0.25" in card.replace(" \\\n    ", " ")
     assert "`ANSWERS` are prompts,\neach with its answer; of those without one " in card
     record = json.loads((tmp_path / "patched" / PATCH_FILE).read_text())
@@ -217,8 +218,22 @@ def test_a_dry_run_tells_of_answers_and_loads_nothing(given, folder, monkeypatch
     done = given("out", "--dry-run", "--json", "--share", 0.25).json
     assert (done["answers"], done["share"]) == ("to 40 prompts", 0.25)
     said = given("out", "--dry-run", answers=()).out
-    assert "answers: to 512 prompts of our own, or beginnings of texts\n" in said
+    assert "answers: to 64 prompts of our own, or beginnings of texts\n" in said
     assert not (folder / "out").exists()
+
+
+def test_a_model_that_chats_answers_by_default(given, folder, words, written):
+    asked = partial(given, "out", "--dry-run", answers=None)
+    assert "answers" not in asked().out
+    words = copy.deepcopy(words)
+    words.chat_template = "{% for one in messages %}w1 {{ one.content[:9] }} w2{% endfor %}"
+    words.save_pretrained(folder / "whole")
+    assert "answers: to 64 prompts of our own" in asked().out
+    assert "answers" not in asked("--no-answers").out
+    assert "answers" not in asked("--stream").out
+    assert given("out", "--answer-tokens", 4, answers=None).status == 0
+    assert sum(written) == 64
+    assert json.loads((folder / "out" / PATCH_FILE).read_text())["share"] == 0.5
 
 
 @pytest.mark.parametrize(

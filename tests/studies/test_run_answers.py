@@ -209,12 +209,13 @@ def test_other_answers_are_another_run(study, tmp_path):
     assert len({*jobs}) == len(jobs)
     assert study(answers=str(tmp_path / "prompts.jsonl")).job == jobs[2]
     assert study(answers=[Prompt(one) for one in PROMPTS]).job == jobs[2]
-    for nothing in (False, None, ()):
-        assert study(answers=nothing).job == jobs[0]
-        assert study(answers=nothing).wanted_answers is None
-    healed = {"heal": True, "heal_steps": 4}
-    assert study(**healed).wanted_answers.chats_only
-    assert study(answers=False, **healed).wanted_answers is None
+    nothing = study(answers=False)
+    assert nothing.wanted_answers is study(answers=()).wanted_answers is None
+    assert nothing.job == study(answers=()).job
+    assert nothing.job not in jobs
+    for by_default in ({}, {"heal": True, "heal_steps": 4}):
+        assert study(**by_default).wanted_answers.chats_only
+    assert study(plan_only=True).wanted_answers is None
 
 
 @pytest.mark.parametrize(

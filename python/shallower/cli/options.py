@@ -72,7 +72,7 @@ def _parameters(kind: type, name: str, one: Option) -> dict[str, Parameter]:
     both = of is bool and default is None
     made = [(name, of if default is not None else of | None, _option(one, default, both=both))]
     if one.off is not None:
-        made.append((f"no_{name}", bool, typer.Option(False, _words(one)[1], help=one.off[0])))
+        made.append((f"no_{name}", bool, _option_off(one, False)))
     return {
         each: Parameter(each, Parameter.KEYWORD_ONLY, annotation=of, default=option)
         for each, of, option in made
@@ -100,9 +100,19 @@ def _option(one: Option, *default: Any, both: bool = False) -> Any:
     return typer.Option(*default, words, metavar=one.metavar, help=one.sentence, min=one.least)
 
 
+def _option_off(one: Option, *default: Any) -> Any:
+    """The option that takes a field away, as :func:`_option`."""
+    return typer.Option(*default, _words(one)[1], help=one.off and one.off[0])
+
+
 def _same(kind: type, name: str) -> Any:
     """The option of a field of settings, for the annotation of a parameter."""
     return _option(options_of(kind)[name])
+
+
+def _without(kind: type, name: str) -> Any:
+    """The option that takes such a field away, likewise."""
+    return _option_off(options_of(kind)[name])
 
 
 def _value(name: str, one: Option, given: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +212,7 @@ ShardOption = Annotated[
     ),
 ]
 Answers = Annotated[str | None, _same(RunSettings, "answers")]
+NoAnswers = Annotated[bool, _without(RunSettings, "answers")]
 AnswerTokens = Annotated[
     int, typer.Option(metavar="N", help="Tokens of an answer that is written, at most.", min=1)
 ]

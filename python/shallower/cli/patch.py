@@ -21,6 +21,7 @@ from .options import (
     Json,
     MaxTexts,
     Model,
+    NoAnswers,
     NoCache,
     Out,
     Overwrite,
@@ -57,6 +58,7 @@ def patch_command(
         typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
     ] = None,
     answers: Answers = None,
+    no_answers: NoAnswers = False,
     answer_tokens: AnswerTokens = 256,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -80,8 +82,9 @@ def patch_command(
     """Drop layers and repair the cut in minutes, adding no parameter.
 
     The layer before the cut is solved by least squares to replace the dropped layers. Then all
-    matrices from there on take at most 48 gradient steps towards the whole model's next-token
-    distributions, while the loss on held-out text falls. A patch that does not help is not saved.
+    matrices from there on take at most 96 gradient steps towards the whole model's next-token
+    distributions and the next tokens themselves. A model that chats also learns from its own
+    answers to prompts. A patch that does not help is not saved.
     When interrupted, the same command resumes. It is recommended to patch first, then heal.
     """
     from ..cutting.plans import plan_file
@@ -96,7 +99,7 @@ def patch_command(
     place = ModelSource(
         model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
     )
-    asked, share = _asked(answers, answer_tokens, place), settings.share
+    asked, share = _asked(answers, no_answers, answer_tokens, place), settings.share
     check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts, answers or None])
     output = output_of(
         open_store(no_cache, dry_run=dry_run),
@@ -117,23 +120,24 @@ def patch_command(
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
     plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
     if dry_run:
+        asked = asked if asked and asked.is_for(place.load_tokenizer()) else None
         planned: dict[str, Any] = {
             "patch": model,
             "drop": ranges(wanted.dropped),
             "texts": texts,
             **({} if asked is None else {"answers": str(asked), "share": share}),
+            **_planned(
+                place,
+                wanted.dropped,
+                source,
+                out=out,
+                is_here=device_memory is None,
+                held_out=list(held_out or ()),
+                num_written=0 if asked is None else asked.num_written,
+                **counted,
+            ),
         }
-        takes = _planned(
-            place,
-            wanted.dropped,
-            source,
-            out=out,
-            is_here=device_memory is None,
-            held_out=list(held_out or ()),
-            num_written=0 if asked is None else asked.num_written,
-            **counted,
-        )
-        say_dry_run({**planned, **takes, "memory": plan_memory(), "write": [str(out)]}, as_json)
+        say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
     from ..patching.saving import patch_to_folder
@@ -169,11 +173,20 @@ def _patchable(place: ModelSource, named: "Plan | list[Block]", out: Path) -> "P
     return plan
 
 
-def _asked(answers: str | None, num_tokens: int, place: ModelSource) -> "WantedAnswers | None":
-    """The answers that are wanted; a model on disk is not read for each of their tokens."""
+def _asked(
+    answers: str | None, no_answers: bool, num_tokens: int, place: ModelSource
+) -> "WantedAnswers | None":
+    """The answers that are wanted, by default of a model that chats.
+
+    A model on disk is not read for each of their tokens.
+    """
     from ..errors import ModelError
 
-    wanted = wanted_answers(answers, num_tokens=num_tokens)
+    if no_answers or (answers is None and place.waits_on_disk):
+        return None
+    wanted = wanted_answers(answers or "", num_tokens=num_tokens)
+    if wanted is not None and answers is None:
+        return replace(wanted, chats_only=True)
     if wanted is not None and not wanted.are_there and place.waits_on_disk:
         raise ModelError(
             "--answers beside --stream: all layers would be read once a token of every answer; "
@@ -192,14 +205,15 @@ def _answers(
     no_cache: bool,
 ) -> "Sequence[Answer]":
     """What the whole model, which is loaded, says to the prompts; PlanError if it is another."""
-    if wanted is None:
-        return ()
     from ..models.decoder import Decoder
     from ..store.given_models import ModelStore
     from ..store.store import open_store
 
     decoder, tokenizer = Decoder.of(loaded[0]), loaded[1]
     plan.check_model(decoder.identity)
+    wanted = wanted and wanted.of(decoder, tokenizer)
+    if wanted is None:
+        return ()
     kept = ModelStore.of(place, open_store(no_cache))
     return wanted.by(decoder, tokenizer, texts, store=kept)
 

@@ -117,6 +117,8 @@ def demo_command(
         settings = replace(settings, max_loss=max_loss)
     if settings.target.is_none:
         settings = replace(settings, n=demo.NUM_LAYERS)
+    if settings.answers is None and not settings.heal:  # which take a minute
+        settings = replace(settings, answers=False)
     settings = replace(
         settings,
         top=demo.TOP,

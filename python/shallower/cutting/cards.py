@@ -122,7 +122,7 @@ On the same texts it ends in this model, and in the numbers above.{placeholder} 
 _PLACES = """Other words in
 capitals are places of texts: those that it is fitted on, and those of the held-out loss."""
 _ANSWERS = """ `ANSWERS` are prompts,
-each with its answer; of those without one the source writes them."""
+each with its answer; of those without one the source writes them (`--answers` alone: our own)."""
 _NAMES = "Names of files\nare those of the machine that made it."
 
 _HEALED_AGAIN = """\

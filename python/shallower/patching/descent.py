@@ -1,13 +1,12 @@
 """Gradient descent from a patched cut towards the whole model's next-token distributions.
 
 The loss is the cross-entropy of the cut model's distributions with a mixture of those of the whole
-model and the text's own next tokens. Its
-gradient is taken backwards through the cut, layer after layer, so that only one layer's gradients
-are held at a time. So is its graph: the layer runs anew from the states before it, but on a CPU
-whose memory has room for the graphs of more. Every matrix takes steps of Adam (1412.6980) with
-second moments of rows and columns alone (Adafactor, 1804.04235), each a share of the root mean
-square of its own entries: one rate does for matrices of any width. Moves are kept beside the old
-values, so that steps below a dtype's grain add up.
+model and the text's next tokens. Its gradient is taken backwards through the cut, layer after
+layer, so that only one layer's gradients are held at a time. So is its graph: the layer runs anew
+from the states before it, but on a CPU whose memory has room for the graphs of more. Every matrix
+takes steps of Adam (1412.6980) with second moments of rows and columns alone (Adafactor,
+1804.04235), each a share of the root mean square of its own entries: one rate does for matrices of
+any width. Moves are kept beside the old values, so that steps below a dtype's grain add up.
 
 Where the layers are streamed, each step reads them forwards once and backwards once, and all that
 is kept of a matrix lies in temporary files.
@@ -54,8 +53,8 @@ MOMENTUM, SQUARES = 0.9, 0.99
 MOST = 10.0
 """The largest step of one entry, in those of the rate: an outer product misjudges some."""
 
-LABELS = 0.3
-"""The share of the text's own next token in the target; the rest is the whole model's distribution."""
+LABELS = 0.5
+"""The share of the text's next token in the target; the rest is the whole model's distribution."""
 
 COPIES = 4
 """Copies of the logits that are made beside them."""
@@ -356,7 +355,7 @@ class Descent:
             reached = rows(head.states(ids, mask), batch.learned)
         next_ids = np.where(predicting_tokens(batch), np.roll(batch.input_ids, -1, axis=1), -1)
         labels = torch.from_numpy(next_ids[batch.learned]).to(aim.device)
-        gradients = target_gradients(head, reached.detach(), aim, labels)
+        gradients = target_gradients(head, reached.detach(), aim, labels=labels)
         (found,) = torch.autograd.grad(reached, given, gradients)
         # Halves are coarse near zero: gradients are made as large as one.
         found = found.float()
@@ -365,7 +364,7 @@ class Descent:
 
 
 def target_gradients(
-    head: Head, cut: torch.Tensor, whole: torch.Tensor, labels: torch.Tensor
+    head: Head, cut: torch.Tensor, whole: torch.Tensor, *, labels: torch.Tensor
 ) -> torch.Tensor:
     """Take the gradients of Σ KL(target ‖ cut) in the cut's final states, a few rows at a time.
 

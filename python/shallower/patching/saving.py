@@ -92,6 +92,7 @@ def _command(done: Patch, *, measured: bool) -> str:
         "drop": drop_option(done.plan.blocks),
         "texts": "TEXTS",
         "answers": None if done.share is None else "ANSWERS",
+        "no_answers": done.share is None or None,
         "share": done.share,
         "eval_texts": "EVAL_TEXTS" if measured else None,
         "max_length": done.max_length or None,
@@ -124,7 +125,7 @@ def _patch_rows(done: Patch, measured: Mapping[str, Loss]) -> list[tuple[str, st
 
 def _among(done: Patch) -> str:
     """How many of what was fitted are answers, if any are."""
-    return "" if done.share is None else f", {100 * done.share:g} % of the texts answers"
+    return "" if done.share is None else f", up to {100 * done.share:g} % of the texts answers"
 
 
 def patch_to_folder(

@@ -40,8 +40,8 @@ AT_ONCE = 32
 ANSWER_TOKENS = 256
 """Tokens of an answer to train on, at most."""
 
-PATCH_ANSWERS = 512
-"""Prompts of our own that are answered for a patch."""
+PATCH_ANSWERS = 64
+"""Prompts of our own that are answered for a patch: a tenth of what it fits, or more."""
 
 MOST_ANSWERS, ANSWERS_A_STEP = 2048, 8
 """Prompts of our own that are answered for a training, at most, and for a step of it."""
@@ -177,6 +177,10 @@ class WantedAnswers:
             "chats_only": self.chats_only,
         }
 
+    def is_for(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Whether a model with this tokenizer is asked for them."""
+        return not self.chats_only or has_template(tokenizer)
+
     def of(
         self, decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase"
     ) -> "WantedAnswers | None":
@@ -185,7 +189,7 @@ class WantedAnswers:
         """
         if not self.chats_only:
             return self
-        if not has_template(tokenizer):
+        if not self.is_for(tokenizer):
             return None
         try:
             self.check(decoder, tokenizer, ())

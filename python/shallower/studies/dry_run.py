@@ -259,7 +259,7 @@ class _Model:
             prompts = np.array([len(one) for one in ids])
             for left in (self.layers, *[self.layers - n] * (models - 1)):
                 yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
-        if self._answers is not None:
+        if self._answers is not None and self._answers.is_for(self.texts.tokenizer):
             yield written(self.layers, self._answers.num_written)
         if self._patch_tokens:  # and its checkpoint, saved and compared
             yield cuts.patched(n) + cuts.measured(n) + Work(passes=((2, 0),))

@@ -211,12 +211,17 @@ class RunStudy(Study[RunSettings]):
     def wanted_answers(self) -> WantedAnswers | None:
         """What the whole model is to say, to patch and to train on; None for nothing."""
         given, heal = self.settings.answers, self.settings.heal
-        if given is False or (given is None and not heal):
+        if given is False or (given is None and self._asks_no_answers):
             return None
         recipe = heal if isinstance(heal, Recipe) else Recipe(steps=self.settings.heal_steps)
         count = answers_for(recipe.steps or STEPS if heal else None)
         prompts = None if isinstance(given, bool | None) else given_prompts(given)
         return WantedAnswers(prompts, count, seed=self.settings.seed, chats_only=given is None)
+
+    @property
+    def _asks_no_answers(self) -> bool:
+        """Whether no answers are learned from, or every token of them would read all layers."""
+        return self.settings.plan_only or any(model.waits_on_disk for model in self.models)
 
     @staticmethod
     def _job_in(values: Any) -> Any:

@@ -162,7 +162,7 @@ class RunSettings(RacingSettings):
         "[PROMPTS]",
         alone=True,
         off=(
-            "Learn from the texts alone: --heal takes answers by default if the model chats.",
+            "Learn from the texts alone: by default also from answers, if the model chats.",
             False,
         ),
     )
