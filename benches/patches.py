@@ -168,7 +168,7 @@ class Cut:
             factor = sums.prune_comp()
             operator = lambda states: (states.float() * factor).to(states.dtype)  # noqa: E731
         else:
-            turn = sums.replaceme(held=held)
+            turn = sums.replaceme(first="inner" not in method, held=held)
         seconds = time.perf_counter() - started + sums.seconds["forward"] + sums.seconds[family]
         if held is not None:
             seconds += held.seconds["forward"] + held.seconds[family]
@@ -224,8 +224,8 @@ class Cut:
 
 METHODS = (
     "refit", "quick", "ghosted", "ghosted_inner", "ghosted_chosen",
-    "ghosted_inner_chosen", "ghosted_128", "ghosted_inner_128", "replaceme", "replaceme_chosen",
-    "linear_patch", "prune_comp",
+    "ghosted_inner_chosen", "ghosted_128", "ghosted_inner_128", "replaceme", "replaceme_inner",
+    "replaceme_chosen", "linear_patch", "prune_comp",
 )  # fmt: skip
 """`inner` leaves the first tokens out of the fit; `chosen` chooses the ridge on held-out states."""
 

@@ -115,9 +115,9 @@ class Boundary:
         ridge = GHOSTED_RIDGE if held is None else best_ridge(sums, held.change)
         return torch.eye(len(sums.gram)).double() + sums.solve(ridge)
 
-    def replaceme(self, *, held=None):
+    def replaceme(self, *, first=True, held=None):
         """(D, D): m T. α is 0, or chosen on held-out sums."""
-        sums = self.mlp + self.first_mlp
+        sums = self.mlp + self.first_mlp if first else self.mlp
         return sums.solve(0.0 if held is None else best_ridge(sums, held.mlp + held.first_mlp))
 
     def linear_patch(self):

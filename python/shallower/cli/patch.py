@@ -82,7 +82,7 @@ def patch_command(
     """Drop layers and repair the cut in minutes, adding no parameter.
 
     The layer before the cut is solved by least squares to replace the dropped layers. Then all
-    matrices from there on take at most 96 gradient steps towards the whole model's next-token
+    matrices from there on take at most 112 gradient steps towards the whole model's next-token
     distributions and the next tokens themselves. A model that chats also learns from its own
     answers to prompts. A patch that does not help is not saved.
     When interrupted, the same command resumes. It is recommended to patch first, then heal.

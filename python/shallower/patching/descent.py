@@ -32,7 +32,7 @@ from .changes import Changes
 from .checkpoint import PatchCheckpoint
 from .states import StateSet
 
-STEPS = 96
+STEPS = 112
 """Steps, at most."""
 
 STEP_TOKENS = 1024
