@@ -354,7 +354,7 @@ class Descent:
         with torch.enable_grad(), self._model.starting_from(given, ()):
             reached = rows(head.states(ids, mask), batch.learned)
         next_ids = np.where(predicting_tokens(batch), np.roll(batch.input_ids, -1, axis=1), -1)
-        labels = torch.from_numpy(next_ids[batch.learned]).to(aim.device)
+        labels = torch.from_numpy(next_ids[batch.learned])
         gradients = target_gradients(head, reached.detach(), aim, labels=labels)
         (found,) = torch.autograd.grad(reached, given, gradients)
         # Halves are coarse near zero: gradients are made as large as one.
@@ -378,6 +378,7 @@ def target_gradients(
     for some, aim, label, found in zip(*parts, strict=True):
         with torch.no_grad():
             wanted = head.logits(aim).softmax(-1)
+            label = label.to(wanted.device)
             share = (label >= 0).to(wanted) * LABELS
             wanted.mul_(1 - share[:, None])
             wanted.scatter_add_(1, label.clamp(min=0)[:, None], share[:, None])
