@@ -213,8 +213,11 @@ def test_other_answers_are_another_run(study, tmp_path):
     assert nothing.wanted_answers is study(answers=()).wanted_answers is None
     assert nothing.job == study(answers=()).job
     assert nothing.job not in jobs
-    for by_default in ({}, {"heal": True, "heal_steps": 4}):
+    assert study(answers=None).job == jobs[0]
+    healed = {"heal": True, "heal_steps": 4}
+    for by_default in ({}, healed):
         assert study(**by_default).wanted_answers.chats_only
+    assert study(answers=False, **healed).wanted_answers is None
     assert study(plan_only=True).wanted_answers is None
 
 

@@ -205,17 +205,17 @@ def _answers(
     no_cache: bool,
 ) -> "Sequence[Answer]":
     """What the whole model, which is loaded, says to the prompts; PlanError if it is another."""
+    if wanted is None:
+        return ()
     from ..models.decoder import Decoder
     from ..store.given_models import ModelStore
     from ..store.store import open_store
 
     decoder, tokenizer = Decoder.of(loaded[0]), loaded[1]
     plan.check_model(decoder.identity)
-    wanted = wanted and wanted.of(decoder, tokenizer)
-    if wanted is None:
-        return ()
+    wanted = wanted.of(decoder, tokenizer)
     kept = ModelStore.of(place, open_store(no_cache))
-    return wanted.by(decoder, tokenizer, texts, store=kept)
+    return () if wanted is None else wanted.by(decoder, tokenizer, texts, store=kept)
 
 
 def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) -> None:

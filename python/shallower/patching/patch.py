@@ -1,7 +1,7 @@
 """Repair in minutes: the layer before a cut is solved in closed form, then all behind it descend.
 
 Least squares fits that layer's last matrices to x^(stop) of the whole model; then all matrices
-descend towards its next-token distributions. No parameter is added.
+descend towards its next-token distributions and the next tokens. No parameter is added.
 """
 
 from collections.abc import Iterator, Sequence

@@ -119,7 +119,7 @@ def _patch_rows(done: Patch, measured: Mapping[str, Loss]) -> list[tuple[str, st
         rows.append(("matrices solved anew, by source layer", changed))
     if done.descent:
         behind = f"all matrices of the source layers from {done.fits[0].layer} on that are left"
-        rows.append(("took steps down the divergence from the source", behind))
+        rows.append(("took steps towards the source's distributions and the next tokens", behind))
     return rows
 
 
