@@ -153,12 +153,6 @@ def test_all_matrices_behind_the_cut_go_on_down(model, words):
     assert sh.Patch.from_json(done.to_json()) == done
 
 
-def test_records_of_methods_that_went_are_read():
-    plan = sh.Plan(8, (sh.Block(3, 5),))
-    done = sh.Patch(plan, "magnitude", 90, 10, 1.0, 3.0, 2.0, scales=(1.25,))
-    assert sh.Patch.from_json(json.loads(json.dumps(done.to_json()))) == done
-
-
 def test_the_feed_forward_is_ridge_regression_of_what_is_missing(learned, words, monkeypatch):
     monkeypatch.setattr(least_squares, "RIDGES", (0.1,))
     monkeypatch.setattr(solver, "FIRST_WEIGHTS", (0.01,))

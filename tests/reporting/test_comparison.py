@@ -184,18 +184,6 @@ def test_cuts_that_were_not_patched_are_ranked_as_bare_cuts():
     assert story.sentence.endswith("No row says how they compare after a patch.")
 
 
-def test_a_comparison_of_an_older_version_is_read(shown):
-    data = turned().to_json()
-    for row in data["rows"]:
-        for name in [name for name in row if name.startswith("patched_")]:
-            if name != "patched_stderr":
-                del row[name]
-    found = CriteriaComparison.from_json(data)
-    assert [row.patched.loss.mean for row in found.rows] == [3.9, 4.1]
-    assert not any(row.patched.is_ranked or row.patched.tied for row in found.rows)
-    assert "greedy loses least as a bare cut" in shown(found, 300)
-
-
 @pytest.mark.parametrize("judge", ["loss", "kl"])
 def test_a_narrow_terminal_keeps_criteria_and_layers(whole, shown, judge):
     text = shown(replace(whole, judge=judge, models=whole.models[:1]), 40)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shallower.reporting.results import Continuations
 from shallower.reporting.stories.evaluation import (
     evaluation_json,
     evaluation_parts,
@@ -97,14 +96,6 @@ def test_a_run_says_how_its_models_speak(tmp_path):
     assert "How it speaks" in [one.title for one in run_story(done, drawn=False).sections]
 
 
-def test_a_run_of_an_older_version_shows_samples_alone(tmp_path):
-    told = Continuations("A plan is", "A plan is good.", "A plan is a", None)
-    section = speech_section(replace(made_run(tmp_path), speech={}, continuations=(told,)))
-    assert section.tables == ()
-    assert section.samples[0].continued == {"whole": "good.", "cut": "a"}
-    assert len(section.lines) == 1
-
-
 def repeating(speech, rate):
     """Speech with so many repeated 4-grams, and a whole model with one in ten."""
 
@@ -129,3 +120,9 @@ def test_a_recommended_model_that_repeats_itself_is_warned_of(tmp_path, rate, wa
     assert not any("repeats itself" in one for one in found)
     assert math.isclose(repeating(done.speech["cut"], rate).mean("repetition"), rate + 1 / 90)
     assert repeats_warning("cut", cut["cut"]).startswith("the cut model repeats itself")
+
+
+@pytest.mark.parametrize(("patched", "warned"), [(-0.1, True), (0.2, False)])
+def test_a_patched_model_that_is_better_than_the_whole_one_is_warned_of(tmp_path, patched, warned):
+    found = run_story(made_run(tmp_path, patched=patched), drawn=False).warnings
+    assert any("has learned the domain of the texts" in one for one in found) == warned

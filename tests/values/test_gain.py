@@ -35,14 +35,6 @@ def test_a_gain_is_read_as_it_was_stored(measured):
     assert Gain.from_json(stored) == gain(measured)
 
 
-def test_a_gain_of_an_older_version_is_read():
-    """It knew no experts; one between wrote the cut as a draft of its parent beside them."""
-    stored = gain().to_json()
-    del stored["experts"]
-    assert Gain.from_json(stored) == gain()
-    assert Gain.from_json({**stored, "acceptance": 0.8, "drafts": {"a100-80": {}}}) == gain()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

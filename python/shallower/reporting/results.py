@@ -160,7 +160,7 @@ class Run:
         try:
             values = of_type(dict, json.loads((out / RESULTS_FILE).read_bytes()))
             done, difference = values["recommended"], values["max_logits_difference"]
-            source, speech = values.get("source"), of_type(dict, values.get("speech", {}))
+            source, speech = values["source"], of_type(dict, values["speech"])
             results = cls(
                 out,
                 Target(**values["wish"]),
@@ -172,9 +172,9 @@ class Run:
                 tuple(Continuations(**one) for one in values["continuations"]),
                 {name: Speech.from_json(one) for name, one in speech.items()},
                 math.nan if difference is None else of_type(float, difference),
-                command=of_type(str, values.get("command", "")),
-                loaded=of_type(str, values.get("loaded", "MODEL")),
-                evaluated=of_type(str, values.get("evaluated", "")),
+                command=of_type(str, values["command"]),
+                loaded=of_type(str, values["loaded"]),
+                evaluated=of_type(str, values["evaluated"]),
                 source=source and (of_type(str, source[0]), of_type(int, source[1])),
                 marks=dict(values["marks"]),
             )

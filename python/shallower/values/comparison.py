@@ -1,7 +1,7 @@
 """CriteriaComparison: what each criterion removes, and what that costs, row by row."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from .counts import counted
@@ -75,19 +75,10 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Any) -> "Row":
-        """Read what :meth:`to_json` gave; older versions wrote less. Raises KeyError, TypeError."""
-        return cls(**fields_of_flat(cls, {**dict.fromkeys(_LATER), **of_type(dict, data)}, COLUMNS))
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
+        return cls(**fields_of_flat(cls, data, COLUMNS))
 
 
-_LATER = {
-    **alike("accuracy", "unpatched"),
-    **estimated("patched_difference", "patched.difference"),
-    **estimated("patched_regret", "patched.regret"),
-    "patched_tied": "patched.tied",
-    **estimated("acceptance"),
-    **estimated("repetition"),
-    **alike("experts"),
-}
 COLUMNS = {
     **alike("model", "texts", "criterion", "n", "dropped"),
     **estimated("loss", "cut.loss", "stderr"),
@@ -97,9 +88,15 @@ COLUMNS = {
     "tied": "cut.tied",
     **alike("tau", "layers_share", "parameters_share", "seconds", "layer_forwards"),
     **estimated("score"),
-    **_LATER,
+    **alike("accuracy", "unpatched"),
+    **estimated("patched_difference", "patched.difference"),
+    **estimated("patched_regret", "patched.regret"),
+    "patched_tied": "patched.tied",
+    **estimated("acceptance"),
+    **estimated("repetition"),
+    **alike("experts"),
 }
-"""The columns of a row, in JSON and CSV; some were not written by older versions."""
+"""The columns of a row, in JSON and CSV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +134,6 @@ class ComparedModel:
         """Give the model as plain JSON values."""
         return plain_fields(self)
 
-    @classmethod
-    def from_json(cls, data: Any) -> "ComparedModel":
-        """Read what :meth:`to_json` gave; older versions wrote less."""
-        older = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
-        return cls(**fields_of(cls, {**older, "single_layers": [], **of_type(dict, data)}))
-
 
 @dataclass(frozen=True, slots=True)
 class CriteriaComparison:
@@ -156,7 +147,7 @@ class CriteriaComparison:
         judge: name of the judge that chose.
         unit: of a score of that judge.
         splits: the number of calibration, selection and test texts.
-        max_length: tokens of a text, at most; 0 where that is not known.
+        max_length: tokens of a text, at most.
         versions: of the packages that made the figures.
     """
 
@@ -175,7 +166,7 @@ class CriteriaComparison:
         """Read what :meth:`to_json` gave; raises ValueError, KeyError, TypeError."""
         if of_type(dict, data).get("format") != "shallower.comparison" or data["version"] != 1:
             raise ValueError("expected format shallower.comparison version 1")
-        return cls(**fields_of(cls, {"max_length": 0, "versions": {}, **data}))
+        return cls(**fields_of(cls, data))
 
     def to_json(self) -> dict[str, Any]:
         """Give ``rows``, ``whole`` (the loss of the first model) and all else by name."""

@@ -63,12 +63,9 @@ class CurvePoint:
         return plain_fields(self, "to_record")
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "CurvePoint":
-        """Read what :meth:`to_record` gave; older versions wrote no speech.
-
-        Raises KeyError, TypeError, ValueError.
-        """
-        return cls(**fields_of(cls, {"speech": None, **of_type(dict, data)}))
+    def from_json(cls, data: Any) -> "CurvePoint":
+        """Read what :meth:`to_record` gave; raises KeyError, TypeError, ValueError."""
+        return cls(**fields_of(cls, data))
 
 
 @dataclass(frozen=True, slots=True)

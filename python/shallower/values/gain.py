@@ -226,14 +226,11 @@ class Gain:
 
     @classmethod
     def from_json(cls, data: Any) -> "Gain":
-        """Read what :meth:`to_json` gave; older versions wrote no experts.
-
-        Raises KeyError, TypeError, ValueError.
-        """
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
         if of_type(dict, data).get("format") != "shallower.gain" or data["version"] != 1:
             raise ValueError("expected a gain of version 1")
         try:
-            gain = cls(**fields_of(cls, {"experts": None, **data}))
+            gain = cls(**fields_of(cls, data))
         except ExpertsError as error:
             raise ValueError(str(error)) from error
         tokens = [time for one in gain.forecasts for time in (one.decode_before, one.decode_after)]

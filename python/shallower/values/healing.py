@@ -73,12 +73,6 @@ class Merge:
         """Give the comparison as plain JSON values."""
         return {**asdict(self), "loss": self.loss.to_figures() if self.loss else None}
 
-    @classmethod
-    def from_json(cls, data: Any) -> "Merge":
-        """Read what :meth:`to_json` gave; earlier versions wrote less."""
-        earlier = {"trained_difference": None, "loss": None, "check": "logits"}
-        return cls(**fields_of(cls, {**earlier, **of_type(dict, data)}))
-
 
 @dataclass(frozen=True, slots=True)
 class Healing:
@@ -194,4 +188,4 @@ class Healing:
     def _from_json(cls, data: Any) -> "Healing":
         if (of_type(dict, data).get("format"), data.get("version")) != ("shallower.healing", 1):
             raise ValueError("expected format shallower.healing version 1")
-        return cls(**fields_of(cls, {"cut": None, "answers": None, **data}))
+        return cls(**fields_of(cls, data))

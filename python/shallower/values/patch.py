@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import PatchError
 from .loss import Loss
 from .plan import Plan
-from .schema import fields_of, of_type
+from .schema import fields_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +43,18 @@ class Patch:
 
     Attributes:
         plan: the plan that was carried out.
-        method: ``refit``; records of older versions may name ``map`` or ``magnitude``.
+        method: ``refit``.
         num_tokens: tokens that were fitted.
         num_held_out: tokens that choices were made on.
         original: loss of the whole model, in nats a token.
         cut: loss of the cut before the patch, in nats a token.
         patched: loss of the patched cut, in nats a token.
         fits: the layers that were solved anew.
-        scales: of ``magnitude`` only, the growth of the norms across each block.
         descent: the loss after the steps that all matrices from the first of these layers on
             took together; empty where they did not help.
-        max_length: tokens of a text at most; 0 in a record of an earlier version.
-        batch_size: texts in one forward; 0 in one.
-        most_tokens: tokens that were to be fitted, at most; 0 in one.
+        max_length: tokens of a text at most.
+        batch_size: texts in one forward.
+        most_tokens: tokens that were to be fitted, at most.
         share: the share of answers that was asked for among texts and answers; None where there
             were none.
     """
@@ -68,7 +67,6 @@ class Patch:
     cut: float
     patched: float
     fits: tuple[Fit, ...] = ()
-    scales: tuple[float, ...] = ()
     descent: tuple[float, ...] = ()
     max_length: int = 0
     batch_size: int = 0
@@ -89,7 +87,8 @@ class Patch:
         if measured:
             share = _recovered(*(measured[name].nats for name in ("whole", "cut", "patched")))
             place = "held-out texts"
-        return f"{100 * share:.0f} % of the lost nats recovered on {place}"
+        more = ", more than all: it has learned the domain of its texts" if share > 1 else ""
+        return f"{100 * share:.0f} % of the lost nats recovered on {place}{more}"
 
     def to_json(self) -> dict[str, Any]:
         """The fields, the plan as JSON, and ``recovered``, as plain JSON values."""
@@ -99,20 +98,18 @@ class Patch:
             **asdict(self),
             "plan": self.plan.to_json(),
             "fits": [{**asdict(fit), "matrices": list(fit.matrices)} for fit in self.fits],
-            "scales": list(self.scales),
             "descent": list(self.descent),
             "recovered": self.recovered,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Patch":
-        """Read what :meth:`to_json` gave, in this version or an earlier one.
+        """Read what :meth:`to_json` gave.
 
         KeyError, TypeError, ValueError: they are no patch. LayersError, PlanError, PositionsError:
         its plan cannot be.
         """
-        earlier = {"max_length": 0, "batch_size": 0, "most_tokens": 0, "share": None}
-        return cls(**fields_of(cls, {**earlier, **of_type(dict, data)}))
+        return cls(**fields_of(cls, data))
 
 
 def _recovered(whole: float, cut: float, patched: float) -> float:

@@ -198,8 +198,7 @@ class Recipe:
 class Resolved:
     """A :class:`Recipe` with nothing left open; the attributes are the same.
 
-    ``share`` is None where there are no answers to train on. In a record of an earlier version the
-    objective may be one that is gone.
+    ``share`` is None where there are no answers to train on.
     """
 
     preset: str
@@ -256,12 +255,8 @@ class Resolved:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Resolved":
-        """Read what :meth:`to_json` gave, in this version or an earlier one.
-
-        Raises KeyError, TypeError, ValueError.
-        """
-        known = {"share": None, **of_type(dict, data), "objective": _objective(data)}
-        return cls(**fields_of(cls, known))
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
+        return cls(**fields_of(cls, {"share": None, **of_type(dict, data)}))
 
 
 def check_share(share: object) -> None:
@@ -271,12 +266,6 @@ def check_share(share: object) -> None:
             f"share must be above 0 and at most 1, the share of answers among texts and answers, "
             f"got {share!r} (share, --share)"
         )
-
-
-def _objective(data: Mapping[str, Any]) -> Any:
-    """The objective of a record; earlier versions had others, and a weight of matched states."""
-    objective, distill = data.get("objective", "lm"), data.get("distill", 0.0)
-    return f"{objective} + {distill:g} distill" if distill else objective
 
 
 def _batch_size(given: int | None, processes: int) -> int:

@@ -157,6 +157,12 @@ class Recommended:
                 f"the {self.state} model loses {lost} nats a token on the test set, more "
                 f"than the {most:g} that it was chosen for on others (max_loss, --max-loss)"
             )
+        if lost.mean < 0 and not lost.tied:
+            found.append(
+                f"the {self.state} model is better than the whole one on the test set, by "
+                f"{with_error(-lost.mean, lost.stderr)} nats a token: it has learned the domain "
+                f"of the texts; measure on others what was lost (eval)"
+            )
         if worse and worse.stderr > 0 and worse.mean > COLLAPSE * worse.stderr:
             found.append(
                 f"distance misleads here: its block of {layer_count(len(self.plan.dropped))} loses "

@@ -86,7 +86,7 @@ def speech_section(run: Run) -> Section:
             f"more than of those that it says itself.",
         )
     tables = (speech_table(speech),) if speech else ()
-    samples = tuple(_sample(one, answered=bool(speech)) for one in run.continuations)
+    samples = tuple(map(_sample, run.continuations))
     return Section("How it speaks", tuple(lines), tables=tables, samples=samples)
 
 
@@ -380,15 +380,9 @@ class _RunStory:
         return differs(length, dtype, self._best.plan.versions)
 
 
-def _sample(one: Continuations, *, answered: bool) -> Sample:
-    """A sample; where no speech was measured, in older runs, texts begin with the prompt."""
-    texts = {name: text for name in _STATES if (text := getattr(one, name)) is not None}
-    if not answered:
-        texts = {
-            name: text.removeprefix(one.prompt).removeprefix(" ").strip("\n")
-            for name, text in texts.items()
-        }
-    return Sample(one.prompt, texts)
+def _sample(one: Continuations) -> Sample:
+    said = {name: text for name in _STATES if (text := getattr(one, name)) is not None}
+    return Sample(one.prompt, said)
 
 
 def _cost(best: Recommended) -> str:

@@ -174,9 +174,6 @@ def patch_table(patch: Patch, measured: Mapping[str, Loss]) -> Table:
     for loss in patch.descent:
         words = "all matrices from there on, by steps"
         rows.append((words, "", nothing, Number.of(loss, digits=4)))
-    if not patch.fits:
-        words = "all layers behind the cut, scaled"
-        rows.append((words, "", nothing, Number.of(patch.patched, digits=4)))
     return Table(
         f"patch by {patch.method}: {patch.back(measured)}",
         ("after solving", "for", "R²", "nats a token"),
