@@ -159,10 +159,9 @@ class LinearMap(Criterion):
 
     def costs(self, subject: Subject) -> Costs:
         kept, size = kept_states(subject), subject.num_layers + 1
-        blocks, errors = np.zeros((2, size, size))
-        for start in range(subject.num_layers):
-            found = kept.unexplained(start, kept.fitted[start], kept.held_out[start])
-            for stop, scores in enumerate(found, start + 1):
+        blocks, errors = np.full((2, size, size), np.nan)
+        for start, inputs in self._inputs(subject):
+            for stop, scores in enumerate(kept.unexplained(start, *inputs), start + 1):
                 blocks[start, stop], errors[start, stop] = scores.mean, scores.stderr
         return Costs.of_blocks(
             blocks,
@@ -177,6 +176,11 @@ class LinearMap(Criterion):
         """All layers on the texts that are run, and on those that the model is checked with."""
         texts = KeptTokens.of(subject.batches).num_texts
         return subject.num_layers * (texts + PROBED)
+
+    def _inputs(self, subject: Subject) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+        """For every start what a block is predicted from, at the tokens that are kept."""
+        kept = kept_states(subject)
+        return enumerate(zip(kept.fitted[:-1], kept.held_out[:-1], strict=True))
 
 
 class Reachable(LinearMap):
@@ -195,43 +199,15 @@ class Reachable(LinearMap):
         "keeps 16 bytes a pair of the feed-forward's channels, and its products."
     )
 
-    def costs(self, subject: Subject) -> Costs:
-        """Fit the layer before each block; a CriterionError says that none can be fitted."""
-        kept, size = kept_states(subject), subject.num_layers + 1
-        blocks = np.full((size, size), np.nan)
-        errors, plain = blocks.copy(), False
-        for start, inputs in self._inputs(subject):
-            if inputs is not None:
-                plain = True
-                for stop, scores in enumerate(kept.unexplained(start, *inputs), start + 1):
-                    blocks[start, stop], errors[start, stop] = scores.mean, scores.stderr
-        if not plain:
-            raise CriterionError(
-                f"the criterion {self.name} knows only layers whose feed-forward writes into the "
-                f"residual stream by a plain linear map, and this model has none (experts, a norm "
-                f"behind it, or quantised weights): load it unquantised, or leave out {self.name} "
-                f"(--criteria)"
-            )
-        return Costs.of_blocks(
-            blocks,
-            stderr=errors,
-            metric=self.name,
-            model=subject.decoder.identity,
-            texts=subject.texts,
-            positions=ALL_TOKENS,
-        )
-
     def layer_forwards(self, subject: Subject) -> int:
         """As for the linear map, and all layers but the last once more, probed."""
         texts = KeptTokens.of(subject.batches).num_texts
         more = (subject.num_layers - 1) * (texts + PROBES)
         return super().layer_forwards(subject) + more
 
-    def _inputs(
-        self, subject: Subject
-    ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor] | None]]:
-        """For every start from 1 on the last matrix's inputs at the tokens that are kept."""
-        model, tokens = subject.layerwise, kept_states(subject).tokens
+    def _inputs(self, subject: Subject) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+        """For every start from 1 on the last matrix's inputs; a CriterionError if none is plain."""
+        model, tokens, plain = subject.layerwise, kept_states(subject).tokens, False
         states = [model.embed(batch) for batch in tokens.batches]
         probe = tokens.batches[0].split(1)[0]
         for layer in range(subject.num_layers - 1):
@@ -247,7 +223,16 @@ class Reachable(LinearMap):
                     inputs = taken[-1].view(*batch.input_ids.shape, -1)
                     for kept, masks in zip(parts, (tokens.fitted, tokens.held_out), strict=True):
                         kept.append(rows(inputs, masks[index]).to(subject.decoder.device))
-            yield layer + 1, None if writer is None else (torch.cat(parts[0]), torch.cat(parts[1]))
+            if writer is not None:
+                plain = True
+                yield layer + 1, (torch.cat(parts[0]), torch.cat(parts[1]))
+        if not plain:
+            raise CriterionError(
+                f"the criterion {self.name} knows only layers whose feed-forward writes into the "
+                f"residual stream by a plain linear map, and this model has none (experts, a norm "
+                f"behind it, or quantised weights): load it unquantised, or leave out {self.name} "
+                f"(--criteria)"
+            )
 
 
 @contextmanager
