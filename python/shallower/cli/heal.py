@@ -90,7 +90,8 @@ def heal_command(
         texts, eval_texts, max_texts=max_texts, max_eval_texts=max_eval_texts
     )
     steps = recipe.steps or STEPS
-    wanted = wanted_answers(answers, steps, num_tokens=answer_tokens, seed=recipe.seed)
+    prompts: dict[str, Any] = {"num_tokens": answer_tokens, "seed": recipe.seed}
+    wanted = None if answers is None else wanted_answers(answers, steps, **prompts)
     recipe.check(original=original is not None, from_patch=from_patch)
     _check_data(wanted, recipe, texts=texts, original=original, from_patch=from_patch)
     check_apart(out, [model, original, texts, eval_texts, answers or None])

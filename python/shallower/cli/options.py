@@ -270,18 +270,15 @@ def read_apart(
 
 
 def wanted_answers(
-    answers: str | None, steps: int | None = None, *, num_tokens: int, seed: int = 0
-) -> "WantedAnswers | None":
-    """Read what ``--answers`` names, for a patch or ``steps`` of a training; None where it is not
-    given.
+    answers: str, steps: int | None = None, *, num_tokens: int, seed: int = 0
+) -> "WantedAnswers":
+    """Read what ``--answers`` names, for a patch or ``steps`` of a training.
 
     TextsError: there are no prompts in the file.
     """
     from ..studies.answers import WantedAnswers, answers_for
     from ..texts.prompts import read_prompts
 
-    if answers is None:
-        return None
     prompts = read_prompts(answers) if answers else None
     return WantedAnswers(prompts, answers_for(steps), num_tokens, seed)
 

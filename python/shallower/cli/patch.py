@@ -185,9 +185,9 @@ def _asked(
     if no_answers or (answers is None and place.waits_on_disk):
         return None
     wanted = wanted_answers(answers or "", num_tokens=num_tokens)
-    if wanted is not None and answers is None:
+    if answers is None:
         return replace(wanted, chats_only=True)
-    if wanted is not None and not wanted.are_there and place.waits_on_disk:
+    if not wanted.are_there and place.waits_on_disk:
         raise ModelError(
             "--answers beside --stream: all layers would be read once a token of every answer; "
             "give a file that has the answers, or leave one of the two out"
