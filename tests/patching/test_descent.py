@@ -78,12 +78,12 @@ def divergence(whole, cut, ids):
     return (wanted.exp() * (wanted - found)).sum()
 
 
-def missed(whole, cut, ids):
+def missed(whole, cut, ids, share):
     """The sum over tokens of the cross-entropy with the target, by its definition."""
     with torch.no_grad():
         target = whole(input_ids=ids).logits.softmax(-1)
         labels = torch.nn.functional.one_hot(ids[:, 1:], target.shape[-1])
-        target[:, :-1] += descent.LABELS * (labels - target[:, :-1])
+        target[:, :-1] += share * (labels - target[:, :-1])
     return -(target * cut(input_ids=ids).logits.log_softmax(-1)).sum()
 
 
@@ -106,9 +106,10 @@ def slow_twin(model, batches, steps):
     }  # fmt: skip
     sizes = {k: float(w.detach().square().mean().sqrt()) for k, w in weights.items()}
     momentum, rows, columns = (dict.fromkeys(weights, 0.0) for _ in range(3))
+    share = descent.LABELS * len(steps) / descent.STEPS
     for number, chosen in enumerate(steps, 1):
         total = sum(
-            missed(whole, cut, torch.from_numpy(ids[mask.astype(bool)])[None])
+            missed(whole, cut, torch.from_numpy(ids[mask.astype(bool)])[None], share)
             for batch in (batches[index] for index in chosen)
             for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         )
@@ -131,14 +132,15 @@ def slow_twin(model, batches, steps):
 @pytest.mark.parametrize("frozen", mostly_slow([False, True], [True]))
 def test_the_steps_are_those_of_the_slow_twin(model, words, monkeypatch, frozen):
     monkeypatch.setattr(descent, "STEP_TOKENS", 200)
-    monkeypatch.setattr(descent, "STEPS", 3)
+    monkeypatch.setattr(descent, "STEPS", 6)
     batches = batches_of(words, TEXTS + sentences(8))
     once = draw_steps(batches)
     assert any(len(chosen) > 1 for chosen in once)
-    twin = slow_twin(model, batches, (2 * once)[:3])
+    assert 2 * len(once) < descent.STEPS  # so that less than the whole share are labels
+    twin = slow_twin(model, batches, 2 * once)
     moved = copy.deepcopy(model).requires_grad_(not frozen)
     _, steps = gone(moved, batches)
-    assert steps == descent.num_steps(batches) == len((2 * once)[:3])
+    assert steps == descent.num_steps(batches) == len(2 * once)
     for key, expected in twin.items():
         layer, _, name = key.partition(".")
         before = model.model.layers[int(layer)].get_parameter(name).detach().numpy()
@@ -252,11 +254,11 @@ def test_slopes_towards_the_target_are_those_of_autograd(model, words, monkeypat
     found = model.lm_head(given).log_softmax(-1)
     has = labels >= 0
     loss = -(wanted * found).sum(-1)
-    loss[has] *= 1 - descent.LABELS
-    loss[has] -= descent.LABELS * found[has, labels[has]]
+    loss[has] *= 1 - 0.3
+    loss[has] -= 0.3 * found[has, labels[has]]
     (expected,) = torch.autograd.grad(loss.sum(), given)
     torch.testing.assert_close(
-        target_gradients(head, cut, whole, labels=labels), expected, rtol=1e-4, atol=1e-6
+        target_gradients(head, cut, whole, labels, share=0.3), expected, rtol=1e-4, atol=1e-6
     )
 
 

@@ -54,7 +54,8 @@ MOST = 10.0
 """The largest step of one entry, in those of the rate: an outer product misjudges some."""
 
 LABELS = 0.5
-"""The share of the text's next token in the target; the rest is the whole model's distribution."""
+"""The share of the text's next token in the target of a patch that takes all steps, and in
+proportion of one with fewer; the rest is the whole model's distribution."""
 
 COPIES = 4
 """Copies of the logits that are made beside them."""
@@ -211,6 +212,8 @@ class Descent:
         }
         self._on_disk = model.is_streamed
         self._scale = 0.0
+        # The fewer the texts, the more their next tokens say of these texts alone.
+        self._labels = LABELS * num_steps(states.batches) / STEPS
         device = model.head.decoder.device
         # A card runs a layer again in less time than its memory is worth.
         self._room = BUDGET.share(self) if device.type == "cpu" else 0
@@ -355,7 +358,7 @@ class Descent:
             reached = rows(head.states(ids, mask), batch.learned)
         next_ids = np.where(predicting_tokens(batch), np.roll(batch.input_ids, -1, axis=1), -1)
         labels = torch.from_numpy(next_ids[batch.learned])
-        gradients = target_gradients(head, reached.detach(), aim, labels=labels)
+        gradients = target_gradients(head, reached.detach(), aim, labels, share=self._labels)
         (found,) = torch.autograd.grad(reached, given, gradients)
         # Halves are coarse near zero: gradients are made as large as one.
         found = found.float()
@@ -364,13 +367,13 @@ class Descent:
 
 
 def target_gradients(
-    head: Head, cut: torch.Tensor, whole: torch.Tensor, *, labels: torch.Tensor
+    head: Head, cut: torch.Tensor, whole: torch.Tensor, labels: torch.Tensor, *, share: float
 ) -> torch.Tensor:
     """Take the gradients of Σ KL(target ‖ cut) in the cut's final states, a few rows at a time.
 
     States are (R, D), as the head gets them; the distributions are in the dtype of the logits. The
-    target is the whole model's distribution, with a share :data:`LABELS` of the label, (R,) int64
-    token ids; -1 where a text ends.
+    target is the whole model's distribution, with a ``share`` of the label, (R,) int64 token ids;
+    -1 where a text ends.
     """
     gradients = torch.empty_like(cut)
     sizes = part_sizes(len(cut), COPIES * head.vocab_size)
@@ -379,9 +382,9 @@ def target_gradients(
         with torch.no_grad():
             wanted = head.logits(aim).softmax(-1)
             label = label.to(wanted.device)
-            share = (label >= 0).to(wanted) * LABELS
-            wanted.mul_(1 - share[:, None])
-            wanted.scatter_add_(1, label.clamp(min=0)[:, None], share[:, None])
+            part = (label >= 0).to(wanted) * share
+            wanted.mul_(1 - part[:, None])
+            wanted.scatter_add_(1, label.clamp(min=0)[:, None], part[:, None])
         with torch.enable_grad():
             given = some.clone().requires_grad_()
             logits = head.logits(given)
