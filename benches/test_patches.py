@@ -10,6 +10,7 @@ import torch
 import objectives
 import patches
 import shallower as sh
+import width
 from patches import judged, linear
 from peer_checks import START, STOP, check, tiny
 from peer_operators import collect
@@ -106,3 +107,24 @@ def test_objectives_in_miniature(monkeypatch, folder):
         for kind in ("choose", "report"):
             less = row[kind]["loss"] - patched[kind]["loss"]
             assert abs(row[kind]["less"]["mean"] - less) < 1e-9
+
+
+def test_width_in_miniature(monkeypatch, folder):
+    """All three ways leave about as many parameters, and steps bring each of them back."""
+    monkeypatch.setattr(width, "CHOSEN", {1: [4], 2: [3, 4], 3: [2, 3, 4]})
+    monkeypatch.setattr(width, "GRAIN", 1)
+    rows = run(monkeypatch, width, folder, "--tokens", 4000, "--layers", 3)
+    ways = {row["way"]: row for row in rows if "losses" in row}
+    assert sorted(ways) == ["a", "b", "c"]
+    assert ways["a"]["dropped"] == [2, 3, 4]
+    assert ways["b"]["dropped"] == []
+    most = ways["a"]["parameters"]
+    for row in ways.values():
+        assert 0.97 * most < row["parameters"] <= most
+        assert row["losses"]["report"]["loss"] <= row["losses"]["report"]["solved"]
+    less = {row["way"]: row for row in rows if "nats" in row}
+    for way in "bc":
+        nats = ways[way]["losses"]["report"]["loss"] - ways["a"]["losses"]["report"]["loss"]
+        assert abs(less[f"{way} less a"]["nats"] - nats) < 1e-9
+    assert len(rows[-1]["tried"]) == 2
+    assert rows[-1]["times"]["a"]["decode"][0] == 1

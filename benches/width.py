@@ -19,7 +19,6 @@ import argparse
 import copy
 import json
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -37,6 +36,7 @@ from shallower.patching.descent import Descent, keep_best
 from shallower.patching.solver import Solver
 from shallower.patching.states import StateSet, divide
 from shallower.runs import demo
+from shallower.savings.timing import time_forwards
 from shallower.values.tokens import Tokens
 
 LENGTH = 256
@@ -280,30 +280,19 @@ class Comparison:
         print(json.dumps(self.rows[-1]), file=sys.stderr, flush=True)
 
 
-@torch.no_grad()
-def timed(models, rounds=7, prefill=512, decode=24):
+def timed(models, rounds=7, context=512):
     """Median ratios to way (a) of the times of a prefill and of a decoded token, in turn."""
-    ids = torch.arange(1000, 1000 + prefill)[None]
-    times = {name: {"prefill": [], "decode": []} for name in models}
+    times = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
-            started = time.perf_counter()
-            cache = model(ids, use_cache=True).past_key_values
-            times[name]["prefill"].append(time.perf_counter() - started)
-            started = time.perf_counter()
-            for _ in range(decode):
-                cache = model(ids[:, :1], past_key_values=cache).past_key_values
-            times[name]["decode"].append((time.perf_counter() - started) / decode)
-    return {
-        name: {
-            kind: [
-                statistics.median(np.divide(some, times["a"][kind])),
-                float(np.std(np.divide(some, times["a"][kind])) / np.sqrt(rounds)),
-            ]
-            for kind, some in kinds.items()
-        }
-        for name, kinds in times.items()
-    }
+            times[name].append(time_forwards(model, context=context, steps=24))
+    found = {}
+    for name, some in times.items():
+        ratios = np.divide(some, times["a"])
+        errors = ratios.std(axis=0, ddof=1) / np.sqrt(rounds)
+        kinds = zip(("prefill", "decode"), np.median(ratios, axis=0), errors, strict=True)
+        found[name] = {kind: [float(ratio), float(error)] for kind, ratio, error in kinds}
+    return found
 
 
 def parse():
