@@ -188,4 +188,4 @@ class Healing:
     def _from_json(cls, data: Any) -> "Healing":
         if (of_type(dict, data).get("format"), data.get("version")) != ("shallower.healing", 1):
             raise ValueError("expected format shallower.healing version 1")
-        return cls(**fields_of(cls, data))
+        return cls(**fields_of(cls, {"answers": None, **data}))
