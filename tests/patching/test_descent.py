@@ -258,7 +258,7 @@ def test_slopes_towards_the_target_are_those_of_autograd(model, words, monkeypat
     loss[has] -= 0.3 * found[has, labels[has]]
     (expected,) = torch.autograd.grad(loss.sum(), given)
     torch.testing.assert_close(
-        target_gradients(head, cut, whole, labels, share=0.3), expected, rtol=1e-4, atol=1e-6
+        target_gradients(head, cut, whole, labels=labels, share=0.3), expected, rtol=1e-4, atol=1e-6
     )
 
 

@@ -86,9 +86,9 @@ def test_of_an_answer_what_was_written_is_learned_as_a_healing_learns_it(
     """The oracle are the labels of a healing, and the model's own loss of them."""
     took, make = [], descent.target_gradients
 
-    def counted(head, cut, whole, labels, *, share):
+    def counted(head, cut, whole, *, labels, share):
         took.append((len(cut), int((labels >= 0).sum())))
-        return make(head, cut, whole, labels, share=share)
+        return make(head, cut, whole, labels=labels, share=share)
 
     monkeypatch.setattr(descent, "target_gradients", counted)
     options = {"texts": (), "share": 1, "max_length": 12, "batch_size": 64}

@@ -204,7 +204,7 @@ class _Timing:
 
     def head_steps(self) -> None:
         labels = torch.zeros(len(self._rows), dtype=torch.long, device=self._rows.device)
-        target_gradients(self.model.head, self._rows, self._rows, labels, share=0.0)
+        target_gradients(self.model.head, self._rows, self._rows, labels=labels, share=0.0)
 
     def updates(self) -> None:
         for one in self._moving:

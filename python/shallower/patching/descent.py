@@ -358,7 +358,7 @@ class Descent:
             reached = rows(head.states(ids, mask), batch.learned)
         next_ids = np.where(predicting_tokens(batch), np.roll(batch.input_ids, -1, axis=1), -1)
         labels = torch.from_numpy(next_ids[batch.learned])
-        gradients = target_gradients(head, reached.detach(), aim, labels, share=self._labels)
+        gradients = target_gradients(head, reached.detach(), aim, labels=labels, share=self._labels)
         (found,) = torch.autograd.grad(reached, given, gradients)
         # Halves are coarse near zero: gradients are made as large as one.
         found = found.float()
@@ -367,7 +367,7 @@ class Descent:
 
 
 def target_gradients(
-    head: Head, cut: torch.Tensor, whole: torch.Tensor, labels: torch.Tensor, *, share: float
+    head: Head, cut: torch.Tensor, whole: torch.Tensor, *, labels: torch.Tensor, share: float
 ) -> torch.Tensor:
     """Take the gradients of Σ KL(target ‖ cut) in the cut's final states, a few rows at a time.
 
