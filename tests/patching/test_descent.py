@@ -106,7 +106,7 @@ def slow_twin(model, batches, steps):
     }  # fmt: skip
     sizes = {k: float(w.detach().square().mean().sqrt()) for k, w in weights.items()}
     momentum, rows, columns = (dict.fromkeys(weights, 0.0) for _ in range(3))
-    share = descent.LABELS * len(steps) / descent.STEPS
+    share = descent.LABELS * 2 * len(steps) / descent.STEPS
     for number, chosen in enumerate(steps, 1):
         total = sum(
             missed(whole, cut, torch.from_numpy(ids[mask.astype(bool)])[None], share)
@@ -132,11 +132,11 @@ def slow_twin(model, batches, steps):
 @pytest.mark.parametrize("frozen", mostly_slow([False, True], [True]))
 def test_the_steps_are_those_of_the_slow_twin(model, words, monkeypatch, frozen):
     monkeypatch.setattr(descent, "STEP_TOKENS", 200)
-    monkeypatch.setattr(descent, "STEPS", 6)
+    monkeypatch.setattr(descent, "STEPS", 12)
     batches = batches_of(words, TEXTS + sentences(8))
     once = draw_steps(batches)
     assert any(len(chosen) > 1 for chosen in once)
-    assert 2 * len(once) < descent.STEPS  # so that less than the whole share are labels
+    assert 4 * len(once) < descent.STEPS  # so that less than the whole share are labels
     twin = slow_twin(model, batches, 2 * once)
     moved = copy.deepcopy(model).requires_grad_(not frozen)
     _, steps = gone(moved, batches)

@@ -54,8 +54,9 @@ MOST = 10.0
 """The largest step of one entry, in those of the rate: an outer product misjudges some."""
 
 LABELS = 0.5
-"""The share of the text's next token in the target of a patch that takes all steps, and in
-proportion of one with fewer; the rest is the whole model's distribution."""
+"""The share of the text's next token in the target; the rest is the whole model's distribution.
+
+Of a patch that takes fewer than half of all steps it is less, in proportion."""
 
 COPIES = 4
 """Copies of the logits that are made beside them."""
@@ -213,7 +214,7 @@ class Descent:
         self._on_disk = model.is_streamed
         self._scale = 0.0
         # The fewer the texts, the more their next tokens say of these texts alone.
-        self._labels = LABELS * num_steps(states.batches) / STEPS
+        self._labels = LABELS * min(1.0, 2 * num_steps(states.batches) / STEPS)
         device = model.head.decoder.device
         # A card runs a layer again in less time than its memory is worth.
         self._room = BUDGET.share(self) if device.type == "cpu" else 0
