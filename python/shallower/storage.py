@@ -49,6 +49,9 @@ def _check_taken(path: Path, overwrite: bool) -> None:
 RECORD = ".shallower.json"
 """The names of all files that were written into a folder, in it: nothing else is replaced."""
 
+RESULT_RECORD = "shallower_record.json"
+"""How a result was made: written beside it once it is there."""
+
 
 def check_ours(path: Path, foreign: Sequence[str]) -> None:
     """Refuse to replace a path together with ``foreign`` files, if there are any: OutputError."""
@@ -63,7 +66,11 @@ def check_ours(path: Path, foreign: Sequence[str]) -> None:
 def _recorded(folder: Path) -> set[str]:
     """The names that the record in a folder has; none where there is no record."""
     try:
-        return {RECORD, *map(str, json.loads((folder / RECORD).read_bytes())["files"])}
+        return {
+            RECORD,
+            RESULT_RECORD,
+            *map(str, json.loads((folder / RECORD).read_bytes())["files"]),
+        }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
 

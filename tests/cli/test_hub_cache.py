@@ -1,8 +1,11 @@
 """A hub id whose model lies in the hub's cache: every command takes it from there."""
 
+import json
+
 import pytest
 from huggingface_hub import constants
 
+from tests.hub import COMMIT
 from tests.hub import hub as hub
 
 
@@ -60,3 +63,15 @@ def test_the_hub_is_asked_once_for_what_it_has_not(cached, shallower, jsonl):
     done = shallower("scan", "me/other", "--texts", jsonl, "--out", "scanned")
     assert done.status == 2
     assert done.err.count("ask the hub for me/other") == 1
+
+
+def test_a_cut_on_the_hub_is_made_again_from_there(cached, shallower, folder):
+    """Neither the cut nor its source lies here: the record names the source and its commit."""
+    record = json.loads((folder / "cut" / "shallower_record.json").read_text())
+    read = record["read"]["model"]
+    assert (read["name"], read["commit"]) == ("me/tiny", COMMIT)
+    (folder / "cut").rename(folder / "elsewhere")
+    done = shallower("reproduce", "me/cut", "--json")
+    assert (done.status, done.json["differences"]) == (0, [])
+    cached.repos["me/other"] = {"shallower_record.json": b"{}"}
+    assert "it is of another tool" in shallower("reproduce", "me/other").error

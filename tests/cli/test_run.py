@@ -75,6 +75,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
         "scan.safetensors",
         "heat_map.png",
         "shallower_plan.json",
+        "shallower_record.json",
         "results.json",
         "checkpoint",
         "report.html",

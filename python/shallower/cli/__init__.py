@@ -108,6 +108,11 @@ COMMANDS = {
         "Run the whole way on a small model, without a download.",
         "--out shallower-demo",
     ),
+    "reproduce": Command(
+        "reproduce",
+        "Make a result again from its record, and compare all of it.",
+        "patched --model SmolLM2-135M --texts c4.jsonl",
+    ),
     "report": Command(
         "report",
         "Write the page of a run, a comparison, a curve or a sweep.",
@@ -300,6 +305,10 @@ def _call(name: str, arguments: Sequence[str]) -> int:
         words = _with_values(command, arguments)
         with naming_extras(f"shallower {name}", _extras(name, arguments)):
             called = command.main(words, prog_name=f"shallower {name}", standalone_mode=False)
+            if not called and name in RECORDED and not _has(words, *HELP):
+                from .reproduce import keep_record
+
+                keep_record(name, command, words)
     except ShallowerError as error:
         page = f" (see {error.page})" if error.page else ""
         _fail(" ".join(str(error).split()) + page)
@@ -312,6 +321,9 @@ def _call(name: str, arguments: Sequence[str]) -> int:
 
 
 HELP = ("-h", "--help")
+
+RECORDED = ("prune", "patch", "heal", "merge", "run")
+"""The commands whose results have a record, from which they are made again."""
 
 HEAVY = ("scan", "compare", "curve", "eval", "gain", "patch", "heal", "merge", "run", "demo")
 """The commands that load packages for seconds before they have anything to show."""

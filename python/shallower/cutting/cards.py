@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage import write_file
+from ..storage import RESULT_RECORD, write_file
 from ..values.commands import command_line, option_words, shell_lines
 from ..values.counts import counted, with_error
 from ..values.files import PLAN_FILE
@@ -54,6 +54,8 @@ _CARD = """\
 
 {history}
 {again}
+If `{record}` lies beside this card, `shallower reproduce {result}` does so and compares all bytes.
+
 {loading}
 From this folder, by transformers{version}:
 
@@ -193,6 +195,8 @@ def cut_card(facts: CutFacts) -> str:
         rows=_table(_rows(facts)),
         history=_numbered(_steps(facts)),
         again=_again(facts),
+        record=facts.file(RESULT_RECORD),
+        result="." if facts.file(CARD_FILE) == CARD_FILE else quoted,
         loading=_LOADING,
         version=_VERSION if facts.needs_5 and not gguf else "",
         arguments=f'".", gguf_file={gguf!r}' if gguf else f'"."{_CODE if has_code else ""}',
@@ -317,14 +321,12 @@ def _again(facts: CutFacts) -> str:
         names += _about_answers(command)
         lines = shell_lines(command)
         return _MADE_AGAIN.format(placeholder=known, names=names, command=lines)
-    words = ["shallower", "prune", facts.source.place]
-    if facts.plan.experts is None:
-        words += ["--drop", drop_option(facts.plan.blocks)]
-    else:
-        words += ["--plan", facts.file(PLAN_FILE)]
-    words += [*option_words(_arguments(facts)), "--out", facts.out]
+    cut = ["--drop", drop_option(facts.plan.blocks)]
     if facts.plan.experts is not None:
+        cut = ["--plan", facts.file(PLAN_FILE)]
         placeholder += f"\n`{facts.file(PLAN_FILE)}` lies beside this card."
+    words = ["shallower", "prune", facts.source.place, *cut]
+    words += [*option_words(_arguments(facts)), "--out", facts.out]
     return _CUT_AGAIN.format(
         placeholder=placeholder, command=shlex.join(words), python=_python(facts)
     )
@@ -446,7 +448,7 @@ def adapters_card(
         ),
         name=_inline(cut.name),
         dropped=_dropped(plan, "its "),
-        healed=_healed("low-rank adapters were trained.", rows),
+        healed=_HEALED.format(what="low-rank adapters were trained.", rows=_table(rows)),
         code=_CODE if trust_remote_code else "",
         merge=command_line("merge", ".", *code, "--out", "../healed"),
     )
@@ -461,7 +463,7 @@ def healed_card(
     the cut, and what was measured of it is of before that; a run that heals has it in its own line.
     """
     text = cut_card.read_text(encoding="utf-8-sig") if cut_card.is_file() else ""
-    healed = _healed(what, rows)
+    healed = _HEALED.format(what=what, rows=_table(rows))
     text, heading, of_source = text.partition(_OF_SOURCE)
     of_source = f"{heading}{of_source}"
     text = _with_step(text, what, rows, loss_stays=bool(command))
@@ -494,7 +496,3 @@ def state_loss(card: Path, losses: "tuple[Loss, Loss]") -> None:
     if steps:
         text = f"{text[: steps.end() - 1]}{_LOST}{_lost(losses)}{text[steps.end() - 1 :]}"
     write_file(card, text.encode())
-
-
-def _healed(what: str, rows: Sequence[tuple[str, str]]) -> str:
-    return _HEALED.format(what=what, rows=_table(rows))

@@ -197,14 +197,31 @@ def file_inputs(path: str | Path) -> list[Any] | None:
 
 def hash_of_files(files: list[Path], store: Store) -> str:
     """Hash names and contents of files, each read only once; OSError if one cannot be read."""
+    return hash_of([[name, sha256] for name, sha256 in hashes_of(files, store).items()])
+
+
+def hashes_of(files: list[Path], store: Store) -> dict[str, str]:
+    """Hash files by their names; one that is all of it may have any name, and is under ``""``."""
     total = sum(file.stat().st_size for file in files)
     with track("hash, MiB", total >> 20, None if total >= LARGE_BYTES else False) as advance:
-        found = []
+        found = {}
         for file in files:
-            # A file that is all of it may have any name.
-            found.append([file.name if len(files) > 1 else "", _hash_of_file(file, store)])
+            found[file.name if len(files) > 1 else ""] = _hash_of_file(file, store)
             advance(file.stat().st_size >> 20)
-    return hash_of(found)
+    return found
+
+
+def model_files(source: ModelSource) -> tuple[list[Path], str | None]:
+    """Find the files of a model: all in a folder, or one GGUF file; and its commit on the hub.
+
+    Of a repository they are those in the hub's cache. OSError where there are none.
+    """
+    path, commit, found = source.place.expanduser(), None, _hub_file(source)
+    if found is not None:
+        path, commit = found if source.gguf_file else found.parent, _commit_of(source, found)
+    if path.is_file():
+        return [path], commit
+    return _files_in(path), commit
 
 
 def _hash_of_file(file: Path, store: Store) -> str:
@@ -297,7 +314,7 @@ def _local(source: ModelSource, store: Store, stat: bool) -> dict[str, Any] | No
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
+        files = _files_in(path)
     else:
         return None
     if _reaches_elsewhere(files):
@@ -310,6 +327,10 @@ def _local(source: ModelSource, store: Store, stat: bool) -> dict[str, Any] | No
             return None
     others = [file for file in files if file not in weights]
     return {**found, "sha256": hash_of_files(others, store)}
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(one for one in folder.iterdir() if one.is_file() and one.name[0] != ".")
 
 
 def _reaches_elsewhere(files: list[Path]) -> bool:
@@ -330,22 +351,36 @@ def _reaches_elsewhere(files: list[Path]) -> bool:
 
 def _on_the_hub(source: ModelSource) -> dict[str, Any] | None:
     """A repository by its commit on the hub, or in the hub's cache where that is off."""
+    found = _hub_file(source)
+    commit = None if found is None else _commit_of(source, found)
+    if found is None or commit is None or _reaches_elsewhere([found]):
+        return None
+    return {"commit": commit, "gguf_file": source.gguf_file}
+
+
+def _hub_file(source: ModelSource) -> Path | None:
+    """The config or GGUF file of a repository, in the hub's cache; None where it is none."""
     name = str(source.path)
     if hub_id(name) is None or Path(name).expanduser().exists():
         return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted, is_absent = source.gguf_file or "config.json", hub_absence() is not None
+    is_absent = hub_absence() is not None
     try:
         with track(f"ask the hub for {name}"), hushed():
-            found = Path(hf_hub_download(name, wanted, local_files_only=is_absent))
+            return Path(hf_hub_download(name, _wanted(source), local_files_only=is_absent))
     except HfHubHTTPError:
         return None
-    commit = found.parents[wanted.count("/")].name
-    if not _COMMIT.fullmatch(commit) or _reaches_elsewhere([found]):
-        return None
-    return {"commit": commit, "gguf_file": source.gguf_file}
+
+
+def _wanted(source: ModelSource) -> str:
+    return source.gguf_file or "config.json"
+
+
+def _commit_of(source: ModelSource, found: Path) -> str | None:
+    commit = found.parents[_wanted(source).count("/")].name
+    return commit if _COMMIT.fullmatch(commit) else None
 
 
 def _stamps(files: Iterable[Path]) -> list[Any] | None:

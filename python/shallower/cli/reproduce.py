@@ -1,0 +1,151 @@
+"""``shallower reproduce``."""
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Json, TrustRemoteCode
+from .output import print_json, remember_call, show, warn
+
+if TYPE_CHECKING:
+    from ..store.records import Record
+
+
+def _read(what: str) -> Any:
+    return typer.Option(metavar="PLACE", help=f"{what}, where the record names no repository.")
+
+
+def reproduce_command(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="RESULT", help="A folder, a GGUF file, a record, or a hub id that has one."
+        ),
+    ],
+    *,
+    model: Annotated[str | None, _read("The model that was read")] = None,
+    original: Annotated[str | None, _read("The uncut model of a healing")] = None,
+    adapters: Annotated[str | None, _read("The adapters of a merge")] = None,
+    texts: Annotated[str | None, _read("The texts")] = None,
+    eval_texts: Annotated[str | None, _read("The held-out texts")] = None,
+    answers: Annotated[str | None, _read("The file of prompts, of --answers")] = None,
+    speech: Annotated[str | None, _read("The file of prompts, of --speech")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Make a result again from its record, and compare all of it.
+
+    The record lies beside what prune, run, patch, heal and merge have written. First is said what
+    can be promised here: a cut has the same bytes on any machine; what is computed has them with
+    the same processor, instructions and threads, and otherwise the same losses within 0.02 nats.
+    What was read is compared by its SHA-256 before anything long. Each difference is a line, and
+    the exit status is 1 if there is one. When interrupted, the same command resumes.
+    """
+    from ..store.again import changed_result, compare, find_reads, promise_of, working_folder
+    from ..store.records import find_record
+    from ..store.store import open_store
+    from ..values.counts import counted
+
+    result, record = find_record(place)
+    given = {
+        "model": model, "original": original, "adapters": adapters, "texts": texts,
+        "eval_texts": eval_texts, "answers": answers, "speech": speech,
+    }  # fmt: skip
+    _check_options(record, trust_remote_code)
+    places, lines = find_reads(record, given, open_store())
+    lines += [] if result is None else changed_result(record, result)
+    promise = promise_of(record)
+    if not as_json:
+        show(f"promised: {promise.why}")
+    if not lines:
+        with working_folder(record) as folder:
+            made = _make(record, places, folder)
+        lines = compare(record, made, promise)
+    if as_json:
+        print_json({"promised": promise.why, "differences": lines, "files": dict(record.files)})
+    elif lines:
+        show(*lines)
+    else:
+        files, figures = counted(len(record.files), "file"), counted(len(record.figures), "figure")
+        show(f"the same: {files}, {figures}" if record.figures else f"the same: {files}")
+    if lines:
+        raise typer.Exit(1)
+
+
+def _check_options(record: "Record", trust_remote_code: bool) -> None:
+    """Refuse options that the command has not, or that nobody has allowed here."""
+    from ..errors import ModelError, OutputError
+    from . import RECORDED, parser
+
+    if record.command not in RECORDED:
+        raise OutputError(f"the record is of a command that leaves none: {record.command}")
+    unknown = {*record.settings} - {one.name for one in parser(record.command).params}
+    if unknown:
+        raise OutputError(f"the record names options that there are not: {', '.join(unknown)}")
+    if record.settings.get("trust_remote_code") and not trust_remote_code:
+        raise ModelError(
+            "the model was loaded with code of its own, which nothing runs unasked: allow it "
+            "(--trust-remote-code)"
+        )
+
+
+def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record":
+    """Carry the command of a record out; gives the record of what it has written."""
+    from ..store.records import record_of
+    from ..store.store import open_store
+    from . import parser
+
+    given = {**record.settings, **places, "overwrite": True}
+    given["out"] = str(folder / Path(record.out).name)
+    for name, text in record.plans.items():
+        given[name] = str(folder / f"{name}.json")
+        Path(given[name]).write_text(text, encoding="utf-8")
+    command = parser(record.command)
+    words = _words(command, given)
+    remember_call(record.command, words)
+    with contextlib.redirect_stdout(sys.stderr):
+        command.main(words, prog_name="shallower", standalone_mode=False)
+    return record_of(record.command, given, open_store())
+
+
+def keep_record(name: str, command: Any, words: Sequence[str]) -> None:
+    """Write the record of what a call has made, unless it was there, or nothing was to be made."""
+    from ..errors import ShallowerError, why
+    from ..processes import is_main_process
+    from ..store.records import is_recorded, write_record
+    from ..store.store import open_store
+
+    given = command.make_context(name, [*words]).params
+    if given["dry_run"] or not is_main_process() or is_recorded(Path(given["out"])):
+        return
+    off = [one.name for one in command.params if not one.secondary_opts and not given[one.name]]
+    plain = {
+        key: str(one) if isinstance(one, Path) else one
+        for key, one in given.items()
+        if not (key in off and one is False)
+    }
+    try:
+        write_record(name, plain, open_store(given["no_cache"]))
+    except (OSError, ValueError, ShallowerError) as error:
+        warn(f"no record of how it was made is written: {why(error)}")
+
+
+def _words(command: Any, given: Mapping[str, Any]) -> list[str]:
+    """Write the options of a call as its words."""
+    words: list[str] = []
+    arguments: list[str] = []
+    for one in command.params:
+        value = given.get(one.name)
+        if value is None:
+            continue
+        if one.param_type_name == "argument":
+            arguments.append(str(value))
+        elif getattr(one, "is_flag", False):
+            words += one.opts[:1] if value is True else one.secondary_opts[:1]
+        else:
+            words.append(f"{one.opts[0]}={value}")
+    return [*words, "--", *arguments]

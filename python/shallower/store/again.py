@@ -1,0 +1,128 @@
+"""Make a result again from its record, and compare: file by file, and figure by figure."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import OutputError
+from ..values.hashing import hash_of
+from .records import Read, Record, changed, files_of, here, read_of
+from .store import FOLDER_VARIABLE, Store, store_folder
+
+NATS = 0.02
+"""How far losses may lie apart that other instructions or threads have made."""
+
+ANYWHERE = ("prune",)
+"""Commands that copy bytes, and compute nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What can be promised of a result that is made again here.
+
+    Attributes:
+        bytes: whether its files are the same, to the byte; else its losses are within ``NATS``.
+        why: in words.
+    """
+
+    bytes: bool
+    why: str
+
+
+def promise_of(record: Record) -> Promise:
+    """Say what can be promised here, on this processor, with these instructions and threads."""
+    if record.command in ANYWHERE:
+        return Promise(True, "the same bytes: a cut copies them, on any machine")
+    mine = here()
+    apart = [
+        name
+        for name in ("cpu", "gpus", "variables", "tier", "threads", "processes")
+        if mine.get(name) != record.machine.get(name)
+    ]
+    if not apart:
+        return Promise(True, "the same bytes: processor, instructions and threads are those of it")
+    names = {"cpu": "processor", "gpus": "cards", "variables": "instructions", "tier": "tier"}
+    words = ", ".join(names.get(one, one) for one in apart)
+    return Promise(False, f"the same losses within {NATS} nats a token: not with the same {words}")
+
+
+def changed_result(record: Record, place: Path) -> list[str]:
+    """Say which files of a result are not as its record has them, a line each."""
+    found = files_of(place, record.command, record.part)
+    return [f"result: {line}" for line in changed(record.files, found)]
+
+
+def find_reads(
+    record: Record, given: Mapping[str, str | None], store: Store
+) -> tuple[dict[str, str], list[str]]:
+    """Find all that a record has read, and say what of it has changed, a line each.
+
+    ``given`` are places by option; what is of the hub is read from there. OutputError names what is
+    not at hand, by its hash.
+    """
+    places, lines = {}, []
+    for name, read in record.read.items():
+        place = given.get(name) or (None if read.commit is None else read.name)
+        if place is None:
+            raise OutputError(_wanted(name, read))
+        places[name] = place
+        found = read_of(name, place, record.command, given=record.settings, store=store)
+        lines += read.differences(found, f"--{name.replace('_', '-')} {place}")
+    return places, lines
+
+
+def _wanted(name: str, read: Read) -> str:
+    option = f"--{name.replace('_', '-')}"
+    sums = list(read.files.values())
+    count = "" if read.count is None else f", {read.count:,} texts"
+    return (
+        f"the record does not say where {read.name} lies{count}, of SHA-256 {sums[0][:16]}"
+        f"{f' and {len(sums) - 1} more files' if len(sums) > 1 else ''}: name it ({option})"
+    )
+
+
+@contextmanager
+def working_folder(record: Record) -> Iterator[Path]:
+    """Give a folder to make a result in, which stays when the body fails: the next call goes on.
+
+    The cache of measurements lies in it, so that nothing that is known already is taken.
+    """
+    home = store_folder()
+    if home is None:
+        raise OutputError(f"there is no home to work in: name a folder ({FOLDER_VARIABLE})")
+    folder = home / "reproduce" / hash_of(record.to_json())[:16]
+    before = os.environ.get(FOLDER_VARIABLE)
+    os.environ[FOLDER_VARIABLE] = str(folder / "cache")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if before is None:
+            del os.environ[FOLDER_VARIABLE]
+        else:
+            os.environ[FOLDER_VARIABLE] = before
+
+
+def compare(record: Record, made: Record, promise: Promise) -> list[str]:
+    """Say in what a result that was made again differs from its record, a line each."""
+    lines = [
+        f"made again: {line}" for line in changed(record.files, made.of_part(record.part).files)
+    ]
+    if not promise.bytes:
+        lines = [line for line in lines if not line.endswith("has other bytes")]
+    for name in sorted({*record.figures, *made.figures}):
+        had, has = record.figures.get(name), made.figures.get(name)
+        if had is None or has is None:
+            lines.append(f"{name}: {has} nats, expected {had}")
+        elif abs(had - has) > (0.0 if promise.bytes else NATS):
+            lines.append(f"{name}: {has:.4f} nats, expected {had:.4f}")
+    if not promise.bytes:
+        return lines
+    for name, version in record.versions.items():
+        if lines and made.versions.get(name) != version:
+            lines.append(f"{name} {version} has made it, here is {made.versions.get(name)}")
+    return lines

@@ -1,0 +1,333 @@
+"""The records beside results: made of what a call has named and written, and found again."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .._core import tier
+from ..cutting.exports import EXPORT_FILES, export_path
+from ..cutting.plans import plan_file
+from ..cutting.source import CARD_FILE, hub_id, place_name
+from ..errors import OutputError, why
+from ..models.processor import first_processor
+from ..models.source import ModelSource
+from ..processes import num_processes, processors
+from ..storage import RECORD, RESULT_RECORD, sha256_of, write_file
+from ..texts.sources import Texts
+from ..values.files import (
+    CHECKPOINT_FOLDER,
+    HEALED_FOLDER,
+    HEALING_FIGURE,
+    HEALING_FILE,
+    PATCH_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+)
+from ..values.hashing import hash_of
+from ..values.provenance import versions
+from ..values.schema import fields_of, of_type, plain_fields
+from .inputs import hashes_of, machine, model_files, texts_content
+from .store import Store
+
+WITHOUT_EFFECT = ("out", "overwrite", "no_cache", "dry_run", "as_json", "threads", "device_memory")
+
+VERSION = 1
+
+MODELS = ("model", "original", "adapters")
+TEXTS = {"texts": "max_texts", "eval_texts": "max_eval_texts"}
+"""Options that name texts, each with the option of how many of them are read."""
+
+PROMPTS = ("answers", "speech")
+PLANS = ("plan", "experts_plan", "drop_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A model, texts or a file that a command read, by content.
+
+    Attributes:
+        name: its hub id, or the last part of its place.
+        commit: of a repository on the hub, empty where it is not known; None for a place here.
+        files: the SHA-256 of each file; of texts one of all that were read, under ``texts``. None
+            of a dataset that is too large to be read for this.
+        count: texts that were read; None for what are no texts.
+    """
+
+    name: str
+    commit: str | None
+    files: Mapping[str, str]
+    count: int | None = None
+
+    def differences(self, other: "Read", what: str) -> list[str]:
+        """Say what of another one is not as it is here, a line each.
+
+        Of a repository the hub's cache may have some files alone.
+        """
+        if self.count != other.count and self.count is not None:
+            return [f"{what}: {other.count} texts were read, expected {self.count} ({self.name})"]
+        mine, others = self.files, other.files
+        if self.commit and other.commit:
+            both = {*mine} & {*others}
+            mine, others = ({name: of[name] for name in both} for of in (mine, others))
+        return [f"{what}: {line}" for line in changed(mine, others)]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a result was made.
+
+    Attributes:
+        command: by name.
+        settings: its options by name, without places and what changes no result.
+        out: the name of what it wrote.
+        read: by option, what it read.
+        plans: by option, the text of the plans and lists of experts that it read.
+        files: the SHA-256 of each file that it wrote and that no clock has a part in.
+        figures: losses in nats a token, by name.
+        versions: the packages that made it.
+        machine: the processor, the instructions that were chosen and the threads.
+        part: the folder in the result that has this record, of the checkpoints of a run.
+    """
+
+    command: str
+    settings: Mapping[str, Any]
+    out: str
+    read: Mapping[str, Read]
+    plans: Mapping[str, str]
+    files: Mapping[str, str]
+    figures: Mapping[str, float]
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    part: str = ""
+
+    def of_part(self, part: str) -> "Record":
+        """The record of a folder in the result; of all of it, if that has no name."""
+        inside = f"{part}/" if part else ""
+        files = {
+            name.removeprefix(inside): sha256
+            for name, sha256 in self.files.items()
+            if name.startswith(inside)
+        }
+        return replace(self, files=files, part=part)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {"format": "shallower.record", "version": VERSION, **plain_fields(self)}
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        """Read a record; OutputError where there is none, or it cannot be read here."""
+        try:
+            data = of_type(dict, json.loads(path.read_text(encoding="utf-8")))
+            if data.get("format") != "shallower.record":
+                raise ValueError("it is of another tool")
+            if of_type(int, data["version"]) > VERSION:
+                raise ValueError(f"it is of version {data['version']}: update shallower")
+            record = cls(**fields_of(cls, data))
+            record._check()
+            return record
+        except OSError as error:
+            raise OutputError(
+                f"no record of shallower can be read at {path}: {why(error, path)}; name a folder "
+                f"or GGUF file that a command of shallower has written"
+            ) from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise OutputError(f"{path} is no record of shallower: {why(error)}") from error
+
+    def _check(self) -> None:
+        """Refuse what no command writes: ValueError."""
+        named = {*MODELS, *TEXTS, "plan", "experts_plan", "out"} & {*self.settings}
+        named |= {name for name in PROMPTS if self.settings.get(name)}
+        if named:
+            raise ValueError(f"its settings name what is read ({', '.join(sorted(named))})")
+
+
+def changed(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Name the files of two sets that differ: those that changed, are missing, or are new."""
+    lines = []
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            lines.append(f"{name} is missing")
+        elif name not in expected:
+            lines.append(f"{name} is new")
+        elif expected[name] != found[name]:
+            lines.append(f"{name} has other bytes")
+    return lines
+
+
+ADAPTERS_FILE, _BASE = "adapter_config.json", "base_model_name_or_path"
+
+_PARTS = (CHECKPOINT_FOLDER, HEALED_FOLDER)
+
+_TIMED = (HEALING_FILE, HEALING_FIGURE)
+"""Files that hold times."""
+
+_FIGURES = {
+    PATCH_FILE: ("original", "cut", "patched"),
+    RESULTS_FILE: ("recommended.whole", "recommended.cut", "recommended.patched",
+                   "recommended.healed"),
+}  # fmt: skip
+
+
+def record_path(out: Path) -> Path:
+    """The place of the record of a folder, or of a GGUF file."""
+    return export_path(out, RESULT_RECORD) if out.suffix == ".gguf" else out / RESULT_RECORD
+
+
+def is_recorded(out: Path) -> bool:
+    """Whether the record of a result is there, and none of its files is newer."""
+    place = record_path(out)
+    if not place.is_file():
+        return False
+    made = [out] if out.suffix == ".gguf" else [one for one in out.rglob("*") if one.is_file()]
+    return max(one.stat().st_mtime_ns for one in made) <= place.stat().st_mtime_ns
+
+
+def record_of(command: str, given: Mapping[str, Any], store: Store) -> Record:
+    """Describe what a command has written, and read, by its options by name.
+
+    OSError where a file cannot be read.
+    """
+    out, settings = Path(given["out"]), {}
+    plans = {name: text for name in PLANS if (text := _plan(name, given.get(name))) is not None}
+    reads = {
+        name: read_of(name, str(given[name]), command, given=given, store=store)
+        for name in (*MODELS, *TEXTS, *PROMPTS)
+        if given.get(name)
+    }
+    for name, value in given.items():
+        if name not in {*reads, *plans, *WITHOUT_EFFECT} and value is not None:
+            settings[name] = value
+    return Record(
+        command,
+        settings,
+        out.name,
+        reads,
+        plans,
+        files_of(out, command),
+        figures_of(out),
+        versions(),
+        here(),
+    )
+
+
+def here() -> dict[str, Any]:
+    """Describe this machine, as far as the last bits of what it computes depend on it."""
+    return {
+        **machine(),
+        "processor": first_processor().get("model name", ""),
+        "tier": tier(),
+        "threads": os.environ.get("OMP_NUM_THREADS") or str(processors()),
+        "processes": num_processes(),
+    }
+
+
+def write_record(command: str, given: Mapping[str, Any], store: Store) -> None:
+    """Write the record of what a command has just written beside it, and into its checkpoints."""
+    record, out = record_of(command, given, store), Path(given["out"])
+    parts = [part for part in _PARTS if command == "run" and (out / part).is_dir()]
+    for part in (*parts, ""):
+        content = json.dumps(record.of_part(part).to_json(), indent=2) + "\n"
+        write_file(record_path(out / part), content.encode())
+
+
+def _plan(name: str, value: Any) -> str | None:
+    """The text of a plan, or of a list of experts where it is a file."""
+    if not value:
+        return None
+    path = Path(value).expanduser() if name == "drop_experts" else plan_file(value)
+    return path.read_text(encoding="utf-8") if name != "drop_experts" or path.is_file() else None
+
+
+def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], store: Store) -> Read:
+    """Hash what an option of a command names, by the others; OutputError where it is not there."""
+    if name in TEXTS:
+        return _read_texts(value, None if command == "run" else given.get(TEXTS[name]), store)
+    shown = hub_id(value) or place_name(value)
+    if name in MODELS:
+        gguf = given.get("gguf_file")
+        files, commit = model_files(ModelSource(value, gguf_file=gguf))
+        return Read(shown, commit, hashes_of(files, store))
+    return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
+
+
+def _read_texts(value: str, limit: int | None, store: Store) -> Read:
+    """Hash texts; a run divides them, so that it may read more than those that it fits."""
+    texts, is_here = Texts(value, limit), Path(value).expanduser().exists()
+    if not is_here and limit is None:
+        return Read(value, "", {})
+    content = texts_content(texts, store)
+    if content is None:
+        raise OutputError(f"no texts can be read at {value}")
+    name, commit = (place_name(value), None) if is_here else (value, "")
+    return Read(name, commit, {"texts": content["sha256"]}, content["texts"])
+
+
+def files_of(out: Path, command: str, part: str = "") -> dict[str, str]:
+    """Hash the files of a result, or of a part, that no clock has a hand in, by their names."""
+    if out.suffix == ".gguf":
+        paths = [out, *(export_path(out, name) for name in EXPORT_FILES)]
+        return {path.name: sha256_of(path) for path in paths if path.is_file()}
+    tops, left_out = [out], {RECORD, RESULT_RECORD, *_TIMED}
+    if command == "run":  # whose card tells its call, by the names that places had
+        tops = [out / one for one in _PARTS] if not part else tops
+        left_out.add(CARD_FILE)
+    paths = sorted(path for top in tops for path in top.rglob("*") if path.is_file())
+    return {
+        path.relative_to(out).as_posix(): _hash(path) for path in paths if path.name not in left_out
+    }
+
+
+def _hash(path: Path) -> str:
+    """Hash a file; the config of adapters without the place of their model."""
+    if path.name != ADAPTERS_FILE:
+        return sha256_of(path)
+    config = json.loads(path.read_bytes())
+    return hash_of({name: one for name, one in config.items() if name != _BASE})
+
+
+def figures_of(out: Path) -> dict[str, float]:
+    """The losses that a result tells of, in nats a token, by name."""
+    found: dict[str, float] = {}
+    for file, names in _FIGURES.items():
+        values = _json(out / file)
+        for name in names:
+            value: Any = values
+            for part in name.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if isinstance(value, float):
+                found[f"{file}: {name}"] = value
+    for one in _json(out / HEALING_FILE).get("held_out", []):
+        found[f"{HEALING_FILE}: held-out loss at step {one['step']}"] = one["nats"]
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def find_record(place: str) -> tuple[Path | None, Record]:
+    """Give the result that is at hand, if any, and its record; OutputError where there is none."""
+    path = Path(place).expanduser()
+    if path.stem == Path(REPORT_FILE).stem and path.is_file():  # the page of a run, or its data
+        path = path.parent
+    if path.name.endswith(RESULT_RECORD):
+        return None, Record.load(path)
+    if not path.exists() and hub_id(place) is not None:
+        return None, Record.load(_on_the_hub(place))
+    return path, Record.load(record_path(path))
+
+
+def _on_the_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, RESULT_RECORD))
+    except (OSError, ValueError) as error:  # all of the hub's errors are one of these
+        raise OutputError(
+            f"there is no {RESULT_RECORD} in {name} on the hub, or the hub cannot be reached; name "
+            f"a folder or GGUF file that a command of shallower has written"
+        ) from error

@@ -1,0 +1,281 @@
+"""Results that are made again from their records, and compared."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import shallower as sh
+from shallower.models import loading
+from shallower.storage import RESULT_RECORD
+from shallower.store import again, records
+from shallower.store.store import store_folder
+from tests.cli.documents import documents
+from tests.conftest import mostly_slow, write_jsonl
+from tests.cutting.mixtures import mixture
+from tests.healing.cuts import documents as progressions
+from tests.models.gguf_files import write_gguf
+
+HEAL = (
+    "heal cut --texts many.jsonl --eval-texts held_out.jsonl --dtype float32 --max-length 16 "
+    "--batch-size 8 --steps 8 --rank 2 --learning-rate 0.01 --eval-every 4 --out made"
+)
+CALLS = {
+    "prune": ("prune tiny --drop 2:4 --out made", "model tiny"),
+    "prune by a plan": ("prune tiny --plan cut --out made", "model tiny"),
+    "prune into a GGUF file": ("prune small.gguf --drop 1 --out made.gguf", "model small.gguf"),
+    "prune experts": (
+        "prune mixture --drop-experts " + ";".join(f"{layer}:1,4" for layer in range(8))
+        + " --out made",
+        "model mixture",
+    ),
+    "patch": (
+        "patch trained --texts counting.jsonl --drop 2:4 --eval-texts counted.jsonl --out made "
+        "--dtype float32 --max-length 16",
+        "model trained, texts counting.jsonl, eval_texts counted.jsonl",
+    ),
+    "heal": (HEAL, "model cut, texts many.jsonl, eval_texts held_out.jsonl"),
+    "heal merged": (f"{HEAL} --merge", "model cut, texts many.jsonl, eval_texts held_out.jsonl"),
+    "merge": ("merge adapters --out made", "adapters adapters"),
+    "run": (
+        "run trained --texts counting.jsonl --eval-texts counted.jsonl --n 1 --top 2 --no-speech "
+        "--no-answers --max-length 16 --out made",
+        "model trained, texts counting.jsonl, eval_texts counted.jsonl",
+    ),
+}  # fmt: skip
+"""Commands that leave a result, and what ``reproduce`` is told of where things lie."""
+
+QUICK = {"prune", "prune by a plan", "prune into a GGUF file", "patch", "merge"}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, models, texts, trained, words):
+    """A folder with all that the commands read."""
+    folder = tmp_path_factory.mktemp("given")
+    shutil.copytree(models / "tiny", folder / "tiny")
+    trained.save_pretrained(folder / "trained")
+    words.save_pretrained(folder / "trained")
+    mixture("mixtral").save_pretrained(folder / "mixture")
+    write_gguf(folder / "small.gguf")
+    write_jsonl(folder / "many.jsonl", documents(120, seed=2))
+    shutil.copy(texts / "held_out.jsonl", folder)
+    write_jsonl(folder / "counting.jsonl", progressions(160, 5))
+    write_jsonl(folder / "counted.jsonl", progressions(12, 1))
+    sh.prune(folder / "tiny", [range(2, 4)], folder / "cut")
+    recipe = sh.Recipe(
+        steps=1, rank=2, learning_rate=0.01, max_length=16, batch_size=8, dtype="float32"
+    )
+    sh.heal(folder / "cut", documents(120, seed=2), folder / "adapters", recipe=recipe)
+    return folder
+
+
+@pytest.fixture
+def place(given, folder):
+    """A copy of it, where commands run."""
+    shutil.copytree(given, folder, dirs_exist_ok=True)
+    return folder
+
+
+def words(told):
+    """``model tiny`` as an option."""
+    pairs = [one.split() for one in told.split(", ")]
+    return [f"--{name.replace('_', '-')}={place}" for name, place in pairs]
+
+
+def result_of(call):
+    return call.split("--out ")[1].split()[0]
+
+
+def record_in(result):
+    path = records.record_path(Path(result))
+    return path, json.loads(path.read_text())
+
+
+def edited(result, edit):
+    """Change the record of a result."""
+    path, record = record_in(result)
+    edit(record)
+    path.write_text(json.dumps(record))
+
+
+@pytest.fixture
+def made(shallower, place):
+    """Makes a result by the name of its call; gives its place and what reproduces it."""
+
+    def make_one(name):
+        call, told = CALLS[name]
+        done = shallower(*call.split())
+        assert done.status == 0, done.err
+        return result_of(call), words(told)
+
+    return make_one
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", mostly_slow(CALLS, QUICK))
+def test_a_result_is_made_again_to_the_byte(shallower, made, name):
+    result, told = made(name)
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    done = shallower("reproduce", result, *told)
+    assert done.status == 0, done.out + done.err
+    first, last = done.out.splitlines()
+    assert first.startswith("promised: the same bytes: ")
+    assert last.startswith("the same: ")
+    assert {path: path.read_bytes() for path in before} == before
+    assert list((store_folder() / "reproduce").iterdir()) == []
+    path, record = record_in(result)
+    assert str(Path.cwd()) not in path.read_text()
+    assert len(record["files"]) >= 2
+    assert shallower("reproduce", path, *told, "--json").json["differences"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_a_checkpoint_of_a_run_has_its_own_record(shallower, made):
+    """It is what people upload: alone, it is made again by the whole run."""
+    result, told = made("run")
+    shutil.copytree(f"{result}/checkpoint", "uploaded")
+    done = shallower("reproduce", "uploaded", *told)
+    assert done.status == 0, done.out + done.err
+    assert shallower("reproduce", f"{result}/report.json", *told).status == 0
+    file = Path("uploaded/config.json")
+    file.write_text(file.read_text() + " ")
+    done = shallower("reproduce", "uploaded", *told)
+    assert done.out.splitlines()[1:] == ["result: config.json has other bytes"]
+
+
+CHANGES = {
+    "the source": ("tiny/config.json", "--model tiny: config.json has other bytes"),
+    "the weights": ("tiny/model.safetensors", "--model tiny: model.safetensors has other bytes"),
+    "the result": ("made/model.safetensors", "result: model.safetensors has other bytes"),
+    "the plan": ("made/shallower_plan.json", "result: shallower_plan.json has other bytes"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_byte_that_changed_is_named_before_anything_heavy(shallower, made, monkeypatch, name):
+    result, told = made("prune")
+    file, line = CHANGES[name]
+    content = bytearray(Path(file).read_bytes())
+    content[-1] = ord("\n") if content[-1] == ord(" ") else ord(" ")
+    Path(file).write_bytes(content)
+    monkeypatch.setattr(again, "working_folder", lambda *_: pytest.fail("it was made"))
+    done = shallower("reproduce", result, *told)
+    assert (done.status, done.out.splitlines()[1:]) == (1, [line])
+
+
+def test_other_texts_are_named(shallower, made, monkeypatch):
+    result, told = made("patch")
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    lines = Path("counting.jsonl").read_text().splitlines()
+    Path("counting.jsonl").write_text("\n".join([*lines[1:], lines[0]]))
+    done = shallower("reproduce", result, *told)
+    said = "--texts counting.jsonl: texts has other bytes"
+    assert (done.status, done.out.splitlines()[1:]) == (1, [said])
+    Path("counting.jsonl").write_text("\n".join(lines[1:]))
+    done = shallower("reproduce", result, *told)
+    said = "--texts counting.jsonl: 159 texts were read, expected 160 (counting.jsonl)"
+    assert (done.status, done.out.splitlines()[1:]) == (1, [said])
+
+
+def test_a_file_that_is_not_made_again_is_named(shallower, made):
+    result, told = made("prune")
+    edited(result, lambda record: record["files"].update(more="0" * 64))
+    done = shallower("reproduce", result, *told)
+    assert (done.status, done.out.splitlines()[1:]) == (1, ["result: more is missing"])
+    path, _ = record_in(result)  # alone
+    done = shallower("reproduce", path, *told)
+    assert (done.status, done.out.splitlines()[1:]) == (1, ["made again: more is missing"])
+
+
+@pytest.mark.parametrize(("more", "status"), [(0.01, 0), (0.03, 1)])
+def test_on_another_machine_losses_are_near(shallower, made, monkeypatch, more, status):
+    result, told = made("patch")
+    elsewhere = {**records.here(), "threads": "64", "cpu": "another"}
+    monkeypatch.setattr(again, "here", lambda: elsewhere)
+    name = "shallower_patch.json: patched"
+
+    def edit(record):
+        record["files"]["model.safetensors"] = "0" * 64
+        record["figures"][name] += more
+
+    edited(result, edit)
+    path = Path(result) / RESULT_RECORD
+    done = shallower("reproduce", path, *told)
+    first, last = done.out.splitlines()
+    assert first == (
+        "promised: the same losses within 0.02 nats a token: not with the same processor, threads"
+    )
+    assert done.status == status
+    assert last.startswith(name if status else "the same: ")
+
+
+def test_code_that_comes_with_a_model_is_run_for_who_allows_it_alone(shallower, place):
+    assert shallower(*CALLS["prune"][0].split(), "--trust-remote-code").status == 0
+    again = ["reproduce", "made", "--model", "tiny"]
+    assert shallower(*again).error.endswith("allow it (--trust-remote-code)")
+    assert shallower(*again, "--trust-remote-code").status == 0
+
+
+BAD = {
+    "no record": (lambda path: path.unlink(), "no record of shallower can be read at made/"),
+    "another tool": (lambda path: path.write_text("{}"), "it is of another tool"),
+    "no JSON": (lambda path: path.write_text("{"), "made/shallower_record.json is no record"),
+    "a later version": (
+        lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": 2')),
+        "it is of version 2: update shallower",
+    ),
+    "an unknown option": (
+        lambda path: path.write_text(path.read_text().replace('"drop"', '"drip"')),
+        "the record names options that there are not: drip",
+    ),
+    "an unknown command": (
+        lambda path: path.write_text(path.read_text().replace('"prune"', '"cache"')),
+        "the record is of a command that leaves none: cache",
+    ),
+    "a place": (
+        lambda path: path.write_text(path.read_text().replace('"drop"', '"plan"')),
+        "is no record of shallower: its settings name what is read (plan)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_record_that_is_none_is_refused(shallower, made, name):
+    result, told = made("prune")
+    spoil, said = BAD[name]
+    spoil(record_in(result)[0])
+    assert said in shallower("reproduce", result, *told).error
+
+
+def test_what_is_not_at_hand_is_asked_for_by_its_hash(shallower, made):
+    result, told = made("patch")
+    _, record = record_in(result)
+    sha = record["read"]["texts"]["files"]["texts"][:16]
+    error = shallower("reproduce", result, told[0], told[2]).error
+    assert error == (
+        f"the record does not say where counting.jsonl lies, 160 texts, of SHA-256 {sha}: name it "
+        f"(--texts)"
+    )
+    assert "name it (--model)" in shallower("reproduce", result, *told[1:]).error
+
+
+def test_a_hub_id_without_a_record(shallower):
+    error = shallower("reproduce", "someone/a-model").error
+    assert error.startswith("there is no shallower_record.json in someone/a-model on the hub")
+
+
+def test_what_was_broken_off_goes_on(shallower, made, monkeypatch):
+    """The work of a call that ends half-way is there for the next one, which then removes it."""
+    result, told = made("patch")
+    compared = records.record_of
+    monkeypatch.setattr("shallower.store.records.record_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shallower("reproduce", result, *told)
+    (left,) = (store_folder() / "reproduce").iterdir()
+    assert (left / "made" / "model.safetensors").is_file()
+    monkeypatch.setattr("shallower.store.records.record_of", compared)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert shallower("reproduce", result, *told).status == 0
+    assert not left.exists()
