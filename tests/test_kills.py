@@ -33,6 +33,8 @@ COMMANDS = {
     "heal --objective kd": HEAL + "out --objective kd --original tiny",
     "heal --answers": HEAL + "out --answers prompts.jsonl --answer-tokens 8 --original tiny",
     "merge": "merge adapters --out out",
+    "patch --answers": "patch tiny --drop 2:4 --texts many.jsonl --eval-texts held_out.jsonl "
+    "--max-length 16 --dtype float32 --answers prompts.jsonl --answer-tokens 8 --out out",
     "prune": "prune tiny --drop 2:4 --max-shard-size 4000 --out out",
     "prune --drop-experts": "prune mixture --drop 2 --max-shard-size 8000 --out out --drop-experts "
     + ";".join(f"{layer}:1,4" for layer in range(8) if layer != 2),
@@ -41,7 +43,7 @@ COMMANDS = {
 
 RARE = (
     "run", "run --heal", "curve", "heal --objective kd", "heal --answers", "compare", "merge",
-    "prune --drop-experts",
+    "patch --answers", "prune --drop-experts",
 )  # fmt: skip
 
 MOMENTS = [
