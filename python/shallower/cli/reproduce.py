@@ -56,8 +56,9 @@ def reproduce_command(
         "eval_texts": eval_texts, "answers": answers, "speech": speech,
     }  # fmt: skip
     _check_options(record, trust_remote_code)
-    places, lines = find_reads(record, given, open_store())
-    lines += [] if result is None else changed_result(record, result)
+    store = open_store()
+    places, lines = find_reads(record, given, store)
+    lines += [] if result is None else changed_result(record, result, store)
     promise = promise_of(record)
     if not as_json:
         show(f"promised: {promise.why}")

@@ -49,9 +49,9 @@ def promise_of(record: Record) -> Promise:
     return Promise(False, f"the same losses within {NATS} nats a token: not with the same {words}")
 
 
-def changed_result(record: Record, place: Path) -> list[str]:
+def changed_result(record: Record, place: Path, store: Store) -> list[str]:
     """Say which files of a result are not as its record has them, a line each."""
-    found = files_of(place, record.command, record.part)
+    found = files_of(place, record.command, record.part, store=store)
     return [f"result: {line}" for line in changed(record.files, found)]
 
 

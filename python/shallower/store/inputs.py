@@ -197,16 +197,18 @@ def file_inputs(path: str | Path) -> list[Any] | None:
 
 def hash_of_files(files: list[Path], store: Store) -> str:
     """Hash names and contents of files, each read only once; OSError if one cannot be read."""
-    return hash_of([[name, sha256] for name, sha256 in hashes_of(files, store).items()])
+    # A file that is all of it may have any name.
+    names = [file.name if len(files) > 1 else "" for file in files]
+    return hash_of([[*pair] for pair in zip(names, hashes_of(files, store), strict=True)])
 
 
-def hashes_of(files: list[Path], store: Store) -> dict[str, str]:
-    """Hash files by their names; one that is all of it may have any name, and is under ``""``."""
+def hashes_of(files: list[Path], store: Store) -> list[str]:
+    """Hash the content of files, each read only once; OSError if one cannot be read."""
     total = sum(file.stat().st_size for file in files)
     with track("hash, MiB", total >> 20, None if total >= LARGE_BYTES else False) as advance:
-        found = {}
+        found = []
         for file in files:
-            found[file.name if len(files) > 1 else ""] = _hash_of_file(file, store)
+            found.append(_hash_of_file(file, store))
             advance(file.stat().st_size >> 20)
     return found
 

@@ -207,7 +207,7 @@ def record_of(command: str, given: Mapping[str, Any], store: Store) -> Record:
         out.name,
         reads,
         plans,
-        files_of(out, command),
+        files_of(out, command, store=store),
         figures_of(out),
         versions(),
         here(),
@@ -250,7 +250,8 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
     if name in MODELS:
         gguf = given.get("gguf_file")
         files, commit = model_files(ModelSource(value, gguf_file=gguf))
-        return Read(shown, commit, hashes_of(files, store))
+        names = [file.name if len(files) > 1 else "" for file in files]
+        return Read(shown, commit, dict(zip(names, hashes_of(files, store), strict=True)))
     return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
 
 
@@ -266,27 +267,24 @@ def _read_texts(value: str, limit: int | None, store: Store) -> Read:
     return Read(name, commit, {"texts": content["sha256"]}, content["texts"])
 
 
-def files_of(out: Path, command: str, part: str = "") -> dict[str, str]:
+def files_of(out: Path, command: str, part: str = "", *, store: Store) -> dict[str, str]:
     """Hash the files of a result, or of a part, that no clock has a hand in, by their names."""
     if out.suffix == ".gguf":
         paths = [out, *(export_path(out, name) for name in EXPORT_FILES)]
-        return {path.name: sha256_of(path) for path in paths if path.is_file()}
+        paths = [path for path in paths if path.is_file()]
+        return dict(zip([one.name for one in paths], hashes_of(paths, store), strict=True))
     tops, left_out = [out], {RECORD, RESULT_RECORD, *_TIMED}
     if command == "run":  # whose card tells its call, by the names that places had
         tops = [out / one for one in _PARTS] if not part else tops
         left_out.add(CARD_FILE)
     paths = sorted(path for top in tops for path in top.rglob("*") if path.is_file())
-    return {
-        path.relative_to(out).as_posix(): _hash(path) for path in paths if path.name not in left_out
-    }
-
-
-def _hash(path: Path) -> str:
-    """Hash a file; the config of adapters without the place of their model."""
-    if path.name != ADAPTERS_FILE:
-        return sha256_of(path)
-    config = json.loads(path.read_bytes())
-    return hash_of({name: one for name, one in config.items() if name != _BASE})
+    paths = [path for path in paths if path.name not in left_out]
+    names = [path.relative_to(out).as_posix() for path in paths]
+    found = dict(zip(names, hashes_of(paths, store), strict=True))
+    if ADAPTERS_FILE in found:  # which has the place of their model
+        config = json.loads((out / ADAPTERS_FILE).read_bytes())
+        found[ADAPTERS_FILE] = hash_of({key: config[key] for key in config if key != _BASE})
+    return found
 
 
 def figures_of(out: Path) -> dict[str, float]:
