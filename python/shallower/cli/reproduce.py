@@ -39,11 +39,11 @@ def reproduce_command(
 ) -> None:
     """Make a result again from its record, and compare all of it.
 
-    The record lies beside what prune, run, patch, heal and merge have written. First is said what
-    can be promised here: a cut has the same bytes on any machine; what is computed has them with
-    the same processor, instructions and threads, and otherwise the same losses within 0.02 nats.
-    What was read is compared by its SHA-256 before anything long. Each difference is a line, and
-    the exit status is 1 if there is one. When interrupted, the same command resumes.
+    The record lies beside what prune, run, patch, heal and merge have written. First it says what
+    it can promise here. A cut has the same bytes on any machine. What is computed has them with the
+    same processor, instructions and threads, and elsewhere the same losses within 0.02 nats. What
+    was read is compared by its SHA-256 before anything long. Each difference is a line, and the
+    exit status is 1 if there is one. When interrupted, the same command resumes.
     """
     from ..store.again import changed_result, compare, find_reads, promise_of, working_folder
     from ..store.records import find_record
