@@ -4,7 +4,7 @@ import json
 import resource
 from contextlib import contextmanager
 
-from shallower.storage import RECORD
+from shallower.storage import RECORD, RESULT_RECORD
 
 
 def tree(folder):
@@ -25,9 +25,16 @@ def tree_of_ours(folder):
     for name in [name for name in found if name.endswith(RECORD)]:
         inside = name.removesuffix(RECORD)
         files = {one for one, content in found.items() if content is not None}
-        below = {one.removeprefix(inside) for one in files if one.startswith(inside)} - {RECORD}
+        below = {one.removeprefix(inside) for one in files if one.startswith(inside)}
+        below -= {RECORD, RESULT_RECORD}
         assert json.loads(found[name])["files"] == sorted(below), name
-    return {name: content for name, content in found.items() if not name.endswith(RECORD)}
+    found = {name: content for name, content in found.items() if not name.endswith(RECORD)}
+    return without_result_record(found)
+
+
+def without_result_record(found):
+    """A tree without the record of how it was made, which commands write."""
+    return {name: content for name, content in found.items() if RESULT_RECORD not in name}
 
 
 def record(folder, *names):

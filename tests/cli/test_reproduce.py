@@ -145,6 +145,30 @@ def test_a_checkpoint_of_a_run_has_its_own_record(shallower, made):
     assert done.out.splitlines()[1:] == ["result: config.json has other bytes"]
 
 
+def test_a_dry_run_compares_what_is_read_and_makes_nothing(shallower, made, monkeypatch):
+    result, told = made("prune")
+    monkeypatch.setattr(again, "working_folder", lambda *_: pytest.fail("it was made"))
+    done = shallower("reproduce", result, *told, "--dry-run")
+    assert (done.status, done.out.splitlines()[1].split(": ")[0]) == (0, "promised")
+    assert shallower("reproduce", result, *told, "--dry-run", "--json").json["dry_run"] is True
+    Path("tiny/config.json").write_text("{}")
+    assert shallower("reproduce", result, *told, "--dry-run").status == 1
+
+
+def test_ctrl_c_leaves_what_is_done(shallower, made, monkeypatch):
+    result, told = made("prune")
+
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shallower.cutting.prune.plan_prune", interrupted)
+        done = shallower("reproduce", result, *told)
+    assert done.status == 130
+    assert done.err.endswith("interrupted: the same command goes on from what is done\n")
+    assert shallower("reproduce", result, *told).status == 0
+
+
 CHANGES = {
     "the source": ("tiny/config.json", "--model tiny: config.json has other bytes"),
     "the weights": ("tiny/model.safetensors", "--model tiny: model.safetensors has other bytes"),

@@ -170,16 +170,3 @@ def test_without_the_uncut_model_it_is_refused(cut, tmp_path):
 def test_an_unknown_objective_is_refused(objective):
     with pytest.raises(sh.RecipeError, match=r"unknown objective .*: expected one of lm, kd$"):
         replace(KD, objective=objective).check()
-
-
-def test_records_of_earlier_versions_are_shown(healed):
-    _, record = healed
-    data = record.to_json()
-    assert data["recipe"].pop("objective") == "lm"
-    assert sh.Healing._from_json(data) == record
-    data["recipe"].update(objective="lm+kd", distill=0.0)
-    assert "objective lm+kd, " in str(sh.Healing._from_json(data).recipe)
-    data["recipe"].update(objective="lm", distill=0.1)
-    again = sh.Healing._from_json(data)
-    assert again.recipe.objective == "lm + 0.1 distill"
-    assert sh.Healing._from_json(again.to_json()) == again

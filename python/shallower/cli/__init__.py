@@ -344,7 +344,10 @@ def _extras(name: str, arguments: Sequence[str]) -> str:
 INTERRUPTED = 130
 """The status of a program that Ctrl-C ended, as shells and typer have it."""
 
-GOING_ON = ("scan", "eval", "compare", "curve", "sweep", "prune", "patch", "heal", "run", "demo")
+GOING_ON = (
+    "scan", "eval", "compare", "curve", "sweep", "prune", "patch", "heal", "run", "demo",
+    "reproduce",
+)  # fmt: skip
 """The commands that go on where they were."""
 
 BY_THE_STORE = ("eval", "compare", "curve", "run", "demo")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Json, TrustRemoteCode
-from .output import print_json, remember_call, show, warn
+from .options import DryRun, Json, TrustRemoteCode
+from .output import print_json, remember_call, say_dry_run, show, warn
 
 if TYPE_CHECKING:
     from ..store.records import Record
@@ -35,6 +35,7 @@ def reproduce_command(
     answers: Annotated[str | None, _read("The file of prompts, of --answers")] = None,
     speech: Annotated[str | None, _read("The file of prompts, of --speech")] = None,
     trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Make a result again from its record, and compare all of it.
@@ -60,8 +61,11 @@ def reproduce_command(
     places, lines = find_reads(record, given, store)
     lines += [] if result is None else changed_result(record, result, store)
     promise = promise_of(record)
-    if not as_json:
+    if not as_json and not dry_run:
         show(f"promised: {promise.why}")
+    if not lines and dry_run:
+        say_dry_run({"reproduce": place, "promised": promise.why, "write": []}, as_json)
+        return
     if not lines:
         with working_folder(record) as folder:
             made = _make(record, places, folder)
@@ -109,7 +113,9 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
     words = _words(command, given)
     remember_call(record.command, words)
     with contextlib.redirect_stdout(sys.stderr):
-        command.main(words, prog_name="shallower", standalone_mode=False)
+        status = command.main(words, prog_name="shallower", standalone_mode=False)
+    if status:  # it was interrupted
+        raise typer.Exit(status)
     return record_of(record.command, given, open_store())
 
 

@@ -20,7 +20,7 @@ from ..errors import ProcessesError, ShallowerError
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..progress import hushed, track
-from ..storage import sha256_of
+from ..storage import RESULT_RECORD, sha256_of
 from ..texts.hub import hub_absence
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
@@ -332,7 +332,9 @@ def _local(source: ModelSource, store: Store, stat: bool) -> dict[str, Any] | No
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(one for one in folder.iterdir() if one.is_file() and one.name[0] != ".")
+    """The files of a model; how it was made is none of them."""
+    files = (one for one in folder.iterdir() if one.is_file() and one.name[0] != ".")
+    return sorted(one for one in files if one.name != RESULT_RECORD)
 
 
 def _reaches_elsewhere(files: list[Path]) -> bool:
