@@ -258,6 +258,20 @@ BAD = {
         lambda path: path.write_text(path.read_text().replace('"prune"', '"cache"')),
         "the record is of a command that leaves none: cache",
     ),
+    "a plan of another name": (
+        lambda path: path.write_text(
+            path.read_text().replace('"plans": {}', '"plans": {"../../escaped": "x"}')
+        ),
+        "it names what no command reads",
+    ),
+    "another thing read": (
+        lambda path: path.write_text(path.read_text().replace('"model": {', '"out": {', 1)),
+        "it names what no command reads",
+    ),
+    "a result elsewhere": (
+        lambda path: path.write_text(path.read_text().replace('"out": "made"', '"out": ".."')),
+        "'..' is no name of a result",
+    ),
     "a place": (
         lambda path: path.write_text(path.read_text().replace('"drop"', '"plan"')),
         "is no record of shallower: its settings name what is read (plan)",

@@ -143,6 +143,10 @@ class Record:
         named |= {name for name in PROMPTS if self.settings.get(name)}
         if named:
             raise ValueError(f"its settings name what is read ({', '.join(sorted(named))})")
+        if {*self.plans} - {*PLANS} or {*self.read} - {*MODELS, *TEXTS, *PROMPTS}:
+            raise ValueError("it names what no command reads")
+        if self.out in ("", ".", "..") or Path(self.out).name != self.out:
+            raise ValueError(f"{self.out!r} is no name of a result")
 
 
 def changed(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
