@@ -46,10 +46,16 @@ def reproduce_command(
     was read is compared by its SHA-256 before anything long. Each difference is a line, and the
     exit status is 1 if there is one. When interrupted, the same command resumes.
     """
-    from ..store.again import changed_result, compare, find_reads, promise_of, working_folder
+    from ..store.again import (
+        agreement,
+        changed_result,
+        compare,
+        find_reads,
+        promise_of,
+        working_folder,
+    )
     from ..store.records import find_record
     from ..store.store import open_store
-    from ..values.counts import counted
 
     result, record = find_record(place)
     given = {
@@ -70,13 +76,13 @@ def reproduce_command(
         with working_folder(record) as folder:
             made = _make(record, places, folder)
         lines = compare(record, made, promise)
+        done = agreement(record, made, promise)
     if as_json:
         print_json({"promised": promise.why, "differences": lines, "files": dict(record.files)})
     elif lines:
         show(*lines)
     else:
-        files, figures = counted(len(record.files), "file"), counted(len(record.figures), "figure")
-        show(f"the same: {files}, {figures}" if record.figures else f"the same: {files}")
+        show(done)
     if lines:
         raise typer.Exit(1)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OutputError
+from ..values.counts import counted
 from ..values.hashing import hash_of
 from .records import Read, Record, changed, files_of, here, read_of
 from .store import FOLDER_VARIABLE, Store, store_folder
@@ -126,3 +127,12 @@ def compare(record: Record, made: Record, promise: Promise) -> list[str]:
         if lines and made.versions.get(name) != version:
             lines.append(f"{name} {version} has made it, here is {made.versions.get(name)}")
     return lines
+
+
+def agreement(record: Record, made: Record, promise: Promise) -> str:
+    """Say how far a result that was made again is that of its record, where nothing differs."""
+    files, figures = counted(len(record.files), "file"), counted(len(record.figures), "figure")
+    if promise.bytes:
+        return f"the same: {files}, {figures}" if record.figures else f"the same: {files}"
+    same = {*record.files.items()} & {*made.of_part(record.part).files.items()}
+    return f"the same: {len(same)} of {files}; {figures} within {NATS} nats"
