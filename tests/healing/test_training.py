@@ -171,3 +171,10 @@ def test_a_step_has_ended_when_its_device_has_done_it(monkeypatch, device, waite
     throughput.on_step_end(arguments, state, None)
     assert calls == waited
     assert (throughput.tokens_per_second < 7 / 0.05) == bool(waited)
+
+
+def test_the_config_of_adapters_names_its_matrices_in_order(healed):
+    """Peft keeps them in a set, whose order is another in every process."""
+    config = json.loads((healed[0] / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) > 1
+    assert config["target_modules"] == sorted(config["target_modules"])

@@ -20,6 +20,7 @@ from ..cutting.cards import adapters_card
 from ..cutting.source import CARD_FILE, find_source
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
 from ..merging.merge import copy_beside, copy_files, healing_rows
+from ..merging.stored_adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from ..models.identity import stored_digest
 from ..patching.patch import with_patch
 from ..patching.saving import save_patched
@@ -261,7 +262,7 @@ def copy_patched(patched: Path, folder: Path) -> None:
 
 
 # The adapters
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+_ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 
 
 def write_adapters(
@@ -279,6 +280,10 @@ def write_adapters(
     OSError if a file cannot be written.
     """
     copy_beside(str(checkpoint), folder, _ADAPTER_FILES)
+    config = read_adapter_config(folder)
+    if isinstance(config["target_modules"], list):  # a set of peft's, in any order
+        config["target_modules"].sort()
+    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode())
     tokenizer.save_pretrained(folder)
     cut = find_source(base)
     copy_beside(base, folder, (PATCH_FILE,))
