@@ -244,38 +244,45 @@ def test_code_that_comes_with_a_model_is_run_for_who_allows_it_alone(shallower, 
     assert shallower(*again, "--trust-remote-code").status == 0
 
 
+def swapped(old, new, count=-1):
+    """Spoils a record: other words stand in it."""
+    return lambda path: path.write_text(path.read_text().replace(old, new, count))
+
+
 BAD = {
     "no record": (lambda path: path.unlink(), "no record of shallower can be read at made/"),
     "another tool": (lambda path: path.write_text("{}"), "it is of another tool"),
     "no JSON": (lambda path: path.write_text("{"), "made/shallower_record.json is no record"),
     "a later version": (
-        lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": 2')),
+        swapped('"version": 1', '"version": 2'),
         "it is of version 2: update shallower",
     ),
     "an unknown option": (
-        lambda path: path.write_text(path.read_text().replace('"drop"', '"drip"')),
+        swapped('"drop"', '"drip"'),
         "the record names options that there are not: drip",
     ),
     "an unknown command": (
-        lambda path: path.write_text(path.read_text().replace('"prune"', '"cache"')),
+        swapped('"prune"', '"cache"'),
         "the record is of a command that leaves none: cache",
     ),
     "a plan of another name": (
-        lambda path: path.write_text(
-            path.read_text().replace('"plans": {}', '"plans": {"../../escaped": "x"}')
-        ),
+        swapped('"plans": {}', '"plans": {"../../escaped": "x"}'),
         "it names what no command reads",
     ),
     "another thing read": (
-        lambda path: path.write_text(path.read_text().replace('"model": {', '"out": {', 1)),
+        swapped('"model": {', '"out": {', 1),
         "it names what no command reads",
     ),
+    "a thing without a hash": (
+        lambda path: edited(path.parent, lambda record: record["read"]["model"].update(files={})),
+        "what was read has no hash",
+    ),
     "a result elsewhere": (
-        lambda path: path.write_text(path.read_text().replace('"out": "made"', '"out": ".."')),
+        swapped('"out": "made"', '"out": ".."'),
         "'..' is no name of a result",
     ),
     "a place": (
-        lambda path: path.write_text(path.read_text().replace('"drop"', '"plan"')),
+        swapped('"drop"', '"plan"'),
         "is no record of shallower: its settings name what is read (plan)",
     ),
 }

@@ -111,7 +111,7 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
     from . import parser
 
     given = {**record.settings, **places, "overwrite": True}
-    given["out"] = str(folder / Path(record.out).name)
+    given["out"] = str(folder / record.out)
     for name, text in record.plans.items():
         given[name] = str(folder / f"{name}.json")
         Path(given[name]).write_text(text, encoding="utf-8")

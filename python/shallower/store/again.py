@@ -45,7 +45,7 @@ def promise_of(record: Record) -> Promise:
     ]
     if not apart:
         return Promise(True, "the same bytes: processor, instructions and threads are those of it")
-    names = {"cpu": "processor", "gpus": "cards", "variables": "instructions", "tier": "tier"}
+    names = {"cpu": "processor", "gpus": "cards", "variables": "instructions"}
     words = ", ".join(names.get(one, one) for one in apart)
     return Promise(False, f"the same losses within {NATS} nats a token: not with the same {words}")
 

@@ -197,9 +197,13 @@ def file_inputs(path: str | Path) -> list[Any] | None:
 
 def hash_of_files(files: list[Path], store: Store) -> str:
     """Hash names and contents of files, each read only once; OSError if one cannot be read."""
-    # A file that is all of it may have any name.
+    return hash_of([[*pair] for pair in hashes_by_name(files, store).items()])
+
+
+def hashes_by_name(files: list[Path], store: Store) -> dict[str, str]:
+    """Hash files by their names; one that is all of it may have any, and is under ``""``."""
     names = [file.name if len(files) > 1 else "" for file in files]
-    return hash_of([[*pair] for pair in zip(names, hashes_of(files, store), strict=True)])
+    return dict(zip(names, hashes_of(files, store), strict=True))
 
 
 def hashes_of(files: list[Path], store: Store) -> list[str]:

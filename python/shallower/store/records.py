@@ -29,7 +29,7 @@ from ..values.files import (
 from ..values.hashing import hash_of
 from ..values.provenance import versions
 from ..values.schema import fields_of, of_type, plain_fields
-from .inputs import hashes_of, machine, model_files, texts_content
+from .inputs import hashes_by_name, hashes_of, machine, model_files, texts_content
 from .store import Store
 
 WITHOUT_EFFECT = ("out", "overwrite", "no_cache", "dry_run", "as_json", "threads", "device_memory")
@@ -51,7 +51,7 @@ class Read:
     Attributes:
         name: its hub id, or the last part of its place.
         commit: of a repository on the hub, empty where it is not known; None for a place here.
-        files: the SHA-256 of each file; of texts one of all that were read, under ``texts``. None
+        files: the SHA-256 of each file; of texts one of all that were read, under ``texts``; none
             of a dataset that is too large to be read for this.
         count: texts that were read; None for what are no texts.
     """
@@ -145,6 +145,8 @@ class Record:
             raise ValueError(f"its settings name what is read ({', '.join(sorted(named))})")
         if {*self.plans} - {*PLANS} or {*self.read} - {*MODELS, *TEXTS, *PROMPTS}:
             raise ValueError("it names what no command reads")
+        if any(read.commit is None and not read.files for read in self.read.values()):
+            raise ValueError("what was read has no hash")
         if self.out in ("", ".", "..") or Path(self.out).name != self.out:
             raise ValueError(f"{self.out!r} is no name of a result")
 
@@ -254,8 +256,7 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
     if name in MODELS:
         gguf = given.get("gguf_file")
         files, commit = model_files(ModelSource(value, gguf_file=gguf))
-        names = [file.name if len(files) > 1 else "" for file in files]
-        return Read(shown, commit, dict(zip(names, hashes_of(files, store), strict=True)))
+        return Read(shown, commit, hashes_by_name(files, store))
     return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
 
 
