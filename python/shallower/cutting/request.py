@@ -1,0 +1,157 @@
+"""What is asked of a cut: its arguments but the layers, and what follows from them."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError, why
+from ..models.dtypes import DeviceMap, Dtype
+from ..models.source import ModelSource
+from ..progress import BytesProgress
+from ..texts.hub import hub_refusal
+from ..values.plan import Plan
+from .checkpoint_files import CONFIG_FILE, is_checkpoint, read_json, stored_dtype, text_part
+from .gguf import read_metadata
+from .plans import made_for
+from .source import Source, find_source, hub_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The arguments of :func:`prune` but the layers and experts.
+
+    ``named`` is the source in the caller's words, for errors; ``source`` its resolved folder.
+    """
+
+    source: str
+    named: str
+    out: Path
+    overwrite: bool
+    dtype: Dtype | None
+    max_shard_size: int | str | None
+    device_map: DeviceMap
+    gguf_file: str | None
+    as_gguf: bool
+    trust_remote_code: bool
+    verify: bool
+
+    @property
+    def on_disk(self) -> bool:
+        """True if the weights stay as they are stored in a folder of safetensors."""
+        if self.gguf_file is not None or not is_checkpoint(self.source):
+            return False
+        return self.dtype is None or self.dtype == stored_dtype(self.source)
+
+    @property
+    def to_gguf(self) -> bool:
+        """True if a GGUF file is written."""
+        return self.as_gguf or self.out.suffix == ".gguf"
+
+    @property
+    def gguf_path(self) -> Path:
+        """The local GGUF file, fetched from a hub repository; ModelError if there is none."""
+        path = Path(self.source).expanduser()
+        if self.gguf_file is not None and path.suffix != ".gguf":
+            if not path.is_dir() and hub_id(self.source):
+                return _fetch(self.source, self.gguf_file)
+            path /= self.gguf_file
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{self.named} is not a .gguf file, and only such a one is cut into one: "
+                f"name a local file, or a folder as out (--out)",
+                see="gguf",
+            )
+        return path
+
+    @property
+    def known(self) -> Source:
+        """The source as the card describes it."""
+        metadata = {}
+        if self.gguf_file is not None or self.source.endswith(".gguf"):
+            metadata = read_metadata(self.gguf_path)
+        return find_source(self.source, gguf_file=self.gguf_file, metadata=metadata, from_hub=True)
+
+    def count_layers(self) -> int:
+        """Count the decoder layers, by the config alone."""
+        return self._loaded_from(as_stored=True).count_layers()
+
+    def count_experts(self) -> int:
+        """Count the routed experts of a layer, by the config alone; ModelError if it has none."""
+        return self._loaded_from(as_stored=True).count_experts()
+
+    def load(
+        self, progress: BytesProgress | bool | None, *, as_stored: bool = False
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """Load the whole model; ``as_stored``: in the dtype of the folder, not in ``dtype``."""
+        show = False if callable(progress) else progress
+        if self.to_gguf:
+            return ModelSource(self.gguf_path, "float32").load(show)
+        return self._loaded_from(as_stored=as_stored).load(show)
+
+    def cut_in_memory(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", plan: Plan
+    ) -> Plan:
+        """Save the whole model as a plan cuts it, which gets the model's identity."""
+        from ..models.identity import identify
+        from .in_model import without_layers
+        from .saving import save_cut
+
+        if is_checkpoint(self.source):
+            raw = read_json(Path(self.source).expanduser() / CONFIG_FILE)
+            if text_part(raw, model.config.model_type) is not None:
+                warnings.warn(
+                    f"{self.out} gets the text part of {self.named} alone, as it was loaded: cut "
+                    f"it as it is stored (without dtype, --dtype) to keep the rest",
+                    stacklevel=2,
+                )
+        plan = made_for(plan, identify(model))
+        with without_layers(model, plan):
+            save_cut(
+                model,
+                tokenizer,
+                self.out,
+                plan=plan,
+                source=self.known,
+                overwrite=self.overwrite,
+            )
+        return plan
+
+    def saved_bytes(self, plan: Plan) -> int:
+        """Count the bytes of a cut that is made in memory."""
+        from ..memory.checkpoints import left_bytes
+
+        return left_bytes(self._loaded_from(as_stored=False), plan.dropped)
+
+    def _loaded_from(self, *, as_stored: bool) -> ModelSource:
+        dtype = None if as_stored else self.dtype
+        return ModelSource(
+            self.source,
+            self._stored_plainly if dtype is None else dtype,
+            self.device_map,
+            self.gguf_file,
+            self.trust_remote_code,
+        )
+
+    @property
+    def _stored_plainly(self) -> Dtype:
+        """The plain dtype of the stored weights; bfloat16 where it is unknown or not plain."""
+        if self.gguf_file is not None or not is_checkpoint(self.source):
+            return "bfloat16"
+        plain: tuple[Dtype, ...] = ("float32", "float16")
+        stored = stored_dtype(self.source)
+        return next((dtype for dtype in plain if dtype == stored), "bfloat16")
+
+
+def _fetch(repository: str, name: str) -> Path:
+    """A file of a hub repository, in the hub's cache; ModelError if it cannot be fetched."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:  # of the hub's client, which has had several
+        reason = hub_refusal(repository, "model") or why(error)
+        raise ModelError(f"cannot fetch {name} of {repository}: {reason}") from error
