@@ -5,6 +5,7 @@ import shutil
 import weakref
 
 import pytest
+from huggingface_hub import ModelCard
 
 import shallower as sh
 from tests.cli.documents import documents
@@ -201,3 +202,57 @@ def test_a_folder_without_a_model_is_told_the_way_out(shallower, texts, folder):
         place.mkdir()
         (place / name).write_text("{}")
         assert told in shallower("eval", place, *options).error
+
+
+def test_results_are_put_on_the_card(shallower, tiny, texts, tasks, long, tmp_path):
+    pytest.importorskip("lm_eval")
+    cut, card = tmp_path / "cut", tmp_path / "cut" / "README.md"
+    assert shallower("prune", tiny, "--drop", "1:3", "--out", cut).status == 0
+    record = json.loads((cut / "shallower_record.json").read_text())
+    command = [
+        "eval", cut, "--texts", texts / "held_out.jsonl", "--perplexity", long, "--context", "16",
+        "--tasks", "pick", "--tasks-dir", tasks, "--card",
+    ]  # fmt: skip
+    plain = card.read_text()
+    assert shallower(*command, "--dry-run").status == 0
+    assert card.read_text() == plain
+    told = shallower(*command)
+    assert told.status == 0, told.err
+    assert f"wrote {card}" in told.out
+    found = shallower(*command, "--json").json
+    results = {one.metric_type: one for one in ModelCard(card.read_text()).data.eval_results}
+    assert results["loss"].metric_value == pytest.approx(found["base"]["nats"], abs=1e-6)
+    assert results["loss"].dataset_type == "held_out.jsonl"
+    perplexity = found["perplexity"]["base"]
+    assert results["perplexity"].metric_value == pytest.approx(perplexity["perplexity"], abs=1e-6)
+    assert results["perplexity"].dataset_type == "long.txt"
+    for task in found["tasks"]:
+        assert results[task["metric"]].metric_value == pytest.approx(task["base"]["mean"], abs=1e-6)
+        assert results[task["metric"]].metric_args["stderr"] > 0
+        assert results[task["metric"]].dataset_type == "pick"
+    assert str(tmp_path) not in card.read_text()
+    # Beside the whole model the loss has a paired difference, and the record still holds.
+    both = shallower(*command[:4], "--against", tiny, "--card", "--json").json
+    results = {one.metric_type: one for one in ModelCard(card.read_text()).data.eval_results}
+    more = both["difference"]["mean"]
+    assert results["loss_increase"].metric_value == pytest.approx(more, abs=1e-6)
+    assert "perplexity" in results
+    assert json.loads((cut / "shallower_record.json").read_text()) == record
+    again = shallower("reproduce", cut, "--model", tiny)
+    assert again.status == 0, again.out + again.err
+    card.write_text(card.read_text().replace("not healed", "healed"))
+    again = shallower("reproduce", cut, "--model", tiny)
+    assert (again.status, "README.md has other bytes" in again.out) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--drop", "1:3"], "name no cut"),
+        (["--shard", "0/2"], "leave out --shard"),
+        ([], "there is no card"),
+    ],
+)
+def test_results_of_something_else_are_not_put_on_a_card(shallower, tiny, texts, more, why):
+    told = shallower("eval", tiny, "--texts", texts / "held_out.jsonl", "--card", *more)
+    assert (told.status, why in told.err) == (2, True), told.err

@@ -1,11 +1,14 @@
 """The text of a model card: true, complete, and of nobody's folders."""
 
+import math
 import re
 
 import pytest
+from huggingface_hub import ModelCard
 
 import shallower as sh
-from shallower.cutting.cards import adapters_card, front_matter, healed_card, state_loss
+from shallower.cutting.cards import adapters_card, healed_card, state_loss
+from shallower.cutting.metadata import check_results, front_matter, loss_results, state_results
 from shallower.cutting.source import Source, find_source, read_card
 from tests.conftest import tiny_llama
 from tests.cutting.card_tools import LICENSED, blocks_of_code, front, history, texts_of
@@ -181,11 +184,94 @@ def test_a_card_says_what_the_plan_knows(llama, words):
     assert "| calibration | 3 texts of at most 7 tokens |" in card
     assert f"| held-out loss | {loss} → {loss} nats a token, 6 tokens of 3 texts |" in card
     assert f"| source | {plan.model} |" in card
+    assert "model-index" not in front(texts_of(plan)["README.md"])
     for package, version in plan.versions.items():
         assert f"{package} {version}" in card
     assert "not measured" in texts_of(plan)["README.md"]
     deepest = sh.Plan(6, (sh.Block(3, 5),), "deepest")
     assert "| why | deepest: " in texts_of(deepest)["README.md"]
+
+
+TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
+
+
+def test_losses_stand_where_the_hub_looks_for_results(llama, words, tmp_path):
+    plan = sh.Plan(6, (sh.Block(1, 2),))
+    before = sh.evaluate_loss(llama, words, TEXTS)
+    with sh.without_layers(llama, plan):
+        after = sh.evaluate_loss(llama, words, TEXTS)
+    card = texts_of(plan, losses=(before, after), tested="org/wiki:en:test")["README.md"]
+    read = ModelCard(card).data
+    assert read.model_name == "a/tiny without layers [1, 2)"
+    loss, bits, more = read.eval_results
+    for one in (loss, bits, more):
+        assert (one.task_type, one.dataset_type) == ("text-generation", "org/wiki")
+        assert (one.dataset_config, one.dataset_split) == ("en", "test")
+    assert loss.metric_value == pytest.approx(after.nats, abs=1e-6)
+    assert loss.metric_args == {"stderr": round(after.stderr, 6)}
+    assert loss.metric_name == f"{after} nats a token, 3 texts"
+    assert bits.metric_value == pytest.approx(after.bits_per_byte, abs=1e-6)
+    paired = after.minus(before)
+    assert more.metric_value == pytest.approx(paired.mean, abs=1e-6)
+    assert more.metric_args == {"stderr": round(paired.stderr, 6)}
+    # Of a file its name alone, and of texts without a name none.
+    (tmp_path / "own.txt").write_text("w1")
+    names = {"": "held-out", str(tmp_path / "own.txt"): "own.txt", "own.txt": "own.txt"}
+    for tested, name in names.items():
+        card = texts_of(plan, losses=(before, after), tested=tested)["README.md"]
+        assert {one.dataset_type for one in ModelCard(card).data.eval_results} == {name}
+        assert str(tmp_path) not in card
+    one = texts_of(plan, losses=(sh.Loss(4.0, math.nan, 2, 1, 0, 99),) * 2)["README.md"]
+    (alone,) = ModelCard(one).data.eval_results
+    assert (alone.metric_name, alone.metric_args) == ("4.000 nats a token, 1 text", None)
+
+
+def test_results_are_of_the_model_that_has_the_card(llama, words, tmp_path):
+    plan = sh.Plan(6, (sh.Block(1, 2),))
+    loss = sh.evaluate_loss(llama, words, TEXTS)
+    path = tmp_path / "README.md"
+    path.write_text(texts_of(plan, losses=(loss, loss), tested="org/wiki:test")["README.md"])
+    body = ModelCard(path.read_text()).text
+    # A healing without a test set has none; one that is measured later has its own.
+    healed = healed_card(path, "adapters were trained.", [], command="shallower heal cut --out x")
+    assert "model-index" not in front(healed)
+    path.write_text(healed)
+    state_loss(path, (loss, sh.Loss(3.5, 0.1, 6, 3, 0, 99)), tested="org/wiki:test")
+    (own,) = ModelCard(path.read_text()).data.eval_results
+    assert (own.metric_value, own.dataset_type) == (3.5, "org/wiki")
+    # A measure anew takes the place of the old, and others stay, as does all else.
+    path.write_text(texts_of(plan, losses=(loss, loss), tested="org/wiki:test")["README.md"])
+    state_results(path, loss_results(sh.Loss(2.5, 0.1, 6, 3, 0, 99), None, "org/wiki:test"))
+    state_results(path, loss_results(sh.Loss(1.5, 0.1, 6, 3, 0, 99), None, "mine.jsonl"))
+    read = ModelCard(path.read_text())
+    assert read.text == body
+    found = [(one.dataset_type, one.metric_type) for one in read.data.eval_results]
+    assert sorted(found) == [
+        ("mine.jsonl", "loss"), ("org/wiki", "bits_per_byte"), ("org/wiki", "loss"),
+        ("org/wiki", "loss_increase"),
+    ]  # fmt: skip
+    # A cut of this one inherits no result.
+    again = texts_of(plan, Source("x", inherited=read_card(path)[0]))["README.md"]
+    assert "model-index" not in front(again)
+
+
+@pytest.mark.parametrize(
+    ("front", "why"),
+    [
+        ("model-index: 3", "model_index"),
+        ("license: [", "no YAML"),
+        ("a: &a {b: c}\nd: {<<: *a}", "merges keys"),
+    ],
+)
+def test_a_card_that_cannot_be_read_gets_no_results(tmp_path, front, why):
+    path = tmp_path / "README.md"
+    path.write_text(f"---\n{front}\n---\n\n# Mine\n")
+    for write in (check_results, lambda card: state_results(card, ())):
+        with pytest.raises(sh.OutputError, match=why):
+            write(path)
+    assert path.read_text() == f"---\n{front}\n---\n\n# Mine\n"
+    with pytest.raises(sh.OutputError, match="there is no card"):
+        check_results(tmp_path / "none" / "README.md")
 
 
 @pytest.mark.slow

@@ -66,6 +66,10 @@ def eval_command(
         typer.Option(metavar="FOLDER", help="Folder for eval.json, which is what --json prints."),
     ] = None,
     overwrite: Overwrite = False,
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="Put the results on MODEL's card, into its model-index."),
+    ] = False,
     no_cache: NoCache = False,
     shard: ShardOption = None,
     on: On = None,
@@ -86,6 +90,9 @@ def eval_command(
         layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
     if against is not None:
         _check_against(is_cut=is_cut, is_shared=bool(part))
+    place = None
+    if card:
+        place = _card(Path(model, gguf_file or ""), is_cut=is_cut, is_shard=shard is not None)
     job = EvalJob(
         source=ModelSource(
             model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
@@ -112,9 +119,16 @@ def eval_command(
     elif pair is None:
         with ExitStack() as held:
             results = _results(job, held, work)
-            _say(job, results, eval_names(model, job.plan), read=job.readings, as_json=as_json)
+            _say(
+                job,
+                results,
+                eval_names(model, job.plan),
+                read=job.readings,
+                card=place,
+                as_json=as_json,
+            )
     else:
-        _compare(pair, job, as_json)
+        _compare(pair, job, card=place, as_json=as_json)
 
 
 def _is_made(job: "EvalJob", pair: "EvalPair | None") -> bool:
@@ -125,7 +139,7 @@ def _is_made(job: "EvalJob", pair: "EvalPair | None") -> bool:
     return all(one.known() is not None for one in jobs)
 
 
-def _compare(pair: "EvalPair", job: "EvalJob", as_json: bool) -> None:
+def _compare(pair: "EvalPair", job: "EvalJob", *, card: Path | None, as_json: bool) -> None:
     """Measure two checkpoints by the measures of ``job``, and print them."""
     pair.check_tokens()
     with ExitStack() as held:
@@ -139,7 +153,7 @@ def _compare(pair: "EvalPair", job: "EvalJob", as_json: bool) -> None:
             name: str(one.source.path)
             for name, one in (("against", pair.against), ("model", pair.model))
         }
-        _say(job, results, names, read=read, as_json=as_json)
+        _say(job, results, names, read=read, card=card, as_json=as_json)
 
 
 def _shared(job: "EvalJob", part: dict[str, Any]) -> "EvalWork":
@@ -161,6 +175,20 @@ def _check_against(*, is_cut: bool, is_shared: bool) -> None:
         )
 
 
+def _card(model: Path, *, is_cut: bool, is_shard: bool) -> Path:
+    """The card of a model, checked; results that are not of the model as it is are refused."""
+    from ..cutting.metadata import check_results
+    from ..cutting.source import card_at
+    from ..errors import SettingsError
+
+    if is_cut or is_shard:
+        what = "name no cut (as --drop)" if is_cut else "leave out --shard"
+        raise SettingsError(f"--card puts all results of MODEL as it is on its card: {what}")
+    card = card_at(model.expanduser())
+    check_results(card)
+    return card
+
+
 def _results(job: "EvalJob", held: ExitStack, work: "EvalWork | None" = None) -> "Results":
     """What is known of a model, or is measured now, with its place ``held`` from then on."""
     from ..storage import claimed
@@ -180,7 +208,13 @@ def _results(job: "EvalJob", held: ExitStack, work: "EvalWork | None" = None) ->
 
 
 def _say(
-    job: "EvalJob", results: "Results", names: dict[str, str], *, read: list[Any], as_json: bool
+    job: "EvalJob",
+    results: "Results",
+    names: dict[str, str],
+    *,
+    read: list[Any],
+    card: Path | None,
+    as_json: bool,
 ) -> None:
     """Print what was found, and write it where it is to be; what was cached is said."""
     from ..reporting.results import write_evaluation
@@ -191,7 +225,13 @@ def _say(
     dtype = next(one.model.dtype for sides in results.values() for one in sides.values())
     if job.out is not None:
         write_evaluation(job.out, values, dtype, plan=job.plan, overwrite=job.overwrite)
-    say_eval(values, dtype, job.plan, names=names, read=read, written=job.file, as_json=as_json)
+    if card is not None:
+        from ..cutting.metadata import measured_results, state_results
+
+        texts = {one.kind: one.source or "" for one in job.measures}
+        state_results(card, measured_results(values, texts))
+    written = [path for path in (job.file, card) if path is not None]
+    say_eval(values, dtype, job.plan, names=names, read=read, written=written, as_json=as_json)
     every = [(kind, one) for kind, sides in results.items() for one in sides.values()]
     made = [one.made for _, one in every if one.made]
     if made:

@@ -55,7 +55,7 @@ def gather_command(
 def _say_eval(found: "Evaluation", is_kept: bool, *, out: Path, as_json: bool) -> None:
     from ..values.files import EVAL_FILE
 
-    of, written = found.of, out / EVAL_FILE
+    of, written = found.of, [out / EVAL_FILE]
     names = eval_names(of.model.name, of.plan)
     say_eval(found.values, of.model.dtype, of.plan, names=names, written=written, as_json=as_json)
     if not is_kept:

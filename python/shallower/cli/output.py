@@ -241,10 +241,10 @@ def say_eval(
     *,
     names: dict[str, str],
     read: "Sequence[Reading]" = (),
-    written: Path | None,
+    written: "Sequence[Path]",
     as_json: bool,
 ) -> None:
-    """Print what was found of a model and of a cut, what was read from disk, and the file."""
+    """Print what was found of a model and of a cut, what was read from disk, and the files."""
     from ..reporting.stories.evaluation import evaluation_parts, evaluation_record
     from ..values.counts import summed
 
@@ -252,7 +252,7 @@ def say_eval(
         counts = summed(one.to_json() for one in read)
         print_json({**evaluation_record(values, dtype, plan), **counts})
     else:
-        wrote = [] if written is None else [f"wrote {written}"]
+        wrote = (f"wrote {path}" for path in written)
         show(*evaluation_parts(values, names), f"weights: {dtype}", *map(str, read), *wrote)
 
 

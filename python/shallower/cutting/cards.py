@@ -5,7 +5,7 @@ Texts only: they are written with the cut, so that they appear with it or not at
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +22,20 @@ from .exports import (
     export_files,
     mergekit_config,
     prune_layers,
-    to_yaml,
+)
+from .metadata import (
+    EXPERTS_TAG,
+    LAYERS_TAG,
+    front_matter,
+    loss_results,
+    state_results,
+    with_results,
+    without_results,
 )
 from .source import CARD_FILE, FRONT_MATTER, PLACEHOLDER, Source
 
 if TYPE_CHECKING:
     from ..values.loss import Loss
-
-_CARRIED_KEYS = ("license", "license_name", "license_link", "language")
-_LAYERS_TAG, _EXPERTS_TAG = "layer-pruning", "expert-pruning"
 
 _NOT_HEALED = """\
 **This model is not healed**: nothing was trained after the cut. Expect it to be worse than its
@@ -40,7 +45,7 @@ _CARD = """\
 ---
 {metadata}---
 
-# {name} without {dropped}
+# {title}
 
 {what}. They are counted from 0, and ranges are half-open.
 
@@ -188,8 +193,7 @@ def cut_card(facts: CutFacts) -> str:
             library="gguf" if gguf else "transformers",
             pruned=_pruned(plan),
         ),
-        name=_inline(source.name),
-        dropped=_dropped(plan),
+        title=_title(facts),
         what=_what(facts),
         not_healed=_NOT_HEALED,
         rows=_table(_rows(facts)),
@@ -207,7 +211,10 @@ def cut_card(facts: CutFacts) -> str:
     )
     if source.text.strip():
         card += f"{_OF_SOURCE}\n{source.text.strip()}\n"
-    return card
+    if facts.losses is None:
+        return card
+    before, after = facts.losses
+    return with_results(card, _title(facts), loss_results(after, before, facts.tested))
 
 
 def _steps(facts: CutFacts) -> list[str]:
@@ -248,6 +255,10 @@ def _dropped(plan: Plan, its: str = "") -> str:
     return f"{its}layers {plan.words}" if plan.blocks else plan.words
 
 
+def _title(facts: CutFacts) -> str:
+    return f"{_inline(facts.source.name)} without {_dropped(facts.plan)}"
+
+
 def _what(facts: CutFacts) -> str:
     """What was cut out of a source, in a sentence without its end."""
     plan, source = facts.plan, _described(facts.source)
@@ -258,35 +269,7 @@ def _what(facts: CutFacts) -> str:
 
 
 def _pruned(plan: Plan) -> list[str]:
-    return [_LAYERS_TAG] * bool(plan.blocks) + [_EXPERTS_TAG] * (plan.experts is not None)
-
-
-def front_matter(
-    inherited: Mapping[str, Any],
-    *,
-    base: str | None,
-    relation: str,
-    library: str,
-    pruned: Sequence[str] = (_LAYERS_TAG,),
-    tags: Sequence[str] = (),
-) -> str:
-    """The lines between the two ``---`` of a cut's card, as the hub reads them.
-
-    Without a ``base``, the source's own is the nearest ancestor that the hub knows; ``relation`` is
-    a word of the hub's, which has none for a model with fewer layers.
-    """
-    base_model = base or inherited.get("base_model")
-    theirs = inherited.get("tags", [])
-    theirs = [theirs] if isinstance(theirs, str) else theirs
-    metadata = {
-        "base_model": base_model,
-        "base_model_relation": relation if base_model else None,
-        "library_name": library,
-        "pipeline_tag": inherited.get("pipeline_tag", "text-generation"),
-        **{key: inherited.get(key) for key in _CARRIED_KEYS},
-        "tags": list(dict.fromkeys([*theirs, "shallower", *pruned, *tags])),
-    }
-    return to_yaml({key: value for key, value in metadata.items() if value})
+    return [LAYERS_TAG] * bool(plan.blocks) + [EXPERTS_TAG] * (plan.experts is not None)
 
 
 def _described(source: Source) -> str:
@@ -468,6 +451,7 @@ def healed_card(
     of_source = f"{heading}{of_source}"
     text = _with_step(text, what, rows, loss_stays=bool(command))
     if command:
+        text = without_results(text)
         text = _LOSS.sub(r"| held-out loss, before the healing | \1 |", text, count=1)
         if not re.search(r"^shallower (run|demo) [^`]*--heal\b", text, re.MULTILINE):
             answers, lines = _about_answers(command), shell_lines(command)
@@ -483,8 +467,11 @@ def healed_card(
     return f"---\n{metadata}---\n\n{healed}\n{text}{of_source}"
 
 
-def state_loss(card: Path, losses: "tuple[Loss, Loss]") -> None:
-    """Write into a card what its model loses, which was measured after it was written."""
+def state_loss(card: Path, losses: "tuple[Loss, Loss]", *, tested: str = "") -> None:
+    """Write into a card what its model loses, which was measured after it was written.
+
+    ``tested`` names the texts, as :class:`~.exports.CutFacts` has it.
+    """
     text = card.read_text(encoding="utf-8")
     row = f"| held-out loss | {_lost(losses)} |"
     found = re.search(r"^\| held-out loss(, before the healing)? \| .* \|$", text, re.MULTILINE)
@@ -496,3 +483,4 @@ def state_loss(card: Path, losses: "tuple[Loss, Loss]") -> None:
     if steps:
         text = f"{text[: steps.end() - 1]}{_LOST}{_lost(losses)}{text[steps.end() - 1 :]}"
     write_file(card, text.encode())
+    state_results(card, loss_results(losses[1], losses[0], tested))

@@ -91,18 +91,21 @@ def save_cut(
     source: Source | None = None,
     overwrite: bool = False,
     losses: tuple[Loss, Loss] | None = None,
+    tested: str = "",
     command: str = "",
     beside: Callable[[Path], Mapping[str, bytes]] = lambda _: {},
 ) -> None:
     """Save a cut as :func:`save_model` does; ``source`` is what the model names by default.
 
-    ``command`` is what made it, as :class:`~.exports.CutFacts` has it; ``beside`` gives more files,
-    by name, for the folder with all others.
+    ``command`` is what made it and ``tested`` names the texts of the losses, as
+    :class:`~.exports.CutFacts` has them; ``beside`` gives more files, by name, for the folder with
+    all others.
     """
     check_plan(plan)
     require_weights(model)
     source = source or _source_of(model, plan)
-    texts = exports(replace(_facts(model, plan, source, losses), command=command))
+    facts = _facts(model, plan, source, losses)
+    texts = exports(replace(facts, command=command, tested=tested))
     _save(model, tokenizer, Path(path), overwrite, plan, texts, source.licenses, beside)
 
 

@@ -179,6 +179,12 @@ def _snapshot(hub: str, gguf_file: str | None) -> Path | None:
     return Path(str(found).removesuffix(name)) if isinstance(found, str) else None
 
 
+def card_at(place: Path) -> Path:
+    """The card of a local model, a folder or a GGUF file; it need not exist."""
+    is_file = place.suffix == ".gguf" and not place.is_dir()
+    return _card_of(place.parent, place.name) if is_file else place / CARD_FILE
+
+
 def _card_of(folder: Path, gguf_file: str | None) -> Path:
     """The card of a model; a folder's README may be of anything, beside a GGUF file above all."""
     shared = folder / CARD_FILE

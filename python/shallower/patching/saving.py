@@ -47,6 +47,7 @@ def save_patched(
     losses: Mapping[str, Loss] | None = None,
     more: Mapping[str, bytes] | None = None,
     command: str = "",
+    tested: str = "",
 ) -> None:
     """Save a patched model as a standard checkpoint.
 
@@ -62,6 +63,7 @@ def save_patched(
         losses: the losses ``whole``, ``cut`` and ``patched``, on text that no choice was made on.
         more: files to put beside it, by name.
         command: the command line that made it, for the card; ``shallower patch`` by default.
+        tested: the name of the texts that the losses are of, for the card.
 
     Raises:
         OutputError, ModelError: as :func:`shallower.save_model`.
@@ -81,6 +83,7 @@ def save_patched(
         plan=done.plan,
         overwrite=overwrite,
         losses=(losses["whole"], losses["patched"]) if losses else None,
+        tested=tested,
         command=command or _command(done, measured=bool(losses)),
         beside=beside,
     )
@@ -197,7 +200,15 @@ def patch_to_folder(
             raise
         measure("patched")
         with track("save the patched model", show=progress):
-            save_patched(model, tokenizer, made, done=done, overwrite=True, losses=losses)
+            save_patched(
+                model,
+                tokenizer,
+                made,
+                done=done,
+                overwrite=True,
+                losses=losses,
+                tested=place_of_texts(eval_texts) or "",
+            )
         with raise_output_error(Path(out)):
             for file in made.iterdir():
                 file.replace(folder / file.name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .._core import tier
 from ..cutting.exports import EXPORT_FILES, export_path
+from ..cutting.metadata import words_of
 from ..cutting.plans import plan_file
 from ..cutting.source import CARD_FILE, hub_id, place_name
 from ..errors import OutputError, why
@@ -277,7 +278,8 @@ def files_of(out: Path, command: str, part: str = "", *, store: Store) -> dict[s
     if out.suffix == ".gguf":
         paths = [out, *(export_path(out, name) for name in EXPORT_FILES)]
         paths = [path for path in paths if path.is_file()]
-        return dict(zip([one.name for one in paths], hashes_of(paths, store), strict=True))
+        found = dict(zip([one.name for one in paths], hashes_of(paths, store), strict=True))
+        return _without_results(out.parent, found)
     tops, left_out = [out], {RECORD, RESULT_RECORD, *_TIMED}
     if command == "run":  # whose card tells its call, by the names that places had
         tops = [out / one for one in _PARTS] if not part else tops
@@ -289,6 +291,15 @@ def files_of(out: Path, command: str, part: str = "", *, store: Store) -> dict[s
     if ADAPTERS_FILE in found:  # which has the place of their model
         config = json.loads((out / ADAPTERS_FILE).read_bytes())
         found[ADAPTERS_FILE] = hash_of({key: config[key] for key in config if key != _BASE})
+    return _without_results(out, found)
+
+
+def _without_results(folder: Path, found: dict[str, str]) -> dict[str, str]:
+    """Hash cards but for their results, which are also measured later (``eval --card``)."""
+    for name in found:
+        if name.endswith(CARD_FILE):
+            card = (folder / name).read_text(encoding="utf-8", errors="replace")
+            found[name] = hash_of(words_of(card))
     return found
 
 

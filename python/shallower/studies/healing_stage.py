@@ -86,7 +86,7 @@ class HealingStage:
         source = ModelSource(place, dtype, trust_remote_code=self.study.origin[1])
         model, tokenizer = source.load(self.study.progress)
         healed = self._loss(source, model, tokenizer)
-        state_loss(place / CARD_FILE, (results.whole, healed))
+        state_loss(place / CARD_FILE, (results.whole, healed), tested=self.study.tested)
         recommended = replace(recommended, healed=healed)
         results = replace(results, recommended=recommended, healing=healing)
         if speech is not None:

@@ -340,6 +340,7 @@ class Recommending:
                 folder,
                 overwrite=True,
                 losses=losses,
+                tested=self._study.tested,
                 command=results.command,
             )
         results.save()

@@ -319,27 +319,28 @@ class Study(Generic[Settings]):
         """The command line that makes the study again; of a call from Python, one like it."""
         if self.command:
             return self.command
-        words = ["shallower", self.KIND]
-        words += [word for model in self.models for word in model_words(model, dtype=True)]
+        models = (word for model in self.models for word in model_words(model, dtype=True))
+        words = ["shallower", self.KIND, *models]
         for texts in self.named_texts.values():
             words += ["--texts", _texts_word(texts, "TEXTS")]
         if self.eval_texts is not None:
             words += ["--eval-texts", _texts_word(self.eval_texts, "EVAL_TEXTS")]
-        out = [] if self.out is None else ["--out", self.out.resolve().name]
-        return shlex.join([*words, *self.settings.to_words(), *out])
+        words += self.settings.to_words()
+        return shlex.join([*words, *(["--out", self.out.resolve().name] if self.out else [])])
 
     @property
     def again_by_eval(self) -> str:
         """The options of ``shallower eval`` for the test texts, if they are others."""
         if self.eval_texts is None:
             return ""
-        settings = self.settings
-        options = {
-            "texts": _texts_word(self.eval_texts, "EVAL_TEXTS"),
-            "max_texts": settings.max_eval_texts,
-            "max_length": settings.max_length,
-        }
-        return shlex.join(option_words(options))
+        word, settings = _texts_word(self.eval_texts, "EVAL_TEXTS"), self.settings
+        options = {"texts": word, "max_texts": settings.max_eval_texts}
+        return shlex.join(option_words({**options, "max_length": settings.max_length}))
+
+    @property
+    def tested(self) -> str:
+        """The name of the file or dataset of the test texts; empty where they have none."""
+        return place_of_texts(self.eval_texts or next(iter(self.named_texts.values()))) or ""
 
     @property
     def origin(self) -> tuple[str, bool]:
