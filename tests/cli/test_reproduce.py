@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,45 @@ def test_on_another_machine_losses_are_near(shallower, made, monkeypatch, more, 
     num = len(record_in(result)[1]["files"])
     near = f"the same: {num - 1} of {num} files; 3 figures within 0.02 nats"
     assert last.startswith(name if status else near)
+
+
+@pytest.mark.parametrize("name", ["prune", "patch"])
+def test_by_other_versions_all_but_what_names_them_is_compared(shallower, made, monkeypatch, name):
+    result, told = made(name)
+    written = {**again.versions(), "numpy": "1.0"}
+    monkeypatch.setattr(again, "versions", lambda: written)
+    promised, done = shallower("reproduce", result, *told).out.splitlines()
+    if name == "patch":
+        assert promised.endswith("within 0.02 nats a token: not with the same numpy")
+        assert done.endswith("figures within 0.02 nats")
+        return
+    assert promised.endswith("on any machine; its plan and card name other versions of numpy")
+    num = len(record_in(result)[1]["files"])
+    assert done == f"the same: {num} of {num} files"
+
+    # Of a card and a plan that name others, all else is still compared.
+    def edit(record):
+        for file in ("README.md", "shallower_plan.json"):
+            record["files"][file] = "0" * 64
+
+    edited(result, edit)
+    path, _ = record_in(result)
+    alone = Path("alone") / path.name
+    alone.parent.mkdir()
+    alone.write_bytes(path.read_bytes())
+    assert shallower("reproduce", alone, *told).status == 0
+    edited(result, lambda record: record["files"].update({"config.json": "0" * 64}))
+    alone.write_bytes(path.read_bytes())
+    _, first, last = shallower("reproduce", alone, *told).out.splitlines()
+    assert first == "made again: config.json has other bytes"
+    assert last.startswith("numpy ")
+
+
+def test_a_cut_that_is_quantised_is_not_promised_anywhere():
+    settings = {"dtype": "nf4"}
+    record = records.Record("prune", settings, "cut", {}, {}, {}, {}, {}, {"cpu": "another"})
+    assert not again.promise_of(record).bytes
+    assert again.promise_of(replace(record, settings={"dtype": "float16"})).bytes
 
 
 def test_code_that_comes_with_a_model_is_run_for_who_allows_it_alone(shallower, place):

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cutting.source import CARD_FILE
 from ..errors import OutputError
 from ..values.counts import counted
+from ..values.files import PLAN_FILE
 from ..values.hashing import hash_of
+from ..values.provenance import versions
 from .records import Read, Record, changed, files_of, here, read_of
 from .store import FOLDER_VARIABLE, Store, store_folder
 
@@ -19,6 +22,11 @@ NATS = 0.02
 ANYWHERE = ("prune",)
 """Commands that copy bytes, and compute nothing."""
 
+QUANTISED = ("nf4", "int8")
+"""Dtypes of a cut that is computed for all that."""
+
+_NAMES_VERSIONS = tuple(f"{name} has other bytes" for name in (PLAN_FILE, CARD_FILE))
+
 
 @dataclass(frozen=True, slots=True)
 class Promise:
@@ -27,27 +35,32 @@ class Promise:
     Attributes:
         bytes: whether its files are the same, to the byte; else its losses are within ``NATS``.
         why: in words.
+        versions: packages that are of other versions here, which plans and cards name.
     """
 
     bytes: bool
     why: str
+    versions: tuple[str, ...] = ()
 
 
 def promise_of(record: Record) -> Promise:
     """Say what can be promised here, on this processor, with these instructions and threads."""
-    if record.command in ANYWHERE:
-        return Promise(True, "the same bytes: a cut copies them, on any machine")
-    mine = here()
+    mine, found = here(), versions()
+    other = tuple(name for name, one in record.versions.items() if found.get(name) != one)
+    if record.command in ANYWHERE and record.settings.get("dtype") not in QUANTISED:
+        told = f"; its plan and card name other versions of {', '.join(other)}" if other else ""
+        return Promise(True, f"the same bytes: a cut copies them, on any machine{told}", other)
     apart = [
         name
         for name in ("cpu", "gpus", "variables", "tier", "threads", "processes")
         if mine.get(name) != record.machine.get(name)
     ]
-    if not apart:
+    if not apart and not other:
         return Promise(True, "the same bytes: processor, instructions and threads are those of it")
     names = {"cpu": "processor", "gpus": "cards", "variables": "instructions"}
-    words = ", ".join(names.get(one, one) for one in apart)
-    return Promise(False, f"the same losses within {NATS} nats a token: not with the same {words}")
+    words = ", ".join([*(names.get(one, one) for one in apart), *other])
+    why = f"the same losses within {NATS} nats a token: not with the same {words}"
+    return Promise(False, why, other)
 
 
 def changed_result(record: Record, place: Path, store: Store) -> list[str]:
@@ -115,24 +128,25 @@ def compare(record: Record, made: Record, promise: Promise) -> list[str]:
     ]
     if not promise.bytes:
         lines = [line for line in lines if not line.endswith("has other bytes")]
+    elif promise.versions:
+        lines = [line for line in lines if not line.endswith(_NAMES_VERSIONS)]
     for name in sorted({*record.figures, *made.figures}):
         had, has = record.figures.get(name), made.figures.get(name)
         if had is None or has is None:
             lines.append(f"{name}: {has} nats, expected {had}")
         elif abs(had - has) > (0.0 if promise.bytes else NATS):
             lines.append(f"{name}: {has:.4f} nats, expected {had:.4f}")
-    if not promise.bytes:
-        return lines
-    for name, version in record.versions.items():
-        if lines and made.versions.get(name) != version:
-            lines.append(f"{name} {version} has made it, here is {made.versions.get(name)}")
+    for name in promise.versions if promise.bytes and lines else ():
+        version = record.versions[name]
+        lines.append(f"{name} {version} has made it, here is {made.versions.get(name)}")
     return lines
 
 
 def agreement(record: Record, made: Record, promise: Promise) -> str:
     """Say how far a result that was made again is that of its record, where nothing differs."""
     files, figures = counted(len(record.files), "file"), counted(len(record.figures), "figure")
-    if promise.bytes:
+    if promise.bytes and not promise.versions:
         return f"the same: {files}, {figures}" if record.figures else f"the same: {files}"
     same = {*record.files.items()} & {*made.of_part(record.part).files.items()}
-    return f"the same: {len(same)} of {files}; {figures} within {NATS} nats"
+    within = f"; {figures} within {NATS} nats" if record.figures else ""
+    return f"the same: {len(same)} of {files}{within}"
