@@ -148,9 +148,18 @@ def plan(recipe, work):
         if words[0] == "plan" or "--experts-plan" in words:  # of what is not there yet
             continue
         words = [str(folder or words[1]) if word in made[:-1] else word for word in words]
+        if recipe.config and words[0] == "run":  # of which its patch takes the most
+            dropped = ["--drop", f"1:{1 + int(str(option(words, '--n')))}", "--no-answers"]
+            texts = ["--texts", str(option(words, "--texts")), "--out", words[-1]]
+            words = ["patch", str(folder), *dropped, *texts]
+        if recipe.config:  # without tokenizers to compare, and tasks, which are on the hub
+            for name in ("--against", "--tasks"):
+                if name in words:
+                    at = words.index(name)
+                    del words[at : at + 2]
         memory = ["--device-memory", recipe.gpu] if recipe.gpu and words[0] in SIZED else []
-        extra = [word for word in words if word != "--card"]
-        ended &= shallower(*extra, *memory, "--dry-run") == 0
+        asked = [word for word in words if word != "--card"]
+        ended &= shallower(*asked, *memory, "--dry-run") == 0
     return ended
 
 
