@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__ as __version__
+    from .cutting.for_states import ForStates as ForStates
     from .cutting.in_model import drop_experts as drop_experts
     from .cutting.in_model import drop_layers as drop_layers
     from .cutting.in_model import without_layers as without_layers
@@ -110,6 +111,7 @@ _HOMES = {
     "CurveSettings": "values.settings",
     "DroppedExperts": "values.experts",
     "ExpertsError": "errors",
+    "ForStates": "cutting.for_states",
     "Gain": "values.gain",
     "Healing": "values.healing",
     "InMemoryOnlyError": "errors",

@@ -15,6 +15,7 @@ from ..values.settings import CompareSettings, RunSettings
 from ..values.stage_settings import EvalSettings
 
 if TYPE_CHECKING:
+    from ..cutting.plans import NamedLayers
     from ..studies.answers import WantedAnswers
     from ..texts.sources import Texts
     from ..values.layers import Block
@@ -336,6 +337,26 @@ def named_cut(
         return named_layers(drop, plan), None
     named = load_plan(experts_plan) if experts_plan is not None else parse_experts(experts or "")
     return [] if drop is None and plan is None else named_layers(drop, plan), named
+
+
+def named_states(
+    states: str | None, drop: str | None, plan: Path | None, **experts: Any
+) -> "tuple[NamedLayers, Plan | dict[int, tuple[int, ...]] | None]":
+    """Read the states that a cut is made for, or else as :func:`named_cut`.
+
+    LayersError: something else is named beside the states, or they cannot be read.
+    """
+    from ..cutting.for_states import ForStates
+    from ..errors import LayersError
+
+    if states is None:
+        return named_cut(drop, plan, **experts)
+    if any(one is not None for one in (drop, plan, *experts.values())):
+        raise LayersError(
+            "--for-states decides what goes: name no layers (--drop, --plan) and no experts "
+            "(--drop-experts, --experts-plan) beside it"
+        )
+    return ForStates.parse(states), None
 
 
 def places(device_map: str | None, *, stream: bool) -> str | None:

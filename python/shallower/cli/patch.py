@@ -158,17 +158,17 @@ def patch_command(
 
 
 def _patchable(place: ModelSource, named: "Plan | list[Block]", out: Path) -> "Plan":
-    """The plan of the cut, before the model is loaded; PatchError if it drops experts.
+    """The plan of the cut, before the model is loaded; PatchError if it cannot be.
 
     OutputError where its checkpoint has no room.
     """
     from ..cutting.plans import agreed_plan
     from ..memory.checkpoints import left_bytes
     from ..storage import check_room
-    from ..values.patch import refuse_experts
+    from ..values.patch import check_patchable
 
     plan = agreed_plan(str(place.path), place.count_layers(), named)
-    refuse_experts(plan)
+    check_patchable(plan)
     check_room(out, left_bytes(place, plan.dropped))
     return plan
 

@@ -20,7 +20,7 @@ from .options import (
     Overwrite,
     PlanPath,
     TrustRemoteCode,
-    named_cut,
+    named_states,
 )
 from .output import print_json, reuse, say_dry_run, show, upload_line
 
@@ -33,6 +33,14 @@ def prune_command(
     plan: PlanPath = None,
     drop_experts: DropExperts = None,
     experts_plan: ExpertsPlan = None,
+    for_states: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STATES",
+            help="Instead of layers, the hidden states that a pipeline reads, as 9,18,27: keep "
+            "only the layers that they need, and compare them, to the bit.",
+        ),
+    ] = None,
     dtype: Annotated[
         DtypeName | None,
         typer.Option(help="Dtype of the weights; as stored in a folder by default, else bfloat16."),
@@ -62,6 +70,9 @@ def prune_command(
 ) -> None:
     """Drop layers or experts, and save a standard checkpoint.
 
+    With --for-states nothing is lost: the layers go that the named hidden states do not need.
+    The states of the cut are compared with those of MODEL after a stock reload.
+
     A folder of safetensors is cut on disk, without loading it, unless --dtype asks for
     another dtype than the stored one; when interrupted, the same command goes on.
     With an --out that ends in .gguf, or with --as-gguf, a GGUF file is cut directly,
@@ -78,7 +89,8 @@ def prune_command(
 
     reads = [plan_file(read) for read in (plan, experts_plan) if read is not None]
     check_apart(out, [*reads, experts_file(drop_experts or "")])
-    layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
+    named: dict[str, Any] = {"experts": drop_experts, "experts_plan": experts_plan}
+    layers, experts = named_states(for_states, drop, plan, **named)
     options: dict[str, Any] = {
         "dtype": dtype,
         "max_shard_size": max_shard_size,
@@ -130,6 +142,9 @@ def _end(done: dict[str, Any], out: Path, as_json: bool) -> None:
     difference, written = done["max_logits_difference"], done["written"]
     said = [] if difference is None else [f"logits differ by at most {difference:.2g}"]
     files = [written] if isinstance(written, str) else written
-    show(plan_table(Plan.from_json(done)), *said, *(f"wrote {path}" for path in files))
+    plan = Plan.from_json(done)
+    if plan.states:
+        said += [plan.why, "the states are those of the whole model, to the bit"]
+    show(plan_table(plan), *said, *(f"wrote {path}" for path in files))
     if out.suffix != ".gguf":
         show(upload_line(out))

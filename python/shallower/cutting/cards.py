@@ -15,6 +15,7 @@ from ..values.counts import counted, with_error
 from ..values.files import PLAN_FILE
 from ..values.layers import Block, drop_option, ranges
 from ..values.plan import Plan
+from .card_uses import CODE, NOT_HEALED, loading, purpose
 from .exports import (
     MERGEKIT_FILE,
     PRUNE_LAYERS_FILE,
@@ -37,9 +38,6 @@ from .source import CARD_FILE, FRONT_MATTER, PLACEHOLDER, Source
 if TYPE_CHECKING:
     from ..values.loss import Loss
 
-_NOT_HEALED = """\
-**This model is not healed**: nothing was trained after the cut. Expect it to be worse than its
-source, at reasoning in steps above all: measure it on your own task, or fine-tune it first."""
 
 _CARD = """\
 ---
@@ -49,7 +47,7 @@ _CARD = """\
 
 {what}. They are counted from 0, and ranges are half-open.
 
-{not_healed}
+{purpose}
 
 | | |
 |---|---|
@@ -61,21 +59,8 @@ _CARD = """\
 {again}
 If `{record}` lies beside this card, `shallower reproduce {result}` does so and compares all bytes.
 
+{heading}
 {loading}
-From this folder, by transformers{version}:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({arguments})
-tokenizer = AutoTokenizer.from_pretrained({arguments})
-```
-
-By vLLM and llama.cpp:
-
-```sh
-{serve}
-```
 
 ## The same cut by other tools
 
@@ -151,20 +136,6 @@ _HISTORY = re.compile(r"^## How it was made\n\n((?:\d+\. .+\n)+)", re.MULTILINE)
 _LOST = "; held-out loss "
 _OF_SOURCE = "\n## The card of the source\n"
 
-_CODE = ", trust_remote_code=True"
-
-_VERSION = """ 5 or later (version 4 ignores `rope_parameters` in
-`config.json`, and loads another model without an error)"""
-
-_SERVE_FOLDER = """\
-vllm serve .{code}
-python convert_hf_to_gguf.py . --outfile cut.gguf  # of llama.cpp; for weights in plain dtypes
-llama-cli -m cut.gguf"""
-
-_SERVE_GGUF = """\
-vllm serve ./{gguf} --tokenizer TOKENIZER  # with vllm-gguf-plugin; a folder or hub id
-llama-cli -m {gguf}"""
-
 
 def exports(facts: CutFacts) -> dict[str, str]:
     """The texts beside a cut, by the names that :func:`.exports.export_files` gives."""
@@ -182,12 +153,11 @@ def cut_card(facts: CutFacts) -> str:
     """The text of ``README.md`` of a cut, with the source's own card at the end."""
     plan, source, gguf = facts.plan, facts.source, facts.gguf
     quantised = gguf is not None or facts.dtype in ("nf4", "int8")
-    quoted, has_code = shlex.quote(gguf or ""), bool(facts.options.get("trust_remote_code"))
     mergekit = shlex.quote(facts.file(MERGEKIT_FILE))
     tools = _OTHER_TOOLS.format(mergekit=mergekit, prune_layers=prune_layers(plan))
     card = _CARD.format(
         metadata=front_matter(
-            source.inherited,
+            {**source.inherited, **({"pipeline_tag": "feature-extraction"} if plan.states else {})},
             base=source.hub,
             relation="quantized" if quantised else "finetune",
             library="gguf" if gguf else "transformers",
@@ -195,18 +165,14 @@ def cut_card(facts: CutFacts) -> str:
         ),
         title=_title(facts),
         what=_what(facts),
-        not_healed=_NOT_HEALED,
+        purpose=purpose(plan),
         rows=_table(_rows(facts)),
         history=_numbered(_steps(facts)),
         again=_again(facts),
         record=facts.file(RESULT_RECORD),
-        result="." if facts.file(CARD_FILE) == CARD_FILE else quoted,
-        loading=_LOADING,
-        version=_VERSION if facts.needs_5 and not gguf else "",
-        arguments=f'".", gguf_file={gguf!r}' if gguf else f'"."{_CODE if has_code else ""}',
-        serve=(_SERVE_GGUF if gguf else _SERVE_FOLDER).format(
-            gguf=quoted, code=" --trust-remote-code" if has_code else ""
-        ),
+        result="." if facts.file(CARD_FILE) == CARD_FILE else shlex.quote(gguf or ""),
+        heading=_LOADING,
+        loading=loading(facts),
         others=tools if plan.experts is None else _NO_OTHER_TOOLS,
     )
     if source.text.strip():
@@ -305,6 +271,8 @@ def _again(facts: CutFacts) -> str:
         lines = shell_lines(command)
         return _MADE_AGAIN.format(placeholder=known, names=names, command=lines)
     cut = ["--drop", drop_option(facts.plan.blocks)]
+    if facts.plan.states:
+        cut = ["--for-states", ",".join(map(str, facts.plan.states))]
     if facts.plan.experts is not None:
         cut = ["--plan", facts.file(PLAN_FILE)]
         placeholder += f"\n`{facts.file(PLAN_FILE)}` lies beside this card."
@@ -324,8 +292,9 @@ def _python(facts: CutFacts) -> str:
     layers: Any = [block.layers for block in facts.plan.blocks]
     if facts.plan.experts is not None:
         layers = facts.file(PLAN_FILE)
+    what = f"sh.ForStates({list(facts.plan.states)})" if facts.plan.states else repr(layers)
     words = [f", {name}={value!r}" for name, value in _arguments(facts).items()]
-    return f"sh.prune({facts.source.place!r}, {layers!r}, {facts.out!r}{''.join(words)})"
+    return f"sh.prune({facts.source.place!r}, {what}, {facts.out!r}{''.join(words)})"
 
 
 def _rows(facts: CutFacts) -> list[tuple[str, str]]:
@@ -348,7 +317,7 @@ def _rows(facts: CutFacts) -> list[tuple[str, str]]:
         rows.append(("tokens compared", f"{plan.positions} of every text"))
     if facts.losses:
         rows.append(("held-out loss", _lost(facts.losses)))
-    else:
+    elif not plan.states:
         rows.append(("held-out loss", "not measured; `shallower eval` measures it"))
     if plan.model:
         rows.append(("source", str(plan.model)))
@@ -432,7 +401,7 @@ def adapters_card(
         name=_inline(cut.name),
         dropped=_dropped(plan, "its "),
         healed=_HEALED.format(what="low-rank adapters were trained.", rows=_table(rows)),
-        code=_CODE if trust_remote_code else "",
+        code=CODE if trust_remote_code else "",
         merge=command_line("merge", ".", *code, "--out", "../healed"),
     )
 
@@ -458,8 +427,8 @@ def healed_card(
             section = _HEALED_AGAIN.format(answers=answers, command=lines)
             before, heading, behind = text.partition(_LOADING)
             text = f"{before}{section}{heading}{behind}" if heading else f"{text}\n{section}"
-    if _NOT_HEALED in text:
-        return text.replace(_NOT_HEALED, healed, 1) + of_source
+    if NOT_HEALED in text:
+        return text.replace(NOT_HEALED, healed, 1) + of_source
     front = FRONT_MATTER.match(text)
     if front:
         return f"{text[: front.end()]}\n{healed}\n{text[front.end() :]}{of_source}"

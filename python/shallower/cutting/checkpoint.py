@@ -22,7 +22,7 @@ from ..progress import BytesProgress, say_goes_on, track_copy
 from ..storage import check_room, resumable_folder
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity, fingerprint
-from ..values.layers import MAX_LAYERS, Layers
+from ..values.layers import MAX_LAYERS
 from ..values.memory import parse_size
 from ..values.plan import Plan
 from .cards import exports
@@ -39,7 +39,7 @@ from .description import Description
 from .exports import CutFacts
 from .mixture import StoredTensor, find_stacks, refuse_experts_outside
 from .plain import plain_model
-from .plans import NamedExperts, agreed_plan, made_for
+from .plans import NamedExperts, NamedLayers, agreed_plan, made_for
 from .source import find_source
 from .tensor_names import (
     QUANTISATION_KEYS,
@@ -125,7 +125,7 @@ class PreparedCut:
 
 def prepare(
     source: str | Path,
-    layers: Plan | Layers,
+    layers: NamedLayers,
     *,
     experts: NamedExperts | None = None,
     label: str = "",

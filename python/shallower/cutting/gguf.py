@@ -18,13 +18,12 @@ from ..errors import ModelError
 from ..progress import BytesProgress, track_copy
 from ..storage import check_free, check_ours, new_file, new_folder, write_file
 from ..values.files import PLAN_FILE
-from ..values.layers import Layers
 from ..values.plan import Plan
 from ..values.routing import Routing
 from .cards import exports
 from .exports import CutFacts, export_path
 from .mixture import Mixture
-from .plans import NamedExperts, agreed_plan
+from .plans import NamedExperts, NamedLayers, agreed_plan
 from .source import GGUF_KEYS, find_source
 
 EXPERT_KEYS = ("count", "used_count", "group_count", "group_used_count")
@@ -94,7 +93,7 @@ class PreparedGguf:
 
 def prepare_gguf(
     source: str | Path,
-    layers: Plan | Layers,
+    layers: NamedLayers,
     out: str | Path,
 ) -> PreparedGguf:
     """Check a cut of a GGUF file, and write nothing.
@@ -173,7 +172,7 @@ def read_metadata(source: Path) -> dict[str, Any]:
         return {}
 
 
-def plan_gguf(source: Path, layers: Plan | Layers, experts: NamedExperts) -> Plan:
+def plan_gguf(source: Path, layers: NamedLayers, experts: NamedExperts) -> Plan:
     """The plan that drops experts of a GGUF file, beside layers or alone.
 
     ModelError: the file counts no experts. Else raises as :func:`.plans.agreed_plan`.

@@ -27,19 +27,18 @@ from ..models.experts import find_experts
 from ..models.identity import model_name
 from ..models.layer_config import layer_counts, shorten
 from ..values.experts import DroppedExperts, Experts
-from ..values.layers import Layers
 from ..values.plan import Plan
 from .experts import cut_experts
-from .plans import agreed_plan, made_for
+from .plans import NamedLayers, agreed_plan, made_for
 from .twin import PLACES, checked_twin
 
 
-def drop_layers(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
+def drop_layers(model: PreTrainedModel, layers: NamedLayers) -> Plan:
     """Remove layers from a model, in place, and the experts that a plan names.
 
     Args:
         model: a Llama-like causal language model of transformers, quantised or not.
-        layers: a plan, or blocks, ranges or indices, 0-based.
+        layers: a plan; blocks, ranges or indices, 0-based; or :class:`ForStates`.
 
     Returns:
         The plan that was carried out, with the identity of the uncut model. A plan keeps all that
@@ -93,12 +92,12 @@ def drop_experts(model: PreTrainedModel, experts: Experts | str) -> Plan:
 
 
 @contextmanager
-def without_layers(model: PreTrainedModel, layers: Plan | Layers) -> Iterator[None]:
+def without_layers(model: PreTrainedModel, layers: NamedLayers) -> Iterator[None]:
     """Run a body with the model without some layers; afterwards it is as before.
 
     Args:
         model: as for :func:`drop_layers`.
-        layers: a plan, or blocks, ranges or indices, 0-based.
+        layers: a plan; blocks, ranges or indices, 0-based; or :class:`ForStates`.
 
     Yields:
         Nothing; the given model is the cut one.

@@ -10,6 +10,10 @@ from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity
 from ..values.layers import Layers, ranges
 from ..values.plan import Plan
+from .for_states import ForStates
+
+NamedLayers = Plan | Layers | ForStates
+"""A plan, layers by their places, or those that some hidden states do not need."""
 
 
 def plan_file(path: str | Path) -> Path:
@@ -30,7 +34,7 @@ NamedExperts = Plan | DroppedExperts | Experts | str | Path
 def agreed_plan(
     named: str,
     num_layers: int,
-    layers: Plan | Layers,
+    layers: NamedLayers,
     *,
     experts: NamedExperts | None = None,
     count_experts: Callable[[], int] = int,
@@ -50,6 +54,8 @@ def agreed_plan(
     plan = None if none else _agreed_layers(named, num_layers, layers)
     if plan is not None and plan.experts is not None:
         raise ExpertsError("the plan names experts already: name no others beside it")
+    if plan is not None and plan.states:
+        raise ExpertsError("states need all experts of the layers that stay: name none to drop")
     if isinstance(experts, Plan):
         return _with_layers(_agreed_layers(named, num_layers, experts), plan)
     if not isinstance(experts, DroppedExperts):
@@ -71,7 +77,9 @@ def _with_layers(plan: Plan, layers: Plan | None) -> Plan:
     return replace(plan, blocks=layers.blocks, experts=plan.experts.without(layers.dropped))
 
 
-def _agreed_layers(named: str, num_layers: int, layers: Plan | Layers) -> Plan:
+def _agreed_layers(named: str, num_layers: int, layers: NamedLayers) -> Plan:
+    if isinstance(layers, ForStates):
+        return layers.plan(num_layers)
     if isinstance(layers, Plan) and layers.num_layers != num_layers:
         raise PlanError(
             f"the plan is for {layers.num_layers} layers, {named} has {num_layers}: plan "

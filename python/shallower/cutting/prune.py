@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import (
     InMemoryOnlyError,
@@ -20,16 +20,21 @@ from ..errors import (
 )
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..progress import BytesProgress, track
-from ..storage import check_apart, check_free, check_room, claimed
+from ..storage import check_apart, check_free, check_room, claimed, removed_on_error
 from ..values.experts import experts_file, parse_experts
 from ..values.files import PLAN_FILE
-from ..values.layers import Layers, ranges
+from ..values.layers import drop_option, ranges
 from ..values.plan import Plan
 from .checkpoint import PreparedCut, prepare
 from .exports import export_files
 from .gguf import plan_gguf, prepare_gguf
-from .plans import NamedExperts, agreed_plan, load_plan, plan_file
+from .plans import NamedExperts, NamedLayers, agreed_plan, load_plan, plan_file
 from .request import Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .states_check import StatesCheck
 
 Way = Literal["disk", "memory", "gguf"]
 
@@ -39,7 +44,7 @@ _SAVED = ("config.json", "generation_config.json", "model*.safetensors", "tokeni
 
 def prune(
     source: str | Path,
-    what: Plan | Layers | str | Path,
+    what: NamedLayers | str | Path,
     out: str | Path,
     *,
     experts: NamedExperts | None = None,
@@ -62,7 +67,9 @@ def prune(
     Args:
         source: a local folder, a hub id, or a ``.gguf`` file.
         what: a plan, the path of a saved one or of its folder, or blocks, ranges or indices to
-            drop, 0-based; ``()`` if only ``experts`` go.
+            drop, 0-based; ``()`` if only ``experts`` go. Or :class:`ForStates`, which drops all
+            layers that some hidden states do not need: these are then compared with those of the
+            whole model, to the bit, after a stock reload. A cut that differs is removed.
         out: a folder that does not exist yet, or is empty; or a ``.gguf`` file, which only a GGUF
             file is cut into.
         experts: routed experts that go of the layers that stay: by layer, 0-based, their indices;
@@ -91,7 +98,7 @@ def prune(
         PlanError: a plan that is damaged, or was made for another model.
         ModelError: a model that is not there, is damaged or incomplete, or cannot be described
             without these layers; options that do not go together; with ``verify``, logits that
-            differ.
+            differ; with :class:`ForStates`, a state that does.
         OutputError: something is at ``out`` already, or it cannot be written to.
         MissingExtraError: a package is needed that is not installed.
 
@@ -122,7 +129,7 @@ def prune(
 @naming_extras("a cut that loads the model")
 def plan_prune(
     source: str | Path,
-    what: Plan | Layers | str | Path,
+    what: NamedLayers | str | Path,
     out: str | Path,
     *,
     experts: NamedExperts | None = None,
@@ -193,8 +200,16 @@ def plan_prune(
         check_apart(file, reads)
     check_room(request.out, planned.num_bytes)
     if planned.loads_model and find_spec("torch") is None:
-        raise MissingExtraError("torch", "model", "dtype (--dtype) or verify (--verify)")
+        raise MissingExtraError("torch", "model", _loading_for(planned.plan))
     return planned
+
+
+def _loading_for(plan: Plan) -> str:
+    """What a model is loaded for; of states with the way out."""
+    if not plan.states:
+        return "dtype (--dtype) or verify (--verify)"
+    drop = drop_option(plan.blocks)
+    return f"comparing states (--for-states; --drop {drop} makes the same cut, not compared)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,24 +257,26 @@ class PlannedPrune:
     @property
     def loads_model(self) -> bool:
         """True if the model is loaded, which takes torch and memory."""
-        return self.way == "memory" or self._request.verify
+        return self.way == "memory" or self._request.verify or bool(self.plan.states)
 
     def to_json(self) -> dict[str, Any]:
         """The planned work as plain JSON values."""
         size = {"bytes": self.num_bytes} if self.num_bytes else {}
         experts = self.plan.experts
         dropped = {} if experts is None else {"drop_experts": str(experts)}
+        why = {"why": self.plan.why} if self.plan.states else {}
         return {
             "prune": self._request.named,
             "drop": ranges(self.plan.dropped),
             "keep": ranges(self.plan.survivors),
             **dropped,
+            **why,
             **size,
             "write": [str(path) for path in self.files],
         }
 
     def run(self, progress: BytesProgress | bool | None = None) -> Pruned:
-        """Make the cut, and verify it if ``verify`` was set; raises what :func:`prune` does."""
+        """Make the cut, and verify what was asked for; raises what :func:`prune` does."""
         with claimed(self._request.out, self._request.overwrite, self.num_bytes):
             return self._run(progress)
 
@@ -268,25 +285,37 @@ class PlannedPrune:
         show = False if callable(progress) else progress
         # Before the cut: what cannot be loaded is found before the work.
         loaded = request.load(progress) if self.loads_model and not on_disk else None
+        check = self._states_check(loaded, progress) if plan.states else None
         if self._write is not None:
             self._write(overwrite=request.overwrite, progress=progress)
         elif loaded is not None:
             with track("save the cut", show=show):
                 plan = request.cut_in_memory(*loaded, plan)
         written = self.files if request.out.suffix == ".gguf" else (request.out,)
+        cut = self.files[0] if self.way == "gguf" else request.out
+        if check is not None:
+            loaded = loaded if request.verify else None  # one model is in memory at a time
+            with track("compare the states", show=show), removed_on_error(written):
+                check.compare(cut)
         if not request.verify:
             return Pruned(plan, written)
         from .saving import verify_checkpoint
 
-        cut = self.files[0] if self.way == "gguf" else request.out
         loaded = loaded or request.load(progress, as_stored=on_disk)
         with track("verify the cut", show=show):
             return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan))
 
+    def _states_check(
+        self, loaded: "tuple[PreTrainedModel, Any] | None", progress: BytesProgress | bool | None
+    ) -> "StatesCheck":
+        """Read the states of the whole model, which may be loaded already."""
+        from .states_check import StatesCheck
 
-def _plan_gguf(
-    request: Request, layers: Plan | Layers, experts: NamedExperts | None
-) -> PlannedPrune:
+        whole = loaded[0] if loaded else self._request.load_alone(progress)
+        return StatesCheck(whole, self.plan.states)
+
+
+def _plan_gguf(request: Request, layers: NamedLayers, experts: NamedExperts | None) -> PlannedPrune:
     """A GGUF file into a GGUF file."""
     refused = {
         "dtype": request.dtype,
@@ -311,7 +340,7 @@ def _plan_gguf(
 
 
 def _plan_folder(
-    request: Request, layers: Plan | Layers, experts: NamedExperts | None
+    request: Request, layers: NamedLayers, experts: NamedExperts | None
 ) -> PlannedPrune:
     """Into a folder of safetensors: on disk where that can be, else in memory."""
     out = request.out
@@ -339,7 +368,7 @@ def _plan_folder(
 
 
 def _prepared(
-    request: Request, layers: Plan | Layers, experts: NamedExperts | None
+    request: Request, layers: NamedLayers, experts: NamedExperts | None
 ) -> PreparedCut | None:
     """The cut on disk; None if this model must be cut in memory."""
     try:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError, why
-from ..models.dtypes import DeviceMap, Dtype
+from ..models.dtypes import STREAM, DeviceMap, Dtype, plain_dtype
 from ..models.source import ModelSource
-from ..progress import BytesProgress
+from ..progress import BytesProgress, track
 from ..texts.hub import hub_refusal
+from ..values.identity import title_of
 from ..values.plan import Plan
 from .checkpoint_files import CONFIG_FILE, is_checkpoint, read_json, stored_dtype, text_part
 from .gguf import read_metadata
@@ -91,6 +92,24 @@ class Request:
         if self.to_gguf:
             return ModelSource(self.gguf_path, "float32").load(show)
         return self._loaded_from(as_stored=as_stored).load(show)
+
+    def load_alone(self, progress: BytesProgress | bool | None) -> "PreTrainedModel":
+        """Load the whole model as it is stored in a folder, which may lack head and tokenizer."""
+        if self.device_map == STREAM:
+            return self.load(progress, as_stored=True)[0]
+        from ..models.loading import load_weights, read_config
+        from .states_check import kind_of
+
+        trusted = {"trust_remote_code": True} if self.trust_remote_code else {}
+        show = False if callable(progress) else progress
+        with track(f"load {title_of(self.source)}", show=show):
+            return load_weights(
+                self.source,
+                plain_dtype(self._stored_plainly),
+                self.device_map,
+                options=trusted,
+                kind=kind_of(read_config(self.source, trust_remote_code=self.trust_remote_code)),
+            )
 
     def cut_in_memory(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", plan: Plan

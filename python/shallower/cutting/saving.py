@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..errors import ModelError, OutputError, PlanError, why
@@ -216,32 +216,46 @@ def logits_difference(
     memory of the CPU, and its layers visit the GPU one after the other; or it is streamed where
     the layers of the model do. ModelError: it cannot be loaded, or lacks weights.
     """
-    decoder = Decoder.of(model)
-    device = decoder.device
+    device = Decoder.of(model).device
     input_ids = input_ids.to(device)
     skipped = nullcontext() if layers is None else without_layers(model, layers)
     with torch.inference_mode(), skipped:
         expected = model(input_ids=input_ids, use_cache=False).logits
-    reloaded: Any
-    streamed, dtype = decoder.is_streamed, cast("Dtype", stored_dtype(model))
-    if streamed:
-        trusted = _has_own_code(model)
-        reloaded, _ = load_model(path, dtype, STREAM, trust_remote_code=trusted, progress=False)
-    elif Path(path).suffix == ".gguf":
-        reloaded, _ = load_model(path, dtype, "cpu")
-    else:
-        reloaded = load_weights(
-            str(path),
-            model.dtype,
-            None if device.type == "cpu" else "cpu",
-            options={"trust_remote_code": True} if _has_own_code(model) else None,
-        )
-    if not streamed:
-        lend_layers(reloaded, device)
+    reloaded: Any = loader_like(model)(path)
     with torch.no_grad():  # weights cannot move in inference mode
         got = reloaded(input_ids=input_ids, use_cache=False).logits
     expected = expected.to(device)  # that of a model on several GPUs may be on the last one
     return float((got.float() - expected.float()).abs().max())
+
+
+def loader_like(
+    model: PreTrainedModel, kind: Any = AutoModelForCausalLM
+) -> Callable[[str | Path], PreTrainedModel]:
+    """Give what loads a checkpoint so that it rounds as a model does, which may be gone by then.
+
+    By ``kind`` of stock transformers; it runs on the device of the model, or is streamed like it.
+    """
+    decoder = Decoder.of(model)
+    device, streamed, plain = decoder.device, decoder.is_streamed, model.dtype
+    dtype, trusted = cast("Dtype", stored_dtype(model)), _has_own_code(model)
+
+    def load(path: str | Path) -> PreTrainedModel:
+        if streamed:
+            return load_model(path, dtype, STREAM, trust_remote_code=trusted, progress=False)[0]
+        if Path(path).suffix == ".gguf":
+            loaded, _ = load_model(path, dtype, "cpu", progress=False)
+        else:
+            loaded = load_weights(
+                str(path),
+                plain,
+                None if device.type == "cpu" else "cpu",
+                options={"trust_remote_code": True} if trusted else None,
+                kind=kind,
+            )
+        lend_layers(loaded, device)
+        return loaded
+
+    return load
 
 
 def lend_layers(model: PreTrainedModel, device: torch.device) -> None:

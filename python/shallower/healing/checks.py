@@ -31,7 +31,8 @@ from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 def read_plan(path: str) -> Plan:
     """Read the plan beside a cut, in its folder or at the hub.
 
-    PlanError if it is missing or damaged, ModelError if the folder or repository is missing.
+    PlanError if it is missing, damaged or for states, ModelError if the folder or repository is
+    missing.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -47,7 +48,10 @@ def read_plan(path: str) -> Plan:
             f"shallower prune MODEL --drop 12:20 --out cut",
             see="healing",
         )
-    return Plan.load(found)
+    plan = Plan.load(found)
+    if plan.states:
+        raise PlanError(f"{path} is lossless for its states, which a healing changes ({plan.why})")
+    return plan
 
 
 def _plan_of_hub(path: str) -> str | None:

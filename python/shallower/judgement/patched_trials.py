@@ -13,7 +13,7 @@ from ..errors import ModelError, PatchError
 from ..memory.prefix_cache import Place
 from ..patching.quick import QuickPatch, out_of_memory
 from ..values.layers import blocks_of
-from ..values.patch import refuse_experts
+from ..values.patch import check_patchable
 from ..values.plan import Plan
 from ..values.schema import of_type
 from ..values.scores import Scores
@@ -206,7 +206,7 @@ def kept_patched(
 def _layers_of(cut: AnyCut) -> Cut:
     """The layers that go by a cut; PatchError where experts go."""
     if isinstance(cut, Plan):
-        refuse_experts(cut)
+        check_patchable(cut)
     return frozenset(cut.dropped if isinstance(cut, Plan) else cut)
 
 

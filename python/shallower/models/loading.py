@@ -294,19 +294,20 @@ def load_weights(
     *,
     config: Any = None,
     options: dict[str, Any] | None = None,
+    kind: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """Load a whole checkpoint by stock transformers.
 
     ModelError if that fails, or weights are missing. ``dtype`` is of what ``config`` does not
-    quantise; ``options`` go to ``from_pretrained``. Without a device map plain weights go to the
-    CPU.
+    quantise; ``options`` go to ``from_pretrained`` of ``kind``. Without a device map plain weights
+    go to the CPU.
     """
     options = options or {}
     if config is not None:
         options = {**options, "quantization_config": config}
     with hushed(), _report_unless_refused():
         model, info = _call(
-            AutoModelForCausalLM.from_pretrained,
+            kind.from_pretrained,
             source,
             dtype=dtype,
             device_map=device_map,

@@ -22,7 +22,7 @@ from ..texts.batches import AnyTexts
 from ..texts.sequences import check_answers, mixed, usable_answers
 from ..values.answers import Answer
 from ..values.layers import Layers
-from ..values.patch import Patch, refuse_experts
+from ..values.patch import Patch, check_patchable
 from ..values.plan import Plan
 from ..values.stage_settings import PatchSettings
 from .changes import Changes
@@ -183,7 +183,7 @@ def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
     decoder = Decoder.of(model)
     plan = Plan.of(len(decoder), layers)
     plan.check_model(decoder.identity)
-    refuse_experts(plan)
+    check_patchable(plan)
     if plan.blocks[0].start == 0:
         raise no_layer_before(plan.blocks[0])
     return replace(plan, model=decoder.identity)

@@ -26,7 +26,7 @@ from ..values.counts import counted
 from ..values.files import PATCH_FILE
 from ..values.layers import Layers, drop_option
 from ..values.loss import Loss
-from ..values.patch import Patch, refuse_experts
+from ..values.patch import Patch, check_patchable
 from ..values.plan import Plan
 from ..values.stage_settings import PatchSettings
 from .patch import patch
@@ -157,7 +157,7 @@ def patch_to_folder(
     decoder = Decoder.of(model)
     plan = Plan.of(len(decoder), layers)
     plan.check_model(decoder.identity)
-    refuse_experts(plan)
+    check_patchable(plan)
     held_out = [] if eval_texts is None else list(eval_texts)
     if eval_texts is not None:
         require_predictable(tokenizer, held_out, settings.max_length)

@@ -12,12 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..cutting.exports import EXPORT_FILES, export_path
+from ..cutting.plans import NamedLayers
 from ..models.source import ModelSource
 from ..storage import sha256_of
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
-from ..values.layers import Block
-from ..values.plan import Plan
 from .inputs import inputs_of, model_inputs
 from .store import Store
 
@@ -127,7 +126,7 @@ def output_of(
 def cut_output(
     store: Store,
     model: str,
-    layers: Plan | list[Block],
+    layers: NamedLayers,
     *,
     out: Path,
     device_map: str | None,

@@ -117,8 +117,10 @@ def _recovered(whole: float, cut: float, patched: float) -> float:
     return (cut - patched) / (cut - whole) if cut > whole else math.nan
 
 
-def refuse_experts(plan: Plan) -> None:
-    """Refuse to patch what drops experts: PatchError."""
+def check_patchable(plan: Plan) -> None:
+    """Refuse to patch what drops experts, or keeps states that a patch changes: PatchError."""
+    if plan.states:
+        raise PatchError(f"the cut is lossless for its states, which a patch changes ({plan.why})")
     if plan.experts is not None:
         raise PatchError(
             f"a patch solves the matrices before layers that go, and this plan also drops "

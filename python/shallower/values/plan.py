@@ -49,6 +49,7 @@ STRATEGIES = {
     "random": "drawn at random",
     "deepest": "the deepest layers but the last",
     "experts": "of every layer those experts go that the criterion named thinks least of",
+    "states": "the layers that the states do not need",
     "manual": "named by hand",
 }
 """Every way to choose layers, and what a card says of it."""
@@ -74,6 +75,7 @@ class Plan:
         positions: which of their tokens were compared, if that is known.
         versions: the packages that made it.
         experts: which experts go of the layers that stay; the blocks may be none then.
+        states: the hidden states that the cut is made for, ascending, of the strategy ``states``.
     """
 
     num_layers: int
@@ -85,6 +87,7 @@ class Plan:
     positions: Positions | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
     experts: DroppedExperts | None = None
+    states: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_layers <= MAX_LAYERS:
@@ -96,6 +99,8 @@ class Plan:
             self._check_experts(self.experts)
         if self.strategy not in STRATEGIES:
             raise PlanError(f"unknown strategy {self.strategy!r}: expected {', '.join(STRATEGIES)}")
+        if self.states:
+            self._check_states()
         if self.model and self.model.num_layers != self.num_layers:
             raise PlanError(
                 f"the plan is for {self.num_layers} layers, its model has {self.model.num_layers}"
@@ -110,6 +115,16 @@ class Plan:
                 )
             if layer in self.dropped:
                 raise ExpertsError(f"layer {layer} goes whole: name none of its experts")
+
+    def _check_states(self) -> None:
+        behind = Block(self.states[-1] + 1, self.num_layers)
+        ascending = self.states == tuple(sorted({*self.states})) and self.states[0] >= 0
+        alone = self.experts is None and self.strategy == "states"
+        if not (ascending and alone and self.blocks == (behind,)):
+            raise PlanError(
+                f"a plan for the states {list(self.states)} drops {behind} and nothing else, "
+                f"not {self.words}"
+            )
 
     @classmethod
     def of(cls, num_layers: int, layers: "Plan | Layers") -> "Plan":
@@ -188,6 +203,12 @@ class Plan:
             return "search: of many proposals that a judge has raced, it lost least"
         if self.strategy == "experts":
             return f"{self.metric}: of every layer those experts go that it thinks least of"
+        if self.states:
+            return (
+                f"states {', '.join(map(str, self.states))} of {self.num_layers} layers need "
+                f"{ranges(self.survivors)}: the last state of a stock model is behind the final "
+                f"norm, so layer {self.states[-1]} stays"
+            )
         return f"{self.strategy}: {STRATEGIES[self.strategy]}"
 
     @property
@@ -215,6 +236,7 @@ class Plan:
             "positions": asdict(self.positions) if self.positions else None,
             "versions": dict(self.versions),
             **({} if self.experts is None else {"experts": self.experts.to_json()}),
+            **({"states": list(self.states)} if self.states else {}),
         }
 
     def save(self, path: str | Path) -> None:
@@ -279,7 +301,7 @@ class Plan:
             raise ValueError(
                 f"expected format shallower.plan version 1 or 2, got {kind!r} version {version!r}"
             )
-        missing = {"positions": None, "experts": None}
+        missing: dict[str, Any] = {"positions": None, "experts": None, "states": []}
         plan = cls(**fields_of(cls, {**missing, **data, "blocks": data["drop"]}))
         if (plan.experts is None) != (version == 1):
             raise ValueError("plans of version 2, and no others, name experts")
