@@ -25,6 +25,7 @@ HEAL = (
 CALLS = {
     "prune": ("prune tiny --drop 2:4 --out made", "model tiny"),
     "prune by a plan": ("prune tiny --plan cut --out made", "model tiny"),
+    "prune for states": ("prune tiny --for-states 1,3 --out made", "model tiny"),
     "prune into a GGUF file": ("prune small.gguf --drop 1 --out made.gguf", "model small.gguf"),
     "prune experts": (
         "prune mixture --drop-experts " + ";".join(f"{layer}:1,4" for layer in range(8))
@@ -47,7 +48,7 @@ CALLS = {
 }  # fmt: skip
 """Commands that leave a result, and what ``reproduce`` is told of where things lie."""
 
-QUICK = {"prune", "prune by a plan", "prune into a GGUF file", "patch", "merge"}
+QUICK = {"prune", "prune by a plan", "prune for states", "prune into a GGUF file", "patch", "merge"}
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ ASKING = {
     "heal": "heal cut --texts texts.jsonl --out asked",
     "prune in another dtype": "prune {tiny} --drop 1:3 --dtype float16 --out asked",
     "prune, verified": "prune {tiny} --drop 1:3 --verify --out asked",
+    "prune for states": "prune {tiny} --for-states 1,2 --out asked",
     "prune GGUF to a folder": "prune whole.gguf --drop 1:3 --out asked",
     "criteria": "compare --list",
 }
