@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma3TextModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,7 +25,7 @@ from shallower.healing.checks import read_plan
 from shallower.models.architecture import find_layers
 from tests.cutting.checkpoints import edit_json, read_json
 from tests.cutting.mixtures import mixture
-from tests.cutting.tiny_models import GATED, OTHERS, WITH_LISTS, build
+from tests.cutting.tiny_models import GATED, HEADS, OTHERS, WITH_LISTS, build
 from tests.folders import tree
 from tests.models.gguf_files import write_gguf
 
@@ -362,3 +364,45 @@ def test_the_command_says_what_stays_and_why(shallower, whole):
 def test_the_command_refuses(shallower, whole, options, said):
     assert said in shallower("prune", whole, *options.split(), "--out", "cut").error
     assert not Path("cut").exists()
+
+
+# Text encoders that read images, too, as those of FLUX.2 [dev] and Qwen-Image.
+ENCODERS = {
+    "mistral3": {
+        "text_config": {**GATED, "model_type": "mistral"},
+        "vision_config": {
+            "model_type": "pixtral", "hidden_size": 32, "num_attention_heads": 4,
+            "num_hidden_layers": 2, "intermediate_size": 48, "patch_size": 4, "image_size": 16,
+        },
+        "image_token_index": 5,
+    },
+    "qwen3_vl": {
+        "text_config": {
+            **HEADS, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
+            "out_hidden_size": 32, "num_position_embeddings": 16, "patch_size": 4,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        "image_token_id": 5, "video_token_id": 6,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_of_images_and_text(tmp_path, name):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **ENCODERS[name])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
+    sh.prune(tmp_path / "whole", sh.ForStates([1, 3]), tmp_path / "cut")
+    cut, read = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "cut", output_loading_info=True
+    )
+    assert not any(read.values())
+    expected, found = states_of(whole), states_of(cut)
+    assert (len(expected), len(found)) == (7, 5)
+    assert all(torch.equal(found[state], expected[state]) for state in (1, 3))
+    with pytest.raises(sh.ModelError, match="Unrecognized configuration"):
+        sh.prune(tmp_path / "whole", [1], tmp_path / "other")

@@ -26,11 +26,14 @@ from .twin import BUILDING_ERRORS, shortened_config
 class BuiltModel:
     """The model of a folder's config, as its class builds it; a :class:`.description.Description`.
 
-    ModelError: it is not a causal language model, or has not one list of decoder layers.
+    ModelError: it is not a causal language model, or of ``images`` and text, or has not one list
+    of decoder layers.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
-        self._model = empty_model(folder, trust_remote_code)
+    def __init__(
+        self, folder: Path, trust_remote_code: bool = False, *, images: bool = False
+    ) -> None:
+        self._model = empty_model(folder, trust_remote_code, images=images)
         self.name = model_name(self._model)
         self.shape = shape_of(self._model)
         self._layers = find_layers(self._model)

@@ -37,6 +37,7 @@ from .checkpoint_files import (
 )
 from .description import Description
 from .exports import CutFacts
+from .for_states import ForStates
 from .mixture import StoredTensor, find_stacks, refuse_experts_outside
 from .plain import plain_model
 from .plans import NamedExperts, NamedLayers, agreed_plan, made_for
@@ -141,7 +142,9 @@ def prepare(
     folder = Path(source).expanduser().resolve()
     stored, raw, weights = _opened(folder)
     mixed = experts is not None or (isinstance(layers, Plan) and layers.experts is not None)
-    model = _describe(folder, raw, trust_remote_code, experts_of=weights if mixed else None)
+    lossless = isinstance(layers, ForStates) or (isinstance(layers, Plan) and bool(layers.states))
+    experts_of = weights if mixed else None
+    model = _describe(folder, raw, trust_remote_code, experts_of=experts_of, images=lossless)
     total = model.shape.num_layers
     wanted = agreed_plan(
         label or str(source),
@@ -222,13 +225,14 @@ def _describe(
     trust_remote_code: bool,
     *,
     experts_of: Iterable[str] | None,
+    images: bool = False,
 ) -> Description:
     plain = plain_model(folder, raw, experts_of)
     if plain is not None:
         return plain
     from .built import BuiltModel
 
-    return BuiltModel(folder, trust_remote_code)
+    return BuiltModel(folder, trust_remote_code, images=images)
 
 
 class Stored(NamedTuple):

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from ..errors import ModelError
 from ..models.architecture import admitted_length
 from ..models.decoder import Decoder
+from ..models.loading import loader_with_head
 from .saving import loader_like
 
 SHORT, LONG = 9, 64
@@ -22,7 +23,7 @@ MOST_WINDOW = 1024
 def kind_of(config: Any) -> Any:
     """The stock loader of a checkpoint, which may be stored without its head."""
     named = getattr(config, "architectures", None) or [""]
-    return AutoModel if named[0] in MODEL_MAPPING_NAMES.values() else AutoModelForCausalLM
+    return AutoModel if named[0] in MODEL_MAPPING_NAMES.values() else loader_with_head(config)
 
 
 class StatesCheck:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import dispatch_model
@@ -17,11 +17,16 @@ from huggingface_hub import constants
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from ..errors import MissingExtraError, ModelError, why
@@ -240,15 +245,29 @@ def layers_of(config: PretrainedConfig) -> int | None:
     return count
 
 
-def empty_model(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a folder's model without weights, on ``meta``; ModelError as :func:`load_model`."""
+def loader_with_head(config: PretrainedConfig) -> Any:
+    """Give the stock loader of a model that writes text: causal, or of images too, where alone."""
+    name = config.model_type
+    is_causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    only_images = not is_causal and name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if only_images else AutoModelForCausalLM
+
+
+def empty_model(
+    folder: str | Path, trust_remote_code: bool = False, *, images: bool = False
+) -> PreTrainedModel:
+    """Build a folder's model without weights, on ``meta``; ModelError as :func:`load_model`.
+
+    ``images``: also one that no stock loader builds as a causal model alone.
+    """
     source, _ = _locate(folder, None)
     options = {"trust_remote_code": trust_remote_code}
     config = _call(AutoConfig.from_pretrained, source, **options)
 
     def build(_source: str, local_files_only: bool = False, **options: Any) -> PreTrainedModel:
+        kind = loader_with_head(config) if images else AutoModelForCausalLM
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **options)
+            return cast("PreTrainedModel", kind.from_config(config, **options))
 
     return _call(build, source, **options)
 
