@@ -15,9 +15,10 @@ from ..models.loading import loader_with_head
 from .saving import loader_like
 
 SHORT, LONG = 9, 64
-"""Tokens of the sequences that are compared; the long one is longer than a short sliding window."""
+"""Tokens of the sequences that are compared, where no sliding window asks for more."""
 
 MOST_WINDOW = 1024
+"""The longest sliding window that a sequence goes beyond."""
 
 
 def kind_of(config: Any) -> Any:
@@ -41,7 +42,7 @@ class StatesCheck:
         """Load a cut by stock transformers; ModelError if a bit of a state is another one."""
         found = self._read(self._load(path))
         for (state, want), (_, got) in zip(self._expected, found, strict=True):
-            if not _same_bits(want, got):
+            if not torch.equal(want.view(torch.uint8), got.view(torch.uint8)):  # NaN too
                 off = float((want.double() - got.double()).abs().max())
                 raise ModelError(
                     f"the cut {path} is not lossless, and is removed: after a stock reload its "
@@ -88,9 +89,3 @@ def _sequences(decoder: Decoder) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         mask = torch.ones_like(ids)
         mask[1:, length // 2 :] = 0
         yield ids, mask
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same, also where they are no numbers."""
-    alike = one.dtype == other.dtype and one.shape == other.shape
-    return alike and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
