@@ -11,6 +11,7 @@ from ..models.dtypes import stored_quantisation
 from ..values.files import OF_ONE_MODEL
 from ..values.layers import MAX_LAYERS
 from .exports import EXPORT_FILES
+from .source import MAX_CARRIED_BYTES, module_folders
 
 if TYPE_CHECKING:
     from .._core import Checkpoint
@@ -39,8 +40,7 @@ _OTHER_WEIGHTS = (
 )
 _NOT_CARRIED = {CONFIG_FILE, "params.json", "job", *EXPORT_FILES, *OF_ONE_MODEL}
 """Rewritten here, the layer count of another format, or told of that model alone."""
-_SUBFOLDERS = ("additional_chat_templates",)
-_MAX_CARRIED_BYTES = 256 << 20
+_TEMPLATES = "additional_chat_templates"
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -113,22 +113,27 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
-    """The files beside the weights that belong to the model: tokenizer, templates, code."""
+    """The files beside the weights that belong to the model: tokenizer, templates, code.
+
+    Of an embedder, also the modules behind its decoder, with their weights.
+    """
+    modules = module_folders(stored.folder)
     for entry in sorted(stored.folder.iterdir()):
         names = [entry.name]
         if entry.is_dir():
-            inner = entry.iterdir() if entry.name in _SUBFOLDERS else ()
+            inner = entry.iterdir() if entry.name in {_TEMPLATES, *modules} else ()
             names = sorted(f"{entry.name}/{file.name}" for file in inner)
         for name in names:
             hidden = entry.name.startswith(".") or entry.name in _NOT_CARRIED
-            if hidden or name.endswith(_OTHER_WEIGHTS):
+            is_weights = name.endswith(_OTHER_WEIGHTS) and entry.name not in modules
+            if hidden or is_weights:
                 continue
             try:
                 path = stored.resolve(name)
             except ModelError as error:
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
                 continue
-            if path.stat().st_size > _MAX_CARRIED_BYTES:
+            if path.stat().st_size > MAX_CARRIED_BYTES:
                 warnings.warn(f"{name} is left out: it is too large", stacklevel=2)
                 continue
             yield name, path

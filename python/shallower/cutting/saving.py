@@ -106,7 +106,8 @@ def save_cut(
     source = source or _source_of(model, plan)
     facts = _facts(model, plan, source, losses)
     texts = exports(replace(facts, command=command, tested=tested))
-    _save(model, tokenizer, Path(path), overwrite, plan, texts, source.licenses, beside)
+    carried = {**source.licenses, **source.modules}
+    _save(model, tokenizer, Path(path), overwrite, plan, texts, carried, beside)
 
 
 def _save(
@@ -135,6 +136,7 @@ def _save(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             for name, file in carried.items():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot write {path}: {why(error, path)}") from error

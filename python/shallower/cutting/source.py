@@ -5,9 +5,10 @@ may be mistaken for a hub id. In commands the placeholder ``SOURCE`` stands for 
 model whose hub id is unknown.
 """
 
+import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|$)", re.DOTA
 _MAX_CARD_BYTES = 1 << 20
 _LICENSE = re.compile(r"(licen[sc]e|notice|copying|use_policy)([._-].*)?", re.IGNORECASE)
 _MAX_LICENSE_BYTES = 1 << 20
+MAX_CARRIED_BYTES = 256 << 20
+"""Of a file beside the weights, which is left out if it is larger."""
+_MODULES_FILE = "modules.json"
+_OF_EMBEDDERS = (_MODULES_FILE, "config_sentence_transformers.json", "sentence_bert_config.json")
 _REPOSITORY = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 
 
@@ -95,6 +100,7 @@ class Source:
         inherited: the front matter of its own card, and the metadata of its GGUF file.
         text: its own card below the front matter.
         licenses: the files of its license, by name.
+        modules: what sentence-transformers makes an embedder of it by, files by name.
     """
 
     name: str
@@ -104,6 +110,7 @@ class Source:
     inherited: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
     licenses: Mapping[str, Path] = field(default_factory=dict)
+    modules: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def place(self) -> str:
@@ -155,6 +162,7 @@ def find_source(
         inherited={**from_gguf, **inherited},
         text=text,
         licenses=_licenses(folder) if folder and owns_license else {},
+        modules=_modules(folder) if folder and gguf_file is None else {},
     )
 
 
@@ -194,16 +202,40 @@ def _card_of(folder: Path, gguf_file: str | None) -> Path:
 
 def _licenses(folder: Path) -> dict[str, Path]:
     """The files in a folder that hold its license."""
+    names = [file.name for file in sorted(folder.iterdir()) if _LICENSE.fullmatch(file.name)]
+    return _own(folder, names, _MAX_LICENSE_BYTES)
+
+
+def _modules(folder: Path) -> dict[str, Path]:
+    """The files in a folder that make an embedder of its decoder."""
+    inner = [file for name in module_folders(folder) for file in (folder / name).glob("*")]
+    names = (file.relative_to(folder).as_posix() for file in sorted(inner))
+    return _own(folder, [*_OF_EMBEDDERS, *names], MAX_CARRIED_BYTES)
+
+
+def module_folders(folder: Path) -> set[str]:
+    """The subfolders of what follows the decoder in an embedder of sentence-transformers.
+
+    Such as ``1_Pooling``. None where ``modules.json`` places the decoder in a subfolder, too.
+    """
+    try:
+        modules = json.loads((folder / _MODULES_FILE).read_text(encoding="utf-8"))
+        paths = {module["path"] for module in modules}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+    there = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    return paths & there if "" in paths else set()
+
+
+def _own(folder: Path, names: Iterable[str], most: int) -> dict[str, Path]:
+    """The files among names in a folder that lie within it and have at most so many bytes."""
     root = folder.resolve()
     if root.parent.name == "snapshots":  # of the hub's cache, whose files are links to its blobs
         root = root.parents[1]
-    files = [file for file in sorted(folder.iterdir()) if _LICENSE.fullmatch(file.name)]
     return {
-        file.name: file
-        for file in files
-        if file.is_file()
-        and file.resolve().is_relative_to(root)
-        and file.stat().st_size <= _MAX_LICENSE_BYTES
+        name: file
+        for name, file in ((name, folder / name) for name in names)
+        if file.is_file() and file.resolve().is_relative_to(root) and file.stat().st_size <= most
     }
 
 
