@@ -72,6 +72,7 @@ def fit_head(model, ids):
 
 def make_folder(folder, tokenizer):
     """What examples read: a model in a folder named as its hub id, a GGUF file, texts."""
+    from tests.cutting import embedders
     from tests.cutting.gguf_files import write
     from tests.cutting.mixtures import mixture
     from tests.scanning import state_files
@@ -80,6 +81,7 @@ def make_folder(folder, tokenizer):
     tokenizer.save_pretrained(folder / MODEL)
     mixture("mixtral", 8, num_hidden_layers=2).save_pretrained(folder / "mixture")
     tokenizer.save_pretrained(folder / "mixture")
+    embedders.write(folder / "embedder", tokenizer, num_layers=28)
     write_jsonl(folder / "c4.jsonl", sentences(NUM_TEXTS, seed=1))
     write_jsonl(folder / "c4_eval.jsonl", sentences(NUM_HELD_OUT, seed=2))
     short = learned_llama(tokenizer, 10)

@@ -40,6 +40,10 @@ SHELL = [
 
 NOT_RUN = {
     "docs/gallery.md": ["shallower run", "shallower compare", "shallower curve"],
+    "docs/how-to/elsewhere.md": [
+        "vllm", "python convert_hf_to_gguf.py", "llama-cli", "vllm", "llama-cli",
+        "ollama", "ollama", "hf download",
+    ],
     "docs/how-to/gguf.md": ["llama-cli"],
     "docs/how-to/prune-heal-quantise.md": [
         "python convert_hf_to_gguf.py", "llama-quantize", "vllm", "shallower eval",
@@ -51,7 +55,7 @@ NOT_RUN = {
 and what the gallery shows takes half an hour."""
 PROGRAMS = (
     "shallower", "python", "torchrun", "srun", "sbatch", "vllm", "curl", "llama-cli",
-    "llama-server", "llama-quantize", "mergekit-yaml", "pip",
+    "llama-server", "llama-quantize", "mergekit-yaml", "pip", "ollama", "hf",
 )  # fmt: skip
 
 

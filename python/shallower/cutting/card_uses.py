@@ -26,7 +26,7 @@ model = AutoModelForCausalLM.from_pretrained({arguments})
 tokenizer = AutoTokenizer.from_pretrained({arguments})
 ```
 
-By vLLM and llama.cpp:
+By vLLM and llama.cpp; the page *Take a cut elsewhere* adds TRL, axolotl, Unsloth and Ollama:
 
 ```sh
 {serve}
