@@ -73,8 +73,8 @@ def fit_head(model, ids):
 def make_folder(folder, tokenizer):
     """What examples read: a model in a folder named as its hub id, a GGUF file, texts."""
     from tests.cutting import embedders
-    from tests.cutting.gguf_files import write
     from tests.cutting.mixtures import mixture
+    from tests.models.gguf_files import write_family
     from tests.scanning import state_files
 
     learned_llama(tokenizer, 30).save_pretrained(folder / MODEL)
@@ -91,7 +91,8 @@ def make_folder(folder, tokenizer):
     write_jsonl(folder / "mine.jsonl", sentences(NUM_TEXTS, seed=4))
     write_jsonl(folder / "mine_eval.jsonl", sentences(NUM_HELD_OUT, seed=5))
     write_items(folder / "items.jsonl", sentences(16, seed=6))
-    write(folder / "model.gguf", num_layers=30)
+    write_family(folder / "model.gguf", "llama", block_count=30, context_length=512)
+    (folder / "notes.txt").write_text("\n".join(sentences(48, seed=7, length=12)))
     state_files.write(folder / "states.safetensors", state_files.walk(num_states=31))
     (folder / "wikitext2.txt").write_text("\n".join(sentences(20, seed=3)))
     rows = [{"passage": one, "question": "w1 w2", "answer": one < "w2"} for one in sentences(12)]

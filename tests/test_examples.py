@@ -44,7 +44,7 @@ NOT_RUN = {
         "vllm", "python convert_hf_to_gguf.py", "llama-cli", "vllm", "llama-cli",
         "ollama", "ollama", "hf download",
     ],
-    "docs/how-to/gguf.md": ["llama-cli"],
+    "docs/how-to/gguf.md": ["llama-perplexity", "llama-cli"],
     "docs/how-to/prune-heal-quantise.md": [
         "python convert_hf_to_gguf.py", "llama-quantize", "vllm", "shallower eval",
     ],
@@ -55,7 +55,7 @@ NOT_RUN = {
 and what the gallery shows takes half an hour."""
 PROGRAMS = (
     "shallower", "python", "torchrun", "srun", "sbatch", "vllm", "curl", "llama-cli",
-    "llama-server", "llama-quantize", "mergekit-yaml", "pip", "ollama", "hf",
+    "llama-server", "llama-quantize", "llama-perplexity", "mergekit-yaml", "pip", "ollama", "hf",
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def how_to(*names):
 
 
 SLOW = how_to(
-    "add-a-criterion", "choose-by-your-task", "compare", "curve", "eval", "experts", "gain",
+    "add-a-criterion", "choose-by-your-task", "compare", "curve", "eval", "experts", "gain", "gguf",
     "heal", "heal-a-7b", "memory", "patch", "prune-heal-quantise", "run", "scan-a-70b",
     "share-the-work", "sweep", "vllm",
 ) | {

@@ -45,6 +45,11 @@ CALLS = {
         "--no-answers --max-length 16 --out made",
         "model trained, texts counting.jsonl, eval_texts counted.jsonl",
     ),
+    "run of a GGUF file": (
+        "run small.gguf --texts counting.jsonl --eval-texts counted.jsonl --n 1 --top 1 "
+        "--no-patch --no-speech --max-length 16 --out made",
+        "model small.gguf, texts counting.jsonl, eval_texts counted.jsonl",
+    ),
 }  # fmt: skip
 """Commands that leave a result, and what ``reproduce`` is told of where things lie."""
 

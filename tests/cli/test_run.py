@@ -10,6 +10,7 @@ from shallower import Plan
 from tests.cli.documents import documents, tree
 from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import write_jsonl
+from tests.models.gguf_files import write_gguf
 
 
 # Evaluating.
@@ -158,6 +159,28 @@ def test_run_races_by_the_words_of_the_whole_model(shallower, folder, tiny, text
     assert "exists already" in shallower(*command).error
 
 
+@pytest.mark.usefixtures("undrawn", "terse")
+def test_run_cuts_a_gguf_file_in_its_own_types(shallower, folder, texts):
+    """What lies in it is tested in tests/studies/test_run_gguf.py."""
+    source = write_gguf(folder / "small.gguf")
+    command = ["run", source.name, "--texts", texts / "texts.jsonl", "--out", "out", "--n", "1"]
+    command += ["--eval-texts", texts / "held_out.jsonl", "--top", "1", "--no-speech", "--no-patch"]
+    planned = shallower(*command, "--dry-run", "--json").json
+    whole = source.stat().st_size
+    assert whole <= planned["disk"]["bytes"] < whole + (4 << 20)
+    assert [one["name"] for one in planned["measure"]][1:] == ["n = 1, recommended, cut"]
+    done = shallower(*command)
+    assert done.status == 0, done.err
+    assert "wrote out/checkpoint/checkpoint.gguf\n" in done.out
+    assert "to upload it: hf upload USER/NAME out/checkpoint\n" in done.out
+    assert "stock reload: logits differ by at most 0\n" in done.out
+    assert (folder / "out" / "checkpoint" / "shallower_record.json").is_file()
+    again = shallower(*command, "--json").json
+    assert again["checkpoint"] == "out/checkpoint/checkpoint.gguf"
+    found = shallower("eval", again["checkpoint"], "--texts", texts / "held_out.jsonl", "--json")
+    assert found.json["base"]["nats"] == again["recommended"]["cut"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -172,6 +195,8 @@ def test_run_races_by_the_words_of_the_whole_model(shallower, folder, tiny, text
         (["--target-memory", "little"], "unknown size 'little'"),
         (["--target-latency", "0.8x", "--device", "tpu"], "unknown device 'tpu'"),
         (["--target-memory", "1GB", "--device", "h100"], "device = 'h100' without a latency"),
+        (["--no-patch", "--heal"], "only a patched cut is healed; leave out one"),
+        (["--out", "small.gguf"], "a GGUF file, by --no-patch, is checkpoint/checkpoint.gguf in"),
         (["--n", "9"], "n = 9 of 6 layers: expected 1 <= n <= 5"),
     ],
 )

@@ -70,7 +70,7 @@ def _parameters(kind: type, name: str, one: Option) -> dict[str, Parameter]:
         default = ",".join(map(str, default)) or None
     elif one.read is not None and default is not None:
         default = str(default)
-    both = of is bool and default is None
+    both = of is bool and default is not False
     made = [(name, of if default is not None else of | None, _option(one, default, both=both))]
     if one.off is not None:
         made.append((f"no_{name}", bool, _option_off(one, False)))

@@ -64,7 +64,8 @@ def run_command(
 
     Proposals of several criteria are raced by --judge after a quick patch. The winner is patched,
     saved in OUT/checkpoint and reloaded by stock transformers. With --heal adapters are trained on
-    it, and merged into OUT/healed. A run that was cut short resumes, unless the cache is off.
+    it, and merged into OUT/healed. A GGUF file with --no-patch becomes a smaller GGUF file, in its
+    own types. A run that was cut short resumes, unless the cache is off.
     """
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
@@ -153,10 +154,17 @@ def _carry_out(
     **places: Any,
 ) -> None:
     """Make a run, or show an earlier one or what it would do; ``demo`` is one like any other."""
+    from ..errors import OutputError
     from ..runs.report import save_report
     from ..store.store import open_store
     from ..studies.run import RunStudy
+    from ..values.files import CHECKPOINT_GGUF
 
+    if places["out"].suffix == ".gguf":
+        raise OutputError(
+            f"cannot write a run to {places['out']}: expected a folder, for results beside the "
+            f"model (--out); a GGUF file, by --no-patch, is {CHECKPOINT_GGUF} in it"
+        )
     study = RunStudy(
         models=(source,),
         settings=settings,
@@ -252,4 +260,5 @@ def _say_end(done: "Run", page: Path, story: "Story", as_json: bool) -> None:
     show_summary(story)
     show(f"wrote {done.checkpoint or done.out}", f"page: {page}")
     if done.checkpoint is not None:
-        show(upload_line(done.checkpoint))
+        in_file = done.checkpoint.suffix == ".gguf"
+        show(upload_line(done.checkpoint.parent if in_file else done.checkpoint))

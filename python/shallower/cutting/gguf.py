@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._core import Gguf
 from ..errors import ModelError
@@ -25,6 +25,9 @@ from .exports import CutFacts, export_path
 from .mixture import Mixture
 from .plans import NamedExperts, NamedLayers, agreed_plan
 from .source import GGUF_KEYS, find_source
+
+if TYPE_CHECKING:
+    from ..values.loss import Loss
 
 EXPERT_KEYS = ("count", "used_count", "group_count", "group_used_count")
 """The keys by which a GGUF file says how a token is sent to experts, behind ``ARCH.expert_``."""
@@ -95,11 +98,16 @@ def prepare_gguf(
     source: str | Path,
     layers: NamedLayers,
     out: str | Path,
+    *,
+    losses: "tuple[Loss, Loss] | None" = None,
+    tested: str = "",
+    command: str = "",
 ) -> PreparedGguf:
     """Check a cut of a GGUF file, and write nothing.
 
     ``out`` is the new file, ending in ``.gguf``; or a folder, which gets ``NAME.gguf`` and
-    ``README.md``. Raises as :func:`.prune.prune`.
+    ``README.md``. ``losses``, ``tested`` and ``command`` are for the card, as
+    :class:`.exports.CutFacts` has them. Raises as :func:`.prune.prune`.
     """
     at, out = Path(source).expanduser(), Path(out)
     beside = out.suffix == ".gguf"
@@ -110,7 +118,16 @@ def prepare_gguf(
     gguf = out if beside else out / f"{out.absolute().name}.gguf"
     known = find_source(at, metadata=file.metadata(list(GGUF_KEYS)))
     options = {} if beside else {"as_gguf": True}
-    texts = exports(CutFacts(wanted, known, options=options, gguf=gguf.name))
+    facts = CutFacts(
+        wanted,
+        known,
+        options=options,
+        losses=losses,
+        tested=tested,
+        gguf=gguf.name,
+        command=command,
+    )
+    texts = exports(facts)
     return PreparedGguf(
         wanted,
         file,
@@ -120,6 +137,21 @@ def prepare_gguf(
         {export_path(gguf, name) if beside else out / name: text for name, text in texts.items()},
         {} if beside else {out / name: path for name, path in known.licenses.items()},
     )
+
+
+def check_any_cut(file: Path) -> None:
+    """Refuse a file of which layers cannot go one by one, before cuts of it are compared.
+
+    Raises ModelError.
+    """
+    try:
+        prepare_gguf(file, [0], "cut.gguf")
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; a run compares all kinds of cuts: leave out patch=False (--no-patch), or "
+            f"measure those that can be (shallower eval --drop) and make one (shallower prune)",
+            see="gguf",
+        ) from error
 
 
 def _kept_experts(plan: Plan) -> tuple[int, dict[int, tuple[int, ...]]] | None:

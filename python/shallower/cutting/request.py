@@ -54,19 +54,8 @@ class Request:
 
     @property
     def gguf_path(self) -> Path:
-        """The local GGUF file, fetched from a hub repository; ModelError if there is none."""
-        path = Path(self.source).expanduser()
-        if self.gguf_file is not None and path.suffix != ".gguf":
-            if not path.is_dir() and hub_id(self.source):
-                return _fetch(self.source, self.gguf_file)
-            path /= self.gguf_file
-        if path.suffix != ".gguf":
-            raise ModelError(
-                f"{self.named} is not a .gguf file, and only such a one is cut into one: "
-                f"name a local file, or a folder as out (--out)",
-                see="gguf",
-            )
-        return path
+        """The local GGUF file, as :func:`local_gguf`."""
+        return local_gguf(self.source, self.gguf_file, named=self.named)
 
     @property
     def known(self) -> Source:
@@ -163,6 +152,29 @@ class Request:
         plain: tuple[Dtype, ...] = ("float32", "float16")
         stored = stored_dtype(self.source)
         return next((dtype for dtype in plain if dtype == stored), "bfloat16")
+
+
+def gguf_of(model: object) -> Path | None:
+    """The local GGUF file of a source, as :func:`local_gguf`; None of any other model."""
+    if not isinstance(model, ModelSource) or not model.is_gguf:
+        return None
+    return local_gguf(str(model.path), model.gguf_file, named=str(model))
+
+
+def local_gguf(source: str, gguf_file: str | None, *, named: str) -> Path:
+    """The local GGUF file, fetched from a hub repository; ModelError if there is none."""
+    path = Path(source).expanduser()
+    if gguf_file is not None and path.suffix != ".gguf":
+        if not path.is_dir() and hub_id(source):
+            return _fetch(source, gguf_file)
+        path /= gguf_file
+    if path.suffix != ".gguf":
+        raise ModelError(
+            f"{named} is not a .gguf file, and only such a one is cut into one: name a local file, "
+            f"or a folder as out (--out)",
+            see="gguf",
+        )
+    return path
 
 
 def _fetch(repository: str, name: str) -> Path:

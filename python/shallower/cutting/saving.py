@@ -32,7 +32,7 @@ from ..values.loss import Loss
 from ..values.plan import Plan, check_plan
 from .cards import exports
 from .exports import CutFacts
-from .gguf import read_metadata
+from .gguf import prepare_gguf, read_metadata
 from .in_model import without_layers
 from .source import Source, find_source
 
@@ -89,6 +89,7 @@ def save_cut(
     *,
     plan: Plan,
     source: Source | None = None,
+    gguf: Path | None = None,
     overwrite: bool = False,
     losses: tuple[Loss, Loss] | None = None,
     tested: str = "",
@@ -97,11 +98,16 @@ def save_cut(
 ) -> None:
     """Save a cut as :func:`save_model` does; ``source`` is what the model names by default.
 
+    The folder gets a GGUF file if there is a file ``gguf`` to cut it from, in its own types.
     ``command`` is what made it and ``tested`` names the texts of the losses, as
     :class:`~.exports.CutFacts` has them; ``beside`` gives more files, by name, for the folder with
     all others.
     """
     check_plan(plan)
+    if gguf is not None:
+        cut = prepare_gguf(gguf, plan, path, losses=losses, tested=tested, command=command)
+        cut.write(overwrite=overwrite, progress=False)
+        return
     require_weights(model)
     source = source or _source_of(model, plan)
     facts = _facts(model, plan, source, losses)

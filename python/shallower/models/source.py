@@ -67,6 +67,11 @@ class ModelSource:
         return Path(self.path, self.gguf_file or "")
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file, by its name."""
+        return self.place.suffix == ".gguf"
+
+    @property
     def weight_files(self) -> list[Path]:
         """The files that its layers are read from as they run; none of a hub id."""
         place = self.place.expanduser()

@@ -14,6 +14,7 @@ from ..values.comparison import CriteriaComparison
 from ..values.curve import Curve
 from ..values.files import (
     CHECKPOINT_FOLDER,
+    CHECKPOINT_GGUF,
     COMPARISON_FILE,
     CURVE_FILE,
     EVAL_FILE,
@@ -103,10 +104,33 @@ class Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The folder of the recommended model; None before its plan is known, or of a plan only."""
+        """The folder or GGUF file of the recommended model; None before its plan is known, or of a
+        plan only.
+        """
         if self.recommended is None or "plan_only" in self.marks:
             return None
-        return self.out / (HEALED_FOLDER if self.recommended.healed else CHECKPOINT_FOLDER)
+        cut = CHECKPOINT_GGUF if "gguf" in self.marks else CHECKPOINT_FOLDER
+        return self.out / (HEALED_FOLDER if self.recommended.healed else cut)
+
+    @property
+    def reached(self) -> str:
+        """How far a run came that was cut short, in words."""
+        if self.healing is not None:
+            return "the healed model is saved"
+        reached = "the layers are compared"
+        if self.recommended is not None:
+            reached = "the layers are chosen"
+        if "checkpoint" in self.marks:
+            reached = "the recommended cut is saved"
+        rows = len(self.table)
+        measured = f"and {rows} row{'s'[: rows > 1]} of the table measured"
+        return f"{reached}, {measured}" if rows else reached
+
+    @property
+    def is_unhealed(self) -> bool:
+        """Whether the training was tried before, to its end, and made the model no better."""
+        best = self.recommended
+        return "ended" in self.marks and best is not None and best.unhealed is not None
 
     def to_json(self) -> dict[str, Any]:
         """Give the results as plain JSON values.
@@ -121,7 +145,7 @@ class Run:
             "version": 2,
             "recommended": self.recommended and self.recommended.to_json(),
             "table": [row.to_json() for row in self.table],
-            "checkpoint": place and place.name,
+            "checkpoint": place and place.relative_to(self.out).as_posix(),
             "wish": self.target.to_json(),
             "whole": self.whole.to_record(),
             "splits": self.splits,
@@ -241,10 +265,10 @@ def is_sweep(out: Path) -> bool:
 
 
 def weights_mark(folder: Path) -> str:
-    """Hash all bytes of the safetensors of a checkpoint, SHA-256 in hexadecimal digits; of a
-    folder that is not there, that of nothing. Raises OSError where one cannot be read.
+    """Hash all bytes of the weights of a checkpoint, SHA-256 in hexadecimal digits; of a folder
+    that is not there, that of nothing. Raises OSError where one cannot be read.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
         digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()

@@ -36,11 +36,14 @@ def stored_bytes(place: Path) -> int | None:
     return sum(sizes) or None
 
 
-def count_weights(folder: Path) -> Weights | None:
-    """Count the weights of a checkpoint; None where there are none that can be read."""
+def count_weights(place: Path) -> Weights | None:
+    """Count the weights of a folder or a GGUF file; None where there are none that can be read."""
     from safetensors import SafetensorError, safe_open
 
-    paths = sorted(folder.glob("*.safetensors"))
+    if place.suffix == ".gguf":
+        size = stored_bytes(place)
+        return None if size is None else Weights(None, size)
+    paths = sorted(place.glob("*.safetensors"))
     parameters, packed = 0, False
     try:
         for path in paths:

@@ -11,6 +11,8 @@ def study_bytes(study: Any) -> int:
     """Count the bytes that a study will write of checkpoints and of all else, at most."""
     if not (copies := _checkpoints(study)):
         return SMALL
+    if getattr(study, "gguf", None) is not None:
+        return SMALL + int(study.gguf.stat().st_size)
     from ..memory.checkpoints import left_bytes
 
     sizes = [min(sizes_of(study.settings, one.count_layers())) for one in study.models]

@@ -99,7 +99,7 @@ def _patches(settings: Any) -> bool:
     """Whether cuts are patched in full."""
     if isinstance(settings, CurveSettings):
         return settings.patch == "full"
-    return isinstance(settings, RunSettings) and not settings.plan_only
+    return isinstance(settings, RunSettings) and settings.patch and not settings.plan_only
 
 
 def _peak(plan: MemoryPlan) -> int:
@@ -241,7 +241,7 @@ class _Model:
 
     def _of_run(self) -> Iterator[Work]:
         settings, sizes, cuts = self.settings, self._sizes, self.cuts
-        n, models = min(sizes), 2 if settings.plan_only else 3
+        n, models = min(sizes), 3 if self._patch_tokens else 2
         yield self._scan(SCAN_TEXTS)
         yield cuts.measured(0) + cuts.measured(n) + cuts.measured(n)
         yield self._spoken
@@ -251,7 +251,8 @@ class _Model:
         share = min(1.0, TABLE_REPORTS / len(self.texts.report))
         for size in (*sizes, *beside):
             # The winner and the deepest layers, of whose states half are known, and nearly all.
-            row = cuts.measured(size, size) + cuts.quick(size) + cuts.quick(size)
+            quick = cuts.quick(size) if settings.patch else Work()
+            row = cuts.measured(size, size) + quick + quick
             yield row * (1.0 if size in sizes else share)
         models += self._recipe is not None
         if not self.source.waits_on_disk:
@@ -261,8 +262,10 @@ class _Model:
                 yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
         if self._answers is not None and self._answers.is_for(self.texts.tokenizer):
             yield written(self.layers, self._answers.num_written)
-        if self._patch_tokens:  # and its checkpoint, saved and compared
-            yield cuts.patched(n) + cuts.measured(n) + Work(passes=((2, 0),))
+        if self._patch_tokens:
+            yield cuts.patched(n) + cuts.measured(n)
+        if not settings.plan_only:  # the checkpoint is saved and compared
+            yield Work(passes=((2, 0),))
         if self._recipe is not None:
             yield cuts.healed(n) + cuts.measured(n)
 
@@ -343,9 +346,11 @@ class _Model:
                 top=top,
                 proposing=proposing,
                 patch_texts=len(some),
+                after=self.settings.after,
             )
             yield run(found, self.texts.judged.mean())
-            yield solved(self.empty, n, tokens=some.sum(), solves=QUICK_SOLVES) * (top + 3)
+            if self.settings.after == "patch":
+                yield solved(self.empty, n, tokens=some.sum(), solves=QUICK_SOLVES) * (top + 3)
 
     def _chosen(self, chosen: Sequence[Criterion], sizes: Sequence[int]) -> Iterator[Work]:
         """What criteria run to choose so many layers; passes that several share are made once."""

@@ -376,14 +376,14 @@ class Measuring:
         trials = Trials(Layerwise(model), self.judge, prepared=True)
         return self.held_out.loss(self._loss("loss", trials, (), None))
 
-    def keep_loss_of(self, folder: Path, loss: Loss) -> None:
+    def keep_loss_of(self, place: Path, loss: Loss) -> None:
         """Keep a loss as that of a checkpoint, which makes what was measured to the bit."""
         source = self._study.model
         if isinstance(source, ModelSource) and loss.by_text is not None:
             keep_scores(
                 loss.by_text,
                 self.judge,
-                source=replace(source, path=folder, gguf_file=None),
+                source=replace(source, path=place, gguf_file=None),
                 dtype=self.decoder.identity.dtype,
                 vocab_size=loss.vocab_size,
                 items=self._study.reported,

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +77,7 @@ all are estimated by what the whole model loses on the others.
 class Recommending:
     """A run on one loaded model, which is restored afterwards.
 
+    The checkpoint is cut from ``gguf`` if that is there, and else saved from memory.
     TextsError for no test text of two tokens or a long prompt, ModelError where layers do not run
     one by one or given prompts cannot be answered.
     """
@@ -87,10 +89,12 @@ class Recommending:
         tokenizer: PreTrainedTokenizerBase,
         store: ResultStore,
         answers: WantedAnswers | None = None,
+        *,
+        gguf: Path | None = None,
     ) -> None:
         self._study, self._settings, self._out = study, study.settings, study.folder
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
-        self._store, self._wanted_answers = store, answers
+        self._store, self._wanted_answers, self._gguf = store, answers, gguf
         with track("tokenise the texts", show=study.progress):
             self._measuring = measuring = Measuring(
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
@@ -137,7 +141,8 @@ class Recommending:
         """The results when nothing but the scan is known."""
         study, split, whole = self._study, self._study.split, self._measuring.whole()
         texts = {"fit": len(split.fit), "choose": len(split.choose), "report": whole.num_texts}
-        marks = {"job": study.job, **({"plan_only": "yes"} if self._settings.plan_only else {})}
+        kinds = {"plan_only": self._settings.plan_only, "gguf": self._gguf}
+        marks = {"job": study.job, **{name: "yes" for name, is_so in kinds.items() if is_so}}
         place = place_of(self._model)
         size = None if place is None else stored_bytes(place)
         return Run(
@@ -190,7 +195,7 @@ class Recommending:
                 self._withdraw()
                 raise PlanError(
                     f"no cut loses at most {self._target.max_loss:g} nats a token: the best "
-                    f"of a single layer loses {self._kept} after the patch, on the texts that "
+                    f"of a single layer loses {self._kept}, as it is saved, on the texts that "
                     f"choose; ask for more (max_loss, --max-loss)"
                 )
             n -= 1
@@ -239,6 +244,8 @@ class Recommending:
             return self._with_speech(replace(results, recommended=recommended), plan, None)
         results = replace(results, recommended=recommended)
         results.save()
+        if not self._settings.patch:
+            return self._saved_bare(results, plan)
         speech = self.speech  # of the whole model, before it is changed
         answers = self.answers or ()  # likewise, and refused if they cannot be
         on_cpu, kept = self._decoder.device.type == "cpu", self._out / PATCHING_FOLDER
@@ -266,8 +273,12 @@ class Recommending:
             warnings.warn(why, stacklevel=2)
             shutil.rmtree(kept, ignore_errors=True)
         recommended = replace(recommended, unpatched=why)
+        return self._saved_bare(replace(results, recommended=recommended), plan)
+
+    def _saved_bare(self, results: Run, plan: Plan) -> Run | None:
+        """Save the cut as it is."""
         with without_layers(self._model, plan.blocks):
-            found = self._saved(replace(results, recommended=recommended), plan, None)
+            found = self._saved(results, plan, None)
         return self._with_speech(found, plan, None)
 
     @cached_property
@@ -326,7 +337,10 @@ class Recommending:
         assert recommended is not None
         losses: Any
         if done is None:
-            losses, save = (results.whole, recommended.cut), partial(save_cut, plan=plan)
+            losses, save = (
+                (results.whole, recommended.cut),
+                partial(save_cut, plan=plan, gguf=self._gguf),
+            )
         else:
             patched = self._measuring.loss_now(self._model)
             losses = {"whole": results.whole, "cut": recommended.cut, "patched": patched}
@@ -344,17 +358,18 @@ class Recommending:
                 command=results.command,
             )
         results.save()
-        text = max(self._study.split.report, key=len)
+        text, place = max(self._study.split.report, key=len), results.checkpoint
+        assert place is not None
         try:
             with track("reload and compare", show=self._study.progress):
                 difference = verify_checkpoint(
-                    self._model, self._tokenizer, folder, layers=None, text=text
+                    self._model, self._tokenizer, place, layers=None, text=text
                 )
         except ModelError as error:
             all_else = self._out / RESULTS_FILE
             raise ModelError(f"{error}; all else is in {all_else}") from error
         if difference == 0:
-            self._measuring.keep_loss_of(folder, recommended.patched or recommended.cut)
+            self._measuring.keep_loss_of(place, recommended.patched or recommended.cut)
         marks = {**results.marks, "checkpoint": weights_mark(folder)}
         return replace(results, difference=difference, marks=marks)
 
@@ -426,7 +441,9 @@ class Recommending:
         )
 
     def _patched(self, plan: Plan, looks: int | None) -> Scores | None:
-        """The scores after a quick patch; None for what cannot be patched."""
+        """The scores after a quick patch; None for what cannot be patched, or is not to be."""
+        if not self._settings.patch:
+            return None
         try:
             return self._measuring.scores(plan, "quick", looks)
         except PatchError:

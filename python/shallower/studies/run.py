@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..cutting.gguf import check_any_cut
+from ..cutting.request import gguf_of
 from ..errors import ModelError, OutputError
 from ..models.source import ModelSource
 from ..processes import refuse_several
@@ -68,9 +70,10 @@ def run(
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
     ``target_memory``; by none of them it is the knee of the curve of losses, or of divergences.
     Leaves in ``out`` the scan, the plan, ``results.json``, which is written before each next step,
-    and ``checkpoint/``; with ``heal`` also ``healed/``, with ``plan_only`` no model. A run that was
-    cut short goes on when it is called again with the same arguments, unless the cache is off. The
-    model is as before afterwards.
+    and ``checkpoint/``; with ``heal`` also ``healed/``, with ``plan_only`` no model. By
+    ``patch=False`` the bare cut is chosen and saved, of a GGUF file as
+    ``checkpoint/checkpoint.gguf`` in its own types. A run that was cut short goes on when it is
+    called again with the same arguments, unless the cache is off. The model is as before.
 
     Args:
         model: a causal language model of transformers, or the source or the place that it is
@@ -150,6 +153,8 @@ class RunStudy(Study[RunSettings]):
     def check_kind(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`run`."""
         _ = self.items, self.prompts
+        if self.gguf is not None:
+            check_any_cut(self.gguf)
         wanted = self.wanted_answers
         if wanted is not None and not (wanted.are_there or wanted.chats_only):
             way_out = "leave out the answers (answers, --answers), or give a file that has them"
@@ -171,8 +176,17 @@ class RunStudy(Study[RunSettings]):
     def units(self) -> list[Unit]:
         """List the whole model, and the cut where its size is known beforehand."""
         n = self.settings.target.size(self.model.count_layers())
-        known = [] if n is None else [self.unit("recommended", n, s) for s in ("cut", "patched")]
+        states = ("cut", "patched") if self.settings.patch else ("cut",)
+        known = [] if n is None else [self.unit("recommended", n, s) for s in states]
         return [self.unit("whole", 0, "cut"), *known]
+
+    @cached_property
+    def gguf(self) -> Path | None:
+        """The GGUF file that the checkpoint is cut from, in its own types; None where it is saved
+        from memory, or not at all.
+        """
+        saves_bare = not (self.settings.patch or self.settings.plan_only)
+        return gguf_of(self.model) if saves_bare else None
 
     @cached_property
     def items(self) -> tuple[Items, Items]:
@@ -205,7 +219,8 @@ class RunStudy(Study[RunSettings]):
 
     def _chooses_by(self) -> dict[str, Any]:
         items = {"items": self._choosing_items} if self.items[0] else {}
-        return {**super()._chooses_by(), **items}
+        bare = {} if self.settings.patch else {"after": self.settings.after}
+        return {**super()._chooses_by(), **items, **bare}
 
     @cached_property
     def wanted_answers(self) -> WantedAnswers | None:
@@ -221,7 +236,8 @@ class RunStudy(Study[RunSettings]):
     @property
     def _asks_no_answers(self) -> bool:
         """Whether no answers are learned from, or every token of them would read all layers."""
-        return self.settings.plan_only or any(model.waits_on_disk for model in self.models)
+        learns = self.settings.patch and not self.settings.plan_only
+        return not learns or any(model.waits_on_disk for model in self.models)
 
     @staticmethod
     def _job_in(values: Any) -> Any:
@@ -263,7 +279,7 @@ class RunStudy(Study[RunSettings]):
             for left in self.folder.glob(f".{CHECKPOINT_FOLDER}.*"):
                 shutil.rmtree(left, ignore_errors=True)
         if self.earlier is not None and not self.earlier.marks.get("ended"):
-            say_goes_on(_reached(self.earlier), self.progress)
+            say_goes_on(self.earlier.reached, self.progress)
         _ = self.splits
         loaded, tokenizer = self.load(self.model)
         wanted = self.wanted_answers and self.wanted_answers.of(Decoder.of(loaded), tokenizer)
@@ -271,11 +287,11 @@ class RunStudy(Study[RunSettings]):
         if self.settings.heal:
             stage = self._healing_stage(loaded, tokenizer, answers=wanted is not None)
         store: ResultStore = self.model_store(self.model)
-        recommending = Recommending(self, loaded, tokenizer, store, wanted)
+        recommending = Recommending(self, loaded, tokenizer, store, wanted, gguf=self.gguf)
         done = recommending.run(self.earlier)
         if report is not None:
             report(done)
-        if stage is not None and done.healing is None and not _is_unhealed(done):
+        if stage is not None and done.healing is None and not done.is_unhealed:
             speech, answers = recommending.speech, recommending.answers
             del loaded, recommending  # nothing needs them, and the training needs their memory
             done = stage.heal(done, speech, answers)
@@ -294,22 +310,3 @@ class RunStudy(Study[RunSettings]):
         stage = HealingStage(self, replace(chosen, share=self.settings.share))
         stage.check(model, tokenizer, answers=answers)
         return stage
-
-
-def _reached(earlier: Run) -> str:
-    """How far a run came that was cut short."""
-    if earlier.healing is not None:
-        return "the healed model is saved"
-    reached = "the layers are compared"
-    if earlier.recommended is not None:
-        reached = "the layers are chosen"
-    if "checkpoint" in earlier.marks:
-        reached = "the recommended cut is saved"
-    rows = len(earlier.table)
-    return f"{reached}, and {rows} row{'s'[: rows > 1]} of the table measured" if rows else reached
-
-
-def _is_unhealed(done: Run) -> bool:
-    """Whether the training was tried before, to its end, and made the model no better."""
-    best = done.recommended
-    return "ended" in done.marks and best is not None and best.unhealed is not None

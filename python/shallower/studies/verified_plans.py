@@ -62,7 +62,7 @@ class VerifiedPlans:
             texts=self.fitted,
             tokens=tokens,
             top=self._settings.top,
-            after="patch",
+            after=study.settings.after,
             max_blocks=getattr(self._settings, "blocks", None),
             seed=self._settings.seed,
             progress=study.progress,
@@ -72,7 +72,7 @@ class VerifiedPlans:
         self._counted: dict[Target, tuple[float, Sequence[float]]] = {}
 
     def verify(self, n: int) -> Verified:
-        """Race the proposals of one size after a quick patch; as cut where none can be patched."""
+        """Race the proposals of one size, as cut if none is to be, or can be, patched quickly."""
         if n not in self.found:
             self.found[n] = self._best(self.verifier, n)
         return self.found[n]
@@ -103,11 +103,11 @@ class VerifiedPlans:
     def lost(self, n: int) -> Difference:
         """Compare ``n`` layers less with the whole model, on the selection set.
 
-        After a quick patch; of the bare cut where it cannot be patched.
+        After a quick patch; of the bare cut where it cannot be patched, or is not to be.
         """
         verifier, plan = self.verifier, self.verify(n).plan
         try:
-            scores = verifier.scores(plan, after="patch")
+            scores = verifier.scores(plan, after=verifier.after)
         except PatchError:
             scores = verifier.scores(plan, after="none")
         return scores.minus(verifier.scores((), after="none"))

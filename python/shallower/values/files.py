@@ -12,6 +12,8 @@ SCAN_FILE = "scan.safetensors"
 PARTIAL_FILE = "scan.partial.safetensors"
 RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoint"
+CHECKPOINT_GGUF = f"{CHECKPOINT_FOLDER}/{CHECKPOINT_FOLDER}.gguf"
+"""The recommended cut of a run, a folder; and the file in it, if that is a GGUF file."""
 
 EVAL_FILE = "eval.json"
 """What ``eval --json`` prints."""

@@ -46,6 +46,8 @@ class Option:
         """Give the option of a value by its name; none where only Python can set the value."""
         if self.off is not None and value == self.off[1]:
             return {f"no_{self.name}": True}
+        if value is False:
+            return {f"no_{self.name}": True}
         if value is self.alone:
             return {self.name: True}
         if isinstance(value, Path):

@@ -81,6 +81,11 @@ class RacingSettings(StudySettings):
         if self.heal_steps is not None:
             self._check_least("heal_steps", 1, RecipeError)
 
+    @property
+    def after(self) -> str:
+        """When proposals are judged, as :data:`~.verification.AFTER` has it."""
+        return "patch"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(RacingSettings):
@@ -134,6 +139,12 @@ class RunSettings(RacingSettings):
     blocks: int | None = option(None, "Blocks at most; any number by default.", "B", least=1)
     top: int = option(4, "Proposals of every criterion.", "K", least=1)
     plan_only: bool = option(False, "Choose and measure; patch and save no model.", before="seed")
+    patch: bool = option(
+        True,
+        "Patch the cut, and choose by what is lost after a patch. Without it the bare cut is "
+        "chosen and saved: of a GGUF file as OUT/checkpoint/checkpoint.gguf, in its own types.",
+        before="plan_only",
+    )
     prompts: Prompts = option(
         None,
         "Prompts to answer, a .jsonl file with prompt or messages; by default 24 built-in ones. By "
@@ -195,6 +206,16 @@ class RunSettings(RacingSettings):
             )
         if self.plan_only and self.heal:
             raise RecipeError("plan_only beside heal (--plan-only, --heal): only a cut is healed")
+        if not self.patch and (self.heal or self.answers):
+            raise RecipeError(
+                "patch = False beside heal or answers (--no-patch, --heal, --answers): only a "
+                "patch learns from answers, and only a patched cut is healed; leave out one"
+            )
+
+    @property
+    def after(self) -> str:
+        """When proposals are judged: ``none``, as they are cut; ``patch``, after a quick patch."""
+        return "patch" if self.patch else "none"
 
     def _check_judge(self) -> None:
         if self.judge not in (judges := get_args(RacedBy)):

@@ -11,7 +11,14 @@ from ...values.commands import command_line
 from ...values.costs import NUM_RESAMPLES
 from ...values.counts import counted
 from ...values.estimates import splits_words
-from ...values.files import CHECKPOINT_FOLDER, HEALED_FOLDER, PLAN_FILE, RESULTS_FILE, SCAN_FILE
+from ...values.files import (
+    CHECKPOINT_FOLDER,
+    CHECKPOINT_GGUF,
+    HEALED_FOLDER,
+    PLAN_FILE,
+    RESULTS_FILE,
+    SCAN_FILE,
+)
 from ...values.gain import Gain
 from ...values.layers import drop_option
 from ...values.recommendation import Recommended, SizeRow
@@ -92,34 +99,38 @@ def speech_section(run: Run) -> Section:
 
 def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
     """Tabulate what the verified cut of every size costs, and the deepest one beside it."""
-    cells = tuple(
-        (
+    chosen = [place for place, row in enumerate(rows) if row.dropped == best.plan.dropped]
+    patches = any(row.patched for row in rows)
+
+    def cells(row: SizeRow) -> tuple[Number, ...]:
+        patched = (Number.estimate(row.patched and row.patched.loss),) if patches else ()
+        kept = row.patched if patches else row.cut
+        return (
             Number.count(row.n),
             range_cell(row.dropped),
             Number.share(row.parameters_share),
             Number.estimate(row.cut.loss),
-            Number.estimate(row.patched and row.patched.loss),
-            Number.estimate(row.patched and row.patched.difference, sign=True),
-            Number.of(row.deepest_patched),
+            *patched,
+            Number.estimate(kept and kept.difference, sign=True),
+            Number.of(row.deepest_patched if patches else row.deepest.mean),
             Number.count(row.num_tied),
         )
-        for row in rows
-    )
-    chosen = [place for place, row in enumerate(rows) if row.dropped == best.plan.dropped]
-    names = ("n", "drop", "parameters", "cut", "patched", "more than whole", "deepest, patched")
+
+    states = ("cut", "patched") if patches else ("cut",)
+    deepest = "deepest, patched" if patches else "deepest"
     note = (
         f"Nats a token on {counted(best.whole.num_tokens, 'token')} of the "
         f"{counted(best.whole.num_texts, 'test text')}; whole model "
-        f"{best.whole}. Patches here are quick ones, one matrix a block. "
+        f"{best.whole}. {'Patches here are quick ones, one matrix a block. ' if patches else ''}"
         f"Errors of 'more' are paired.{_estimated(rows, best.whole.num_texts)}"
     )
     return Table(
         "What other sizes would cost",
-        (*names, "ties"),
-        cells,
+        ("n", "drop", "parameters", *states, "more than whole", deepest, "ties"),
+        tuple(map(cells, rows)),
         note,
         chosen[0] if chosen else None,
-        bare=("cut", "patched"),
+        bare=states,
     )
 
 
@@ -130,6 +141,7 @@ class _RunStory:
         self._run, self._best, self._gain, self._drawn = run, recommended, gain, drawn
         self._name = run.scan.model.name if run.scan.model else "model"
         self._weights = None if run.checkpoint is None else count_weights(run.checkpoint)
+        self._is_gguf = run.checkpoint is not None and run.checkpoint.suffix == ".gguf"
         self._shares: dict[int, float] | None = None
         if run.scan.keeps_samples and run.scan.num_sequences > 1:
             try:
@@ -175,7 +187,8 @@ class _RunStory:
             Fact("parameters", Number.share(best.parameters_share), f"{place}.parameters_share"),
         ]
         if (weights := self._weights) is not None:
-            source = f"headers of the safetensors in {self._run.checkpoint.name}"  # type: ignore[union-attr]
+            what = "size of" if self._is_gguf else "headers of the safetensors in"
+            source = f"{what} {self._run.checkpoint.name}"  # type: ignore[union-attr]
             if weights.parameters is not None:
                 whole = _before_parameters(weights, best)
                 gone = whole - weights.parameters
@@ -185,9 +198,8 @@ class _RunStory:
             words = megabytes(weights.num_bytes)
             if self._run.source:
                 name, size = self._run.source
-                words += (
-                    f", {'dequantised from' if name.endswith('.gguf') else 'of'} {megabytes(size)}"
-                )
+                from_gguf = name.endswith(".gguf") and not self._is_gguf
+                words += f", {'dequantised from' if from_gguf else 'of'} {megabytes(size)}"
             rows.append(Fact("weights on disk", words, source))
         return tuple(rows)
 
@@ -198,7 +210,7 @@ class _RunStory:
         found = [*best.warnings(), *small_model(whole), *few_texts(best.whole.num_texts)]
         if "ended" not in run.marks:
             found.insert(0, UNFINISHED)
-        if run.source and run.source[0].endswith(".gguf") and self._weights:
+        if run.source and run.source[0].endswith(".gguf") and self._weights and not self._is_gguf:
             name, size = run.source
             found.append(
                 dequantised(name, size, self._weights.num_bytes, drop=drop_option(best.plan.blocks))
@@ -349,10 +361,11 @@ class _RunStory:
         model = shlex.split(run.loaded)
         drop = ["--drop", drop_option(self._best.plan.blocks)]
         whole = [word for word in model if word != "--stream"]  # a cut needs no layers in memory
+        kept = ["--as-gguf"] if self._is_gguf else []
         new = command_line("run", *model, "--texts", "TEXTS", "--out", folder)
         commands = {
             "The run": run.command or new,
-            "the bare cut alone": command_line("prune", *whole, *drop, "--out", "CUT"),
+            "the bare cut alone": command_line("prune", *whole, *drop, *kept, "--out", "CUT"),
         }
         if run.evaluated:
             dtype = run.scan.model.dtype if run.scan.model else "auto"
@@ -363,12 +376,10 @@ class _RunStory:
             # What is stored in 4 or 8 bits is loaded as it is.
             options = options[:-2] if dtype in ("nf4", "int8") else options
             options += [word for word in model if word in ("--trust-remote-code", "--stream")]
-            for name, loss in (
-                (CHECKPOINT_FOLDER, run.checkpoint),
-                (HEALED_FOLDER, run.healing),
-            ):
+            cut = CHECKPOINT_GGUF if self._is_gguf else CHECKPOINT_FOLDER
+            for name, loss in ((cut, run.checkpoint), (HEALED_FOLDER, run.healing)):
                 if loss is not None:
-                    what = "the loss of the checkpoint" if name == CHECKPOINT_FOLDER else "healed"
+                    what = "healed" if name == HEALED_FOLDER else "the loss of the checkpoint"
                     commands[what] = command_line("eval", f"{folder}/{name}", *options)
         commands["this page"] = command_line("report", folder)
         return again(f"{'; '.join(commands)}.", *commands.values())
