@@ -44,7 +44,7 @@ NOT_RUN = {
         "vllm", "python convert_hf_to_gguf.py", "llama-cli", "vllm", "llama-cli",
         "ollama", "ollama", "hf download",
     ],
-    "docs/how-to/gguf.md": ["llama-perplexity", "llama-cli"],
+    "docs/how-to/gguf.md": ["llama-perplexity", "llama-cli", "shallower run", "llama-perplexity"],
     "docs/how-to/prune-heal-quantise.md": [
         "python convert_hf_to_gguf.py", "llama-quantize", "vllm", "shallower eval",
     ],
