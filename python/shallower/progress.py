@@ -207,7 +207,9 @@ def shortened(text: str, columns: int) -> str:
 
 
 @contextmanager
-def track_copy(progress: BytesProgress | bool | None, total: int) -> Iterator[BytesProgress]:
+def track_copy(
+    progress: BytesProgress | bool | None, total: int, name: str = "copy"
+) -> Iterator[BytesProgress]:
     """Give a function that receives the bytes written so far and those in all.
 
     That is ``progress`` itself, if it is one; else a bar, or none: shown as :func:`track` does.
@@ -215,7 +217,7 @@ def track_copy(progress: BytesProgress | bool | None, total: int) -> Iterator[By
     if callable(progress):
         yield progress
         return
-    with track("copy, MiB", total >> 20, progress) as advance:
+    with track(f"{name}, MiB", total >> 20, progress) as advance:
         shown = 0
 
         def report(done: int, _total: int) -> None:

@@ -14,7 +14,7 @@ def cached(hub, tiny, shallower, folder, monkeypatch):
     """``me/tiny``, downloaded by one command; what follows is without a net."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
     hub.repos["me/tiny"] = {path.name: path.read_bytes() for path in tiny.iterdir()}
-    assert shallower("prune", "me/tiny", "--drop", "1", "--out", "cut").status == 0
+    assert shallower("prune", "me/tiny", "--drop", "1", "--out", "cut", "--verify").status == 0
     hub.repos["me/cut"] = {path.name: path.read_bytes() for path in (folder / "cut").iterdir()}
     return hub
 

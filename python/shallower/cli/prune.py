@@ -43,7 +43,7 @@ def prune_command(
     ] = None,
     dtype: Annotated[
         DtypeName | None,
-        typer.Option(help="Dtype of the weights; as stored in a folder by default, else bfloat16."),
+        typer.Option(help="Dtype of the weights; by default as in safetensors, else bfloat16."),
     ] = None,
     max_shard_size: Annotated[
         str | None,
@@ -75,6 +75,8 @@ def prune_command(
 
     A folder of safetensors is cut on disk, without loading it, unless --dtype asks for
     another dtype than the stored one; when interrupted, the same command goes on.
+    So is a hub model of safetensors, of which only what stays is fetched; with --verify
+    all of it.
     With an --out that ends in .gguf, or with --as-gguf, a GGUF file is cut directly,
     without loading it.
     A model card lies beside every cut; mergekit's config and llama.cpp's list of layers
@@ -117,10 +119,13 @@ def _with_disk(described: dict[str, Any], out: Path) -> dict[str, Any]:
     """A planned cut with its disk as every dry run prints it, before its files."""
     from ..storage import free_bytes
     from ..values.estimates import Disk
+    from ..values.memory import format_size
 
     write, size = described.pop("write"), described.pop("bytes", 0)
+    fetched = described.pop("fetch_bytes", 0)
+    fetch = {"fetch": format_size(fetched)} if fetched else {}
     disk = {"disk": Disk(size, free_bytes(out))} if size else {}
-    return {**described, **disk, "write": write}
+    return {**described, **fetch, **disk, "write": write}
 
 
 def _written_at(done: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -5,12 +5,13 @@ its JSON alone, in little memory; for others a model is built on the meta device
 checked on it, which loads torch. The tensors of the layers and experts that stay get their new
 numbers and are copied from file to file by the core, whatever they hold: quantised weights stay
 as they are, bit by bit. Of stacks of experts it copies the ranges of bytes that stay.
+What is read of the weights can be fetched just before, for files that hold their headers alone.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from .plans import NamedExperts, NamedLayers, agreed_plan, made_for
 from .source import find_source
 from .tensor_names import (
     QUANTISATION_KEYS,
+    SINGLE_EXPERT,
     Renumbering,
     check_alike,
     find_prefix,
@@ -52,6 +54,18 @@ from .tensor_names import (
 
 SHARD_SIZE = "5GB"
 """Bytes in a file of weights at most, by default."""
+
+
+class Piece(NamedTuple):
+    """Adjacent bytes of a file of weights: the first one, and the one past the last."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+Fetch = Callable[[Iterable[Piece]], object]
+"""Brings bytes into files of weights that lack them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +77,14 @@ class PreparedCut:
         job: the copy of the tensors that stay.
         texts: the files beside them that are written anew, by name.
         carried: the files beside them that are copied, by name.
+        reads: what the copy reads of the source; nothing where no bytes had to be fetched.
     """
 
     plan: Plan
     job: Job
     texts: Mapping[str, str]
     carried: Mapping[str, Path]
+    reads: Sequence[Piece] = ()
 
     @property
     def files(self) -> list[str]:
@@ -132,11 +148,13 @@ def prepare(
     label: str = "",
     max_shard_size: int | str | None = None,
     trust_remote_code: bool = False,
+    fetch: Fetch | None = None,
 ) -> PreparedCut:
     """Check a cut of a local folder with ``config.json`` and safetensors, and write nothing.
 
-    ``label`` names the source in errors. Raises as :func:`.prune.prune`, and InMemoryOnlyError for
-    a model that cannot be cut on disk.
+    ``label`` names the source in errors. ``fetch`` brings the small tensors that tell the model's
+    identity into files that hold their headers alone. Raises as :func:`.prune.prune`, and
+    InMemoryOnlyError for a model that cannot be cut on disk.
     """
     size = parse_size(SHARD_SIZE if max_shard_size is None else max_shard_size, OutputError)
     folder = Path(source).expanduser().resolve()
@@ -170,7 +188,8 @@ def prepare(
     for name in QUANTISATION_FILES:
         if name in files:
             texts[name] = _renumbered(read_json(files.pop(name)), renumbering, named)
-    wanted = made_for(wanted, _identify(model, config_dtype(raw), weights, prefix))
+    found = _identify(model, config_dtype(raw), weights, prefix=prefix, fetch=fetch)
+    wanted = made_for(wanted, found)
     facts = CutFacts(
         wanted,
         find_source(folder),
@@ -187,6 +206,7 @@ def prepare(
         stored.cut([prefix], total + more, list(stored_survivors), size, mixture),
         texts,
         {name: path for name, path in files.items() if name not in texts},
+        [] if fetch is None else list(_reads(weights, prefix, stored_survivors, mixture)),
     )
 
 
@@ -199,14 +219,20 @@ def identity_of(source: str | Path, trust_remote_code: bool = False) -> ModelIde
     _, raw, weights = _opened(folder)
     model = _describe(folder, raw, trust_remote_code, experts_of=None)
     prefix = find_prefix(weights, model.path, model.shape.num_layers, num_more=_num_more(raw))
-    return _identify(model, config_dtype(raw), weights, prefix)
+    return _identify(model, config_dtype(raw), weights, prefix=prefix)
 
 
 def _opened(folder: Path) -> tuple[Checkpoint, dict[str, Any], "dict[str, Stored]"]:
     """A checkpoint, its config and its tensors by their names."""
     stored = Checkpoint(folder)
     raw = read_config(stored.resolve(CONFIG_FILE))
-    return stored, raw, {tensor[0]: Stored(*tensor[1:]) for tensor in stored.tensors()}
+    found: dict[str, Stored] = {}
+    begun: dict[Path, int] = {}  # by the tensors behind, which follow each other without gaps
+    for name, dtype, shape, path, start in reversed(stored.tensors()):
+        stop = begun.get(path) or path.stat().st_size
+        found[name] = Stored(dtype, shape, Piece(path, start, stop))
+        begun[path] = start
+    return stored, raw, dict(reversed(found.items()))
 
 
 def _num_more(raw: Mapping[str, Any]) -> int:
@@ -236,12 +262,11 @@ def _describe(
 
 
 class Stored(NamedTuple):
-    """A tensor of a checkpoint, and where its bytes begin."""
+    """A tensor of a checkpoint, and its bytes."""
 
     dtype: str
     shape: list[int]
-    path: Path
-    start: int
+    piece: Piece
 
 
 _Mixture = tuple[int, dict[int, list[int]], set[str]]
@@ -275,6 +300,30 @@ def _by_layer(prefix: str, weights: Mapping[str, Stored], total: int) -> list[di
     return layers
 
 
+def _reads(
+    weights: Mapping[str, Stored],
+    prefix: str,
+    survivors: Collection[int],
+    mixture: _Mixture | None,
+) -> Iterator[Piece]:
+    """The bytes that the core copies for such a cut."""
+    number, kept, stacks = mixture or (1, {}, set())
+    for name, stored in weights.items():
+        path, start, stop = stored.piece
+        digits, _, rest = name.removeprefix(prefix).partition(".")
+        is_layers = name.startswith(prefix) and digits.isdecimal()
+        if is_layers and int(digits) not in survivors:
+            continue
+        experts = kept.get(int(digits)) if is_layers else None
+        if experts is None:
+            yield stored.piece
+        elif name in stacks:
+            size = (stop - start) // number
+            yield from (Piece(path, start + i * size, start + (i + 1) * size) for i in experts)
+        elif (single := SINGLE_EXPERT.search(rest)) is None or int(single[1]) in experts:
+            yield stored.piece
+
+
 def _check_layers(kinds: Sequence[object], prefix: str, weights: Mapping[str, Stored]) -> None:
     layers = _by_layer(prefix, weights, len(kinds))
     dtypes = [{name: stored.dtype for name, stored in layer.items()} for layer in layers]
@@ -304,7 +353,12 @@ def _renumbered(value: Any, renumbering: Renumbering, modules: set[str]) -> str:
 
 
 def _identify(
-    model: Description, dtype: str, weights: Mapping[str, Stored], prefix: str
+    model: Description,
+    dtype: str,
+    weights: Mapping[str, Stored],
+    *,
+    prefix: str,
+    fetch: Fetch | None = None,
 ) -> ModelIdentity | None:
     """The identity that the loaded model has; None where the names of the tensors hide it.
 
@@ -312,19 +366,20 @@ def _identify(
     """
     missing_head = (model.path + ".").removesuffix(prefix)
 
-    def read(name: str, saved: str) -> bytes:
+    def find(name: str, saved: str) -> Stored:
         if name not in weights and saved in weights:
             name = saved
         elif name.startswith(model.path + "."):
             name = prefix + name.removeprefix(model.path + ".")
         elif name not in weights:
             name = name.removeprefix(missing_head)
-        return _bfloat16_bits(weights[name])
+        return weights[name]
 
     try:
-        hashed = fingerprint(
-            model.shape, ((name, read(name, saved)) for name, saved in model.vectors())
-        )
+        vectors = [(name, find(name, saved)) for name, saved in model.vectors()]
+        if fetch is not None:
+            fetch(stored.piece for _, stored in vectors)
+        hashed = fingerprint(model.shape, ((name, _bfloat16_bits(one)) for name, one in vectors))
     except KeyError:
         return None
     return ModelIdentity(model.name, model.shape.model_type, model.shape.num_layers, dtype, hashed)
@@ -334,12 +389,13 @@ def _bfloat16_bits(stored: Stored) -> bytes:
     """The values of a small tensor rounded to bfloat16, ties to even; NaN to anything."""
     count = math.prod(stored.shape)
     if stored.dtype == "BF16":
-        with stored.path.open("rb") as file:
-            file.seek(stored.start)
+        with stored.piece.path.open("rb") as file:
+            file.seek(stored.piece.start)
             return file.read(2 * count)
     import numpy as np
 
-    values = np.fromfile(stored.path, _NUMPY_DTYPES[stored.dtype], count, offset=stored.start)
+    path, start, _ = stored.piece
+    values = np.fromfile(path, _NUMPY_DTYPES[stored.dtype], count, offset=start)
     bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
 

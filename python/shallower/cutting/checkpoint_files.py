@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+_WEIGHTS = (SINGLE_FILE, INDEX_FILE)
 _OTHER_WEIGHTS = (
     ".safetensors",
     ".index.json",
@@ -112,6 +114,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
+def is_beside(name: str, modules: Collection[str] = ()) -> bool:
+    """Whether a file lies beside a model's weights, by its name in the folder.
+
+    ``modules`` are subfolders of an embedder, with weights of their own.
+    """
+    folder, _, inner = name.rpartition("/")
+    is_weights = inner.endswith(_OTHER_WEIGHTS) and folder not in modules
+    return name[:1] != "." and folder in ("", _TEMPLATES, *modules) and not is_weights
+
+
 def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
     """The files beside the weights that belong to the model: tokenizer, templates, code.
 
@@ -124,9 +136,7 @@ def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
             inner = entry.iterdir() if entry.name in {_TEMPLATES, *modules} else ()
             names = sorted(f"{entry.name}/{file.name}" for file in inner)
         for name in names:
-            hidden = entry.name.startswith(".") or entry.name in _NOT_CARRIED
-            is_weights = name.endswith(_OTHER_WEIGHTS) and entry.name not in modules
-            if hidden or is_weights:
+            if entry.name in _NOT_CARRIED or not is_beside(name, modules):
                 continue
             try:
                 path = stored.resolve(name)

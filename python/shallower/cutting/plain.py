@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 from ..errors import ModelError
 from ..models.layer_config import shorten
-from ..values.identity import Shape
+from ..values.identity import Shape, title_of
 from ..values.plan import Plan
 from ..values.routing import Routing
 from .mixture import Mixture, StoredLayer
@@ -181,7 +181,7 @@ def plain_model(
         if any(not isinstance(kind, str | int) or kind not in _KINDS for kind in kinds):
             return None
     shape = Shape(family, total, width, vocabulary, number)
-    model = PlainModel(folder.name, shape, defaults)
+    model = PlainModel(Path(title_of(str(folder))).name, shape, defaults)
     if experts_of is None or family not in _MIXTURES:
         return model
     routing = _routing(family, raw, experts_of)

@@ -5,7 +5,7 @@ torch is loaded only where a model is.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,8 +25,9 @@ from ..values.experts import experts_file, parse_experts
 from ..values.files import PLAN_FILE
 from ..values.layers import drop_option, ranges
 from ..values.plan import Plan
-from .checkpoint import PreparedCut, prepare
+from .checkpoint import Fetch, PreparedCut, prepare
 from .exports import export_files
+from .from_hub import open_on_hub
 from .gguf import plan_gguf, prepare_gguf
 from .plans import NamedExperts, NamedLayers, agreed_plan, load_plan, plan_file
 from .request import Request
@@ -61,8 +62,9 @@ def prune(
     """Drop layers or experts from a model, and save a standard checkpoint with the plan beside it.
 
     A folder of safetensors is cut on disk, without loading it, unless ``dtype`` is another
-    than the stored one; after an interruption the same call continues. A GGUF file is cut directly
-    into a GGUF file. Any other model is loaded, cut in memory and saved.
+    than the stored one; after an interruption the same call continues. So is a hub model of
+    safetensors, of which only what stays is fetched. A GGUF file is cut directly into a GGUF file.
+    Any other model is loaded, cut in memory and saved.
 
     Args:
         source: a local folder, a hub id, or a ``.gguf`` file.
@@ -76,7 +78,7 @@ def prune(
             a text of them, as ``0:3,5;1:2,7``, or a file with a layer a line; or a plan that drops
             nothing else. As many of every layer that has any.
         overwrite: replace an earlier output at ``out``, once the new files are complete.
-        dtype: of the weights; by default as stored in a folder of safetensors, else bfloat16.
+        dtype: of the weights; by default as stored in safetensors, else bfloat16.
         max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``, which is
             the default; for cuts on disk.
         device_map: where the model is loaded, as transformers takes it.
@@ -85,7 +87,7 @@ def prune(
             it; for a GGUF file.
         trust_remote_code: run code that comes with the model.
         verify: reload the cut with stock transformers and compare its logits with those of the
-            source without its layers.
+            source without its layers; a hub model is fetched whole.
         progress: a function of the bytes copied and the bytes in all, or whether to show a bar;
             by default if standard error is a terminal.
 
@@ -245,6 +247,8 @@ class PlannedPrune:
         plan: what goes.
         files: that would be written; in memory, patterns of their names.
         num_bytes: of the files of weights; in memory about, and 0 where torch is missing.
+        fetch_bytes: of the weights that are fetched before, of a model of the hub that is not
+            loaded; without those that have come already.
     """
 
     way: Way
@@ -253,6 +257,7 @@ class PlannedPrune:
     num_bytes: int
     _request: Request
     _write: Callable[..., None] | None = None
+    fetch_bytes: int = 0
 
     @property
     def loads_model(self) -> bool:
@@ -262,6 +267,7 @@ class PlannedPrune:
     def to_json(self) -> dict[str, Any]:
         """The planned work as plain JSON values."""
         size = {"bytes": self.num_bytes} if self.num_bytes else {}
+        fetch = {"fetch_bytes": self.fetch_bytes} if self.fetch_bytes else {}
         experts = self.plan.experts
         dropped = {} if experts is None else {"drop_experts": str(experts)}
         why = {"why": self.plan.why} if self.plan.states else {}
@@ -272,6 +278,7 @@ class PlannedPrune:
             **dropped,
             **why,
             **size,
+            **fetch,
             "write": [str(path) for path in self.files],
         }
 
@@ -345,11 +352,18 @@ def _plan_folder(
     """Into a folder of safetensors: on disk where that can be, else in memory."""
     out = request.out
     check_free(out, request.overwrite)
-    cut = _prepared(request, layers, experts) if request.on_disk else None
+    remote = open_on_hub(request)
+    stored = request if remote is None else replace(request, source=str(remote.folder))
+    fetch = None if remote is None else remote.fetch
+    cut = _prepared(stored, layers, experts, fetch=fetch) if stored.on_disk else None
     if cut is not None:
         files = tuple(out / name for name in cut.files)
-        write = partial(cut.write, out)
-        return PlannedPrune("disk", cut.plan, files, cut.num_bytes, request, write)
+        write = partial(cut.write, out) if remote is None else partial(remote.make, cut, out)
+        left = 0 if remote is None else remote.missing_bytes(cut.reads)
+        loaded = replace(request, dtype=stored.stored_plainly)  # from there, to verify the cut
+        return PlannedPrune("disk", cut.plan, files, cut.num_bytes, loaded, write, left)
+    if remote is not None:
+        remote.remove()
     plan = agreed_plan(
         request.named,
         request.count_layers(),
@@ -368,7 +382,11 @@ def _plan_folder(
 
 
 def _prepared(
-    request: Request, layers: NamedLayers, experts: NamedExperts | None
+    request: Request,
+    layers: NamedLayers,
+    experts: NamedExperts | None,
+    *,
+    fetch: Fetch | None,
 ) -> PreparedCut | None:
     """The cut on disk; None if this model must be cut in memory."""
     try:
@@ -379,6 +397,7 @@ def _prepared(
             label=request.named,
             max_shard_size=request.max_shard_size,
             trust_remote_code=request.trust_remote_code,
+            fetch=fetch,
         )
     except InMemoryOnlyError:
         return None

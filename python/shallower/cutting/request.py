@@ -138,19 +138,21 @@ class Request:
         dtype = None if as_stored else self.dtype
         return ModelSource(
             self.source,
-            self._stored_plainly if dtype is None else dtype,
+            self.stored_plainly if dtype is None else dtype,
             self.device_map,
             self.gguf_file,
             self.trust_remote_code,
         )
 
     @property
-    def _stored_plainly(self) -> Dtype:
-        """The plain dtype of the stored weights; bfloat16 where it is unknown or not plain."""
-        if self.gguf_file is not None or not is_checkpoint(self.source):
-            return "bfloat16"
+    def stored_plainly(self) -> Dtype:
+        """The plain dtype of the stored weights; bfloat16 where it is unknown or not plain.
+
+        Of what is no folder of safetensors it is ``dtype``.
+        """
         plain: tuple[Dtype, ...] = ("float32", "float16")
-        stored = stored_dtype(self.source)
+        is_stored = self.gguf_file is None and is_checkpoint(self.source)
+        stored = stored_dtype(self.source) if is_stored else self.dtype
         return next((dtype for dtype in plain if dtype == stored), "bfloat16")
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from ..values.identity import id_in_cache
+
 CARD_FILE = "README.md"
 """The name under which the hub shows a card."""
 
@@ -172,8 +174,8 @@ def hub_id(source: str) -> str | None:
     None for other paths, and for anything that exists as a folder or file.
     """
     for path in (source, str(Path(source).resolve())):
-        if cached := re.search(r"models--([\w.-]+)/snapshots/", path + "/"):
-            return cached[1].replace("--", "/", 1)
+        if cached := id_in_cache(path):
+            return cached
     named = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.endswith(".gguf")
     return source if named and not Path(source).exists() else None
 

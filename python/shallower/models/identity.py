@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..values.identity import ModelIdentity, Shape, fingerprint
+from ..values.identity import ModelIdentity, Shape, fingerprint, title_of
 from .architecture import DecoderLayers, find_layers, require_weights, text_config
 from .experts import num_experts
 
@@ -104,7 +104,7 @@ def weights_hash(model: PreTrainedModel) -> str | None:
 
 def model_name(model: PreTrainedModel) -> str:
     """The folder or repository name that a model comes from, or the name of its class."""
-    return Path(str(text_config(model).name_or_path)).name or type(model).__name__
+    return Path(title_of(str(text_config(model).name_or_path))).name or type(model).__name__
 
 
 def stored_dtype(model: PreTrainedModel) -> str:

@@ -230,6 +230,22 @@ def model_files(source: ModelSource) -> tuple[list[Path], str | None]:
     return _files_in(path), commit
 
 
+def stated_hashes(source: ModelSource, commit: str | None) -> dict[str, str]:
+    """The SHA-256 of a repository's safetensors as the hub states them, which it may have sent in
+    parts alone; none where it cannot be asked.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if commit is None or constants.HF_HUB_OFFLINE or hub_absence() is not None:
+        return {}
+    try:
+        found = HfApi().model_info(str(source.path), revision=commit, files_metadata=True)
+    except Exception:  # of the hub's client, which has had several
+        return {}
+    weights = [one for one in found.siblings or [] if one.rfilename.endswith(".safetensors")]
+    return {one.rfilename: one.lfs.sha256 for one in weights if one.lfs is not None}
+
+
 def _hash_of_file(file: Path, store: Store) -> str:
     stamps = _stamps([file])
     memo = None if stamps is None else {"file": stamps}

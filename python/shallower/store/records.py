@@ -30,7 +30,14 @@ from ..values.files import (
 from ..values.hashing import hash_of
 from ..values.provenance import versions
 from ..values.schema import fields_of, of_type, plain_fields
-from .inputs import hashes_by_name, hashes_of, machine, model_files, texts_content
+from .inputs import (
+    hashes_by_name,
+    hashes_of,
+    machine,
+    model_files,
+    stated_hashes,
+    texts_content,
+)
 from .store import Store
 
 WITHOUT_EFFECT = ("out", "overwrite", "no_cache", "dry_run", "as_json", "threads", "device_memory")
@@ -52,8 +59,8 @@ class Read:
     Attributes:
         name: its hub id, or the last part of its place.
         commit: of a repository on the hub, empty where it is not known; None for a place here.
-        files: the SHA-256 of each file; of texts one of all that were read, under ``texts``; none
-            of a dataset that is too large to be read for this.
+        files: the SHA-256 of each file, of safetensors on the hub as that states it; of texts one
+            of all that were read, under ``texts``; none of a dataset too large to be read for this.
         count: texts that were read; None for what are no texts.
     """
 
@@ -255,9 +262,10 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
         return _read_texts(value, None if command == "run" else given.get(TEXTS[name]), store)
     shown = hub_id(value) or place_name(value)
     if name in MODELS:
-        gguf = given.get("gguf_file")
-        files, commit = model_files(ModelSource(value, gguf_file=gguf))
-        return Read(shown, commit, hashes_by_name(files, store))
+        source = ModelSource(value, gguf_file=given.get("gguf_file"))
+        files, commit = model_files(source)
+        stated = {} if source.gguf_file else stated_hashes(source, commit)
+        return Read(shown, commit, {**stated, **hashes_by_name(files, store)})
     return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
 
 

@@ -4,6 +4,7 @@ Knows no model; a scan hands them to its blocks and plans, and these to the card
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,8 +33,16 @@ class ModelIdentity:
         return f"{self.name} ({layers}, {self.dtype}, {self.fingerprint[:12]})"
 
 
+def id_in_cache(path: str) -> str | None:
+    """The hub id of a model by a path into the hub's cache; None for other paths."""
+    found = re.search(r"models--([\w.-]+)/snapshots/", path + "/")
+    return found and found[1].replace("--", "/", 1)
+
+
 def title_of(name: str) -> str:
     """The name of a model for tables and figures: its hub id, or the last part of a path."""
+    if cached := id_in_cache(name):
+        return cached
     parts = [part for part in name.split("/") if part]
     is_place = len(parts) > 2 or name[:1] in ("/", ".", "~")
     return parts[-1] if parts and is_place else name

@@ -1,0 +1,444 @@
+"""A model of the hub, cut by the ranges of its files of weights that stay.
+
+Every file of weights has a stand-in: of its length and with its header, and else a hole. A cut is
+planned by the stand-ins as by a local folder; then the ranges that it copies are fetched into them.
+They lie among the hub's assets, one folder a cut, with a journal of what has come: the same cut
+goes on from there. What comes is known by its place and length, and by the hub's name for the
+file's content (its etag), which must stay the same; only all of a file could be hashed.
+"""
+
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from glob import escape
+from pathlib import Path
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, OutputError, ShallowerError, raise_output_error, why
+from ..progress import BytesProgress, hushed, say_goes_on, track, track_copy
+from ..storage import free_bytes
+from ..texts.hub import hub_absence, hub_refusal
+from ..values.hashing import hash_of
+from ..values.memory import format_size
+from .checkpoint import Piece, PreparedCut
+from .checkpoint_files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MAX_CARRIED_BYTES,
+    SINGLE_FILE,
+    is_beside,
+    read_json,
+    stored_dtype,
+)
+from .source import hub_id
+
+if TYPE_CHECKING:
+    from .request import Request
+
+CONNECTIONS = 4
+
+REQUEST_BYTES = 256 << 20
+"""Of a request at most."""
+
+JOURNAL_BYTES = 16 << 20
+"""What a process that is killed fetches again at most, of each connection."""
+
+TRIES = 5
+"""How often a connection may break off without a byte more."""
+
+Range = tuple[int, int]
+
+_MAX_HEADER_BYTES = 100_000_000
+_JOURNAL = ".fetched.jsonl"
+
+
+class HubCheckpoint:
+    """A model of the hub at a commit, and the folder that stands for it here.
+
+    Attributes:
+        name: its hub id.
+        folder: the snapshot in the hub's cache where all of it is there; else that of stand-ins.
+        sizes: of the files that have stand-ins, by name, in bytes.
+    """
+
+    def __init__(self, name: str, folder: Path, sizes: dict[str, int]) -> None:
+        self.name, self.folder, self.sizes = name, folder, sizes
+        self._lock, self._stop = Lock(), Event()
+        self._etags: dict[str, str] = {}
+        self._come: dict[str, list[Range]] = {name: [] for name in sizes}
+        self._goes_on = False
+
+    def missing(self, pieces: Iterable[Piece]) -> list[tuple[str, int, int]]:
+        """The ranges of files that have not come yet, neighbours as one."""
+        if not self.sizes:
+            return []
+        wanted: dict[str, list[Range]] = {}
+        for path, start, stop in pieces:
+            wanted.setdefault(path.name, []).append((start, stop))
+        return [
+            (name, *gap)
+            for name, ranges in sorted(wanted.items())
+            for gap in _without(_merged(ranges), _merged(self._come[name]))
+        ]
+
+    def missing_bytes(self, pieces: Iterable[Piece]) -> int:
+        """Count the bytes that have not come yet."""
+        return sum(stop - start for _, start, stop in self.missing(pieces))
+
+    def fetch(self, pieces: Iterable[Piece], report: Callable[[int], object] | None = None) -> None:
+        """Fetch what has not come yet; ``report`` receives the bytes fetched by this call so far.
+
+        Raises ModelError if the hub does not give it, and OutputError if it cannot be written.
+        """
+        ranges = [
+            (name, start, min(start + REQUEST_BYTES, stop))
+            for name, first, stop in self.missing(pieces)
+            for start in range(first, stop, REQUEST_BYTES)
+        ]
+        total = 0
+
+        def come(count: int) -> None:
+            nonlocal total
+            with self._lock:
+                total += count
+                if report is not None:
+                    report(total)
+
+        self._stop.clear()
+        try:
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                running = [pool.submit(self._get, *one, come=come) for one in ranges]
+                try:
+                    for one in as_completed(running):
+                        one.result()
+                except BaseException:
+                    self._stop.set()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            for name in {name for name, _, _ in ranges}:
+                _settle(self.folder / name)
+
+    def make(
+        self,
+        cut: PreparedCut,
+        out: str | Path,
+        *,
+        overwrite: bool = False,
+        progress: BytesProgress | bool | None = None,
+    ) -> None:
+        """Fetch what a cut copies, make it in ``out``, and remove the stand-ins.
+
+        Raises as :meth:`fetch` and :meth:`.PreparedCut.write`.
+        """
+        if not self.sizes:
+            cut.write(out, overwrite=overwrite, progress=progress)
+            return
+        left = self.missing_bytes(cut.reads)
+        self._check_room(left, cut.num_bytes, Path(out))
+        total = left + cut.job.total_bytes
+        if self._goes_on and not callable(progress):
+            there, of = map(format_size, (cut.job.total_bytes - left, cut.job.total_bytes))
+            say_goes_on(f"{there} of {of} are fetched", progress)
+        with track_copy(progress, total, "fetch and copy") as report:
+            self.fetch(cut.reads, lambda done: report(done, total))
+            cut.write(out, overwrite=overwrite, progress=lambda done, _: report(left + done, total))
+        self.remove()
+
+    def open(self) -> None:
+        """Make the stand-ins, or find those of an earlier call, and fetch their headers.
+
+        Raises as :meth:`fetch`. A header that is longer than any may be is left to be refused by
+        who reads it.
+        """
+        with raise_output_error(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._load_journal()
+            for name, size in self.sizes.items():
+                _hollow(self.folder / name, size)
+        stand_ins = {self.folder / name: size for name, size in self.sizes.items()}
+        self.fetch(Piece(path, 0, min(8, size)) for path, size in stand_ins.items())
+        headers = []
+        for path, size in stand_ins.items():
+            with path.open("rb") as file:
+                stop = 8 + int.from_bytes(file.read(8), "little")
+            if stop <= min(size, 8 + _MAX_HEADER_BYTES):
+                headers.append(Piece(path, 8, stop))
+        self.fetch(headers)
+
+    def remove(self) -> None:
+        """Remove the stand-ins."""
+        if self.sizes:
+            shutil.rmtree(_home(self.folder), ignore_errors=True)
+
+    def _get(self, name: str, at: int, stop: int, *, come: Callable[[int], object]) -> None:
+        """Fetch a range into its stand-in, from where the connection broke off if it does."""
+        path, breaks = self.folder / name, 0
+        with path.open("r+b") as file:
+            while at < stop and not self._stop.is_set():
+                begun = kept = file.seek(at)
+                for chunk in self._stream(name, at, stop):
+                    with raise_output_error(path):
+                        file.write(chunk)
+                    at += len(chunk)
+                    come(len(chunk))
+                    if at - kept >= JOURNAL_BYTES:
+                        self._keep(name, file, (kept, at))
+                        kept = at
+                    if self._stop.is_set():
+                        break
+                if kept < at:
+                    self._keep(name, file, (kept, at))
+                if at < stop:
+                    breaks = breaks + 1 if at == begun else 0
+                    if breaks >= TRIES:
+                        raise self._refused("the connection breaks off again and again")
+                    time.sleep(2**breaks)
+
+    def _stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes of a range as they come; fewer where the connection breaks off."""
+        from huggingface_hub import constants, hf_hub_url, utils
+
+        client: Any = utils  # which does not say what it exports
+        request = {
+            "url": hf_hub_url(self.name, name, revision=self.folder.name),
+            "headers": {
+                **client.build_hf_headers(),
+                "Range": f"bytes={start}-{stop - 1}",
+                "Accept-Encoding": "identity",
+            },
+            "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        }
+        try:
+            with client.http_stream_backoff("GET", **request) as response:
+                client.hf_raise_for_status(response)
+                self._check(response, name, (start, stop))
+                left = stop - start
+                for chunk in _until_it_breaks(response.iter_bytes()):
+                    if left > 0:
+                        yield chunk[:left]
+                    left -= len(chunk)
+                    if left < 0:
+                        return
+        except ShallowerError:
+            raise
+        except Exception as error:  # of the hub's client, which has had several
+            raise self._refused(hub_refusal(self.name, "model") or why(error)) from error
+
+    def _check(self, response: Any, name: str, asked: Range) -> None:
+        """Refuse an answer that is not of the range that was asked for, or of another file."""
+        from huggingface_hub import constants
+
+        way_out = f"fetch the model whole (hf download {self.name}), and do the same again"
+        if response.status_code != 206:
+            raise ModelError(
+                f"{constants.ENDPOINT} does not send ranges of {name}, by which {self.name} is cut "
+                f"without being fetched whole: {way_out}"
+            )
+        expected = f"bytes {asked[0]}-{asked[1] - 1}/{self.sizes[name]}"
+        found = response.headers.get("Content-Range")
+        if found != expected:
+            raise ModelError(
+                f"{constants.ENDPOINT} sends another range of {name} of {self.name} ({found}), "
+                f"expected {expected}: {way_out}"
+            )
+        etag = _etag(response)
+        with self._lock:
+            known = self._etags.setdefault(name, etag)
+        if etag != known:
+            raise ModelError(
+                f"{name} of {self.name} has changed on the hub since a part of it was fetched: "
+                f"delete {_home(self.folder)}, and do the same again"
+            )
+
+    def _refused(self, reason: str) -> ModelError:
+        return ModelError(
+            f"cannot fetch {self.name}: {reason}; what has come stays in {_home(self.folder)}: do "
+            f"the same again to go on, or delete it"
+        )
+
+    def _check_room(self, left: int, num_bytes: int, out: Path) -> None:
+        """Refuse a disk without room for what is fetched, and the cut if it lies there too."""
+        parent = next(one for one in out.absolute().parents if one.exists())
+        is_same = parent.stat().st_dev == self.folder.stat().st_dev
+        needed, free = left + num_bytes * is_same, free_bytes(self.folder)
+        if needed > free:
+            raise OutputError(
+                f"cannot fetch {self.name} into {_home(self.folder)}: {format_size(needed)} are "
+                f"needed with the cut, {format_size(free)} are free there: make room, or choose "
+                f"another place (HF_ASSETS_CACHE)"
+            )
+
+    def _keep(self, name: str, file: Any, come: Range) -> None:
+        """Note what has come, once it is on the disk."""
+        with raise_output_error(self.folder / name):
+            file.flush()
+            os.fsync(file.fileno())
+            with self._lock, (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
+                journal.write(json.dumps([name, self._etags[name], *come]) + "\n")
+                self._come[name].append(come)
+
+    def _load_journal(self) -> None:
+        """Read what has come, of stand-ins that are there; a line that is cut off is none."""
+        journal = self.folder / _JOURNAL
+        lines = journal.read_text("utf-8").splitlines(keepends=True) if journal.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole != lines:
+            journal.write_text("".join(whole), encoding="utf-8")
+        for line in whole:
+            with suppress(ValueError, TypeError):
+                name, etag, start, stop = json.loads(line)
+                path = self.folder / name
+                if path.is_file() and path.stat().st_size == self.sizes.get(name):
+                    self._etags[name] = etag
+                    self._come[name].append((int(start), int(stop)))
+                    self._goes_on = True
+
+
+def open_on_hub(request: "Request") -> HubCheckpoint | None:
+    """Find a model of the hub that can be cut as it is stored; None if it must be loaded.
+
+    One that lies whole in the hub's cache is taken from there. Of others the small files are
+    fetched into that cache, and the headers of the weights.
+
+    Raises ModelError if the hub does not give what it has, and OutputError as
+    :meth:`HubCheckpoint.fetch`.
+    """
+    name = hub_id(request.source)
+    if name != request.source or request.gguf_file is not None:
+        return None
+    from huggingface_hub import (
+        HfApi,
+        cached_assets_path,
+        constants,
+        hf_hub_download,
+        snapshot_download,
+    )
+
+    is_absent = constants.HF_HUB_OFFLINE or hub_absence() is not None
+    with track(f"look at {name} on the hub"), hushed():
+        try:
+            found = hf_hub_download(name, CONFIG_FILE, local_files_only=is_absent)
+        except Exception:  # loading the model says what is wrong
+            return None
+        snapshot = Path(found).parent
+        try:
+            sizes = {} if is_absent else _sizes(HfApi(), name, snapshot.name)
+            beside = _beside(sizes)
+            if beside:
+                patterns = [escape(one) for one in beside]
+                snapshot_download(name, revision=snapshot.name, allow_patterns=patterns)
+        except Exception as error:
+            reason = hub_refusal(name, "model") or why(error)
+            raise ModelError(f"cannot fetch {name}: {reason}") from error
+        weights = _weights(snapshot, sizes or [one.name for one in snapshot.iterdir()])
+        if request.dtype not in (None, stored_dtype(snapshot)) or not weights:
+            return None
+        if all((snapshot / one).is_file() for one in weights):
+            return HubCheckpoint(name, snapshot, {})
+        if is_absent:
+            return None
+        key = hash_of(str(request.out.absolute()))[:16]
+        home = cached_assets_path(
+            "shallower",
+            f"cut-{key}",
+            f"models--{name.replace('/', '--')}",
+            assets_dir=constants.HF_ASSETS_CACHE,
+        )
+        stand_ins = {one: sizes[one] for one in weights if one in sizes and Path(one).name == one}
+        remote = HubCheckpoint(name, home / "snapshots" / snapshot.name, stand_ins)
+        remote.open()
+        for one in beside:
+            (remote.folder / one).parent.mkdir(exist_ok=True)
+            shutil.copyfile(snapshot / one, remote.folder / one)
+        return remote
+
+
+def _sizes(api: Any, name: str, commit: str) -> dict[str, int]:
+    """The files of a repository and their sizes in bytes."""
+    files = api.model_info(name, revision=commit, files_metadata=True).siblings or []
+    return {one.rfilename: one.size or 0 for one in files}
+
+
+def _beside(sizes: Mapping[str, int]) -> list[str]:
+    """The files of a repository that lie beside the weights, and their index."""
+    found = [one for one in sizes if is_beside(one) or one == INDEX_FILE]
+    large = [one for one in found if sizes[one] > MAX_CARRIED_BYTES]
+    for one in large:
+        warnings.warn(f"{one} is left out: it is too large", stacklevel=2)
+    return [one for one in found if one not in large]
+
+
+def _weights(snapshot: Path, there: Collection[str]) -> list[str]:
+    """The files of weights of a model, of which some are there; none of a model in other files."""
+    if SINGLE_FILE in there:
+        return [SINGLE_FILE]
+    index = snapshot / INDEX_FILE
+    places = read_json(index).get("weight_map") if index.is_file() else None
+    return sorted({*map(str, places.values())}) if isinstance(places, dict) else []
+
+
+def _home(folder: Path) -> Path:
+    """All that is kept of a cut, by the folder of its stand-ins."""
+    return folder.parents[2]
+
+
+def _hollow(path: Path, size: int) -> None:
+    """Make a file of a size that holds nothing, unless it is there."""
+    if not path.is_file() or path.stat().st_size != size:
+        with path.open("wb") as file:
+            file.truncate(size)
+    _settle(path)
+
+
+def _settle(path: Path) -> None:
+    """Give a stand-in the time of change that all have: what comes into it changes no content."""
+    os.utime(path, (0, 0))
+
+
+def _until_it_breaks(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    while True:
+        try:
+            chunk = next(chunks, b"")
+        except Exception:  # of the hub's client, which has had several
+            return
+        if not chunk:
+            return
+        yield chunk
+
+
+def _etag(response: Any) -> str:
+    """The hub's name for the content of a file; empty where it does not say."""
+    answers = (*response.history, response)
+    linked = [one.headers["X-Linked-Etag"] for one in answers if "X-Linked-Etag" in one.headers]
+    own = [] if response.history else [response.headers.get("ETag", "")]
+    return next(iter((*linked, *own)), "").removeprefix("W/").strip('"')
+
+
+def _merged(ranges: Iterable[Range]) -> list[Range]:
+    """Ranges in their order, those that touch as one."""
+    found: list[Range] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], stop)
+        elif start < stop:
+            found.append((start, stop))
+    return found
+
+
+def _without(wanted: Iterable[Range], there: Iterable[Range]) -> Iterator[Range]:
+    """What of ranges is in none of others; both in their order, and apart."""
+    for start, stop in wanted:
+        for first, last in there:
+            if first < stop and last > start:
+                if start < first:
+                    yield start, first
+                start = last
+        if start < stop:
+            yield start, stop

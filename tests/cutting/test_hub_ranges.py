@@ -1,0 +1,334 @@
+"""A model of the hub is cut by the ranges of its files that stay."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, snapshot_download
+
+import shallower as sh
+from shallower import ModelError, OutputError
+from shallower.cutting import from_hub
+from shallower.cutting.checkpoint_files import INDEX_FILE
+from shallower.cutting.exports import EXPORT_FILES
+from shallower.cutting.prune import plan_prune
+from tests.cutting.checkpoints import DROPPED, read_json, stored
+from tests.cutting.mixtures import mixture, some_experts
+from tests.folders import full_disk, tree
+from tests.hub import TOKEN
+from tests.hub import hub as hub
+
+NAMED = {*EXPORT_FILES}
+"""Files that name the source."""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the hub."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def remote(hub, source):
+    """A hub that has ``me/tiny``."""
+    hub.put("me/tiny", source)
+    return hub
+
+
+@pytest.fixture
+def local(source, tmp_path):
+    """The cut of the folder, without loading it."""
+    sh.prune(source, DROPPED, tmp_path / "local")
+    return tmp_path / "local"
+
+
+def assert_same(out, local):
+    found, expected = tree(out), tree(local)
+    assert set(found) == set(expected)
+    assert {name for name in found if found[name] != expected[name]} <= NAMED
+
+
+def assert_each_byte_once(sent):
+    """No byte of a file was sent twice; gives how many were."""
+    for _, ranges in itertools.groupby(sorted(sent), key=lambda one: one[0]):
+        ends = [(start, stop) for _, start, stop in ranges]
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(ends))
+    return sum(stop - start for _, start, stop in sent)
+
+
+def most_bytes(source, out):
+    """The bytes of what stays, of the headers, and of the vectors that identify the model."""
+    headers = sum(
+        8 + int.from_bytes(path.read_bytes()[:8], "little") for path in source.glob("*.safetensors")
+    )
+    vectors = [one for one in stored(source).values() if len(one.shape) == 1]
+    return headers + sum(len(one.content) for one in [*vectors, *stored(out).values()])
+
+
+def nothing_left(tmp_path):
+    return not [path for path in (tmp_path / "assets").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_cut_is_that_of_a_local_folder(remote, source, local, tmp_path, away):
+    remote.away = away
+    heard = []
+    planned = plan_prune("me/tiny", DROPPED, tmp_path / "cut")
+    before = assert_each_byte_once(remote.sent)
+    assert (planned.way, planned.loads_model) == ("disk", False)
+    plan = planned.run(lambda *one: heard.append(one)).plan
+    assert plan.model.name == "tiny"
+    assert_same(tmp_path / "cut", local)
+    fetched = assert_each_byte_once(remote.sent)
+    assert fetched == before + planned.fetch_bytes <= most_bytes(source, tmp_path / "cut")
+    copied = sum(len(one.content) for one in stored(local).values())
+    assert heard == sorted(heard)
+    assert heard[-1] == (planned.fetch_bytes + copied,) * 2
+    assert nothing_left(tmp_path)
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert "# me/tiny without" in card
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "gpt_oss"])
+def test_only_the_experts_that_stay_are_fetched(hub, tmp_path, name):
+    """Single experts, and parts of stacks; by the config alone, and by a built model."""
+    model = mixture(name)
+    model.save_pretrained(tmp_path / "mixture", max_shard_size="40KB")
+    dropped = some_experts(model)
+    dropped.pop(1, None)
+    hub.put("me/mixture", tmp_path / "mixture")
+    sh.prune("me/mixture", [1], tmp_path / "cut", experts=dropped)
+    sh.prune(tmp_path / "mixture", [1], tmp_path / "local", experts=dropped)
+    assert_same(tmp_path / "cut", tmp_path / "local")
+    fetched = assert_each_byte_once(hub.sent)
+    assert fetched <= most_bytes(tmp_path / "mixture", tmp_path / "cut")
+
+
+def test_what_is_refused_is_so_before_weights_are_fetched(remote, tmp_path):
+    for layers, error in (([7], sh.LayersError), (range(6), sh.LayersError)):
+        with pytest.raises(error):
+            sh.prune("me/tiny", layers, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    assert max(stop for _, _, stop in remote.sent) < 1000
+
+
+def test_other_ways_load_the_model(remote, source, tmp_path, cache):
+    planned = plan_prune("me/tiny", DROPPED, tmp_path / "cut", dtype="bfloat16")
+    assert (planned.way, planned.fetch_bytes) == ("memory", 0)
+    remote.repos["me/bin"] = {
+        "config.json": (source / "config.json").read_bytes(),
+        "pytorch_model.bin": b"",
+    }
+    assert plan_prune("me/bin", DROPPED, tmp_path / "cut").way == "memory"
+    assert remote.sent == []
+    assert nothing_left(tmp_path)
+
+
+def test_a_cut_is_verified(remote, local, tmp_path):
+    """By the whole model in its stored dtype, which is fetched then."""
+    planned = plan_prune("me/tiny", DROPPED, tmp_path / "cut", verify=True)
+    assert (planned.way, planned.loads_model) == ("disk", True)
+    assert planned.run().difference < 1e-5
+    assert_same(tmp_path / "cut", local)
+
+
+def test_what_the_cache_has_whole_is_taken_from_there(remote, local, tmp_path, cache, monkeypatch):
+    snapshot_download("me/tiny")
+    sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+    assert_same(tmp_path / "cut", local)
+    assert remote.sent == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    remote.requests.clear()
+    planned = plan_prune("me/tiny", DROPPED, tmp_path / "again", verify=True)
+    assert planned.way == "disk"
+    assert planned.run().difference < 1e-5
+    assert_same(tmp_path / "again", local)
+    assert remote.requests == []
+    assert list(cache.glob("models--*/snapshots/*/model*.safetensors"))
+
+
+def test_the_cut_says_what_it_fetches_and_its_record_what_it_read(remote, shallower, monkeypatch):
+    call = ("prune", "me/tiny", "--drop", "1:3", "--out", "cut")
+    said = shallower(*call, "--dry-run", "--json").json
+    assert said["fetch_bytes"] < said["bytes"]
+    assert "\nfetch: 0.1 MB\n" in shallower(*call, "--dry-run").out
+    assert shallower(*call).status == 0
+    read = read_json(Path("cut/shallower_record.json"))["read"]["model"]
+    assert (read["name"], read["commit"]) == ("me/tiny", "c" * 40)
+    names = {name for name in remote.repos["me/tiny"] if name.endswith(".safetensors")}
+    assert names < set(read["files"])
+    assert "is already there" in shallower(*call).err
+    done = shallower("reproduce", "cut", "--json")
+    assert (done.status, done.json["differences"]) == (0, [])
+
+
+def half(data):
+    return data[: len(data) // 2]
+
+
+BREAKS = {"Connection": "close"}
+"""Of an answer whose body ends early."""
+
+
+def test_it_goes_on_where_a_connection_breaks_off(remote, local, tmp_path):
+    failed = set()
+
+    def spoil(name, status, headers, data):
+        """Every file is down at first, and every longer answer is half of what it says."""
+        if name not in failed:
+            failed.add(name)
+            return 503, {}, b""
+        if len(data) < 1000:
+            return status, headers, data
+        return status, {"Content-Length": str(len(data)), **headers, **BREAKS}, half(data)
+
+    remote.spoil = spoil
+    sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+    assert_same(tmp_path / "cut", local)
+
+
+def test_more_than_was_asked_for_is_cut_off(remote, local, tmp_path):
+    remote.spoil = lambda _, status, headers, data: (status, headers, data + b"more")
+    sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+    assert_same(tmp_path / "cut", local)
+
+
+CHANGES = itertools.count()
+
+SPOILT = {
+    "whole": (lambda *_: (200, {}, b"x" * 20_000), "does not send ranges of model-00"),
+    "other": (
+        lambda _, status, headers, data: (
+            status,
+            {**headers, "Content-Range": "bytes 1-9/20"},
+            data,
+        ),
+        "sends another range of model-00.* expected bytes 0-7/",
+    ),
+    "nothing": (
+        lambda _, status, headers, data: (
+            status,
+            {"Content-Length": str(len(data)), **headers, **BREAKS},
+            b"",
+        ),
+        "the connection breaks off again and again",
+    ),
+    "changed": (
+        lambda _, status, headers, data: (status, {**headers, "ETag": str(next(CHANGES))}, data),
+        "of me/tiny has changed on the hub since a part of it was fetched",
+    ),
+    "down": (lambda *_: (503, {}, b""), "cannot fetch me/tiny: .*503"),
+    "gone": (lambda *_: (404, {"X-Error-Code": "EntryNotFound"}, b""), "cannot fetch me/tiny: "),
+}
+
+
+@pytest.mark.parametrize("way", SPOILT)
+def test_a_server_that_sends_something_else_is_refused(remote, local, tmp_path, way):
+    remote.spoil, words = SPOILT[way]
+    with pytest.raises(ModelError, match=words) as raised:
+        sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    remote.spoil = lambda _, *answer: answer
+    if way == "changed":
+        with pytest.raises(ModelError, match="has changed"):
+            sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+        folder = str(raised.value).split("delete ")[1].split(",")[0]
+        assert Path(folder).parent == tmp_path / "assets" / "shallower"
+        subprocess.run(["rm", "-r", folder], check=True)
+    sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+    assert_same(tmp_path / "cut", local)
+
+
+def test_a_gated_model_says_so(remote, tmp_path):
+    remote.failing = {r"/model-0|auth-check": (403, "GatedRepo")}
+    with pytest.raises(ModelError, match="the model is gated: ask for access"):
+        sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [(1 << 60, "its header claims 1152921504606846976 bytes"), (200, "its header is broken")],
+)
+def test_a_lying_header_is_refused(remote, tmp_path, length, said):
+    name = "model-00003-of-00012.safetensors"
+    data = remote.repos["me/tiny"][name]
+    remote.repos["me/tiny"][name] = length.to_bytes(8, "little") + data[8:]
+    with pytest.raises(ModelError, match=said):
+        sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+    assert max(stop for _, _, stop in remote.sent) < 1000
+
+
+def test_tensors_outside_of_a_file_are_refused(remote, tmp_path):
+    name = "model-00003-of-00012.safetensors"
+    remote.repos["me/tiny"][name] = remote.repos["me/tiny"][name][:-1000]
+    with pytest.raises(ModelError, match=r"its tensors need .* bytes, it holds"):
+        sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+
+
+def test_names_in_an_index_lead_nowhere_else(remote, tmp_path):
+    index = json.loads(remote.repos["me/tiny"][INDEX_FILE])
+    index["weight_map"]["lm_head.weight"] = "../../x.safetensors"
+    remote.repos["me/tiny"][INDEX_FILE] = json.dumps(index).encode()
+    with pytest.raises(ModelError, match="expected the plain name"):
+        sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+
+
+def test_a_full_disk_says_so(remote, tmp_path, monkeypatch):
+    planned = plan_prune("me/tiny", DROPPED, tmp_path / "cut")
+    with full_disk(0), pytest.raises(OutputError, match="cannot write"):
+        planned.run(False)
+    monkeypatch.setattr(from_hub, "free_bytes", lambda _: 1000)
+    with pytest.raises(OutputError, match=r"are needed with the cut, 0\.0 MB are free"):
+        planned.run()
+    assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize("wanted", [2, 6])
+def test_killed_it_goes_on(remote, local, tmp_path, wanted):
+    """The server waits after so many ranges of weights; what had come is not sent again."""
+    waits, go_on = threading.Event(), threading.Event()
+    plan_prune("me/tiny", DROPPED, tmp_path / "elsewhere")
+    planning = len(remote.sent)
+    remote.sent.clear()
+
+    def spoil(_, *answer):
+        if len(remote.sent) > planning + wanted:
+            waits.set()
+            go_on.wait(60)
+        return answer
+
+    remote.spoil = spoil
+    environment = {
+        **os.environ, "HF_ENDPOINT": remote.url, "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    drop = ",".join(map(str, DROPPED))
+    call = [sys.executable, "-m", "shallower", "prune", "me/tiny", "--drop", drop, "--out"]
+    child = subprocess.Popen([*call, str(tmp_path / "cut")], env=environment)
+    assert waits.wait(120)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    go_on.set()
+    (journal,) = (tmp_path / "home" / "assets").rglob(".fetched.jsonl")
+    lines = journal.read_text().splitlines()
+    come = {(name, start, stop) for name, _, start, stop in map(json.loads, lines)}
+    assert len(come) >= planning
+    remote.spoil = lambda _, *answer: answer
+    remote.sent.clear()
+    done = subprocess.run(
+        [*call, str(tmp_path / "cut")], env=environment, check=True, capture_output=True, text=True
+    )
+    assert "MB are fetched" in done.stderr
+    assert remote.sent
+    assert_each_byte_once([*come, *remote.sent])
+    found = tree(tmp_path / "cut")
+    del found["shallower_record.json"]
+    assert {name for name, data in tree(local).items() if found[name] != data} <= NAMED
+    assert not [path for path in (tmp_path / "home" / "assets").rglob("*") if path.is_file()]
