@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ class Hub:
 
     ``failing`` answers a request whose line matches a pattern: by a status, by one and the hub's
     code of the error, or by hanging up (0). The name of a dataset begins with ``datasets/``.
-    ``sent`` is what was sent of files by ranges: name, first byte, the one past the last. ``spoil``
+    ``sent`` is what was sent of files by ranges: name, first byte, the one past the last;
+    ``num_sent`` counts the bytes of all answers. ``spoil``
     changes such an answer: its name, status, headers and bytes. ``away`` sends files of weights
     from another server, which must see no token, as the hub does.
     """
@@ -33,6 +35,7 @@ class Hub:
     requests: list = field(default_factory=list)
     failing: dict = field(default_factory=dict)
     sent: list = field(default_factory=list)
+    num_sent: int = 0
     spoil: Callable = field(default=lambda _name, *answer: answer)
     away: bool = False
 
@@ -97,7 +100,7 @@ class Hub:
     def _tree(self, name):
         files = self.repos[name].items()
         return 200, {}, [
-            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            {"type": "file", "path": path, "size": len(data), "oid": _sha(data)[:40]}
             for path, data in files
         ]  # fmt: skip
 
@@ -144,7 +147,14 @@ def _lfs(file, data):
 @contextmanager
 def hub_here():
     """A hub that listens on this machine until the body ends."""
-    hub = Hub()
+    hub, counting = Hub(), threading.Lock()
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *request):
+            if not isinstance(sys.exception(), ConnectionError):
+                super().handle_error(*request)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -165,16 +175,20 @@ def hub_here():
             for name, one in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, one)
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
+            try:
+                for start in range(0, 0 if self.command == "HEAD" else len(data), 1 << 20):
+                    count = self.wfile.write(data[start : start + (1 << 20)])
+                    with counting:
+                        hub.num_sent += count
+            except ConnectionError:  # who asked is gone
+                self.close_connection = True
 
         do_GET = do_HEAD = _answer  # noqa: N815
 
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -1,7 +1,10 @@
 """A model of the hub is cut by the ranges of its files that stay."""
 
+import dataclasses
 import itertools
 import json
+import math
+import mmap
 import os
 import signal
 import subprocess
@@ -18,6 +21,7 @@ from shallower.cutting import from_hub
 from shallower.cutting.checkpoint_files import INDEX_FILE
 from shallower.cutting.exports import EXPORT_FILES
 from shallower.cutting.prune import plan_prune
+from shallower.storage import sha256_of
 from tests.cutting.checkpoints import DROPPED, read_json, stored
 from tests.cutting.mixtures import mixture, some_experts
 from tests.folders import full_disk, tree
@@ -77,10 +81,11 @@ def nothing_left(tmp_path):
 
 
 @pytest.mark.parametrize("away", [False, True])
-def test_a_cut_is_that_of_a_local_folder(remote, source, local, tmp_path, away):
+def test_a_cut_is_that_of_a_local_folder(remote, source, local, tmp_path, away, capfd):
     remote.away = away
     heard = []
-    planned = plan_prune("me/tiny", DROPPED, tmp_path / "cut")
+    capfd.readouterr()
+    planned = plan_prune("me/tiny", DROPPED, tmp_path / "cut", progress=False)
     before = assert_each_byte_once(remote.sent)
     assert (planned.way, planned.loads_model) == ("disk", False)
     plan = planned.run(lambda *one: heard.append(one)).plan
@@ -94,6 +99,7 @@ def test_a_cut_is_that_of_a_local_folder(remote, source, local, tmp_path, away):
     assert nothing_left(tmp_path)
     card = (tmp_path / "cut" / "README.md").read_text()
     assert "# me/tiny without" in card
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe", "gpt_oss"])
@@ -272,6 +278,15 @@ def test_tensors_outside_of_a_file_are_refused(remote, tmp_path):
         sh.prune("me/tiny", DROPPED, tmp_path / "cut")
 
 
+def test_ranges_that_are_not_those_of_the_copy_are_refused(remote, tmp_path):
+    """Zeros would take the place of what was not fetched."""
+    planned = plan_prune("me/tiny", DROPPED, tmp_path / "cut")
+    make, (cut, out) = planned._write.func, planned._write.args
+    with pytest.raises(ModelError, match="the ranges of me/tiny that stay are not known"):
+        make(dataclasses.replace(cut, reads=cut.reads[1:]), out)
+    assert not out.exists()
+
+
 def test_names_in_an_index_lead_nowhere_else(remote, tmp_path):
     index = json.loads(remote.repos["me/tiny"][INDEX_FILE])
     index["weight_map"]["lm_head.weight"] = "../../x.safetensors"
@@ -290,6 +305,25 @@ def test_a_full_disk_says_so(remote, tmp_path, monkeypatch):
     assert not (tmp_path / "cut").exists()
 
 
+def prune_in_a_process(hub, home, drop, out):
+    """The command, given to a process of its own."""
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "shallower", "prune", "me/tiny", "--drop", drop, "--out", out]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def kill(child, home):
+    """Kill a process; gives the ranges that it had, by its journal."""
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    (journal,) = (home / "assets").rglob(".fetched.jsonl")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    return {(name, start, stop) for name, _, start, stop in lines}
+
+
 @pytest.mark.parametrize("wanted", [2, 6])
 def test_killed_it_goes_on(remote, local, tmp_path, wanted):
     """The server waits after so many ranges of weights; what had come is not sent again."""
@@ -305,30 +339,93 @@ def test_killed_it_goes_on(remote, local, tmp_path, wanted):
         return answer
 
     remote.spoil = spoil
-    environment = {
-        **os.environ, "HF_ENDPOINT": remote.url, "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-    }  # fmt: skip
-    drop = ",".join(map(str, DROPPED))
-    call = [sys.executable, "-m", "shallower", "prune", "me/tiny", "--drop", drop, "--out"]
-    child = subprocess.Popen([*call, str(tmp_path / "cut")], env=environment)
+    call = (remote, tmp_path / "home", ",".join(map(str, DROPPED)), tmp_path / "cut")
+    child = prune_in_a_process(*call)
     assert waits.wait(120)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    go_on.set()
-    (journal,) = (tmp_path / "home" / "assets").rglob(".fetched.jsonl")
-    lines = journal.read_text().splitlines()
-    come = {(name, start, stop) for name, _, start, stop in map(json.loads, lines)}
+    come = kill(child, tmp_path / "home")
     assert len(come) >= planning
+    assert not (tmp_path / "cut").exists()
     remote.spoil = lambda _, *answer: answer
+    go_on.set()
     remote.sent.clear()
-    done = subprocess.run(
-        [*call, str(tmp_path / "cut")], env=environment, check=True, capture_output=True, text=True
-    )
-    assert "MB are fetched" in done.stderr
+    child = prune_in_a_process(*call)
+    assert "MB are fetched" in child.communicate()[1]
     assert remote.sent
     assert_each_byte_once([*come, *remote.sent])
     found = tree(tmp_path / "cut")
     del found["shallower_record.json"]
     assert {name for name, data in tree(local).items() if found[name] != data} <= NAMED
     assert not [path for path in (tmp_path / "home" / "assets").rglob("*") if path.is_file()]
+
+
+LARGE = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16",
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def large_checkpoint(folder):
+    """A Llama of 3.2 GB in nine files with a mark every 64 KiB, and else holes."""
+    width, inner, heads = 2048, 8192, 512
+    shapes = {
+        "input_layernorm": [width], "mlp.down_proj": [width, inner],
+        "mlp.gate_proj": [inner, width], "mlp.up_proj": [inner, width],
+        "post_attention_layernorm": [width], "self_attn.k_proj": [heads, width],
+        "self_attn.o_proj": [width, width], "self_attn.q_proj": [width, width],
+        "self_attn.v_proj": [heads, width],
+    }  # fmt: skip
+    files = [{"model.embed_tokens": [32000, width]}, {"lm_head": [32000, width]}]
+    files[1]["model.norm"] = [width]
+    for first in range(0, 24, 4):
+        layers = range(first, first + 4)
+        files.append({f"model.layers.{i}.{name}": shapes[name] for i in layers for name in shapes})
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LARGE))
+    places = {}
+    for number, tensors in enumerate(files, 1):
+        file, header, end = f"model-{number:05}-of-00009.safetensors", {}, 0
+        for name, shape in tensors.items():
+            size = 2 * math.prod(shape)
+            offsets = [end, end + size]
+            header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
+            places[f"{name}.weight"], end = file, end + size
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            for place in range(0, end - 8, 1 << 16):
+                opened.seek(8 + len(text) + place)
+                opened.write((number << 40 | place).to_bytes(8, "little"))
+            opened.truncate(8 + len(text) + end)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.slow
+def test_five_layers_of_a_large_model_are_a_small_part(hub, tmp_path):
+    source, home, buffers = tmp_path / "tiny", tmp_path / "home", 4 * (32 << 20)
+    large_checkpoint(source)
+    hub.repos["me/tiny"] = {path.name: mapped(path) for path in source.iterdir()}
+    whole = sum(len(data) for data in hub.repos["me/tiny"].values())
+    assert whole > 3e9
+    child = prune_in_a_process(hub, home, "5:24", tmp_path / "cut")
+    while hub.num_sent < 3e8:
+        assert child.poll() is None
+        threading.Event().wait(0.01)
+    assert kill(child, home)
+    child = prune_in_a_process(hub, home, "5:24", tmp_path / "cut")
+    said = child.communicate()[1]
+    assert " of 0.9 GB are fetched" in said
+    sh.prune(source, range(5, 24), tmp_path / "local")
+    for path in (tmp_path / "local").iterdir():
+        if path.name not in NAMED:
+            assert sha256_of(path) == sha256_of(tmp_path / "cut" / path.name), path.name
+    stays = sum(path.stat().st_size for path in (tmp_path / "local").iterdir())
+    print(f"{hub.num_sent / 1e6:.1f} MB sent, {stays / 1e6:.1f} MB stay, of {whole / 1e6:.1f}")
+    assert hub.num_sent < stays + 10e6 + buffers
+    assert stays < whole / 3
+
+
+def mapped(path):
+    """A file as the hub sends it, which is not read before."""
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from glob import escape
 from pathlib import Path
 from threading import Event, Lock
@@ -67,8 +67,11 @@ class HubCheckpoint:
         sizes: of the files that have stand-ins, by name, in bytes.
     """
 
-    def __init__(self, name: str, folder: Path, sizes: dict[str, int]) -> None:
+    def __init__(
+        self, name: str, folder: Path, sizes: Mapping[str, int], *, show: bool | None = None
+    ) -> None:
         self.name, self.folder, self.sizes = name, folder, sizes
+        self._show = show
         self._lock, self._stop = Lock(), Event()
         self._etags: dict[str, str] = {}
         self._come: dict[str, list[Range]] = {name: [] for name in sizes}
@@ -101,6 +104,8 @@ class HubCheckpoint:
             for name, first, stop in self.missing(pieces)
             for start in range(first, stop, REQUEST_BYTES)
         ]
+        if not ranges:
+            return
         total = 0
 
         def come(count: int) -> None:
@@ -110,9 +115,13 @@ class HubCheckpoint:
                 if report is not None:
                     report(total)
 
+        what = f"fetch headers and norms of {self.name}"
         self._stop.clear()
         try:
-            with ThreadPoolExecutor(CONNECTIONS) as pool:
+            with (
+                track(what, show=self._show) if report is None else nullcontext(),
+                ThreadPoolExecutor(CONNECTIONS) as pool,
+            ):
                 running = [pool.submit(self._get, *one, come=come) for one in ranges]
                 try:
                     for one in as_completed(running):
@@ -140,6 +149,11 @@ class HubCheckpoint:
         if not self.sizes:
             cut.write(out, overwrite=overwrite, progress=progress)
             return
+        if sum(stop - start for _, start, stop in cut.reads) != cut.job.total_bytes:
+            raise ModelError(
+                f"the ranges of {self.name} that stay are not known: fetch it whole "
+                f"(hf download {self.name}), and do the same again"
+            )
         left = self.missing_bytes(cut.reads)
         self._check_room(left, cut.num_bytes, Path(out))
         total = left + cut.job.total_bytes
@@ -322,7 +336,7 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
     )
 
     is_absent = constants.HF_HUB_OFFLINE or hub_absence() is not None
-    with track(f"look at {name} on the hub"), hushed():
+    with track(f"look at {name} on the hub", show=request.show), hushed():
         try:
             found = hf_hub_download(name, CONFIG_FILE, local_files_only=is_absent)
         except Exception:  # loading the model says what is wrong
@@ -338,7 +352,7 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
             reason = hub_refusal(name, "model") or why(error)
             raise ModelError(f"cannot fetch {name}: {reason}") from error
         weights = _weights(snapshot, sizes or [one.name for one in snapshot.iterdir()])
-        if request.dtype not in (None, stored_dtype(snapshot)) or not weights:
+        if not weights or request.dtype not in (None, stored_dtype(snapshot)):
             return None
         if all((snapshot / one).is_file() for one in weights):
             return HubCheckpoint(name, snapshot, {})
@@ -352,7 +366,9 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
             assets_dir=constants.HF_ASSETS_CACHE,
         )
         stand_ins = {one: sizes[one] for one in weights if one in sizes and Path(one).name == one}
-        remote = HubCheckpoint(name, home / "snapshots" / snapshot.name, stand_ins)
+        remote = HubCheckpoint(
+            name, home / "snapshots" / snapshot.name, stand_ins, show=request.show
+        )
         remote.open()
         for one in beside:
             (remote.folder / one).parent.mkdir(exist_ok=True)

@@ -124,6 +124,7 @@ def prune(
         as_gguf=as_gguf,
         trust_remote_code=trust_remote_code,
         verify=verify,
+        progress=progress,
     )
     return planned.run(progress).plan
 
@@ -143,6 +144,7 @@ def plan_prune(
     as_gguf: bool = False,
     trust_remote_code: bool = False,
     verify: bool = False,
+    progress: BytesProgress | bool | None = None,
 ) -> "PlannedPrune":
     """Plan what :func:`prune` would do, and write nothing.
 
@@ -159,6 +161,7 @@ def plan_prune(
         as_gguf: ``out`` is a folder for a GGUF file.
         trust_remote_code: run code that comes with the model.
         verify: compare the logits of the cut.
+        progress: whether to show what is fetched to plan, of a hub model.
 
     Returns:
         The planned work, its way and the files; ``run()`` carries it out.
@@ -183,6 +186,7 @@ def plan_prune(
         as_gguf=as_gguf,
         trust_remote_code=trust_remote_code,
         verify=verify,
+        show=False if callable(progress) else progress,
     )
     reads: list[Path | None] = [Path(source, gguf_file or "")]
     if isinstance(what, str | Path):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Request:
     """The arguments of :func:`prune` but the layers and experts.
 
-    ``named`` is the source in the caller's words, for errors; ``source`` its resolved folder.
+    ``named`` is the source in the caller's words, for errors; ``source`` its resolved folder;
+    ``show`` whether the progress of planning is shown.
     """
 
     source: str
@@ -39,6 +40,7 @@ class Request:
     as_gguf: bool
     trust_remote_code: bool
     verify: bool
+    show: bool | None = None
 
     @property
     def on_disk(self) -> bool:
