@@ -200,6 +200,18 @@ def test_it_goes_on_where_a_connection_breaks_off(remote, local, tmp_path):
     assert_same(tmp_path / "cut", local)
 
 
+def test_it_goes_on_after_an_interruption(remote, local, tmp_path):
+    def stop(done, _):
+        if done > 30_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sh.prune("me/tiny", DROPPED, tmp_path / "cut", progress=stop)
+    assert not (tmp_path / "cut").exists()
+    sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+    assert_same(tmp_path / "cut", local)
+
+
 def test_more_than_was_asked_for_is_cut_off(remote, local, tmp_path):
     remote.spoil = lambda _, status, headers, data: (status, headers, data + b"more")
     sh.prune("me/tiny", DROPPED, tmp_path / "cut")

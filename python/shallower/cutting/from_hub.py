@@ -194,12 +194,11 @@ class HubCheckpoint:
     def _get(self, name: str, at: int, stop: int, *, come: Callable[[int], object]) -> None:
         """Fetch a range into its stand-in, from where the connection broke off if it does."""
         path, breaks = self.folder / name, 0
-        with path.open("r+b") as file:
+        with raise_output_error(path), path.open("r+b") as file:
             while at < stop and not self._stop.is_set():
                 begun = kept = file.seek(at)
                 for chunk in self._stream(name, at, stop):
-                    with raise_output_error(path):
-                        file.write(chunk)
+                    file.write(chunk)
                     at += len(chunk)
                     come(len(chunk))
                     if at - kept >= JOURNAL_BYTES:
@@ -291,12 +290,11 @@ class HubCheckpoint:
 
     def _keep(self, name: str, file: Any, come: Range) -> None:
         """Note what has come, once it is on the disk."""
-        with raise_output_error(self.folder / name):
-            file.flush()
-            os.fsync(file.fileno())
-            with self._lock, (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
-                journal.write(json.dumps([name, self._etags[name], *come]) + "\n")
-                self._come[name].append(come)
+        file.flush()
+        os.fsync(file.fileno())
+        with self._lock, (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps([name, self._etags[name], *come]) + "\n")
+            self._come[name].append(come)
 
     def _load_journal(self) -> None:
         """Read what has come, of stand-ins that are there; a line that is cut off is none."""
@@ -358,21 +356,21 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
             return HubCheckpoint(name, snapshot, {})
         if is_absent:
             return None
-        key = hash_of(str(request.out.absolute()))[:16]
-        home = cached_assets_path(
-            "shallower",
-            f"cut-{key}",
-            f"models--{name.replace('/', '--')}",
-            assets_dir=constants.HF_ASSETS_CACHE,
-        )
-        stand_ins = {one: sizes[one] for one in weights if one in sizes and Path(one).name == one}
-        remote = HubCheckpoint(
-            name, home / "snapshots" / snapshot.name, stand_ins, show=request.show
-        )
+        key = f"cut-{hash_of(str(request.out.absolute()))[:16]}"
+        with raise_output_error(constants.HF_ASSETS_CACHE):
+            home = cached_assets_path(
+                "shallower",
+                key,
+                f"models--{name.replace('/', '--')}",
+                assets_dir=constants.HF_ASSETS_CACHE,
+            )
+            folder = home / "snapshots" / snapshot.name
+            for one in beside:
+                (folder / one).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(snapshot / one, folder / one)
+        stand_ins = {one: sizes[one] for one in weights if one in sizes and _is_plain(one)}
+        remote = HubCheckpoint(name, folder, stand_ins, show=request.show)
         remote.open()
-        for one in beside:
-            (remote.folder / one).parent.mkdir(exist_ok=True)
-            shutil.copyfile(snapshot / one, remote.folder / one)
         return remote
 
 
@@ -398,6 +396,11 @@ def _weights(snapshot: Path, there: Collection[str]) -> list[str]:
     index = snapshot / INDEX_FILE
     places = read_json(index).get("weight_map") if index.is_file() else None
     return sorted({*map(str, places.values())}) if isinstance(places, dict) else []
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file of weights has a name of its own, as the core asks for; others it refuses."""
+    return name.endswith(".safetensors") and Path(name).name == name
 
 
 def _home(folder: Path) -> Path:
