@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 from .._core import Checkpoint, Job
 from ..errors import OutputError, why
+from ..models.fingerprint import fingerprint
 from ..processes import partial_folder
 from ..progress import BytesProgress, say_goes_on, track_copy
 from ..storage import check_room, resumable_folder
 from ..values.files import PLAN_FILE
-from ..values.identity import ModelIdentity, fingerprint
+from ..values.identity import ModelIdentity
 from ..values.layers import MAX_LAYERS
 from ..values.memory import parse_size
 from ..values.plan import Plan

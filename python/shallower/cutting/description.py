@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from ..values.identity import Shape
+from ..models.fingerprint import Shape
 from ..values.plan import Plan
 from .mixture import Mixture, StoredLayer
 

@@ -9,6 +9,7 @@ file's content (its etag), which must stay the same; only all of a file could be
 
 import json
 import os
+import re
 import shutil
 import time
 import warnings
@@ -30,13 +31,12 @@ from .checkpoint import Piece, PreparedCut
 from .checkpoint_files import (
     CONFIG_FILE,
     INDEX_FILE,
-    MAX_CARRIED_BYTES,
     SINGLE_FILE,
     is_beside,
     read_json,
     stored_dtype,
 )
-from .source import hub_id
+from .source import MAX_CARRIED_BYTES, hub_id
 
 if TYPE_CHECKING:
     from .request import Request
@@ -56,6 +56,7 @@ Range = tuple[int, int]
 
 _MAX_HEADER_BYTES = 100_000_000
 _JOURNAL = ".fetched.jsonl"
+_OF_AN_EMBEDDER = re.compile(r"[0-9]+_[A-Z]\w*/")  # as sentence-transformers names its modules
 
 
 class HubCheckpoint:
@@ -382,7 +383,8 @@ def _sizes(api: Any, name: str, commit: str) -> dict[str, int]:
 
 def _beside(sizes: Mapping[str, int]) -> list[str]:
     """The files of a repository that lie beside the weights, and their index."""
-    found = [one for one in sizes if is_beside(one) or one == INDEX_FILE]
+    modules = {one.partition("/")[0] for one in sizes if _OF_AN_EMBEDDER.match(one)}
+    found = [one for one in sizes if is_beside(one, modules) or one == INDEX_FILE]
     large = [one for one in found if sizes[one] > MAX_CARRIED_BYTES]
     for one in large:
         warnings.warn(f"{one} is left out: it is too large", stacklevel=2)

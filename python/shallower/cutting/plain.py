@@ -14,8 +14,9 @@ from types import SimpleNamespace
 from typing import Any, TypeGuard
 
 from ..errors import ModelError
+from ..models.fingerprint import Shape
 from ..models.layer_config import shorten
-from ..values.identity import Shape, title_of
+from ..values.identity import title_of
 from ..values.plan import Plan
 from ..values.routing import Routing
 from .mixture import Mixture, StoredLayer

@@ -96,7 +96,7 @@ class Request:
         with track(f"load {title_of(self.source)}", show=show):
             return load_weights(
                 self.source,
-                plain_dtype(self._stored_plainly),
+                plain_dtype(self.dtype or self.stored_plainly),
                 self.device_map,
                 options=trusted,
                 kind=kind_of(read_config(self.source, trust_remote_code=self.trust_remote_code)),

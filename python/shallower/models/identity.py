@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..values.identity import ModelIdentity, Shape, fingerprint, title_of
+from ..values.identity import ModelIdentity, title_of
 from .architecture import DecoderLayers, find_layers, require_weights, text_config
 from .experts import num_experts
+from .fingerprint import Shape, fingerprint
 
 
 def identify(model: PreTrainedModel, layers: DecoderLayers | None = None) -> ModelIdentity:

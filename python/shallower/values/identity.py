@@ -1,13 +1,7 @@
-"""Identities of models and texts, and the criterion behind a choice of layers.
+"""Identities of models and texts, and the criterion behind a choice of layers."""
 
-Knows no model; a scan hands them to its blocks and plans, and these to the card.
-"""
-
-import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from .counts import counted
 from .positions import Positions
@@ -46,29 +40,6 @@ def title_of(name: str) -> str:
     parts = [part for part in name.split("/") if part]
     is_place = len(parts) > 2 or name[:1] in ("/", ".", "~")
     return parts[-1] if parts and is_place else name
-
-
-class Shape(NamedTuple):
-    """The sizes of a model; ``num_experts`` are the routed ones of a layer, 0 if it has none."""
-
-    model_type: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    num_experts: int = 0
-
-
-def fingerprint(shape: Shape, vectors: Iterable[tuple[str, bytes]]) -> str:
-    """Hash what distinguishes models, for :class:`ModelIdentity`, in hexadecimal digits.
-
-    ``vectors`` are names and bfloat16 bits of the one-dimensional weights, in the order of the
-    model's modules. A model without experts is hashed as before experts were counted.
-    """
-    counted_sizes = tuple(shape) if shape.num_experts else tuple(shape)[:-1]
-    digest = hashlib.sha256(repr(counted_sizes).encode())
-    for name, bits in vectors:
-        digest.update(name.encode() + bits)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
