@@ -337,10 +337,8 @@ class Recommending:
         assert recommended is not None
         losses: Any
         if done is None:
-            losses, save = (
-                (results.whole, recommended.cut),
-                partial(save_cut, plan=plan, gguf=self._gguf),
-            )
+            losses = (results.whole, recommended.cut)
+            save = partial(save_cut, plan=plan, gguf=self._gguf)
         else:
             patched = self._measuring.loss_now(self._model)
             losses = {"whole": results.whole, "cut": recommended.cut, "patched": patched}
