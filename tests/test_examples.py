@@ -42,7 +42,7 @@ NOT_RUN = {
     "docs/gallery.md": ["shallower run", "shallower compare", "shallower curve"],
     "docs/how-to/elsewhere.md": [
         "vllm", "python convert_hf_to_gguf.py", "llama-cli", "vllm", "llama-cli",
-        "ollama", "ollama", "hf download",
+        "ollama", "ollama",
     ],
     "docs/how-to/gguf.md": ["llama-perplexity", "llama-cli", "shallower run", "llama-perplexity"],
     "docs/how-to/prune-heal-quantise.md": [

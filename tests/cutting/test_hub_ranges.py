@@ -22,6 +22,7 @@ from shallower.cutting.checkpoint_files import INDEX_FILE
 from shallower.cutting.exports import EXPORT_FILES
 from shallower.cutting.prune import plan_prune
 from shallower.storage import sha256_of
+from tests.cutting import embedders
 from tests.cutting.checkpoints import DROPPED, read_json, stored
 from tests.cutting.mixtures import mixture, some_experts
 from tests.folders import full_disk, tree
@@ -115,6 +116,15 @@ def test_only_the_experts_that_stay_are_fetched(hub, tmp_path, name):
     assert_same(tmp_path / "cut", tmp_path / "local")
     fetched = assert_each_byte_once(hub.sent)
     assert fetched <= most_bytes(tmp_path / "mixture", tmp_path / "cut")
+
+
+def test_an_embedder_keeps_its_modules(hub, words, tmp_path):
+    folder = embedders.write(tmp_path / "embedder", words)
+    hub.put("me/embedder", folder)
+    sh.prune("me/embedder", [1, 3], tmp_path / "cut")
+    sh.prune(folder, [1, 3], tmp_path / "local")
+    assert_same(tmp_path / "cut", tmp_path / "local")
+    assert {*embedders.MODULES} <= {*tree(tmp_path / "cut")}
 
 
 def test_what_is_refused_is_so_before_weights_are_fetched(remote, tmp_path):

@@ -25,8 +25,6 @@ ANYWHERE = ("prune",)
 QUANTISED = ("nf4", "int8")
 """Dtypes of a cut that is computed for all that."""
 
-_NAMES_VERSIONS = tuple(f"{name} has other bytes" for name in (PLAN_FILE, CARD_FILE))
-
 
 @dataclass(frozen=True, slots=True)
 class Promise:
@@ -122,14 +120,18 @@ def working_folder(record: Record) -> Iterator[Path]:
 
 
 def compare(record: Record, made: Record, promise: Promise) -> list[str]:
-    """Say in what a result that was made again differs from its record, a line each."""
+    """Say in what a result that was made again differs from its record, a line each.
+
+    A card is in the words of the version that wrote it, and a plan names versions.
+    """
+    worded = (CARD_FILE, PLAN_FILE) if promise.versions else (CARD_FILE,)
+    passed = tuple(f"{name} has other bytes" for name in worded)
+    found = changed(record.files, made.of_part(record.part).files)
     lines = [
-        f"made again: {line}" for line in changed(record.files, made.of_part(record.part).files)
+        f"made again: {line}"
+        for line in found
+        if not line.endswith(passed if promise.bytes else "has other bytes")
     ]
-    if not promise.bytes:
-        lines = [line for line in lines if not line.endswith("has other bytes")]
-    elif promise.versions:
-        lines = [line for line in lines if not line.endswith(_NAMES_VERSIONS)]
     for name in sorted({*record.figures, *made.figures}):
         had, has = record.figures.get(name), made.figures.get(name)
         if had is None or has is None:
@@ -144,9 +146,9 @@ def compare(record: Record, made: Record, promise: Promise) -> list[str]:
 
 def agreement(record: Record, made: Record, promise: Promise) -> str:
     """Say how far a result that was made again is that of its record, where nothing differs."""
-    files, figures = counted(len(record.files), "file"), counted(len(record.figures), "figure")
-    if promise.bytes and not promise.versions:
-        return f"the same: {files}, {figures}" if record.figures else f"the same: {files}"
     same = {*record.files.items()} & {*made.of_part(record.part).files.items()}
-    within = f"; {figures} within {NATS} nats" if record.figures else ""
-    return f"the same: {len(same)} of {files}{within}"
+    files, figures = counted(len(record.files), "file"), counted(len(record.figures), "figure")
+    files = files if len(same) == len(record.files) else f"{len(same)} of {files}"
+    if not record.figures:
+        return f"the same: {files}"
+    return f"the same: {files}; {figures}{'' if promise.bytes else f' within {NATS} nats'}"
