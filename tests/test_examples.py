@@ -45,6 +45,9 @@ NOT_RUN = {
         "ollama", "ollama",
     ],
     "docs/how-to/gguf.md": ["llama-perplexity", "llama-cli", "shallower run", "llama-perplexity"],
+    "docs/how-to/prune.md": [
+        "    hf download", "    shallower prune klein", "shallower prune", "shallower prune",
+    ],
     "docs/how-to/prune-heal-quantise.md": [
         "python convert_hf_to_gguf.py", "llama-quantize", "vllm", "shallower eval",
     ],
