@@ -215,7 +215,8 @@ def test_a_file_that_is_not_made_again_is_named(shallower, made):
     edited(result, lambda record: record["files"].update(more="0" * 64))
     done = shallower("reproduce", result, *told)
     assert (done.status, done.out.splitlines()[1:]) == (1, ["result: more is missing"])
-    path, _ = record_in(result)  # alone
+    path, _ = record_in(result)  # alone, under any name
+    path = path.rename("kept.json")
     done = shallower("reproduce", path, *told)
     assert (done.status, done.out.splitlines()[1:]) == (1, ["made again: more is missing"])
 

@@ -336,7 +336,7 @@ def find_record(place: str) -> tuple[Path | None, Record]:
     path = Path(place).expanduser()
     if path.stem == Path(REPORT_FILE).stem and path.is_file():  # the page of a run, or its data
         path = path.parent
-    if path.name.endswith(RESULT_RECORD):
+    if path.name.endswith(RESULT_RECORD) or (path.suffix == ".json" and path.is_file()):
         return None, Record.load(path)
     if not path.exists() and hub_id(place) is not None:
         return None, Record.load(_on_the_hub(place))
