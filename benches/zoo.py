@@ -52,7 +52,7 @@ class Recipe:
 
     def record(self, words):
         """Where the record of a command's result lies, or its figures."""
-        return self.records / f"{option(words, '--out').stem}.json"
+        return self.records / f"{Path(option(words, '--out')).stem}.json"
 
     def words(self, command, work, model=None):
         places = {
@@ -78,7 +78,7 @@ def has_gpu():
 
 
 def option(words, name):
-    return Path(words[words.index(name) + 1])
+    return words[words.index(name) + 1]
 
 
 def shallower(*words):
@@ -90,11 +90,7 @@ def make(recipe, work):
     """Make or make again all that can be here; True if nothing failed or differed."""
     for command in recipe.commands:
         words = recipe.words(command, work)
-        record, out, what = (
-            recipe.record(words),
-            option(words, "--out"),
-            f"{recipe.name}: {words[0]}",
-        )
+        record, what = recipe.record(words), f"{recipe.name}: {words[0]}"
         if why := recipe.waits(command):
             print(f"{what} waits for {why}", flush=True)
             continue
@@ -106,9 +102,9 @@ def make(recipe, work):
         else:
             print(what, flush=True)
             status = shallower(*words)
-            if not status and words[0] != "plan" and words[0] != "scan":
+            if not status and words[0] in (*RECORDED, "eval"):
                 record.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(written(out, words[0]), record)
+                shutil.copyfile(written(Path(option(words, "--out")), words[0]), record)
         if status:
             print(f"{what}: FAILED", flush=True)
             return False
@@ -149,8 +145,8 @@ def plan(recipe, work):
             continue
         words = [str(folder or words[1]) if word in made[:-1] else word for word in words]
         if recipe.config and words[0] == "run":  # of which its patch takes the most
-            dropped = ["--drop", f"1:{1 + int(str(option(words, '--n')))}", "--no-answers"]
-            texts = ["--texts", str(option(words, "--texts")), "--out", words[-1]]
+            dropped = ["--drop", f"1:{1 + int(option(words, '--n'))}", "--no-answers"]
+            texts = ["--texts", option(words, "--texts"), "--out", words[-1]]
             words = ["patch", str(folder), *dropped, *texts]
         if recipe.config:  # without tokenizers to compare, and tasks, which are on the hub
             for name in ("--against", "--tasks"):
@@ -179,7 +175,7 @@ def row(recipe):
     published = "; ".join(recipe.published) or "–"
     made = [json.loads(path.read_text()) for path in sorted(recipe.records.glob("*.json"))]
     results = [one for one in made if one.get("format") == "shallower.record"]
-    figures = next((one for one in made if "difference" in one), None)
+    figures = next((one for one in made if one not in results), None)
     if not results:
         waits = f"waits for a GPU of {recipe.gpu}" if recipe.gpu else "not made yet"
         return f"| {name} | {without} | {published} | {waits} | | |"

@@ -52,22 +52,20 @@ def mostly_slow(cases, quick):
     ]
 
 
+TINY = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+"""Sizes of a small model in the words of its config."""
+
+
 def tiny_llama(num_layers=6, seed=0, **options):
     """A random Llama of a few layers; for structure only."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        **options,
-    )
+    config = LlamaConfig(num_hidden_layers=num_layers, **TINY, **options)
     return LlamaForCausalLM(config).eval()
 
 

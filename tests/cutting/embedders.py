@@ -5,6 +5,8 @@ Its files are those of Qwen3-Embedding, whose tensors have no prefix either.
 
 import json
 
+from tests.conftest import TINY
+
 MODULES = "config_sentence_transformers.json", "modules.json", "1_Pooling/config.json"
 """The files by which sentence-transformers makes an embedder of the decoder."""
 
@@ -18,14 +20,9 @@ def write(folder, tokenizer, num_layers=6):
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
+        **TINY,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=128,
         initializer_range=0.2,
         tie_word_embeddings=True,
     )

@@ -2,13 +2,15 @@
 
 import json
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benches"))
-zoo = pytest.importorskip("zoo")
+zoo = import_module("zoo")
 RECIPES = [zoo.Recipe.load(path) for path in sorted(zoo.ZOO.glob("*.yaml"))]
 EMBEDDED = [one for one in RECIPES if one.model == zoo.EMBEDDED]
 OF_A_CARD = [one for one in RECIPES if one.gpu]
@@ -32,7 +34,7 @@ def test_recipes_are_of_ten_lines():
 def test_records_are_of_their_recipes():
     for one in RECIPES:
         results = {
-            zoo.option(one.words(command, zoo.ZOO), "--out").stem for command in one.commands
+            Path(zoo.option(one.words(command, zoo.ZOO), "--out")).stem for command in one.commands
         }
         assert {path.stem for path in one.records.glob("*.json")} <= results
     for one in EMBEDDED:
