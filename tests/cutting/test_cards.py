@@ -272,6 +272,9 @@ def test_a_card_that_cannot_be_read_gets_no_results(tmp_path, front, why):
     assert path.read_text() == f"---\n{front}\n---\n\n# Mine\n"
     with pytest.raises(sh.OutputError, match="there is no card"):
         check_results(tmp_path / "none" / "README.md")
+    # A healing that has trained for hours still gets its card.
+    healed = healed_card(path, "adapters were trained.", [], command="shallower heal cut --out x")
+    assert "This model is healed" in healed
 
 
 @pytest.mark.slow

@@ -29,7 +29,6 @@ from .metadata import (
     LAYERS_TAG,
     front_matter,
     loss_results,
-    state_results,
     with_results,
     without_results,
 )
@@ -180,7 +179,7 @@ def cut_card(facts: CutFacts) -> str:
     if facts.losses is None:
         return card
     before, after = facts.losses
-    return with_results(card, _title(facts), loss_results(after, before, facts.tested))
+    return with_results(card, loss_results(after, before, facts.tested))
 
 
 def _steps(facts: CutFacts) -> list[str]:
@@ -451,5 +450,5 @@ def state_loss(card: Path, losses: "tuple[Loss, Loss]", *, tested: str = "") -> 
     steps = _HISTORY.search(text)
     if steps:
         text = f"{text[: steps.end() - 1]}{_LOST}{_lost(losses)}{text[steps.end() - 1 :]}"
-    write_file(card, text.encode())
-    state_results(card, loss_results(losses[1], losses[0], tested))
+    before, after = losses
+    write_file(card, with_results(text, loss_results(after, before, tested)).encode())

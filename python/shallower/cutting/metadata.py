@@ -113,18 +113,19 @@ def _task_result(found: "TaskScores") -> "EvalResult":
     return _result(of, found.metric, found.mean, stderr=found.stderr, what=what)
 
 
-def with_results(card: str, name: str, results: "Sequence[EvalResult]") -> str:
+def with_results(card: str, results: "Sequence[EvalResult]", *, name: str = "model") -> str:
     """A card with results; those that it has of the same measure on the same texts go.
 
-    ``name`` is the model's where the card has none. Raises ValueError where its front matter cannot
-    be read.
+    The model is named by the title, or else ``name``. Raises ValueError where its front matter
+    cannot be read.
     """
     read = _read(card)
     data: Any = read.data
     old: Sequence[EvalResult] = data.eval_results or ()
     new = {(one.unique_identifier, one.metric_type) for one in results}
     left = [one for one in old if (one.unique_identifier, one.metric_type) not in new]
-    data.model_name = data.model_name or name
+    title = re.search(r"^# (.*)$", card, re.MULTILINE)
+    data.model_name = data.model_name or (title[1] if title else name)
     data.eval_results = [*left, *results]
     return str(read)
 
@@ -150,33 +151,40 @@ def state_results(card: Path, results: "Sequence[EvalResult]") -> None:
 
 
 def _with(card: Path, results: "Sequence[EvalResult]") -> str:
-    """The text of a card with results; its model is named by the title."""
+    """The text of a card with results."""
     text = card.read_text(encoding="utf-8")
-    title = re.search(r"^# (.*)$", text, re.MULTILINE)
-    return with_results(text, title[1] if title else card.resolve().parent.name, results)
+    return with_results(text, results, name=card.resolve().parent.name)
 
 
 def without_results(card: str) -> str:
-    """A card without its results, where they are of a model that was changed since."""
+    """A card without its results, where they are of a model that was changed since.
+
+    One that cannot be read stays as it is: the hub shows no results of it.
+    """
     if "model-index:" not in card:
         return card
-    read = _read(card)
-    data: Any = read.data
-    if not data.eval_results:
+    try:
+        read = _read(card)
+    except ValueError:
         return card
-    data.eval_results = data.model_name = None
-    return str(read)
+    data: Any = read.data
+    return str(_stripped(read)) if data.eval_results else card
 
 
 def words_of(card: str) -> list[str]:
     """All that a card says but its results: its front matter and its text."""
     try:
-        read = _read(card)
+        read = _stripped(_read(card))
     except ValueError:
         return [card]
+    return [read.data.to_yaml(), read.text]
+
+
+def _stripped(read: "ModelCard") -> "ModelCard":
+    """Take the results out of a card."""
     data: Any = read.data
     data.eval_results = data.model_name = None
-    return [data.to_yaml(), read.text]
+    return read
 
 
 def _read(card: str) -> "ModelCard":

@@ -43,11 +43,12 @@ class Promise:
 
 def promise_of(record: Record) -> Promise:
     """Say what can be promised here, on this processor, with these instructions and threads."""
-    mine, found = here(), versions()
+    found = versions()
     other = tuple(name for name, one in record.versions.items() if found.get(name) != one)
     if record.command in ANYWHERE and record.settings.get("dtype") not in QUANTISED:
         told = f"; its plan and card name other versions of {', '.join(other)}" if other else ""
         return Promise(True, f"the same bytes: a cut copies them, on any machine{told}", other)
+    mine = here()
     apart = [
         name
         for name in ("cpu", "gpus", "variables", "tier", "threads", "processes")
