@@ -14,6 +14,8 @@ from urllib.parse import unquote
 import pytest
 from huggingface_hub import constants
 
+from shallower.texts.hub import hub_files
+
 TOKEN = "hf_" + "secret" * 5
 COMMIT = "c" * 40
 
@@ -203,6 +205,7 @@ def hub_here():
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub of this machine that huggingface_hub asks, with a token."""
+    hub_files.cache_clear()  # a commit of one hub is not that of the next
     with hub_here() as here:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, here.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

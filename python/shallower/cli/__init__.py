@@ -331,10 +331,12 @@ HEAVY = ("scan", "compare", "curve", "eval", "gain", "patch", "heal", "merge", "
 
 def _extras(name: str, arguments: Sequence[str]) -> str:
     """The extras that all of a call needs, where it needs a model."""
+    from ..models.dtypes import QUANTISED
+
     values = [word.rpartition("=")[2] for word in arguments]
     wanted = {
         "gguf": name == "demo" or any(value.endswith(".gguf") for value in values),
-        "quantised": any(value in ("nf4", "int8") for value in values),
+        "quantised": any(value in QUANTISED for value in values),
         "tasks": _has(arguments, "--tasks"),
         "heal": name in ("heal", "merge") or "--heal" in arguments,
     }

@@ -79,7 +79,7 @@ def gain_command(
     if as_json:
         print_json(found.to_json())
         return
-    from ..models.dtypes import stored_quantisation
+    from ..models.dtypes import QUANTISED, stored_quantisation
     from ..models.loading import read_config
     from ..models.source import ModelSource
     from ..reporting.stories.gain import gain_table
@@ -90,7 +90,7 @@ def gain_command(
     place = ModelSource(model, gguf_file=gguf_file).place
     config = read_config(model, gguf_file, trust_remote_code)
     stored = stored_quantisation(getattr(config, "quantization_config", None))
-    is_plain = found.dtype not in ("nf4", "int8")
+    is_plain = found.dtype not in QUANTISED
     if is_plain and (stored or place.suffix == ".gguf") and (size := stored_bytes(place)):
         parts.append(
             f"{place.name} has {megabytes(size)} of quantised weights: they count here as they "

@@ -266,6 +266,7 @@ def _planned(
     from ..forecasts.work import forecast, of_healing
     from ..healing.checks import read_plan, resolve
     from ..healing.disk import check_disk
+    from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
     from ..processes import num_processes
     from ..storage import free_bytes
@@ -291,7 +292,7 @@ def _planned(
     resolved = resolve(model, plan, chosen, answers=there, trust_remote_code=trust_remote_code)
     said: dict[str, Any] = {"answers": str(answers)} if there else {}
     if experts := memory.parts.get(EXPERTS):
-        plain = f"; {unquantised(resolved.dtype, experts)}" * (resolved.dtype in ("nf4", "int8"))
+        plain = f"; {unquantised(resolved.dtype, experts)}" * (resolved.dtype in QUANTISED)
         said["experts"] = f"adapters lie on them too, and on no router{plain}"
     said |= {"memory": memory, "disk": Disk(needed, free_bytes(out))}
     if device_memory is None:  # else it is of a card that is not here

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.dtypes import QUANTISED
 from ..storage import RESULT_RECORD, write_file
 from ..values.commands import command_line, option_words, shell_lines
 from ..values.counts import counted, with_error
@@ -151,7 +152,7 @@ def exports(facts: CutFacts) -> dict[str, str]:
 def cut_card(facts: CutFacts) -> str:
     """The text of ``README.md`` of a cut, with the source's own card at the end."""
     plan, source, gguf = facts.plan, facts.source, facts.gguf
-    quantised = gguf is not None or facts.dtype in ("nf4", "int8")
+    quantised = gguf is not None or facts.dtype in QUANTISED
     mergekit = shlex.quote(facts.file(MERGEKIT_FILE))
     tools = _OTHER_TOOLS.format(mergekit=mergekit, prune_layers=prune_layers(plan))
     card = _CARD.format(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError, OutputError, ShallowerError, raise_output_error, why
 from ..progress import BytesProgress, hushed, say_goes_on, track, track_copy
 from ..storage import free_bytes
-from ..texts.hub import hub_absence, hub_refusal
+from ..texts.hub import hub_absence, hub_files, hub_refusal
 from ..values.hashing import hash_of
 from ..values.memory import format_size
 from .checkpoint import Piece, PreparedCut
@@ -326,13 +326,7 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
     name = hub_id(request.source)
     if name != request.source or request.gguf_file is not None:
         return None
-    from huggingface_hub import (
-        HfApi,
-        cached_assets_path,
-        constants,
-        hf_hub_download,
-        snapshot_download,
-    )
+    from huggingface_hub import cached_assets_path, constants, hf_hub_download, snapshot_download
 
     is_absent = constants.HF_HUB_OFFLINE or hub_absence() is not None
     with track(f"look at {name} on the hub", show=request.show), hushed():
@@ -342,7 +336,8 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
             return None
         snapshot = Path(found).parent
         try:
-            sizes = {} if is_absent else _sizes(HfApi(), name, snapshot.name)
+            files = () if is_absent else hub_files(name, snapshot.name)
+            sizes = {one.rfilename: one.size or 0 for one in files}
             beside = _beside(sizes)
             if beside:
                 patterns = [escape(one) for one in beside]
@@ -373,12 +368,6 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
         remote = HubCheckpoint(name, folder, stand_ins, show=request.show)
         remote.open()
         return remote
-
-
-def _sizes(api: Any, name: str, commit: str) -> dict[str, int]:
-    """The files of a repository and their sizes in bytes."""
-    files = api.model_info(name, revision=commit, files_metadata=True).siblings or []
-    return {one.rfilename: one.size or 0 for one in files}
 
 
 def _beside(sizes: Mapping[str, int]) -> list[str]:

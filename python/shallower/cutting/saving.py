@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from ..errors import ModelError, OutputError, PlanError, why
 from ..memory.weights import module_bytes
 from ..models.architecture import find_layers, require_weights, undo_rescaling
 from ..models.decoder import Decoder
-from ..models.dtypes import STREAM, Dtype
+from ..models.dtypes import QUANTISED, STREAM, Dtype
 from ..models.identity import stored_dtype
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
@@ -41,8 +41,6 @@ PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again.
 
 PIECE = 100 << 20
 """Bytes of a file of weights at most, where layers are streamed from disk and none is larger."""
-
-_DTYPES = ("float32", "bfloat16", "float16", "nf4", "int8")
 
 
 def save_model(
@@ -190,12 +188,12 @@ def _facts(
         )
     dtype = stored_dtype(model)
     quantised = getattr(model.config, "quantization_config", None) is not None
-    plain = dtype if dtype in ("nf4", "int8") or not quantised else None
+    plain = dtype if dtype in QUANTISED or not quantised else None
     return CutFacts(
         plan,
         source,
         options={
-            "dtype": plain if plain in _DTYPES else None,
+            "dtype": plain if plain in get_args(Dtype) else None,
             "trust_remote_code": _has_own_code(model),
         },
         dtype=dtype,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ..errors import ModelError
 from ..models.dtypes import (
     DEQUANTISED,
+    QUANTISED,
     STREAM,
     check_dtype,
     choose_device_map,
@@ -134,7 +135,7 @@ def _decided(dtype: str | None, what: Stage, *, card: bool, stored: str | None) 
     """The dtype of the weights of a forward or a patch; one that does not exist is refused."""
     dtype = dtype or "bfloat16"
     check_dtype(dtype)
-    kinds = {dtype} & {"nf4", "int8"} | {stored} - {None, *DEQUANTISED}
+    kinds = {dtype} & {*QUANTISED} | {stored} - {None, *DEQUANTISED}
     if what == "patch" and kinds:
         raise ModelError(
             f"weights of {kinds.pop()} are not patched: name a model with plain ones, or another "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, naming_extras
 from ..models.dtypes import (
+    QUANTISED,
     Dtype,
     check_dtype,
     choose_device_map,
@@ -165,7 +166,7 @@ class _Subject:
         if dtype != "auto":
             return dtype
         stored = stored_quantisation(getattr(self.config, "quantization_config", None))
-        if stored in ("nf4", "int8"):
+        if stored in QUANTISED:
             return stored
         return choose_dtype(choose_device_map(None))[0] if here else "bfloat16"
 

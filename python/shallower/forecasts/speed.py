@@ -23,7 +23,7 @@ from ..memory.rehearsal import build_empty
 from ..memory.streaming import Pass, disk_speed
 from ..memory.weights import module_bytes, num_parameters
 from ..models.architecture import find_layers
-from ..models.dtypes import STREAM
+from ..models.dtypes import QUANTISED, STREAM
 from ..models.gguf_reading import dequantising
 from ..models.layerwise import Layerwise, token_rows
 from ..models.loading import layers_of
@@ -123,7 +123,7 @@ def measure_speed(source: ModelSource, *, texts: int, length: int, work: Work) -
     Batches are as given, or of fewer texts. ModelError if a model of this kind cannot be timed.
     """
     config, dtype, device = source.read_config(), str(source.dtype), device_of(source)
-    if dtype in ("nf4", "int8"):
+    if dtype in QUANTISED:
         raise ModelError(f"weights in {dtype} are not timed before they are loaded")
     total = layers_of(config) or 1
     whole = build_empty(config, getattr(torch, dtype))

@@ -14,7 +14,7 @@ from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, R
 from ..memory.device import device_room
 from ..models.architecture import admitted_length, find_layers
 from ..models.decoder import Decoder
-from ..models.dtypes import choose_device_map, choose_dtype
+from ..models.dtypes import QUANTISED, choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
 from ..models.loading import read_config
 from ..models.quantised import check_stored
@@ -154,7 +154,7 @@ def require_healable(
     """
     require_peft()
     dtype = stored_dtype(model)
-    if dtype in ("nf4", "int8"):
+    if dtype in QUANTISED:
         raise RecipeError(
             f"adapters are not merged into weights of {dtype}: cut plain ones (dtype, "
             f"--dtype bfloat16)",

@@ -21,7 +21,7 @@ from ..merging.merge import write_curve, write_merged
 from ..merging.merging import Merging, stored_plainly, trained_logits
 from ..models.architecture import text_config
 from ..models.decoder import Decoder
-from ..models.dtypes import computing
+from ..models.dtypes import QUANTISED, computing
 from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_digest
 from ..models.source import ModelSource
@@ -251,7 +251,7 @@ class _Healer:
                 healing = self._without_training(healing)
             if is_main_process():
                 logits = None
-                if job.merge and healing.best_step and healing.recipe.dtype in ("nf4", "int8"):
+                if job.merge and healing.best_step and healing.recipe.dtype in QUANTISED:
                     logits = trained_logits(
                         adapted, tokenizer, healing.recipe, checkpoint=trained.checkpoint
                     )

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from ..models.dtypes import QUANTISED
 from ..models.experts import stacked_weights
 from ..values.memory import EXPERTS
 
@@ -39,7 +40,7 @@ def stored_bytes(model: PreTrainedModel, dtype: str) -> dict[nn.Parameter, int]:
     """Count the bytes of each of a model's weights, as :func:`weight_bytes`."""
     size = 4 if dtype == "float32" else 2
     found = {weight: weight.numel() * size for weight in model.parameters()}
-    if dtype in ("nf4", "int8"):
+    if dtype in QUANTISED:
         for module in _quantised(model):
             found[_weight(module)] = _quantised_bytes(module, dtype)
     return found
@@ -62,7 +63,7 @@ def num_parameters(module: nn.Module) -> int:
 
 def dequantised_bytes(model: PreTrainedModel, dtype: str) -> int:
     """Bytes of the largest quantised weight in bfloat16, as it is multiplied; 0 for plain ones."""
-    if dtype not in ("nf4", "int8"):
+    if dtype not in QUANTISED:
         return 0
     return max((2 * _weight(module).numel() for module in _quantised(model)), default=0)
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"]
 DeviceMap = str | dict[str, Any] | None
 
+QUANTISED = ("nf4", "int8")
+"""Dtypes that bitsandbytes makes of plain weights: of 4 and 8 bits."""
+
 STREAM = "stream"
 """The device map of a model whose layers are streamed from disk."""
 
@@ -39,13 +42,13 @@ def plain_dtype(name: str) -> "torch.dtype":
     """Give torch's dtype that weights of a name compute in: bfloat16 for those of 4 and 8 bits."""
     import torch
 
-    plain: torch.dtype = getattr(torch, "bfloat16" if name in ("nf4", "int8") else name)
+    plain: torch.dtype = getattr(torch, "bfloat16" if name in QUANTISED else name)
     return plain
 
 
 def check_streamed(name: str, dtype: str, device_map: DeviceMap) -> None:
     """Refuse, by a ModelError, to quantise a model whose layers are to be streamed from disk."""
-    if device_map == STREAM and dtype in ("nf4", "int8"):
+    if device_map == STREAM and dtype in QUANTISED:
         raise ModelError(
             f"{name} cannot be both streamed and quantised to {dtype}, which saves nothing where a "
             f"layer is held for its forward alone: expected float32, bfloat16 or float16 (dtype, "

@@ -37,6 +37,7 @@ from ..values.commands import command_line
 from ..values.identity import title_of
 from .architecture import beside_layers, find_layers
 from .dtypes import (
+    QUANTISED,
     STREAM,
     DeviceMap,
     Dtype,
@@ -106,7 +107,7 @@ def load_model(
         name, reason = choose_dtype(device_map)
         if show is not False:
             print(f"dtype {name}: {reason}", file=sys.stderr, flush=True)
-    quantised = quantisation(name) if name in ("nf4", "int8") else None
+    quantised = quantisation(name) if name in QUANTISED else None
     kept = torch.bfloat16 if quantised else getattr(torch, name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:

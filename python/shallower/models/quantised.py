@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from ..errors import MissingExtraError, ModelError, why
 from ..progress import hushed
-from .dtypes import stored_quantisation
+from .dtypes import QUANTISED, stored_quantisation
 
 
 def quantisation(dtype: str) -> BitsAndBytesConfig:
@@ -49,7 +49,7 @@ def check_stored(name: str, config: Any, dtype: str) -> None:
     if method is None:
         return
     way_out = "name the model that it was made from, with plain weights"
-    if dtype in ("nf4", "int8") and method not in ("nf4", "int8"):
+    if dtype in QUANTISED and method not in QUANTISED:
         raise ModelError(
             f"{name} is stored quantised, by {method}, and cannot be quantised to {dtype} again: "
             f"{way_out}, or another dtype (dtype, --dtype)"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..errors import ModelError
+from ..models.dtypes import QUANTISED
 
 HERE = "here"
 """The name of the machine at hand, which has no datasheet and is measured."""
@@ -35,7 +36,7 @@ class Device:
 
     def peak(self, dtype: str) -> float:
         """Operations a second at most; weights in 4 or 8 bits are multiplied in bfloat16."""
-        return self.flops["bfloat16" if dtype in ("nf4", "int8") else dtype]
+        return self.flops["bfloat16" if dtype in QUANTISED else dtype]
 
 
 def _gpu(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..memory.device import main_device, total_bytes
 from ..memory.rehearsal import LiveBytes
 from ..models.architecture import evaluating
+from ..models.dtypes import QUANTISED
 from ..models.processor import first_processor
 from ..values.gain import Measured
 from .account import cache_of
@@ -51,7 +52,7 @@ def this_machine(dtype: str, clock: Callable[[], float] = time.perf_counter) -> 
     ``dtype``, a launch that of an operation on one number. The process ``clock`` leaves out what
     others take of a busy CPU.
     """
-    name = "bfloat16" if dtype in ("nf4", "int8") else dtype
+    name = "bfloat16" if dtype in QUANTISED else dtype
     device, plain = main_device(), getattr(torch, name)
     streamed = _STREAMED_GPU if device.type == "cuda" else _STREAMED
     size = _WIDTH * _WIDTH * plain.itemsize

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..cutting.source import CARD_FILE
 from ..errors import OutputError
+from ..models.dtypes import QUANTISED
 from ..values.counts import counted
 from ..values.files import PLAN_FILE
 from ..values.hashing import hash_of
@@ -21,9 +22,6 @@ NATS = 0.02
 
 ANYWHERE = ("prune",)
 """Commands that copy bytes, and compute nothing."""
-
-QUANTISED = ("nf4", "int8")
-"""Dtypes of a cut that is computed for all that."""
 
 
 @dataclass(frozen=True, slots=True)

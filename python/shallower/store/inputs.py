@@ -21,7 +21,7 @@ from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..progress import hushed, track
 from ..storage import RESULT_RECORD, sha256_of
-from ..texts.hub import hub_absence
+from ..texts.hub import hub_absence, hub_files
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from ..values.provenance import versions
@@ -234,15 +234,15 @@ def stated_hashes(source: ModelSource, commit: str | None) -> dict[str, str]:
     """The SHA-256 of a repository's safetensors as the hub states them, which it may have sent in
     parts alone; none where it cannot be asked.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
     if commit is None or constants.HF_HUB_OFFLINE or hub_absence() is not None:
         return {}
     try:
-        found = HfApi().model_info(str(source.path), revision=commit, files_metadata=True)
+        files = hub_files(str(source.path), commit)
     except Exception:  # of the hub's client, which has had several
         return {}
-    weights = [one for one in found.siblings or [] if one.rfilename.endswith(".safetensors")]
+    weights = [one for one in files if one.rfilename.endswith(".safetensors")]
     return {one.rfilename: one.lfs.sha256 for one in weights if one.lfs is not None}
 
 

@@ -2,9 +2,12 @@
 
 import socket
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 LOG_IN = "log in (hf auth login)"
 
@@ -41,6 +44,17 @@ def read_caches() -> str | None:
     if absence := hub_absence():
         constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     return absence
+
+
+@cache
+def hub_files(name: str, commit: str) -> "list[RepoSibling]":
+    """The files of a model's repository with their sizes, and the hashes of those in LFS.
+
+    Raises what the hub's client raises.
+    """
+    from huggingface_hub import HfApi
+
+    return HfApi().model_info(name, revision=commit, files_metadata=True).siblings or []
 
 
 def hub_refusal(name: str, kind: Literal["model", "dataset"]) -> str | None:

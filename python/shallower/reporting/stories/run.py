@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import MetricError, ScanError
+from ...models.dtypes import QUANTISED
 from ...savings.weights import Weights, count_weights
 from ...values.commands import command_line
 from ...values.costs import NUM_RESAMPLES
@@ -374,7 +375,7 @@ class _RunStory:
                 "eval", *model, *drop, *options
             )
             # What is stored in 4 or 8 bits is loaded as it is.
-            options = options[:-2] if dtype in ("nf4", "int8") else options
+            options = options[:-2] if dtype in QUANTISED else options
             options += [word for word in model if word in ("--trust-remote-code", "--stream")]
             cut = CHECKPOINT_GGUF if self._is_gguf else CHECKPOINT_FOLDER
             for name, loss in ((cut, run.checkpoint), (HEALED_FOLDER, run.healing)):
