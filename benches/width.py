@@ -7,9 +7,9 @@ As many parameters as some layers of SmolLM2-135M hold go in three ways: (a) tho
 chooses them; (b) the same number of neurons from every feed-forward, a uniform
 `intermediate_size`; (c) fewer layers and fewer neurons, the best of four splits on the texts held
 out of the fit. Neurons stay by the root mean square of their activation times the norm of the
-column that they write by. Then the matrices that write are solved anew by our least squares, in
-(a) before the blocks, in (b) and (c) of all layers that stay, each towards the whole model's state.
-Then all matrices from the first that changed on take the same steps of a patch.
+column that they write by. Then our least squares solve matrices anew towards the whole model's
+state: both that write in a layer before a block, in (b) and (c) the down-projections of all others
+too. Then all matrices from the first that changed on take the same steps of a patch.
 
 Losses are of texts that had no part in fit or choice, and paired; decode and prefill are timed in
 turn. First is asserted: without a neuron less, the states are those of the whole model.
@@ -18,6 +18,7 @@ turn. First is asserted: without a neuron less, the states are those of the whol
 import argparse
 import copy
 import json
+import math
 import os
 import sys
 import time
@@ -64,6 +65,8 @@ class WidthSolver(Solver):
         super().__init__(slim, plan, fitted, held_out, Changes())
         self.whole = whole
         self.survivors = [layer for layer in range(num_layers) if layer not in dropped]
+        self._before = {block.start - 1 for block in plan.blocks} if dropped else set()
+        self._solving = False
         self._bar = lambda *_: None
         self._checkpoint = PatchCheckpoint(None, plan, self._batches, (0.0, 0.0))
 
@@ -83,8 +86,7 @@ class WidthSolver(Solver):
     def solve(self, everywhere):
         """Solve all layers that stay, or those before blocks; the held-out loss afterwards."""
         self._embed()
-        before = [layer for layer, stop in self.targets.items() if stop > layer + 1]
-        first = 0 if everywhere else min(before)
+        first = 0 if everywhere else min(self._before)
         self.first = first
         self._advance_whole(0, first)
         self._copy_whole()
@@ -93,11 +95,23 @@ class WidthSolver(Solver):
             if layer < first:
                 continue
             self._advance_whole(layer, stop)
-            if everywhere or layer in before:
+            if everywhere or layer in self._before:
+                self._solving = True
                 fit = self._fit(layer, stop)
+                self._solving = False
                 self.first_weight, self.ridge = fit.first_weight, fit.ridge
             self._advance_cut(layer)
         return self._loss(len(self.whole))
+
+    def _give_attention_its_share(self, layer, attention, other):
+        """Before a block, as in a patch; elsewhere the down-projection alone is solved."""
+        if layer not in self._before:
+            return None
+        return super()._give_attention_its_share(layer, attention, other)
+
+    def _loss(self, layer, layers=None, states=None):
+        """The held-out loss; nobody asks for it between two layers."""
+        return math.nan if self._solving else super()._loss(layer, layers, states)
 
     @torch.no_grad()
     def descend(self, nats):

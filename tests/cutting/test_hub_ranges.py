@@ -118,13 +118,18 @@ def test_only_the_experts_that_stay_are_fetched(hub, tmp_path, name):
     assert fetched <= most_bytes(tmp_path / "mixture", tmp_path / "cut")
 
 
-def test_an_embedder_keeps_its_modules(hub, words, tmp_path):
+@pytest.mark.parametrize("pooling", ["1_Pooling", "mean of tokens"])
+def test_an_embedder_keeps_its_modules(hub, words, tmp_path, pooling):
     folder = embedders.write(tmp_path / "embedder", words)
+    (folder / "1_Pooling").rename(folder / pooling)
+    modules = folder / "modules.json"
+    modules.write_text(modules.read_text().replace("1_Pooling", pooling))
     hub.put("me/embedder", folder)
     sh.prune("me/embedder", [1, 3], tmp_path / "cut")
     sh.prune(folder, [1, 3], tmp_path / "local")
     assert_same(tmp_path / "cut", tmp_path / "local")
-    assert {*embedders.MODULES} <= {*tree(tmp_path / "cut")}
+    expected = {name.replace("1_Pooling", pooling) for name in embedders.MODULES}
+    assert expected <= {*tree(tmp_path / "cut")}
 
 
 def test_what_is_refused_is_so_before_weights_are_fetched(remote, tmp_path):
@@ -153,6 +158,16 @@ def test_a_cut_is_verified(remote, local, tmp_path):
     assert (planned.way, planned.loads_model) == ("disk", True)
     assert planned.run().difference < 1e-5
     assert_same(tmp_path / "cut", local)
+
+
+def test_what_is_loaded_to_be_compared_is_not_fetched_again(remote, source, tmp_path):
+    planned = plan_prune("me/tiny", sh.ForStates([1, 3]), tmp_path / "cut")
+    before = len(remote.sent)
+    planned.run()
+    sh.prune(source, sh.ForStates([1, 3]), tmp_path / "local")
+    assert_same(tmp_path / "cut", tmp_path / "local")
+    assert len(remote.sent) == before
+    assert nothing_left(tmp_path)
 
 
 def test_what_the_cache_has_whole_is_taken_from_there(remote, local, tmp_path, cache, monkeypatch):

@@ -9,7 +9,6 @@ file's content (its etag), which must stay the same; only all of a file could be
 
 import json
 import os
-import re
 import shutil
 import time
 import warnings
@@ -36,7 +35,7 @@ from .checkpoint_files import (
     read_json,
     stored_dtype,
 )
-from .source import MAX_CARRIED_BYTES, hub_id
+from .source import MAX_CARRIED_BYTES, MODULES_FILE, hub_id, module_folders
 
 if TYPE_CHECKING:
     from .request import Request
@@ -55,8 +54,8 @@ TRIES = 5
 Range = tuple[int, int]
 
 _MAX_HEADER_BYTES = 100_000_000
+_CHUNK_BYTES = 1 << 20
 _JOURNAL = ".fetched.jsonl"
-_OF_AN_EMBEDDER = re.compile(r"[0-9]+_[A-Z]\w*/")  # as sentence-transformers names its modules
 
 
 class HubCheckpoint:
@@ -216,9 +215,20 @@ class HubCheckpoint:
                     time.sleep(2**breaks)
 
     def _stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes of a range as they come; fewer where the connection breaks off."""
-        from huggingface_hub import constants, hf_hub_url, utils
+        """The bytes of a range as they come; fewer where the connection breaks off.
 
+        From the hub's cache where the file has come whole since, as to be loaded.
+        """
+        from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache, utils
+
+        cached = try_to_load_from_cache(self.name, name, revision=self.folder.name)
+        if isinstance(cached, str) and Path(cached).resolve().name == self._etags.get(name):
+            with Path(cached).open("rb") as file:
+                file.seek(start)
+                while start < stop and (chunk := file.read(min(stop - start, _CHUNK_BYTES))):
+                    start += len(chunk)
+                    yield chunk
+            return
         client: Any = utils  # which does not say what it exports
         request = {
             "url": hf_hub_url(self.name, name, revision=self.folder.name),
@@ -338,7 +348,9 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
         try:
             files = () if is_absent else hub_files(name, snapshot.name)
             sizes = {one.rfilename: one.size or 0 for one in files}
-            beside = _beside(sizes)
+            if MODULES_FILE in sizes:
+                hf_hub_download(name, MODULES_FILE, revision=snapshot.name)
+            beside = _beside(snapshot, sizes)
             if beside:
                 patterns = [escape(one) for one in beside]
                 snapshot_download(name, revision=snapshot.name, allow_patterns=patterns)
@@ -352,14 +364,10 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
             return HubCheckpoint(name, snapshot, {})
         if is_absent:
             return None
-        key = f"cut-{hash_of(str(request.out.absolute()))[:16]}"
-        with raise_output_error(constants.HF_ASSETS_CACHE):
-            home = cached_assets_path(
-                "shallower",
-                key,
-                f"models--{name.replace('/', '--')}",
-                assets_dir=constants.HF_ASSETS_CACHE,
-            )
+        key, assets = hash_of(str(request.out.absolute()))[:16], constants.HF_ASSETS_CACHE
+        within = f"cut-{key}", f"models--{name.replace('/', '--')}"
+        with raise_output_error(assets):
+            home = cached_assets_path("shallower", *within, assets_dir=assets)
             folder = home / "snapshots" / snapshot.name
             for one in beside:
                 (folder / one).parent.mkdir(parents=True, exist_ok=True)
@@ -370,9 +378,9 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
         return remote
 
 
-def _beside(sizes: Mapping[str, int]) -> list[str]:
+def _beside(snapshot: Path, sizes: Mapping[str, int]) -> list[str]:
     """The files of a repository that lie beside the weights, and their index."""
-    modules = {one.partition("/")[0] for one in sizes if _OF_AN_EMBEDDER.match(one)}
+    modules = module_folders(snapshot, (one.partition("/")[0] for one in sizes if "/" in one))
     found = [one for one in sizes if is_beside(one, modules) or one == INDEX_FILE]
     large = [one for one in found if sizes[one] > MAX_CARRIED_BYTES]
     for one in large:

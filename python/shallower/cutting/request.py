@@ -121,12 +121,7 @@ class Request:
         plan = made_for(plan, identify(model))
         with without_layers(model, plan):
             save_cut(
-                model,
-                tokenizer,
-                self.out,
-                plan=plan,
-                source=self.known,
-                overwrite=self.overwrite,
+                model, tokenizer, self.out, plan=plan, source=self.known, overwrite=self.overwrite
             )
         return plan
 

@@ -85,8 +85,8 @@ _LICENSE = re.compile(r"(licen[sc]e|notice|copying|use_policy)([._-].*)?", re.IG
 _MAX_LICENSE_BYTES = 1 << 20
 MAX_CARRIED_BYTES = 256 << 20
 """Of a file beside the weights, which is left out if it is larger."""
-_MODULES_FILE = "modules.json"
-_OF_EMBEDDERS = (_MODULES_FILE, "config_sentence_transformers.json", "sentence_bert_config.json")
+MODULES_FILE = "modules.json"
+_OF_EMBEDDERS = (MODULES_FILE, "config_sentence_transformers.json", "sentence_bert_config.json")
 _REPOSITORY = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 
 
@@ -215,18 +215,20 @@ def _modules(folder: Path) -> dict[str, Path]:
     return _own(folder, [*_OF_EMBEDDERS, *names], MAX_CARRIED_BYTES)
 
 
-def module_folders(folder: Path) -> set[str]:
+def module_folders(folder: Path, there: Iterable[str] | None = None) -> set[str]:
     """The subfolders of what follows the decoder in an embedder of sentence-transformers.
 
-    Such as ``1_Pooling``. None where ``modules.json`` places the decoder in a subfolder, too.
+    Such as ``1_Pooling``. ``there`` are the subfolders that the model has, by default those of
+    ``folder``. None where ``modules.json`` places the decoder in a subfolder, too.
     """
     try:
-        modules = json.loads((folder / _MODULES_FILE).read_text(encoding="utf-8"))
+        modules = json.loads((folder / MODULES_FILE).read_text(encoding="utf-8"))
         paths = {module["path"] for module in modules}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
-    there = {entry.name for entry in folder.iterdir() if entry.is_dir()}
-    return paths & there if "" in paths else set()
+    if there is None:
+        there = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return paths.intersection(there) if "" in paths else set()
 
 
 def _own(folder: Path, names: Iterable[str], most: int) -> dict[str, Path]:
