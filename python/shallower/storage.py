@@ -335,17 +335,6 @@ def _put(folder: Path, path: Path, overwrite: bool) -> None:
     _remove(displaced)
 
 
-@contextmanager
-def removed_on_error(paths: Iterable[Path]) -> Iterator[None]:
-    """Delete what was just written if the body, which checks it, fails."""
-    try:
-        yield
-    except BaseException:
-        for path in paths:
-            _remove(path)
-        raise
-
-
 def _remove(path: Path) -> None:
     """Delete a file or a link, or a folder with all that is in it; or nothing."""
     if path.is_dir() and not path.is_symlink():

@@ -1,59 +1,27 @@
 """Results that are made again from their records, and compared."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import shallower as sh
+from shallower.cutting import metadata
 from shallower.models import loading
+from shallower.reporting.results import state_results
 from shallower.storage import RESULT_RECORD
 from shallower.store import again, records
 from shallower.store.store import store_folder
 from tests.cli.documents import documents
+from tests.cli.results import CALLS, QUICK, edited, record_in, result_of, words_of
 from tests.conftest import mostly_slow, write_jsonl
+from tests.cutting import embedders
 from tests.cutting.mixtures import mixture
 from tests.healing.cuts import documents as progressions
+from tests.hub import hub as hub
 from tests.models.gguf_files import write_gguf
-
-HEAL = (
-    "heal cut --texts many.jsonl --eval-texts held_out.jsonl --dtype float32 --max-length 16 "
-    "--batch-size 8 --steps 8 --rank 2 --learning-rate 0.01 --eval-every 4 --out made"
-)
-CALLS = {
-    "prune": ("prune tiny --drop 2:4 --out made", "model tiny"),
-    "prune by a plan": ("prune tiny --plan cut --out made", "model tiny"),
-    "prune for states": ("prune tiny --for-states 1,3 --out made", "model tiny"),
-    "prune into a GGUF file": ("prune small.gguf --drop 1 --out made.gguf", "model small.gguf"),
-    "prune experts": (
-        "prune mixture --drop-experts " + ";".join(f"{layer}:1,4" for layer in range(8))
-        + " --out made",
-        "model mixture",
-    ),
-    "patch": (
-        "patch trained --texts counting.jsonl --drop 2:4 --eval-texts counted.jsonl --out made "
-        "--dtype float32 --max-length 16",
-        "model trained, texts counting.jsonl, eval_texts counted.jsonl",
-    ),
-    "heal": (HEAL, "model cut, texts many.jsonl, eval_texts held_out.jsonl"),
-    "heal merged": (f"{HEAL} --merge", "model cut, texts many.jsonl, eval_texts held_out.jsonl"),
-    "merge": ("merge adapters --out made", "adapters adapters"),
-    "run": (
-        "run trained --texts counting.jsonl --eval-texts counted.jsonl --n 1 --top 2 --no-speech "
-        "--no-answers --max-length 16 --out made",
-        "model trained, texts counting.jsonl, eval_texts counted.jsonl",
-    ),
-    "run of a GGUF file": (
-        "run small.gguf --texts counting.jsonl --eval-texts counted.jsonl --n 1 --top 1 "
-        "--no-patch --no-speech --max-length 16 --out made",
-        "model small.gguf, texts counting.jsonl, eval_texts counted.jsonl",
-    ),
-}  # fmt: skip
-"""Commands that leave a result, and what ``reproduce`` is told of where things lie."""
-
-QUICK = {"prune", "prune by a plan", "prune for states", "prune into a GGUF file", "patch", "merge"}
 
 
 @pytest.fixture(scope="module")
@@ -84,28 +52,6 @@ def place(given, folder):
     return folder
 
 
-def words(told):
-    """``model tiny`` as an option."""
-    pairs = [one.split() for one in told.split(", ")]
-    return [f"--{name.replace('_', '-')}={place}" for name, place in pairs]
-
-
-def result_of(call):
-    return call.split("--out ")[1].split()[0]
-
-
-def record_in(result):
-    path = records.record_path(Path(result))
-    return path, json.loads(path.read_text())
-
-
-def edited(result, edit):
-    """Change the record of a result."""
-    path, record = record_in(result)
-    edit(record)
-    path.write_text(json.dumps(record))
-
-
 @pytest.fixture
 def made(shallower, place):
     """Makes a result by the name of its call; gives its place and what reproduces it."""
@@ -114,7 +60,7 @@ def made(shallower, place):
         call, told = CALLS[name]
         done = shallower(*call.split())
         assert done.status == 0, done.err
-        return result_of(call), words(told)
+        return result_of(call), words_of(told)
 
     return make_one
 
@@ -218,7 +164,11 @@ def test_a_file_that_is_not_made_again_is_named(shallower, made):
     path, _ = record_in(result)  # alone, under any name
     path = path.rename("kept.json")
     done = shallower("reproduce", path, *told)
-    assert (done.status, done.out.splitlines()[1:]) == (1, ["made again: more is missing"])
+    _, line, kept = done.out.splitlines()
+    assert (done.status, line) == (1, "made again: more is missing")
+    (left,) = (store_folder() / "reproduce").glob("*/made")
+    assert kept == f"what was made again stays in {left} until the next call"
+    assert (left / "made" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(("more", "status"), [(0.01, 0), (0.03, 1)])
@@ -235,14 +185,15 @@ def test_on_another_machine_losses_are_near(shallower, made, monkeypatch, more, 
     edited(result, edit)
     path = Path(result) / RESULT_RECORD
     done = shallower("reproduce", path, *told)
-    first, last = done.out.splitlines()
+    first, *_, last = done.out.splitlines()
     assert first == (
         "promised: the same losses within 0.02 nats a token: not with the same processor, threads"
     )
     assert done.status == status
     num = len(record_in(result)[1]["files"])
     near = f"the same: {num - 1} of {num} files; 3 figures within 0.02 nats"
-    assert last.startswith(name if status else near)
+    assert last.startswith("what was made again stays in" if status else near)
+    assert not status or done.out.splitlines()[1].startswith(name)
 
 
 @pytest.mark.parametrize("name", ["prune", "patch"])
@@ -272,7 +223,7 @@ def test_by_other_versions_all_but_what_names_them_is_compared(shallower, made, 
     assert shallower("reproduce", alone, *told).status == 0
     edited(result, lambda record: record["files"].update({"config.json": "0" * 64}))
     alone.write_bytes(path.read_bytes())
-    _, first, last = shallower("reproduce", alone, *told).out.splitlines()
+    _, first, last, _ = shallower("reproduce", alone, *told).out.splitlines()
     assert first == "made again: config.json has other bytes"
     assert last.startswith("numpy ")
 
@@ -281,7 +232,123 @@ def test_a_cut_that_is_quantised_is_not_promised_anywhere():
     settings = {"dtype": "nf4"}
     record = records.Record("prune", settings, "cut", {}, {}, {}, {}, {}, {"cpu": "another"})
     assert not again.promise_of(record).bytes
+    assert not again.promise_of(replace(record, settings={"dtype": "auto"})).bytes
     assert again.promise_of(replace(record, settings={"dtype": "float16"})).bytes
+
+
+def test_a_cut_that_transformers_saves_names_its_version(shallower, place, monkeypatch):
+    call = "prune tiny --drop 2:4 --dtype bfloat16 --out made"
+    assert shallower(*call.split()).status == 0
+    edited("made", lambda record: record["files"].update({"config.json": "0" * 64}))
+    path, _ = record_in("made")
+    path = path.rename("alone.json")
+    written = {**again.versions(), "transformers": "5.0"}
+    monkeypatch.setattr(again, "versions", lambda: written)
+    promised, done = shallower("reproduce", path, "--model", "tiny").out.splitlines()
+    assert promised.endswith("; its configs, plan and card name other versions of transformers")
+    assert done.startswith("the same: ")
+
+
+@pytest.mark.parametrize("name", ["prune", "prune into a GGUF file"])
+def test_the_source_may_be_a_copy_by_another_name(shallower, made, name):
+    result, told = made(name)
+    source = Path(told[0].partition("=")[2])
+    source.rename(source.with_stem("copy"))
+    done = shallower("reproduce", result, "--model", source.with_stem("copy"))
+    assert done.status == 0, done.out
+    assert done.out.splitlines()[1].startswith("the same: ")
+
+
+def test_what_a_hub_or_git_adds_is_no_difference(shallower, made):
+    result, told = made("prune")
+    for name in (".gitattributes", ".cache/huggingface/x.metadata"):
+        (Path(result) / name).parent.mkdir(parents=True, exist_ok=True)
+        (Path(result) / name).write_text("x")
+    assert shallower("reproduce", result, *told, "--dry-run").status == 0
+    (Path(result) / "added.txt").write_text("x")
+    done = shallower("reproduce", result, *told, "--dry-run")
+    assert "result: added.txt is new" in done.out
+
+
+def test_the_plan_beside_a_gguf_file_is_compared(shallower, made):
+    result, told = made("prune into a GGUF file")
+    with Path("made.shallower_plan.json").open("a") as file:
+        file.write(" ")
+    done = shallower("reproduce", result, *told)
+    assert done.out.splitlines()[1:] == ["result: made.shallower_plan.json has other bytes"]
+
+
+def test_figures_on_the_card_of_a_source_change_nothing_of_it(shallower, place):
+    (place / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    assert shallower(*CALLS["prune"][0].split()).status == 0
+    loss = metadata.loss_results(sh.Loss(2.5, 0.1, 6, 3, 0, 99), None, "mine.jsonl")
+    state_results(place / "tiny" / "README.md", loss)
+    again = ["reproduce", "made", "--model", "tiny", "--dry-run"]
+    assert shallower(*again).status == 0
+    (place / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n# Other\n")
+    assert "--model tiny: README.md has other bytes" in shallower(*again).out
+
+
+def test_the_modules_of_an_embedder_are_read(shallower, folder, words):
+    embedders.write(folder / "embedder", words)
+    assert shallower("prune", "embedder", "--drop", "2", "--out", "made").status == 0
+    again = ["reproduce", "made", "--model", "embedder"]
+    assert shallower(*again).status == 0
+    Path("embedder/1_Pooling/config.json").write_text("{}")
+    done = shallower(*again)
+    assert done.out.splitlines()[1:] == ["--model embedder: 1_Pooling/config.json has other bytes"]
+
+
+def test_a_merge_is_of_its_cut(shallower, made):
+    result, told = made("merge")
+    assert "name it (--model)" in shallower("reproduce", result, told[0]).error
+    with Path("cut/config.json").open("a") as file:
+        file.write(" ")
+    done = shallower("reproduce", result, *told)
+    assert done.out.splitlines()[1:] == ["--model cut: config.json has other bytes"]
+
+
+def test_what_has_no_losses_is_not_compared_elsewhere(shallower, made, monkeypatch):
+    result, told = made("merge")
+    monkeypatch.setattr(again, "here", lambda: {**records.here(), "threads": "64"})
+    monkeypatch.setattr(again, "working_folder", lambda *_: pytest.fail("it was made"))
+    done = shallower("reproduce", result, *told)
+    assert done.error.startswith(
+        "nothing of its weights could be compared here, not with the same threads, and the record "
+        "has no losses"
+    )
+
+
+def test_an_option_that_the_record_does_not_read_is_refused(shallower, made):
+    result, told = made("prune")
+    said = "by its record made was made without --texts: leave it out"
+    assert shallower("reproduce", result, *told, "--texts", "counting.jsonl").error == said
+
+
+def test_a_result_on_the_hub_is_compared(shallower, made, hub):
+    result, told = made("prune")
+    hub.put("me/cut", Path(result))
+    hub.repos["me/cut"][".gitattributes"] = b"x"
+    done = shallower("reproduce", "me/cut", *told)
+    assert done.status == 0, done.err
+    for name in ("model.safetensors", "config.json"):
+        content = hub.repos["me/cut"][name]
+        other = f"me/other-{name}"
+        hub.repos[other] = {**hub.repos["me/cut"], name: content[:-1] + b"~"}
+        done = shallower("reproduce", other, *told)
+        assert done.out.splitlines()[1:] == [f"result: {name} has other bytes"]
+
+
+def test_all_small_files_of_a_hub_model_are_compared(shallower, place, hub, monkeypatch):
+    """Also those that the cache has not, or has of an earlier commit."""
+    hub.put("me/tiny", place / "tiny")
+    assert shallower("prune", "me/tiny", "--drop", "2:4", "--out", "made").status == 0
+    again = ["reproduce", "made", "--dry-run"]
+    assert shallower(*again).status == 0
+    hub.repos["me/tiny"]["tokenizer_config.json"] += b" "
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    said = "--model me/tiny: tokenizer_config.json has other bytes"
+    assert said in shallower(*again).out
 
 
 def test_code_that_comes_with_a_model_is_run_for_who_allows_it_alone(shallower, place):
@@ -328,9 +395,35 @@ BAD = {
         swapped('"out": "made"', '"out": ".."'),
         "'..' is no name of a result",
     ),
+    "what changes no result": (
+        lambda path: edited(path.parent, lambda record: record["settings"].update(dry_run=True)),
+        "its settings name places, or what changes no result (dry_run)",
+    ),
+    "a place as a repository": (
+        lambda path: edited(
+            path.parent,
+            lambda record: record["read"]["model"].update(
+                name=str(Path("tiny").resolve()), commit="c"
+            ),
+        ),
+        "tiny' is no repository of the hub",
+    ),
+    "a folder here as a repository": (
+        lambda path: edited(path.parent, lambda record: record["read"]["model"].update(commit="c")),
+        "'tiny' is no repository of the hub",
+    ),
+    "a file as a dataset": (
+        lambda path: edited(
+            path.parent,
+            lambda record: record["read"].update(
+                texts={"name": "/etc/hosts", "commit": "", "files": {}, "count": 1}
+            ),
+        ),
+        "'/etc/hosts' is no repository of the hub",
+    ),
     "a place": (
         swapped('"drop"', '"plan"'),
-        "is no record of shallower: its settings name what is read (plan)",
+        "its settings name places, or what changes no result (plan)",
     ),
 }
 
@@ -368,7 +461,7 @@ def test_what_was_broken_off_goes_on(shallower, made, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         shallower("reproduce", result, *told)
     (left,) = (store_folder() / "reproduce").iterdir()
-    assert (left / "made" / "model.safetensors").is_file()
+    assert (left / "made" / "made" / "model.safetensors").is_file()
     monkeypatch.setattr("shallower.store.records.record_of", compared)
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert shallower("reproduce", result, *told).status == 0

@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 
 import shallower as sh
 from shallower.cutting.cards import adapters_card, healed_card, state_loss
-from shallower.cutting.metadata import check_results, front_matter, loss_results, state_results
+from shallower.cutting.metadata import front_matter, loss_results, without_results
 from shallower.cutting.source import Source, find_source, read_card
+from shallower.reporting.results import check_results, state_results
 from tests.conftest import tiny_llama
 from tests.cutting.card_tools import LICENSED, blocks_of_code, front, history, texts_of
 from tests.documents import documents
@@ -258,7 +259,11 @@ def test_results_are_of_the_model_that_has_the_card(llama, words, tmp_path):
 @pytest.mark.parametrize(
     ("front", "why"),
     [
-        ("model-index: 3", "model_index"),
+        ("model-index: 3", "model-index is not a list of one model"),
+        ("model-index: [{name: x}]", "its model-index cannot be read"),
+        ("model-index:\n- {name: x, results: []}\n- {name: y, results: []}", "of one model"),
+        ("license: mit\n? model-index\n: [{name: x, results: []}]", "write it as a block"),
+        ("- license", "has no keys"),
         ("license: [", "no YAML"),
         ("a: &a {b: c}\nd: {<<: *a}", "merges keys"),
     ],
@@ -275,6 +280,27 @@ def test_a_card_that_cannot_be_read_gets_no_results(tmp_path, front, why):
     # A healing that has trained for hours still gets its card.
     healed = healed_card(path, "adapters were trained.", [], command="shallower heal cut --out x")
     assert "This model is healed" in healed
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_results_change_nothing_else_of_a_card(tmp_path, ends):
+    """Not what YAML reads as another word, nor a comment."""
+    lines = ["# see the hub's page of cards", "language: no", "version: 1.10", "widget: 'a << b'"]
+    behind = ["# Mine", "", "Text."]
+    path = tmp_path / "README.md"
+    for given in (lines, []):
+        card = ends.join(["---", *given, "---", "", *behind, ""]) if given else ends.join(behind)
+        path.write_bytes(card.encode("utf-8-sig"))
+        for nats in (2.5, 1.5):
+            state_results(path, loss_results(sh.Loss(nats, 0.1, 6, 3, 0, 99), None, "mine.jsonl"))
+        text = path.read_bytes().decode()
+        assert without_results(text) == card
+        data = ModelCard(text).data
+        assert (data.model_name, data.eval_results[0].metric_value) == ("Mine", 1.5)
+        assert text.endswith(ends.join(behind) + ends * bool(given))
+    # Where they stood between other keys, these stay.
+    middle = "---\na: 1\nmodel-index:\n- name: x\n  results: []\n\n# of b\nb: 2\n---\n"
+    assert without_results(middle) == "---\na: 1\n\n# of b\nb: 2\n---\n"
 
 
 @pytest.mark.slow

@@ -39,6 +39,10 @@ def test_a_cut_has_the_modules_of_its_source(embedder, tmp_path, options):
     assert there.keys() >= {*embedders.MODULES, *dense, "2_Dense/config.json"}
     assert all(there[name] == whole[name] for name in (*embedders.MODULES, *dense))
     assert not any(name.startswith("3_Other") for name in there)
+    card = there["README.md"].decode()
+    assert "library_name: sentence-transformers\npipeline_tag: sentence-similarity" in card
+    assert 'encoder = SentenceTransformer(".")' in card
+    assert not any(word in card for word in ("AutoModel", "vllm", "llama-cli"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Cuts for inner hidden states: equal to the bit after a stock reload, or refused."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
 import shallower as sh
 from shallower.cutting.checkpoint import PreparedCut
 from shallower.cutting.gguf import PreparedGguf
+from shallower.cutting.states_check import StatesCheck
 from shallower.healing.checks import read_plan
 from shallower.models.architecture import find_layers
 from tests.cutting.checkpoints import edit_json, read_json
@@ -164,9 +166,12 @@ def spoiling(monkeypatch, kind, spoil):
     """What a cut writes is damaged before it is compared."""
     write = kind.write
 
-    def damaged(self, *args, **options):
-        write(self, *args, **options)
-        spoil(args[0] if args else self.out)
+    def damaged(self, *args, check, **options):
+        def spoiled(made):
+            spoil(made)
+            check(made)
+
+        write(self, *args, check=spoiled, **options)
 
     monkeypatch.setattr(kind, "write", damaged)
 
@@ -201,10 +206,27 @@ SPOILED = {
 def test_a_cut_that_differs_is_removed(tmp_path, monkeypatch, name):
     shape, spoil, state = SPOILED[name]
     saved(shape, tmp_path / "whole")
+    sh.prune(tmp_path / "whole", [2], tmp_path / "earlier")
+    before = tree(tmp_path)
     spoiling(monkeypatch, PreparedCut, spoil)
-    with pytest.raises(sh.ModelError, match=rf"cut is not lossless.* state {state} is off by up"):
-        sh.prune(tmp_path / "whole", sh.ForStates([1, 3]), tmp_path / "cut")
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    for out in ("cut", "earlier"):
+        with pytest.raises(sh.ModelError, match=rf"{out} is not lossless.* state {state} is off"):
+            sh.prune(tmp_path / "whole", sh.ForStates([1, 3]), tmp_path / out, overwrite=True)
+        assert tree(tmp_path) == before
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", "earlier"}
+
+
+def test_one_whose_comparison_is_broken_off_is_not_there(tmp_path, monkeypatch):
+    inputs = inputs_of_layers(saved("llama", tmp_path / "whole"))
+    asked = (tmp_path / "whole", sh.ForStates([1, 3]), tmp_path / "cut")
+    with monkeypatch.context() as patched:
+        patched.setattr(StatesCheck, "compare", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            sh.prune(*asked)
+    assert not (tmp_path / "cut").exists()
+    sh.prune(*asked)
+    assert_lossless(tmp_path / "cut", inputs, [1, 3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
 
 
 def test_what_no_state_depends_on_may_differ(tmp_path, monkeypatch):
@@ -255,8 +277,7 @@ def test_a_gguf_file(tmp_path, monkeypatch, as_gguf):
     assert torch.equal(found[1], inputs_of_layers(whole)[1])
     before = tree(tmp_path)
 
-    def zero(made):
-        path = next(made.glob("*.gguf")) if made.is_dir() else made
+    def zero(path):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
 

@@ -18,6 +18,7 @@ from huggingface_hub import constants, snapshot_download
 import shallower as sh
 from shallower import ModelError, OutputError
 from shallower.cutting import from_hub
+from shallower.cutting.checkpoint import PreparedCut
 from shallower.cutting.checkpoint_files import INDEX_FILE
 from shallower.cutting.exports import EXPORT_FILES
 from shallower.cutting.prune import plan_prune
@@ -223,6 +224,37 @@ def test_it_goes_on_where_a_connection_breaks_off(remote, local, tmp_path):
     remote.spoil = spoil
     sh.prune("me/tiny", DROPPED, tmp_path / "cut")
     assert_same(tmp_path / "cut", local)
+
+
+@pytest.mark.parametrize("planned_again", [False, True])
+def test_what_was_deleted_is_fetched_again(remote, local, tmp_path, monkeypatch, planned_again):
+    planned = plan_prune("me/tiny", DROPPED, tmp_path / "cut")
+    with monkeypatch.context() as patched:
+        interrupted = signal.raise_signal
+        patched.setattr(PreparedCut, "write", lambda *_, **__: interrupted(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            planned.run()
+    gone = [path for path in (tmp_path / "assets").rglob("*.safetensors") if path.unlink() is None]
+    assert gone
+    if planned_again:
+        plan_prune("me/tiny", DROPPED, tmp_path / "cut")
+    sh.prune("me/tiny", DROPPED, tmp_path / "cut")
+    assert_same(tmp_path / "cut", local)
+
+
+def test_nothing_is_left_of_a_cut_that_is_refused(remote, tmp_path):
+    with pytest.raises(sh.LayersError):
+        plan_prune("me/tiny", [99], tmp_path / "cut")
+    assert nothing_left(tmp_path)
+
+
+def test_a_model_that_is_loaded_to_be_compared_is_fetched_whole(remote, source, tmp_path):
+    whole = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    states = plan_prune("me/tiny", sh.ForStates([1]), tmp_path / "cut")
+    assert states.fetch_bytes == whole
+    left = plan_prune("me/tiny", DROPPED, tmp_path / "cut").fetch_bytes
+    verified = plan_prune("me/tiny", DROPPED, tmp_path / "cut", verify=True)
+    assert verified.fetch_bytes == whole + left
 
 
 def test_it_goes_on_after_an_interruption(remote, local, tmp_path):

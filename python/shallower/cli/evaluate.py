@@ -177,9 +177,9 @@ def _check_against(*, is_cut: bool, is_shared: bool) -> None:
 
 def _card(model: Path, *, is_cut: bool, is_shard: bool) -> Path:
     """The card of a model, checked; results that are not of the model as it is are refused."""
-    from ..cutting.metadata import check_results
     from ..cutting.source import card_at
     from ..errors import SettingsError
+    from ..reporting.results import check_results
 
     if is_cut or is_shard:
         what = "name no cut (as --drop)" if is_cut else "leave out --shard"
@@ -226,7 +226,8 @@ def _say(
     if job.out is not None:
         write_evaluation(job.out, values, dtype, plan=job.plan, overwrite=job.overwrite)
     if card is not None:
-        from ..cutting.metadata import measured_results, state_results
+        from ..reporting.results import state_results
+        from ..reporting.stories.evaluation import measured_results
 
         texts = {one.kind: one.source or "" for one in job.measures}
         state_results(card, measured_results(values, texts))

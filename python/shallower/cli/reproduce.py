@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,6 +50,7 @@ def reproduce_command(
     from ..store.again import (
         agreement,
         changed_result,
+        check_comparable,
         compare,
         find_reads,
         promise_of,
@@ -66,7 +68,9 @@ def reproduce_command(
     store = open_store()
     places, lines = find_reads(record, given, store)
     lines += [] if result is None else changed_result(record, result, store)
-    promise = promise_of(record)
+    promise, done = promise_of(record), ""
+    if not lines:
+        check_comparable(record, promise)
     if not as_json and not dry_run:
         show(f"promised: {promise.why}")
     if not lines and dry_run:
@@ -77,12 +81,14 @@ def reproduce_command(
             made = _make(record, places, folder)
         lines = compare(record, made, promise)
         done = agreement(record, made, promise)
+        if lines:
+            done = f"what was made again stays in {folder / 'made'} until the next call"
+        else:
+            rmtree(folder)
     if as_json:
         print_json({"promised": promise.why, "differences": lines, "files": dict(record.files)})
-    elif lines:
-        show(*lines)
     else:
-        show(done)
+        show(*lines, *filter(None, [done]))
     if lines:
         raise typer.Exit(1)
 
@@ -111,7 +117,7 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
     from . import parser
 
     given = {**record.settings, **places, "overwrite": True}
-    given["out"] = str(folder / record.out)
+    given["out"] = str(folder / "made" / record.out)
     for name, text in record.plans.items():
         given[name] = str(folder / f"{name}.json")
         Path(given[name]).write_text(text, encoding="utf-8")

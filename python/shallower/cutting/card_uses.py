@@ -44,6 +44,15 @@ encoder = {kind}.from_pretrained({arguments})
 With `output_hidden_states=True` its states are `hidden_states[i]` for the numbers above, counted
 from the start: those that are counted from the end are others."""
 
+_EMBEDDER = """\
+From this folder, by sentence-transformers:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+encoder = SentenceTransformer("."{code})
+```"""
+
 _VERSION = """ 5 or later (version 4 ignores `rope_parameters` in
 `config.json`, and loads another model without an error)"""
 
@@ -73,6 +82,8 @@ def loading(facts: CutFacts) -> str:
     }
     if facts.plan.states:
         return _ENCODER.format(kind="AutoModelForCausalLM" if has_code else "AutoModel", **words)
+    if facts.source.embeds:
+        return _EMBEDDER.format(code=CODE if has_code else "")
     serve = (_SERVE_GGUF if gguf else _SERVE_FOLDER).format(
         gguf=shlex.quote(gguf or ""), code=" --trust-remote-code" if has_code else ""
     )

@@ -129,6 +129,7 @@ Of the cut in `cut`: `TEXTS` are those that are trained on, `EVAL_TEXTS` choose 
 
 """
 
+_EMBEDDERS = "sentence-transformers"
 _LOADING = "## Loading it\n"
 _LOSS = re.compile(r"^\| held-out loss \| (?!not measured)(.*) \|$", re.MULTILINE)
 
@@ -157,10 +158,14 @@ def cut_card(facts: CutFacts) -> str:
     tools = _OTHER_TOOLS.format(mergekit=mergekit, prune_layers=prune_layers(plan))
     card = _CARD.format(
         metadata=front_matter(
-            {**source.inherited, **({"pipeline_tag": "feature-extraction"} if plan.states else {})},
+            {
+                **({"pipeline_tag": "sentence-similarity"} if source.embeds else {}),
+                **source.inherited,
+                **({"pipeline_tag": "feature-extraction"} if plan.states else {}),
+            },
             base=source.hub,
             relation="quantized" if quantised else "finetune",
-            library="gguf" if gguf else "transformers",
+            library="gguf" if gguf else _EMBEDDERS if source.embeds else "transformers",
             pruned=_pruned(plan),
         ),
         title=_title(facts),

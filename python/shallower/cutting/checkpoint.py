@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .._core import Checkpoint, Job
-from ..errors import OutputError, why
+from ..errors import ModelError, OutputError, why
 from ..models.fingerprint import fingerprint
 from ..processes import partial_folder
 from ..progress import BytesProgress, say_goes_on, track_copy
@@ -105,10 +105,12 @@ class PreparedCut:
         *,
         overwrite: bool = False,
         progress: BytesProgress | bool | None = None,
+        check: Callable[[Path], None] = lambda _: None,
     ) -> None:
         """Make the cut in ``out``, or continue an interrupted one.
 
-        Raises as :func:`.prune.prune`.
+        ``check`` gets the complete folder before it takes its place; what it refuses by a
+        ModelError goes. Else raises as :func:`.prune.prune`.
         """
         out = Path(out)
         check_room(out, self.num_bytes)
@@ -120,6 +122,11 @@ class PreparedCut:
                 stays = f"; what is complete stays in {where}: do the same again to go on"
                 rest = f"{stays}, or delete it" if any(folder.iterdir()) else ""
                 raise OutputError(f"cannot write {out}: {why(error, out)}{rest}") from error
+            try:
+                check(folder)
+            except ModelError:
+                shutil.rmtree(folder)
+                raise
 
     def _write(self, folder: Path, progress: BytesProgress | bool | None) -> None:
         ours = {name for name, _ in self.job.files}

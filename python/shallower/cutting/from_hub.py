@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
+from functools import partial
 from glob import escape
 from pathlib import Path
 from threading import Event, Lock
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, OutputError, ShallowerError, raise_output_error, why
 from ..progress import BytesProgress, hushed, say_goes_on, track, track_copy
-from ..storage import free_bytes
+from ..storage import free_bytes, write_file
 from ..texts.hub import hub_absence, hub_files, hub_refusal
 from ..values.hashing import hash_of
 from ..values.memory import format_size
@@ -65,6 +66,7 @@ class HubCheckpoint:
         name: its hub id.
         folder: the snapshot in the hub's cache where all of it is there; else that of stand-ins.
         sizes: of the files that have stand-ins, by name, in bytes.
+        goes_on: whether an earlier call has fetched some of it.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class HubCheckpoint:
         self._lock, self._stop = Lock(), Event()
         self._etags: dict[str, str] = {}
         self._come: dict[str, list[Range]] = {name: [] for name in sizes}
-        self._goes_on = False
+        self.goes_on = False
 
     def missing(self, pieces: Iterable[Piece]) -> list[tuple[str, int, int]]:
         """The ranges of files that have not come yet, neighbours as one."""
@@ -141,13 +143,15 @@ class HubCheckpoint:
         *,
         overwrite: bool = False,
         progress: BytesProgress | bool | None = None,
+        check: Callable[[Path], None] = lambda _: None,
     ) -> None:
         """Fetch what a cut copies, make it in ``out``, and remove the stand-ins.
 
         Raises as :meth:`fetch` and :meth:`.PreparedCut.write`.
         """
+        make = partial(cut.write, out, overwrite=overwrite, check=check)
         if not self.sizes:
-            cut.write(out, overwrite=overwrite, progress=progress)
+            make(progress=progress)
             return
         if sum(stop - start for _, start, stop in cut.reads) != cut.job.total_bytes:
             raise ModelError(
@@ -157,12 +161,12 @@ class HubCheckpoint:
         left = self.missing_bytes(cut.reads)
         self._check_room(left, cut.num_bytes, Path(out))
         total = left + cut.job.total_bytes
-        if self._goes_on and not callable(progress):
+        if self.goes_on and not callable(progress):
             there, of = map(format_size, (cut.job.total_bytes - left, cut.job.total_bytes))
             say_goes_on(f"{there} of {of} are fetched", progress)
         with track_copy(progress, total, "fetch and copy") as report:
             self.fetch(cut.reads, lambda done: report(done, total))
-            cut.write(out, overwrite=overwrite, progress=lambda done, _: report(left + done, total))
+            make(progress=lambda done, _: report(left + done, total))
         self.remove()
 
     def open(self) -> None:
@@ -308,20 +312,24 @@ class HubCheckpoint:
             self._come[name].append(come)
 
     def _load_journal(self) -> None:
-        """Read what has come, of stand-ins that are there; a line that is cut off is none."""
+        """Read what has come, and forget what was of stand-ins that are gone.
+
+        A line that is cut off is none.
+        """
         journal = self.folder / _JOURNAL
         lines = journal.read_text("utf-8").splitlines(keepends=True) if journal.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        if whole != lines:
-            journal.write_text("".join(whole), encoding="utf-8")
-        for line in whole:
+        kept = []
+        for line in lines:
             with suppress(ValueError, TypeError):
-                name, etag, start, stop = json.loads(line)
+                name, etag, start, stop = json.loads(line if line.endswith("\n") else "")
                 path = self.folder / name
                 if path.is_file() and path.stat().st_size == self.sizes.get(name):
-                    self._etags[name] = etag
                     self._come[name].append((int(start), int(stop)))
-                    self._goes_on = True
+                    self._etags[name] = etag
+                    kept.append(line)
+        self.goes_on = bool(kept)
+        if kept != lines:
+            write_file(journal, "".join(kept).encode())
 
 
 def open_on_hub(request: "Request") -> HubCheckpoint | None:

@@ -7,7 +7,7 @@ folder of its own (``as_gguf``): the caller decides, whatever the folder holds.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +73,16 @@ class PreparedGguf:
             check_ours(self.out, [path.name for path in self.texts if path.exists()])
 
     def write(
-        self, *, overwrite: bool = False, progress: BytesProgress | bool | None = None
+        self,
+        *,
+        overwrite: bool = False,
+        progress: BytesProgress | bool | None = None,
+        check: Callable[[Path], None] = lambda _: None,
     ) -> None:
-        """Make the cut; OutputError if the place is taken or cannot be written to."""
+        """Make the cut; OutputError if the place is taken or cannot be written to.
+
+        ``check`` gets the new file before it takes its place.
+        """
         self.check_free(overwrite)
         with ExitStack() as stack:
             if self.gguf == self.out:
@@ -92,6 +99,7 @@ class PreparedGguf:
                 write_file(places[path], text.encode())
             for path, carried in self.carried.items():
                 shutil.copyfile(carried, places[path])
+            check(places[self.gguf])
 
 
 def prepare_gguf(

@@ -5,6 +5,7 @@ torch is loaded only where a model is.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from ..errors import (
 )
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..progress import BytesProgress, track
-from ..storage import check_apart, check_free, check_room, claimed, removed_on_error
+from ..storage import check_apart, check_free, check_room, claimed
 from ..values.experts import experts_file, parse_experts
 from ..values.files import PLAN_FILE
 from ..values.layers import drop_option, ranges
@@ -34,8 +35,6 @@ from .request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from .states_check import StatesCheck
 
 Way = Literal["disk", "memory", "gguf"]
 
@@ -251,8 +250,8 @@ class PlannedPrune:
         plan: what goes.
         files: that would be written; in memory, patterns of their names.
         num_bytes: of the files of weights; in memory about, and 0 where torch is missing.
-        fetch_bytes: of the weights that are fetched before, of a model of the hub that is not
-            loaded; without those that have come already.
+        fetch_bytes: of the weights that are fetched, of a model of the hub that is cut as it is
+            stored; all where the whole model is loaded to be compared, else what has not come.
     """
 
     way: Way
@@ -296,34 +295,36 @@ class PlannedPrune:
         show = False if callable(progress) else progress
         # Before the cut: what cannot be loaded is found before the work.
         loaded = request.load(progress) if self.loads_model and not on_disk else None
-        check = self._states_check(loaded, progress) if plan.states else None
+        check = self._states_check(loaded, progress) if plan.states else lambda _: None
         if self._write is not None:
-            self._write(overwrite=request.overwrite, progress=progress)
+            self._write(overwrite=request.overwrite, progress=progress, check=check)
         elif loaded is not None:
             with track("save the cut", show=show):
-                plan = request.cut_in_memory(*loaded, plan)
+                plan = request.cut_in_memory(*loaded, plan, check=check)
         written = self.files if request.out.suffix == ".gguf" else (request.out,)
-        cut = self.files[0] if self.way == "gguf" else request.out
-        if check is not None:
-            loaded = loaded if request.verify else None  # one model is in memory at a time
-            with track("compare the states", show=show), removed_on_error(written):
-                check.compare(cut)
         if not request.verify:
             return Pruned(plan, written)
         from .saving import verify_checkpoint
 
+        cut = self.files[0] if self.way == "gguf" else request.out
         loaded = loaded or request.load(progress, as_stored=on_disk)
         with track("verify the cut", show=show):
             return Pruned(plan, written, verify_checkpoint(*loaded, cut, layers=plan))
 
     def _states_check(
         self, loaded: "tuple[PreTrainedModel, Any] | None", progress: BytesProgress | bool | None
-    ) -> "StatesCheck":
-        """Read the states of the whole model, which may be loaded already."""
+    ) -> Callable[[Path], None]:
+        """Read the states of the whole model, which may be loaded already; gives what compares."""
         from .states_check import StatesCheck
 
         whole = loaded[0] if loaded else self._request.load_alone(progress)
-        return StatesCheck(whole, self.plan.states)
+        known, show = StatesCheck(whole, self.plan.states), self._request.show
+
+        def compare(cut: Path) -> None:
+            with track("compare the states", show=show):
+                known.compare(cut, self._request.out)
+
+        return compare
 
 
 def _plan_gguf(request: Request, layers: NamedLayers, experts: NamedExperts | None) -> PlannedPrune:
@@ -359,11 +360,17 @@ def _plan_folder(
     remote = open_on_hub(request)
     stored = request if remote is None else replace(request, source=str(remote.folder))
     fetch = None if remote is None else remote.fetch
-    cut = _prepared(stored, layers, experts, fetch=fetch) if stored.on_disk else None
+    with ExitStack() as refused:
+        if remote is not None and not remote.goes_on:
+            refused.callback(remote.remove)
+        cut = _prepared(stored, layers, experts, fetch=fetch) if stored.on_disk else None
+        refused.pop_all()
     if cut is not None:
         files = tuple(out / name for name in cut.files)
         write = partial(cut.write, out) if remote is None else partial(remote.make, cut, out)
         left = 0 if remote is None else remote.missing_bytes(cut.reads)
+        if remote is not None and (request.verify or cut.plan.states):  # by the whole model
+            left = sum(remote.sizes.values()) + left * (not cut.plan.states)
         loaded = replace(request, dtype=stored.stored_plainly)  # from there, to verify the cut
         return PlannedPrune("disk", cut.plan, files, cut.num_bytes, loaded, write, left)
     if remote is not None:

@@ -1,6 +1,7 @@
 """What is asked of a cut: its arguments but the layers, and what follows from them."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,9 +104,17 @@ class Request:
             )
 
     def cut_in_memory(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", plan: Plan
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        plan: Plan,
+        *,
+        check: Callable[[Path], None],
     ) -> Plan:
-        """Save the whole model as a plan cuts it, which gets the model's identity."""
+        """Save the whole model as a plan cuts it, which gets the model's identity.
+
+        ``check`` gets the complete folder before it takes its place.
+        """
         from ..models.identity import identify
         from .in_model import without_layers
         from .saving import save_cut
@@ -121,7 +130,13 @@ class Request:
         plan = made_for(plan, identify(model))
         with without_layers(model, plan):
             save_cut(
-                model, tokenizer, self.out, plan=plan, source=self.known, overwrite=self.overwrite
+                model,
+                tokenizer,
+                self.out,
+                plan=plan,
+                source=self.known,
+                overwrite=self.overwrite,
+                beside=check,
             )
         return plan
 

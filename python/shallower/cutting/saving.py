@@ -92,14 +92,14 @@ def save_cut(
     losses: tuple[Loss, Loss] | None = None,
     tested: str = "",
     command: str = "",
-    beside: Callable[[Path], Mapping[str, bytes]] = lambda _: {},
+    beside: Callable[[Path], Mapping[str, bytes] | None] = lambda _: None,
 ) -> None:
     """Save a cut as :func:`save_model` does; ``source`` is what the model names by default.
 
     The folder gets a GGUF file if there is a file ``gguf`` to cut it from, in its own types.
     ``command`` is what made it and ``tested`` names the texts of the losses, as
-    :class:`~.exports.CutFacts` has them; ``beside`` gives more files, by name, for the folder with
-    all others.
+    :class:`~.exports.CutFacts` has them; ``beside`` gets the folder with all files,
+    and may give more, by name.
     """
     check_plan(plan)
     if gguf is not None:
@@ -122,7 +122,7 @@ def _save(
     plan: Plan | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
     carried: Mapping[str, Path] = MappingProxyType({}),
-    beside: Callable[[Path], Mapping[str, bytes]] = lambda _: {},
+    beside: Callable[[Path], Mapping[str, bytes] | None] = lambda _: None,
 ) -> None:
     check_apart(path, [place_of(model)])
     check_exact(model)
@@ -151,7 +151,7 @@ def _save(
             plan.save(folder / PLAN_FILE)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        for name, content in beside(folder).items():
+        for name, content in (beside(folder) or {}).items():
             (folder / name).write_bytes(content)
 
 

@@ -34,48 +34,11 @@ GGUF_KEYS = {
 """The keys of a GGUF file that a card speaks of, and the card's words for them."""
 
 FILE_TYPES = (
-    "F32",
-    "F16",
-    "Q4_0",
-    "Q4_1",
-    None,
-    None,
-    None,
-    "Q8_0",
-    "Q5_0",
-    "Q5_1",
-    "Q2_K",
-    "Q3_K_S",
-    "Q3_K_M",
-    "Q3_K_L",
-    "Q4_K_S",
-    "Q4_K_M",
-    "Q5_K_S",
-    "Q5_K_M",
-    "Q6_K",
-    "IQ2_XXS",
-    "IQ2_XS",
-    "Q2_K_S",
-    "IQ3_XS",
-    "IQ3_XXS",
-    "IQ1_S",
-    "IQ4_NL",
-    "IQ3_S",
-    "IQ3_M",
-    "IQ2_S",
-    "IQ2_M",
-    "IQ4_XS",
-    "IQ1_M",
-    "BF16",
-    None,
-    None,
-    None,
-    "TQ1_0",
-    "TQ2_0",
-    "MXFP4_MOE",
-    "NVFP4",
-    "Q1_0",
-)
+    "F32", "F16", "Q4_0", "Q4_1", None, None, None, "Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S",
+    "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ2_XXS", "IQ2_XS",
+    "Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ3_M", "IQ2_S", "IQ2_M",
+    "IQ4_XS", "IQ1_M", "BF16", None, None, None, "TQ1_0", "TQ2_0", "MXFP4_MOE", "NVFP4", "Q1_0",
+)  # fmt: skip
 """The quantisations of llama.cpp, by the number in ``general.file_type``."""
 
 FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|$)", re.DOTALL)
@@ -113,6 +76,11 @@ class Source:
     text: str = ""
     licenses: Mapping[str, Path] = field(default_factory=dict)
     modules: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def embeds(self) -> bool:
+        """True of an embedder of sentence-transformers, with modules behind its decoder."""
+        return any("/" in name for name in self.modules)
 
     @property
     def place(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -38,14 +39,21 @@ class StatesCheck:
         self._load = loader_like(model, kind_of(model.config))
         self._expected = self._read(model)
 
-    def compare(self, path: Path) -> None:
-        """Load a cut by stock transformers; ModelError if a bit of a state is another one."""
-        found = self._read(self._load(path))
+    def compare(self, path: Path, out: Path) -> None:
+        """Load a cut by stock transformers; ModelError if a bit of a state is another one.
+
+        It lies at ``path``, and a GGUF file may have any name there, and is to be ``out``.
+        """
+        with TemporaryDirectory() as folder:
+            named = Path(folder) / "cut.gguf"
+            if path.is_file():
+                named.symlink_to(path.absolute())
+            found = self._read(self._load(named if path.is_file() else path))
         for (state, want), (_, got) in zip(self._expected, found, strict=True):
             if not torch.equal(want.view(torch.uint8), got.view(torch.uint8)):  # NaN too
                 off = float((want.double() - got.double()).abs().max())
                 raise ModelError(
-                    f"the cut {path} is not lossless, and is removed: after a stock reload its "
+                    f"the cut {out} is not lossless, and is not kept: after a stock reload its "
                     f"state {state} is off by up to {off:.2g}"
                 )
 

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputError, ShallowerError, why
+from ..cutting.metadata import card_text, with_results
+from ..errors import OutputError, ShallowerError, raise_output_error, why
 from ..storage import claimed, holds, sha256_of, write_file
 from ..values.comparison import CriteriaComparison
 from ..values.curve import Curve
@@ -34,6 +35,8 @@ from ..values.target import Target
 from .stories.evaluation import Values, evaluation_record
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from ..scanning.scan import Scan
 
 
@@ -272,3 +275,24 @@ def weights_mark(folder: Path) -> str:
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
         digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
+
+
+def check_results(card: Path) -> None:
+    """Refuse a card that no results can be written into: OutputError."""
+    if not card.is_file():
+        raise OutputError(
+            f"there is no card {card}: results are put on that of a local folder or GGUF file; "
+            f"write one first, or leave --card out"
+        )
+    with raise_output_error(card):
+        with_results(card_text(card), ())
+
+
+def state_results(card: Path, results: "Sequence[EvalResult]") -> None:
+    """Write results into the front matter of a card, in place of those of the same measure.
+
+    OutputError where it cannot be read or written.
+    """
+    with raise_output_error(card):
+        name = card.resolve().parent.name
+        write_file(card, with_results(card_text(card), results, name=name).encode())

@@ -1,27 +1,37 @@
 """Make a result again from its record, and compare: file by file, and figure by figure."""
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cutting.exports import MERGEKIT_FILE
 from ..cutting.source import CARD_FILE
 from ..errors import OutputError
 from ..models.dtypes import QUANTISED
 from ..values.counts import counted
-from ..values.files import PLAN_FILE
+from ..values.files import PATCH_FILE, PLAN_FILE
 from ..values.hashing import hash_of
 from ..values.provenance import versions
-from .records import Read, Record, changed, files_of, here, read_of
+from .records import (
+    MODELS,
+    Read,
+    Record,
+    changed,
+    fetch_small,
+    files_of,
+    files_on_hub,
+    here,
+    read_of,
+)
 from .store import FOLDER_VARIABLE, Store, store_folder
 
 NATS = 0.02
 """How far losses may lie apart that other instructions or threads have made."""
 
-ANYWHERE = ("prune",)
-"""Commands that copy bytes, and compute nothing."""
+_COMPUTED = (".safetensors", ".gguf", PATCH_FILE, PLAN_FILE)
+"""Ends of the names of files that hold what other instructions or threads compute otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +53,9 @@ def promise_of(record: Record) -> Promise:
     """Say what can be promised here, on this processor, with these instructions and threads."""
     found = versions()
     other = tuple(name for name, one in record.versions.items() if found.get(name) != one)
-    if record.command in ANYWHERE and record.settings.get("dtype") not in QUANTISED:
-        told = f"; its plan and card name other versions of {', '.join(other)}" if other else ""
+    if record.command == "prune" and record.settings.get("dtype") not in ("auto", *QUANTISED):
+        what = "plan and card" if _is_copied(record) else "configs, plan and card"
+        told = f"; its {what} name other versions of {', '.join(other)}" if other else ""
         return Promise(True, f"the same bytes: a cut copies them, on any machine{told}", other)
     mine = here()
     apart = [
@@ -56,13 +67,37 @@ def promise_of(record: Record) -> Promise:
         return Promise(True, "the same bytes: processor, instructions and threads are those of it")
     names = {"cpu": "processor", "gpus": "cards", "variables": "instructions"}
     words = ", ".join([*(names.get(one, one) for one in apart), *other])
-    why = f"the same losses within {NATS} nats a token: not with the same {words}"
-    return Promise(False, why, other)
+    what = f"the same losses within {NATS} nats a token" if record.figures else "no weights"
+    return Promise(False, f"{what}: not with the same {words}", other)
 
 
-def changed_result(record: Record, place: Path, store: Store) -> list[str]:
-    """Say which files of a result are not as its record has them, a line each."""
-    found = files_of(place, record.command, record.part, store=store)
+def _is_copied(record: Record) -> bool:
+    """Whether a cut is a copy of bytes, as far as a record shows; else transformers saved it."""
+    model = record.read.get("model")
+    from_gguf = model is not None and [*model.files] == [""]
+    to_gguf = record.out.endswith(".gguf") or "as_gguf" in record.settings
+    return "dtype" not in record.settings and from_gguf == to_gguf
+
+
+def check_comparable(record: Record, promise: Promise) -> None:
+    """Refuse to make a result again of which nothing could be compared: OutputError."""
+    if not promise.bytes and not record.figures:
+        raise OutputError(
+            f"nothing of its weights could be compared here, {promise.why.partition(': ')[2]}, and "
+            f"the record has no losses: make it again where these are the same (OMP_NUM_THREADS "
+            f"sets the threads)"
+        )
+
+
+def changed_result(record: Record, place: Path | str, store: Store) -> list[str]:
+    """Say which files of a result are not as its record has them, a line each.
+
+    ModelError where one on the hub cannot be fetched.
+    """
+    if isinstance(place, str):
+        found = files_on_hub(place, record.command, record.part, store=store)
+    else:
+        found = files_of(place, record.command, record.part, store=store)
     return [f"result: {line}" for line in changed(record.files, found)]
 
 
@@ -72,14 +107,20 @@ def find_reads(
     """Find all that a record has read, and say what of it has changed, a line each.
 
     ``given`` are places by option; what is of the hub is read from there. OutputError names what is
-    not at hand, by its hash.
+    not at hand, by its hash, and what the record does not read.
     """
     places, lines = {}, []
+    for name in given:
+        if given[name] and name not in record.read:
+            option = f"--{name.replace('_', '-')}"
+            raise OutputError(f"by its record {record.out} was made without {option}: leave it out")
     for name, read in record.read.items():
         place = given.get(name) or (None if read.commit is None else read.name)
         if place is None:
             raise OutputError(_wanted(name, read))
         places[name] = place
+        if read.commit and place == read.name and name in MODELS:
+            fetch_small(read)
         found = read_of(name, place, record.command, given=record.settings, store=store)
         lines += read.differences(found, f"--{name.replace('_', '-')} {place}")
     return places, lines
@@ -97,7 +138,7 @@ def _wanted(name: str, read: Read) -> str:
 
 @contextmanager
 def working_folder(record: Record) -> Iterator[Path]:
-    """Give a folder to make a result in, which stays when the body fails: the next call goes on.
+    """Give a folder to make a result in, which stays: the next call goes on.
 
     The cache of measurements lies in it, so that nothing that is known already is taken.
     """
@@ -110,7 +151,6 @@ def working_folder(record: Record) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
-        shutil.rmtree(folder, ignore_errors=True)
     finally:
         if before is None:
             del os.environ[FOLDER_VARIABLE]
@@ -121,16 +161,18 @@ def working_folder(record: Record) -> Iterator[Path]:
 def compare(record: Record, made: Record, promise: Promise) -> list[str]:
     """Say in what a result that was made again differs from its record, a line each.
 
-    A card is in the words of the version that wrote it, and a plan names versions.
+    A card is in the words of the version that wrote it; a plan names versions, and a config that
+    transformers saved. Some files name the source, which may be a copy by another name here.
     """
-    worded = (CARD_FILE, PLAN_FILE) if promise.versions else (CARD_FILE,)
+    worded = [CARD_FILE]
+    if promise.versions:
+        worded.append(PLAN_FILE if _is_copied(record) else ".json")
+    if any(read.name != made.read[name].name for name, read in record.read.items()):
+        worded += [PLAN_FILE, MERGEKIT_FILE, "tokenizer_config.json"]
+    worded += [] if promise.bytes else _COMPUTED
     passed = tuple(f"{name} has other bytes" for name in worded)
     found = changed(record.files, made.of_part(record.part).files)
-    lines = [
-        f"made again: {line}"
-        for line in found
-        if not line.endswith(passed if promise.bytes else "has other bytes")
-    ]
+    lines = [f"made again: {line}" for line in found if not line.endswith(passed)]
     for name in sorted({*record.figures, *made.figures}):
         had, has = record.figures.get(name), made.figures.get(name)
         if had is None or has is None:

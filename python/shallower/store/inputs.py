@@ -168,6 +168,12 @@ def inputs_of(
     return {**found, **settings}
 
 
+def base_of(adapters: Path) -> str:
+    """The cut that adapters name; OSError, ValueError, KeyError or TypeError where they do not."""
+    config = json.loads((adapters / "adapter_config.json").read_bytes())
+    return str(config["base_model_name_or_path"])
+
+
 def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str, Any] | None:
     """Identify adapters by their files and their cut, ``model`` or the one that they name.
 
@@ -176,10 +182,7 @@ def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str
     if store.folder is None:
         return None
     try:
-        base = model
-        if base is None:
-            config = json.loads((adapters / "adapter_config.json").read_bytes())
-            base = str(config["base_model_name_or_path"])
+        base = model or base_of(adapters)
         own = hash_of_files(sorted(p for p in adapters.iterdir() if p.is_file()), store)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # damaged: loading them says so

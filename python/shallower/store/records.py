@@ -2,28 +2,31 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from .._core import tier
 from ..cutting.exports import EXPORT_FILES, export_path
-from ..cutting.metadata import words_of
+from ..cutting.metadata import without_results
 from ..cutting.plans import plan_file
-from ..cutting.source import CARD_FILE, hub_id, place_name
-from ..errors import OutputError, why
+from ..cutting.source import CARD_FILE, hub_id, module_folders, place_name
+from ..errors import ModelError, OutputError, why
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..processes import num_processes, processors
 from ..storage import RECORD, RESULT_RECORD, sha256_of, write_file
-from ..texts.sources import Texts
+from ..texts.hub import hub_refusal
+from ..texts.sources import HUB_DATASET, Texts
 from ..values.files import (
     CHECKPOINT_FOLDER,
     HEALED_FOLDER,
     HEALING_FIGURE,
     HEALING_FILE,
     PATCH_FILE,
+    PLAN_FILE,
     REPORT_FILE,
     RESULTS_FILE,
 )
@@ -31,7 +34,7 @@ from ..values.hashing import hash_of
 from ..values.provenance import versions
 from ..values.schema import fields_of, of_type, plain_fields
 from .inputs import (
-    hashes_by_name,
+    base_of,
     hashes_of,
     machine,
     model_files,
@@ -148,13 +151,20 @@ class Record:
     def _check(self) -> None:
         """Refuse what no command writes: ValueError."""
         named = {*MODELS, *TEXTS, "plan", "experts_plan", "out"} & {*self.settings}
+        named |= {*WITHOUT_EFFECT} & {*self.settings}
         named |= {name for name in PROMPTS if self.settings.get(name)}
         if named:
-            raise ValueError(f"its settings name what is read ({', '.join(sorted(named))})")
+            raise ValueError(
+                f"its settings name places, or what changes no result ({', '.join(sorted(named))})"
+            )
         if {*self.plans} - {*PLANS} or {*self.read} - {*MODELS, *TEXTS, *PROMPTS}:
             raise ValueError("it names what no command reads")
         if any(read.commit is None and not read.files for read in self.read.values()):
             raise ValueError("what was read has no hash")
+        for name, read in self.read.items():
+            on_hub = hub_id(read.name) if name in MODELS else HUB_DATASET.fullmatch(read.name)
+            if read.commit is not None and (not on_hub or Path(read.name).exists()):
+                raise ValueError(f"{read.name!r} is no repository of the hub")
         if self.out in ("", ".", "..") or Path(self.out).name != self.out:
             raise ValueError(f"{self.out!r} is no name of a result")
 
@@ -174,6 +184,7 @@ def changed(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
 
 ADAPTERS_FILE, _BASE = "adapter_config.json", "base_model_name_or_path"
 
+_BESIDE = (*EXPORT_FILES, PLAN_FILE)
 _PARTS = (CHECKPOINT_FOLDER, HEALED_FOLDER)
 
 _TIMED = (HEALING_FILE, HEALING_FIGURE)
@@ -206,6 +217,8 @@ def record_of(command: str, given: Mapping[str, Any], store: Store) -> Record:
     OSError where a file cannot be read.
     """
     out, settings = Path(given["out"]), {}
+    if command == "merge" and not given.get("model"):
+        given = {**given, "model": base_of(Path(given["adapters"]))}
     plans = {name: text for name in PLANS if (text := _plan(name, given.get(name))) is not None}
     reads = {
         name: read_of(name, str(given[name]), command, given=given, store=store)
@@ -264,8 +277,12 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
     if name in MODELS:
         source = ModelSource(value, gguf_file=given.get("gguf_file"))
         files, commit = model_files(source)
+        if source.is_gguf:
+            return Read(shown, commit, {"": hashes_of(files, store)[0]})
+        folder = files[0].parent
+        files += [path for one in module_folders(folder) for path in (folder / one).glob("*")]
         stated = {} if source.gguf_file else stated_hashes(source, commit)
-        return Read(shown, commit, {**stated, **hashes_by_name(files, store)})
+        return Read(shown, commit, {**stated, **_hashes(folder, files, store)})
     return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
 
 
@@ -284,30 +301,32 @@ def _read_texts(value: str, limit: int | None, store: Store) -> Read:
 def files_of(out: Path, command: str, part: str = "", *, store: Store) -> dict[str, str]:
     """Hash the files of a result, or of a part, that no clock has a hand in, by their names."""
     if out.suffix == ".gguf":
-        paths = [out, *(export_path(out, name) for name in EXPORT_FILES)]
-        paths = [path for path in paths if path.is_file()]
-        found = dict(zip([one.name for one in paths], hashes_of(paths, store), strict=True))
-        return _without_results(out.parent, found)
+        return _hashes(out.parent, [out, *(export_path(out, one) for one in _BESIDE)], store)
     tops, left_out = [out], {RECORD, RESULT_RECORD, *_TIMED}
     if command == "run":  # whose card tells its call, by the names that places had
         tops = [out / one for one in _PARTS] if not part else tops
         left_out.add(CARD_FILE)
-    paths = sorted(path for top in tops for path in top.rglob("*") if path.is_file())
-    paths = [path for path in paths if path.name not in left_out]
-    names = [path.relative_to(out).as_posix() for path in paths]
-    found = dict(zip(names, hashes_of(paths, store), strict=True))
+    paths = sorted(path for top in tops for path in top.rglob("*"))
+    found = _hashes(out, [path for path in paths if path.name not in left_out], store)
     if ADAPTERS_FILE in found:  # which has the place of their model
         config = json.loads((out / ADAPTERS_FILE).read_bytes())
         found[ADAPTERS_FILE] = hash_of({key: config[key] for key in config if key != _BASE})
-    return _without_results(out, found)
+    return found
 
 
-def _without_results(folder: Path, found: dict[str, str]) -> dict[str, str]:
-    """Hash cards but for their results, which are also measured later (``eval --card``)."""
+def _hashes(folder: Path, paths: Sequence[Path], store: Store) -> dict[str, str]:
+    """Hash the files among paths in a folder by their places in it, but for hidden ones.
+
+    Of cards all but their results, which are also measured later (``eval --card``).
+    """
+    places = {path.relative_to(folder): path for path in paths if path.is_file()}
+    places = {one: path for one, path in places.items() if f"/{one}".find("/.") < 0}
+    names = [place.as_posix() for place in places]
+    found = dict(zip(names, hashes_of([*places.values()], store), strict=True))
     for name in found:
         if name.endswith(CARD_FILE):
-            card = (folder / name).read_text(encoding="utf-8", errors="replace")
-            found[name] = hash_of(words_of(card))
+            card = (folder / name).read_bytes().decode("utf-8-sig", errors="replace")
+            found[name] = hash_of(without_results(card))
     return found
 
 
@@ -323,6 +342,8 @@ def figures_of(out: Path) -> dict[str, float]:
             if isinstance(value, float):
                 found[f"{file}: {name}"] = value
     for one in _json(out / HEALING_FILE).get("held_out", []):
+        if one["nats"] is None:  # it was not finite
+            continue
         found[f"{HEALING_FILE}: held-out loss at step {one['step']}"] = one["nats"]
     return found
 
@@ -331,16 +352,52 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def find_record(place: str) -> tuple[Path | None, Record]:
-    """Give the result that is at hand, if any, and its record; OutputError where there is none."""
+def find_record(place: str) -> tuple[Path | str | None, Record]:
+    """Give the result, if any is at hand, and its record; OutputError where there is none.
+
+    A result on the hub is given by its id.
+    """
     path = Path(place).expanduser()
     if path.stem == Path(REPORT_FILE).stem and path.is_file():  # the page of a run, or its data
         path = path.parent
     if path.name.endswith(RESULT_RECORD) or (path.suffix == ".json" and path.is_file()):
         return None, Record.load(path)
     if not path.exists() and hub_id(place) is not None:
-        return None, Record.load(_on_the_hub(place))
+        return place, Record.load(_on_the_hub(place))
     return path, Record.load(record_path(path))
+
+
+def fetch_small(read: Read) -> None:
+    """Bring what a hub model has beside its weights into the hub's cache, to be compared.
+
+    Raises as :func:`files_on_hub`.
+    """
+    _fetched(read.name, allow_patterns=[escape(one) for one in read.files if not _is_large(one)])
+
+
+def _is_large(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _fetched(name: str, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, **options))
+    except Exception as error:  # of the hub's client, which has had several
+        reason = hub_refusal(name, "model") or why(error)
+        raise ModelError(f"cannot fetch {name}: {reason}") from error
+
+
+def files_on_hub(name: str, command: str, part: str = "", *, store: Store) -> dict[str, str]:
+    """Hash the files of a result on the hub as :func:`files_of`; large ones as the hub states them.
+
+    ModelError where the hub does not give the others.
+    """
+    commit = _on_the_hub(name).parent.name
+    stated = stated_hashes(ModelSource(name), commit)
+    folder = _fetched(name, revision=commit, ignore_patterns=[escape(one) for one in stated])
+    return {**files_of(folder, command, part, store=store), **stated}
 
 
 def _on_the_hub(name: str) -> Path:

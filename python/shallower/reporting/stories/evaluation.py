@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ...cutting.metadata import dataset_of, loss_results, one_result
 from ...values.counts import counted
 from ...values.perplexity import Perplexity
 from ...values.plan import Plan
@@ -15,6 +16,9 @@ from ...values.speech import WAYS, Speech
 from ...values.task_scores import TaskScores
 from ..story import Cell, Number, Table
 from ..words import loss_words
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 Values = Mapping[str, Mapping[str, Any]]
 """By ``loss``, ``perplexity`` and ``tasks`` what was found of one model, or of two: that which the
@@ -210,3 +214,34 @@ def speech_cell(name: str, speech: Speech | None) -> Number:
 def _number(name: str, found: Estimate | Scores | None, *, sign: bool = False) -> Number:
     scale, digits = (100, 1) if name in _SHARES else (1, 3)
     return Number.estimate(found, digits, sign=sign, scale=scale)
+
+
+def measured_results(values: Values, names: Mapping[str, str]) -> "list[EvalResult]":
+    """What was measured of a model as the hub's results; it has no words for speech.
+
+    The model is ``model`` or ``base``, and the whole one that it is compared with ``against``.
+    ``names`` are of the texts, by kind.
+    """
+    found = []
+    for kind, sides in values.items():
+        value, texts = sides.get("model", sides.get("base")), names.get(kind, "")
+        if kind == "loss":
+            found += loss_results(value, sides.get("against"), texts)
+        elif kind == "perplexity":
+            found.append(_perplexity_result(value, texts))
+        elif kind == "tasks":
+            found += map(_task_result, value)
+    return found
+
+
+def _perplexity_result(found: Perplexity, text: str) -> "EvalResult":
+    windows = counted(len(found.by_window), "window")
+    what = f"perplexity, {windows} of {counted(found.context, 'token')}"
+    return one_result(dataset_of(text), "perplexity", found.value, stderr=found.stderr, what=what)
+
+
+def _task_result(found: TaskScores) -> "EvalResult":
+    of = {"dataset_type": found.task, "dataset_name": found.task}
+    shots = counted(found.num_shots, "solved example")
+    what = f"{found.metric} of {counted(len(found.items), 'item')}, {shots}"
+    return one_result(of, found.metric, found.mean, stderr=found.stderr, what=what)

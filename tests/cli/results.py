@@ -1,0 +1,65 @@
+"""The calls that leave a result, and what their records are found and changed by."""
+
+import json
+from pathlib import Path
+
+from shallower.store import records
+
+HEAL = (
+    "heal cut --texts many.jsonl --eval-texts held_out.jsonl --dtype float32 --max-length 16 "
+    "--batch-size 8 --steps 8 --rank 2 --learning-rate 0.01 --eval-every 4 --out made"
+)
+CALLS = {
+    "prune": ("prune tiny --drop 2:4 --out made", "model tiny"),
+    "prune by a plan": ("prune tiny --plan cut --out made", "model tiny"),
+    "prune for states": ("prune tiny --for-states 1,3 --out made", "model tiny"),
+    "prune into a GGUF file": ("prune small.gguf --drop 1 --out made.gguf", "model small.gguf"),
+    "prune experts": (
+        "prune mixture --drop-experts " + ";".join(f"{layer}:1,4" for layer in range(8))
+        + " --out made",
+        "model mixture",
+    ),
+    "patch": (
+        "patch trained --texts counting.jsonl --drop 2:4 --eval-texts counted.jsonl --out made "
+        "--dtype float32 --max-length 16",
+        "model trained, texts counting.jsonl, eval_texts counted.jsonl",
+    ),
+    "heal": (HEAL, "model cut, texts many.jsonl, eval_texts held_out.jsonl"),
+    "heal merged": (f"{HEAL} --merge", "model cut, texts many.jsonl, eval_texts held_out.jsonl"),
+    "merge": ("merge adapters --out made", "adapters adapters, model cut"),
+    "run": (
+        "run trained --texts counting.jsonl --eval-texts counted.jsonl --n 1 --top 2 --no-speech "
+        "--no-answers --max-length 16 --out made",
+        "model trained, texts counting.jsonl, eval_texts counted.jsonl",
+    ),
+    "run of a GGUF file": (
+        "run small.gguf --texts counting.jsonl --eval-texts counted.jsonl --n 1 --top 1 "
+        "--no-patch --no-speech --max-length 16 --out made",
+        "model small.gguf, texts counting.jsonl, eval_texts counted.jsonl",
+    ),
+}  # fmt: skip
+"""Commands that leave a result, and what ``reproduce`` is told of where things lie."""
+
+QUICK = {"prune", "prune by a plan", "prune for states", "prune into a GGUF file", "patch", "merge"}
+
+
+def words_of(told):
+    """``model tiny`` as an option."""
+    pairs = [one.split() for one in told.split(", ")]
+    return [f"--{name.replace('_', '-')}={place}" for name, place in pairs]
+
+
+def result_of(call):
+    return call.split("--out ")[1].split()[0]
+
+
+def record_in(result):
+    path = records.record_path(Path(result))
+    return path, json.loads(path.read_text())
+
+
+def edited(result, edit):
+    """Change the record of a result."""
+    path, record = record_in(result)
+    edit(record)
+    path.write_text(json.dumps(record))
