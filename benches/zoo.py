@@ -64,17 +64,20 @@ class Recipe:
 
     def waits(self, command):
         """What is missing here for a command; empty if nothing is."""
-        if self.gpu and not has_gpu():
+        if self.gpu and not has_gpu(self.gpu):
             return f"a GPU of {self.gpu}"
         if "{data}" in command and "SHALLOWER_DATA" not in os.environ:
             return "texts: name their folder by SHALLOWER_DATA"
         return ""
 
 
-def has_gpu():
+def has_gpu(size):
+    """Whether there is a card of at least such a size, as 80GB."""
     import torch
 
-    return torch.cuda.is_available()
+    number = range(torch.cuda.device_count())
+    least = int(size.removesuffix("GB")) * 10**9
+    return any(torch.cuda.get_device_properties(one).total_memory >= least for one in number)
 
 
 def option(words, name):

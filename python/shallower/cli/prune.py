@@ -76,7 +76,7 @@ def prune_command(
     A folder of safetensors is cut on disk, without loading it, unless --dtype asks for
     another dtype than the stored one; when interrupted, the same command goes on.
     So is a hub model of safetensors, of which only what stays is fetched; with --verify
-    all of it.
+    or --for-states all of it.
     With an --out that ends in .gguf, or with --as-gguf, a GGUF file is cut directly,
     without loading it.
     A model card lies beside every cut; mergekit's config and llama.cpp's list of layers

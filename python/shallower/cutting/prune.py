@@ -86,7 +86,7 @@ def prune(
             it; for a GGUF file.
         trust_remote_code: run code that comes with the model.
         verify: reload the cut with stock transformers and compare its logits with those of the
-            source without its layers; a hub model is fetched whole.
+            source without its layers; a hub model is fetched whole, as for states.
         progress: a function of the bytes copied and the bytes in all, or whether to show a bar;
             by default if standard error is a terminal.
 
