@@ -81,9 +81,9 @@ def test_a_cut_is_made_again_to_the_byte(kept, capfd, recipe):
 def test_what_waits_for_a_card_is_planned_within_its_memory(kept, capfd, monkeypatch, recipe):
     texts = kept / "data" / "text"
     texts.mkdir(parents=True)
-    rows = "".join(json.dumps({"text": f"text {i} of many words"}) + "\n" for i in range(64))
-    for name in ("c4.jsonl", "c4_eval.jsonl"):
-        (texts / name).write_text(rows)
+    for name in ("c4", "c4_eval"):
+        rows = [json.dumps({"text": f"text {i} of {name}"}) + "\n" for i in range(64)]
+        (texts / f"{name}.jsonl").write_text("".join(rows))
     (texts / "wikitext2_test.txt").write_text("Some words. " * 99)
     monkeypatch.setenv("SHALLOWER_DATA", str(kept / "data"))
     assert zoo.plan(recipe, kept / "work")
