@@ -408,10 +408,6 @@ BAD = {
         ),
         "tiny' is no repository of the hub",
     ),
-    "a folder here as a repository": (
-        lambda path: edited(path.parent, lambda record: record["read"]["model"].update(commit="c")),
-        "'tiny' is no repository of the hub",
-    ),
     "a file as a dataset": (
         lambda path: edited(
             path.parent,
@@ -446,6 +442,10 @@ def test_what_is_not_at_hand_is_asked_for_by_its_hash(shallower, made):
         f"(--texts)"
     )
     assert "name it (--model)" in shallower("reproduce", result, *told[1:]).error
+    # A folder here is not read because a record calls it a repository.
+    edited(result, lambda record: record["read"]["model"].update(commit="c"))
+    said = "the record reads trained from the hub, and it is also here: say which, by a path"
+    assert shallower("reproduce", result, *told[1:]).error.startswith(said)
 
 
 def test_a_hub_id_without_a_record(shallower):

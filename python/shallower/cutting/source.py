@@ -43,6 +43,8 @@ FILE_TYPES = (
 
 FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|$)", re.DOTALL)
 
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
 _MAX_CARD_BYTES = 1 << 20
 _LICENSE = re.compile(r"(licen[sc]e|notice|copying|use_policy)([._-].*)?", re.IGNORECASE)
 _MAX_LICENSE_BYTES = 1 << 20
@@ -144,7 +146,7 @@ def hub_id(source: str) -> str | None:
     for path in (source, str(Path(source).resolve())):
         if cached := id_in_cache(path):
             return cached
-    named = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not source.endswith(".gguf")
+    named = HUB_ID.fullmatch(source) and not source.endswith(".gguf")
     return source if named and not Path(source).exists() else None
 
 

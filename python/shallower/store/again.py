@@ -118,6 +118,11 @@ def find_reads(
         place = given.get(name) or (None if read.commit is None else read.name)
         if place is None:
             raise OutputError(_wanted(name, read))
+        if not given.get(name) and Path(place).exists():
+            raise OutputError(
+                f"the record reads {place} from the hub, and it is also here: say which, by a path "
+                f"or from another folder (--{name.replace('_', '-')})"
+            )
         places[name] = place
         if read.commit and place == read.name and name in MODELS:
             fetch_small(read)

@@ -12,7 +12,7 @@ from .._core import tier
 from ..cutting.exports import EXPORT_FILES, export_path
 from ..cutting.metadata import without_results
 from ..cutting.plans import plan_file
-from ..cutting.source import CARD_FILE, hub_id, module_folders, place_name
+from ..cutting.source import CARD_FILE, HUB_ID, hub_id, module_folders, place_name
 from ..errors import ModelError, OutputError, why
 from ..models.processor import first_processor
 from ..models.source import ModelSource
@@ -162,8 +162,8 @@ class Record:
         if any(read.commit is None and not read.files for read in self.read.values()):
             raise ValueError("what was read has no hash")
         for name, read in self.read.items():
-            on_hub = hub_id(read.name) if name in MODELS else HUB_DATASET.fullmatch(read.name)
-            if read.commit is not None and (not on_hub or Path(read.name).exists()):
+            pattern = HUB_ID if name in MODELS else HUB_DATASET
+            if read.commit is not None and not pattern.fullmatch(read.name):
                 raise ValueError(f"{read.name!r} is no repository of the hub")
         if self.out in ("", ".", "..") or Path(self.out).name != self.out:
             raise ValueError(f"{self.out!r} is no name of a result")
