@@ -279,10 +279,12 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
         files, commit = model_files(source)
         if source.is_gguf:
             return Read(shown, commit, {"": hashes_of(files, store)[0]})
+        if not files:
+            raise OutputError(f"there is no file of a model in {value}")
         folder = files[0].parent
         files += [path for one in module_folders(folder) for path in (folder / one).glob("*")]
-        stated = {} if source.gguf_file else stated_hashes(source, commit)
-        return Read(shown, commit, {**stated, **_hashes(folder, files, store)})
+        found = _hashes(folder, files, store)
+        return Read(shown, commit, {**stated_hashes(source, commit), **found})
     return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
 
 
@@ -319,10 +321,9 @@ def _hashes(folder: Path, paths: Sequence[Path], store: Store) -> dict[str, str]
 
     Of cards all but their results, which are also measured later (``eval --card``).
     """
-    places = {path.relative_to(folder): path for path in paths if path.is_file()}
-    places = {one: path for one, path in places.items() if f"/{one}".find("/.") < 0}
-    names = [place.as_posix() for place in places]
-    found = dict(zip(names, hashes_of([*places.values()], store), strict=True))
+    places = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+    places = {name: path for name, path in places.items() if "/." not in f"/{name}"}
+    found = dict(zip(places, hashes_of([*places.values()], store), strict=True))
     for name in found:
         if name.endswith(CARD_FILE):
             card = (folder / name).read_bytes().decode("utf-8-sig", errors="replace")
