@@ -1,7 +1,7 @@
 """``shallower reproduce``."""
 
 import contextlib
-import sys
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import rmtree
@@ -124,7 +124,7 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
     command = parser(record.command)
     words = _words(command, given)
     remember_call(record.command, words)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(io.StringIO()):  # which names a folder that goes again
         status = command.main(words, prog_name="shallower", standalone_mode=False)
     if status:  # it was interrupted
         raise typer.Exit(status)
