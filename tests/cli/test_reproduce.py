@@ -308,15 +308,20 @@ def test_a_merge_is_of_its_cut(shallower, made):
     assert done.out.splitlines()[1:] == ["--model cut: config.json has other bytes"]
 
 
-def test_what_has_no_losses_is_not_compared_elsewhere(shallower, made, monkeypatch):
+def test_what_has_no_losses_of_its_own_is_compared_by_bytes_elsewhere(shallower, made, monkeypatch):
     result, told = made("merge")
     monkeypatch.setattr(again, "here", lambda: {**records.here(), "threads": "64"})
-    monkeypatch.setattr(again, "working_folder", lambda *_: pytest.fail("it was made"))
-    done = shallower("reproduce", result, *told)
-    assert done.error.startswith(
-        "nothing of its weights could be compared here, not with the same threads, and the record "
-        "has no losses"
+    promised, done = shallower("reproduce", result, *told).out.splitlines()
+    assert promised == (
+        "promised: nothing for sure, so all bytes are compared: not with the same threads"
     )
+    num = len(record_in(result)[1]["files"])
+    assert done == f"the same: {num} files"
+    edited(result, lambda record: record["files"].update({"model.safetensors": "0" * 64}))
+    path = record_in(result)[0].rename("alone.json")
+    done = shallower("reproduce", path, *told)
+    said = "made again: model.safetensors has other bytes"
+    assert (done.status, done.out.splitlines()[1]) == (1, said)
 
 
 def test_an_option_that_the_record_does_not_read_is_refused(shallower, made):

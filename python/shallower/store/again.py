@@ -39,7 +39,8 @@ class Promise:
     """What can be promised of a result that is made again here.
 
     Attributes:
-        bytes: whether its files are the same, to the byte; else its losses are within ``NATS``.
+        bytes: whether its files are the same, to the byte; else its losses are within ``NATS``, if
+            it has any.
         why: in words.
         versions: packages that are of other versions here, which plans and cards name.
     """
@@ -67,7 +68,9 @@ def promise_of(record: Record) -> Promise:
         return Promise(True, "the same bytes: processor, instructions and threads are those of it")
     names = {"cpu": "processor", "gpus": "cards", "variables": "instructions"}
     words = ", ".join([*(names.get(one, one) for one in apart), *other])
-    what = f"the same losses within {NATS} nats a token" if record.figures else "no weights"
+    what = "nothing for sure, so all bytes are compared"
+    if record.figures:
+        what = f"the same losses within {NATS} nats a token"
     return Promise(False, f"{what}: not with the same {words}", other)
 
 
@@ -77,16 +80,6 @@ def _is_copied(record: Record) -> bool:
     from_gguf = model is not None and [*model.files] == [""]
     to_gguf = record.out.endswith(".gguf") or "as_gguf" in record.settings
     return "dtype" not in record.settings and from_gguf == to_gguf
-
-
-def check_comparable(record: Record, promise: Promise) -> None:
-    """Refuse to make a result again of which nothing could be compared: OutputError."""
-    if not promise.bytes and not record.figures:
-        raise OutputError(
-            f"nothing of its weights could be compared here, {promise.why.partition(': ')[2]}, and "
-            f"the record has no losses: make it again where these are the same (OMP_NUM_THREADS "
-            f"sets the threads)"
-        )
 
 
 def changed_result(record: Record, place: Path | str, store: Store) -> list[str]:
@@ -174,7 +167,7 @@ def compare(record: Record, made: Record, promise: Promise) -> list[str]:
         worded.append(PLAN_FILE if _is_copied(record) else ".json")
     if any(read.name != made.read[name].name for name, read in record.read.items()):
         worded += [PLAN_FILE, MERGEKIT_FILE, "tokenizer_config.json"]
-    worded += [] if promise.bytes else _COMPUTED
+    worded += _COMPUTED if record.figures and not promise.bytes else []
     passed = tuple(f"{name} has other bytes" for name in worded)
     found = changed(record.files, made.of_part(record.part).files)
     lines = [f"made again: {line}" for line in found if not line.endswith(passed)]
@@ -184,7 +177,7 @@ def compare(record: Record, made: Record, promise: Promise) -> list[str]:
             lines.append(f"{name}: {has} nats, expected {had}")
         elif abs(had - has) > (0.0 if promise.bytes else NATS):
             lines.append(f"{name}: {has:.4f} nats, expected {had:.4f}")
-    for name in promise.versions if promise.bytes and lines else ():
+    for name in promise.versions if lines and (promise.bytes or not record.figures) else ():
         version = record.versions[name]
         lines.append(f"{name} {version} has made it, here is {made.versions.get(name)}")
     return lines

@@ -235,7 +235,7 @@ def record_of(command: str, given: Mapping[str, Any], store: Store) -> Record:
         reads,
         plans,
         files_of(out, command, store=store),
-        figures_of(out),
+        {} if command == "merge" else figures_of(out),  # those of its healing, copied
         versions(),
         here(),
     )
