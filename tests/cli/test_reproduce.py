@@ -202,7 +202,10 @@ def test_by_other_versions_all_but_what_names_them_is_compared(shallower, made, 
     written = {**again.versions(), "numpy": "1.0"}
     monkeypatch.setattr(again, "versions", lambda: written)
     promised, done = shallower("reproduce", result, *told).out.splitlines()
-    if name == "patch":
+    if name == "patch":  # whose configs transformers has saved
+        edited(result, lambda record: record["files"].update({"config.json": "0" * 64}))
+        alone = record_in(result)[0].rename("alone.json")
+        assert shallower("reproduce", alone, *told).status == 0
         assert promised.endswith("within 0.02 nats a token: not with the same numpy")
         assert done.endswith("figures within 0.02 nats")
         return

@@ -77,10 +77,10 @@ def reproduce_command(
         with working_folder(record) as folder:
             made = _make(record, places, folder)
         lines = compare(record, made, promise)
-        done = agreement(record, made, promise)
         if lines:
             done = f"what was made again stays in {folder / 'made'} until the next call"
         else:
+            done = agreement(record, made, promise)
             rmtree(folder)
     if as_json:
         print_json({"promised": promise.why, "differences": lines, "files": dict(record.files)})

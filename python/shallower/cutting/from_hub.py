@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError, OutputError, ShallowerError, raise_output_error, why
 from ..progress import BytesProgress, hushed, say_goes_on, track, track_copy
 from ..storage import free_bytes, write_file
-from ..texts.hub import hub_absence, hub_files, hub_refusal
+from ..texts.hub import hub_absence, hub_files, hub_refusal, raise_fetch_error
 from ..values.hashing import hash_of
 from ..values.memory import format_size
 from .checkpoint import Piece, PreparedCut
@@ -353,7 +353,7 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
         except Exception:  # loading the model says what is wrong
             return None
         snapshot = Path(found).parent
-        try:
+        with raise_fetch_error(name):
             files = () if is_absent else hub_files(name, snapshot.name)
             sizes = {one.rfilename: one.size or 0 for one in files}
             if MODULES_FILE in sizes:
@@ -362,9 +362,6 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
             if beside:
                 patterns = [escape(one) for one in beside]
                 snapshot_download(name, revision=snapshot.name, allow_patterns=patterns)
-        except Exception as error:
-            reason = hub_refusal(name, "model") or why(error)
-            raise ModelError(f"cannot fetch {name}: {reason}") from error
         weights = _weights(snapshot, sizes or [one.name for one in snapshot.iterdir()])
         if not weights or request.dtype not in (None, stored_dtype(snapshot)):
             return None

@@ -368,9 +368,11 @@ def _plan_folder(
     if cut is not None:
         files = tuple(out / name for name in cut.files)
         write = partial(cut.write, out) if remote is None else partial(remote.make, cut, out)
-        left = 0 if remote is None else remote.missing_bytes(cut.reads)
-        if remote is not None and (request.verify or cut.plan.states):  # by the whole model
-            left = sum(remote.sizes.values()) + left * (not cut.plan.states)
+        left = 0
+        if remote is not None:
+            whole = sum(remote.sizes.values())  # which is loaded to be compared
+            left = remote.missing_bytes(cut.reads) + whole * request.verify
+            left = whole if cut.plan.states else left
         loaded = replace(request, dtype=stored.stored_plainly)  # from there, to verify the cut
         return PlannedPrune("disk", cut.plan, files, cut.num_bytes, loaded, write, left)
     if remote is not None:

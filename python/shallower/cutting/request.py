@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError, why
+from ..errors import ModelError
 from ..models.dtypes import STREAM, DeviceMap, Dtype, plain_dtype
 from ..models.source import ModelSource
 from ..progress import BytesProgress, track
-from ..texts.hub import hub_refusal
+from ..texts.hub import raise_fetch_error
 from ..values.identity import title_of
 from ..values.plan import Plan
 from .checkpoint_files import CONFIG_FILE, is_checkpoint, read_json, stored_dtype, text_part
@@ -195,8 +195,5 @@ def _fetch(repository: str, name: str) -> Path:
     """A file of a hub repository, in the hub's cache; ModelError if it cannot be fetched."""
     from huggingface_hub import hf_hub_download
 
-    try:
+    with raise_fetch_error(repository, name):
         return Path(hf_hub_download(repository, name))
-    except Exception as error:  # of the hub's client, which has had several
-        reason = hub_refusal(repository, "model") or why(error)
-        raise ModelError(f"cannot fetch {name} of {repository}: {reason}") from error

@@ -75,11 +75,15 @@ def promise_of(record: Record) -> Promise:
 
 
 def _is_copied(record: Record) -> bool:
-    """Whether a cut is a copy of bytes, as far as a record shows; else transformers saved it."""
+    """Whether a result is a cut that copies bytes, as far as its record shows.
+
+    All else is saved by transformers, with configs of its version.
+    """
     model = record.read.get("model")
     from_gguf = model is not None and [*model.files] == [""]
     to_gguf = record.out.endswith(".gguf") or "as_gguf" in record.settings
-    return "dtype" not in record.settings and from_gguf == to_gguf
+    is_stored = record.command == "prune" and "dtype" not in record.settings
+    return is_stored and from_gguf == to_gguf
 
 
 def changed_result(record: Record, place: Path | str, store: Store) -> list[str]:

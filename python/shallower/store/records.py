@@ -13,12 +13,12 @@ from ..cutting.exports import EXPORT_FILES, export_path
 from ..cutting.metadata import without_results
 from ..cutting.plans import plan_file
 from ..cutting.source import CARD_FILE, HUB_ID, hub_id, module_folders, place_name
-from ..errors import ModelError, OutputError, why
+from ..errors import OutputError, why
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..processes import num_processes, processors
 from ..storage import RECORD, RESULT_RECORD, sha256_of, write_file
-from ..texts.hub import hub_refusal
+from ..texts.hub import raise_fetch_error
 from ..texts.sources import HUB_DATASET, Texts
 from ..values.files import (
     CHECKPOINT_FOLDER,
@@ -373,21 +373,15 @@ def fetch_small(read: Read) -> None:
 
     Raises as :func:`files_on_hub`.
     """
-    _fetched(read.name, allow_patterns=[escape(one) for one in read.files if not _is_large(one)])
-
-
-def _is_large(name: str) -> bool:
-    return name.endswith(".safetensors")
+    small = [escape(name) for name in read.files if not name.endswith(".safetensors")]
+    _fetched(read.name, allow_patterns=small)
 
 
 def _fetched(name: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
+    with raise_fetch_error(name):
         return Path(snapshot_download(name, **options))
-    except Exception as error:  # of the hub's client, which has had several
-        reason = hub_refusal(name, "model") or why(error)
-        raise ModelError(f"cannot fetch {name}: {reason}") from error
 
 
 def files_on_hub(name: str, command: str, part: str = "", *, store: Store) -> dict[str, str]:

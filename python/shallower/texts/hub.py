@@ -1,10 +1,14 @@
 """The hub: whether it can be reached, and why it does not give what is asked for."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+from ..errors import ModelError, why
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -55,6 +59,19 @@ def hub_files(name: str, commit: str) -> "list[RepoSibling]":
     from huggingface_hub import HfApi
 
     return HfApi().model_info(name, revision=commit, files_metadata=True).siblings or []
+
+
+@contextmanager
+def raise_fetch_error(name: str, what: str = "") -> Iterator[None]:
+    """Turn what the hub's client raises for a model into a ModelError, with the hub's reason.
+
+    ``what`` is the file of the repository ``name`` that is fetched, if it is one.
+    """
+    try:
+        yield
+    except Exception as error:  # of the hub's client, which has had several
+        named, reason = f"{what} of {name}" if what else name, hub_refusal(name, "model")
+        raise ModelError(f"cannot fetch {named}: {reason or why(error)}") from error
 
 
 def hub_refusal(name: str, kind: Literal["model", "dataset"]) -> str | None:
