@@ -48,7 +48,8 @@ def read_subject(file, count):
 def measure(subject, name):
     """What a criterion says, and its work."""
     started = time.perf_counter()
-    costs = criteria[name].costs(subject)
+    with subject.counting():
+        costs = criteria[name].costs(subject)
     seconds = time.perf_counter() - started
     if costs.of_single_layers:
         found = {"order": np.argsort(np.diag(costs.blocks, 1), kind="stable")[: SIZES[-1]].tolist()}
@@ -57,7 +58,7 @@ def measure(subject, name):
     return {
         "criterion": name,
         "seconds": round(seconds, 1),
-        "layer_forwards": criteria[name].layer_forwards(subject),
+        "layer_forwards": subject.ran,
         **found,
         "single_layers": [
             None if np.isnan(cost) else float(f"{cost:.4g}") for cost in np.diag(costs.blocks, 1)

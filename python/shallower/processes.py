@@ -26,7 +26,7 @@ _NO_LIMIT = 1 << 60
 """Bytes from which on a limit of memory is none."""
 
 
-_BEGUN = [0.0]
+_BEGUN, _LOAD = [0.0], [0.0]
 
 
 def begin(*, timed: bool) -> None:
@@ -36,6 +36,7 @@ def begin(*, timed: bool) -> None:
     reads this once, as torch is imported.
     """
     _BEGUN[0] = time.thread_time()
+    _LOAD[0] = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
     if timed:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -43,6 +44,11 @@ def begin(*, timed: bool) -> None:
 def worked() -> float:
     """Give the processor seconds that this thread has taken since its command began."""
     return time.thread_time() - _BEGUN[0]
+
+
+def slowed(threads: int) -> tuple[float, float]:
+    """Give the load as the command began, and how much longer so many threads take beside it."""
+    return _LOAD[0], max(1.0, (_LOAD[0] + threads) / processors())
 
 
 def num_processes() -> int:

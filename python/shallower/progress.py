@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -101,6 +101,34 @@ def part(most: float, note: str = "") -> Iterator[Advance]:
 
 
 @contextmanager
+def whole(name: str, num_stages: int, show: bool | None = None) -> Iterator[None]:
+    """Show a bar of so many stages beside that of each, and say at the end what they took."""
+    took: defaultdict[str, float] = defaultdict(float)
+    with track(name, num_stages, show) as advance, part(num_stages) as ended:
+        before = _WHOLE.set((advance, ended, took))
+        try:
+            yield
+        finally:
+            _WHOLE.reset(before)
+    total = sum(took.values())
+    if show is not False and total >= SECONDS_TO_BE_TOLD:
+        for kind, seconds in sorted(took.items(), key=lambda one: -one[1]):
+            print(f"{_clock(seconds)} {seconds / total:4.0%} {kind}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stage(name: str, kind: str = "") -> Iterator[None]:
+    """Run a stage of the whole around the body, whose seconds count as of its ``kind``."""
+    advance, ended, took = _WHOLE.get() or (_Silence(), _Silence(), {kind or name: 0.0})
+    began = time.monotonic()
+    advance(0, name)
+    with _moving(None):
+        yield
+    took[kind or name] += time.monotonic() - began
+    ended(1)
+
+
+@contextmanager
 def _moving(work: Moved) -> Iterator[Moved]:
     """Let parts in the body move this work."""
     before = _AROUND.set(work)
@@ -112,6 +140,12 @@ def _moving(work: Moved) -> Iterator[Moved]:
 
 _AROUND: ContextVar["Advance | None"] = ContextVar("_AROUND", default=None)
 """What the next part would advance: the innermost work, or a part of it."""
+
+
+_WHOLE: ContextVar["tuple[Advance, Advance, dict[str, float]] | None"] = ContextVar(
+    "_WHOLE", default=None
+)
+"""The bar of all stages, what moves it by no more than there are, and the seconds by kind."""
 
 
 _BARS: ContextVar["Progress | None"] = ContextVar("_BARS", default=None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import shallower as sh
+from shallower import processes
 from shallower.errors import ModelError
 from shallower.forecasts import speed, work
 from shallower.forecasts.speed import Work
@@ -55,7 +56,7 @@ def test_a_dry_run_says_split_memory_disk_and_time(dry, folder, study):
     assert [*folder.iterdir()] == []
     lines = dry(study).out.splitlines()
     assert not any(line.endswith((": True", ": False")) for line in lines)
-    for name in ("split: ", "memory: ", "disk: ", "time: about "):
+    for name in ("split: ", "memory: ", "disk: ", "time: at least "):
         assert any(line.startswith(name) for line in lines), name
 
 
@@ -130,7 +131,22 @@ def test_too_few_texts_are_refused_by_the_dry_run_too(dry, study):
     ],
 )
 def test_a_time_is_rounded(seconds, said):
-    assert f"about {said} here" in str(Time(seconds))
+    assert str(Time(seconds)) == f"about {said} alone"
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "said"),
+    [(0.0, 2, "at least 2 min alone"), (1.0, 1, "at least 2 min alone"),
+     (6.0, 2, "at least 2 min alone; load 6: at least 8 min")],
+)  # fmt: skip
+def test_the_load_is_said_where_it_counts(monkeypatch, load, threads, said):
+    """Two processors, which all that runs shares."""
+    monkeypatch.setattr(processes, "processors", lambda: 2)
+    monkeypatch.setattr(processes.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    begin(timed=False)
+    time = Time(120, "", True, *processes.slowed(threads))
+    assert str(time) == said
+    assert time.to_json()["seconds_under_load"] == 120 * (4 if load == 6 else 1)
 
 
 def test_a_time_is_that_of_the_least_disturbed_repeat_of_this_thread(monkeypatch):
@@ -154,9 +170,10 @@ def test_a_forecast_counts_what_a_command_does_before_and_the_loading(monkeypatc
     monkeypatch.setattr(work, "measure_speed", lambda *_args, **_options: each)
     begin(timed=False)
     monkeypatch.setattr(work, "worked", lambda: 7.0)
+    monkeypatch.setattr(work, "slowed", lambda _: (0.0, 1.0))
     one = work.Counted(ModelSource(tiny, "float32"), Work(layers=5), 8, 32)
     assert work.forecast(one).seconds == 7 + 2 * 5 + 30
-    assert str(work.forecast(one)) == "about 50 s here, while nothing else runs"
+    assert str(work.forecast(one)) == "about 50 s alone"
 
 
 COMMANDS = {

@@ -4,27 +4,18 @@ import numpy as np
 import pytest
 
 from shallower.forecasts.speed import Work
-from shallower.forecasts.work import CutWork, run
+from shallower.forecasts.work import run
 from shallower.patching.counts import PatchLayers
-from shallower.values.forwards import Forwards
 
 
 def test_a_sum_is_one_after_the_other_and_a_multiple_is_together():
-    one = run(Forwards(6, 1, passes=2), np.array([10, 20]))
+    one = run(np.array([10, 20]), 6, 1, passes=2)
     assert (one.layers, one.heads) == (180, 30)
     assert one.passes == ((2, 4 / 2 * 30),)
     both = one + one * 3
     assert (both.layers, both.heads) == (720, 120)
     assert both.passes == ((2, 60), (2, 180))
     assert both.seconds(Work(layers=2, heads=1)) == 2 * 720 + 120
-
-
-def test_cuts_that_are_measured_together_take_one_pass():
-    cuts = CutWork(config=None, num_layers=6, fit=np.array([8]), report=np.array([5, 5]), held=0)
-    two = cuts.measured(1, 2)
-    assert two.layers == cuts.measured(1).layers + cuts.measured(2).layers
-    assert [count for count, _ in two.passes] == [1]
-    assert cuts.quick(1, 2).as_layers == 3 * 8
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from shallower.studies import dry_run, measuring, speaking
+from shallower.studies import dry_run, speaking
 from tests.conftest import tiny_llama
 from tests.healing.cuts import documents
 
@@ -23,7 +23,7 @@ def short_answers():
 
 def answer_shortly(patched):
     """Let the models of studies answer prompts with few tokens."""
-    for module in (dry_run, measuring, speaking):
+    for module in (dry_run, speaking):
         patched.setattr(module, "SPEECH_TOKENS", FEW_WORDS)
 
 

@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(source, kept, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
-    return sh.run(ModelSource(source, "float32"), texts=TEXTS, **TAKEN, out=out)
+    return sh.run(ModelSource(source, "float32"), texts=TEXTS, **TAKEN, out=out, other_sizes=True)
 
 
 def tensors(path):

@@ -120,7 +120,7 @@ def patch_command(
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
     plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
     if dry_run:
-        asked = asked if asked and asked.is_for(place.load_tokenizer()) else None
+        asked = _within(asked, place.load_tokenizer(), source, settings)
         planned: dict[str, Any] = {
             "patch": model,
             "drop": ranges(wanted.dropped),
@@ -149,7 +149,14 @@ def patch_command(
         texts=source,
         out=out,
         eval_texts=held_out,
-        answers=_answers(asked, place, wanted, texts=source, loaded=loaded, no_cache=no_cache),
+        answers=_answers(
+            _within(asked, loaded[1], source, settings),
+            place,
+            wanted,
+            texts=source,
+            loaded=loaded,
+            no_cache=no_cache,
+        ),
         settings=settings,
         overwrite=overwrite,
     )
@@ -193,6 +200,28 @@ def _asked(
             "give a file that has the answers, or leave one of the two out"
         )
     return wanted
+
+
+def _within(
+    asked: "WantedAnswers | None",
+    tokenizer: Any,
+    texts: "Iterable[str]",
+    settings: PatchSettings,
+) -> "WantedAnswers | None":
+    """The answers that the tokens of the texts leave room for, up to those that a patch takes."""
+    if asked is None or not asked.is_for(tokenizer):
+        return None
+    import torch
+
+    from ..patching.patch import fitted_tokens
+    from ..texts.batches import tokenise
+
+    most, count = settings.num_tokens or fitted_tokens(not torch.cuda.is_available()), 0
+    for one in tokenise(tokenizer, texts, settings.max_length):
+        if (count := count + len(one.ids)) >= most:
+            break
+    asked = asked.within(min(count, most))
+    return asked if asked.are_there or asked.num_written else None
 
 
 def _answers(

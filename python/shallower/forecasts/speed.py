@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import ModelError, one_sentence
 from ..evaluation.answers import AT_ONCE
 from ..evaluation.loss import summed_losses
-from ..evaluation.speech import READING, measures
+from ..evaluation.speech import measures
 from ..experts.hooks import ExpertHooks
 from ..memory.device import available_bytes, main_device
 from ..memory.rehearsal import build_empty
@@ -29,7 +29,6 @@ from ..models.layerwise import Layerwise, token_rows
 from ..models.loading import layers_of
 from ..models.source import ModelSource
 from ..patching.changes import Changes
-from ..patching.counts import STEPPING
 from ..patching.descent import MovingMatrix, matrices, target_gradients
 from ..savings.timing import settle
 from ..texts.batches import Batch
@@ -88,11 +87,6 @@ class Work:
         """So many times as much, together: in the same passes, which hold as many more states."""
         passes = tuple((count, tokens * times) for count, tokens in self.passes)
         return Work(*(value * times for value in self._values()), passes=passes)
-
-    @property
-    def as_layers(self) -> float:
-        """The layers, times tokens, that run in as long, about, without equations."""
-        return self.layers + STEPPING * self.layer_steps + READING * self.decoded_layers
 
     def seconds(self, each: "Work") -> float:
         """The seconds of all, by those of each."""

@@ -10,27 +10,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PretrainedConfig
 
 from ..errors import TextsError
-from ..judgement.verifying import PATCH_TEXTS
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import Pass
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..patching.counts import PatchLayers
-from ..patching.descent import STEP_TOKENS, draw_steps, most_steps, num_steps
+from ..patching.descent import STEP_TOKENS, draw_steps, num_steps
 from ..patching.memory import DEFAULT_PATCH_BATCH, writer_widths
-from ..patching.patch import CPU_TOKENS, NUM_TOKENS
+from ..patching.patch import fitted_tokens
 from ..patching.quick import RIDGES
-from ..patching.states import MAX_HELD_OUT, divide
-from ..processes import worked
+from ..patching.states import divide
+from ..processes import slowed, worked
 from ..texts.batches import tokenise
 from ..texts.sources import Texts
 from ..values.estimates import Time
-from ..values.forwards import Forwards
 from ..values.plan import Plan
-from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
+from ..values.recipe import GLOBAL_BATCH, Resolved
 from ..values.speech import WAYS
 from ..values.tokens import Tokens
 from .speed import Work, measure_speed
@@ -65,17 +62,18 @@ class Counted:
     steps: int = 0
 
 
-def forecast(*parts: Counted, beside: str = "") -> Time:
+def forecast(*parts: Counted, beside: str = "", at_least: bool = False) -> Time:
     """Forecast the time of a command: of what it has read and imported so far, and of its work.
 
-    Each model is loaded once. ModelError for what cannot be timed.
+    Each model is loaded once. ``at_least`` says that the work is only what is sure to be done.
+    ModelError for what cannot be timed.
     """
     seconds = worked()
     for one in parts:
         work, length = one.work + Work(loads=1), max(2, round(one.length))
         speed = measure_speed(one.source.resolved(), texts=one.texts, length=length, work=work)
         seconds += work.seconds(speed)
-    return Time(seconds, beside)
+    return Time(seconds, beside, at_least, *slowed(torch.get_num_threads()))
 
 
 def count_texts(texts: Iterable[str]) -> int:
@@ -96,12 +94,12 @@ def lengths_of(tokenizer: Any, texts: Iterable[str], max_length: int) -> Lengths
     return np.array([*first, *[np.mean(first)] * (count - len(first))], np.float64)[:count]
 
 
-def run(forwards: Forwards, lengths: Any) -> Work:
+def run(lengths: Any, layers: float, heads: float = 0, *, passes: float = 0) -> Work:
     """Count layers and heads that are run on texts of some lengths, and what their passes hold."""
-    tokens, passes = float(lengths.sum()), forwards.passes
-    held = max(1.0, TOGETHER * forwards.heads / passes) if passes else 0.0
+    tokens = float(lengths.sum())
+    held = max(1.0, TOGETHER * heads / passes) if passes else 0.0
     counted = ((passes, held * tokens),) if passes else ()
-    return replace(Work(forwards.layers, forwards.heads) * tokens, passes=counted)
+    return replace(Work(layers, heads) * tokens, passes=counted)
 
 
 def written(layers: int, num_tokens: float) -> Work:
@@ -181,69 +179,6 @@ def middle(num_layers: int, n: int) -> range:
     return range(begin, begin + n)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CutWork:
-    """What becomes of the cuts of one model in a study, counted in one way for bar and dry run.
-
-    Attributes:
-        config: of the whole model.
-        num_layers: L, of it.
-        fit: tokens of each calibration text.
-        report: tokens of each test text.
-        held: selection tokens, by which a training is evaluated.
-        patch_tokens: those that a full patch fits, at most.
-        recipe: of a training, if there is one.
-        model: the model whose equations count, too; its weights are not looked at.
-    """
-
-    config: PretrainedConfig
-    num_layers: int
-    fit: Lengths
-    report: Lengths
-    held: float
-    patch_tokens: int = 0
-    recipe: Recipe | None = None
-    model: nn.Module | None = None
-
-    def measured(self, *cuts: int) -> Work:
-        """Count the losses of cuts of so many layers on the test texts, in one pass."""
-        left = sum(self.num_layers - n for n in cuts)
-        return run(Forwards(left, len(cuts), passes=1), self.report)
-
-    def quick(self, *cuts: int, texts: int = PATCH_TEXTS) -> Work:
-        """Count quick patches of cuts, solved in one pass."""
-        fit = self.fit[:texts]
-        equations = solved(self.model, *cuts, tokens=fit.sum(), solves=QUICK_SOLVES)
-        work = equations + run(Forwards(sum(cuts)), fit)
-        held = TOGETHER * len(cuts) * float(fit.sum() + self.report.sum())
-        return replace(work, passes=((1, held),))
-
-    def patched(self, n: int) -> Work:
-        """Count a full patch of a block in the middle, of which every eighth text is held out."""
-        layers = PatchLayers.of(self.num_layers, middle(self.num_layers, n))
-        held = min(MAX_HELD_OUT, self.patch_tokens, self.fit.sum() / 8)
-        return patched(self.model, layers, fitted=self._fitted, held=held, steps=self.num_steps)
-
-    @property
-    def num_steps(self) -> int:
-        """The steps of a full patch, at most."""
-        return most_steps(self._fitted)
-
-    @property
-    def _fitted(self) -> float:
-        return min(self.patch_tokens, 7 / 8 * self.fit.sum())
-
-    def healed(self, n: int) -> Work:
-        """Count a training of all layers that are left, and its evaluations."""
-        from ..healing.checks import auto_dtype, facts
-
-        assert self.recipe is not None
-        whole = self.num_layers
-        recipe = self.recipe.resolve(facts(self.config, whole), auto=auto_dtype())
-        length = min(recipe.max_length, self.fit.mean())
-        return trained(recipe, whole - n, whole, length=length, held=self.held)
-
-
 def of_patch(
     source: ModelSource,
     dropped: Sequence[int],
@@ -261,7 +196,7 @@ def of_patch(
     source = source.resolved()
     model = build_empty(source.read_config(), plain_dtype(source.dtype))
     tokenizer, layers = source.load_tokenizer(), source.count_layers()
-    most = num_tokens or (NUM_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
+    most = num_tokens or fitted_tokens(not torch.cuda.is_available())
     batches = divide(tokenizer, texts, tokens=tokens, num_tokens=most)
     fitted, held = (np.concatenate([x.attention_mask.sum(1) for x in some]) for some in batches)
     drawn, steps = draw_steps(batches[0]), num_steps(batches[0])
@@ -277,7 +212,7 @@ def of_patch(
     work += written(layers, num_written) + Work(passes=((1, 0),))  # and it is saved
     if held_out:
         lengths = lengths_of(tokenizer, held_out, tokens.max_length)
-        work += run(Forwards(3 * layers - 2 * len(dropped), 3, passes=3), lengths)
+        work += run(lengths, 3 * layers - 2 * len(dropped), 3, passes=3)
     return Counted(source, work, DEFAULT_PATCH_BATCH, fitted.mean(), steps)
 
 
@@ -305,15 +240,15 @@ def of_healing(
     if not recipe.packing and texts:
         length = lengths_of(tokenizer, texts, length).mean()
     work = trained(recipe, left, whole, length=length, held=float(held.sum()))
-    work += (run(Forwards(left, 1), held) + Work(loads=1)) * merge
+    work += (run(held, left, 1) + Work(loads=1)) * merge
     found = [Counted(source, work, recipe.batch_size, length)]
     if original is not None:
-        more = run(Forwards(whole, 1), held) + written(whole, num_written)
+        more = run(held, whole, 1) + written(whole, num_written)
         uncut = replace(original, dtype=dtype)
         if from_patch:
             own = of_patch(
                 uncut, plan.dropped, texts, tokens=Tokens(recipe.max_length, 16), num_tokens=None
             )
-            more += own.work + run(Forwards(left, 1), held)
+            more += own.work + run(held, left, 1)
         found.append(Counted(uncut, more, recipe.batch_size, length))
     return found

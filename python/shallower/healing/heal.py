@@ -26,7 +26,7 @@ from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_digest
 from ..models.source import ModelSource
 from ..processes import is_main_process
-from ..progress import part, say_goes_on
+from ..progress import say_goes_on
 from ..storage import check_apart, check_free, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, usable_answers
@@ -40,7 +40,7 @@ from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..values.tokens import Tokens
-from .bar import TrainingBar
+from .bar import steps_bar
 from .checks import read_plan, require_one_process, require_peft, require_plan_of, resolve
 from .disk import check_disk
 from .job import (
@@ -310,15 +310,13 @@ class _Healer:
         if job.original is not None and recipe.has_teacher:
             teacher = Teacher(job.original.load(recipe.dtype)[0])
         targets = feed_forward_targets(model, recipe.attention)
-        bar = TrainingBar(recipe, layers=len(decoder), texts=len(job.held_out or []))
 
         def measure() -> Loss:
             with computing(recipe, decoder.device):
                 return self._loss(decoder, tokenizer, "loss, held out")
 
         def loss(step: int) -> Loss:
-            with bar.measuring(step):
-                return measure() if step else known.get("before", measure)
+            return measure() if step else known.get("before", measure)
 
         training = Training(
             model=add_adapters(model, targets, recipe, base=job.base(out)),
@@ -330,7 +328,7 @@ class _Healer:
         )
         if taken := last_step(training.folder):
             say_goes_on(f"{taken:,} of {recipe.steps:,} steps were taken", self._progress)
-        with bar.shown(self._progress) as reach:
+        with steps_bar(recipe.steps, self._progress) as reach:
             trained = train(training, reach, job.adjustable)
         if job.original is not None:
             job.original.release()
@@ -373,15 +371,14 @@ class _Healer:
     def _measure_original(self) -> Loss:
         assert self._job.original is not None
         model, tokenizer = self._job.original.load(self._job.recipe.dtype)
-        with part(0):  # of a stage around it, which the training moves
-            return self._loss(Decoder.of(model), tokenizer, "loss, uncut")
+        return self._loss(Decoder.of(model), tokenizer, "loss, uncut")
 
     def _measure_unpatched(self) -> Loss:
         job = self._job
         assert job.original is not None
         model, tokenizer = job.original.load(job.recipe.dtype)
         decoder = Decoder.of(model)
-        with without_layers(model, job.plan), computing(job.recipe, decoder.device), part(0):
+        with without_layers(model, job.plan), computing(job.recipe, decoder.device):
             return self._loss(decoder, tokenizer, "loss, unpatched")
 
     def _loss(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, description: str) -> Loss:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, OutputError, why
 from ..memory.retry import Shrinking
+from ..models.architecture import find_layers
 from ..models.dtypes import computing
 from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
@@ -32,7 +33,7 @@ from ..values.healing import Measured, Step
 from ..values.loss import FIGURES, Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
-from .bar import Reach
+from .bar import Reach, Throughput
 from .determinism import deterministic
 from .losses import Teacher, TrainingLoss
 from .ranks import agree
@@ -186,9 +187,10 @@ def _train(training: Training, reach: Reach) -> Trained:
         [throughput, StopOnNonFinite()],
     )
     trainer.add_callback(CheckpointCallback(trainer))
+    layers = [*find_layers(training.model.get_base_model()).modules]
     checkpoint = agree(lambda: _last_checkpoint(training.folder))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), throughput.watching(layers):
             # peft's, of a patched cut that comes to its place with the adapters
             warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -380,55 +382,6 @@ def trainer_arguments(training: Training) -> TrainingArguments:
         report_to="none",
         use_cpu=not cuda,
     )
-
-
-class Throughput(TrainerCallback):
-    """Times the steps, of so many tokens each, (steps,), and reports them."""
-
-    def __init__(self, tokens: NDArray[np.int64], reach: Reach) -> None:
-        self._tokens, self._reach = tokens, reach
-        self._began = 0.0
-        self._seconds, self._trained = 0.0, 0
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """The speed of the steps of this process; None if there were none."""
-        return self._trained / self._seconds if self._trained else None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Report the steps that an earlier run has done."""
-        self._reach(state.global_step, "")
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Start the clock."""
-        self._began = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Stop the clock once a GPU has done its work; count the step's tokens."""
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
-        self._seconds += time.perf_counter() - self._began
-        self._trained += int(self._tokens[state.global_step - 1])
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Report a step, its loss and the speed so far."""
-        if logs and "loss" in logs:
-            speed = self._trained / max(self._seconds, 1e-9)
-            self._reach(state.global_step, f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
 
 
 class StopOnNonFinite(TrainerCallback):

@@ -1,13 +1,12 @@
 """Criterion: what says which layers to drop, by costs or by a search over sets of layers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
 from ..errors import CostsError
 from ..values.costs import Costs
-from ..values.forwards import Forwards
 from ..values.layers import blocks_of, check_sizes, dropped_layers
 from ..values.plan import Plan
 from .racing import ALPHA
@@ -66,34 +65,6 @@ class Criterion(ABC):
         """
         costs = subject.shared(("costs", self.name), lambda: self.costs(subject))
         return {n: costs.cheapest(n) for n in subject.sizes}
-
-    def layer_forwards(self, subject: Subject) -> int:
-        """Count the layers that the criterion runs by itself, times texts, beside its trials.
-
-        What it shares with other criteria counts in full. Cuts that it judges by
-        ``subject.trials`` are counted where they are judged.
-
-        Args:
-            subject: the model and its texts.
-
-        Returns:
-            The count; a backward counts as two forwards. 0 by default.
-        """
-        return 0
-
-    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
-        """Bound what the cuts take that the criterion judges by ``subject.trials`` for a size.
-
-        Args:
-            num_layers: L, of the whole model.
-            looks: the items of each batch of the selection set.
-            n: layers that are to go; without effect where costs serve all sizes.
-
-        Returns:
-            Layers and heads, times items, and the passes over the layers, where each is read from
-            disk for all cuts that are judged together; none by default.
-        """
-        return Forwards()
 
 
 def has_costs(criterion: Criterion) -> bool:

@@ -95,11 +95,6 @@ class KeptTokens:
         )
         return cls(some, fitted, held_out, numbered)
 
-    @property
-    def num_texts(self) -> int:
-        """Texts that are run."""
-        return sum(len(batch) for batch in self.batches)
-
     def only(self, fitted: NDArray[np.bool_], held_out: NDArray[np.bool_]) -> "KeptTokens":
         """Keep only the tokens to fit, (N,), and held out, (M,), at which these are true."""
         masks = (_narrowed(self.fitted, fitted), _narrowed(self.held_out, held_out))

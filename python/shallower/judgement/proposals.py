@@ -14,7 +14,7 @@ from .criteria.similarity import Angular, LinearCka, RelativeL2
 from .criterion import Criterion
 from .stored_costs import recalled_costs, recorded_costs
 from .subject import Subject
-from .token_states import evenly
+from .token_states import PROBED, evenly
 from .trials import ResultStore
 
 Cut = frozenset[int]
@@ -74,9 +74,8 @@ def proposing_texts(subject: Subject) -> Subject:
 
 
 def proposing_layers(subject: Subject) -> int:
-    """Count the layers that all of ``PROPOSERS`` run together, times texts: two passes."""
-    some = proposing_texts(subject)
-    return Angular().layer_forwards(some) + BlockInfluence().layer_forwards(some)
+    """Count the layers that all of ``PROPOSERS`` run, times texts: two passes, and a check."""
+    return subject.num_layers * (2 * proposing_texts(subject).num_texts + PROBED)
 
 
 def all_costs(

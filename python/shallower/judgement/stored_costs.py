@@ -1,7 +1,7 @@
 """Costs and choices by a criterion, found once and kept in the store of results."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from ..values.plan import Plan
 from ..values.positions import Positions
 from ..values.schema import plain, read
 from .criteria import is_built_in
-from .criteria.experts import EverySet, OfExperts
-from .criterion import Criterion, has_costs
+from .criteria.experts import OfExperts
+from .criterion import Criterion
 from .subject import Subject
 from .trials import ResultStore
 
@@ -25,7 +25,8 @@ class Took:
     """What a part of a choice took.
 
     Attributes:
-        layer_forwards: layers run, times texts, in trials, as if no trial had been before.
+        layer_forwards: layers run, times texts: in trials, as if no trial had been before; by a
+            criterion that has none, with all that it shares with others.
         seconds: wall time; of what was measured by an earlier run, as long as it took then.
     """
 
@@ -42,32 +43,9 @@ def _measured(subject: Subject) -> Iterator[Took]:
     """Measure the body; its work is complete when it has ended."""
     work, clock = Took(), subject.trials.clock
     started = clock()
-    with subject.trials.counted() as count:
+    with subject.trials.counted() as count, subject.counting():
         yield work
-    work.layer_forwards, work.seconds = count.layer_forwards, clock() - started
-
-
-def own_layers(criterion: Criterion, subject: Subject) -> int:
-    """Bound the layers that a criterion runs for all sizes together, times texts."""
-    passes = 0
-    with suppress(Exception):  # of a criterion from outside, which says why in its turn
-        passes = int(criterion.layer_forwards(subject))
-    return passes + _judged(criterion, subject, 1) * has_costs(criterion)
-
-
-def searched_layers(criterion: Criterion, subject: Subject, n: int) -> int:
-    """Bound those that a search runs for one size."""
-    return 0 if has_costs(criterion) else _judged(criterion, subject, n)
-
-
-def _judged(criterion: Criterion, subject: Subject, n: int) -> int:
-    judge = subject.trials.judge
-    if isinstance(criterion, EverySet):
-        sets = criterion.num_tried(subject.decoder, n)
-        return sets * subject.num_layers * sum(map(len, judge.batches))
-    looks = [len(items) for items in judge.items]
-    items = criterion.trial_forwards(subject.num_layers, looks, n).layers
-    return round(items * judge.texts_of_item)
+    work.layer_forwards, work.seconds = count.layer_forwards or subject.ran, clock() - started
 
 
 def stored_costs(
@@ -104,8 +82,9 @@ def stored_choice(
     known = store.get("choice", inputs) if kept else None
     if known is not None:
         return Plan.from_json(known["plan"]), Took(known["layer_forwards"], known["seconds"])
-    with _measured(subject) as work:
-        plans = criterion.plans(replace(subject, sizes=(n,)))
+    sized = replace(subject, sizes=(n,))
+    with _measured(sized) as work:
+        plans = criterion.plans(sized)
     plan = plans.get(n) if isinstance(plans, Mapping) else None
     if not isinstance(plan, Plan) or plan.num_layers != subject.num_layers:
         raise CriterionError(

@@ -1,9 +1,12 @@
 """Subject: the model and the texts that criteria look at."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
+
+import torch
 
 from ..cutting.in_model import without_layers
 from ..memory.weights import num_parameters
@@ -28,7 +31,10 @@ class Subject:
         sizes: how many layers are to go, ascending.
         texts: identity of the calibration texts.
         seed: of whatever is drawn.
-        made: what several criteria need, by name, as :meth:`shared` has made it.
+        made: what several criteria need, by name, as :meth:`shared` has made it, and the layers
+            that it ran.
+        ran: layers that :meth:`counting` has counted, times texts.
+        used: the names of what counts among them.
     """
 
     decoder: Decoder
@@ -37,7 +43,9 @@ class Subject:
     sizes: Sequence[int]
     texts: tuple[TextsIdentity, ...] = ()
     seed: int = 0
-    made: dict[Hashable, object] = field(default_factory=dict)
+    made: dict[Hashable, tuple[object, int]] = field(default_factory=dict)
+    ran: int = 0
+    used: set[Hashable] = field(default_factory=set)
 
     @property
     def num_layers(self) -> int:
@@ -55,10 +63,28 @@ class Subject:
         return self.trials.model
 
     def shared(self, name: Hashable, make: Callable[[], Value]) -> Value:
-        """Make what several criteria need once; the same object each time."""
+        """Make what several criteria need once; the layers that it runs count for each of them."""
         if name not in self.made:
-            self.made[name] = make()
-        return cast(Value, self.made[name])
+            before = self.ran
+            self.made[name] = make(), self.ran - before
+        elif name not in self.used:
+            self.ran += self.made[name][1]
+        self.used.add(name)
+        return cast(Value, self.made[name][0])
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the layers that the body runs, times texts; a backward is two forwards."""
+
+        def count(_layer: object, _args: object, output: Any) -> None:
+            states = output if isinstance(output, torch.Tensor) else output[0]
+            self.ran += len(states) * (3 if states.requires_grad else 1)
+
+        self.ran, self.used = 0, set()
+        with ExitStack() as stack:
+            for layer in self.decoder.layers.modules:
+                stack.callback(layer.register_forward_hook(count).remove)
+            yield
 
 
 def parameters_share(decoder: Decoder, plan: Plan) -> float:

@@ -22,7 +22,6 @@ from ..values.plan import VERIFIED, Plan
 from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
 from ..values.verification import AFTER, Candidate, Verified
-from .bounds import FIRST_ITEMS, MOST, SEARCHED, SEEDS, STAGES, exhaustive, verifying_forwards
 from .judges.judge import Judge, LossJudge, judged_batches
 from .patched_trials import PatchedTrials, kept_patched
 from .proposals import (
@@ -42,6 +41,22 @@ from .trials import AnyCut, Count, ResultStore, Trials, judge_inputs, kept_trial
 
 PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over the calibration texts."""
+
+FIRST_ITEMS = 4
+"""Items on which the search for neighbours judges, at least."""
+
+STAGES = (FIRST_ITEMS, 16)
+"""Items after which a race of patched cuts is thinned out."""
+
+SEARCHED = {"none": 1 / 10, "patch": 1 / 16}
+"""Share of the layers of an exhaustive search, beyond which no step of the search begins."""
+
+SEEDS = 3
+"""Cuts that the search begins from, the best first."""
+
+MOST = 0.24
+"""Share of them that a race takes at most, where two cuts do not take more; what it takes is
+estimated, and a quarter is the bound."""
 
 _By = Trials | PatchedTrials
 
@@ -82,20 +97,6 @@ class Verifier:
     def trials(self) -> Trials:
         """Cuts judged as they are, on the selection texts."""
         return self.subject.trials
-
-    def layers_run(self, n: int) -> int:
-        """Bound the layers, times texts, that a verification of ``n`` layers runs."""
-        bound = verifying_forwards(
-            self.num_layers,
-            n,
-            [len(items) for items in self.trials.judge.items],
-            top=self.top,
-            proposing=proposing_layers(self.subject),
-            patch_texts=self.patch.num_texts,
-            texts_of_item=self.trials.judge.texts_of_item,
-            after=self.after,
-        )
-        return round(bound.layers)
 
     def scores(self, cut: AnyCut, *, after: str) -> Scores:
         """Judge a cut on all selection items, as it is cut (``none``) or patched (``patch``).
@@ -243,7 +244,7 @@ class _Verification:
 
         A ModelError says that no proposal can be judged; a PatchError, that none can be patched.
         """
-        most = self.verifier.layers_run(self.n)
+        most = round(MOST * self.exhaustive)
         bar = track(f"verify n = {self.n}, layers run", most, self.verifier.progress)
         with bar, part(most) as self._bar:
             self._advance("criteria")
@@ -265,7 +266,8 @@ class _Verification:
     @property
     def exhaustive(self) -> int:
         """Layers that every contiguous block of this size takes, without any that are shared."""
-        return exhaustive(self.subject.num_layers, self.n, sum(self._look_sizes))
+        left = self.subject.num_layers - self.n
+        return (left + 1) * left * sum(self._look_sizes)
 
     @property
     def _first_looks(self) -> int:

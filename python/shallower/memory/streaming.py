@@ -54,12 +54,14 @@ class StreamPlan:
         states_bytes: bytes of the states that one pass holds: of its texts between two layers,
             and all that it compares.
         seconds: of reading, at the speed that this disk has now.
+        at_least: whether it may be more.
     """
 
     passes: int
     bytes_read: int
     states_bytes: int
     seconds: float
+    at_least: bool = False
 
     def to_json(self) -> dict[str, float]:
         """Give the fields as plain JSON values."""
@@ -67,7 +69,8 @@ class StreamPlan:
 
     def __str__(self) -> str:
         return (
-            f"{counted(self.passes, 'pass', 'passes')} over the layers, "
+            f"{'at least ' * self.at_least}{counted(self.passes, 'pass', 'passes')} over the "
+            f"layers, "
             f"{format_size(self.bytes_read)} from disk, about {self.seconds:,.0f} s of reading; "
             f"states of {format_size(self.states_bytes)} in a pass"
         )

@@ -33,6 +33,11 @@ NUM_TOKENS, CPU_TOKENS = 131_072, 32_768
 """Tokens to fit by default, at most, on a GPU and on a CPU."""
 
 
+def fitted_tokens(on_cpu: bool) -> int:
+    """The tokens that a patch fits by default."""
+    return CPU_TOKENS if on_cpu else NUM_TOKENS
+
+
 def patch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,8 +143,7 @@ def _solved(
     settings = PatchSettings.of(settings, options)
     tokens, share = settings.tokens, settings.share
     plan = _plan_of(model, layers)
-    on_cpu = Decoder.of(model).device.type == "cpu"
-    most = settings.num_tokens or (CPU_TOKENS if on_cpu else NUM_TOKENS)
+    most = settings.num_tokens or fitted_tokens(Decoder.of(model).device.type == "cpu")
     answers = [*answers]
     if answers:
         check_answers(answers, text_config(model).vocab_size)

@@ -6,7 +6,7 @@ own, so no answer depends on its batch.
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,9 @@ ANSWER_TOKENS = 256
 
 PATCH_ANSWERS = 64
 """Prompts of our own that are answered for a patch: a tenth of what it fits, or more."""
+
+TEXTS_SHARE = 8
+"""Tokens of texts that a patch is fitted on, for each of those answers, at least."""
 
 MOST_ANSWERS, ANSWERS_A_STEP = 2048, 8
 """Prompts of our own that are answered for a training, at most, and for a step of it."""
@@ -151,7 +154,7 @@ class WantedAnswers:
         if self.are_there:
             return f"{len(self.prompts or ())} of a file"
         if self.prompts is None:
-            return f"to {self.count} prompts of our own, or beginnings of texts"
+            return f"to {counted(self.count, 'prompt')} of our own, or beginnings of texts"
         return f"to {counted(len(self.prompts), 'prompt')}"
 
     @property
@@ -176,6 +179,11 @@ class WantedAnswers:
             "seed": self.seed,
             "chats_only": self.chats_only,
         }
+
+    def within(self, num_tokens: float) -> "WantedAnswers":
+        """The same to fewer prompts, unless asked for: of an eighth of so many tokens of texts."""
+        most = int(num_tokens / TEXTS_SHARE / self.num_tokens)
+        return replace(self, count=min(self.count, most)) if self.chats_only else self
 
     def is_for(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         """Whether a model with this tokenizer is asked for them."""
@@ -204,7 +212,7 @@ class WantedAnswers:
         """Refuse what :meth:`by` would, before any long work; raises as it does."""
         if self.are_there:
             self._read(decoder, tokenizer)
-        else:
+        elif self.num_written:
             self._asked(decoder, tokenizer, texts)
 
     def by(
@@ -222,6 +230,8 @@ class WantedAnswers:
         """
         if self.are_there:
             return self._read(decoder, tokenizer)
+        if not self.num_written:
+            return []
         return KeptAnswers(store).write(
             decoder,
             tokenizer,

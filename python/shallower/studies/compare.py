@@ -18,6 +18,7 @@ from ..errors import (
 )
 from ..models.source import ModelSource
 from ..processes import refuse_several
+from ..progress import whole
 from ..store.given_models import InMemory, ModelStore, given_models
 from ..store.store import Entry, open_store
 from ..texts.prompts import Prompt, prompts_fingerprint
@@ -249,10 +250,11 @@ class CompareStudy(Study[CompareSettings]):
         from ..judgement.criterion import has_costs
 
         (first, *_), settings = self.splits, self.settings
-        whole = [WHOLE, SINGLE_LAYERS][: 1 + any(map(has_costs, self.criteria))]
+        truth = settings.truth and any(map(has_costs, self.criteria))
+        of_none = [WHOLE, SINGLE_LAYERS][: 1 + truth]
         bare = replace(settings, criteria=())
         return [
-            *(Part(what, str(model), first, bare) for what in whole for model in self.models),
+            *(Part(what, str(model), first, bare) for what in of_none for model in self.models),
             *(
                 Part(one.name, str(model), texts, replace(settings, criteria=(one.name,)))
                 for one in sorted(self.criteria, key=has_costs)
@@ -296,6 +298,12 @@ class CompareStudy(Study[CompareSettings]):
         return comparison
 
     def _measure(self) -> CriteriaComparison:
+        settings = self.settings
+        each = len(self.criteria) * (1 + len(settings.n)) + 1 + settings.truth
+        with whole("compare", len(self.models) * (1 + len(self.splits) * each), self.progress):
+            return self._measured()
+
+    def _measured(self) -> CriteriaComparison:
         outcomes: list[Outcome] = []
         failures: dict[str, str] = {}
         for model in self.models:

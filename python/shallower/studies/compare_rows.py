@@ -18,18 +18,10 @@ from ..errors import (
     one_sentence,
 )
 from ..judgement.criteria.experts import EverySet
-from ..judgement.criteria.searches import single_layers
 from ..judgement.criterion import Criterion, has_costs
-from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.judges.judge import Judge
 from ..judgement.patched_trials import PatchedTrials, stays
-from ..judgement.stored_costs import (
-    Took,
-    own_layers,
-    searched_layers,
-    stored_choice,
-    stored_costs,
-)
+from ..judgement.stored_costs import Took, stored_choice, stored_costs
 from ..judgement.subject import Subject
 from ..judgement.trials import ResultStore, Trials, judge_inputs, kept_trials
 from ..memory.budget import limit
@@ -37,7 +29,7 @@ from ..models.decoder import Decoder
 from ..models.experts import find_experts
 from ..models.source import ModelSource
 from ..patching.quick import QuickPatch
-from ..progress import part, say_goes_on, track
+from ..progress import say_goes_on, stage, track
 from ..store.given_models import InMemory
 from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
@@ -83,8 +75,8 @@ def compare_on(
     Raises LayersError, ExpertsError (impossible size), ModelError (layers do not run one by one, no
     routed experts, loss not finite) and TextsError (no text of two tokens).
     """
-    loaded, tokenizer = study.load(model)
-    measuring = Measuring(study, loaded, tokenizer, store=store)
+    with stage("load the model"):
+        measuring = Measuring(study, *study.load(model), store=store)
     num_experts = _check_sizes(study.settings, measuring.decoder)
     measured: list[Measured] = []
     skipped: dict[str, str] = {}
@@ -93,9 +85,7 @@ def compare_on(
     for texts in study.splits:
         compared = _Choosing(study, measuring, store, criteria, model=str(model), texts=texts)
         compared.say_goes_on()
-        bar = track(f"compare on {texts}, layers run", compared.total, study.progress)
-        with bar, part(compared.total):
-            measured += compared.measured(compared.choices())
+        measured += compared.measured(compared.choices())
         several = f" on {texts}" if len(study.splits) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in compared.skipped.items()}
         is_complete &= compared.is_complete
@@ -195,40 +185,11 @@ class _Choosing:
             return sizes
         return criterion.cheap(self.subject.decoder, sizes, on_disk=trials.model.is_streamed)
 
-    # Layers that are run, times texts, at most.
-    @property
-    def total(self) -> int:
-        """All of them."""
-        own = sum(own_layers(one, self.subject) for one in self.criteria)
-        searched = sum(
-            searched_layers(one, self.subject, n) + self._reported(n)
-            for one in self.criteria
-            for n in self._sizes(one)
-        )
-        measured = searched + self.measuring.layers_run(0, "cut")
-        return own + measured + self._truth * any(map(has_costs, self.criteria))
-
-    @property
-    def _truth(self) -> int:
-        """Those of the true losses without single layers."""
-        losses = self.measuring.held_out.losses
-        looks = losses.first(losses.looks_at(TRUTH_ITEMS))
-        items = sum(len(losses.judge.items[look]) for look in looks)
-        return round(single_layers(self.subject.num_layers).layers * items)
-
-    def _reported(self, n: int) -> int:
-        """Those of one choice, as it is cut and after a quick patch, and of its speech."""
-        if self.patched is None:
-            return self.measuring.layers_run(0, "cut")
-        work = self.measuring.work
-        patched = work.quick(n, texts=self.subject.num_texts) + work.measured(n)
-        return self.measuring.layers_run(n, "cut") + round(self.measuring.times_texts(patched))
-
     @contextmanager
-    def _part(self, note: str, most: int, trials: Trials | None = None) -> Iterator[None]:
-        """Advance by so many layers with a part of the work, as those that judge run them."""
+    def _bar(self, name: str, trials: Trials | None = None) -> Iterator[None]:
+        """Show the layers that are run to judge cuts, times texts; how many is not known."""
         trials = trials or self.subject.trials
-        with part(most, note) as trials.report:
+        with track(f"{name}, layers run", show=self.study.progress) as trials.report:
             try:
                 yield
             finally:
@@ -239,28 +200,30 @@ class _Choosing:
 
         Choices of experts lie by size.
         """
-        found = []
-        if any(map(has_costs, self.criteria)):
-            losses, note = self.measuring.held_out.losses, "true losses without single layers"
+        found: list[_Choice] = []
+        if self.study.settings.truth and any(map(has_costs, self.criteria)):
+            losses, name = self.measuring.held_out.losses, "true losses without single layers"
             with (
-                self._part(note, self._truth, losses),
+                stage(name),
+                self._bar(name, losses),
                 losses.counted(),
                 suppress(ShallowerError),  # every criterion that needs them says why
             ):
                 self.measuring.held_out.single_layers()
         for criterion in self.criteria:
-            tau, own = None, Took()
-            name = criterion.name
-            with self._part(name, own_layers(criterion, self.subject)), self._others_go_on(name):
-                tau, own = self._measured(criterion)
-            for n in self._sizes(criterion):
-                name = f"{criterion.name}, n = {n}"
-                most = searched_layers(criterion, self.subject, n)
-                with self._part(name, most), self._others_go_on(name):
-                    if criterion.name not in self.skipped:
-                        choice = self._choice(criterion, n, own)
-                        found.append(_Choice(criterion, n, *choice, tau))
+            with stage(f"choose by {criterion.name}"):
+                found += self._chosen(criterion)
         return found if self.patched else sorted(found, key=lambda one: one.n)
+
+    def _chosen(self, criterion: Criterion) -> Iterator[_Choice]:
+        """Let a criterion choose for every size that it can."""
+        tau, own, name = None, Took(), criterion.name
+        with self._bar(name), self._others_go_on(name):
+            tau, own = self._measured(criterion)
+        for n in self._sizes(criterion):
+            with self._bar(f"{name}, n = {n}"), self._others_go_on(f"{name}, n = {n}"):
+                if name not in self.skipped:
+                    yield _Choice(criterion, n, *self._choice(criterion, n, own), tau)
 
     @contextmanager
     def _others_go_on(self, name: str) -> Iterator[None]:
@@ -273,21 +236,21 @@ class _Choosing:
             self.skipped[name] = one_sentence(error)
 
     def _measured(self, criterion: Criterion) -> tuple[float | None, Took]:
-        """Kendall's τ-b of layer costs with true losses, None for a search; the work in all."""
-        passes = criterion.layer_forwards(self.subject)
+        """Kendall's τ-b of layer costs with true losses, where that is asked for; the work."""
         if not has_costs(criterion):
-            return None, Took(passes)
+            return None, Took()
         inputs = self._inputs(criterion)
         costs, work = stored_costs(criterion, self.subject, self.store, inputs=inputs)
+        if not self.study.settings.truth:
+            return None, work
         truth = np.array(self.measuring.held_out.single_layers())
-        tau = kendall_tau(costs.blocks.diagonal(1), truth)
-        return tau, Took(passes + work.layer_forwards, work.seconds)
+        return kendall_tau(costs.blocks.diagonal(1), truth), work
 
     def _choice(self, criterion: Criterion, n: int, own: Took) -> tuple[Plan, Took]:
         inputs = self._inputs(criterion)
         plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
         self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
-        layer_forwards = own.layer_forwards + work.layer_forwards
+        layer_forwards = own.layer_forwards or work.layer_forwards  # costs serve all sizes
         return plan, Took(layer_forwards, own.seconds + work.seconds)
 
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
@@ -296,13 +259,12 @@ class _Choosing:
     def measured(self, choices: Sequence[_Choice]) -> Iterator[Measured]:
         """Measure what was chosen, on the test texts."""
         measuring, held_out = self.measuring, self.measuring.held_out
-        measuring.judge_together([choice.plan for choice in choices], self.patched)
-        whole = measuring.scores(None, "cut")
+        with stage("measure the whole model"):
+            measuring.judge_together([choice.plan for choice in choices], self.patched)
+            whole = measuring.scores(None, "cut")
         for choice in choices:
             plan = choice.plan
-            with part(
-                self._reported(choice.n), f"losses of {choice.criterion.name}, n = {choice.n}"
-            ):
+            with stage(f"losses of {choice.criterion.name}, n = {choice.n}", "losses of cuts"):
                 judged, losses, patched, unpatched = self._scores(plan)
                 speech = self._speech(plan)
             row = Row(

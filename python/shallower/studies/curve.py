@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CriterionError
 from ..models.source import ModelSource
 from ..processes import refuse_several
-from ..progress import say_goes_on
+from ..progress import say_goes_on, stage, whole
 from ..reporting.writers.csv import write_curve
 from ..store.given_models import given_model
 from ..store.store import open_store
@@ -227,10 +227,14 @@ class CurveStudy(Study[CurveSettings]):
         if self.written is not None and self.goes_on:
             there = f"{len(self.written['points'])} of {len(self.units())} points are there"
             say_goes_on(there, self.progress)
-        points = self._points()
-        found = points.curve()
+        settings = self.settings
+        points, states = len(settings.n) * len(settings.strategies), len(settings.states)
+        with whole("curve", 2 + points * (1 + states) + self.model.waits_on_disk, self.progress):
+            with stage("load the model"):
+                measured = self._points()
+            found = measured.curve()
         self.say_read()
-        if points.is_complete:
+        if measured.is_complete:
             self.store.put(self.KIND, self.inputs, found.to_json())
         return found
 

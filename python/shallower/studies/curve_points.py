@@ -24,13 +24,13 @@ from ..errors import (
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.criteria import criteria
 from ..judgement.criterion import Criterion
-from ..judgement.stored_costs import own_layers, searched_layers, stored_choice, stored_costs
+from ..judgement.stored_costs import stored_choice, stored_costs
 from ..judgement.trials import ResultStore, judge_inputs
-from ..progress import part, track
+from ..progress import stage
 from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file
-from ..values.curve import OWN_STRATEGIES, SCANNED, Curve, CurvePoint
+from ..values.curve import SCANNED, Curve, CurvePoint
 from ..values.files import PARTIAL_FILE, SCAN_FILE
 from ..values.hashing import hash_of
 from ..values.identity import title_of
@@ -79,40 +79,26 @@ class CurvePoints:
     def curve(self) -> Curve:
         """Measure point by point; what is known is written before each next one."""
         settings = self._settings
-        found = [self._measured(None, "whole", "cut")]
+        with stage("measure the whole model"):
+            found = [self._measured(None, "whole", "cut")]
         self._write(self._joined(found))
         if self._study.model.waits_on_disk:
-            self._judge_together()
+            with stage("judge all cuts together"):
+                self._judge_together()
         wanted = [
             (s, n, name)
             for s in settings.states
             for n in settings.n
             for name in settings.strategies
         ]
-        total = sum(sum(self._layers_run(*one)) for one in wanted)
-        with track("curve, layers run", total, self._study.progress):
-            for state, n, strategy in wanted:
-                choosing, measuring = self._layers_run(state, n, strategy)
-                with part(choosing, f"choose {layer_count(n)} by {strategy}"):
+        for state, n, strategy in wanted:
+            if state == settings.states[0]:
+                with stage(f"choose {layer_count(n)} by {strategy}", f"choose by {strategy}"):
                     self._plan(strategy, n)
-                with part(measuring, f"{strategy}, n = {n}, {state}"):
-                    found.append(self._point(strategy, n, state))
-                self._write(self._joined(found))
+            with stage(f"{strategy}, n = {n}, {state}", f"measure {state}"):
+                found.append(self._point(strategy, n, state))
+            self._write(self._joined(found))
         return self._joined(found)
-
-    def _layers_run(self, state: State, n: int, strategy: str) -> tuple[int, int]:
-        """The layers, times texts, that choose a cut, unless that is done, and measure it."""
-        measuring = self._measuring.layers_run(n, self._measurable(state))
-        if state != self._settings.states[0]:
-            return 0, measuring
-        if strategy == "recommended":
-            return self._measuring.plans.layers_run(n), measuring
-        if strategy in OWN_STRATEGIES:
-            is_first = strategy in SCANNED and n == self._settings.n[0]
-            return is_first * len(self._decoder) * len(self._measuring.split.fit), measuring
-        subject, criterion = self._measuring.plans.verifier.subject, criteria[strategy]
-        own = own_layers(criterion, subject) if n == self._settings.n[0] else 0
-        return own + searched_layers(criterion, subject, n), measuring
 
     def _judge_together(self) -> None:
         """Judge all cuts at once, which read each layer from disk for all of them."""

@@ -6,7 +6,6 @@ The settings give the work; a layer with random weights gives the speed (``forec
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
-from math import ceil
 from operator import attrgetter
 from typing import Any
 
@@ -20,24 +19,18 @@ from ..forecasts.work import (
     CHECKED,
     QUICK_SOLVES,
     Counted,
-    CutWork,
     forecast,
     middle,
+    patched,
     run,
     solved,
     spoken,
+    trained,
     written,
 )
-from ..judgement.bounds import verifying_forwards
-from ..judgement.choosing_size import sizes_beside
-from ..judgement.criteria import criteria
-from ..judgement.criteria.experts import EverySet
-from ..judgement.criteria.searches import single_layers
-from ..judgement.criterion import Criterion, Search
+from ..judgement.criterion import Search
 from ..judgement.held_out_cuts import TRUTH_ITEMS
-from ..judgement.judges.judge import looks
-from ..judgement.proposals import proposing_layers
-from ..judgement.subject import Subject
+from ..judgement.proposals import PROPOSING_TEXTS
 from ..judgement.verifying import PATCH_TEXTS
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import StreamPlan
@@ -45,12 +38,14 @@ from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
+from ..patching.counts import PatchLayers
+from ..patching.descent import most_steps
+from ..patching.states import MAX_HELD_OUT
 from ..storage import free_bytes
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
-from ..values.curve import OWN_STRATEGIES, SCANNED
+from ..values.curve import SCANNED
 from ..values.estimates import Disk, Divided
-from ..values.forwards import Forwards
 from ..values.memory import MemoryPlan
 from ..values.recipe import Recipe
 from ..values.settings import CurveSettings, RunSettings
@@ -58,9 +53,8 @@ from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
 from .disk import sizes_of, study_bytes
-from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
+from .recommending import SCAN_TEXTS, patch_tokens
 from .study import Study
-from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 
 
 def describe(study: Study[Any]) -> dict[str, Any]:
@@ -82,7 +76,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {
         "memory": lambda: max((one.memory() for one in models()), key=_peak),
         "disk": lambda: Disk(study_bytes(study), free_bytes(study.folder)),
-        "time": lambda: forecast(*[one.counted for one in models()], beside=tasks),
+        "time": lambda: forecast(*[one.counted for one in models()], beside=tasks, at_least=True),
     }
     if study.out is None:
         del ways["disk"]
@@ -121,18 +115,12 @@ class _Texts:
             np.array([*map(len, TokenBatches(tokenizer, some, tokens, min_tokens=2).token_ids())])
             for some in (split.choose, split.report)
         )
-        self.judged, self.num_spoken = self.choose, 0
+        self.judged = self.choose
         if study.judges[0] == "speech":
             halves: Any = study.items
             found = prompt_ids(tokenizer, halves[0])
             self.judged = np.array([len(WAYS) * (len(ids) + SPEECH_TOKENS) for ids in found])
-            self.num_spoken = sum(map(len, halves[: study.judges.count("speech")]))
-        self.at_once, self.tokenizer = texts_at_once, tokenizer
-
-    def looks(self, num_choosing: int | None = None) -> list[int]:
-        """The items of each look at the selection set, or at the first of them."""
-        count = len(self.judged[:num_choosing])
-        return [part.stop - part.start for part in looks(count, self.at_once)]
+        self.tokenizer = tokenizer
 
 
 class _Model:
@@ -194,22 +182,21 @@ class _Model:
         assert found is None or isinstance(found, WantedAnswers)
         return found
 
-    # The work, for its time and for what it reads from disk.
+    # The work that is fixed, for its time and for what it reads from disk.
     @cached_property
     def counted(self) -> Counted:
-        """Count all of the work, about."""
+        """Count what is sure to be done, at least: races and searches take more."""
         work = Work(passes=(CHECKED,))
         ways = {RunSettings: self._of_run, CurveSettings: self._of_curve}
         for name in self.study.splits:
-            self.texts = self._texts(name)
-            self.cuts = self._cuts()
+            self.texts = _Texts(self.study, self.source.load_tokenizer(), name, self._at_once)
             work = sum(ways.get(type(self.settings), self._of_comparison)(), work)
-        length = float(self.texts.report.mean())
-        return Counted(self.source, work, self.texts.at_once, length, self.cuts.num_steps)
+        length, steps = float(self.texts.report.mean()), most_steps(self._fitted)
+        return Counted(self.source, work, self._at_once, length, steps)
 
     def stream(self) -> StreamPlan:
-        """What is read of a model whose layers are streamed from disk, at most, about."""
-        return plan_passes(self.source, self.counted.work.passes)
+        """What is read of a model whose layers are streamed from disk, at least, about."""
+        return replace(plan_passes(self.source, self.counted.work.passes), at_least=True)
 
     def steps(self) -> StepsPlan:
         """What the steps of all full patches take of the disk, of blocks in the middle."""
@@ -219,148 +206,132 @@ class _Model:
         each = plan_steps(self.source, middle(self.layers, n), self.counted.steps)
         return replace(each, steps=count * each.steps, passes=count * each.passes)
 
-    def _texts(self, name: str) -> _Texts:
-        tokenizer = self.source.load_tokenizer()
-        return _Texts(self.study, tokenizer, name, self.forward.micro_batch)
-
-    def _subject(self, sizes: Sequence[int]) -> Subject:
-        trials: Any = None  # no count looks at them
-        return Subject(self.decoder, self.texts.batches, trials, sizes)
-
-    def _cuts(self) -> CutWork:
-        return CutWork(
-            config=self.config,
-            num_layers=self.layers,
-            fit=self.texts.fit,
-            report=self.texts.report,
-            held=float(self.texts.choose.sum()),
-            patch_tokens=self._patch_tokens,
-            recipe=self._recipe,
-            model=self.empty,
-        )
-
     def _of_run(self) -> Iterator[Work]:
-        settings, sizes, cuts = self.settings, self._sizes, self.cuts
-        n, models = min(sizes), 3 if self._patch_tokens else 2
-        yield self._scan(SCAN_TEXTS)
-        yield cuts.measured(0) + cuts.measured(n) + cuts.measured(n)
-        yield self._spoken
-        found = {more for size in sizes for more in sizes_beside(size, self.layers)}
-        beside = sorted(found - {*sizes})[: 2 * len(sizes)]
-        yield from self._verified(sizes, beside)
-        share = min(1.0, TABLE_REPORTS / len(self.texts.report))
-        for size in (*sizes, *beside):
-            # The winner and the deepest layers, of whose states half are known, and nearly all.
-            quick = cuts.quick(size) if settings.patch else Work()
-            row = cuts.measured(size, size) + quick + quick
-            yield row * (1.0 if size in sizes else share)
-        models += self._recipe is not None
-        if not self.source.waits_on_disk:
-            ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
-            prompts = np.array([len(one) for one in ids])
-            for left in (self.layers, *[self.layers - n] * (models - 1)):
-                yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
-        if self._answers is not None and self._answers.is_for(self.texts.tokenizer):
-            yield written(self.layers, self._answers.num_written)
-        if self._patch_tokens:
-            yield cuts.patched(n) + cuts.measured(n)
-        if not settings.plan_only:  # the checkpoint is saved and compared
-            yield Work(passes=((2, 0),))
+        settings, sizes = self.settings, self._sizes
+        n = min(sizes)
+        yield self._scan(SCAN_TEXTS) + self._losses(0, n)
+        raced = sizes if settings.target.is_none else [n]
+        yield from self._raced(raced)
+        models = [self.layers] + [self.layers - n] * (1 + bool(self._patch_tokens))
         if self._recipe is not None:
-            yield cuts.healed(n) + cuts.measured(n)
+            models.append(self.layers - n)
+            yield self._healed(n)
+        yield from self._spoken(models)
+        if self._answers is not None and self._answers.is_for(self.texts.tokenizer):
+            most = min(self._patch_tokens, self.texts.fit.sum())
+            answers = self._answers if settings.heal else self._answers.within(most)
+            yield written(self.layers, answers.num_written)
+        if self._patch_tokens:
+            yield self._patched(n)
+        if not settings.plan_only:  # the checkpoint is saved, loaded and compared
+            yield Work(loads=2, passes=((2, 0),))
 
     def _of_curve(self) -> Iterator[Work]:
-        settings, cuts, strategies = self.settings, self.cuts, self.settings.strategies
-        yield cuts.measured(0)
-        if {*SCANNED} & {*strategies}:
+        settings = self.settings
+        yield self._losses(0)
+        if {*SCANNED} & {*settings.strategies}:
             yield self._scan(len(self.texts.fit))
-        foreign = [criteria[one] for one in strategies if one not in OWN_STRATEGIES]
-        yield from self._chosen(foreign, settings.n)
-        yield from self._verified(settings.n if "recommended" in strategies else ())
-        sizes = [n for n in settings.n if n for _ in strategies]
-        for state in settings.states:
-            if state == "cut" or settings.quick_patch:
-                yield cuts.measured(*sizes)
-            if state != "cut" and settings.quick_patch:
-                yield cuts.quick(*sizes)
-            for n in sizes:
-                if state != "cut" and not settings.quick_patch:
-                    yield cuts.patched(n) + cuts.measured(n)
+        yield from self._raced(settings.n if "recommended" in settings.strategies else ())
+        for n in self._cuts(settings.strategies):
+            for state in settings.states:
+                if state == "cut" or settings.quick_patch:
+                    yield self._losses(n) + self._quick(n) * (state != "cut")
+                else:
+                    yield self._patched(n)
                 if state == "healed":
-                    yield cuts.healed(n) + cuts.measured(n)
+                    yield self._healed(n)
+                yield from self._spoken([self.layers - n])
+        yield from self._spoken([self.layers])
 
     def _of_comparison(self) -> Iterator[Work]:
-        study, texts, cuts, whole = self.study, self.texts, self.cuts, self.layers
+        study = self.study
         assert isinstance(study, CompareStudy)
-        yield self._spoken
+        fit, whole = float(self.texts.fit.sum()), self.layers
         if study.by_experts:
-            reporting, choosing = self._of_experts(study)
-            fit = float(texts.fit.sum())
             yield Work(observed=whole * fit, passes=((2, fit),))
-            yield run(Forwards(whole * reporting, reporting, reporting), texts.report)
-            yield run(Forwards(whole * choosing, choosing, choosing), texts.judged)
+            yield self._losses(*[0] * (1 + len(study.settings.n)))
             return
-        yield cuts.measured(0) + Work(passes=(CHECKED,))
-        yield run(single_layers(whole), texts.report[:TRUTH_ITEMS])
-        yield from self._chosen(study.criteria, self.settings.n)
-        yield run(Forwards(whole, passes=1), texts.fit)  # the states that all quick patches share
-        sizes = [n for n in self.settings.n for _ in study.criteria]
-        yield cuts.measured(*sizes) + cuts.measured(*sizes)
-        yield cuts.quick(*sizes, texts=len(texts.fit))
-        if texts.num_spoken:  # as many tokens report as choose, about
-            yield run(Forwards(sum(whole - n for n in sizes), len(sizes)), texts.judged)
-        if study.judges[0] != "loss":  # which sees the whole model, and the cuts, by itself
-            yield Work(passes=(*cuts.measured(0).passes * 2, *cuts.measured(*sizes).passes))
-
-    def _of_experts(self, study: CompareStudy) -> tuple[int, int]:
-        """How often a whole model runs over all test and selection texts, at most."""
-        settings, on_disk, tried = study.settings, self.source.waits_on_disk, 0
+        if study.settings.truth:
+            yield run(self.texts.report[:TRUTH_ITEMS], whole * (whole + 1) / 2, whole + 1, passes=1)
+        yield self._losses(0) + self._scan(len(self.texts.fit)) * 2  # the second for quick patches
+        names = [one.name for one in study.criteria]
+        for n in self._cuts(names):
+            yield self._losses(n, n) + self._quick(n, len(self.texts.fit))
         for one in study.criteria:
-            if isinstance(one, EverySet):
-                by_default = settings.criteria is None
-                sizes = one.cheap(self.decoder, settings.n, on_disk=on_disk and by_default)
-                tried = sum(one.num_tried(self.decoder, n) for n in sizes)
-        each = 1 if settings.judge == "loss" else 2
-        return each * (1 + len(study.criteria) * len(settings.n)), tried
+            if isinstance(one, Search) and one.judged:
+                for n in study.settings.n:
+                    yield self._screened(n)
 
     # The parts of it.
+    def _cuts(self, names: Sequence[str]) -> list[int]:
+        """The sizes of cuts that differ whatever the model is: most ways may choose alike."""
+        alone = {"deepest", "random"} & {*names}
+        return [n for n in self._sizes if n for _ in range(len(alone) + (len(names) > len(alone)))]
+
     @property
-    def _spoken(self) -> Work:
-        """What the whole model says by which others are judged."""
-        return written(self.layers, len(WAYS) * SPEECH_TOKENS * self.texts.num_spoken)
+    def _at_once(self) -> int:
+        """Texts of a forward."""
+        return self.forward.micro_batch
+
+    @property
+    def _fitted(self) -> float:
+        """The tokens that a full patch fits, of which every eighth text is held out."""
+        return min(self._patch_tokens, 7 / 8 * self.texts.fit.sum())
+
+    def _losses(self, *cuts: int) -> Work:
+        """The losses of cuts of so many layers on the test texts."""
+        left = sum(self.layers - n for n in cuts)
+        return run(self.texts.report, left, len(cuts), passes=1)
 
     def _scan(self, most: int) -> Work:
-        return run(Forwards(self.layers, passes=1), self.texts.fit[:most])
+        return run(self.texts.fit[:most], self.layers, passes=1)
 
-    def _verified(self, sizes: Sequence[int], beside: Sequence[int] = ()) -> Iterator[Work]:
-        """Races for some sizes, and on fewer items for those beside them."""
-        fit, top = self.texts.fit[:VERIFYING_TEXTS], self.settings.top
-        some, proposing = fit[:PATCH_TEXTS], proposing_layers(self._subject(sizes))
-        for _ in range(1 + bool(beside)):  # proposals are two passes, quick patches share one
-            yield Work(passes=(CHECKED, (3, fit.sum())))
-        for n, count in [*((n, None) for n in sizes), *((n, TABLE_TEXTS) for n in beside)]:
-            found = verifying_forwards(
-                self.layers,
-                n,
-                self.texts.looks(count),
-                top=top,
-                proposing=proposing,
-                patch_texts=len(some),
-                after=self.settings.after,
-            )
-            yield run(found, self.texts.judged.mean())
-            if self.settings.after == "patch":
-                yield solved(self.empty, n, tokens=some.sum(), solves=QUICK_SOLVES) * (top + 3)
+    def _quick(self, n: int, texts: int = PATCH_TEXTS) -> Work:
+        """A quick patch, behind the states of the whole model."""
+        fit = self.texts.fit[:texts]
+        equations = solved(self.empty, n, tokens=fit.sum(), solves=QUICK_SOLVES)
+        return equations + run(fit, n)
 
-    def _chosen(self, chosen: Sequence[Criterion], sizes: Sequence[int]) -> Iterator[Work]:
-        """What criteria run to choose so many layers; passes that several share are made once."""
-        subject = self._subject(sizes)
-        ways = {type(one).layer_forwards: one.layer_forwards(subject) for one in chosen}
-        passes = len(chosen) + sum(ceil(n / self.layers / subject.num_texts) for n in ways.values())
-        layers, fit = sum(ways.values()), self.texts.fit
-        yield Work(layers * fit.mean(), passes=((passes, fit.sum()),))
-        for one in chosen:
-            each = isinstance(one, Search) and not one.nested
-            for n in sizes if each else sizes[-1:]:
-                trials = one.trial_forwards(self.layers, self.texts.looks(), n)
-                yield run(trials, self.texts.judged.mean())
+    def _patched(self, n: int) -> Work:
+        """A full patch of a block in the middle, and its loss."""
+        layers = PatchLayers.of(self.layers, middle(self.layers, n))
+        held, steps = min(MAX_HELD_OUT, self.texts.fit.sum() / 8), most_steps(self._fitted)
+        work = patched(self.empty, layers, fitted=self._fitted, held=held, steps=steps)
+        return work + self._losses(n)
+
+    def _healed(self, n: int) -> Work:
+        """A training of all layers that are left, its evaluations, and the loss."""
+        from ..healing.checks import auto_dtype, facts
+
+        assert self._recipe is not None
+        recipe = self._recipe.resolve(facts(self.config, self.layers), auto=auto_dtype())
+        length, held = min(recipe.max_length, self.texts.fit.mean()), self.texts.choose.sum()
+        of = trained(recipe, self.layers - n, self.layers, length=length, held=float(held))
+        return of + self._losses(n)
+
+    def _spoken(self, models: Sequence[int]) -> Iterator[Work]:
+        """How models of so many layers speak; they are judged by the whole one."""
+        if self.study.prompts and not self.source.waits_on_disk:
+            ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
+            prompts = np.array([len(one) for one in ids])
+            for left in models:
+                yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
+
+    def _raced(self, sizes: Sequence[int]) -> Iterator[Work]:
+        """What proposes, and of each race all blocks on the first texts, the best patched."""
+        if not sizes:
+            return
+        fit, top = self.texts.fit[:PATCH_TEXTS], self.settings.top
+        proposing = run(self.texts.fit[:PROPOSING_TEXTS], 2 * self.layers)
+        yield proposing + Work(passes=(CHECKED, (3, fit.sum())))
+        patches = self.settings.after == "patch"
+        if patches:
+            yield run(fit, self.layers)
+        for n in sizes:
+            yield self._screened(n) + self._quick(n) * (top * patches)
+
+    def _screened(self, n: int) -> Work:
+        """Every block of a size on the first texts; what lies before it is run once."""
+        left = self.layers - n
+        first = self.texts.judged[: self._at_once]
+        return run(first, left * (left + 1) / 2, left + 1, passes=1)

@@ -147,9 +147,8 @@ class Measure(ABC, Generic[T]):
     def work(self, lengths: "NDArray[np.int64]", *, layers: int, whole: int) -> "Work":
         """Count what is run of a model of some layers, which is compared with one of ``whole``."""
         from ..forecasts.work import run
-        from ..values.forwards import Forwards
 
-        return run(Forwards(layers, 1), lengths)
+        return run(lengths, layers, 1)
 
     def lengths(self, tokenizer: "PreTrainedTokenizerBase") -> "NDArray[np.int64]":
         """Count the tokens of every text, window or prompt, (S,); of tasks nothing is known."""

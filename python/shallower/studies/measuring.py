@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
@@ -19,9 +18,6 @@ from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.batches import batches_of_texts
 from ..evaluation.loss import fitting_tokens
-from ..evaluation.speech import SPEECH_TOKENS, Spoken
-from ..forecasts.speed import Work
-from ..forecasts.work import CutWork
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge
 from ..judgement.patched_trials import PatchedTrials, stays
@@ -32,7 +28,7 @@ from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..patching.patch import with_patch
-from ..progress import part, track
+from ..progress import track
 from ..scanning.scan import Scan
 from ..texts.batches import tokenise
 from ..texts.prompts import prompts_fingerprint
@@ -44,7 +40,7 @@ from ..values.recipe import Recipe
 from ..values.schema import plain_fields
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
-from ..values.speech import WAYS, Speech
+from ..values.speech import Speech
 from ..values.task_scores import TaskScores
 from .judging import Judges
 from .losses import keep_scores
@@ -193,59 +189,11 @@ class Measuring:
         """Cuts after the quick patch of the verified plans."""
         return self.held_out.after(self.plans.verifier.patch, fitted=self.plans.fitted)
 
-    def layers_run(self, n: int, state: Measurable) -> int:
-        """Count the layers that a measurement runs, times test texts, about."""
-        left, tasks = len(self.decoder) - n, self._tasks.num_items
-        spoken = self._generating(left) + self._reading(len(self.decoder))
-        measured = self.times_texts(self.work.measured(n) + spoken * self.speaks)
-        return round(self._making(n, state) + measured + left * tasks)
-
-    def _making(self, n: int, state: Measurable) -> float:
-        """The layers that run until a cut is in a state, times test texts."""
-        if state == "cut" or not n:
-            return 0.0
-        if state == "quick":
-            return self.times_texts(self.work.quick(n))
-        healed = self.work.healed(n) if state == "healed" and self._recipe else Work()
-        return self.times_texts(self.work.patched(n) + healed)
-
-    def times_texts(self, work: Work) -> float:
-        """The layers, times test texts, that run in as long as some work takes, about."""
-        return work.as_layers / self._text_tokens
-
-    @cached_property
-    def work(self) -> CutWork:
-        """What becomes of cuts of this model, counted."""
-        return CutWork(
-            config=self.model.config,
-            num_layers=len(self.decoder),
-            fit=np.array([len(text.ids) for text in self.split.fit]),
-            report=self.judge.weights + 1,
-            held=float(sum(len(text.ids) for text in self.split.choose)),
-            patch_tokens=getattr(self._study.settings, "patch_tokens", 0),
-            recipe=self._recipe,
-        )
-
-    @cached_property
-    def _text_tokens(self) -> float:
-        """The tokens of a test text, on average."""
-        return float(self.judge.weights.mean()) + 1
-
-    def _reading(self, layers: int) -> Work:
-        """What layers take that read all that a model generates."""
-        return Work(layers * len(WAYS) * len(self._study.prompts) * SPEECH_TOKENS)
-
-    def _generating(self, layers: int) -> Work:
-        """What a model takes that generates, and reads what the whole one has generated."""
-        read = self._reading(layers)
-        return read + Work(decoded_layers=read.layers)
-
     def _loss(self, name: str, trials: Trials, cut: AnyCut, looks: int | None) -> Scores:
-        """Judge test texts, batch by batch in a bar of their own, or in that of a stage."""
+        """Judge test texts, batch by batch in a bar of their own."""
         trials.judge_together([cut], looks)
-        left = len(trials.path(gone_by(cut)))
         count = sum(map(len, self.judge.batches[:looks]))
-        with part(left * count), track(name, count, self._study.progress) as advance:
+        with track(name, count, self._study.progress) as advance:
             for look in trials.first(looks):
                 trials.scores(cut, look + 1)
                 advance(len(self.judge.batches[look]))
@@ -271,9 +219,7 @@ class Measuring:
         if state == "cut" or plan is None:
             name = f"loss without {plan.words}" if plan else "loss, whole"
             return self._loss(name, self.held_out.losses, plan or (), looks)
-        patched, n = patched or self.patched, len(plan.dropped)
-        with part(self.times_texts(self.work.quick(n) + self.work.measured(n))):
-            return patched.scores(plan, looks)
+        return (patched or self.patched).scores(plan, looks)
 
     def loss_of_cut(self, plan: Plan | None) -> Loss:
         """Measure the loss of a bare cut alone, without tasks or speech."""
@@ -336,30 +282,19 @@ class Measuring:
                 tasks = self._tasks.scores((self.model, self.tokenizer), plan, store=self._store)
             return Measured(loss, tasks, speech=self._speech_of_cut(plan))
         with ExitStack() as stack:
-            with part(self._making(len(plan.dropped), state)):
-                model, tokenizer = stack.enter_context(self._in_state(plan, state))
+            model, tokenizer = stack.enter_context(self._in_state(plan, state))
             found = Measured(self.loss_now(model), self._tasks.scores((model, tokenizer)))
-            said = None if self.speech is None else self._heard(self.speech, model, state)
+            said = None if self.speech is None else self.speech.hear(model, state)
         if self.speech is None or said is None:
             return found
-        return replace(found, speech=self._judged(self.speech, said))
-
-    def _heard(self, speech: StudySpeech, model: PreTrainedModel, name: str) -> Spoken:
-        with part(self.times_texts(self._generating(len(Decoder.of(model))))):
-            return speech.hear(model, name)
-
-    def _judged(self, speech: StudySpeech, said: Spoken) -> Speech:
-        with part(self.times_texts(self._reading(len(self.decoder)))):
-            return speech.judged(said, self.model)
+        return replace(found, speech=self.speech.judged(said, self.model))
 
     @cached_property
     def speech(self) -> StudySpeech | None:
         """How the whole model speaks; None where no speech is measured."""
         if not self.speaks:
             return None
-        layers = len(self.decoder)
-        with part(self.times_texts(self._generating(layers) + self._reading(layers))):
-            return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
+        return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
 
     def _speech_of_cut(self, plan: Plan | None) -> Speech | None:
         """How a bare cut or the whole model speaks; None where no speech is measured."""
@@ -368,8 +303,8 @@ class Measuring:
         if plan is None:
             return self.speech.whole
         with without_layers(self.model, plan):
-            said = self._heard(self.speech, self.model, f"cut without {plan.words}")
-        return self._judged(self.speech, said)
+            said = self.speech.hear(self.model, f"cut without {plan.words}")
+        return self.speech.judged(said, self.model)
 
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""
@@ -462,7 +397,7 @@ class Measuring:
         """Save the cut, patched where it can be."""
         state: Measurable = "quick" if self._study.settings.quick_patch else "patched"
         try:
-            with part(self._making(len(plan.dropped), state)), self._in_state(plan, state):
+            with self._in_state(plan, state):
                 save_model(self.model, self.tokenizer, path, plan=plan)
         except PatchError:
             with without_layers(self.model, plan.dropped):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
-from ..progress import part, track
+from ..progress import part, stage, track
 from ..reporting.results import Run, weights_mark
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
@@ -100,6 +101,10 @@ class Recommending:
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
             )
             self._decoder, self._plans = measuring.decoder, measuring.plans
+        if answers is not None and not self._settings.heal:
+            most = patch_tokens(measuring.num_parameters, on_cpu=self._on_cpu)
+            fitted = sum(len(text.ids) for text in measuring.split.fit)
+            answers = self._wanted_answers = answers.within(min(most, fitted))
         if answers is not None:
             answers.check(self._decoder, tokenizer, self._fitted)
 
@@ -116,7 +121,8 @@ class Recommending:
             results.save()
         (self._out / PARTIAL_FILE).unlink(missing_ok=True)  # only now it is not needed
         try:
-            choice, sizes = self._plans.choose(self._target)
+            with stage("race cuts"):
+                choice, sizes = self._plans.choose(self._target)
         except PlanError:
             self._withdraw()
             raise
@@ -139,7 +145,11 @@ class Recommending:
 
     def _begun(self) -> Run:
         """The results when nothing but the scan is known."""
-        study, split, whole = self._study, self._study.split, self._measuring.whole()
+        study, split = self._study, self._study.split
+        with stage("measure the whole model"):
+            whole = self._measuring.whole()
+        with stage("scan"):
+            _ = self._scan
         texts = {"fit": len(split.fit), "choose": len(split.choose), "report": whole.num_texts}
         kinds = {"plan_only": self._settings.plan_only, "gguf": self._gguf}
         marks = {"job": study.job, **{name: "yes" for name, is_so in kinds.items() if is_so}}
@@ -220,14 +230,16 @@ class Recommending:
 
     def _recommended(self, results: Run, choice: SizeChoice) -> Run | None:
         """Patch the verified plan of a size and save it; None if it loses more than allowed."""
-        verified, measuring = self._plans.verify(choice.n), self._measuring
+        with stage(f"race cuts of {choice.n}", "race cuts"):
+            verified, measuring = self._plans.verify(choice.n), self._measuring
         plan = verified.plan
         self._study.keep_choice("recommended", choice.n, plan)
         self._write_plan(plan)
-        cut, worse = measuring.loss_of_cut(plan), None
-        block = self._scan.best_block(choice.n)
-        if set(block.layers) != set(plan.dropped):
-            worse = measuring.loss_of_cut(measuring.plan(block.layers)).minus(cut)
+        with stage("measure the cut"):
+            cut, worse = measuring.loss_of_cut(plan), None
+            block = self._scan.best_block(choice.n)
+            if set(block.layers) != set(plan.dropped):
+                worse = measuring.loss_of_cut(measuring.plan(block.layers)).minus(cut)
         recommended = Recommended(
             verified,
             choice.reason,
@@ -240,33 +252,40 @@ class Recommending:
             parameters_share=measuring.parameters_share(plan),
             max_loss=self._target.max_loss,
         )
-        if self._settings.plan_only:
-            return self._with_speech(replace(results, recommended=recommended), plan, None)
         results = replace(results, recommended=recommended)
-        results.save()
+        if not self._settings.plan_only:
+            results.save()
+        with stage("speech of the whole model"):
+            speech = self.speech  # before it is changed
+        if self._settings.plan_only:
+            return self._with_speech(results, plan, None)
         if not self._settings.patch:
             return self._saved_bare(results, plan)
-        speech = self.speech  # of the whole model, before it is changed
-        answers = self.answers or ()  # likewise, and refused if they cannot be
-        on_cpu, kept = self._decoder.device.type == "cpu", self._out / PATCHING_FOLDER
+        with stage("answers to learn from"):
+            answers = self.answers or ()  # likewise, and refused if they cannot be
+        kept = self._out / PATCHING_FOLDER
         try:
-            with with_patch(
-                self._model,
-                self._tokenizer,
-                plan,
-                texts=self._measuring.split.fit,
-                answers=answers,
-                share=self._settings.share,
-                max_length=self._measuring.tokens.max_length,
-                progress=self._study.progress,
-                num_tokens=patch_tokens(measuring.num_parameters, on_cpu=on_cpu),
-                checkpoint=kept,
-            ) as done:
+            with ExitStack() as stack:
+                with stage("patch"):
+                    patching = with_patch(
+                        self._model,
+                        self._tokenizer,
+                        plan,
+                        texts=self._measuring.split.fit,
+                        answers=answers,
+                        share=self._settings.share,
+                        max_length=self._measuring.tokens.max_length,
+                        progress=self._study.progress,
+                        num_tokens=patch_tokens(measuring.num_parameters, on_cpu=self._on_cpu),
+                        checkpoint=kept,
+                    )
+                    done = stack.enter_context(patching)
                 found = self._saved(results, plan, done)
                 shutil.rmtree(kept, ignore_errors=True)
                 patched = None
                 if found is not None and speech is not None:
-                    patched = speech.hear(self._model, "patched")
+                    with stage("speech of the patched model", "speech of the cut"):
+                        patched = speech.hear(self._model, "patched")
             return self._with_speech(found, plan, patched)
         except (PatchError, TextsError) as error:
             why = f"the cut is not patched: {error}"
@@ -295,6 +314,10 @@ class Recommending:
         )
 
     @property
+    def _on_cpu(self) -> bool:
+        return self._decoder.device.type == "cpu"
+
+    @property
     def _fitted(self) -> list[str]:
         """The calibration texts."""
         return [text.text for text in self._measuring.split.fit]
@@ -308,10 +331,11 @@ class Recommending:
         """Add how the models speak: the whole one, the bare cut and the patched one."""
         if results is None or self.speech is None:
             return results
-        with without_layers(self._model, plan.blocks):
-            cut = self.speech.hear(self._model, "cut")
-        said = {"cut": cut} if patched is None else {"cut": cut, "patched": patched}
-        judged = {name: self.speech.judged(one, self._model) for name, one in said.items()}
+        with stage("speech of the cut"):
+            with without_layers(self._model, plan.blocks):
+                cut = self.speech.hear(self._model, "cut")
+            said = {"cut": cut} if patched is None else {"cut": cut, "patched": patched}
+            judged = {name: self.speech.judged(one, self._model) for name, one in said.items()}
         speech = {"whole": self.speech.whole, **judged}
         return replace(results, speech=speech, continuations=self.speech.samples(said))
 
@@ -331,8 +355,10 @@ class Recommending:
 
     def _saved(self, results: Run, plan: Plan, done: Patch | None) -> Run | None:
         """Save the model as it is now, and reload it by stock transformers."""
-        if not self._is_wanted():
-            return None
+        with stage("save and compare"):
+            return self._saved_now(results, plan, done) if self._is_wanted() else None
+
+    def _saved_now(self, results: Run, plan: Plan, done: Patch | None) -> Run:
         folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
         assert recommended is not None
         losses: Any
@@ -385,17 +411,18 @@ class Recommending:
         return self._kept.mean + error <= most
 
     def _with_table(self, results: Run, sizes: set[int]) -> Run:
-        """Measure every size of the table, that of the recommended cut first."""
+        """Measure every size of the table, that of the recommended cut first, if it is wanted."""
+        if not self._settings.other_sizes:
+            return results
         assert results.recommended is not None
         assert results.whole.by_text is not None
         n = len(results.recommended.plan.dropped)
         decided = {n, *sizes}
         sizes = decided | set(sizes_beside(n, len(self._decoder)))
-        most = {size: self._layers_run(size, in_passing=size not in decided) for size in sizes}
-        total = sum(most.values())
-        with track("what other sizes cost, layers run", total, self._study.progress):
+        bar = track("what other sizes cost", len(sizes), self._study.progress)
+        with stage("what other sizes cost"), bar:
             for size in sorted(sizes, key=lambda size: (size != n, size)):
-                with part(most[size], f"n = {size}"):
+                with part(1, f"n = {size}"):
                     passing = size not in decided
                     row = self._row(size, results.whole.by_text, in_passing=passing)
                 others = (other for other in results.table if other.n != size)
@@ -403,13 +430,6 @@ class Recommending:
                 results = replace(results, table=tuple(table))
                 results.save()
         return results
-
-    def _layers_run(self, n: int, *, in_passing: bool) -> int:
-        """The layers, times texts, of a row at most: its choice, and two cuts in two states."""
-        plans, work = self._plans, self._measuring.work
-        found = 0 if n in plans.found else plans.layers_run(n, in_passing=in_passing)
-        two = work.measured(n, n) + work.quick(n, n) + work.measured(n, n)
-        return found + round(self._measuring.times_texts(two))
 
     def _row(self, n: int, whole: Scores, *, in_passing: bool) -> SizeRow:
         """The verified cut of a size on the test set, and the deepest layers beside it.

@@ -12,7 +12,7 @@ from ..cutting.request import gguf_of
 from ..errors import ModelError, OutputError
 from ..models.source import ModelSource
 from ..processes import refuse_several
-from ..progress import say_goes_on
+from ..progress import say_goes_on, stage, whole
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
 from ..store.given_models import given_model
@@ -270,9 +270,6 @@ class RunStudy(Study[RunSettings]):
             return self._run(report)
 
     def _run(self, report: Callable[[Run], None] | None) -> Run:
-        from ..models.decoder import Decoder
-        from .recommending import Recommending
-
         if self.overwrite:
             (self.folder / PARTIAL_FILE).unlink(missing_ok=True)
         if self.goes_on:  # what was being saved when it was killed
@@ -280,24 +277,41 @@ class RunStudy(Study[RunSettings]):
                 shutil.rmtree(left, ignore_errors=True)
         if self.earlier is not None and not self.earlier.marks.get("ended"):
             say_goes_on(self.earlier.reached, self.progress)
+        with whole("run", self._num_stages, self.progress):
+            done = self._done(report)
+        self.say_read()
+        done = replace(done, marks={**done.marks, "ended": "yes"})
+        done.save()
+        return done
+
+    @property
+    def _num_stages(self) -> int:
+        """The stages, at most, of a target that the first cut reaches."""
+        of = self.settings
+        saves, patches = not of.plan_only, of.patch and not of.plan_only
+        return 8 + saves + 3 * patches + of.other_sizes + bool(of.heal)
+
+    def _done(self, report: Callable[[Run], None] | None) -> Run:
+        from ..models.decoder import Decoder
+        from .recommending import Recommending
+
         _ = self.splits
-        loaded, tokenizer = self.load(self.model)
+        with stage("load the model"):
+            loaded, tokenizer = self.load(self.model)
         wanted = self.wanted_answers and self.wanted_answers.of(Decoder.of(loaded), tokenizer)
-        stage = None
+        healing = None
         if self.settings.heal:
-            stage = self._healing_stage(loaded, tokenizer, answers=wanted is not None)
+            healing = self._healing_stage(loaded, tokenizer, answers=wanted is not None)
         store: ResultStore = self.model_store(self.model)
         recommending = Recommending(self, loaded, tokenizer, store, wanted, gguf=self.gguf)
         done = recommending.run(self.earlier)
         if report is not None:
             report(done)
-        if stage is not None and done.healing is None and not done.is_unhealed:
+        if healing is not None and done.healing is None and not done.is_unhealed:
             speech, answers = recommending.speech, recommending.answers
             del loaded, recommending  # nothing needs them, and the training needs their memory
-            done = stage.heal(done, speech, answers)
-        self.say_read()
-        done = replace(done, marks={**done.marks, "ended": "yes"})
-        done.save()
+            with stage("heal"):
+                done = healing.heal(done, speech, answers)
         return done
 
     def _healing_stage(self, model: Any, tokenizer: Any, *, answers: bool) -> "HealingStage":

@@ -30,11 +30,6 @@ class StudyTasks:
         return ScoresOnTasks(self.settings.tasks, self.settings, False)
 
     @property
-    def num_items(self) -> int:
-        """The items of all tasks."""
-        return sum(map(len, self.measure.chosen.items.values())) if self.settings.tasks else 0
-
-    @property
     def versions(self) -> dict[str, str]:
         """Of the packages that make losses and, where there are tasks, scores."""
         return versions(LM_EVAL) if self.settings.tasks else versions()

@@ -13,7 +13,6 @@ from ..judgement.trials import ResultStore
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
-from ..progress import part
 from ..savings.roofline import cost_by_layer
 from ..scanning.scan import Scan
 from ..texts.splits import TokenisedSplits
@@ -90,15 +89,10 @@ class VerifiedPlans:
     def _best(self, verifier: Verifier, n: int) -> Verified:
         best = self._scanned().best_blocks(n, self._settings.top)
         more = [Plan.of(len(self._decoder), [block]) for block in best]
-        with part(verifier.layers_run(n)):
-            try:
-                return verifier.verify(n, more=more)
-            except PatchError:  # there may be no way to patch models of this family
-                return replace(verifier, after="none").verify(n, more=more)
-
-    def layers_run(self, n: int, *, in_passing: bool = False) -> int:
-        """Bound the layers, times texts, that are run to verify a size."""
-        return (self._in_passing if in_passing else self.verifier).layers_run(n)
+        try:
+            return verifier.verify(n, more=more)
+        except PatchError:  # there may be no way to patch models of this family
+            return replace(verifier, after="none").verify(n, more=more)
 
     def lost(self, n: int) -> Difference:
         """Compare ``n`` layers less with the whole model, on the selection set.

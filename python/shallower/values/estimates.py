@@ -65,19 +65,29 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Seconds that work takes on this machine, about, and what is not in them, if anything."""
+    """Seconds that work takes on this machine alone, about or ``at_least``.
+
+    ``beside`` is what is not in them; beside the present ``load`` it is ``slower`` times as long.
+    """
 
     seconds: float
     beside: str = ""
+    at_least: bool = False
+    load: float = 0.0
+    slower: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Give the seconds, and what is not in them."""
+        """Give the seconds alone and under the present load, and what is not in them."""
+        seconds, loaded = round(self.seconds, 3), round(self.seconds * self.slower, 3)
+        found = {"seconds": seconds, "at_least": self.at_least, "load": round(self.load, 2)}
         beside = {"beside": self.beside} if self.beside else {}
-        return {"seconds": round(self.seconds, 3), **beside}
+        return {**found, "seconds_under_load": loaded, **beside}
 
     def __str__(self) -> str:
         beside = f", beside {self.beside}" if self.beside else ""
-        return f"about {_rounded(self.seconds)} here, while nothing else runs{beside}"
+        about, loaded = "at least" if self.at_least else "about", self.seconds * self.slower
+        busy = f"; load {self.load:.0f}: {about} {_rounded(loaded)}" if self.slower > 1.2 else ""
+        return f"{about} {_rounded(self.seconds)} alone{busy}{beside}"
 
 
 def _rounded(seconds: float) -> str:

@@ -99,10 +99,6 @@ class Taylor(Criterion):
             positions=ALL_TOKENS,
         )
 
-    def layer_forwards(self, subject: Subject) -> int:
-        """All layers on the texts, forward and backward."""
-        return 3 * subject.num_layers * min(NUM_TEXTS, subject.num_texts)
-
 
 class Weights(Criterion):
     """wₗ over the mean w of its neighbours, w = √(‖W_attention‖² + ‖W_feed-forward‖²).

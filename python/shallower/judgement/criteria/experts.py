@@ -33,10 +33,6 @@ class OfExperts(Criterion):
         """Choose ``n`` experts of every layer that has any."""
         raise NotImplementedError
 
-    def layer_forwards(self, subject: Subject) -> int:
-        """All layers on every text."""
-        return subject.num_layers * subject.num_texts
-
 
 class ByStatistics(OfExperts):
     """A row of the table of criteria by statistics of a scan; ``kind`` is that of the row."""
@@ -46,10 +42,6 @@ class ByStatistics(OfExperts):
     def plan(self, subject: Subject, n: int) -> Plan:
         scanned = shared_scan(subject, experts=True)
         return scanned.plan(experts=n, criterion=self.name, seed=subject.seed)
-
-    def layer_forwards(self, subject: Subject) -> int:
-        """None without texts."""
-        return 0 if self.kind in WITHOUT_TEXTS else super().layer_forwards(subject)
 
 
 class EverySet(OfExperts):
@@ -84,10 +76,6 @@ class EverySet(OfExperts):
         if best is None:
             raise ExpertsError(f"no set of {n} experts can go")
         return best
-
-    def layer_forwards(self, subject: Subject) -> int:
-        """None beside its trials."""
-        return 0
 
     def num_tried(self, decoder: Decoder, n: int) -> int:
         """Count the sets of ``n`` experts; none where they are too many to be tried."""

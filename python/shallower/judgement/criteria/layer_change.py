@@ -6,17 +6,13 @@ from numpy.typing import NDArray
 from ...values.costs import Costs
 from ..criterion import Criterion
 from ..subject import Subject
-from ..token_states import ALL_TOKENS, PROBED, layer_changes, layer_costs
+from ..token_states import ALL_TOKENS, layer_changes, layer_costs
 
 
 class LayerChange(Criterion):
     """A criterion of one shared pass over all tokens of texts, also the first, but no padding."""
 
     cost = "One pass over the texts, shared by block_influence, magnitude and xmerge; two states."
-
-    def layer_forwards(self, subject: Subject) -> int:
-        """All layers on every text, and on those that the model is checked with."""
-        return subject.num_layers * (subject.num_texts + PROBED)
 
 
 class BlockInfluence(LayerChange):

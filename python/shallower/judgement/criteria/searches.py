@@ -1,12 +1,11 @@
 """Criteria that judge cuts: one layer at a time, at random, greedily, all of them, by evolution."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...values.costs import Costs
-from ...values.forwards import Forwards
 from ..criterion import Criterion, Search
 from ..racing import race
 from ..subject import Subject
@@ -42,11 +41,6 @@ SURVIVING = 4
 """Of so many sets, one survives a stage of the selection."""
 
 
-def single_layers(num_layers: int) -> Forwards:
-    """Count the whole model and the cuts of each single layer, whose beginnings are shared."""
-    return Forwards(num_layers * (num_layers + 1) / 2, num_layers + 1, passes=1)
-
-
 class OneShot(Criterion):
     """The mean score without a layer less that of the whole model, on the same items.
 
@@ -71,9 +65,6 @@ class OneShot(Criterion):
             model=subject.decoder.identity,
         )
 
-    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
-        return single_layers(num_layers) * sum(looks)
-
 
 class MaskRegression(Criterion):
     """The coefficients of a ridge regression of the judge's score on which layers are gone."""
@@ -94,10 +85,6 @@ class MaskRegression(Criterion):
         return Costs.of_layers(
             ridge_regression(gone, scores), metric=self.name, model=subject.decoder.identity
         )
-
-    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
-        masks = max(LEAST_MASKS, MASKS_PER_LAYER * num_layers)
-        return Forwards(num_layers * masks, masks, passes=1) * sum(looks[: looks_at(looks, ITEMS)])
 
 
 class Greedy(Search):
@@ -120,11 +107,6 @@ class Greedy(Search):
             gone.append(left[found.winner])
         return gone
 
-    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
-        left = [num_layers - k for k in range(n)]
-        layers = sum(one * (one + 1) / 2 for one in left)
-        return Forwards(layers, sum(left), n * len(looks)) * sum(looks)
-
 
 class Exhaustive(Search):
     """The contiguous block of n layers without which the judge's score is least."""
@@ -137,10 +119,6 @@ class Exhaustive(Search):
         blocks = [range(start, start + n) for start in range(subject.num_layers - n + 1)]
         found = race(subject.trials, blocks, alpha=self.alpha)
         return blocks[found.winner]
-
-    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
-        left = num_layers - n
-        return Forwards(left * (left + 3) / 2, left + 1, len(looks)) * sum(looks)
 
 
 class Evolution(Search):
@@ -175,21 +153,6 @@ class Evolution(Search):
             if trials.scores(best).mean < score:
                 parent, idle = best, 0
         return parent
-
-    def trial_forwards(self, num_layers: int, looks: Sequence[int], n: int) -> Forwards:
-        first = num_layers - n + 1 + OFFSPRING
-        cuts = _selected(first, looks) + GENERATIONS * _selected(OFFSPRING, looks)
-        passes = (GENERATIONS + 1) * (len(looks) + 1)
-        return Forwards(cuts * (num_layers - n), cuts, passes)
-
-
-def _selected(num_cuts: int, looks: Sequence[int]) -> int:
-    """The cuts times items that :func:`select` judges, at most."""
-    judged = 0
-    for items in looks:
-        judged += num_cuts * items
-        num_cuts = -(-num_cuts // SURVIVING)
-    return judged
 
 
 def draw_masks(num_layers: int, seed: int) -> NDArray[np.bool_]:

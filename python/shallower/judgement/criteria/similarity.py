@@ -20,17 +20,14 @@ from ...values.costs import Costs
 from ...values.counts import counted
 from ...values.positions import Positions
 from ..criterion import Criterion
-from ..kept_states import KeptTokens, kept_states
+from ..kept_states import kept_states
 from ..subject import Subject
-from ..token_states import ALL_TOKENS, PROBED
+from ..token_states import ALL_TOKENS
 
 METRICS = ("angular", "cosine", "relative_l2")
 
 CKA_BATCH = 64
 """Texts in a minibatch of CKA, at most."""
-
-PROBES = 5
-"""Forwards of one text in which the maps that write into the stream are found, at least."""
 
 
 class Scanned(Criterion):
@@ -44,10 +41,6 @@ class Scanned(Criterion):
     def costs(self, subject: Subject) -> Costs:
         """Read the metric of that name from the scan."""
         return shared_scan(subject).costs(self.name)
-
-    def layer_forwards(self, subject: Subject) -> int:
-        """All layers on every text."""
-        return subject.num_layers * subject.num_texts
 
 
 class Angular(Scanned):
@@ -172,11 +165,6 @@ class LinearMap(Criterion):
             positions=ALL_TOKENS,
         )
 
-    def layer_forwards(self, subject: Subject) -> int:
-        """All layers on the texts that are run, and on those that the model is checked with."""
-        texts = KeptTokens.of(subject.batches).num_texts
-        return subject.num_layers * (texts + PROBED)
-
     def _inputs(self, subject: Subject) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
         """For every start what a block is predicted from, at the tokens that are kept."""
         kept = kept_states(subject)
@@ -198,12 +186,6 @@ class Reachable(LinearMap):
         "Two passes over about 8,192 tokens, one of them shared with linear_map; beside what that "
         "keeps 16 bytes a pair of the feed-forward's channels, and its products."
     )
-
-    def layer_forwards(self, subject: Subject) -> int:
-        """As for the linear map, and all layers but the last once more, probed."""
-        texts = KeptTokens.of(subject.batches).num_texts
-        more = (subject.num_layers - 1) * (texts + PROBES)
-        return super().layer_forwards(subject) + more
 
     def _inputs(self, subject: Subject) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
         """For every start from 1 on the last matrix's inputs; a CriterionError if none is plain."""

@@ -50,11 +50,6 @@ class Judge(ABC):
         """S, the items."""
         return len(self.weights)
 
-    @property
-    def texts_of_item(self) -> float:
-        """The texts that run for an item, on average."""
-        return sum(map(len, self.batches)) / self.num_items
-
     def prepare(self, model: Layerwise, index: int, states: torch.Tensor) -> None:  # noqa: B027
         """Take the whole model's final states on a batch, (B, T, D), before any cut is judged."""
 

@@ -223,17 +223,14 @@ class _RunStory:
                 f"the block of least distance is unstable: of {NUM_RESAMPLES:,} resamples of the "
                 f"texts {100 * share:.0f} % find the same l*({n})"
             )
-        chosen, row = best.verified.candidates[0], self._row
+        chosen, tested = best.verified.candidates[0], self._tested
         judged = best.verified.judge == "loss" and not chosen.lost_early
-        if row is not None and judged:
-            standing = row.patched if best.verified.after == "patch" else row.cut
-            if standing is not None and _apart(chosen.score, chosen.stderr, standing.loss):
-                found.append(
-                    f"the selection texts differ from the test texts: the same cut loses "
-                    f"{chosen.score:.2f} nats a token on the selection texts, "
-                    f"{standing.loss.mean:.2f} on the test texts; choose on texts as you will use "
-                    f"the model for"
-                )
+        if tested is not None and judged and _apart(chosen.score, chosen.stderr, tested):
+            found.append(
+                f"the selection texts differ from the test texts: the same cut loses "
+                f"{chosen.score:.2f} nats a token on the selection texts, {tested.mean:.2f} on "
+                f"the test texts; choose on texts as you will use the model for"
+            )
         if best.state in run.speech and run.speech[best.state].repeats:
             found.append(repeats_warning(best.state, run.speech[best.state]))
         if run.scan.num_rejected:
@@ -241,10 +238,15 @@ class _RunStory:
         return found
 
     @property
-    def _row(self) -> SizeRow | None:
-        """The row of the table of the size that is recommended."""
-        dropped = self._best.plan.dropped
-        return next((row for row in self._run.table if row.dropped == dropped), None)
+    def _tested(self) -> Estimate | None:
+        """The loss on the test set of the recommended cut in the state that it was raced in."""
+        best, patches = self._best, self._best.verified.after == "patch"
+        for row in self._run.table:
+            if row.dropped == best.plan.dropped:
+                standing = row.patched if patches else row.cut
+                return standing and standing.loss
+        loss = best.patched if patches else best.cut
+        return None if loss is None else Estimate(loss.nats, loss.stderr)
 
     def _sections(self) -> list[Section]:
         sections = [self._sure(), self._costs()]
