@@ -116,16 +116,15 @@ STEPS = {
     ),
     "run": Step(
         "run model --texts {texts}/c4.jsonl --max-texts 24 --eval-texts {texts}/c4_eval.jsonl "
-        f"--max-eval-texts 6 {SMALL} --n 3 --blocks 2 --top 1 --other-sizes --out run",
+        f"--max-eval-texts 6 {SMALL} --n 3 --blocks 2 --top 1 --out run",
         tensors=("run/checkpoint",),
     ),
     "run-heal": Step(
-        f"run small {FEW} --fraction 0.25 --top 2 --heal --heal-steps 2 --other-sizes "
-        "--out run-heal",
+        f"run small {FEW} --fraction 0.25 --top 2 --heal --heal-steps 2 --out run-heal",
         tensors=("run-heal/checkpoint", "run-heal/healed"),
     ),
     "run-knee": Step(
-        f"run small {FEW} --max-loss 0.5 --other-sizes --out run-knee",
+        f"run small {FEW} --max-loss 0.5 --out run-knee",
         tensors=("run-knee/checkpoint",),
     ),
     "demo": Step("demo --n 2 --max-texts 16 --out demo", tensors=("demo/checkpoint",)),

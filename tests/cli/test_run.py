@@ -89,7 +89,6 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     blocks = " ".join(map(str, plan.blocks))
     for part in (
         "6 layers, 16 samples",
-        "What other sizes would cost",
         "likeliest token agrees, %",
         "whole: ",
         "cut: ",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import PlanError
-from shallower.judgement.choosing_size import choose_size, curve_sizes, knee, sizes_beside
+from shallower.judgement.choosing_size import choose_size, curve_sizes, knee
 from shallower.values.scores import Difference
 from shallower.values.target import Target
 
@@ -143,11 +143,7 @@ def test_a_curve_without_a_knee_gives_its_least_size(curve):
     assert (found.n, found.reason) == (1, "the least size, as the curve has no knee")
 
 
-def test_sizes_of_a_curve_and_beside_a_size():
+def test_sizes_of_a_curve():
     assert curve_sizes(30) == [1, 2, 4, 8, 12]
     assert curve_sizes(80)[-1] == 32
     assert curve_sizes(2) == curve_sizes(3) == [1]
-    assert sizes_beside(8, 30) == [4, 12]
-    assert sizes_beside(1, 30) == [2]
-    assert sizes_beside(25, 30) == [12]
-    assert sizes_beside(1, 2) == []

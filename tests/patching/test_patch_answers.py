@@ -226,11 +226,16 @@ def test_a_model_that_chats_answers_by_default(given, folder, words, written):
     words = copy.deepcopy(words)
     words.chat_template = "{% for one in messages %}w1 {{ one.content[:9] }} w2{% endfor %}"
     words.save_pretrained(folder / "whole")
-    assert "answers: to 64 prompts of our own" in asked().out
-    assert "answers" not in asked("--no-answers").out
-    assert "answers" not in asked("--stream").out
+    tokens = sum(len(words(text)["input_ids"]) for text in TEXTS)
+    count = int(tokens / 8 / 4)  # answers of four tokens in an eighth of those of the texts
+    assert 1 < count < 64
+    assert f"answers: to {count} prompts of our own" in asked("--answer-tokens", 4).out
+    assert "answers: to 2 prompts" in asked("--answer-tokens", 4, "--num-tokens", 64).out
+    assert "answers" not in asked().out, "256 tokens are more than that"
+    assert "answers" not in asked("--no-answers", "--answer-tokens", 4).out
+    assert "answers" not in asked("--stream", "--answer-tokens", 4).out
     assert given("out", "--answer-tokens", 4, answers=None).status == 0
-    assert sum(written) == 64
+    assert sum(written) == count
     assert json.loads((folder / "out" / PATCH_FILE).read_text())["share"] == 0.5
 
 

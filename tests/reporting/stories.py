@@ -9,8 +9,8 @@ from shallower import Block, Loss, ModelIdentity, Plan, Scan, analyse_states
 from shallower.reporting.results import Continuations, Run
 from shallower.values.curve import Curve, CurvePoint
 from shallower.values.identity import TextsIdentity
-from shallower.values.recommendation import Recommended, SizeRow
-from shallower.values.scores import Estimate, Scores, Standing
+from shallower.values.recommendation import Recommended
+from shallower.values.scores import Scores
 from shallower.values.target import Target
 from shallower.values.task_scores import TaskScores
 from shallower.values.verification import Candidate, Verified
@@ -58,20 +58,6 @@ def verified(num_layers):
     return Verified(4, "patch", "loss", "nats a token", candidates, 16, 29, 2880, 12.5, {})
 
 
-def row(n, num_layers):
-    start = (num_layers - n) // 2 - 1
-    dropped = (12, 13, 14, 15) if n == 4 else tuple(range(start, start + n))
-    lost = 0.1 * n**1.2
-    cut, patched = (
-        Standing(Estimate(3.2 + more, 0.05), Estimate(more, 0.02 * lost))
-        for more in (lost, lost / 2)
-    )
-    return SizeRow(
-        n, dropped, cut, 40, patched, Estimate(3.4 + 2 * lost, 0.05), 3.3 + lost, n / num_layers,
-        0.8 * n / num_layers, 1, 2880, 9.0,
-    )  # fmt: skip
-
-
 def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", patched=0.2):
     """A run that has ended, in a folder."""
     best = Recommended(
@@ -81,10 +67,9 @@ def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", 
     told = Continuations(prompt, f"{prompt} good.\n\nAnd more.", "a a a", "fine")
     speech = {name: made(9, seed) for seed, name in enumerate(("whole", "cut", "patched"))}
     scanned = scan(num_layers, name)
-    table = tuple(row(n, num_layers) for n in (2, 4, 6, 8))
     splits = {"fit": 24, "choose": 16, "report": 40}
     done = Run(
-        folder, Target(n=4), scanned, loss(), splits, best, table, (told,), speech, 0.0,
+        folder, Target(n=4), scanned, loss(), splits, best, (told,), speech, 0.0,
         command="shallower run SmolLM2-135M --texts c4.jsonl --n 4 --out runs/smol",
         marks={"job": None, "ended": "yes"},
     )  # fmt: skip

@@ -121,7 +121,7 @@ def test_values_are_said_under_the_pointer(opened):
     page = opened("run")
     hover = page.locator("#hover")
     assert hover.is_hidden()
-    for name, told in (("heat_map_raw", "n = "), ("loss_over_layers", "without [")):
+    for name, told in (("heat_map_raw", "n = "), ("least_distance", "n = 3, [")):
         svg = page.locator(f'.drawing[data-name="{name}"] svg')
         svg.scroll_into_view_if_needed()
         x, y = svg.evaluate(
@@ -138,7 +138,7 @@ def test_values_are_said_under_the_pointer(opened):
         page.mouse.move(x, y)
         assert hover.is_visible()
         assert told in hover.inner_text()
-    said = page.evaluate("marks.loss_over_layers.marks[2][2]")
+    said = page.evaluate("marks.least_distance.marks[2][2]")
     assert hover.inner_text() == said
     page.mouse.move(2, 2)
     assert hover.is_hidden()
@@ -224,7 +224,7 @@ def test_a_page_is_whole_without_script_and_in_print(opened):
     page = opened("run", 375, java_script_enabled=False)
     assert page.get_by_text("Drop layers [12, 16)").is_visible()
     assert page.locator(".drawing svg").first.is_visible()
-    assert page.locator("table").filter(has_text="more than whole").first.is_visible()
+    assert page.locator("table").filter(has_text="proposed by").first.is_visible()
     assert page.locator("#hover").is_hidden()
     page.emulate_media(media="print", color_scheme="dark")
     colours = page.locator("body").evaluate("body => getComputedStyle(body).color")

@@ -14,7 +14,6 @@ from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.curve import curve_story
 from shallower.reporting.stories.evaluation import evaluation_parts
 from shallower.reporting.stories.gain import gain_table
-from shallower.reporting.stories.run import sizes_table
 from shallower.reporting.stories.stages import (
     candidates_table,
     failed_proposals,
@@ -106,7 +105,6 @@ def every_table(folder):
     return {
         "scan": scan_table(run.scan),
         "race": candidates_table(run.recommended.verified),
-        "sizes": sizes_table(run.recommended, run.table),
         "gain": gain_table(gain()),
         "plan": plan_table(Plan(30, (Block(2, 4, 0.25, 0.125), Block(7, 8)), metric="angular")),
         "curve": next(table for part in curve_of.sections for table in part.tables),
@@ -117,7 +115,7 @@ def every_table(folder):
 @pytest.mark.parametrize("width", [40, 60])
 @pytest.mark.parametrize(
     "name",
-    ["scan", "race", "sizes", "gain", "plan", "curve", "compare"],
+    ["scan", "race", "gain", "plan", "curve", "compare"],
 )
 def test_a_narrow_terminal_shows_layers_and_numbers_whole(printed, tmp_path, name, width):
     table = every_table(tmp_path)[name]

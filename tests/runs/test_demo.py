@@ -167,7 +167,7 @@ def test_the_whole_demo_ends_with_a_checkpoint_that_stock_transformers_loads(
     assert results["max_logits_difference"] <= 1e-5
     recommended = results["recommended"]
     assert 2 < recommended["whole"] < recommended["patched"] < 4
-    assert results["table"] == []
+    assert "table" not in results
     whole, cut, patched = (results["speech"][name] for name in ("whole", "cut", "patched"))
     assert whole["agreement"] == whole["acceptance"] == 1
     assert 0.5 < cut["acceptance"] < 1

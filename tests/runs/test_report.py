@@ -22,9 +22,9 @@ from shallower.reporting.words import layer_words
 from shallower.runs import report as reports
 from shallower.runs.report import read_story, report
 from shallower.savings.weights import count_weights
-from shallower.values.scores import Difference, Estimate
+from shallower.values.scores import Difference
 from tests.reporting.comparisons import comparison
-from tests.reporting.stories import curve, loss, made_run, row, write
+from tests.reporting.stories import curve, loss, made_run, write
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,7 @@ def test_a_run_gets_a_page_markdown_json_and_figures(made):
     assert written == {
         "results.json", "scan.safetensors", "report.html", "report.md", "report.json", "figures",
     }  # fmt: skip
-    names = {
-        "proposals", "least_distance", "heat_map_rescaled", "heat_map_raw", "loss_over_layers",
-    }  # fmt: skip
+    names = {"proposals", "least_distance", "heat_map_rescaled", "heat_map_raw"}
     figures = {path.name for path in (done.out / "figures").iterdir()}
     assert figures == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
     text = (done.out / "report.md").read_text()
@@ -228,17 +226,10 @@ def test_a_quiet_run_has_no_warning(made):
 @pytest.mark.parametrize(("shift", "warned"), [(0.1, False), (0.5, True)])
 def test_selection_and_test_texts_are_compared(made, shift, warned):
     done, _ = made
-    table = tuple(
-        replace(one, patched=replace(one.patched, loss=Estimate(3.4 + shift, 0.04)))
-        if one.n == 4
-        else one
-        for one in done.table
-    )
     patched = replace(done.recommended.patched, nats=3.4 + shift, stderr=0.04)
     best = replace(done.recommended, patched=patched)
-    for other in (replace(done, table=table), replace(done, recommended=best, table=())):
-        found = [one for one in told(other).warnings if "differ from the test texts" in one]
-        assert bool(found) == warned
+    warnings = told(replace(done, recommended=best)).warnings
+    assert any("differ from the test texts" in one for one in warnings) == warned
 
 
 def test_an_unstable_choice_by_distance_is_warned_of(made):
@@ -301,14 +292,13 @@ def test_a_loss_that_fell_is_told(made):
     assert story.steps[2].share == 0
 
 
-def test_a_run_without_a_table_and_with_one_proposal_is_told(made):
+def test_a_run_with_one_proposal_is_told(made):
     done, _ = made
     alone = replace(done.recommended.verified, candidates=done.recommended.verified.candidates[:1])
     best = replace(done.recommended, verified=alone, patched=None, by_distance=None)
-    story = run_story(replace(done, recommended=best, table=(), continuations=()))
+    story = run_story(replace(done, recommended=best, continuations=()))
     assert [step.name for step in story.steps] == ["whole", "cut"]
     assert "proposals" not in [drawing.name for drawing in story.drawings]
-    assert row(4, 30).dropped == done.recommended.plan.dropped
     assert isinstance(done.recommended.by_distance, Difference)
 
 
@@ -347,7 +337,7 @@ def test_what_is_damaged_is_named_in_one_sentence(tmp_path, name, content):
 
 
 def test_a_run_that_has_not_ended_is_refused(tmp_path):
-    replace(made_run(tmp_path), recommended=None, table=(), continuations=()).save()
+    replace(made_run(tmp_path), recommended=None, continuations=()).save()
     assert Run.load(tmp_path).recommended is None
     with pytest.raises(OutputError, match="a run that has not ended: call shallower run again"):
         report(tmp_path)

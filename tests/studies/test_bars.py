@@ -116,7 +116,6 @@ def test_a_run_has_a_bar_of_its_stages_and_says_what_they_took(
     assert run.total == run.reached_by[-1] == 8 + 1 + 3
     names = [bar.description for bar in bars]
     assert {"patch, layers run", "generate, patched", "verify n = 1, layers run"} <= {*names}
-    assert not any(name.startswith("what other sizes cost") for name in names)
     said = capfd.readouterr().err
     for kind in ("race cuts", "patch", "speech of the cut", "save and compare"):
         assert f"% {kind}\n" in said

@@ -16,7 +16,6 @@ from shallower.models.source import ModelSource
 from shallower.patching import checkpoint
 from shallower.patching.descent import Descent
 from shallower.reporting.results import Run
-from shallower.reporting.stories.run import sizes_table
 from shallower.studies import recommending
 from shallower.values.scores import Difference
 from tests.documents import HELD_OUT, Unread, assert_same, once, state_of
@@ -37,7 +36,7 @@ def done(trained, words, kept, tmp_path_factory):
     """A run of a model that was trained a little."""
     model = copy.deepcopy(trained)
     out = tmp_path_factory.mktemp("run") / "out"
-    return sh.run(model, words, TEXTS, **TAKEN, out=out, n=2, other_sizes=True)
+    return sh.run(model, words, TEXTS, **TAKEN, out=out, n=2)
 
 
 # The whole way.
@@ -84,9 +83,6 @@ def test_the_results_say_what_the_interface_promises(done):
     assert recommended["whole"] < recommended["patched"] < recommended["cut"]
     assert recommended["healed"] is None
     assert results["checkpoint"] == "checkpoint"
-    assert [row["n"] for row in results["table"]] == [1, 2, 3]
-    (row,) = (row for row in results["table"] if row["n"] == 2)
-    assert (row["dropped"], row["cut"]) == (recommended["dropped"], recommended["cut"])
     assert results["splits"] == {"fit": 60, "choose": 30, "report": 12}
     words = "shallower run MODEL --texts TEXTS --eval-texts EVAL_TEXTS "
     assert results["command"].startswith(words)  # as a shell takes them
@@ -231,22 +227,8 @@ def test_settings_that_cannot_be_are_named(learned, words, tmp_path, options, er
 
 
 @pytest.mark.usefixtures("warm")
-def test_other_sizes_are_measured_when_they_are_asked_for(done, learned, words, tmp_path):
-    """By the same run, which need not be done again."""
-    out = tmp_path / "out"
-    plain = sh.run(learned, words, TEXTS, **TAKEN, out=out, n=2)
-    assert plain.table == ()
-    weights = (out / "checkpoint" / "model.safetensors").stat().st_mtime_ns
-    again = sh.run(learned, words, TEXTS, **TAKEN, out=out, n=2, other_sizes=True)
-    assert again.table == done.table
-    assert (out / "checkpoint" / "model.safetensors").stat().st_mtime_ns == weights
-    assert sh.run(learned, words, TEXTS, **TAKEN, out=out, n=2).table == done.table
-
-
-@pytest.mark.usefixtures("warm")
 def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):
     done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
-    assert done.table == ()
     assert done.recommended.reason.startswith(("the knee of the curve", "the least size"))
 
 
@@ -259,31 +241,6 @@ def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):
 )  # fmt: skip
 def test_a_large_model_is_patched_by_fewer_tokens_on_a_cpu(parameters, device, expected):
     assert recommending.patch_tokens(parameters, on_cpu=device == "cpu") == expected
-
-
-@pytest.mark.slow
-def test_sizes_beside_the_recommended_one_are_estimated(learned, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(recommending, "TABLE_REPORTS", 3)
-    report = [*REPORT, *progressions(12, 2)]
-    options = {**TAKEN, "eval_texts": report, "cache": False, "progress": False}
-    again = sh.run(learned, words, TEXTS, **options, out=tmp_path / "out", n=2, other_sizes=True)
-    whole = again.recommended.whole
-    for row in again.table:
-        for one in (row.cut, row.patched):
-            assert one.loss.mean == pytest.approx(whole.nats + one.difference.mean, abs=1e-12)
-        assert (row.num_texts == whole.num_texts) == (row.n == 2)
-        with sh.without_layers(learned, row.dropped):
-            loss = sh.evaluate_loss(learned, words, report, max_length=16)
-        error = 1e-6 if row.n == 2 else 5 * row.cut.loss.stderr
-        assert row.cut.loss.mean == pytest.approx(loss.nats, abs=error)
-    few = again.table[0].num_texts
-    assert 3 <= few < whole.num_texts
-    said = f"Of n = 1, 3: estimated by {few} of the {whole.num_texts} texts."
-    assert said in " ".join(sizes_table(again.recommended, again.table).note.split())
-    monkeypatch.setattr("shallower.runs.report.find_spec", lambda _: None)  # without figures
-    with pytest.warns(UserWarning, match="no figures"):
-        sh.report(again.out)
-    assert said in (again.out / "report.html").read_text()
 
 
 def test_a_patch_that_finds_no_room_is_not_lost(

@@ -16,7 +16,7 @@ from shallower.reporting.results import Run
 from shallower.store.given_models import InMemory
 from shallower.store.store import open_store
 from shallower.studies import recommending
-from shallower.studies.answers import WantedAnswers
+from shallower.studies.answers import PATCH_ANSWERS, WantedAnswers
 from shallower.studies.healing_stage import HealingStage
 from shallower.studies.run import RunStudy
 from shallower.texts.prompts import Prompt
@@ -151,6 +151,13 @@ def test_a_model_that_chats_is_healed_on_answers_by_default(
     done = sh.run(learned, chats, TEXTS, **taken, out=tmp_path / "out")
     assert sum(written) == 32  # eight a step
     assert done.healing.answers.num_answers == len(patches[0]["answers"]) == 32
+
+
+def test_answers_are_an_eighth_of_what_a_patch_is_given(learned, chats, tmp_path, written):
+    done = sh.run(learned, chats, TEXTS, **{**TAKEN, "n": 2}, out=tmp_path / "out")
+    fitted = done.splits["fit"] * 16  # tokens, at most
+    assert 1 < sum(written) <= fitted / 8 / 8
+    assert sum(written) < PATCH_ANSWERS
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import shallower as sh
 from shallower.reporting.results import Run
 from shallower.runs.report import read_story
 from shallower.studies.healing_stage import HealingStage
-from shallower.studies.recommending import Recommending
+from shallower.studies.run import RunStudy
 from shallower.studies.speaking import NUM_SAMPLES, StudySpeech
 from shallower.values.speech import MEASURES, WAYS
 from tests.conftest import write_jsonl
@@ -151,7 +151,7 @@ def test_a_run_goes_on_and_nothing_is_said_twice(
     done, learned, words, tmp_path, monkeypatch, generated
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(Recommending, "_with_table", lambda *_: 1 / 0)
+        patched.setattr(RunStudy, "say_read", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
     assert Run.load(tmp_path / "out").speech.keys() == done.speech.keys()

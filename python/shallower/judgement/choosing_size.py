@@ -27,11 +27,6 @@ def curve_sizes(num_layers: int) -> list[int]:
     return [n for n in STEPS if n <= max(1, num_layers // 2)]
 
 
-def sizes_beside(n: int, num_layers: int) -> list[int]:
-    """The sizes that show what less or more than ``n`` costs: about half and 1.5 times as many."""
-    return sorted({size for size in (n // 2, n + (n + 1) // 2) if 0 < size < num_layers} - {n})
-
-
 def choose_size(
     target: Target,
     num_layers: int,

@@ -76,14 +76,15 @@ class Subject:
     def counting(self) -> Iterator[None]:
         """Count the layers that the body runs, times texts; a backward is two forwards."""
 
-        def count(_layer: object, _args: object, output: Any) -> None:
+        def count(_part: object, _args: object, output: Any) -> None:
             states = output if isinstance(output, torch.Tensor) else output[0]
             self.ran += len(states) * (3 if states.requires_grad else 1)
 
         self.ran, self.used = 0, set()
         with ExitStack() as stack:
-            for layer in self.decoder.layers.modules:
-                stack.callback(layer.register_forward_hook(count).remove)
+            for layer in self.decoder.layers.modules:  # one that is stopped does not end
+                first = next(layer.children(), layer)
+                stack.callback(first.register_forward_hook(count).remove)
             yield
 
 

@@ -27,7 +27,7 @@ from ..values.files import (
 from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.plan import Plan
-from ..values.recommendation import Recommended, SizeRow
+from ..values.recommendation import Recommended
 from ..values.schema import of_type
 from ..values.speech import Speech
 from ..values.sweep import JobKind, Sweep, SweepJob
@@ -70,7 +70,6 @@ class Run:
         whole: the loss of the whole model on the test set.
         splits: the number of calibration, selection and test texts.
         recommended: the cut that the run ends in; None until it is known.
-        table: what other sizes cost, by the number of layers, as far as it is known.
         continuations: what the models said to the first prompts.
         speech: how each of them speaks beside the whole one, by ``whole``, ``cut``, ``patched`` and
             ``healed``; empty where that was not measured.
@@ -94,7 +93,6 @@ class Run:
     whole: Loss
     splits: dict[str, int]
     recommended: Recommended | None = None
-    table: tuple[SizeRow, ...] = ()
     continuations: tuple[Continuations, ...] = ()
     speech: Mapping[str, Speech] = field(default_factory=dict)
     difference: float = math.nan
@@ -125,9 +123,7 @@ class Run:
             reached = "the layers are chosen"
         if "checkpoint" in self.marks:
             reached = "the recommended cut is saved"
-        rows = len(self.table)
-        measured = f"and {rows} row{'s'[: rows > 1]} of the table measured"
-        return f"{reached}, {measured}" if rows else reached
+        return reached
 
     @property
     def is_unhealed(self) -> bool:
@@ -139,15 +135,14 @@ class Run:
         """Give the results as plain JSON values.
 
         Returns:
-            ``recommended``, ``table`` and ``checkpoint``, a path below the folder of the run; all
-            else beside them. It is what is in ``results.json``.
+            ``recommended`` and ``checkpoint``, a path below the folder of the run; all else beside
+            them. It is what is in ``results.json``.
         """
         place = self.checkpoint
         return {
             "format": "shallower.run",
             "version": 2,
             "recommended": self.recommended and self.recommended.to_json(),
-            "table": [row.to_json() for row in self.table],
             "checkpoint": place and place.relative_to(self.out).as_posix(),
             "wish": self.target.to_json(),
             "whole": self.whole.to_record(),
@@ -195,7 +190,6 @@ class Run:
                 Loss.from_json(values["whole"]),
                 dict(values["splits"]),
                 None if done is None else Recommended.from_json(done),
-                tuple(map(SizeRow.from_json, values["table"])),
                 tuple(Continuations(**one) for one in values["continuations"]),
                 {name: Speech.from_json(one) for name, one in speech.items()},
                 math.nan if difference is None else of_type(float, difference),

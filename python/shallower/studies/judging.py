@@ -40,22 +40,20 @@ class Judges:
         self._tokens, self._store = tokens, store
         self._said: dict[int, list[tuple[Answer, ...]]] = {}
 
-    def choosing(self, texts: Sequence[TokenisedText], most: int | None = None) -> Judge:
-        """The judge that cuts are chosen by, on the selection texts or items: the first
-        ``most`` of them, or all.
-        """
-        return self._judge(texts[:most], 0, most)
+    def choosing(self, texts: Sequence[TokenisedText]) -> Judge:
+        """The judge that cuts are chosen by, on the selection texts or items."""
+        return self._judge(texts, 0)
 
     def reporting(self, texts: Sequence[TokenisedText]) -> Judge:
         """The judge that scores cuts beside their loss, on the test texts or items."""
-        return self._judge(texts, 1, None)
+        return self._judge(texts, 1)
 
-    def _judge(self, texts: Sequence[TokenisedText], half: int, most: int | None) -> Judge:
+    def _judge(self, texts: Sequence[TokenisedText], half: int) -> Judge:
         name = self._study.judges[half]
         if name != "speech":
-            items = self._study.items[half][:most]
+            items = self._study.items[half]
             return judge_of(name, self._tokenizer, texts, tokens=self._tokens, items=items)
-        said = self._answers(half)[:most]
+        said = self._answers(half)
         longest = max(len(one.ids) for answers in said for one in answers)
         tokens = fitting_tokens(self._decoder, Tokens(longest, self._study.settings.batch_size))
         return judge_of(name, self._tokenizer, texts, tokens=tokens, items=said)

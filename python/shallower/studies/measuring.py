@@ -189,15 +189,14 @@ class Measuring:
         """Cuts after the quick patch of the verified plans."""
         return self.held_out.after(self.plans.verifier.patch, fitted=self.plans.fitted)
 
-    def _loss(self, name: str, trials: Trials, cut: AnyCut, looks: int | None) -> Scores:
+    def _loss(self, name: str, trials: Trials, cut: AnyCut) -> Scores:
         """Judge test texts, batch by batch in a bar of their own."""
-        trials.judge_together([cut], looks)
-        count = sum(map(len, self.judge.batches[:looks]))
-        with track(name, count, self._study.progress) as advance:
-            for look in trials.first(looks):
+        trials.judge_together([cut])
+        with track(name, self.judge.num_items, self._study.progress) as advance:
+            for look, batch in enumerate(self.judge.batches):
                 trials.scores(cut, look + 1)
-                advance(len(self.judge.batches[look]))
-        return trials.scores(cut, looks)
+                advance(len(batch))
+        return trials.scores(cut)
 
     def whole(self) -> Loss:
         """Measure the loss of the whole model, and show how far that is."""
@@ -207,19 +206,18 @@ class Measuring:
         self,
         plan: Plan | None,
         state: Literal["cut", "quick"],
-        looks: int | None = None,
         *,
         patched: PatchedTrials | None = None,
     ) -> Scores:
-        """Loss of a cut by text on the first ``looks`` batches or all; of the whole model for None.
+        """Loss of a cut by text; of the whole model for None.
 
         ``patched`` replaces those of the verified plans. PatchError where it cannot be patched,
         ModelError for a loss that is not finite.
         """
         if state == "cut" or plan is None:
             name = f"loss without {plan.words}" if plan else "loss, whole"
-            return self._loss(name, self.held_out.losses, plan or (), looks)
-        return (patched or self.patched).scores(plan, looks)
+            return self._loss(name, self.held_out.losses, plan or ())
+        return (patched or self.patched).scores(plan)
 
     def loss_of_cut(self, plan: Plan | None) -> Loss:
         """Measure the loss of a bare cut alone, without tasks or speech."""
@@ -309,7 +307,7 @@ class Measuring:
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""
         trials = Trials(Layerwise(model), self.judge, prepared=True)
-        return self.held_out.loss(self._loss("loss", trials, (), None))
+        return self.held_out.loss(self._loss("loss", trials, ()))
 
     def keep_loss_of(self, place: Path, loss: Loss) -> None:
         """Keep a loss as that of a checkpoint, which makes what was measured to the bit."""

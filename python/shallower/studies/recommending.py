@@ -19,7 +19,7 @@ from ..cutting.saving import save_cut, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.speech import Spoken
 from ..forecasts.gain import GAIN_DEVICE, gain
-from ..judgement.choosing_size import SizeChoice, sizes_beside
+from ..judgement.choosing_size import SizeChoice
 from ..judgement.forwards import scores_by_forwards
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
@@ -27,7 +27,7 @@ from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..patching.patch import CPU_TOKENS, with_patch
 from ..patching.saving import save_patched
-from ..progress import part, stage, track
+from ..progress import stage, track
 from ..reporting.results import Run, weights_mark
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
@@ -43,11 +43,9 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ..values.layers import deepest_block
 from ..values.patch import Patch
 from ..values.plan import Plan
-from ..values.recommendation import Recommended, SizeRow
-from ..values.scores import Scores, Standing
+from ..values.recommendation import Recommended
 from ..values.settings import RunSettings
 from .answers import WantedAnswers
 from .measuring import Measuring
@@ -68,11 +66,6 @@ CPU_WORK = 3e13
 
 PATCHING_FOLDER = ".patching"
 """What a patch goes on from that was cut short, or found no room for its checkpoint."""
-
-TABLE_REPORTS = 64
-"""Test texts on which cuts of the table are measured, at least; their losses on
-all are estimated by what the whole model loses on the others.
-"""
 
 
 class Recommending:
@@ -122,7 +115,7 @@ class Recommending:
         (self._out / PARTIAL_FILE).unlink(missing_ok=True)  # only now it is not needed
         try:
             with stage("race cuts"):
-                choice, sizes = self._plans.choose(self._target)
+                choice = self._plans.choose(self._target)
         except PlanError:
             self._withdraw()
             raise
@@ -136,7 +129,7 @@ class Recommending:
                 found = self._within(results, choice)
             results = found
             results.save()
-        return self._with_table(results, sizes)
+        return results
 
     def _withdraw(self) -> None:
         """Take back what was written: no cut reaches the target, another one may follow."""
@@ -409,63 +402,6 @@ class Recommending:
         self._kept = now.minus(verifier.scores((), after="none"))
         error = self._kept.stderr if math.isfinite(self._kept.stderr) else 0.0
         return self._kept.mean + error <= most
-
-    def _with_table(self, results: Run, sizes: set[int]) -> Run:
-        """Measure every size of the table, that of the recommended cut first, if it is wanted."""
-        if not self._settings.other_sizes:
-            return results
-        assert results.recommended is not None
-        assert results.whole.by_text is not None
-        n = len(results.recommended.plan.dropped)
-        decided = {n, *sizes}
-        sizes = decided | set(sizes_beside(n, len(self._decoder)))
-        bar = track("what other sizes cost", len(sizes), self._study.progress)
-        with stage("what other sizes cost"), bar:
-            for size in sorted(sizes, key=lambda size: (size != n, size)):
-                with part(1, f"n = {size}"):
-                    passing = size not in decided
-                    row = self._row(size, results.whole.by_text, in_passing=passing)
-                others = (other for other in results.table if other.n != size)
-                table = sorted([*others, row], key=lambda one: one.n)
-                results = replace(results, table=tuple(table))
-                results.save()
-        return results
-
-    def _row(self, n: int, whole: Scores, *, in_passing: bool) -> SizeRow:
-        """The verified cut of a size on the test set, and the deepest layers beside it.
-
-        ``in_passing`` uses fewer texts, for a size that decides nothing.
-        """
-        plans, num_layers, losses = self._plans, len(self._decoder), self._measuring.held_out.losses
-        verified = plans.verify_in_passing(n) if in_passing else plans.verify(n)
-        both = verified.plan, self._measuring.plan(deepest_block(num_layers, n).layers)
-        looks = losses.looks_at(TABLE_REPORTS) if in_passing else None
-        losses.judge_together(both, looks)
-        cut, deepest = (self._measuring.scores(plan, "cut", looks) for plan in both)
-        patched, last = (self._patched(plan, looks) for plan in both)
-        return SizeRow(
-            n=n,
-            dropped=verified.plan.dropped,
-            cut=Standing.of(cut, whole),
-            num_texts=len(cut),
-            patched=None if patched is None else Standing.of(patched, whole),
-            deepest=deepest.estimated_by(whole),
-            deepest_patched=None if last is None else last.estimated_by(whole).mean,
-            layers_share=n / num_layers,
-            parameters_share=self._measuring.parameters_share(verified.plan),
-            num_tied=len(verified.tied),
-            layer_forwards=verified.layer_forwards,
-            seconds=verified.seconds,
-        )
-
-    def _patched(self, plan: Plan, looks: int | None) -> Scores | None:
-        """The scores after a quick patch; None for what cannot be patched, or is not to be."""
-        if not self._settings.patch:
-            return None
-        try:
-            return self._measuring.scores(plan, "quick", looks)
-        except PatchError:
-            return None
 
 
 def patch_tokens(parameters: int, *, on_cpu: bool) -> int:

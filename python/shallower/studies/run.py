@@ -289,7 +289,7 @@ class RunStudy(Study[RunSettings]):
         """The stages, at most, of a target that the first cut reaches."""
         of = self.settings
         saves, patches = not of.plan_only, of.patch and not of.plan_only
-        return 8 + saves + 3 * patches + of.other_sizes + bool(of.heal)
+        return 8 + saves + 3 * patches + bool(of.heal)
 
     def _done(self, report: Callable[[Run], None] | None) -> Run:
         from ..models.decoder import Decoder

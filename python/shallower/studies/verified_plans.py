@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -26,9 +26,6 @@ from .study import Study
 
 VERIFYING_TEXTS = 64
 """Texts that proposals are measured and quick patches are solved on, at most."""
-
-TABLE_TEXTS = 32
-"""Texts or prompts by which the cuts are chosen of the table beside the recommended one."""
 
 
 class VerifiedPlans:
@@ -76,16 +73,6 @@ class VerifiedPlans:
             self.found[n] = self._best(self.verifier, n)
         return self.found[n]
 
-    def verify_in_passing(self, n: int) -> Verified:
-        """Race the proposals of one size on fewer items, where nothing is decided by it."""
-        return self._best(self._in_passing, n)
-
-    @cached_property
-    def _in_passing(self) -> Verifier:
-        if self.verifier.trials.judge.num_items <= TABLE_TEXTS:
-            return self.verifier
-        return self._verifier_of(judge=self._judges.choosing(self._choose, TABLE_TEXTS))
-
     def _best(self, verifier: Verifier, n: int) -> Verified:
         best = self._scanned().best_blocks(n, self._settings.top)
         more = [Plan.of(len(self._decoder), [block]) for block in best]
@@ -114,8 +101,8 @@ class VerifiedPlans:
         """
         require_possible(target, len(self._decoder), partial(self._left_at_least, target))
 
-    def choose(self, target: Target) -> tuple[SizeChoice, set[int]]:
-        """Find how many layers are to go, and the sizes looked at for it.
+    def choose(self, target: Target) -> SizeChoice:
+        """Find how many layers are to go.
 
         Raises as :func:`choose_size`.
         """
@@ -124,14 +111,13 @@ class VerifiedPlans:
         def left(n: int) -> float:
             return whole - sum(of_layers[layer] for layer in self.verify(n).plan.dropped)
 
-        choice = choose_size(
+        return choose_size(
             target,
             len(self._decoder),
             lost=self.lost,
             left=left,
             left_at_least=partial(self._left_at_least, target),
         )
-        return choice, {choice.n, *self.found}
 
     def _left_at_least(self, target: Target, n: int) -> float:
         whole, of_layers = self._resources(target)

@@ -1,4 +1,4 @@
-"""Recommended: the one cut that a run ends in, and the table of what others would cost."""
+"""Recommended: the one cut that a run ends in."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,71 +7,12 @@ from .counts import with_error
 from .layers import layer_count, ranges
 from .loss import Loss
 from .plan import Plan
-from .schema import alike, estimated, fields_of, fields_of_flat, finite, flat, of_type
-from .scores import Difference, Estimate, Standing
+from .schema import fields_of, finite, of_type
+from .scores import Difference
 from .verification import Verified
 
 COLLAPSE = 4.0
 """Paired errors from which on the choice by distance is said to fail beside the verified one."""
-
-
-@dataclass(frozen=True, slots=True)
-class SizeRow:
-    """What the verified cut of one size costs, and the deepest one beside it.
-
-    All losses are in nats a token on the test set; patches are quick ones. Of a size that
-    is only reported beside the recommended one they are estimated: measured on some texts, and
-    what the whole model loses on all of them is known. None is what could not be measured.
-
-    Attributes:
-        n: layers that go.
-        dropped: their indices.
-        cut: the bare cut.
-        num_texts: texts on which the losses were measured.
-        patched: the cut after a quick patch.
-        deepest: loss without the deepest layers but the last.
-        deepest_patched: the same after a quick patch.
-        layers_share: ``n`` as a share of all layers.
-        parameters_share: the parameters that go as a share of all.
-        num_tied: other proposals whose difference to this one is a tie.
-        layer_forwards: layers run, times texts, to choose it.
-        seconds: wall time of that.
-    """
-
-    n: int
-    dropped: tuple[int, ...]
-    cut: Standing
-    num_texts: int
-    patched: Standing | None
-    deepest: Estimate
-    deepest_patched: float | None
-    layers_share: float
-    parameters_share: float
-    num_tied: int
-    layer_forwards: int
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The columns of the row as plain JSON values; None where they are not finite."""
-        return flat(self, _COLUMNS)
-
-    @classmethod
-    def from_json(cls, data: Any) -> "SizeRow":
-        """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
-        return cls(**fields_of_flat(cls, data, _COLUMNS))
-
-
-_COLUMNS = {
-    **alike("n", "dropped"),
-    **estimated("cut", "cut.loss", "stderr"),
-    **estimated("lost", "cut.difference"),
-    **alike("num_texts"),
-    **estimated("patched", "patched.loss"),
-    **estimated("patched_lost", "patched.difference"),
-    **estimated("deepest"),
-    **alike("deepest_patched", "layers_share", "parameters_share"),
-    **alike("num_tied", "layer_forwards", "seconds"),
-}
 
 
 @dataclass(frozen=True, slots=True)

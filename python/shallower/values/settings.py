@@ -27,9 +27,8 @@ STATES: tuple[State, ...] = get_args(State)
 RacedBy = Literal["loss", "speech"]
 """The judges by which a run races proposals."""
 
-_READ = "max_texts max_eval_texts prompts answers"
-_WITHOUT_EFFECT = {"threads", "device_memory", "other_sizes", *_READ.split()}
-"""Settings that change no result, but by what is read, which is known by content, or add to it."""
+_WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts", "answers"}
+"""Settings that change no result, but by what is read, which is known by content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +144,6 @@ class RunSettings(RacingSettings):
         "Patch the cut, and choose by what is lost after a patch. Without it the bare cut is "
         "chosen and saved: of a GGUF file as OUT/checkpoint/checkpoint.gguf, in its own types.",
         before="plan_only",
-    )
-    other_sizes: bool = option(
-        False, "Also race and measure other sizes, beside the deepest layers.", before="plan_only"
     )
     prompts: Prompts = option(
         None,

@@ -1,7 +1,6 @@
-"""Figures of a run: the race of proposals, the scan, what sizes cost, and the healing."""
+"""Figures of a run: the race of proposals, the scan, and the healing."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,13 +8,10 @@ from numpy.typing import NDArray
 from ...scanning.scan import Scan
 from ...values.healing import Healing
 from ...values.layers import ranges
-from ...values.loss import Loss
-from ...values.recommendation import SizeRow
-from ...values.scores import Estimate
 from ...values.verification import Verified
 from .drawing import Drawing
 from .heat_map import Shares, heat_maps
-from .plots import Axis, Line, Point, dot_chart, is_one_figure, line_chart
+from .plots import Axis, Line, Point, dot_chart, line_chart
 
 _MOST_ROWS = 14
 """Proposals that are drawn."""
@@ -77,57 +73,6 @@ def scan_charts(scan: Scan, shares: Shares | None) -> list[Drawing]:
         y=Axis("least angular distance", digits=4),
     )
     return [least, *heat_maps(scan, shares)]
-
-
-def size_charts(table: Sequence[SizeRow], whole: Loss) -> list[Drawing]:
-    """Draw what each size costs, over the share of layers, and of parameters if that is another."""
-    if not table:
-        return []
-    start = Point(0.0, 0.0, math.nan, "whole model")
-
-    def line(name: str, colour: str, *, size: str) -> Line:
-        points = tuple(
-            Point(getattr(row, size), lost.mean, lost.stderr, f"without {ranges(row.dropped)}")
-            for row in table
-            if (lost := _lost(row, name, whole.nats)) is not None
-        )
-        return Line(name, (start, *points), colour, "dashed" if name == "cut" else "solid")
-
-    names = (
-        ("patched quickly", "blue"),
-        ("cut", "orange"),
-        ("deepest, patched quickly", "violet"),
-    )
-    text = (
-        "What the verified cut of each size loses more than the whole model on the texts that "
-        "report, with bands of one paired standard error"
-    )
-    deepest = "; the deepest layers but the last for comparison"
-    is_one = is_one_figure((row.layers_share, row.parameters_share) for row in table)
-    panels = (
-        ("loss_over_layers", "layers", "layers_share", names, deepest),
-        ("loss_over_size", "parameters", "parameters_share", names[:2], ""),
-    )
-    return [
-        line_chart(
-            name,
-            [line(title, colour, size=size) for title, colour in shown],
-            title=f"Loss over the share of {what} that go",
-            text=f"{text}{more}.",
-            x=Axis(f"{what} dropped", is_share=True),
-            y=Axis("more than the whole model, nats"),
-        )
-        for name, what, size, shown, more in panels[: 1 if is_one else 2]
-    ]
-
-
-def _lost(row: SizeRow, name: str, whole: float) -> Estimate | None:
-    """What a line of the figure loses more than the whole model at one size."""
-    if name.startswith("deepest"):
-        deepest = row.deepest_patched
-        return None if deepest is None else Estimate(deepest - whole, math.nan)
-    standing = row.cut if name == "cut" else row.patched
-    return standing and standing.difference
 
 
 def healing_chart(healing: Healing) -> Drawing:

@@ -2,7 +2,6 @@
 
 import math
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import MetricError, ScanError
@@ -22,9 +21,9 @@ from ...values.files import (
 )
 from ...values.gain import Gain
 from ...values.layers import drop_option
-from ...values.recommendation import Recommended, SizeRow
+from ...values.recommendation import Recommended
 from ...values.scores import Estimate
-from ..charts.run import healing_chart, race_charts, scan_charts, size_charts
+from ..charts.run import healing_chart, race_charts, scan_charts
 from ..results import Continuations, Run
 from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
 from ..words import (
@@ -38,7 +37,6 @@ from ..words import (
     made_by,
     megabytes,
     perplexity_words,
-    range_cell,
     small_model,
 )
 from .evaluation import repeats_warning, speech_table
@@ -71,7 +69,6 @@ def choice_parts(run: Run) -> list[str | Table]:
     parts: list[str | Table] = [f"scan: {scan_table(run.scan).title}", *rejected(run.scan)]
     if best is not None:
         parts += [candidates_table(best.verified), *failed_proposals(best.verified)]
-        parts += [sizes_table(best, run.table)] if run.table else []
     return parts
 
 
@@ -96,43 +93,6 @@ def speech_section(run: Run) -> Section:
     tables = (speech_table(speech),) if speech else ()
     samples = tuple(map(_sample, run.continuations))
     return Section("How it speaks", tuple(lines), tables=tables, samples=samples)
-
-
-def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
-    """Tabulate what the verified cut of every size costs, and the deepest one beside it."""
-    chosen = [place for place, row in enumerate(rows) if row.dropped == best.plan.dropped]
-    patches = any(row.patched for row in rows)
-
-    def cells(row: SizeRow) -> tuple[Number, ...]:
-        patched = (Number.estimate(row.patched and row.patched.loss),) if patches else ()
-        kept = row.patched if patches else row.cut
-        return (
-            Number.count(row.n),
-            range_cell(row.dropped),
-            Number.share(row.parameters_share),
-            Number.estimate(row.cut.loss),
-            *patched,
-            Number.estimate(kept and kept.difference, sign=True),
-            Number.of(row.deepest_patched if patches else row.deepest.mean),
-            Number.count(row.num_tied),
-        )
-
-    states = ("cut", "patched") if patches else ("cut",)
-    deepest = "deepest, patched" if patches else "deepest"
-    note = (
-        f"Nats a token on {counted(best.whole.num_tokens, 'token')} of the "
-        f"{counted(best.whole.num_texts, 'test text')}; whole model "
-        f"{best.whole}. {'Patches here are quick ones, one matrix a block. ' if patches else ''}"
-        f"Errors of 'more' are paired.{_estimated(rows, best.whole.num_texts)}"
-    )
-    return Table(
-        "What other sizes would cost",
-        ("n", "drop", "parameters", *states, "more than whole", deepest, "ties"),
-        tuple(map(cells, rows)),
-        note,
-        chosen[0] if chosen else None,
-        bare=states,
-    )
 
 
 class _RunStory:
@@ -240,12 +200,8 @@ class _RunStory:
     @property
     def _tested(self) -> Estimate | None:
         """The loss on the test set of the recommended cut in the state that it was raced in."""
-        best, patches = self._best, self._best.verified.after == "patch"
-        for row in self._run.table:
-            if row.dropped == best.plan.dropped:
-                standing = row.patched if patches else row.cut
-                return standing and standing.loss
-        loss = best.patched if patches else best.cut
+        best = self._best
+        loss = best.patched if best.verified.after == "patch" else best.cut
         return None if loss is None else Estimate(loss.nats, loss.stderr)
 
     def _sections(self) -> list[Section]:
@@ -310,10 +266,8 @@ class _RunStory:
     def _costs(self) -> Section:
         run, gain, drawings = self._run, self._gain, []
         tables = [] if gain is None else [gain_table(gain)]
-        tables += [sizes_table(self._best, run.table)] if run.table else []
         tables += [] if run.healing is None else [healing_table(run.healing)]
         if self._drawn:
-            drawings += size_charts(run.table, self._best.whole)
             drawings += [healing_chart(run.healing)] if run.healing and run.healing.steps else []
         return Section("What it costs and gains", tables=tuple(tables), drawings=tuple(drawings))
 
@@ -407,17 +361,6 @@ def _cost(best: Recommended) -> str:
         return words
     back = (best.cut.nats - best.loss.nats) / lost
     return f"{words} {100 * back:.0f} % of the lost nats were recovered."
-
-
-def _estimated(rows: Sequence[SizeRow], num_texts: int) -> str:
-    """Say which losses of a table are estimated: `` Of n = 4, 12: estimated by 64 of the 165
-    texts.``; nothing where all texts were looked at.
-    """
-    few = [row for row in rows if row.num_texts < num_texts]
-    if not few:
-        return ""
-    sizes = ", ".join(str(row.n) for row in few)
-    return f" Of n = {sizes}: estimated by {few[0].num_texts} of the {num_texts} texts."
 
 
 def _capital(text: str) -> str:
