@@ -2,10 +2,8 @@
 
 import contextlib
 import io
-import json
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +15,6 @@ from .options import DryRun, Json, TrustRemoteCode
 from .output import called, print_json, remember_call, say_dry_run, show, warn
 
 if TYPE_CHECKING:
-    from ..store.again import Losses
     from ..store.records import Record
 
 
@@ -72,29 +69,27 @@ def reproduce_command(
     _check_options(record, trust_remote_code)
     store = open_store()
     places, lines = find_reads(record, given, store)
-    folder, unsure, done = None, dict[str, str](), ""
-    if result is not None:
-        folder, compared = compare_result(record, result, store)
-        lines, unsure = lines + compared.differs, compared.unsure
-    promise = promise_of(record)
+    others, unsure = ([], {}) if result is None else compare_result(record, result, store)
+    lines, done, promise = lines + others, "", promise_of(record)
     if not as_json and not dry_run:
         show(f"promised: {promise.why}")
     if not lines and dry_run:
         say_dry_run({"reproduce": place, "promised": promise.why, "write": []}, as_json)
         return
     if not lines:
-        with working_folder(record) as work:
-            made = _make(record, places, work)
-            both = (folder, work / "made" / record.out)
-            measured = _losses(record, result, both[1], places)
-            compared = compare(record, made, promise, places=both, losses=measured)
-            lines, unsure = compared.differs, {**unsure, **compared.unsure}
-            done = "" if lines else agreement(record, made, promise, unsure)
-            if lines or unsure:
-                kept = f"what was made again stays in {work / 'made'} until the next call"
-                done = "\n".join(filter(None, [done, kept]))
-            else:
-                rmtree(work)
+        with working_folder(record) as folder:
+            made = _make(record, places, folder)
+            done, out = (
+                f"what was made again stays in {folder / 'made'} until the next call",
+                folder / "made",
+            )
+            lines, more = compare(record, made, promise, result=result, folder=out, places=places)
+            unsure |= more
+            if not lines:
+                kept = f"\n{done}" if unsure else ""
+                done = f"{agreement(record, made, promise, unsure)}{kept}"
+            if not lines and not unsure:
+                rmtree(folder)
     if as_json:
         told = {"differences": lines, "not_compared": unsure, "files": dict(record.files)}
         print_json({"promised": promise.why, **told})
@@ -108,7 +103,7 @@ def _check_options(record: "Record", trust_remote_code: bool) -> None:
     """Refuse options that the command has not, or that nobody has allowed here."""
     from ..errors import ModelError, OutputError
     from ..store.records import settings_of
-    from . import RECORDED, _with_values
+    from . import HELP, RECORDED, _has, _with_values
 
     if record.command not in RECORDED:
         raise OutputError(f"the record is of a command that leaves none: {record.command}")
@@ -117,10 +112,9 @@ def _check_options(record: "Record", trust_remote_code: bool) -> None:
     if unknown:
         raise OutputError(f"the record names options that there are not: {', '.join(unknown)}")
     name, *words = shlex.split(record.call)[1:] or [""]
-    plain = _plain(command, _with_values(command, words)) if name == record.command else {}
-    if Path(plain.get("out", "")).name != record.out or settings_of(plain, record) != dict(
-        record.settings
-    ):
+    is_its = name == record.command and not _has(words, *HELP)
+    plain = _plain(command, _with_values(command, words)) if is_its else {"out": ""}
+    if (Path(plain["out"]).name, settings_of(plain, record)) != (record.out, record.settings):
         raise OutputError(f"the settings of the record are not those of its call: {record.call}")
     if record.settings.get("trust_remote_code") and not trust_remote_code:
         raise ModelError(
@@ -139,57 +133,14 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
     for name, text in record.plans.items():
         given[name] = str(folder / f"{name}.json")
         Path(given[name]).write_text(text, encoding="utf-8")
-    words = _words(parser(record.command), given)
-    _printed(record.command, words, shlex.split(record.call)[2:])
-    return record_of(record.command, record.call, given, open_store())
-
-
-def _printed(name: str, words: Sequence[str], remembered: Sequence[str] = ()) -> str:
-    """Carry a command out, and give what it prints, which names a folder that goes again."""
-    remember_call(name, remembered or words)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = parser(name).main([*words], prog_name="shallower", standalone_mode=False)
+    command = parser(record.command)
+    words = _words(command, given)
+    remember_call(record.command, shlex.split(record.call)[2:])
+    with contextlib.redirect_stdout(io.StringIO()):  # which names a folder that goes again
+        status = command.main(words, prog_name="shallower", standalone_mode=False)
     if status:  # it was interrupted
         raise typer.Exit(status)
-    return printed.getvalue()
-
-
-def _losses(
-    record: "Record", result: Path | str | None, made: Path, places: Mapping[str, str]
-) -> "Losses":
-    """Measure weights by the texts of a record: those of a result, and those made again."""
-    from ..store.records import file_in
-
-    @cache
-    def both(inside: str) -> tuple[float, float] | None:
-        there = file_in(result, inside) if isinstance(result, Path) else result
-        if there is None or (inside not in ("", ".") and there == result):
-            return None
-        return _loss(there, record, places), _loss(file_in(made, inside), record, places)
-
-    return lambda name: both(name if name.endswith(".gguf") else str(Path(name).parent))
-
-
-def _loss(place: Path | str, record: "Record", places: Mapping[str, str]) -> float:
-    """Measure the loss of a model, or of adapters on their cut, on the texts of a record."""
-    from ..store.records import ADAPTERS_FILE, TEXTS
-    from ..store.store import store_folder
-
-    options = {"trust_remote_code": record.settings.get("trust_remote_code")}
-    if isinstance(place, Path) and (place / ADAPTERS_FILE).is_file():
-        merged = (store_folder() or place) / "merged"
-        given = {"adapters": place, "model": places["model"], "out": merged, "overwrite": True}
-        _printed("merge", _words(parser("merge"), {**given, **options}))
-        place = merged
-    texts = "eval_texts" if "eval_texts" in places else "texts"
-    most = min(record.settings.get(TEXTS[texts]) or _MEASURED, _MEASURED)
-    options |= {"max_length": record.settings.get("max_length"), "as_json": True}
-    given = {"model": place, "texts": places[texts], "max_texts": most, **options}
-    return float(json.loads(_printed("eval", _words(parser("eval"), given)))["base"]["nats"])
-
-
-_MEASURED = 64
-"""Texts at most on which weights are compared."""
+    return record_of(record.command, record.call, given, open_store())
 
 
 def keep_record(name: str, command: Any, words: Sequence[str]) -> None:

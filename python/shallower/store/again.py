@@ -3,25 +3,29 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
 
 from ..cutting.source import CARD_FILE
 from ..errors import OutputError, raise_output_error
 from ..models.dtypes import QUANTISED
-from ..processes import held, is_held
-from ..storage import RESULT_RECORD, sha256_of
+from ..models.source import ModelSource
+from ..processes import held
+from ..storage import RESULT_RECORD
+from ..texts.sources import Texts
 from ..values.counts import counted
 from ..values.files import OF_ONE_MODEL, SCAN_FILE
 from ..values.hashing import hash_of
 from ..values.provenance import versions
+from ..values.tokens import Tokens
 from .records import (
+    ADAPTERS_FILE,
     MODELS,
     OTHER,
+    TEXTS,
     Read,
     Record,
     changed,
@@ -44,13 +48,7 @@ _WEIGHTS = (".safetensors", ".gguf")
 _COMPUTED = (*_WEIGHTS, CARD_FILE, *OF_ONE_MODEL)
 """Ends of the names of files that hold what other instructions or threads compute otherwise."""
 
-_MOST_AT_ONCE = 256
-"""How many processes make one result again at once."""
-
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
-
-Losses = Callable[[str], tuple[float, float] | None]
-"""The losses of the weights in a file, as published and as made again; None if not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,43 +100,30 @@ def _how_made(record: Record) -> str:
     return "converts" if "dtype" in record.settings else "copies"
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """A result as it is compared, item by item: what is in neither field is the same.
-
-    Attributes:
-        differs: what differs, a line each.
-        unsure: the files that could not be compared, and why.
-    """
-
-    differs: list[str] = field(default_factory=list)
-    unsure: dict[str, str] = field(default_factory=dict)
+Compared = tuple[list[str], dict[str, str]]
+"""What differs, a line each; and why a file could not be compared. All else is the same."""
 
 
-def compare_result(record: Record, place: Path | str, store: Store) -> tuple[Path, Compared]:
-    """Compare a result with its record; gives also its folder, or GGUF file.
-
-    ModelError where one on the hub cannot be fetched.
-    """
+def compare_result(record: Record, place: Path | str, store: Store) -> Compared:
+    """Compare a result with its record; ModelError where one on the hub cannot be fetched."""
     folder, files = result_of(place, store)
-    expected, done = dict(record.files), Compared()
+    expected, lines, unsure = dict(record.files), [], {}
     for part in parts_of(record):
         name = f"{part}/{RESULT_RECORD}"
         expected[name] = hashlib.sha256(record.of_part(part).content).hexdigest()
-        files |= {name: sha256_of(folder / name)} if (folder / name).is_file() else {}
     for name, how in changed(expected, files).items():
         text = text_of(record, file_in(folder, name)) if name.endswith(CARD_FILE) else ""
         if how == OTHER and text and hash_of(text) == record.said.get(name):
-            done.unsure[name] = "its results are not those of the record"
+            unsure[name] = "its results are not those of the record"
         else:
-            done.differs.append(f"result: {name} {how}")
-    try:
-        figures = record.figures if record.part else figures_of(folder, record.command)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        figures = {}
-    others = _other_figures(record.figures, figures, 0.0)
-    done.differs.extend(f"result: {line}" for line in others)
-    return folder, done
+            lines.append(f"{name} {how}")
+    if not (lines or record.part):
+        try:
+            figures = figures_of(folder, record.command)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            figures = {}
+        lines += _other_figures(record.figures, figures, 0.0)
+    return [f"result: {line}" for line in lines], unsure
 
 
 def _other_figures(
@@ -211,27 +196,21 @@ def working_folder(record: Record) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            if before is None:
-                del os.environ[FOLDER_VARIABLE]
-            else:
-                os.environ[FOLDER_VARIABLE] = before
+            os.environ.pop(FOLDER_VARIABLE)
+            os.environ.update({} if before is None else {FOLDER_VARIABLE: before})
 
 
 def _hold_free(wanted: Path, stack: ExitStack) -> Path:
-    """Make a folder that no other process works in, and hold it: ``wanted``, or one like it."""
+    """Hold a folder that no other process works in: ``wanted``, or one of the next numbers."""
     with raise_output_error(f"{wanted} (name another folder by {FOLDER_VARIABLE})"):
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        for number in count(1):
-            folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        for number in range(2, 1000):
+            wanted.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(held(folder))
+                stack.enter_context(held(wanted))
+                return wanted
             except OutputError:
-                if number > _MOST_AT_ONCE or not is_held(folder):
-                    raise
-            else:
-                folder.mkdir(exist_ok=True)
-                return folder
-    raise AssertionError
+                wanted = wanted.with_name(f"{wanted.name.partition('-')[0]}-{number}")
+    raise OutputError(f"{wanted} and a thousand like it are in use")
 
 
 def compare(
@@ -239,73 +218,80 @@ def compare(
     made: Record,
     promise: Promise,
     *,
-    places: tuple[Path | None, Path],
-    losses: Losses,
+    result: Path | str | None,
+    folder: Path,
+    places: Mapping[str, str],
 ) -> Compared:
-    """Compare a result that was made again with its record.
+    """Compare a result that was made again in ``folder`` with its record.
 
     A file is the same by its bytes, or by what it says without times, versions and names. Where
-    bytes are not promised, numbers in computed texts may lie apart, and weights are the same by
-    their losses. ``places`` are those of the result, if it is at hand, and of what was made.
+    bytes are not promised, numbers in computed texts may lie apart, and the weights of the result
+    are measured on the texts of ``places``.
     """
-    made, done = made.of_part(record.part), Compared()
+    made, near = made.of_part(record.part), bool(record.figures) and not promise.bytes
+    base, lines, unsure, weights = folder / record.out / record.part, [], dict[str, str](), set()
     renamed = any(read.name != made.read[name].name for name, read in record.read.items())
-    is_near = bool(record.figures) and not promise.bytes
     for name, how in changed(record.files, made.files).items():
         if how == OTHER and record.said.get(name, "") == made.said.get(name):
             continue
-        is_computed = name.endswith(_COMPUTED) or name.startswith("figures/")
-        if how == OTHER and is_near and is_computed:
-            _compare_near(record, name, places, losses, done)
-        elif how == OTHER and name.endswith(CARD_FILE) and (renamed or promise.versions):
-            done.unsure[name] = "it names versions and what was read, which are others here"
-        else:
-            done.differs.append(f"made again: {name} {how}")
-    most = 0.0 if promise.bytes else NATS
-    done.differs.extend(_other_figures(record.figures, made.figures, most))
-    for package in promise.versions if done.differs and not is_near else ():
-        has = made.versions.get(package)
-        done.differs.append(f"{package} {record.versions[package]} has made it, here is {has}")
-    return done
+        is_computed = near and (name.endswith(_COMPUTED) or name.startswith("figures/"))
+        is_worded = name.endswith(CARD_FILE) and (renamed or bool(promise.versions))
+        if how != OTHER or not (is_computed or is_worded):
+            lines.append(f"made again: {name} {how}")
+        elif result and name.endswith(_WEIGHTS) and name != SCAN_FILE:
+            weights.add(Path(name) if name.endswith(".gguf") else Path(name).parent)
+        elif not (near and _are_near(record, name, result, base)):
+            unsure[name] = "other versions, processors or names of the source write another one"
+    for inside in sorted(weights):
+        both = (Path(result or "", inside), base / inside)
+        had, has = (_loss(record, one, places, folder) for one in both)
+        if not abs(had - has) <= NATS:
+            told = f"{had:.4f} nats measured on its weights, {has:.4f} on those made again"
+            lines.append(f"result: {Path(record.out, inside)}: {told}")
+    lines += _other_figures(record.figures, made.figures, 0.0 if promise.bytes else NATS)
+    for name in promise.versions if lines and not near else ():
+        version = record.versions[name]
+        lines.append(f"{name} {version} has made it, here is {made.versions.get(name)}")
+    return lines, unsure
 
 
-def _compare_near(
-    record: Record, name: str, places: tuple[Path | None, Path], losses: Losses, done: Compared
-) -> None:
-    """Compare a computed file that has other bytes: weights by their losses, a text by numbers."""
-    if name.endswith(_WEIGHTS) and name != SCAN_FILE:
-        measured = losses(name)
-        if measured is None:
-            done.unsure[name] = "its weights are not at hand to be measured"
-        elif not abs(measured[0] - measured[1]) <= NATS:
-            lost = f"{measured[0]:.4f} nats measured on its weights, expected {measured[1]:.4f}"
-            done.differs.append(f"result: {name}: {lost}")
-    elif places[0] is None or not _are_near(
-        *(text_of(record, file_in(one, name)) for one in places if one)
-    ):
-        done.unsure[name] = "another machine computes other digits"
+def _loss(record: Record, place: Path, places: Mapping[str, str], folder: Path) -> float:
+    """Measure a model, or adapters on their cut, on at most 64 of the texts of a record."""
+    from ..evaluation.loss import evaluate_loss
+    from ..merging.merge import merge
+
+    trusted = bool(record.settings.get("trust_remote_code"))
+    if (place / ADAPTERS_FILE).is_file():
+        merged = folder / "merged"
+        merge(place, merged, places["model"], overwrite=True, trust_remote_code=trusted)
+        place = merged
+    name = "eval_texts" if "eval_texts" in places else "texts"
+    texts = Texts(places[name], min(record.settings.get(TEXTS[name]) or 64, 64))
+    source = ModelSource(str(place), trust_remote_code=trusted)
+    length = record.settings.get("max_length") or Tokens().max_length
+    return evaluate_loss(*source.load(), texts, max_length=length).nats
 
 
-def _are_near(text: str, other: str) -> bool:
-    """Whether two texts say the same, but for numbers that lie near one another."""
+def _are_near(record: Record, name: str, result: Path | str | None, made: Path) -> bool:
+    """Whether a text says the same as made again, but for numbers that lie near one another."""
+    if not isinstance(result, Path):
+        return False
+    text, other = (text_of(record, file_in(one, name)) for one in (result, made))
     pairs = zip(*(map(float, _NUMBER.findall(one)) for one in (text, other)), strict=False)
-    return (
-        bool(text)
-        and _NUMBER.sub("", text) == _NUMBER.sub("", other)
-        and all(isclose(*pair, rel_tol=NATS, abs_tol=NATS) for pair in pairs)
-    )
+    is_alike = bool(text) and _NUMBER.sub("", text) == _NUMBER.sub("", other)
+    return is_alike and all(isclose(*pair, rel_tol=NATS, abs_tol=NATS) for pair in pairs)
 
 
 def agreement(record: Record, made: Record, promise: Promise, unsure: Mapping[str, str]) -> str:
     """Say how far a result is that of its record, where nothing differs."""
-    made = made.of_part(record.part)
-    same = {*record.files.items()} & {*made.files.items()}
+    if unsure:
+        named = "; ".join(f"{name} ({why})" for name, why in sorted(unsure.items()))
+        return (
+            f"the same but for {counted(len(unsure), 'file')} that could not be compared: {named}"
+        )
+    same = {*record.files.items()} & {*made.of_part(record.part).files.items()}
     files, figures = counted(len(record.files), "file"), counted(len(record.figures), "figure")
     files = files if len(same) == len(record.files) else f"{len(same)} of {files} to the byte"
-    figures = (
-        f"; {figures}{'' if promise.bytes else f' within {NATS} nats'}" if record.figures else ""
-    )
-    if not unsure:
-        return f"the same: {files}{figures}"
-    named = "; ".join(f"{name} ({why})" for name, why in sorted(unsure.items()))
-    return f"the same but for {counted(len(unsure), 'file')} that could not be compared: {named}"
+    if not record.figures:
+        return f"the same: {files}"
+    return f"the same: {files}; {figures}{'' if promise.bytes else f' within {NATS} nats'}"

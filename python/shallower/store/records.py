@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from glob import escape
@@ -164,6 +165,7 @@ class Record:
 
     def _check(self) -> None:
         """Refuse what no command writes: ValueError."""
+        shlex.split(self.call)  # ValueError
         named = {*MODELS, *TEXTS, "plan", "experts_plan", "out"} & {*self.settings}
         named |= {*WITHOUT_EFFECT} & {*self.settings}
         named |= {name for name in PROMPTS if self.settings.get(name)}
@@ -209,8 +211,8 @@ ADAPTERS_FILE = "adapter_config.json"
 _BESIDE = (*EXPORT_FILES, PLAN_FILE)
 _PARTS = (CHECKPOINT_FOLDER, HEALED_FOLDER)
 
-_FOREIGN = (".git", ".cache/")
-"""How the names of what git and the hub add begin."""
+_FOREIGN = (".git/", ".gitattributes", ".cache/", RESULT_RECORD)
+"""How the names of what git and the hub add begin, and of the record itself."""
 
 _MOST_TEXT = 1 << 23
 """Bytes of a text that is compared by what it says."""
@@ -274,15 +276,17 @@ def record_of(command: str, call: str, given: Mapping[str, Any], store: Store) -
         versions(),
         here(),
     )
-    texts = {name: text_of(record, file_in(out, name)) for name in record.files}
+    own = {name: one for name, one in record.files.items() if Path(name).name != RESULT_RECORD}
+    texts = {name: text_of(record, file_in(out, name)) for name in own}
     said = {name: hash_of(one) for name, one in texts.items() if one}
-    return replace(record, settings=settings_of(given, record), said=said)
+    return replace(record, settings=settings_of(given, record), files=own, said=said)
 
 
 def settings_of(given: Mapping[str, Any], record: Record) -> dict[str, Any]:
-    """The options of a call, by name, that name nothing to read or write, and change a result."""
+    """The options of a call as JSON values, but for places and what changes no result."""
     others = {*record.read, *record.plans, *WITHOUT_EFFECT}
-    return {name: one for name, one in given.items() if name not in others and one is not None}
+    found = {name: one for name, one in given.items() if name not in others and one is not None}
+    return dict(json.loads(json.dumps(found)))
 
 
 def here() -> dict[str, Any]:
@@ -353,7 +357,7 @@ def _read_texts(value: str, limit: int | None, store: Store) -> Read:
 
 
 def files_of(out: Path, store: Store) -> dict[str, str]:
-    """Hash the files of a result by their names, but for records.
+    """Hash the files of a result by their names, but for its record.
 
     A link that leads to no file has no hash.
     """
@@ -361,9 +365,8 @@ def files_of(out: Path, store: Store) -> dict[str, str]:
         return _hashes(out.parent, [out, *(export_path(out, one) for one in _BESIDE)], store)
     paths = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*"))}
     ours = {name: paths[name] for name in paths if not name.startswith(_FOREIGN)}
-    found = _hashes(out, (one for one in ours.values() if one.name != RESULT_RECORD), store)
-    others = (name for name, path in ours.items() if not path.is_file())
-    return {**found, **{name: "" for name in others if paths[name].is_symlink()}}
+    links = [name for name, path in ours.items() if path.is_symlink() and not path.is_file()]
+    return {**_hashes(out, ours.values(), store), **dict.fromkeys(links, "")}
 
 
 def file_in(out: Path, name: str) -> Path:
@@ -392,8 +395,8 @@ def text_of(record: Record, path: Path) -> str:
     text = without_results(text) if path.name.endswith(CARD_FILE) else text
     text = _VARYING.sub("", text)
     for package, version in record.versions.items():
-        told = rf'(\b{package}(?:_version)?"?:? ?)"?{re.escape(version)}(?![\w.])'
-        text = re.sub(told, r"\1", text)
+        told = rf'"?\b{package}(_version)?"?:? ?"?{re.escape(version)}(?![\w.])"?,?\s*'
+        text = re.sub(told, "", text)
     for name, read in record.read.items():
         text = re.sub(rf"(?<!\w){re.escape(read.name)}(?!\w)", name, text)
     return text
