@@ -203,14 +203,14 @@ def working_folder(record: Record) -> Iterator[Path]:
 def _hold_free(wanted: Path, stack: ExitStack) -> Path:
     """Hold a folder that no other process works in: ``wanted``, or one of the next numbers."""
     with raise_output_error(f"{wanted} (name another folder by {FOLDER_VARIABLE})"):
-        for number in range(2, 1000):
+        for number in range(2, 100):
             wanted.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(held(wanted))
                 return wanted
             except OutputError:
                 wanted = wanted.with_name(f"{wanted.name.partition('-')[0]}-{number}")
-    raise OutputError(f"{wanted} and a thousand like it are in use")
+    raise OutputError(f"{wanted} and a hundred like it are in use")
 
 
 def compare(

@@ -211,8 +211,8 @@ ADAPTERS_FILE = "adapter_config.json"
 _BESIDE = (*EXPORT_FILES, PLAN_FILE)
 _PARTS = (CHECKPOINT_FOLDER, HEALED_FOLDER)
 
-_FOREIGN = (".git/", ".gitattributes", ".cache/", RESULT_RECORD)
-"""How the names of what git and the hub add begin, and of the record itself."""
+_FOREIGN = (".git/", ".gitattributes", ".cache/")
+"""How the names of what git and the hub add begin."""
 
 _MOST_TEXT = 1 << 23
 """Bytes of a text that is compared by what it says."""
@@ -364,6 +364,7 @@ def files_of(out: Path, store: Store) -> dict[str, str]:
     if out.suffix == ".gguf":
         return _hashes(out.parent, [out, *(export_path(out, one) for one in _BESIDE)], store)
     paths = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*"))}
+    paths.pop(RESULT_RECORD, None)
     ours = {name: paths[name] for name in paths if not name.startswith(_FOREIGN)}
     links = [name for name, path in ours.items() if path.is_symlink() and not path.is_file()]
     return {**_hashes(out, ours.values(), store), **dict.fromkeys(links, "")}
