@@ -611,12 +611,12 @@ def test_what_is_not_at_hand_is_asked_for_by_its_hash(shallower, made):
 @pytest.mark.filterwarnings("ignore:the store")
 def test_what_cannot_be_read_or_written_is_said_in_a_sentence(shallower, made, monkeypatch):
     result, told = made("prune")
-    error = shallower("reproduce", result, "--model", "tinny").error
-    assert error.startswith("no model can be read at tinny: ")
+    error = shallower("reproduce", result, "--model", "tinny").err
+    assert "error: no model can be read at tinny: it is not here, and the hub does not" in error
     Path("file").write_text("x")
     monkeypatch.setenv("SHALLOWER_CACHE", str(Path("file").resolve()))
-    error = shallower("reproduce", result, *told).error
-    assert "cannot write" in error
+    error = shallower("reproduce", result, *told).err
+    assert "error: cannot write" in error
     assert "name another folder by SHALLOWER_CACHE" in error
 
 

@@ -331,7 +331,9 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
         try:
             files, commit = model_files(source)
         except (OSError, ValueError) as error:  # of the hub's client, too
-            raise OutputError(f"no model can be read at {value}: {why(error)}") from error
+            is_here = Path(value).expanduser().exists()
+            said = why(error) if is_here else "it is not here, and the hub does not give it"
+            raise OutputError(f"no model can be read at {value}: {said}") from error
         if source.is_gguf:
             return Read(shown, commit, {"": hashes_of(files, store)[0]})
         if not files:
