@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from shallower.store import records
+from shallower.values.hashing import hash_of
 
 HEAL = (
     "heal cut --texts many.jsonl --eval-texts held_out.jsonl --dtype float32 --max-length 16 "
@@ -59,7 +60,18 @@ def record_in(result):
 
 
 def edited(result, edit):
-    """Change the record of a result."""
+    """Forge the record of a result: another value, and the hash of all that fits it."""
     path, record = record_in(result)
     edit(record)
-    path.write_text(json.dumps(record))
+    del record["digest"]
+    record["digest"] = hash_of(record)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def hashed(result):
+    """Forge a record once more: the hashes are those of the files as they are."""
+    record = records.Record.load(record_in(result)[0])
+    files = records.files_of(Path(result), records.Store(None))
+    texts = {name: records.text_of(record, records.file_in(Path(result), name)) for name in files}
+    said = {name: hash_of(text) for name, text in texts.items() if text}
+    edited(result, lambda record: record.update(files=files, said=said))

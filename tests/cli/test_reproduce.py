@@ -1,21 +1,28 @@
 """Results that are made again from their records, and compared."""
 
+import json
+import os
+import random
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 import shallower as sh
 from shallower.cutting import metadata
+from shallower.errors import OutputError
 from shallower.models import loading
 from shallower.reporting.results import state_results
-from shallower.storage import RESULT_RECORD
 from shallower.store import again, records
 from shallower.store.store import store_folder
+from tests.cli.changes import change_at_random
 from tests.cli.documents import documents
-from tests.cli.results import CALLS, QUICK, edited, record_in, result_of, words_of
+from tests.cli.results import CALLS, QUICK, edited, hashed, record_in, result_of, words_of
 from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting import embedders
 from tests.cutting.mixtures import mixture
@@ -171,95 +178,213 @@ def test_a_file_that_is_not_made_again_is_named(shallower, made):
     assert (left / "made" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("more", "status"), [(0.01, 0), (0.03, 1)])
-def test_on_another_machine_losses_are_near(shallower, made, monkeypatch, more, status):
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", mostly_slow(CALLS, {"prune", "prune into a GGUF file"}))
+@pytest.mark.parametrize("changes", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_no_change_is_taken_for_the_same(shallower, made, monkeypatch, name, changes):
+    """A byte or a file of the result, or a value of its record, of a hundred each kind."""
+    result, told = made(name)
+    whole = Path.cwd().rename(Path.cwd().with_name("whole"))
+
+    def refuse(_):
+        raise OutputError("it would be made")
+
+    monkeypatch.setattr(again, "working_folder", refuse)
+    for seed in range(changes):
+        here = whole.with_name(f"changed {seed}")
+        shutil.copytree(whole, here, symlinks=True)
+        monkeypatch.chdir(here)
+        changed = change_at_random(random.Random(f"{name} {seed}"))
+        done = shallower("reproduce", result, *told)
+        assert done.status in (1, 2), changed
+        assert "\nthe same" not in done.out, changed
+        assert done.out.count("\n") > 1 or done.error, changed
+        # The results on a card may grow: after all else it is not compared.
+        assert "it would be made" not in done.err or "README.md" in changed
+        shutil.rmtree(here)
+
+
+ELSEWHERE = {"threads": "64", "cpu": "another"}
+
+
+@pytest.mark.parametrize(("noise", "status"), [(1e-4, 0), (1.0, 1)])
+def test_on_another_machine_the_weights_of_the_result_are_measured(
+    shallower, made, monkeypatch, noise, status
+):
+    """Their hash in the record, and so the record of another machine, prove nothing."""
     result, told = made("patch")
-    elsewhere = {**records.here(), "threads": "64", "cpu": "another"}
-    monkeypatch.setattr(again, "here", lambda: elsewhere)
-    name = "shallower_patch.json: patched"
-
-    def edit(record):
-        record["files"]["model.safetensors"] = "0" * 64
-        record["figures"][name] += more
-
-    edited(result, edit)
-    path = Path(result) / RESULT_RECORD
-    done = shallower("reproduce", path, *told)
-    first, *_, last = done.out.splitlines()
+    path = Path(result) / "model.safetensors"
+    weights = load_file(path)
+    source = torch.Generator().manual_seed(0)
+    for name, one in weights.items():
+        weights[name] = one + noise * torch.randn(one.shape, generator=source).to(one.dtype)
+    save_file(weights, path, {"format": "pt"})
+    hashed(result)
+    edited(result, lambda record: record["machine"].update(ELSEWHERE))
+    done = shallower("reproduce", result, *told)
+    assert done.status == status, done.out + done.err
+    first, last, *kept = done.out.splitlines()
     assert first == (
         "promised: the same losses within 0.02 nats a token: not with the same processor, threads"
     )
-    assert done.status == status
+    if status:
+        assert last.startswith("result: made: ")
+        assert " nats measured on its weights, 1." in last
+        assert kept[0].startswith("what was made again stays in")
+        return
     num = len(record_in(result)[1]["files"])
-    near = f"the same: {num - 1} of {num} files; 3 figures within 0.02 nats"
-    assert last.startswith("what was made again stays in" if status else near)
-    assert not status or done.out.splitlines()[1].startswith(name)
+    assert last == f"the same: {num - 1} of {num} files to the byte; 3 figures within 0.02 nats"
+    # The record alone has no weights to be measured.
+    alone = record_in(result)[0].rename("alone.json")
+    done = shallower("reproduce", alone, *told)
+    assert (done.status, done.out.splitlines()[1]) == (
+        1,
+        "the same but for 1 file that could not be compared: model.safetensors (other "
+        "versions, processors or names of the source write another one)",
+    )
+
+
+def saved_by_another(config):
+    """Spoils a config: another transformers has saved all, with one more value."""
+
+    def edit(path):
+        for one in path.parent.rglob("*"):
+            if one.suffix in (".json", ".md") and "record" not in one.name:
+                one.write_text(one.read_text().replace(again.versions()["transformers"], "5.0"))
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+    return edit
+
+
+def with_other_words(old, new, count=-1):
+    """Spoils a file: other words stand in it."""
+    return lambda path: path.write_text(path.read_text().replace(old, new, count))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "spoil", "line"),
+    [
+        ("prune", "config.json", saved_by_another({}), None),
+        (
+            "prune",
+            "config.json",
+            saved_by_another({"rms_norm_eps": 0.5}),
+            "made again: config.json has other bytes",
+        ),
+        (
+            "prune",
+            "tokenizer_config.json",
+            with_other_words('"tokenizer_class"', '"chat_template": "EVIL", "x"'),
+            "made again: tokenizer_config.json has other bytes",
+        ),
+        (
+            "patch",
+            "shallower_patch.json",
+            with_other_words('"patched": 1.', '"patched": 0.'),
+            "result: shallower_patch.json: patched: 0.",
+        ),
+        (
+            "patch",
+            "shallower_patch.json",
+            with_other_words('"patched": 1.', '"patched": [1], "x": 1.'),
+            "result: ",
+        ),
+    ],
+)  # fmt: skip
+def test_a_record_is_not_believed_of_what_a_file_says(
+    shallower, place, made, name, file, spoil, line
+):
+    """The hashes are those of the forged file; names and versions may be others."""
+    result, told = made(name)
+    spoil(Path(result) / file)
+    if "5.0" in (Path(result) / "config.json").read_text():
+        edited(result, lambda record: record["versions"].update(transformers="5.0"))
+    hashed(result)
+    Path(told[0].partition("=")[2]).rename("twin")
+    done = shallower("reproduce", result, "--model=twin", *told[1:])
+    assert done.status == (line is not None), done.out + done.err
+    assert done.out.splitlines()[1].startswith(line or "the same: 5 of 10 files to the byte")
+
+
+def record_of(**fields):
+    mappings = ("settings", "read", "plans", "files", "said", "figures", "versions")
+    empty = {name: {} for name in mappings}
+    own = {"command": "prune", "call": "", "out": "cut", "machine": {"cpu": "another"}}
+    return records.Record(**{**empty, **own, **fields})
+
+
+def test_a_cut_that_is_quantised_is_not_promised_anywhere():
+    assert not again.promise_of(record_of(settings={"dtype": "nf4"})).bytes
+    assert not again.promise_of(record_of(settings={"dtype": "auto"})).bytes
+    assert again.promise_of(record_of(settings={"dtype": "float16"})).bytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "does"),
+    [
+        ({}, "copies"),
+        ({"settings": {"dtype": "float16"}}, "converts"),
+        ({"read": {"model": records.Read("a.gguf", None, {"": "0"})}}, "dequantises"),
+        ({"read": {"model": records.Read("a.gguf", None, {"": "0"})}, "out": "b.gguf"}, "copies"),
+    ],
+)
+def test_a_promise_says_what_a_cut_does_with_weights(fields, does):
+    promised = again.promise_of(record_of(**fields)).why
+    assert promised == f"the same bytes: a cut {does} them, on any machine"
 
 
 @pytest.mark.parametrize("name", ["prune", "patch"])
-def test_by_other_versions_all_but_what_names_them_is_compared(shallower, made, monkeypatch, name):
+def test_by_other_versions_all_is_compared_but_their_names(shallower, made, monkeypatch, name):
     result, told = made(name)
     written = {**again.versions(), "numpy": "1.0"}
     monkeypatch.setattr(again, "versions", lambda: written)
     promised, done = shallower("reproduce", result, *told).out.splitlines()
-    if name == "patch":  # whose configs transformers has saved
-        edited(result, lambda record: record["files"].update({"config.json": "0" * 64}))
-        alone = record_in(result)[0].rename("alone.json")
-        assert shallower("reproduce", alone, *told).status == 0
-        assert promised.endswith("within 0.02 nats a token: not with the same numpy")
-        assert done.endswith("figures within 0.02 nats")
-        return
-    assert promised.endswith("on any machine; its plan and card name other versions of numpy")
-    num = len(record_in(result)[1]["files"])
-    assert done == f"the same: {num} files"
-
-    # Of a card and a plan that name others, all else is still compared.
-    def edit(record):
-        for file in ("README.md", "shallower_plan.json"):
-            record["files"][file] = "0" * 64
-
-    edited(result, edit)
-    path, _ = record_in(result)
-    alone = Path("alone") / path.name
-    alone.parent.mkdir()
-    alone.write_bytes(path.read_bytes())
-    assert shallower("reproduce", alone, *told).status == 0
-    edited(result, lambda record: record["files"].update({"config.json": "0" * 64}))
-    alone.write_bytes(path.read_bytes())
-    _, first, last, _ = shallower("reproduce", alone, *told).out.splitlines()
-    assert first == "made again: config.json has other bytes"
-    assert last.startswith("numpy ")
-
-
-def test_a_cut_that_is_quantised_is_not_promised_anywhere():
-    settings = {"dtype": "nf4"}
-    record = records.Record("prune", settings, "cut", {}, {}, {}, {}, {}, {"cpu": "another"})
-    assert not again.promise_of(record).bytes
-    assert not again.promise_of(replace(record, settings={"dtype": "auto"})).bytes
-    assert again.promise_of(replace(record, settings={"dtype": "float16"})).bytes
-
-
-def test_a_cut_that_transformers_saves_names_its_version(shallower, place, monkeypatch):
-    call = "prune tiny --drop 2:4 --dtype bfloat16 --out made"
-    assert shallower(*call.split()).status == 0
-    edited("made", lambda record: record["files"].update({"config.json": "0" * 64}))
-    path, _ = record_in("made")
-    path = path.rename("alone.json")
-    written = {**again.versions(), "transformers": "5.0"}
-    monkeypatch.setattr(again, "versions", lambda: written)
-    promised, done = shallower("reproduce", path, "--model", "tiny").out.splitlines()
-    assert promised.endswith("; its configs, plan and card name other versions of transformers")
+    assert "numpy" in promised
     assert done.startswith("the same: ")
+    # A card of another version of this package has other words.
+    edited(result, lambda record: record["files"].update({"README.md": "0" * 64}))
+    edited(result, lambda record: record["said"].update({"README.md": "0" * 64}))
+    alone = record_in(result)[0].rename("alone.json")
+    done = shallower("reproduce", alone, *told)
+    assert done.status == 1
+    assert "could not be compared: README.md (" in done.out
+    assert "differences" not in done.out
+    assert "README.md" in shallower("reproduce", alone, *told, "--json").json["not_compared"]
 
 
 @pytest.mark.parametrize("name", ["prune", "prune into a GGUF file"])
 def test_the_source_may_be_a_copy_by_another_name(shallower, made, name):
     result, told = made(name)
     source = Path(told[0].partition("=")[2])
-    source.rename(source.with_stem("copy"))
-    done = shallower("reproduce", result, "--model", source.with_stem("copy"))
+    source.rename(source.with_stem("twin"))
+    done = shallower("reproduce", result, "--model", source.with_stem("twin"))
     assert done.status == 0, done.out
     assert done.out.splitlines()[1].startswith("the same: ")
+
+
+def test_a_link_in_a_result_is_named(shallower, made):
+    result, told = made("prune")
+    Path("elsewhere").mkdir()
+    (Path(result) / "more").symlink_to(Path("elsewhere").resolve())
+    (Path(result) / "gone").symlink_to("nowhere")
+    done = shallower("reproduce", result, *told)
+    said = [f"result: {name} is a link to no file" for name in ("gone", "more")]
+    assert (done.status, done.out.splitlines()[1:]) == (1, said)
+
+
+def test_a_result_that_another_process_makes_again_has_a_folder_of_its_own(
+    shallower, made, monkeypatch
+):
+    result, told = made("prune")
+    record, home = records.Record.load(record_in(result)[0]), store_folder()
+    with again.working_folder(record) as folder:
+        call = [sys.executable, "-m", "shallower", "reproduce", result, *told]
+        more = {"env": {**os.environ, "SHALLOWER_CACHE": str(home)}, "text": True}
+        others = [subprocess.Popen(call, stdout=subprocess.PIPE, **more) for _ in range(2)]
+        said = [other.communicate()[0].splitlines()[-1] for other in others]
+        assert said == ["the same: 10 files"] * 2
+        assert list(folder.parent.glob("*-[0-9]")) == []
+        assert folder.is_dir()
 
 
 def test_what_a_hub_or_git_adds_is_no_difference(shallower, made):
@@ -366,9 +491,8 @@ def test_code_that_comes_with_a_model_is_run_for_who_allows_it_alone(shallower, 
     assert shallower(*again, "--trust-remote-code").status == 0
 
 
-def swapped(old, new, count=-1):
-    """Spoils a record: other words stand in it."""
-    return lambda path: path.write_text(path.read_text().replace(old, new, count))
+def forged(edit):
+    return lambda path: edited(path.parent, edit)
 
 
 BAD = {
@@ -376,57 +500,85 @@ BAD = {
     "another tool": (lambda path: path.write_text("{}"), "it is of another tool"),
     "no JSON": (lambda path: path.write_text("{"), "made/shallower_record.json is no record"),
     "a later version": (
-        swapped('"version": 1', '"version": 2'),
-        "it is of version 2: update shallower",
+        with_other_words('"version": 2', '"version": 3'),
+        "it is of version 3: update shallower",
     ),
+    "an earlier version": (
+        with_other_words('"version": 2', '"version": 1'),
+        "it is of an earlier version, without a hash of its own: make the result again",
+    ),
+    "another byte": (with_other_words("\n  ", "\n   ", 1), "it has changed since it was written"),
+    "another value": (with_other_words('"threads": "', '"threads": "7'), "it has changed since"),
     "an unknown option": (
-        swapped('"drop"', '"drip"'),
+        forged(lambda record: record["settings"].update(drip=1)),
         "the record names options that there are not: drip",
     ),
     "an unknown command": (
-        swapped('"prune"', '"cache"'),
+        forged(lambda record: record.update(command="cache")),
         "the record is of a command that leaves none: cache",
     ),
     "a plan of another name": (
-        swapped('"plans": {}', '"plans": {"../../escaped": "x"}'),
+        with_other_words('"plans": {}', '"plans": {"../../escaped": "x"}'),
         "it names what no command reads",
     ),
     "another thing read": (
-        swapped('"model": {', '"out": {', 1),
+        with_other_words('"model": {', '"out": {', 1),
         "it names what no command reads",
     ),
     "a thing without a hash": (
-        lambda path: edited(path.parent, lambda record: record["read"]["model"].update(files={})),
+        forged(lambda record: record["read"]["model"].update(files={})),
         "what was read has no hash",
     ),
     "a result elsewhere": (
-        swapped('"out": "made"', '"out": ".."'),
+        with_other_words('"out": "made"', '"out": ".."'),
         "'..' is no name of a result",
     ),
     "what changes no result": (
-        lambda path: edited(path.parent, lambda record: record["settings"].update(dry_run=True)),
+        forged(lambda record: record["settings"].update(dry_run=True)),
         "its settings name places, or what changes no result (dry_run)",
     ),
     "a place as a repository": (
-        lambda path: edited(
-            path.parent,
+        forged(
             lambda record: record["read"]["model"].update(
                 name=str(Path("tiny").resolve()), commit="c"
-            ),
+            )
         ),
         "tiny' is no repository of the hub",
     ),
     "a file as a dataset": (
-        lambda path: edited(
-            path.parent,
+        forged(
             lambda record: record["read"].update(
                 texts={"name": "/etc/hosts", "commit": "", "files": {}, "count": 1}
-            ),
+            )
         ),
         "'/etc/hosts' is no repository of the hub",
     ),
+    "another option than the call's": (
+        forged(lambda record: record["settings"].update(drop="3:5")),
+        "the settings of the record are not those of its call: shallower prune tiny --drop 2:4",
+    ),
+    "another call": (
+        forged(lambda record: record.update(call="shallower prune tiny --drop 1:3 --out made")),
+        "the settings of the record are not those of its call: shallower prune tiny --drop 1:3",
+    ),
+    "a list of experts in a file": (
+        forged(lambda record: record["settings"].update(drop_experts="/etc/passwd")),
+        "its settings name a file of this machine: /etc/passwd",
+    ),
+    "a GGUF file elsewhere": (
+        forged(lambda record: record["settings"].update(gguf_file="../small.gguf")),
+        "its settings name a file of this machine: ../small.gguf",
+    ),
+    "a part that there is not": (
+        forged(lambda record: record.update(part="more", files={}, said={})),
+        "no result has a part 'more' of 0 files",
+    ),
+    "a figure that is no number": (
+        forged(lambda record: record["figures"].update(x=float("nan"))),
+        "a figure is not finite",
+    ),
     "a place": (
-        swapped('"drop"', '"plan"'),
+        forged(lambda record: record["settings"].update(plan="cut")),
         "its settings name places, or what changes no result (plan)",
     ),
 }
@@ -454,6 +606,18 @@ def test_what_is_not_at_hand_is_asked_for_by_its_hash(shallower, made):
     edited(result, lambda record: record["read"]["model"].update(commit="c"))
     said = "the record reads trained from the hub, and it is also here: say which, by a path"
     assert shallower("reproduce", result, *told[1:]).error.startswith(said)
+
+
+@pytest.mark.filterwarnings("ignore:the store")
+def test_what_cannot_be_read_or_written_is_said_in_a_sentence(shallower, made, monkeypatch):
+    result, told = made("prune")
+    error = shallower("reproduce", result, "--model", "tinny").err
+    assert "error: no model can be read at tinny: it is not here, and the hub does not" in error
+    Path("file").write_text("x")
+    monkeypatch.setenv("SHALLOWER_CACHE", str(Path("file").resolve()))
+    error = shallower("reproduce", result, *told).err
+    assert "error: cannot write" in error
+    assert "name another folder by SHALLOWER_CACHE" in error
 
 
 def test_a_hub_id_without_a_record(shallower):

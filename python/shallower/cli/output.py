@@ -36,17 +36,18 @@ def remember_call(name: str, arguments: "Sequence[str]") -> None:
 
 
 def called() -> str:
-    """Give the words of this call, for a shell; of places on this machine their last part.
+    """Give the words of this call, for a shell; of places that lie elsewhere their last part.
 
     What changes no result is left out.
     """
-    from ..cutting.source import place_name
+    from ..cutting.source import typed_place
 
     def shown(before: str, word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         is_out = "--out" in (before, option)
-        name = Path(value).resolve().name if is_out and value else place_name(value)
-        return f"{option}{equals}{name}"
+        name = typed_place(value)
+        own = is_out and value and name != value  # of a place that is not there yet, too
+        return f"{option}{equals}{Path(value).resolve().name if own else name}"
 
     words = [
         word

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import rmtree
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import parser
 from .options import DryRun, Json, TrustRemoteCode
-from .output import print_json, remember_call, say_dry_run, show, warn
+from .output import called, print_json, remember_call, say_dry_run, show, warn
 
 if TYPE_CHECKING:
     from ..store.records import Record
@@ -44,13 +46,14 @@ def reproduce_command(
     The record lies beside what prune, run, patch, heal and merge have written. First it says what
     it can promise here. A cut has the same bytes on any machine. What is computed has them with the
     same processor, instructions and threads, and elsewhere the same losses within 0.02 nats. What
-    was read is compared by its SHA-256 before anything long. Each difference is a line, and the
-    exit status is 1 if there is one. When interrupted, the same command resumes.
+    was read is compared by its SHA-256 before anything long. Each difference is a line. The exit
+    status is 1 if something differs, or could not be compared. When interrupted, the same command
+    resumes.
     """
     from ..store.again import (
         agreement,
-        changed_result,
         compare,
+        compare_result,
         find_reads,
         promise_of,
         working_folder,
@@ -61,13 +64,13 @@ def reproduce_command(
     result, record = find_record(place)
     given = {
         "model": model, "original": original, "adapters": adapters, "texts": texts,
-        "eval_texts": eval_texts, "answers": answers, "speech": speech,
+        "eval_texts": eval_texts, "answers": answers, "prompts": speech,
     }  # fmt: skip
     _check_options(record, trust_remote_code)
     store = open_store()
     places, lines = find_reads(record, given, store)
-    lines += [] if result is None else changed_result(record, result, store)
-    promise, done = promise_of(record), ""
+    others, unsure = ([], {}) if result is None else compare_result(record, result, store)
+    lines, done, promise = lines + others, "", promise_of(record)
     if not as_json and not dry_run:
         show(f"promised: {promise.why}")
     if not lines and dry_run:
@@ -76,30 +79,43 @@ def reproduce_command(
     if not lines:
         with working_folder(record) as folder:
             made = _make(record, places, folder)
-        lines = compare(record, made, promise)
-        if lines:
-            done = f"what was made again stays in {folder / 'made'} until the next call"
-        else:
-            done = agreement(record, made, promise)
-            rmtree(folder)
+            done, out = (
+                f"what was made again stays in {folder / 'made'} until the next call",
+                folder / "made",
+            )
+            lines, more = compare(record, made, promise, result=result, folder=out, places=places)
+            unsure |= more
+            if not lines:
+                kept = f"\n{done}" if unsure else ""
+                done = f"{agreement(record, made, promise, unsure)}{kept}"
+            if not lines and not unsure:
+                rmtree(folder)
     if as_json:
-        print_json({"promised": promise.why, "differences": lines, "files": dict(record.files)})
+        told = {"differences": lines, "not_compared": unsure, "files": dict(record.files)}
+        print_json({"promised": promise.why, **told})
     else:
         show(*lines, *filter(None, [done]))
-    if lines:
+    if lines or unsure:
         raise typer.Exit(1)
 
 
 def _check_options(record: "Record", trust_remote_code: bool) -> None:
     """Refuse options that the command has not, or that nobody has allowed here."""
     from ..errors import ModelError, OutputError
-    from . import RECORDED, parser
+    from ..store.records import settings_of
+    from . import HELP, RECORDED, _has, _with_values
 
     if record.command not in RECORDED:
         raise OutputError(f"the record is of a command that leaves none: {record.command}")
-    unknown = {*record.settings} - {one.name for one in parser(record.command).params}
+    command = parser(record.command)
+    unknown = {*record.settings} - {one.name for one in command.params}
     if unknown:
         raise OutputError(f"the record names options that there are not: {', '.join(unknown)}")
+    name, *words = shlex.split(record.call)[1:] or [""]
+    is_its = name == record.command and not _has(words, *HELP)
+    plain = _plain(command, _with_values(command, words)) if is_its else {"out": ""}
+    if (Path(plain["out"]).name, settings_of(plain, record)) != (record.out, record.settings):
+        raise OutputError(f"the settings of the record are not those of its call: {record.call}")
     if record.settings.get("trust_remote_code") and not trust_remote_code:
         raise ModelError(
             "the model was loaded with code of its own, which nothing runs unasked: allow it "
@@ -111,7 +127,6 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
     """Carry the command of a record out; gives the record of what it has written."""
     from ..store.records import record_of
     from ..store.store import open_store
-    from . import parser
 
     given = {**record.settings, **places, "overwrite": True}
     given["out"] = str(folder / "made" / record.out)
@@ -120,12 +135,12 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
         Path(given[name]).write_text(text, encoding="utf-8")
     command = parser(record.command)
     words = _words(command, given)
-    remember_call(record.command, words)
+    remember_call(record.command, shlex.split(record.call)[2:])
     with contextlib.redirect_stdout(io.StringIO()):  # which names a folder that goes again
         status = command.main(words, prog_name="shallower", standalone_mode=False)
     if status:  # it was interrupted
         raise typer.Exit(status)
-    return record_of(record.command, given, open_store())
+    return record_of(record.command, record.call, given, open_store())
 
 
 def keep_record(name: str, command: Any, words: Sequence[str]) -> None:
@@ -135,19 +150,24 @@ def keep_record(name: str, command: Any, words: Sequence[str]) -> None:
     from ..store.records import is_recorded, write_record
     from ..store.store import open_store
 
-    given = command.make_context(name, [*words]).params
-    if given["dry_run"] or not is_main_process() or is_recorded(Path(given["out"])):
+    given = _plain(command, words)
+    if given.get("dry_run") or not is_main_process() or is_recorded(Path(given["out"])):
         return
+    try:
+        write_record(name, called(), given, open_store(bool(given.get("no_cache"))))
+    except (OSError, ValueError, ShallowerError) as error:
+        warn(f"no record of how it was made is written: {why(error)}")
+
+
+def _plain(command: Any, words: Sequence[str]) -> dict[str, Any]:
+    """Read the options of a call as plain values, without those that are off."""
+    given = command.make_context(command.name, [*words]).params
     off = [one.name for one in command.params if not one.secondary_opts and not given[one.name]]
-    plain = {
+    return {
         key: str(one) if isinstance(one, Path) else one
         for key, one in given.items()
         if not (key in off and one is False)
     }
-    try:
-        write_record(name, plain, open_store(given["no_cache"]))
-    except (OSError, ValueError, ShallowerError) as error:
-        warn(f"no record of how it was made is written: {why(error)}")
 
 
 def _words(command: Any, given: Mapping[str, Any]) -> list[str]:

@@ -99,6 +99,13 @@ def place_name(word: str | Path) -> str:
     return Path(word).name if is_place else word
 
 
+def typed_place(word: str | Path) -> str:
+    """A place as it was typed, if it lies below the current folder; else as :func:`place_name`."""
+    path, word = Path(word), str(word)
+    is_below = path.name and ".." not in path.parts and not path.is_absolute() and word[0] != "~"
+    return word if is_below else place_name(word)
+
+
 def find_source(
     named: str | Path,
     *,

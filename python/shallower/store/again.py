@@ -1,37 +1,54 @@
 """Make a result again from its record, and compare: file by file, and figure by figure."""
 
+import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 
-from ..cutting.exports import MERGEKIT_FILE
 from ..cutting.source import CARD_FILE
-from ..errors import OutputError
+from ..errors import OutputError, raise_output_error
 from ..models.dtypes import QUANTISED
+from ..models.source import ModelSource
+from ..processes import held
+from ..storage import RESULT_RECORD
+from ..texts.sources import Texts
 from ..values.counts import counted
-from ..values.files import PATCH_FILE, PLAN_FILE
+from ..values.files import OF_ONE_MODEL, SCAN_FILE
 from ..values.hashing import hash_of
 from ..values.provenance import versions
+from ..values.tokens import Tokens
 from .records import (
+    ADAPTERS_FILE,
     MODELS,
+    OTHER,
+    TEXTS,
     Read,
     Record,
     changed,
     fetch_small,
-    files_of,
-    files_on_hub,
+    figures_of,
+    file_in,
     here,
+    option_of,
+    parts_of,
     read_of,
+    result_of,
+    text_of,
 )
 from .store import FOLDER_VARIABLE, Store, store_folder
 
 NATS = 0.02
 """How far losses may lie apart that other instructions or threads have made."""
 
-_COMPUTED = (".safetensors", ".gguf", PATCH_FILE, PLAN_FILE)
+_WEIGHTS = (".safetensors", ".gguf")
+_COMPUTED = (*_WEIGHTS, CARD_FILE, *OF_ONE_MODEL)
 """Ends of the names of files that hold what other instructions or threads compute otherwise."""
+
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +59,7 @@ class Promise:
         bytes: whether its files are the same, to the byte; else its losses are within ``NATS``, if
             it has any.
         why: in words.
-        versions: packages that are of other versions here, which plans and cards name.
+        versions: packages that are of other versions here, which files name.
     """
 
     bytes: bool
@@ -55,9 +72,9 @@ def promise_of(record: Record) -> Promise:
     found = versions()
     other = tuple(name for name, one in record.versions.items() if found.get(name) != one)
     if record.command == "prune" and record.settings.get("dtype") not in ("auto", *QUANTISED):
-        what = "plan and card" if _is_copied(record) else "configs, plan and card"
-        told = f"; its {what} name other versions of {', '.join(other)}" if other else ""
-        return Promise(True, f"the same bytes: a cut copies them, on any machine{told}", other)
+        told = f"; its files name other versions of {', '.join(other)}" if other else ""
+        made = f"a cut {_how_made(record)} them, on any machine"
+        return Promise(True, f"the same bytes: {made}{told}", other)
     mine = here()
     apart = [
         name
@@ -74,28 +91,51 @@ def promise_of(record: Record) -> Promise:
     return Promise(False, f"{what}: not with the same {words}", other)
 
 
-def _is_copied(record: Record) -> bool:
-    """Whether a result is a cut that copies bytes, as far as its record shows.
-
-    All else is saved by transformers, with configs of its version.
-    """
+def _how_made(record: Record) -> str:
+    """What a cut does with weights, as far as its record shows."""
     model = record.read.get("model")
     from_gguf = model is not None and [*model.files] == [""]
-    to_gguf = record.out.endswith(".gguf") or "as_gguf" in record.settings
-    is_stored = record.command == "prune" and "dtype" not in record.settings
-    return is_stored and from_gguf == to_gguf
+    if from_gguf and not (record.out.endswith(".gguf") or "as_gguf" in record.settings):
+        return "dequantises"
+    return "converts" if "dtype" in record.settings else "copies"
 
 
-def changed_result(record: Record, place: Path | str, store: Store) -> list[str]:
-    """Say which files of a result are not as its record has them, a line each.
+Compared = tuple[list[str], dict[str, str]]
+"""What differs, a line each; and why a file could not be compared. All else is the same."""
 
-    ModelError where one on the hub cannot be fetched.
-    """
-    if isinstance(place, str):
-        found = files_on_hub(place, record.command, record.part, store=store)
-    else:
-        found = files_of(place, record.command, record.part, store=store)
-    return [f"result: {line}" for line in changed(record.files, found)]
+
+def compare_result(record: Record, place: Path | str, store: Store) -> Compared:
+    """Compare a result with its record; ModelError where one on the hub cannot be fetched."""
+    folder, files = result_of(place, store)
+    expected, lines, unsure = dict(record.files), [], {}
+    for part in parts_of(record):
+        name = f"{part}/{RESULT_RECORD}"
+        expected[name] = hashlib.sha256(record.of_part(part).content).hexdigest()
+    for name, how in changed(expected, files).items():
+        text = text_of(record, file_in(folder, name)) if name.endswith(CARD_FILE) else ""
+        if how == OTHER and text and hash_of(text) == record.said.get(name):
+            unsure[name] = "its results are not those of the record"
+        else:
+            lines.append(f"{name} {how}")
+    if not (lines or record.part):
+        try:
+            figures = figures_of(folder, record.command)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            figures = {}
+        lines += _other_figures(record.figures, figures, 0.0)
+    return [f"result: {line}" for line in lines], unsure
+
+
+def _other_figures(
+    expected: Mapping[str, float], found: Mapping[str, float], most: float
+) -> Iterator[str]:
+    """Name the figures that differ by more than ``most``, a line each."""
+    for name in sorted({*expected, *found}):
+        had, has = expected.get(name), found.get(name)
+        if had is None or has is None:
+            yield f"{name}: {has} nats, expected {had}"
+        elif not abs(had - has) <= most:
+            yield f"{name}: {has:.4f} nats, expected {had:.4f}"
 
 
 def find_reads(
@@ -109,8 +149,9 @@ def find_reads(
     places, lines = {}, []
     for name in given:
         if given[name] and name not in record.read:
-            option = f"--{name.replace('_', '-')}"
-            raise OutputError(f"by its record {record.out} was made without {option}: leave it out")
+            raise OutputError(
+                f"by its record {record.out} was made without {option_of(name)}: leave it out"
+            )
     for name, read in record.read.items():
         place = given.get(name) or (None if read.commit is None else read.name)
         if place is None:
@@ -118,23 +159,23 @@ def find_reads(
         if not given.get(name) and Path(place).exists():
             raise OutputError(
                 f"the record reads {place} from the hub, and it is also here: say which, by a path "
-                f"or from another folder (--{name.replace('_', '-')})"
+                f"or from another folder ({option_of(name)})"
             )
         places[name] = place
         if read.commit and place == read.name and name in MODELS:
             fetch_small(read)
         found = read_of(name, place, record.command, given=record.settings, store=store)
-        lines += read.differences(found, f"--{name.replace('_', '-')} {place}")
+        lines += read.differences(found, f"{option_of(name)} {place}")
     return places, lines
 
 
 def _wanted(name: str, read: Read) -> str:
-    option = f"--{name.replace('_', '-')}"
     sums = list(read.files.values())
     count = "" if read.count is None else f", {read.count:,} texts"
     return (
         f"the record does not say where {read.name} lies{count}, of SHA-256 {sums[0][:16]}"
-        f"{f' and {len(sums) - 1} more files' if len(sums) > 1 else ''}: name it ({option})"
+        f"{f' and {len(sums) - 1} more files' if len(sums) > 1 else ''}: name it "
+        f"({option_of(name)})"
     )
 
 
@@ -147,51 +188,110 @@ def working_folder(record: Record) -> Iterator[Path]:
     home = store_folder()
     if home is None:
         raise OutputError(f"there is no home to work in: name a folder ({FOLDER_VARIABLE})")
-    folder = home / "reproduce" / hash_of(record.to_json())[:16]
+    wanted = home / "reproduce" / hash_of(record.content.decode())[:16]
     before = os.environ.get(FOLDER_VARIABLE)
-    os.environ[FOLDER_VARIABLE] = str(folder / "cache")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-    finally:
-        if before is None:
-            del os.environ[FOLDER_VARIABLE]
-        else:
-            os.environ[FOLDER_VARIABLE] = before
+    with ExitStack() as stack:
+        folder = _hold_free(wanted, stack)
+        os.environ[FOLDER_VARIABLE] = str(folder / "cache")
+        try:
+            yield folder
+        finally:
+            os.environ.pop(FOLDER_VARIABLE)
+            os.environ.update({} if before is None else {FOLDER_VARIABLE: before})
 
 
-def compare(record: Record, made: Record, promise: Promise) -> list[str]:
-    """Say in what a result that was made again differs from its record, a line each.
+def _hold_free(wanted: Path, stack: ExitStack) -> Path:
+    """Hold a folder that no other process works in: ``wanted``, or one of the next numbers."""
+    with raise_output_error(f"{wanted} (name another folder by {FOLDER_VARIABLE})"):
+        for number in range(2, 100):
+            wanted.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(held(wanted))
+                return wanted
+            except OutputError:
+                wanted = wanted.with_name(f"{wanted.name.partition('-')[0]}-{number}")
+    raise OutputError(f"{wanted} and a hundred like it are in use")
 
-    A card is in the words of the version that wrote it; a plan names versions, and a config that
-    transformers saved. Some files name the source, which may be a copy by another name here.
+
+def compare(
+    record: Record,
+    made: Record,
+    promise: Promise,
+    *,
+    result: Path | str | None,
+    folder: Path,
+    places: Mapping[str, str],
+) -> Compared:
+    """Compare a result that was made again in ``folder`` with its record.
+
+    A file is the same by its bytes, or by what it says without times, versions and names. Where
+    bytes are not promised, numbers in computed texts may lie apart, and the weights of the result
+    are measured on the texts of ``places``.
     """
-    worded = [CARD_FILE]
-    if promise.versions:
-        worded.append(PLAN_FILE if _is_copied(record) else ".json")
-    if any(read.name != made.read[name].name for name, read in record.read.items()):
-        worded += [PLAN_FILE, MERGEKIT_FILE, "tokenizer_config.json"]
-    worded += _COMPUTED if record.figures and not promise.bytes else []
-    passed = tuple(f"{name} has other bytes" for name in worded)
-    found = changed(record.files, made.of_part(record.part).files)
-    lines = [f"made again: {line}" for line in found if not line.endswith(passed)]
-    for name in sorted({*record.figures, *made.figures}):
-        had, has = record.figures.get(name), made.figures.get(name)
-        if had is None or has is None:
-            lines.append(f"{name}: {has} nats, expected {had}")
-        elif abs(had - has) > (0.0 if promise.bytes else NATS):
-            lines.append(f"{name}: {has:.4f} nats, expected {had:.4f}")
-    for name in promise.versions if lines and (promise.bytes or not record.figures) else ():
+    made, near = made.of_part(record.part), bool(record.figures) and not promise.bytes
+    base, lines, unsure, weights = folder / record.out / record.part, [], dict[str, str](), set()
+    renamed = any(read.name != made.read[name].name for name, read in record.read.items())
+    for name, how in changed(record.files, made.files).items():
+        if how == OTHER and record.said.get(name, "") == made.said.get(name):
+            continue
+        is_computed = near and (name.endswith(_COMPUTED) or name.startswith("figures/"))
+        is_worded = name.endswith(CARD_FILE) and (renamed or bool(promise.versions))
+        if how != OTHER or not (is_computed or is_worded):
+            lines.append(f"made again: {name} {how}")
+        elif result and name.endswith(_WEIGHTS) and name != SCAN_FILE:
+            weights.add(Path(name) if name.endswith(".gguf") else Path(name).parent)
+        elif not (near and _are_near(record, name, result, base)):
+            unsure[name] = "other versions, processors or names of the source write another one"
+    for inside in sorted(weights):
+        both = (Path(result or "", inside), base / inside)
+        had, has = (_loss(record, one, places, folder) for one in both)
+        if not abs(had - has) <= NATS:
+            told = f"{had:.4f} nats measured on its weights, {has:.4f} on those made again"
+            lines.append(f"result: {Path(record.out, inside)}: {told}")
+    lines += _other_figures(record.figures, made.figures, 0.0 if promise.bytes else NATS)
+    for name in promise.versions if lines and not near else ():
         version = record.versions[name]
         lines.append(f"{name} {version} has made it, here is {made.versions.get(name)}")
-    return lines
+    return lines, unsure
 
 
-def agreement(record: Record, made: Record, promise: Promise) -> str:
-    """Say how far a result that was made again is that of its record, where nothing differs."""
+def _loss(record: Record, place: Path, places: Mapping[str, str], folder: Path) -> float:
+    """Measure a model, or adapters on their cut, on at most 64 of the texts of a record."""
+    from ..evaluation.loss import evaluate_loss
+    from ..merging.merge import merge
+
+    trusted = bool(record.settings.get("trust_remote_code"))
+    if (place / ADAPTERS_FILE).is_file():
+        merged = folder / "merged"
+        merge(place, merged, places["model"], overwrite=True, trust_remote_code=trusted)
+        place = merged
+    name = "eval_texts" if "eval_texts" in places else "texts"
+    texts = Texts(places[name], min(record.settings.get(TEXTS[name]) or 64, 64))
+    source = ModelSource(str(place), trust_remote_code=trusted)
+    length = record.settings.get("max_length") or Tokens().max_length
+    return evaluate_loss(*source.load(), texts, max_length=length).nats
+
+
+def _are_near(record: Record, name: str, result: Path | str | None, made: Path) -> bool:
+    """Whether a text says the same as made again, but for numbers that lie near one another."""
+    if not isinstance(result, Path):
+        return False
+    text, other = (text_of(record, file_in(one, name)) for one in (result, made))
+    pairs = zip(*(map(float, _NUMBER.findall(one)) for one in (text, other)), strict=False)
+    is_alike = bool(text) and _NUMBER.sub("", text) == _NUMBER.sub("", other)
+    return is_alike and all(isclose(*pair, rel_tol=NATS, abs_tol=NATS) for pair in pairs)
+
+
+def agreement(record: Record, made: Record, promise: Promise, unsure: Mapping[str, str]) -> str:
+    """Say how far a result is that of its record, where nothing differs."""
+    if unsure:
+        named = "; ".join(f"{name} ({why})" for name, why in sorted(unsure.items()))
+        return (
+            f"the same but for {counted(len(unsure), 'file')} that could not be compared: {named}"
+        )
     same = {*record.files.items()} & {*made.of_part(record.part).files.items()}
     files, figures = counted(len(record.files), "file"), counted(len(record.figures), "figure")
-    files = files if len(same) == len(record.files) else f"{len(same)} of {files}"
+    files = files if len(same) == len(record.files) else f"{len(same)} of {files} to the byte"
     if not record.figures:
         return f"the same: {files}"
     return f"the same: {files}; {figures}{'' if promise.bytes else f' within {NATS} nats'}"

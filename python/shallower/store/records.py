@@ -1,8 +1,11 @@
 """The records beside results: made of what a call has named and written, and found again."""
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
@@ -13,17 +16,17 @@ from ..cutting.exports import EXPORT_FILES, export_path
 from ..cutting.metadata import without_results
 from ..cutting.plans import plan_file
 from ..cutting.source import CARD_FILE, HUB_ID, hub_id, module_folders, place_name
-from ..errors import OutputError, why
+from ..errors import OutputError, raise_output_error, why
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..processes import num_processes, processors
-from ..storage import RECORD, RESULT_RECORD, sha256_of, write_file
+from ..storage import RESULT_RECORD, sha256_of, write_file
 from ..texts.hub import raise_fetch_error
 from ..texts.sources import HUB_DATASET, Texts
+from ..values.experts import experts_file
 from ..values.files import (
     CHECKPOINT_FOLDER,
     HEALED_FOLDER,
-    HEALING_FIGURE,
     HEALING_FILE,
     PATCH_FILE,
     PLAN_FILE,
@@ -45,13 +48,13 @@ from .store import Store
 
 WITHOUT_EFFECT = ("out", "overwrite", "no_cache", "dry_run", "as_json", "threads", "device_memory")
 
-VERSION = 1
+VERSION = 2
 
 MODELS = ("model", "original", "adapters")
 TEXTS = {"texts": "max_texts", "eval_texts": "max_eval_texts"}
 """Options that name texts, each with the option of how many of them are read."""
 
-PROMPTS = ("answers", "speech")
+PROMPTS = ("answers", "prompts")
 PLANS = ("plan", "experts_plan", "drop_experts")
 
 
@@ -83,7 +86,7 @@ class Read:
         if self.commit and other.commit:
             both = {*mine} & {*others}
             mine, others = ({name: of[name] for name in both} for of in (mine, others))
-        return [f"{what}: {line}" for line in changed(mine, others)]
+        return [f"{what}: {name} {how}" for name, how in changed(mine, others).items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +95,13 @@ class Record:
 
     Attributes:
         command: by name.
+        call: the command line that made it, which its card or page has.
         settings: its options by name, without places and what changes no result.
         out: the name of what it wrote.
         read: by option, what it read.
         plans: by option, the text of the plans and lists of experts that it read.
-        files: the SHA-256 of each file that it wrote and that no clock has a part in.
+        files: the SHA-256 of each file that it wrote.
+        said: a hash of what each text among them says, but for its times, versions and names.
         figures: losses in nats a token, by name.
         versions: the packages that made it.
         machine: the processor, the instructions that were chosen and the threads.
@@ -104,11 +109,13 @@ class Record:
     """
 
     command: str
+    call: str
     settings: Mapping[str, Any]
     out: str
     read: Mapping[str, Read]
     plans: Mapping[str, str]
     files: Mapping[str, str]
+    said: Mapping[str, str]
     figures: Mapping[str, float]
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
@@ -117,28 +124,36 @@ class Record:
     def of_part(self, part: str) -> "Record":
         """The record of a folder in the result; of all of it, if that has no name."""
         inside = f"{part}/" if part else ""
-        files = {
-            name.removeprefix(inside): sha256
-            for name, sha256 in self.files.items()
-            if name.startswith(inside)
-        }
-        return replace(self, files=files, part=part)
+        files, said = (
+            {name.removeprefix(inside): of[name] for name in of if name.startswith(inside)}
+            for of in (self.files, self.said)
+        )
+        return replace(self, files=files, said=said, part=part)
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {"format": "shallower.record", "version": VERSION, **plain_fields(self)}
+    @property
+    def content(self) -> bytes:
+        """The bytes of its file: its fields, and their hash, so that no value of it can change."""
+        fields = {"format": "shallower.record", "version": VERSION, **plain_fields(self)}
+        return f"{json.dumps({**fields, 'digest': hash_of(fields)}, indent=2)}\n".encode()
 
     @classmethod
     def load(cls, path: Path) -> "Record":
         """Read a record; OutputError where there is none, or it cannot be read here."""
         try:
-            data = of_type(dict, json.loads(path.read_text(encoding="utf-8")))
+            content = path.read_bytes()
+            data = of_type(dict, json.loads(content))
             if data.get("format") != "shallower.record":
                 raise ValueError("it is of another tool")
             if of_type(int, data["version"]) > VERSION:
                 raise ValueError(f"it is of version {data['version']}: update shallower")
+            if data["version"] < VERSION:
+                raise ValueError(
+                    "it is of an earlier version, without a hash of its own: make the result again"
+                )
             record = cls(**fields_of(cls, data))
             record._check()
+            if record.content != content:
+                raise ValueError("it has changed since it was written")
             return record
         except OSError as error:
             raise OutputError(
@@ -150,6 +165,7 @@ class Record:
 
     def _check(self) -> None:
         """Refuse what no command writes: ValueError."""
+        shlex.split(self.call)  # ValueError
         named = {*MODELS, *TEXTS, "plan", "experts_plan", "out"} & {*self.settings}
         named |= {*WITHOUT_EFFECT} & {*self.settings}
         named |= {name for name in PROMPTS if self.settings.get(name)}
@@ -159,6 +175,13 @@ class Record:
             )
         if {*self.plans} - {*PLANS} or {*self.read} - {*MODELS, *TEXTS, *PROMPTS}:
             raise ValueError("it names what no command reads")
+        inside, experts = (self.settings.get(one) or "" for one in ("gguf_file", "drop_experts"))
+        if Path(inside).is_absolute() or ".." in Path(inside).parts or experts_file(experts):
+            raise ValueError(f"its settings name a file of this machine: {inside or experts}")
+        if self.part not in ("", *(_PARTS if self.command == "run" else ())) or not self.files:
+            raise ValueError(f"no result has a part {self.part!r} of {len(self.files)} files")
+        if not all(map(math.isfinite, self.figures.values())):
+            raise ValueError("a figure is not finite")
         if any(read.commit is None and not read.files for read in self.read.values()):
             raise ValueError("what was read has no hash")
         for name, read in self.read.items():
@@ -169,26 +192,36 @@ class Record:
             raise ValueError(f"{self.out!r} is no name of a result")
 
 
-def changed(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Name the files of two sets that differ: those that changed, are missing, or are new."""
-    lines = []
-    for name in sorted({*expected, *found}):
-        if name not in found:
-            lines.append(f"{name} is missing")
-        elif name not in expected:
-            lines.append(f"{name} is new")
-        elif expected[name] != found[name]:
-            lines.append(f"{name} has other bytes")
-    return lines
+OTHER = "has other bytes"
 
 
-ADAPTERS_FILE, _BASE = "adapter_config.json", "base_model_name_or_path"
+def changed(expected: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
+    """Name the files of two sets that differ, and say how: other bytes, missing, or new."""
+    missing, new = ({*one} - {*other} for one, other in ((expected, found), (found, expected)))
+    both = {name for name in {*expected} & {*found} if expected[name] != found[name]}
+    how = {**dict.fromkeys(missing, "is missing"), **dict.fromkeys(new, "is new")}
+    how |= dict.fromkeys(both, OTHER)
+    return {
+        name: how[name] if found.get(name, how) else "is a link to no file" for name in sorted(how)
+    }
+
+
+ADAPTERS_FILE = "adapter_config.json"
 
 _BESIDE = (*EXPORT_FILES, PLAN_FILE)
 _PARTS = (CHECKPOINT_FOLDER, HEALED_FOLDER)
 
-_TIMED = (HEALING_FILE, HEALING_FIGURE)
-"""Files that hold times."""
+_FOREIGN = (".git/", ".gitattributes", ".cache/")
+"""How the names of what git and the hub add begin."""
+
+_MOST_TEXT = 1 << 23
+"""Bytes of a text that is compared by what it says."""
+
+_VARYING = re.compile(
+    r'"(seconds|tokens_per_second|_?name_or_path|base_model_name_or_path)": ?'
+    r'("(\\.|[^"\\])*"|[^,}\s]+)|"(job|checkpoint)": ?("[0-9a-f]{64}"|null)'
+)
+"""Times, and names of places and of work, in JSON."""
 
 _FIGURES = {
     PATCH_FILE: ("original", "cut", "patched"),
@@ -202,6 +235,11 @@ def record_path(out: Path) -> Path:
     return export_path(out, RESULT_RECORD) if out.suffix == ".gguf" else out / RESULT_RECORD
 
 
+def option_of(name: str) -> str:
+    """The option of what was read, by its name."""
+    return f"--{'speech' if name == 'prompts' else name.replace('_', '-')}"
+
+
 def is_recorded(out: Path) -> bool:
     """Whether the record of a result is there, and none of its files is newer."""
     place = record_path(out)
@@ -211,12 +249,12 @@ def is_recorded(out: Path) -> bool:
     return max(one.stat().st_mtime_ns for one in made) <= place.stat().st_mtime_ns
 
 
-def record_of(command: str, given: Mapping[str, Any], store: Store) -> Record:
-    """Describe what a command has written, and read, by its options by name.
+def record_of(command: str, call: str, given: Mapping[str, Any], store: Store) -> Record:
+    """Describe what a command has written, and read, by its call and its options by name.
 
     OSError where a file cannot be read.
     """
-    out, settings = Path(given["out"]), {}
+    out = Path(given["out"])
     if command == "merge" and not given.get("model"):
         given = {**given, "model": base_of(Path(given["adapters"]))}
     plans = {name: text for name in PLANS if (text := _plan(name, given.get(name))) is not None}
@@ -225,20 +263,30 @@ def record_of(command: str, given: Mapping[str, Any], store: Store) -> Record:
         for name in (*MODELS, *TEXTS, *PROMPTS)
         if given.get(name)
     }
-    for name, value in given.items():
-        if name not in {*reads, *plans, *WITHOUT_EFFECT} and value is not None:
-            settings[name] = value
-    return Record(
+    record = Record(
         command,
-        settings,
+        call,
+        {},
         out.name,
         reads,
         plans,
-        files_of(out, command, store=store),
-        {} if command == "merge" else figures_of(out),  # those of its healing, copied
+        files_of(out, store),
+        {},
+        figures_of(out, command),
         versions(),
         here(),
     )
+    own = {name: one for name, one in record.files.items() if Path(name).name != RESULT_RECORD}
+    texts = {name: text_of(record, file_in(out, name)) for name in own}
+    said = {name: hash_of(one) for name, one in texts.items() if one}
+    return replace(record, settings=settings_of(given, record), files=own, said=said)
+
+
+def settings_of(given: Mapping[str, Any], record: Record) -> dict[str, Any]:
+    """The options of a call as JSON values, but for places and what changes no result."""
+    others = {*record.read, *record.plans, *WITHOUT_EFFECT}
+    found = {name: one for name, one in given.items() if name not in others and one is not None}
+    return dict(json.loads(json.dumps(found)))
 
 
 def here() -> dict[str, Any]:
@@ -252,21 +300,25 @@ def here() -> dict[str, Any]:
     }
 
 
-def write_record(command: str, given: Mapping[str, Any], store: Store) -> None:
+def write_record(command: str, call: str, given: Mapping[str, Any], store: Store) -> None:
     """Write the record of what a command has just written beside it, and into its checkpoints."""
-    record, out = record_of(command, given, store), Path(given["out"])
-    parts = [part for part in _PARTS if command == "run" and (out / part).is_dir()]
-    for part in (*parts, ""):
-        content = json.dumps(record.of_part(part).to_json(), indent=2) + "\n"
-        write_file(record_path(out / part), content.encode())
+    record, out = record_of(command, call, given, store), Path(given["out"])
+    for part in (*parts_of(record), ""):
+        write_file(record_path(out / part), record.of_part(part).content)
+
+
+def parts_of(record: Record) -> list[str]:
+    """The folders in a result that have records of their own."""
+    inside = {name.partition("/")[0] for name in record.files} if record.command == "run" else ()
+    return [part for part in _PARTS if part in inside and not record.part]
 
 
 def _plan(name: str, value: Any) -> str | None:
     """The text of a plan, or of a list of experts where it is a file."""
     if not value:
         return None
-    path = Path(value).expanduser() if name == "drop_experts" else plan_file(value)
-    return path.read_text(encoding="utf-8") if name != "drop_experts" or path.is_file() else None
+    path = experts_file(value) if name == "drop_experts" else plan_file(value)
+    return None if path is None else path.expanduser().read_text(encoding="utf-8")
 
 
 def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], store: Store) -> Read:
@@ -276,16 +328,22 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
     shown = hub_id(value) or place_name(value)
     if name in MODELS:
         source = ModelSource(value, gguf_file=given.get("gguf_file"))
-        files, commit = model_files(source)
+        try:
+            files, commit = model_files(source)
+        except (OSError, ValueError) as error:  # of the hub's client, too
+            is_here = Path(value).expanduser().exists()
+            said = why(error) if is_here else "it is not here, and the hub does not give it"
+            raise OutputError(f"no model can be read at {value}: {said}") from error
         if source.is_gguf:
             return Read(shown, commit, {"": hashes_of(files, store)[0]})
         if not files:
             raise OutputError(f"there is no file of a model in {value}")
-        folder = files[0].parent
+        folder = Path(os.path.commonpath([file.parent for file in files]))
         files += [path for one in module_folders(folder) for path in (folder / one).glob("*")]
         found = _hashes(folder, files, store)
         return Read(shown, commit, {**stated_hashes(source, commit), **found})
-    return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
+    with raise_output_error(value):
+        return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
 
 
 def _read_texts(value: str, limit: int | None, store: Store) -> Read:
@@ -300,40 +358,58 @@ def _read_texts(value: str, limit: int | None, store: Store) -> Read:
     return Read(name, commit, {"texts": content["sha256"]}, content["texts"])
 
 
-def files_of(out: Path, command: str, part: str = "", *, store: Store) -> dict[str, str]:
-    """Hash the files of a result, or of a part, that no clock has a hand in, by their names."""
+def files_of(out: Path, store: Store) -> dict[str, str]:
+    """Hash the files of a result by their names, but for its record.
+
+    A link that leads to no file has no hash.
+    """
     if out.suffix == ".gguf":
         return _hashes(out.parent, [out, *(export_path(out, one) for one in _BESIDE)], store)
-    tops, left_out = [out], {RECORD, RESULT_RECORD, *_TIMED}
-    if command == "run":  # whose card tells its call, by the names that places had
-        tops = [out / one for one in _PARTS] if not part else tops
-        left_out.add(CARD_FILE)
-    paths = sorted(path for top in tops for path in top.rglob("*"))
-    found = _hashes(out, [path for path in paths if path.name not in left_out], store)
-    if ADAPTERS_FILE in found:  # which has the place of their model
-        config = json.loads((out / ADAPTERS_FILE).read_bytes())
-        found[ADAPTERS_FILE] = hash_of({key: config[key] for key in config if key != _BASE})
-    return found
+    paths = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*"))}
+    paths.pop(RESULT_RECORD, None)
+    ours = {name: paths[name] for name in paths if not name.startswith(_FOREIGN)}
+    links = [name for name, path in ours.items() if path.is_symlink() and not path.is_file()]
+    return {**_hashes(out, ours.values(), store), **dict.fromkeys(links, "")}
 
 
-def _hashes(folder: Path, paths: Sequence[Path], store: Store) -> dict[str, str]:
-    """Hash the files among paths in a folder by their places in it, but for hidden ones.
+def file_in(out: Path, name: str) -> Path:
+    """A file of a result by its name."""
+    return (out.parent if out.suffix == ".gguf" else out) / name
 
-    Of cards all but their results, which are also measured later (``eval --card``).
-    """
+
+def _hashes(folder: Path, paths: Iterable[Path], store: Store) -> dict[str, str]:
+    """Hash the files among paths in a folder by their places in it."""
     places = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
-    places = {name: path for name, path in places.items() if "/." not in f"/{name}"}
-    found = dict(zip(places, hashes_of([*places.values()], store), strict=True))
-    for name in found:
-        if name.endswith(CARD_FILE):
-            card = (folder / name).read_bytes().decode("utf-8-sig", errors="replace")
-            found[name] = hash_of(without_results(card))
-    return found
+    return dict(zip(places, hashes_of([*places.values()], store), strict=True))
 
 
-def figures_of(out: Path) -> dict[str, float]:
-    """The losses that a result tells of, in nats a token, by name."""
+def text_of(record: Record, path: Path) -> str:
+    """Read what a file of a result says, as another machine and other versions would say it.
+
+    Without times, versions, names of what was read, and a card's results. Empty for what is no
+    text, or a large one.
+    """
+    try:
+        text = path.read_bytes().decode() if path.stat().st_size <= _MOST_TEXT else ""
+        if path.suffix == ".json":
+            text = json.dumps(json.loads(text), sort_keys=True, indent=1)
+    except (OSError, ValueError, RecursionError):
+        return ""
+    text = without_results(text) if path.name.endswith(CARD_FILE) else text
+    text = _VARYING.sub("", text)
+    for package, version in record.versions.items():
+        told = rf'"?\b{package}(_version)?"?:? ?"?{re.escape(version)}(?![\w.])"?,?\s*'
+        text = re.sub(told, "", text)
+    for name, read in record.read.items():
+        text = re.sub(rf"(?<!\w){re.escape(read.name)}(?!\w)", name, text)
+    return text
+
+
+def figures_of(out: Path, command: str) -> dict[str, float]:
+    """The losses that a result tells of, in nats a token, by name; a merge copies a healing's."""
     found: dict[str, float] = {}
+    if command == "merge":
+        return found
     for file, names in _FIGURES.items():
         values = _json(out / file)
         for name in names:
@@ -350,7 +426,7 @@ def figures_of(out: Path) -> dict[str, float]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return of_type(dict, json.loads(path.read_bytes())) if path.is_file() else {}
 
 
 def find_record(place: str) -> tuple[Path | str | None, Record]:
@@ -371,7 +447,7 @@ def find_record(place: str) -> tuple[Path | str | None, Record]:
 def fetch_small(read: Read) -> None:
     """Bring what a hub model has beside its weights into the hub's cache, to be compared.
 
-    Raises as :func:`files_on_hub`.
+    Raises as :func:`result_of`.
     """
     small = [escape(name) for name in read.files if not name.endswith(".safetensors")]
     _fetched(read.name, allow_patterns=small)
@@ -384,15 +460,18 @@ def _fetched(name: str, **options: Any) -> Path:
         return Path(snapshot_download(name, **options))
 
 
-def files_on_hub(name: str, command: str, part: str = "", *, store: Store) -> dict[str, str]:
-    """Hash the files of a result on the hub as :func:`files_of`; large ones as the hub states them.
+def result_of(place: Path | str, store: Store) -> tuple[Path, dict[str, str]]:
+    """Give the folder or GGUF file of a result, and its files by :func:`files_of`.
 
-    ModelError where the hub does not give the others.
+    Of one on the hub large files are those that the hub states; ModelError where it does not give
+    the others.
     """
-    commit = _on_the_hub(name).parent.name
-    stated = stated_hashes(ModelSource(name), commit)
-    folder = _fetched(name, revision=commit, ignore_patterns=[escape(one) for one in stated])
-    return {**files_of(folder, command, part, store=store), **stated}
+    if isinstance(place, Path):
+        return place, files_of(place, store)
+    commit = _on_the_hub(place).parent.name
+    stated = stated_hashes(ModelSource(place), commit)
+    folder = _fetched(place, revision=commit, ignore_patterns=[escape(one) for one in stated])
+    return folder, {**files_of(folder, store), **stated}
 
 
 def _on_the_hub(name: str) -> Path:

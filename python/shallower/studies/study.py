@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from ..cutting.source import place_name
+from ..cutting.source import typed_place
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone, held
@@ -330,8 +330,8 @@ class Study(Generic[Settings]):
 
     @property
     def again_by_eval(self) -> str:
-        """The options of ``shallower eval`` for the test texts, if they are others."""
-        if self.eval_texts is None:
+        """The options of ``shallower eval`` for the test texts, if they are others, of a place."""
+        if self.eval_texts is None or (self.command and not place_of_texts(self.eval_texts)):
             return ""
         word, settings = _texts_word(self.eval_texts, "EVAL_TEXTS"), self.settings
         options = {"texts": word, "max_texts": settings.max_eval_texts}
@@ -491,10 +491,10 @@ def model_words(model: ModelSource | InMemory, *, dtype: bool = False) -> list[s
     options: dict[str, Any] = {"dtype": model.dtype if dtype and model.dtype != "auto" else None}
     options |= {"gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
     options |= {"stream": model.waits_on_disk}
-    return [place_name(model.path), *option_words(options)]
+    return [typed_place(model.path), *option_words(options)]
 
 
 def _texts_word(texts: object, otherwise: str) -> str:
     """Name texts for a command line; ``otherwise`` where they were given as strings."""
     place = place_of_texts(texts)
-    return otherwise if place is None else place_name(place)
+    return otherwise if place is None else typed_place(place)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ...values.commands import command_line
+from ...values.commands import command_line, out_of
 from ...values.comparison import ComparedModel, CriteriaComparison, Row
 from ...values.estimates import splits_words
 from ...values.files import COMPARISON_FILE
@@ -480,4 +480,6 @@ def _again(command: str, folder: str) -> Section:
     known = command or (
         "shallower compare MODEL --texts TEXTS --eval-texts TEXTS --n SIZES --out COMPARISON"
     )
-    return again("The comparison, and this page.", known, command_line("report", folder))
+    return again(
+        "The comparison, and this page.", known, command_line("report", out_of(command, folder))
+    )

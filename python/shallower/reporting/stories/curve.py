@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ...values.commands import command_line
+from ...values.commands import command_line, out_of
 from ...values.counts import counted
 from ...values.curve import Curve, CurvePoint
 from ...values.estimates import splits_words
@@ -366,4 +366,6 @@ def _numbers(curve: Curve) -> Section:
 
 def _again(command: str, folder: str) -> Section:
     known = command or "shallower curve MODEL --texts TEXTS --eval-texts TEXTS --out CURVE"
-    return again("The curve, and this page.", known, command_line("report", folder))
+    return again(
+        "The curve, and this page.", known, command_line("report", out_of(command, folder))
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from ...errors import MetricError, ScanError
 from ...models.dtypes import QUANTISED
 from ...savings.weights import Weights, count_weights
-from ...values.commands import command_line
+from ...values.commands import command_line, out_of
 from ...values.costs import NUM_RESAMPLES
 from ...values.counts import counted
 from ...values.estimates import splits_words
@@ -314,7 +314,8 @@ class _RunStory:
         return Section("Every number, and where it is from", (line,), tuple(facts))
 
     def _again(self) -> Section:
-        run, folder = self._run, Path(self._run.out).resolve().name
+        run = self._run
+        folder = out_of(run.command, Path(run.out).resolve().name)
         model = shlex.split(run.loaded)
         drop = ["--drop", drop_option(self._best.plan.blocks)]
         whole = [word for word in model if word != "--stream"]  # a cut needs no layers in memory
