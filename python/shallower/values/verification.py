@@ -1,5 +1,6 @@
 """Verified: the plan that won a race of proposals, and what came in beside it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +63,8 @@ class Verified:
         after: ``none``, judged as they are cut; ``patch``, after a quick patch.
         judge: name of the judge.
         unit: of its scores, as ``nats a token``.
-        candidates: those that came into the last race, the winner first, then by their scores,
-            those that were lost early last.
+        candidates: those that came into the last race, the winner first, then by their paired
+            difference to it: scores of different items do not compare.
         num_items: selection items.
         num_proposals: cuts that were proposed, by criteria and by the search.
         layer_forwards: layers run, times texts, for proposals and race together.
@@ -82,6 +83,10 @@ class Verified:
     layer_forwards: int
     seconds: float
     failed: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        behind = sorted(self.candidates[1:], key=lambda one: _or_last(one.difference.mean))
+        object.__setattr__(self, "candidates", (*self.candidates[:1], *behind))
 
     @property
     def measure(self) -> str:
@@ -111,7 +116,7 @@ class Verified:
 
     @property
     def margin(self) -> Difference | None:
-        """What the best of the others loses more than the winner; None where it is alone."""
+        """What the nearest of the others loses more than the winner; None where it is alone."""
         return self.candidates[1].difference if len(self.candidates) > 1 else None
 
     def sentence(self) -> str:
@@ -120,12 +125,14 @@ class Verified:
         after = {"none": "as it is cut", "patch": "after a quick patch"}[self.after]
         said = (
             f"{ranges(best.plan.dropped)} of {counted(self.num_proposals, 'proposal')}: "
-            f"{with_error(best.score, best.stderr, 2)} {self.measured_in} {after}"
+            f"{with_error(best.score, best.stderr, 2)} {self.measured_in} {after}, on the selection "
+            f"{self.what_chooses}"
         )
-
         if self.margin is not None:
             amount = with_error(abs(self.margin.mean), self.margin.stderr, 3)
-            said += f", {amount} {'more' if self.margin.mean < 0 else 'less'} than the next"
+            few = self.margin.num_items
+            where = f" on {counted(few, self.what_chooses[:-1])}" if few < self.num_items else ""
+            said += f", {amount} {'more' if self.margin.mean < 0 else 'less'} than the next{where}"
         if self.tied:
             others = len(self.tied) - 1
             more = f" and {others} {'other' if others == 1 else 'others'}" if others else ""
@@ -148,3 +155,8 @@ class Verified:
         if not verified.candidates:
             raise ValueError("no candidates")
         return verified
+
+
+def _or_last(value: float) -> float:
+    """A value to sort by; what is not known comes last."""
+    return math.inf if math.isnan(value) else value
