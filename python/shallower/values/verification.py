@@ -125,8 +125,8 @@ class Verified:
         after = {"none": "as it is cut", "patch": "after a quick patch"}[self.after]
         said = (
             f"{ranges(best.plan.dropped)} of {counted(self.num_proposals, 'proposal')}: "
-            f"{with_error(best.score, best.stderr, 2)} {self.measured_in} {after}, on the selection "
-            f"{self.what_chooses}"
+            f"{with_error(best.score, best.stderr, 2)} {self.measured_in} {after}, on the "
+            f"selection {self.what_chooses}"
         )
         if self.margin is not None:
             amount = with_error(abs(self.margin.mean), self.margin.stderr, 3)

@@ -10,7 +10,7 @@ from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
 from ...values.scores import Estimate, Standing
 from ..charts.comparison import DIVERGENCES, Group, group_charts, groups_of
-from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
+from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table, bars
 from ..words import (
     again,
     differs,
@@ -193,11 +193,10 @@ def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
 
 def _steps(group: Group) -> tuple[Step, ...]:
     best, whole = _best(group), group.model.whole
-    most = max([one.difference.mean for _, one in best] or [1.0]) or 1.0
     steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
-    for row, one in best:
+    shares = bars(one.difference.mean for _, one in best)
+    for (row, one), share in zip(best, shares, strict=True):
         more = Number.estimate(one.difference, sign=True).text
-        share = min(1.0, max(0.0, one.difference.mean / most))
         name = f"n = {row.n}{', patched' if group.by_patch else ''}"
         steps.append(Step(name, Number.estimate(one.loss), more, share, row is best[-1][0]))
     return tuple(steps)

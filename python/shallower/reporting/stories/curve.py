@@ -13,7 +13,7 @@ from ...values.scores import TIE
 from ...values.settings import STATES, State
 from ...values.speech import Speech
 from ..charts.curve import curve_charts
-from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
+from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table, bars
 from ..words import (
     again,
     differs,
@@ -130,13 +130,13 @@ def _steps(curve: Curve, shown: CurvePoint | None) -> tuple[Step, ...]:
     found = []
     for state in STATES:
         for one in curve.points:
-            if (one.n, one.strategy, one.state) == (shown.n, shown.strategy, state) and one.loss:
-                found.append((one, one.loss, curve.lost(one)))
-    most = max([lost.mean for _, _, lost in found if lost] or [1.0]) or 1.0
+            same = (one.n, one.strategy, one.state) == (shown.n, shown.strategy, state)
+            if same and one.loss and (lost := curve.lost(one)):
+                found.append((one, one.loss, lost))
     whole = curve.whole.loss
     steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
-    for one, loss, lost in found:
-        share = max(0.0, lost.mean / most) if lost else 0.0
+    shares = bars(lost.mean for _, _, lost in found)
+    for (one, loss, lost), share in zip(found, shares, strict=True):
         number = Number.of(loss.nats, loss.stderr)
         name = patched_name(curve.settings) if one.state == "patched" else one.state
         steps.append(Step(name, number, Number.estimate(lost, sign=True).text, share, one is shown))

@@ -26,7 +26,7 @@ from ...values.recommendation import Recommended, SizeRow
 from ...values.scores import Estimate
 from ..charts.run import healing_chart, race_charts, scan_charts, size_charts
 from ..results import Continuations, Run
-from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
+from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table, bars
 from ..words import (
     again,
     dequantised,
@@ -170,12 +170,11 @@ class _RunStory:
     def _steps(self) -> tuple[Step, ...]:
         best = self._best
         losses = [(name, loss) for name in _STATES if (loss := getattr(best, name)) is not None]
-        most = max(loss.nats - best.whole.nats for _, loss in losses) or 1.0
         steps = []
-        for name, loss in losses:
+        shares = bars(loss.nats - best.whole.nats for _, loss in losses)
+        for (name, loss), share in zip(losses, shares, strict=True):
             lost = None if name == "whole" else loss.minus(best.whole)
             more = "" if lost is None else Number.estimate(lost, sign=True).text
-            share = max(0.0, (loss.nats - best.whole.nats) / most)
             number = Number.of(loss.nats, loss.stderr)
             steps.append(Step(name, number, more, share, name == best.state))
         return tuple(steps)
