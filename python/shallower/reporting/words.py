@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..savings.weights import stored_bytes
 from ..values.commands import command_line, shell_lines
 from ..values.counts import counted
-from ..values.layers import blocks_of, ranges
+from ..values.layers import Block, blocks_of, drop_option, ranges
 from ..values.loss import Loss
 from ..values.scores import Difference
 from .story import Fact, Number, Section
@@ -55,7 +57,7 @@ def loss_words(loss: Loss) -> str:
 def whole_words(whole: Loss) -> str:
     """Say the loss of a whole model, as a sentence."""
     return (
-        f"The whole model loses {whole} nats a token, {whole.normalized:.3f} of ln V, on "
+        f"The loss of the whole model is {whole} nats a token, {whole.normalized:.3f} of ln V, on "
         f"{counted(whole.num_tokens, 'token')} of {counted(whole.num_texts, 'text')}; "
         f"V = {whole.vocab_size:,}."
     )
@@ -114,6 +116,15 @@ def dequantised(name: str, num_bytes: int, left: int, *, drop: str) -> str:
         f"is left has {megabytes(left)}. {cut} cuts the file itself, in its own types, and "
         f"unpatched"
     )
+
+
+def plain_of_gguf(source: Path, out: Path, blocks: Iterable[Block]) -> list[str]:
+    """Say it of a cut in the folder ``out``; nothing where it is no plain cut of a GGUF file."""
+    if source.suffix != ".gguf" or out.suffix == ".gguf":
+        return []
+    size, left = stored_bytes(source), stored_bytes(out)
+    drop = drop_option(blocks)
+    return [dequantised(source.name, size, left, drop=drop)] if size and left else []
 
 
 def megabytes(num_bytes: int) -> str:

@@ -100,8 +100,7 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
     without = f"without layers {ranges(best.dropped)} " if best.dropped else ""
     text = (
         f"{gone}, {leads} {when}: "
-        f"{without}the model loses "
-        f"{_nats(standing.difference)} nats a token more than whole"
+        f"{without}the loss is {_more(standing.difference, ' nats a token')} than whole"
     )
     if tied:
         leader = "it" if standing.regret.mean == 0 else "the best of all calibration texts"
@@ -133,8 +132,16 @@ def _behind(standing: Standing, unit: str) -> str:
 
 
 def _nats(found: Estimate) -> str:
+    return Number.estimate(found, _digits(found)).text
+
+
+def _more(found: Estimate, unit: str = "") -> str:
+    return found.compared(_digits(found), unit)
+
+
+def _digits(found: Estimate) -> int:
     """Two decimals, or three where the error would look like none."""
-    return Number.estimate(found, 3 if 0 < found.stderr < 0.005 else 2).text
+    return 3 if 0 < found.stderr < 0.005 else 2
 
 
 def _in_the_other_state(group: Group, best: Row) -> str:
@@ -156,7 +163,7 @@ def _in_the_other_state(group: Group, best: Row) -> str:
         return f"{where} the same layers cost least{rest}{near}."
     own = next((one for row, one in others if row.criterion == best.criterion), None)
     text = f"{where} the order is another one: {leader.criterion} loses least, "
-    text += f"{_nats(standing.difference)} more than whole"
+    text += f"{_more(standing.difference)} than whole"
     if own is None:
         return f"{text}, and {best.criterion} could not be patched."
     tie = ", a tie" if own.tied else ""
@@ -216,7 +223,7 @@ def _cost(group: Group) -> str:
             f"whole model as a bare cut."
         )
     if group.by_patch:
-        other = f" As a bare cut it loses {Number.estimate(row.cut.loss).text} nats a token."
+        other = f" As a bare cut its loss is {Number.estimate(row.cut.loss).text} nats a token."
     elif row.patched is not None:
         loss = Number.estimate(row.patched.loss).text
         other = f" A quick patch brings it to {loss} nats a token."

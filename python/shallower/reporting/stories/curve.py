@@ -89,8 +89,8 @@ def _sentence(curve: Curve, shown: CurvePoint | None) -> str:
     if lost is not None and shown.loss is not None and curve.whole.loss is not None:
         parts.append(
             f"Without layers {ranges(shown.dropped)}, {100 * shown.layers_share:.0f} % of layers, "
-            f"chosen by {shown.strategy}, {_of_state(curve, shown.state)}, the model loses "
-            f"{Number.estimate(lost).text} nats a token "
+            f"chosen by {shown.strategy}, {_of_state(curve, shown.state)}, the loss is "
+            f"{lost.compared()} than whole "
             f"({curve.whole.loss.nats:.2f} → {shown.loss.nats:.2f})"
         )
     for task in curve.tasks:
@@ -272,6 +272,7 @@ def _losses_note(curve: Curve, points: Sequence[CurvePoint]) -> str:
     notes = ["Of ln V: 1 is a uniform guess. More: paired by text."]
     if len(curve.strategies) > 1:
         notes.append(f"Tie: with the best of its size, within {TIE:g} standard errors.")
+        notes.append("Best: by these texts themselves, so a little lucky.")
     as_whole = [
         f"{point.strategy} {point.n}"
         for point in points

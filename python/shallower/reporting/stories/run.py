@@ -55,6 +55,8 @@ UNFINISHED = (
 
 _STATES = ("whole", "cut", "patched", "healed")
 
+_QUICK = "Quick patch: one matrix a block, without the steps of the patch that is saved. "
+
 
 def run_story(run: Run, *, gain: Gain | None = None, drawn: bool = True) -> Story:
     """Make the story of a run that has its recommendation; ``drawn`` with figures."""
@@ -89,9 +91,9 @@ def speech_section(run: Run) -> Section:
         lines.insert(
             0,
             f"Of the whole model's own words the {best.state} model would accept "
-            f"{100 * acceptance.mean:.0f} %, and depart after {departure.mean:.1f} tokens; of its "
-            f"own words the whole model loses {Number.estimate(lost, sign=True).text} nats a token "
-            f"more than of those that it says itself.",
+            f"{100 * acceptance.mean:.0f} %, and depart after {departure.mean:.1f} tokens. The "
+            f"whole model's loss on the {best.state} model's words is {lost.compared()} than on "
+            f"its own{', a tie' if lost.tied else ''}.",
         )
     tables = (speech_table(speech),) if speech else ()
     samples = tuple(map(_sample, run.continuations))
@@ -117,13 +119,13 @@ def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
             Number.count(row.num_tied),
         )
 
-    states = ("cut", "patched") if patches else ("cut",)
-    deepest = "deepest, patched" if patches else "deepest"
+    states = ("cut", "quick patch") if patches else ("cut",)
+    deepest = "deepest, quick patch" if patches else "deepest"
     note = (
         f"Nats a token on {counted(best.whole.num_tokens, 'token')} of the "
         f"{counted(best.whole.num_texts, 'test text')}; whole model "
-        f"{best.whole}. {'Patches here are quick ones, one matrix a block. ' if patches else ''}"
-        f"Errors of 'more' are paired.{_estimated(rows, best.whole.num_texts)}"
+        f"{best.whole}. {_QUICK if patches else ''}Errors of 'more' are paired."
+        f"{_estimated(rows, best.whole.num_texts)}"
     )
     return Table(
         "What other sizes would cost",
@@ -197,11 +199,17 @@ class _RunStory:
                 rows[-1] = Fact("parameters", Number(text, gone), source)
             words = megabytes(weights.num_bytes)
             if self._run.source:
-                name, size = self._run.source
-                from_gguf = name.endswith(".gguf") and not self._is_gguf
-                words += f", {'dequantised from' if from_gguf else 'of'} {megabytes(size)}"
-            rows.append(Fact("weights on disk", words, source))
+                words += f", of {megabytes(self._run.source[1])}"
+            if not self._grew:
+                rows.append(Fact("weights on disk", words, source))
         return tuple(rows)
+
+    @property
+    def _grew(self) -> bool:
+        """Whether the checkpoint has more bytes than what it is from, as plain weights or wider."""
+        if self._weights is None or self._run.source is None:
+            return False
+        return self._weights.num_bytes > self._run.source[1]
 
     def _warnings(self) -> list[str]:
         best, run = self._best, self._run
@@ -214,6 +222,12 @@ class _RunStory:
             name, size = run.source
             found.append(
                 dequantised(name, size, self._weights.num_bytes, drop=drop_option(best.plan.blocks))
+            )
+        elif self._grew and run.source and self._weights:
+            name, size = run.source
+            found.append(
+                f"{name} has {megabytes(size)} of weights, and what is left has "
+                f"{megabytes(self._weights.num_bytes)}, as it was loaded in another dtype (--dtype)"
             )
         n = len(best.plan.dropped)
         share = None if self._shares is None else self._shares.get(n)
@@ -228,7 +242,7 @@ class _RunStory:
             standing = row.patched if best.verified.after == "patch" else row.cut
             if standing is not None and _apart(chosen.score, chosen.stderr, standing.loss):
                 found.append(
-                    f"the selection texts differ from the test texts: the same cut loses "
+                    f"the selection texts differ from the test texts: the loss of the same cut is "
                     f"{chosen.score:.2f} nats a token on the selection texts, "
                     f"{standing.loss.mean:.2f} on the test texts; choose on texts as you will use "
                     f"the model for"
@@ -291,8 +305,8 @@ class _RunStory:
         lines = [f"{_capital(verified.sentence())}."]
         if best.by_distance is not None:
             lines.append(
-                f"The block of least angular distance loses {best.by_distance} nats a token more "
-                f"than this plan, both as bare cuts."
+                f"The loss of the block of least angular distance is {best.by_distance.compared()} "
+                f"than that of this plan, both as bare cuts on the test texts."
             )
         drawings = []
         if self._drawn:
