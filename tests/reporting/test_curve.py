@@ -10,7 +10,6 @@ import pytest
 
 from shallower import OutputError
 from shallower.reporting.stories.curve import curve_story
-from shallower.reporting.story import bars
 from shallower.reporting.writers.csv import write_curve
 from shallower.values.curve import Curve, CurvePoint
 from shallower.values.loss import Loss
@@ -111,8 +110,9 @@ def test_what_is_not_lost_has_no_bar_and_no_minus(curve):
     story = curve_story(replace(curve, points=(whole, *better)), drawn=False)
     assert [step.share for step in story.steps] == [0, 0, 0]
     assert "the loss is 0.100 ± 0.000 nats a token less than whole" in story.sentence
-    assert bars([-0.1, 0.2, 0.0, 0.4]) == [0, 0.5, 0, 1]
-    assert bars([]) == []
+    worse = replace(better[0], loss=loss(3.2)), replace(better[1], loss=loss(3.1))
+    story = curve_story(replace(curve, points=(whole, *worse)), drawn=False)
+    assert [step.share for step in story.steps] == pytest.approx([0, 1, 0.5])
 
 
 def test_ties_are_named(curve, shown):

@@ -287,7 +287,7 @@ def test_no_star_is_explained_where_none_is(printed):
     forecast = replace(gain().forecasts[0], fits_before=True)
     text = printed(gain_table(replace(gain(), forecasts=(forecast,))))
     assert "*" not in text
-    assert "Times are estimates by the roofline. Measured: medians of 3 turns." in text
+    assert "Times: estimates by the roofline. Measured: medians of 3 turns;" in text
 
 
 def test_a_range_with_1_in_it_is_too_noisy_for_a_ratio(printed):
@@ -296,7 +296,7 @@ def test_a_range_with_1_in_it_is_too_noisy_for_a_ratio(printed):
     text = " ".join(printed(gain_table(replace(gain(), measured=noisy))).split())
     assert "measured here, prefill 1000 ms 900 ms too noisy [0.167, 2.300]" in text
     assert "measured here, token 1000 ms 800 ms 0.800 [0.700, 0.900]" in text
-    assert "the median, least and greatest of the turns' own" in text
+    assert "ratio: median, least and greatest of the turns' own" in text
 
 
 def test_this_machine_says_how_noisy_its_probes_were(printed):

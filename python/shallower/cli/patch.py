@@ -221,7 +221,8 @@ def _answers(
 def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) -> None:
     """Print a patch and its losses, from their JSON values."""
     from ..reporting.stories.stages import patch_table
-    from ..reporting.words import plain_of_gguf
+    from ..reporting.words import dequantised
+    from ..savings.weights import stored_bytes
     from ..values.counts import with_error
     from ..values.loss import Loss
     from ..values.patch import Patch
@@ -234,8 +235,10 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
         f"on --eval-texts, {name}: {with_error(loss.nats, loss.stderr)} nats a token"
         for name, loss in losses.items()
     ]
-    done = Patch.from_json(value["patch"])
-    lines += plain_of_gguf(place.place.expanduser(), out, done.plan.blocks)
+    done, file = Patch.from_json(value["patch"]), place.place.expanduser()
+    if file.suffix == ".gguf" and (size := stored_bytes(file)):
+        left = stored_bytes(out) or 0
+        lines.append(dequantised(file.name, size, left, blocks=done.plan.blocks))
     show(patch_table(done, losses), *lines, f"wrote {out}")
 
 

@@ -144,7 +144,8 @@ def _end(done: dict[str, Any], source: Path, out: Path, as_json: bool) -> None:
         print_json(done)
         return
     from ..reporting.stories.stages import plan_table
-    from ..reporting.words import plain_of_gguf
+    from ..reporting.words import dequantised
+    from ..savings.weights import stored_bytes
     from ..values.plan import Plan
 
     difference, written = done["max_logits_difference"], done["written"]
@@ -153,7 +154,8 @@ def _end(done: dict[str, Any], source: Path, out: Path, as_json: bool) -> None:
     plan = Plan.from_json(done)
     if plan.states:
         said += [plan.why, "the states are those of the whole model, to the bit"]
-    said += plain_of_gguf(source, out, plan.blocks)
+    if source.suffix == ".gguf" and out.is_dir() and (left := stored_bytes(out)):
+        said.append(dequantised(source.name, stored_bytes(source) or 0, left, blocks=plan.blocks))
     show(plan_table(plan), *said, *(f"wrote {path}" for path in files))
     if out.suffix != ".gguf":
         show(upload_line(out))

@@ -1,7 +1,7 @@
 """Story: a result as plain values, which every writer writes; knows no model and no HTML."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,12 +237,6 @@ class Story:
             "figures": [drawing.name for drawing in self.drawings],
             "data": without_items(dict(self.data)),
         }
-
-
-def bars(lost: Iterable[float]) -> list[float]:
-    """What is lost as shares of the most, to be drawn as bars: none where nothing is lost."""
-    costs = [max(0.0, one) for one in lost]
-    return [one / (max(costs) or 1.0) for one in costs]
 
 
 def text_of(cell: Cell) -> str:

@@ -5,11 +5,9 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -59,7 +57,7 @@ def this_machine(dtype: str, clock: Callable[[], float] = time.perf_counter) -> 
     """
     name = "bfloat16" if dtype in QUANTISED else dtype
     device, plain = main_device(), getattr(torch, name)
-    on_gpu = device.type == "cuda"
+    on_gpu, linear = device.type == "cuda", nn.functional.linear
     streamed = _STREAMED_GPU if on_gpu else _STREAMED
     size = _WIDTH * _WIDTH * plain.itemsize
     count = -(-streamed // size)
@@ -69,30 +67,19 @@ def this_machine(dtype: str, clock: Callable[[], float] = time.perf_counter) -> 
         row = torch.ones((1, _WIDTH), dtype=plain, device=device)
         rows = row.expand(_ROWS, _WIDTH).contiguous()
 
-        def products(left: torch.Tensor, right: torch.Tensor) -> None:
-            for matrix in right:
-                nn.functional.linear(left, matrix)
-
-        few, one = _FewOperations(), torch.zeros(1, dtype=plain, device=device)
-        read, multiplied = [matrices], [matrices[:4]]
-        if not on_gpu:
-            read = [*matrices.split(1)]
-            multiplied = [*matrices[:1].split(_COLUMNS * torch.get_num_threads(), dim=1)]
+        parts = [matrices] if on_gpu else matrices.split(1)
+        some = matrices[:4] if on_gpu else matrices[:1, : _COLUMNS * torch.get_num_threads()]
         streaming, multiplying, launching = times = [
-            _seconds(parts, device, clock)
-            for parts in (
-                [partial(products, row, part) for part in read],
-                [partial(products, rows, part) for part in multiplied],
-                [partial(few, one)],
-            )
+            _seconds(lambda part: [linear(row, one) for one in part], parts, device, clock),
+            _seconds(lambda part: [linear(rows, one) for one in part], [some] * 16, device, clock),
+            _seconds(_FewOperations(), [row[:, :1]], device, clock),
         ]
-    flops = 2 * _ROWS * multiplied[0].numel()
     slower = max(usual / fastest for fastest, usual in times)
     return Device(
         HERE,
         title_of(device),
-        {name: flops / multiplying[0]},
-        count * size / len(read) / streaming[0],
+        {name: 2 * _ROWS * some.numel() / multiplying[0]},
+        count * size / len(parts) / streaming[0],
         total_bytes(device),
         f"the fastest of short probes here; the usual one took {slower:.1f} times as long",
         launching[0] / _FewOperations.COUNT,
@@ -127,17 +114,20 @@ class _Norm(nn.Module):
 
 
 def _seconds(
-    parts: Sequence[Callable[[], object]], device: torch.device, clock: Callable[[], float]
+    work: Callable[[torch.Tensor], object],
+    parts: Sequence[torch.Tensor],
+    device: torch.device,
+    clock: Callable[[], float],
 ) -> tuple[float, float]:
-    """The time of work in equal parts, once it is warm: of the fastest part, and the median."""
-    times = np.empty((1 + _REPEATS, len(parts)))
-    for repeat, place in np.ndindex(*times.shape):
+    """The time of work on equal parts, once it is warm: on the fastest one, and the median."""
+    times = []
+    for part in [*parts] * (1 + _REPEATS):
         settle(device)
         started = clock()
-        parts[place]()
+        work(part)
         settle(device)
-        times[repeat, place] = clock() - started
-    return float(times[1:].min()), float(np.median(times[1:]))
+        times.append(clock() - started)
+    return min(times[len(parts) :]), median(times[len(parts) :])
 
 
 def settle(device: torch.device) -> None:

@@ -133,10 +133,8 @@ class Recommended:
         """Say in one sentence what goes, what that saves, and what it costs."""
         lost = self.difference
         tied = len(self.verified.tied)
-        if len(self.verified.candidates) == 1:
-            rivals = "no other proposal came into the last race"
-        elif not tied:
-            rivals = "no other of the last race is as good"
+        if not tied:
+            rivals = "all other proposals fell behind"
         elif self.verified.candidates[1].tied:
             others = f" and {tied - 1} more" if tied > 1 else ""
             rivals = f"the next best{others} cannot be told from it"
@@ -168,7 +166,7 @@ class Recommended:
         if worse and worse.stderr > 0 and worse.mean > COLLAPSE * worse.stderr:
             found.append(
                 f"distance misleads here: its block of {layer_count(len(self.plan.dropped))} loses "
-                f"{worse.compared()} than the verified plan, before a patch"
+                f"{worse} nats a token more than the verified plan, before a patch"
             )
         return found
 

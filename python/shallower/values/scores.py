@@ -31,11 +31,6 @@ class Estimate:
         """Whether it cannot be told from 0: it is within two standard errors."""
         return not math.isfinite(self.stderr) or abs(self.mean) <= TIE * self.stderr
 
-    def compared(self, digits: int = 3, unit: str = " nats a token") -> str:
-        """Say a difference in words, ``0.061 ± 0.020 nats a token more``, or ``less`` below 0."""
-        amount = with_error(abs(self.mean), self.stderr, digits)
-        return f"{amount}{unit} {'less' if self.mean < 0 else 'more'}"
-
     @classmethod
     def of(cls, found: "Estimate | Scores") -> "Estimate":
         """Give the mean of scores, or a difference without its number of items."""

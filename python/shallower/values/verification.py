@@ -1,6 +1,5 @@
 """Verified: the plan that won a race of proposals, and what came in beside it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +23,8 @@ class Candidate:
         proposed_by: the criteria and searches that named it.
         score: the judge's mean over the items that it was judged on.
         stderr: its standard error.
-        difference: paired difference to the winner, over the items that both were judged on; 0
-            for the winner itself.
-        lost_early: whether it was lost, or given up for want of work, before all items were
-            looked at.
+        difference: paired difference to the winner, over the items of both; 0 for the winner.
+        lost_early: whether it was lost, or given up for want of work, before the last items.
     """
 
     plan: Plan
@@ -39,9 +36,7 @@ class Candidate:
 
     @property
     def tied(self) -> bool:
-        """Whether it cannot be told from the winner by their paired difference, on the items that
-        both were judged on: few, where it was lost early.
-        """
+        """Whether it cannot be told from the winner, on the items of both: few if lost early."""
         return self.difference.tied
 
     def to_json(self) -> dict[str, Any]:
@@ -85,8 +80,10 @@ class Verified:
     failed: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        behind = sorted(self.candidates[1:], key=lambda one: _or_last(one.difference.mean))
-        object.__setattr__(self, "candidates", (*self.candidates[:1], *behind))
+        if not self.candidates:
+            raise ValueError("no candidates")
+        others = sorted(self.candidates[1:], key=lambda one: one.difference.mean)
+        object.__setattr__(self, "candidates", (*self.candidates[:1], *others))
 
     @property
     def measure(self) -> str:
@@ -134,8 +131,7 @@ class Verified:
             where = f" on {counted(few, self.what_chooses[:-1])}" if few < self.num_items else ""
             said += f", {amount} {'more' if self.margin.mean < 0 else 'less'} than the next{where}"
         if self.tied:
-            others = len(self.tied) - 1
-            more = f" and {others} {'other' if others == 1 else 'others'}" if others else ""
+            more = f" and {counted(len(self.tied) - 1, 'other')}" if len(self.tied) > 1 else ""
             said += f"; {ranges(self.tied[0].plan.dropped)}{more} cannot be told from it"
         return said
 
@@ -151,12 +147,4 @@ class Verified:
         KeyError, TypeError, ValueError: the values are not those of a result. LayersError,
         PlanError: a plan cannot be.
         """
-        verified = cls(**fields_of(cls, data))
-        if not verified.candidates:
-            raise ValueError("no candidates")
-        return verified
-
-
-def _or_last(value: float) -> float:
-    """A value to sort by; what is not known comes last."""
-    return math.inf if math.isnan(value) else value
+        return cls(**fields_of(cls, data))

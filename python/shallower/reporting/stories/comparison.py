@@ -10,9 +10,11 @@ from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
 from ...values.scores import Estimate, Standing
 from ..charts.comparison import DIVERGENCES, Group, group_charts, groups_of
-from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table, bars
+from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from ..words import (
+    BEST_OF_SEVERAL,
     again,
+    compared,
     differs,
     few_texts,
     judge_words,
@@ -99,15 +101,16 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
         gone = f"With {' or '.join(cuts)} gone"
     without = f"without layers {ranges(best.dropped)} " if best.dropped else ""
     text = (
-        f"{gone}, {leads} {when}: "
-        f"{without}the loss is {_more(standing.difference, ' nats a token')} than whole"
+        f"{gone}, {leads} {when}: {without}the loss is {compared(standing.difference)} than whole"
     )
     if tied:
         leader = "it" if standing.regret.mean == 0 else "the best of all calibration texts"
         text += f"; {_listed(tied)} cannot be told from {leader}"
     worst, last = ranked[-1]
     if last.regret.mean > 0 and not last.tied:
-        text += f"; {worst.criterion} comes last, {_behind(last, group.unit)}"
+        text += (
+            f"; {worst.criterion} comes last, {compared(last.regret, f' {group.unit}', 'behind')}"
+        )
     if experts is not None:
         return f"{text}."
     bare = [row.criterion for row in group.rows if row.n == best.n and row.unpatched]
@@ -125,23 +128,6 @@ def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
         end = "least from the whole model on its own words"
         return f"{_listed(names)} {'diverge' if several else 'diverges'} {end}"
     return f"{_listed(names)} {'are' if several else 'is'} best by {judge}"
-
-
-def _behind(standing: Standing, unit: str) -> str:
-    return f"{_nats(standing.regret)} {unit} behind"
-
-
-def _nats(found: Estimate) -> str:
-    return Number.estimate(found, _digits(found)).text
-
-
-def _more(found: Estimate, unit: str = "") -> str:
-    return found.compared(_digits(found), unit)
-
-
-def _digits(found: Estimate) -> int:
-    """Two decimals, or three where the error would look like none."""
-    return 3 if 0 < found.stderr < 0.005 else 2
 
 
 def _in_the_other_state(group: Group, best: Row) -> str:
@@ -163,11 +149,11 @@ def _in_the_other_state(group: Group, best: Row) -> str:
         return f"{where} the same layers cost least{rest}{near}."
     own = next((one for row, one in others if row.criterion == best.criterion), None)
     text = f"{where} the order is another one: {leader.criterion} loses least, "
-    text += f"{_more(standing.difference)} than whole"
+    text += f"{compared(standing.difference, unit='')} than whole"
     if own is None:
         return f"{text}, and {best.criterion} could not be patched."
     tie = ", a tie" if own.tied else ""
-    return f"{text}, and {best.criterion} is {_behind(own, 'nats a token')}{tie}."
+    return f"{text}, and {best.criterion} is {compared(own.regret, more='behind')}{tie}."
 
 
 def _experts(n: int, number: int) -> str:
@@ -200,10 +186,11 @@ def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
 
 def _steps(group: Group) -> tuple[Step, ...]:
     best, whole = _best(group), group.model.whole
+    most = max([0.0, *(one.difference.mean for _, one in best)]) or 1.0
     steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
-    shares = bars(one.difference.mean for _, one in best)
-    for (row, one), share in zip(best, shares, strict=True):
+    for row, one in best:
         more = Number.estimate(one.difference, sign=True).text
+        share = max(0.0, one.difference.mean / most)
         name = f"n = {row.n}{', patched' if group.by_patch else ''}"
         steps.append(Step(name, Number.estimate(one.loss), more, share, row is best[-1][0]))
     return tuple(steps)
@@ -325,7 +312,7 @@ def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
         tuple(_cells(row, judged, *_patched_cells(row.patched)) for row in rows),
         f"Loss, as cut and after a quick patch, in nats a token; regret in {group.unit}, "
         f"of patched cuts in nats a token, each paired with the best of its kind. Order, best and "
-        f"tie: {state}. Each criterion is charged what it costs by itself.",
+        f"tie: {state}. {BEST_OF_SEVERAL} Each criterion is charged what it costs by itself.",
         bare=("patch", *(["loss", "regret"] if group.by_patch else ["loss"] if judged else [])),
         wide=("cut",)
         if group.by_patch

@@ -13,9 +13,11 @@ from ...values.scores import TIE
 from ...values.settings import STATES, State
 from ...values.speech import Speech
 from ..charts.curve import curve_charts
-from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table, bars
+from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from ..words import (
+    BEST_OF_SEVERAL,
     again,
+    compared,
     differs,
     few_texts,
     layer_words,
@@ -90,8 +92,7 @@ def _sentence(curve: Curve, shown: CurvePoint | None) -> str:
         parts.append(
             f"Without layers {ranges(shown.dropped)}, {100 * shown.layers_share:.0f} % of layers, "
             f"chosen by {shown.strategy}, {_of_state(curve, shown.state)}, the loss is "
-            f"{lost.compared()} than whole "
-            f"({curve.whole.loss.nats:.2f} → {shown.loss.nats:.2f})"
+            f"{compared(lost)} than whole ({curve.whole.loss.nats:.2f} → {shown.loss.nats:.2f})"
         )
     for task in curve.tasks:
         held = _holds(curve, shown, task)
@@ -130,13 +131,13 @@ def _steps(curve: Curve, shown: CurvePoint | None) -> tuple[Step, ...]:
     found = []
     for state in STATES:
         for one in curve.points:
-            same = (one.n, one.strategy, one.state) == (shown.n, shown.strategy, state)
-            if same and one.loss and (lost := curve.lost(one)):
-                found.append((one, one.loss, lost))
+            if (one.n, one.strategy, one.state) == (shown.n, shown.strategy, state) and one.loss:
+                found.append((one, one.loss, curve.lost(one)))
+    most = max([0.0, *(lost.mean for _, _, lost in found if lost)]) or 1.0
     whole = curve.whole.loss
     steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
-    shares = bars(lost.mean for _, _, lost in found)
-    for (one, loss, lost), share in zip(found, shares, strict=True):
+    for one, loss, lost in found:
+        share = max(0.0, lost.mean / most) if lost else 0.0
         number = Number.of(loss.nats, loss.stderr)
         name = patched_name(curve.settings) if one.state == "patched" else one.state
         steps.append(Step(name, number, Number.estimate(lost, sign=True).text, share, one is shown))
@@ -271,8 +272,8 @@ def _verdict(curve: Curve, point: CurvePoint, state: State) -> str:
 def _losses_note(curve: Curve, points: Sequence[CurvePoint]) -> str:
     notes = ["Of ln V: 1 is a uniform guess. More: paired by text."]
     if len(curve.strategies) > 1:
-        notes.append(f"Tie: with the best of its size, within {TIE:g} standard errors.")
-        notes.append("Best: by these texts themselves, so a little lucky.")
+        tie = f"Tie: with the best of its size, within {TIE:g} standard errors."
+        notes += [tie, BEST_OF_SEVERAL]
     as_whole = [
         f"{point.strategy} {point.n}"
         for point in points

@@ -19,15 +19,13 @@ def gain_table(gain: Gain) -> Table:
     for one in gain.forecasts:
         rows += _times(one)
     fits = all(one.fits_before and one.fits_after for one in gain.forecasts)
-    note = (
-        f"Times are estimates by the roofline{'' if fits else '; * does not fit into the memory'}."
-    )
+    note = f"Times: estimates by the roofline{'' if fits else '; * does not fit into the memory'}."
     note += "".join(f" This machine: {one.source}." for one in gain.forecasts if one.device == HERE)
     if gain.measured is not None:
         rows += _measured(gain.measured)
         note += (
-            f" Measured: medians of {counted(len(gain.measured.decode_before), 'turn')}. Their "
-            f"ratio: the median, least and greatest of the turns' own; too noisy around 1."
+            f" Measured: medians of {counted(len(gain.measured.decode_before), 'turn')}; ratio: "
+            f"median, least and greatest of the turns' own, too noisy around 1."
         )
     return Table(
         f"What it gains: {gain.model} without {gain.words}, "

@@ -26,9 +26,10 @@ from ...values.recommendation import Recommended, SizeRow
 from ...values.scores import Estimate
 from ..charts.run import healing_chart, race_charts, scan_charts, size_charts
 from ..results import Continuations, Run
-from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table, bars
+from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
 from ..words import (
     again,
+    compared,
     dequantised,
     differs,
     few_texts,
@@ -54,8 +55,6 @@ UNFINISHED = (
 """The warning of a run that was cut short, or goes on."""
 
 _STATES = ("whole", "cut", "patched", "healed")
-
-_QUICK = "Quick patch: one matrix a block, without the steps of the patch that is saved. "
 
 
 def run_story(run: Run, *, gain: Gain | None = None, drawn: bool = True) -> Story:
@@ -92,7 +91,7 @@ def speech_section(run: Run) -> Section:
             0,
             f"Of the whole model's own words the {best.state} model would accept "
             f"{100 * acceptance.mean:.0f} %, and depart after {departure.mean:.1f} tokens. The "
-            f"whole model's loss on the {best.state} model's words is {lost.compared()} than on "
+            f"whole model's loss on the {best.state} model's words is {compared(lost)} than on "
             f"its own{', a tie' if lost.tied else ''}.",
         )
     tables = (speech_table(speech),) if speech else ()
@@ -124,8 +123,8 @@ def sizes_table(best: Recommended, rows: Sequence[SizeRow]) -> Table:
     note = (
         f"Nats a token on {counted(best.whole.num_tokens, 'token')} of the "
         f"{counted(best.whole.num_texts, 'test text')}; whole model "
-        f"{best.whole}. {_QUICK if patches else ''}Errors of 'more' are paired."
-        f"{_estimated(rows, best.whole.num_texts)}"
+        f"{best.whole}. {'Quick: one matrix a block, unlike what is saved. ' if patches else ''}"
+        f"Errors of 'more' are paired.{_estimated(rows, best.whole.num_texts)}"
     )
     return Table(
         "What other sizes would cost",
@@ -172,11 +171,12 @@ class _RunStory:
     def _steps(self) -> tuple[Step, ...]:
         best = self._best
         losses = [(name, loss) for name in _STATES if (loss := getattr(best, name)) is not None]
+        most = max(loss.nats - best.whole.nats for _, loss in losses) or 1.0
         steps = []
-        shares = bars(loss.nats - best.whole.nats for _, loss in losses)
-        for (name, loss), share in zip(losses, shares, strict=True):
+        for name, loss in losses:
             lost = None if name == "whole" else loss.minus(best.whole)
             more = "" if lost is None else Number.estimate(lost, sign=True).text
+            share = max(0.0, (loss.nats - best.whole.nats) / most)
             number = Number.of(loss.nats, loss.stderr)
             steps.append(Step(name, number, more, share, name == best.state))
         return tuple(steps)
@@ -198,18 +198,11 @@ class _RunStory:
                 text = f"{gone / 1e6:,.1f} of {whole / 1e6:,.1f} million ({share})"
                 rows[-1] = Fact("parameters", Number(text, gone), source)
             words = megabytes(weights.num_bytes)
-            if self._run.source:
-                words += f", of {megabytes(self._run.source[1])}"
-            if not self._grew:
-                rows.append(Fact("weights on disk", words, source))
+            _, size = self._run.source or ("", math.inf)
+            words += f", of {megabytes(int(size))}" if self._run.source else ""
+            # What grew is no saving: warnings have it.
+            rows += [Fact("weights on disk", words, source)] if weights.num_bytes < size else []
         return tuple(rows)
-
-    @property
-    def _grew(self) -> bool:
-        """Whether the checkpoint has more bytes than what it is from, as plain weights or wider."""
-        if self._weights is None or self._run.source is None:
-            return False
-        return self._weights.num_bytes > self._run.source[1]
 
     def _warnings(self) -> list[str]:
         best, run = self._best, self._run
@@ -218,17 +211,15 @@ class _RunStory:
         found = [*best.warnings(), *small_model(whole), *few_texts(best.whole.num_texts)]
         if "ended" not in run.marks:
             found.insert(0, UNFINISHED)
-        if run.source and run.source[0].endswith(".gguf") and self._weights and not self._is_gguf:
-            name, size = run.source
-            found.append(
-                dequantised(name, size, self._weights.num_bytes, drop=drop_option(best.plan.blocks))
-            )
-        elif self._grew and run.source and self._weights:
-            name, size = run.source
-            found.append(
-                f"{name} has {megabytes(size)} of weights, and what is left has "
-                f"{megabytes(self._weights.num_bytes)}, as it was loaded in another dtype (--dtype)"
-            )
+        if run.source and self._weights and not self._is_gguf:
+            (name, size), left = run.source, self._weights.num_bytes
+            if name.endswith(".gguf"):
+                found.append(dequantised(name, size, left, blocks=best.plan.blocks))
+            elif left > size:
+                found.append(
+                    f"{name} has {megabytes(size)} of weights, and what is left has "
+                    f"{megabytes(left)}, in another dtype (--dtype)"
+                )
         n = len(best.plan.dropped)
         share = None if self._shares is None else self._shares.get(n)
         if share is not None and share < 0.5:
@@ -242,7 +233,7 @@ class _RunStory:
             standing = row.patched if best.verified.after == "patch" else row.cut
             if standing is not None and _apart(chosen.score, chosen.stderr, standing.loss):
                 found.append(
-                    f"the selection texts differ from the test texts: the loss of the same cut is "
+                    f"the selection texts differ from the test texts: the same cut loses "
                     f"{chosen.score:.2f} nats a token on the selection texts, "
                     f"{standing.loss.mean:.2f} on the test texts; choose on texts as you will use "
                     f"the model for"
@@ -305,7 +296,7 @@ class _RunStory:
         lines = [f"{_capital(verified.sentence())}."]
         if best.by_distance is not None:
             lines.append(
-                f"The loss of the block of least angular distance is {best.by_distance.compared()} "
+                f"The loss of the block of least angular distance is {compared(best.by_distance)} "
                 f"than that of this plan, both as bare cuts on the test texts."
             )
         drawings = []

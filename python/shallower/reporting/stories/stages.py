@@ -104,9 +104,8 @@ def candidates_table(verified: Verified) -> Table:
         ("drop", "proposed by", items, verified.measure, "more than the winner", ""),
         rows,
         f"{verified.num_proposals} proposals were judged on up to {verified.num_items} selection "
-        f"{items}, in {verified.measured_in}: a cut that was behind early on fewer, and without a "
-        f"figure of its own. Cuts are compared on the {items} of both; a tie is within two "
-        f"standard errors of this difference.",
+        f"{items}, in {verified.measured_in}: a cut that was behind early on fewer (–). Cuts are "
+        f"compared on the {items} of both; a tie is within two standard errors of this difference.",
         0,
     )
 
