@@ -11,6 +11,7 @@ from shallower.models import loading
 from tests.cli.documents import assert_cut, tree
 from tests.cutting.checkpoints import stored
 from tests.cutting.mixtures import mixture
+from tests.models.gguf_files import write_gguf
 
 
 def test_prune_drops_the_layers_that_are_named(shallower, folder, tiny):
@@ -38,6 +39,16 @@ def test_prune_verifies(shallower, tiny, dtype, most):
     command = ["prune", tiny, "--drop", "1:3", "--verify", "--dtype", dtype]
     assert 0 <= shallower(*command, "--out", "a", "--json").json["max_logits_difference"] <= most
     assert "logits differ by at most" in shallower(*command, "--out", "b").out
+
+
+def test_a_plain_cut_of_a_gguf_file_says_what_becomes_of_its_bytes(shallower, folder):
+    write_gguf(folder / "tiny.gguf")
+    for out in ("made", "made"):  # and where it is already there
+        said = shallower("prune", "tiny.gguf", "--drop", "1", "--out", out).out
+        assert "tiny.gguf has 1 MB of quantised weights; they were dequantised, and what" in said
+        assert "shallower prune tiny.gguf --drop 1 --as-gguf --out CUT cuts the file" in said
+    for options in (["--out", "cut.gguf"], ["--out", "cut", "--as-gguf"]):
+        assert "quantised" not in shallower("prune", "tiny.gguf", "--drop", "1", *options).out
 
 
 @pytest.fixture

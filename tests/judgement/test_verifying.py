@@ -144,6 +144,9 @@ def test_after_a_patch_the_best_is_good_both_ways_and_weights_are_as_before(llam
     as_cut = {cut: verifier.scores(cut, after="none").mean for cut in near}
     assert found.plan.dropped == min(as_cut, key=as_cut.get)
     assert found.candidates[0].score == scores[found.plan.dropped].mean
+    behind = [one.difference.mean for one in found.candidates[1:]]
+    assert behind == sorted(behind)
+    assert found.margin.mean == behind[0]
 
 
 def test_scores_after_a_patch_are_those_of_the_model_that_is_patched(llama, words):

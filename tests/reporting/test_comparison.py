@@ -114,7 +114,7 @@ def test_cuts_are_ranked_after_the_patch_where_there_is_one(shown):
     assert story.sentence.startswith(
         "With 4 of 30 layers gone, taylor loses least after a quick patch: without layers "
     )
-    assert "the model loses 0.30 ± 0.01 nats a token more than whole" in story.sentence
+    assert "the loss is 0.30 ± 0.01 nats a token more than whole" in story.sentence
     assert "greedy comes last, 0.20 ± 0.03 nats a token behind." in story.sentence
     assert story.sentence.endswith(
         "As bare cuts the order is another one: greedy loses least, 1.00 ± 0.02 more than whole, "
@@ -178,6 +178,13 @@ def test_the_judge_of_speech_is_said_in_plain_words(shown):
     assert " loss divergence regret " in text
 
 
+def test_a_cut_that_is_better_than_the_whole_has_no_bar_and_no_minus():
+    better = standing(3.5, (-0.092, 0.01), (0.0, 0.0))
+    story = comparison_story(turned(cut=better, patched=better), drawn=False)
+    assert "the loss is 0.09 ± 0.01 nats a token less than whole" in story.sentence
+    assert {step.share for step in story.steps} == {0}
+
+
 def test_cuts_that_were_not_patched_are_ranked_as_bare_cuts():
     story = comparison_story(turned(patched=None), drawn=False)
     assert "greedy loses least as a bare cut" in story.sentence
@@ -207,7 +214,10 @@ def test_layers_are_ranges(shown):
 
 def test_it_says_what_was_measured_on_what(whole, shown):
     text = " ".join(shown(whole, 300).split())
-    assert "The whole model loses 3.592 ± 0.021 nats a token, 0.333 of ln V, on 16,384" in text
+    assert (
+        "The loss of the whole model is 3.592 ± 0.021 nats a token, 0.333 of ln V, on 16,384"
+        in text
+    )
     assert "16,384 tokens of 64 texts; V = 49,152. It has 30 layers." in text
     assert "Judge: loss, nats a token; texts: 40 calibration, 24 selection, 64 test." in text
     assert "n = 8: 27 % of the layers, 21 % of the parameters" in text

@@ -102,6 +102,19 @@ def test_losses_have_errors_and_paired_differences(curve, shown):
             assert drop.startswith("[")
 
 
+def test_what_is_not_lost_has_no_bar_and_no_minus(curve):
+    """Of negative differences one had a full bar: it is negative as a share of a negative most."""
+    whole, *_ = curve.points
+    better = [point(8, "deepest", (9,), state, loss(nats))
+              for state, nats in (("cut", 2.99), ("patched", 2.9))]  # fmt: skip
+    story = curve_story(replace(curve, points=(whole, *better)), drawn=False)
+    assert [step.share for step in story.steps] == [0, 0, 0]
+    assert "the loss is 0.100 ± 0.000 nats a token less than whole" in story.sentence
+    worse = replace(better[0], loss=loss(3.2)), replace(better[1], loss=loss(3.1))
+    story = curve_story(replace(curve, points=(whole, *worse)), drawn=False)
+    assert [step.share for step in story.steps] == pytest.approx([0, 1, 0.5])
+
+
 def test_ties_are_named(curve, shown):
     text = shown(curve, 300)
     found = rows(text, "layers less, as cut")
@@ -137,7 +150,7 @@ def test_tasks_are_shown_beside_chance_and_the_whole(curve, shown):
 )  # fmt: skip
 def test_the_patch_is_named_wherever_its_losses_are(curve, shown, settings, long, short):
     story = curve_story(replace(curve, settings=settings))
-    assert f"chosen by recommended, after a {long}, the model loses" in story.sentence
+    assert f"chosen by recommended, after a {long}, the loss is" in story.sentence
     assert f"8 layers, after a {long}: its perplexity" in story.cost
     assert [step.name for step in story.steps] == ["whole", "cut", short]
     (losses,) = [table for one in story.sections for table in one.tables

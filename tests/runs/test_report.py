@@ -155,23 +155,28 @@ def test_what_has_not_ended_says_so_first(made):
 @pytest.mark.parametrize(
     ("source", "left", "warned"),
     [
-        (None, "1 MB", False),
-        (("SmolLM2", 3_000_000), "1 MB, of 3 MB", False),
-        (("smol.q4.gguf", 300_000), "1 MB, dequantised from 0 MB", True),
+        (None, "1 MB", ""),
+        (("SmolLM2", 3_000_000), "1 MB, of 3 MB", ""),
+        (("smol.q4.gguf", 3_000_000), "1 MB, of 3 MB", "dequantised"),
+        (("smol.q4.gguf", 300_000), None, "dequantised"),
+        (("SmolLM2", 600_000), None, "another dtype (--dtype)"),
     ],
 )
-def test_what_is_left_is_told_by_the_bytes_of_the_source(tmp_path, source, left, warned):
+def test_what_is_left_is_a_saving_only_where_it_is_less(tmp_path, source, left, warned):
     done = replace(made_run(tmp_path / "run"), source=source)
     done.save()
     done.checkpoint.mkdir()
     save_file({"weight": np.zeros((500, 500), np.float32)}, done.checkpoint / "model.safetensors")
     story = told(Run.load(tmp_path / "run"))
-    assert {fact.name: fact.value for fact in story.savings}["weights on disk"] == left
-    found = [one for one in story.warnings if "dequantised" in one]
-    assert len(found) == warned
+    assert {fact.name: fact.value for fact in story.savings}.get("weights on disk") == left
+    found = [one for one in story.warnings if "what is left has 1 MB" in one]
+    assert len(found) == bool(warned)
     if warned:
-        assert "smol.q4.gguf has 0 MB of quantised weights" in found[0]
-        assert "shallower prune smol.q4.gguf --drop 12:16 --as-gguf" in found[0]
+        assert warned in found[0]
+        size = f"{source[0]} has {source[1] / 1e6:,.0f} MB of "
+        assert found[0].startswith(size)
+    if warned == "dequantised":
+        assert f"shallower prune {source[0]} --drop 12:16 --as-gguf" in found[0]
 
 
 def test_a_curve_of_cuts_that_could_not_be_made_is_told():

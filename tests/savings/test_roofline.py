@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import ModelError
+from shallower.savings import timing
 from shallower.savings.account import Operation
 from shallower.savings.devices import DEVICES, find_device, known_as
 from shallower.savings.roofline import by_layer, seconds
@@ -77,3 +78,23 @@ def test_this_machine_is_measured():
     assert 0 < found.launch < 0.1
     assert found.memory > 10**9
     assert own_device() in DEVICES.values()
+
+
+def test_this_machine_is_the_same_beside_other_work(monkeypatch):
+    """A median of whole passes was four times as slow at a load of ten, and so was a forecast."""
+    monkeypatch.setattr(timing, "_STREAMED", 1 << 25)
+    drawn = np.random.default_rng(0)
+
+    def clock(interrupted):
+        now = 0.0
+        while True:
+            yield now
+            now += 1e-3
+            yield now + (drawn.exponential(0.02) if drawn.random() < interrupted else 0.0)
+            now += 1.0
+
+    quiet, busy = (this_machine("float32", clock(share).__next__) for share in (0.0, 0.7))
+    assert busy.flops == pytest.approx(quiet.flops)
+    assert busy.bandwidth == pytest.approx(quiet.bandwidth)
+    assert quiet.source.endswith("the usual one took 1.0 times as long")
+    assert float(busy.source.split()[-4]) > 3

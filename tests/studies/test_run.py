@@ -97,7 +97,7 @@ def test_the_sentence_says_what_goes_and_what_it_costs(done):
     lost = recommended.patched.nats - recommended.whole.nats
     assert f"{lost:+.2f} ± {recommended.difference.stderr:.2f} nats a token" in said
     assert f"({recommended.whole.nats:.2f} → {recommended.patched.nats:.2f}), patched; " in said
-    assert said.endswith((" cannot be told from it.", "; no other proposal is as good."))
+    assert said.endswith((" cannot be told from it.", "; all other proposals fell behind."))
 
 
 def test_the_next_best_is_no_tie_where_one_behind_it_is(done):
@@ -110,7 +110,8 @@ def test_the_next_best_is_no_tie_where_one_behind_it_is(done):
         ((next_best, tie), "; 1 other proposal cannot be told from it."),
         ((next_best, tie, tie), "; 2 other proposals cannot be told from it."),
         ((tie, tie, next_best), "; the next best and 1 more cannot be told from it."),
-        ((next_best,), "; no other proposal is as good."),
+        ((next_best,), "; all other proposals fell behind."),
+        ((), "; all other proposals fell behind."),
     ):
         raced = replace(verified, candidates=(verified.candidates[0], *others))
         assert replace(done.recommended, verified=raced).sentence().endswith(end)

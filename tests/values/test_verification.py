@@ -39,7 +39,7 @@ LOST_EARLY = candidate([range(2, 10)], 4.6, (0.55, 0.02, 8), lost_early=True)
          "from it"),
         ((TIE, TIE, LOST_EARLY), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) and 1 other "
          "cannot be told from it"),
-        ((TIE, GIVEN_UP), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) and 1 other "
+        ((TIE, GIVEN_UP), ", 0.008 ± 0.020 less than the next on 8 texts; [1, 9) and 1 other "
          "cannot be told from it"),
         ((TIE, TIE, TIE), ", 0.018 ± 0.020 less than the next; [5, 6) [12, 19) and 2 others "
          "cannot be told from it"),
@@ -49,12 +49,24 @@ LOST_EARLY = candidate([range(2, 10)], 4.6, (0.55, 0.02, 8), lost_early=True)
 )  # fmt: skip
 def test_a_sentence_tells_the_margin_and_the_ties(others, said):
     start = "[12, 20) of 9 proposals: 4.05 ± 0.06 nats a token "
+    said = f", on the selection texts{said}"
     assert verified(WINNER, *others).sentence() == f"{start}after a quick patch{said}"
     assert verified(WINNER, *others, after="none").sentence() == f"{start}as it is cut{said}"
 
 
+def test_the_next_is_the_nearest_by_paired_difference_on_whatever_texts():
+    easy = candidate([range(3, 11)], 3.1, (0.068, 0.032, 8), lost_early=True)
+    near = candidate([range(4, 12)], 4.9, (0.035, 0.015, 16), lost_early=True)
+    found = verified(WINNER, LOSER, easy, near)
+    assert found.candidates == (WINNER, near, easy, LOSER)
+    assert found.margin == near.difference
+    assert "0.035 ± 0.015 less than the next on 16 texts" in found.sentence()
+    older = found.to_json() | {"candidates": [one.to_json() for one in (WINNER, LOSER, easy, near)]}
+    assert Verified.from_json(older).margin == near.difference
+
+
 def test_one_rule_tells_ties_however_early_a_cut_was_lost():
-    assert verified(WINNER, TIE, LOSER, GIVEN_UP, LOST_EARLY).tied == (TIE, GIVEN_UP)
+    assert verified(WINNER, TIE, LOSER, GIVEN_UP, LOST_EARLY).tied == (GIVEN_UP, TIE)
     assert [one.to_json()["tied"] for one in (LOSER, GIVEN_UP, LOST_EARLY)] == [False, True, False]
 
 

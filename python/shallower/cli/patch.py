@@ -253,7 +253,6 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
     from ..reporting.words import dequantised
     from ..savings.weights import stored_bytes
     from ..values.counts import with_error
-    from ..values.layers import drop_option
     from ..values.loss import Loss
     from ..values.patch import Patch
 
@@ -268,7 +267,7 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
     done, file = Patch.from_json(value["patch"]), place.place.expanduser()
     if file.suffix == ".gguf" and (size := stored_bytes(file)):
         left = stored_bytes(out) or 0
-        lines.append(dequantised(file.name, size, left, drop=drop_option(done.plan.blocks)))
+        lines.append(dequantised(file.name, size, left, blocks=done.plan.blocks))
     show(patch_table(done, losses), *lines, f"wrote {out}")
 
 

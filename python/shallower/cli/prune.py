@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ..models.dtypes import Dtype as DtypeName
+from ..models.source import ModelSource
 from .options import (
     CutOut,
     DeviceMap,
@@ -105,14 +106,15 @@ def prune_command(
     output = cut_output(
         open_store(no_cache, dry_run=dry_run), model, layers, experts=experts, out=out, **options
     )
-    if reuse(output, lambda value: _end(_written_at(value, out), out, as_json), out):
+    source = ModelSource(model, gguf_file=gguf_file).place.expanduser()
+    if reuse(output, lambda value: _end(_written_at(value, out), source, out, as_json), out):
         return
     planned = plan_prune(model, layers, out, experts=experts, overwrite=overwrite, **options)
     if dry_run:
         described = planned.to_json()
         say_dry_run(described if as_json else _with_disk(described, out), as_json)
         return
-    _end(output.keep(planned.run().to_json()), out, as_json)
+    _end(output.keep(planned.run().to_json()), source, out, as_json)
 
 
 def _with_disk(described: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -136,12 +138,14 @@ def _written_at(done: dict[str, Any], out: Path) -> dict[str, Any]:
     return {**done, "written": [str(out.with_name(Path(name).name)) for name in files]}
 
 
-def _end(done: dict[str, Any], out: Path, as_json: bool) -> None:
+def _end(done: dict[str, Any], source: Path, out: Path, as_json: bool) -> None:
     """Print a cut, from its JSON values."""
     if as_json:
         print_json(done)
         return
     from ..reporting.stories.stages import plan_table
+    from ..reporting.words import dequantised
+    from ..savings.weights import stored_bytes
     from ..values.plan import Plan
 
     difference, written = done["max_logits_difference"], done["written"]
@@ -150,6 +154,8 @@ def _end(done: dict[str, Any], out: Path, as_json: bool) -> None:
     plan = Plan.from_json(done)
     if plan.states:
         said += [plan.why, "the states are those of the whole model, to the bit"]
+    if source.suffix == ".gguf" and out.is_dir() and (left := stored_bytes(out)):
+        said.append(dequantised(source.name, stored_bytes(source) or 0, left, blocks=plan.blocks))
     show(plan_table(plan), *said, *(f"wrote {path}" for path in files))
     if out.suffix != ".gguf":
         show(upload_line(out))

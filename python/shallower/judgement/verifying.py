@@ -444,9 +444,7 @@ class _Verification:
             looks = self.trials.looks_at(STAGES[-1])
             means = dict(zip(near, self._means(near, looks), strict=True))
             winner = min(near, key=means.__getitem__)
-        order = sorted(
-            scores, key=lambda cut: (cut != winner, not scores[cut].complete, scores[cut].mean)
-        )
+        order = sorted(scores, key=lambda cut: cut != winner)
         judge = self.trials.judge
         return Verified(
             self.n,

@@ -5,14 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..values.commands import command_line, shell_lines
-from ..values.counts import counted
-from ..values.layers import blocks_of, ranges
+from ..values.counts import counted, with_error
+from ..values.layers import Block, blocks_of, drop_option, ranges
 from ..values.loss import Loss
-from ..values.scores import Difference
+from ..values.scores import Difference, Estimate
 from .story import Fact, Number, Section
 
 SMALL = 1_000_000_000
 """Parameters below which a model is called small."""
+
+BEST_OF_SEVERAL = "The best of several is best on the test set itself, so a little lucky."
 
 FEW_TEXTS = 30
 """Texts below which errors are themselves uncertain."""
@@ -31,6 +33,12 @@ def perplexity_words(whole: Loss, loss: Loss, lost: Difference) -> str:
         f"it is as unsure as among {math.exp(loss.nats):.1f} equally likely ones, the whole model "
         f"as among {math.exp(whole.nats):.1f}."
     )
+
+
+def compared(found: Estimate, unit: str = " nats a token", more: str = "more") -> str:
+    """Say a difference: ``0.06 ± 0.02 nats a token more``, or less; no error looks like none."""
+    amount = with_error(abs(found.mean), found.stderr, 3 if 0 < found.stderr < 0.005 else 2)
+    return f"{amount}{unit} {'less' if found.mean < 0 else more}"
 
 
 def loss_fact(name: str, loss: Loss, place: str) -> Fact:
@@ -55,7 +63,7 @@ def loss_words(loss: Loss) -> str:
 def whole_words(whole: Loss) -> str:
     """Say the loss of a whole model, as a sentence."""
     return (
-        f"The whole model loses {whole} nats a token, {whole.normalized:.3f} of ln V, on "
+        f"The loss of the whole model is {whole} nats a token, {whole.normalized:.3f} of ln V, on "
         f"{counted(whole.num_tokens, 'token')} of {counted(whole.num_texts, 'text')}; "
         f"V = {whole.vocab_size:,}."
     )
@@ -103,12 +111,9 @@ def patched_name(settings: Mapping[str, Any]) -> str:
     return f"{kind} patch" if kind else "patched"
 
 
-def dequantised(name: str, num_bytes: int, left: int, *, drop: str) -> str:
-    """Say that a cut of a GGUF file has plain weights, of ``left`` bytes, and what keeps its own.
-
-    ``drop`` is the cut as ``--drop`` takes it.
-    """
-    cut = command_line("prune", name, "--drop", drop, "--as-gguf", "--out", "CUT")
+def dequantised(name: str, num_bytes: int, left: int, *, blocks: Iterable[Block]) -> str:
+    """Say that a cut of a GGUF file has plain weights, ``left`` bytes, and what keeps its own."""
+    cut = command_line("prune", name, "--drop", drop_option(blocks), "--as-gguf", "--out", "CUT")
     return (
         f"{name} has {megabytes(num_bytes)} of quantised weights; they were dequantised, and what "
         f"is left has {megabytes(left)}. {cut} cuts the file itself, in its own types, and "

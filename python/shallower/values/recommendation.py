@@ -75,7 +75,7 @@ class Recommended:
         lost = self.difference
         tied = len(self.verified.tied)
         if not tied:
-            rivals = "no other proposal is as good"
+            rivals = "all other proposals fell behind"
         elif self.verified.candidates[1].tied:
             others = f" and {tied - 1} more" if tied > 1 else ""
             rivals = f"the next best{others} cannot be told from it"

@@ -23,10 +23,8 @@ class Candidate:
         proposed_by: the criteria and searches that named it.
         score: the judge's mean over the items that it was judged on.
         stderr: its standard error.
-        difference: paired difference to the winner, over the items that both were judged on; 0
-            for the winner itself.
-        lost_early: whether it was lost, or given up for want of work, before all items were
-            looked at.
+        difference: paired difference to the winner, over the items of both; 0 for the winner.
+        lost_early: whether it was lost, or given up for want of work, before the last items.
     """
 
     plan: Plan
@@ -38,9 +36,7 @@ class Candidate:
 
     @property
     def tied(self) -> bool:
-        """Whether it cannot be told from the winner by their paired difference, on the items that
-        both were judged on: few, where it was lost early.
-        """
+        """Whether it cannot be told from the winner, on the items of both: few if lost early."""
         return self.difference.tied
 
     def to_json(self) -> dict[str, Any]:
@@ -62,8 +58,8 @@ class Verified:
         after: ``none``, judged as they are cut; ``patch``, after a quick patch.
         judge: name of the judge.
         unit: of its scores, as ``nats a token``.
-        candidates: those that came into the last race, the winner first, then by their scores,
-            those that were lost early last.
+        candidates: those that came into the last race, the winner first, then by their paired
+            difference to it: scores of different items do not compare.
         num_items: selection items.
         num_proposals: cuts that were proposed, by criteria and by the search.
         layer_forwards: layers run, times texts, for proposals and race together.
@@ -82,6 +78,12 @@ class Verified:
     layer_forwards: int
     seconds: float
     failed: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if not self.candidates:
+            raise ValueError("no candidates")
+        others = sorted(self.candidates[1:], key=lambda one: one.difference.mean)
+        object.__setattr__(self, "candidates", (*self.candidates[:1], *others))
 
     @property
     def measure(self) -> str:
@@ -111,7 +113,7 @@ class Verified:
 
     @property
     def margin(self) -> Difference | None:
-        """What the best of the others loses more than the winner; None where it is alone."""
+        """What the nearest of the others loses more than the winner; None where it is alone."""
         return self.candidates[1].difference if len(self.candidates) > 1 else None
 
     def sentence(self) -> str:
@@ -120,15 +122,16 @@ class Verified:
         after = {"none": "as it is cut", "patch": "after a quick patch"}[self.after]
         said = (
             f"{ranges(best.plan.dropped)} of {counted(self.num_proposals, 'proposal')}: "
-            f"{with_error(best.score, best.stderr, 2)} {self.measured_in} {after}"
+            f"{with_error(best.score, best.stderr, 2)} {self.measured_in} {after}, on the "
+            f"selection {self.what_chooses}"
         )
-
         if self.margin is not None:
             amount = with_error(abs(self.margin.mean), self.margin.stderr, 3)
-            said += f", {amount} {'more' if self.margin.mean < 0 else 'less'} than the next"
+            few = self.margin.num_items
+            where = f" on {counted(few, self.what_chooses[:-1])}" if few < self.num_items else ""
+            said += f", {amount} {'more' if self.margin.mean < 0 else 'less'} than the next{where}"
         if self.tied:
-            others = len(self.tied) - 1
-            more = f" and {others} {'other' if others == 1 else 'others'}" if others else ""
+            more = f" and {counted(len(self.tied) - 1, 'other')}" if len(self.tied) > 1 else ""
             said += f"; {ranges(self.tied[0].plan.dropped)}{more} cannot be told from it"
         return said
 
@@ -144,7 +147,4 @@ class Verified:
         KeyError, TypeError, ValueError: the values are not those of a result. LayersError,
         PlanError: a plan cannot be.
         """
-        verified = cls(**fields_of(cls, data))
-        if not verified.candidates:
-            raise ValueError("no candidates")
-        return verified
+        return cls(**fields_of(cls, data))

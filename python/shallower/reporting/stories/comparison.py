@@ -12,7 +12,9 @@ from ...values.scores import Estimate, Standing
 from ..charts.comparison import DIVERGENCES, Group, group_charts, groups_of
 from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from ..words import (
+    BEST_OF_SEVERAL,
     again,
+    compared,
     differs,
     few_texts,
     judge_words,
@@ -99,16 +101,16 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
         gone = f"With {' or '.join(cuts)} gone"
     without = f"without layers {ranges(best.dropped)} " if best.dropped else ""
     text = (
-        f"{gone}, {leads} {when}: "
-        f"{without}the model loses "
-        f"{_nats(standing.difference)} nats a token more than whole"
+        f"{gone}, {leads} {when}: {without}the loss is {compared(standing.difference)} than whole"
     )
     if tied:
         leader = "it" if standing.regret.mean == 0 else "the best of all calibration texts"
         text += f"; {_listed(tied)} cannot be told from {leader}"
     worst, last = ranked[-1]
     if last.regret.mean > 0 and not last.tied:
-        text += f"; {worst.criterion} comes last, {_behind(last, group.unit)}"
+        text += (
+            f"; {worst.criterion} comes last, {compared(last.regret, f' {group.unit}', 'behind')}"
+        )
     if experts is not None:
         return f"{text}."
     bare = [row.criterion for row in group.rows if row.n == best.n and row.unpatched]
@@ -126,15 +128,6 @@ def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
         end = "least from the whole model on its own words"
         return f"{_listed(names)} {'diverge' if several else 'diverges'} {end}"
     return f"{_listed(names)} {'are' if several else 'is'} best by {judge}"
-
-
-def _behind(standing: Standing, unit: str) -> str:
-    return f"{_nats(standing.regret)} {unit} behind"
-
-
-def _nats(found: Estimate) -> str:
-    """Two decimals, or three where the error would look like none."""
-    return Number.estimate(found, 3 if 0 < found.stderr < 0.005 else 2).text
 
 
 def _in_the_other_state(group: Group, best: Row) -> str:
@@ -156,11 +149,11 @@ def _in_the_other_state(group: Group, best: Row) -> str:
         return f"{where} the same layers cost least{rest}{near}."
     own = next((one for row, one in others if row.criterion == best.criterion), None)
     text = f"{where} the order is another one: {leader.criterion} loses least, "
-    text += f"{_nats(standing.difference)} more than whole"
+    text += f"{compared(standing.difference, unit='')} than whole"
     if own is None:
         return f"{text}, and {best.criterion} could not be patched."
     tie = ", a tie" if own.tied else ""
-    return f"{text}, and {best.criterion} is {_behind(own, 'nats a token')}{tie}."
+    return f"{text}, and {best.criterion} is {compared(own.regret, more='behind')}{tie}."
 
 
 def _experts(n: int, number: int) -> str:
@@ -193,11 +186,11 @@ def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
 
 def _steps(group: Group) -> tuple[Step, ...]:
     best, whole = _best(group), group.model.whole
-    most = max([one.difference.mean for _, one in best] or [1.0]) or 1.0
+    most = max([0.0, *(one.difference.mean for _, one in best)]) or 1.0
     steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
     for row, one in best:
         more = Number.estimate(one.difference, sign=True).text
-        share = min(1.0, max(0.0, one.difference.mean / most))
+        share = max(0.0, one.difference.mean / most)
         name = f"n = {row.n}{', patched' if group.by_patch else ''}"
         steps.append(Step(name, Number.estimate(one.loss), more, share, row is best[-1][0]))
     return tuple(steps)
@@ -217,7 +210,7 @@ def _cost(group: Group) -> str:
             f"whole model as a bare cut."
         )
     if group.by_patch:
-        other = f" As a bare cut it loses {Number.estimate(row.cut.loss).text} nats a token."
+        other = f" As a bare cut its loss is {Number.estimate(row.cut.loss).text} nats a token."
     elif row.patched is not None:
         loss = Number.estimate(row.patched.loss).text
         other = f" A quick patch brings it to {loss} nats a token."
@@ -319,7 +312,7 @@ def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
         tuple(_cells(row, judged, *_patched_cells(row.patched)) for row in rows),
         f"Loss, as cut and after a quick patch, in nats a token; regret in {group.unit}, "
         f"of patched cuts in nats a token, each paired with the best of its kind. Order, best and "
-        f"tie: {state}. Each criterion is charged what it costs by itself.",
+        f"tie: {state}. {BEST_OF_SEVERAL} Each criterion is charged what it costs by itself.",
         bare=("patch", *(["loss", "regret"] if group.by_patch else ["loss"] if judged else [])),
         wide=("cut",)
         if group.by_patch

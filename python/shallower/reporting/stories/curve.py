@@ -15,7 +15,9 @@ from ...values.speech import Speech
 from ..charts.curve import curve_charts
 from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
 from ..words import (
+    BEST_OF_SEVERAL,
     again,
+    compared,
     differs,
     few_texts,
     layer_words,
@@ -89,9 +91,8 @@ def _sentence(curve: Curve, shown: CurvePoint | None) -> str:
     if lost is not None and shown.loss is not None and curve.whole.loss is not None:
         parts.append(
             f"Without layers {ranges(shown.dropped)}, {100 * shown.layers_share:.0f} % of layers, "
-            f"chosen by {shown.strategy}, {_of_state(curve, shown.state)}, the model loses "
-            f"{Number.estimate(lost).text} nats a token "
-            f"({curve.whole.loss.nats:.2f} → {shown.loss.nats:.2f})"
+            f"chosen by {shown.strategy}, {_of_state(curve, shown.state)}, the loss is "
+            f"{compared(lost)} than whole ({curve.whole.loss.nats:.2f} → {shown.loss.nats:.2f})"
         )
     for task in curve.tasks:
         held = _holds(curve, shown, task)
@@ -132,7 +133,7 @@ def _steps(curve: Curve, shown: CurvePoint | None) -> tuple[Step, ...]:
         for one in curve.points:
             if (one.n, one.strategy, one.state) == (shown.n, shown.strategy, state) and one.loss:
                 found.append((one, one.loss, curve.lost(one)))
-    most = max([lost.mean for _, _, lost in found if lost] or [1.0]) or 1.0
+    most = max([0.0, *(lost.mean for _, _, lost in found if lost)]) or 1.0
     whole = curve.whole.loss
     steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
     for one, loss, lost in found:
@@ -271,7 +272,8 @@ def _verdict(curve: Curve, point: CurvePoint, state: State) -> str:
 def _losses_note(curve: Curve, points: Sequence[CurvePoint]) -> str:
     notes = ["Of ln V: 1 is a uniform guess. More: paired by text."]
     if len(curve.strategies) > 1:
-        notes.append(f"Tie: with the best of its size, within {TIE:g} standard errors.")
+        tie = f"Tie: with the best of its size, within {TIE:g} standard errors."
+        notes += [tie, BEST_OF_SEVERAL]
     as_whole = [
         f"{point.strategy} {point.n}"
         for point in points

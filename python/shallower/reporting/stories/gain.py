@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from statistics import median
 
+from ...savings.devices import HERE
 from ...values.counts import counted
 from ...values.gain import Forecast, Gain, Measured
 from ..story import Table
@@ -18,10 +19,14 @@ def gain_table(gain: Gain) -> Table:
     for one in gain.forecasts:
         rows += _times(one)
     fits = all(one.fits_before and one.fits_after for one in gain.forecasts)
-    note = f"Times by the roofline{'' if fits else '; * does not fit into the memory'}."
+    note = f"Times: estimates by the roofline{'' if fits else '; * does not fit into the memory'}."
+    note += "".join(f" This machine: {one.source}." for one in gain.forecasts if one.device == HERE)
     if gain.measured is not None:
         rows += _measured(gain.measured)
-        note += " Measured: medians, and the range of the paired ratios."
+        note += (
+            f" Measured: medians of {counted(len(gain.measured.decode_before), 'turn')}; ratio: "
+            f"median, least and greatest of the turns' own, too noisy around 1."
+        )
     return Table(
         f"What it gains: {gain.model} without {gain.words}, "
         f"{texts} of {counted(gain.context, 'token')} in {gain.dtype}",
@@ -61,7 +66,8 @@ def _measured(found: Measured) -> Iterator[Row]:
         ("token", found.decode_before, found.decode_after, found.decode_ratio),
     ):
         middle, least, most = ratio
-        words = f"{middle:.3f} [{least:.3f}, {most:.3f}]"
+        words = f"[{least:.3f}, {most:.3f}]"
+        words = f"too noisy {words}" if least <= 1 <= most else f"{middle:.3f} {words}"
         yield f"measured here, {phase}", _time(median(early)), _time(median(late)), words
     before, after = found.peak_before, found.peak_after
     yield "measured here, peak memory", _bytes(before), _bytes(after), f"{after / before:.3f}"

@@ -28,6 +28,7 @@ from ..results import Continuations, Run
 from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
 from ..words import (
     again,
+    compared,
     dequantised,
     differs,
     few_texts,
@@ -86,9 +87,9 @@ def speech_section(run: Run) -> Section:
         lines.insert(
             0,
             f"Of the whole model's own words the {best.state} model would accept "
-            f"{100 * acceptance.mean:.0f} %, and depart after {departure.mean:.1f} tokens; of its "
-            f"own words the whole model loses {Number.estimate(lost, sign=True).text} nats a token "
-            f"more than of those that it says itself.",
+            f"{100 * acceptance.mean:.0f} %, and depart after {departure.mean:.1f} tokens. The "
+            f"whole model's loss on the {best.state} model's words is {compared(lost)} than on "
+            f"its own{', a tie' if lost.tied else ''}.",
         )
     tables = (speech_table(speech),) if speech else ()
     samples = tuple(map(_sample, run.continuations))
@@ -157,11 +158,10 @@ class _RunStory:
                 text = f"{gone / 1e6:,.1f} of {whole / 1e6:,.1f} million ({share})"
                 rows[-1] = Fact("parameters", Number(text, gone), source)
             words = megabytes(weights.num_bytes)
-            if self._run.source:
-                name, size = self._run.source
-                from_gguf = name.endswith(".gguf") and not self._is_gguf
-                words += f", {'dequantised from' if from_gguf else 'of'} {megabytes(size)}"
-            rows.append(Fact("weights on disk", words, source))
+            _, size = self._run.source or ("", math.inf)
+            words += f", of {megabytes(int(size))}" if self._run.source else ""
+            # What grew is no saving: warnings have it.
+            rows += [Fact("weights on disk", words, source)] if weights.num_bytes < size else []
         return tuple(rows)
 
     def _warnings(self) -> list[str]:
@@ -171,11 +171,15 @@ class _RunStory:
         found = [*best.warnings(), *small_model(whole), *few_texts(best.whole.num_texts)]
         if "ended" not in run.marks:
             found.insert(0, UNFINISHED)
-        if run.source and run.source[0].endswith(".gguf") and self._weights and not self._is_gguf:
-            name, size = run.source
-            found.append(
-                dequantised(name, size, self._weights.num_bytes, drop=drop_option(best.plan.blocks))
-            )
+        if run.source and self._weights and not self._is_gguf:
+            (name, size), left = run.source, self._weights.num_bytes
+            if name.endswith(".gguf"):
+                found.append(dequantised(name, size, left, blocks=best.plan.blocks))
+            elif left > size:
+                found.append(
+                    f"{name} has {megabytes(size)} of weights, and what is left has "
+                    f"{megabytes(left)}, in another dtype (--dtype)"
+                )
         n = len(best.plan.dropped)
         share = None if self._shares is None else self._shares.get(n)
         if share is not None and share < 0.5:
@@ -250,8 +254,8 @@ class _RunStory:
         lines = [f"{_capital(verified.sentence())}."]
         if best.by_distance is not None:
             lines.append(
-                f"The block of least angular distance loses {best.by_distance} nats a token more "
-                f"than this plan, both as bare cuts."
+                f"The loss of the block of least angular distance is {compared(best.by_distance)} "
+                f"than that of this plan, both as bare cuts on the test texts."
             )
         drawings = []
         if self._drawn:

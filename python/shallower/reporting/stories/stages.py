@@ -93,7 +93,7 @@ def candidates_table(verified: Verified) -> Table:
             range_cell(one.plan.dropped),
             _names(one),
             Number.count(one.difference.num_items),
-            Number.of(one.score, one.stderr),
+            Number.of(None if one.lost_early else one.score, one.stderr),
             Number.estimate(one.difference, sign=True),
             _verdict(one, verified),
         )
@@ -104,7 +104,7 @@ def candidates_table(verified: Verified) -> Table:
         ("drop", "proposed by", items, verified.measure, "more than the winner", ""),
         rows,
         f"{verified.num_proposals} proposals were judged on up to {verified.num_items} selection "
-        f"{items}, in {verified.measured_in}: a cut that was behind early on fewer. Cuts are "
+        f"{items}, in {verified.measured_in}: a cut that was behind early on fewer (–). Cuts are "
         f"compared on the {items} of both; a tie is within two standard errors of this difference.",
         0,
     )

@@ -26,6 +26,7 @@ from ..charts.sweep import (
 )
 from ..story import Cell, Fact, Number, Section, Story, Table
 from ..words import (
+    BEST_OF_SEVERAL,
     again,
     differs,
     few_texts,
@@ -193,8 +194,7 @@ def _bears(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne], drawn: 
             "the best cut of every size",
             ("model", "state", "share", "drop", "more than whole", "by"),
             tuple(cells),
-            "Nats a token; of all criteria the one of least loss, on the test set: the "
-            "best of several is a little lucky.",
+            f"Nats a token; of all criteria the one of least loss. {BEST_OF_SEVERAL}",
             is_grouped=True,
         ),
     ]
