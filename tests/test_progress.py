@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from shallower import progress
-from shallower.progress import hushed, part, track
+from shallower.progress import hushed, part, stage, track, whole
 from tests.terminals import terminal_of
 
 
@@ -180,6 +180,27 @@ def test_work_within_a_part_moves_the_one_bar_of_the_stage(capfd, clock):
         "stage 25/100, 0:00:30, texts of it, half",
         "stage 75/100, 0:01:00, eta 0:00:20, tokens of it, half",
         "stage done, 0:01:00",
+    ]
+
+
+def test_a_whole_counts_its_stages_and_says_what_they_took(capfd, clock):
+    """Each stage has a bar of its own; of fewer stages than there could be the rest is done."""
+    with whole("run", 4):
+        for name, seconds in (("scan", 30), ("race of 4", 60), ("race of 8", 30)):
+            with stage(name, name.split(" of ")[0]), track(f"{name}, texts", 8) as within:
+                within(4)
+                clock[0] += seconds
+                progress._LOG.tick()
+    with stage("alone"), part(3) as advance:
+        advance(1)  # around it nothing moves
+    assert capfd.readouterr().err.splitlines() == [
+        "run 0/4",
+        "run 0/4, 0:00:30, scan, scan, texts 4/8",
+        "run 1/4, 0:01:30, race of 4, race of 4, texts 4/8",
+        "run 2/4, 0:02:00, eta 0:03:00, race of 8, race of 8, texts 4/8",
+        "run done, 0:02:00",
+        "0:01:30  75% race",
+        "0:00:30  25% scan",
     ]
 
 

@@ -53,9 +53,7 @@ def test_a_cut_of_the_hub_is_healed_without_a_net(cached, shallower, monkeypatch
     assert said.startswith("the hub's cache has no shallower_plan.json of me/cut: unset HF_HUB_OFF")
     assert shallower(*command, "--dry-run").status == 0  # fetches it
     without_net(cached, monkeypatch)
-    assert (
-        "heal, layers run done" in shallower(*command).err
-    )  # whether it helps such a model or not
+    assert "heal done" in shallower(*command).err  # whether it helps such a model or not
     assert cached.requests == []
 
 

@@ -102,13 +102,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
         assert part in done.out
     begun = [re.sub(r" (…|0/\d+)$", "", line) for line in done.err.splitlines()
              if re.search(r" (…|0/\d+)$", line)]  # fmt: skip
-    assert begun[:6] == [
-        f"load {tiny.name}", "tokenise the texts", "loss, whole", "scan",
-        "verify n = 2, layers run", "loss without [3, 5)",
-    ]  # fmt: skip
-    saved = begun.index("patch, layers run") + 1
-    assert begun[saved : saved + 3] == ["loss", "save the model", "reload and compare"]
-    assert begun[-1] == "page"
+    assert begun == ["run", "page"]  # the steps of a run are told in its lines
     assert len(done.err.splitlines()) <= 70
     results = json.loads((folder / "out" / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["recommended"]["dropped"] == list(plan.dropped)

@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.numpy import load_file
 
 import shallower as sh
-from shallower.healing import training
+from shallower.healing import bar
 from shallower.healing.training import Throughput
 from shallower.texts.sequences import order
 from tests.conftest import mostly_slow
@@ -163,8 +163,8 @@ def test_a_step_has_ended_when_its_device_has_done_it(monkeypatch, device, waite
         now[0] += 0.05
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock))
-    arguments = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(bar, "time", SimpleNamespace(perf_counter=clock))
+    arguments = SimpleNamespace(device=torch.device(device), gradient_accumulation_steps=1)
     state = SimpleNamespace(global_step=1)
     throughput = Throughput(np.array([7]), None)
     throughput.on_step_begin(arguments, state, None)

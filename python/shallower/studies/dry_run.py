@@ -228,14 +228,14 @@ class _Model:
 
     def _of_curve(self) -> Iterator[Work]:
         settings = self.settings
-        yield self._losses(0)
+        yield self._losses(0)  # and all cuts in one pass
         if {*SCANNED} & {*settings.strategies}:
             yield self._scan(len(self.texts.fit))
         yield from self._raced(settings.n if "recommended" in settings.strategies else ())
         for n in self._cuts(settings.strategies):
             for state in settings.states:
                 if state == "cut" or settings.quick_patch:
-                    yield self._losses(n) + self._quick(n) * (state != "cut")
+                    yield self._losses(n, passes=0) + self._quick(n) * (state != "cut")
                 else:
                     yield self._patched(n)
                 if state == "healed":
@@ -256,11 +256,11 @@ class _Model:
         yield self._losses(0) + self._scan(len(self.texts.fit)) * 2  # the second for quick patches
         names = [one.name for one in study.criteria]
         for n in self._cuts(names):
-            yield self._losses(n, n) + self._quick(n, len(self.texts.fit))
+            yield self._losses(n, n, passes=0) + self._quick(n, len(self.texts.fit))
         for one in study.criteria:
             if isinstance(one, Search) and one.judged:
                 for n in study.settings.n:
-                    yield self._screened(n)
+                    yield self._screened(n, passes=0)
 
     # The parts of it.
     def _cuts(self, names: Sequence[str]) -> list[int]:
@@ -278,10 +278,10 @@ class _Model:
         """The tokens that a full patch fits, of which every eighth text is held out."""
         return min(self._patch_tokens, 7 / 8 * self.texts.fit.sum())
 
-    def _losses(self, *cuts: int) -> Work:
+    def _losses(self, *cuts: int, passes: int = 1) -> Work:
         """The losses of cuts of so many layers on the test texts."""
         left = sum(self.layers - n for n in cuts)
-        return run(self.texts.report, left, len(cuts), passes=1)
+        return run(self.texts.report, left, len(cuts), passes=passes)
 
     def _scan(self, most: int) -> Work:
         return run(self.texts.fit[:most], self.layers, passes=1)
@@ -330,8 +330,8 @@ class _Model:
         for n in sizes:
             yield self._screened(n) + self._quick(n) * (top * patches)
 
-    def _screened(self, n: int) -> Work:
+    def _screened(self, n: int, passes: int = 1) -> Work:
         """Every block of a size on the first texts; what lies before it is run once."""
         left = self.layers - n
         first = self.texts.judged[: self._at_once]
-        return run(first, left * (left + 1) / 2, left + 1, passes=1)
+        return run(first, left * (left + 1) / 2, left + 1, passes=passes)
