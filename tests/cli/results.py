@@ -72,9 +72,13 @@ def edited(result, edit):
     """Forge the record of a result: another value, and the hash of all that fits it."""
     path, record = record_in(result)
     edit(record)
-    del record["digest"]
-    record["digest"] = hash_of(record)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(sealed(record))
+
+
+def sealed(record):
+    """The text of a record with a hash that fits it."""
+    fields = {name: value for name, value in record.items() if name != "digest"}
+    return json.dumps({**fields, "digest": hash_of(fields)}, indent=2) + "\n"
 
 
 def hashed(result):
