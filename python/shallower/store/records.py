@@ -401,7 +401,7 @@ def text_of(record: Record, path: Path) -> str:
         told = rf'"?\b{package}(_version)?"?:? ?"?{re.escape(version)}(?![\w.])"?,?\s*'
         text = re.sub(told, "", text)
     for name, read in record.read.items():
-        text = re.sub(rf"(?<!\w){re.escape(read.name)}(?!\w)", name, text)
+        text = re.sub(rf"(?<!\w)([\w.-]+/)*{re.escape(read.name)}(?!\w)", name, text)
     return text
 
 
