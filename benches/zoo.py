@@ -3,7 +3,8 @@
 Usage: python benches/zoo.py [--only NAMES] [--work FOLDER] [--dry-run | --page]
 
 A result whose record lies in zoo/records/ is made again by `shallower reproduce`, and compared;
-any other is made, and its record and figures are kept there. What cannot be made on this machine
+any other is made, and its record and figures are kept there; so is one whose record is of an
+earlier version. What cannot be made on this machine
 waits, and says for what. After a kill the same call goes on. --dry-run says what each command
 takes of the card that its recipe names, without weights or hub; --page writes the page alone.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from shallower.runs import demo
+from shallower.store.records import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO, PAGE = ROOT / "zoo", ROOT / "docs" / "zoo.md"
@@ -99,7 +101,7 @@ def make(recipe, work):
             continue
         if record.exists() and words[0] not in RECORDED:
             continue  # figures, of a model that is made again to the byte
-        if record.exists():
+        if record.exists() and json.loads(record.read_bytes())["version"] == VERSION:
             print(f"{what}, again", flush=True)
             status = shallower("reproduce", record, *reads(record, words))
         else:

@@ -1,10 +1,19 @@
 """The calls that leave a result, and what their records are found and changed by."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
+
+import shallower as sh
 from shallower.store import records
 from shallower.values.hashing import hash_of
+from tests.cli.documents import documents
+from tests.conftest import write_jsonl
+from tests.cutting.mixtures import mixture
+from tests.healing.cuts import documents as progressions
+from tests.models.gguf_files import write_gguf
 
 HEAL = (
     "heal cut --texts many.jsonl --eval-texts held_out.jsonl --dtype float32 --max-length 16 "
@@ -63,9 +72,13 @@ def edited(result, edit):
     """Forge the record of a result: another value, and the hash of all that fits it."""
     path, record = record_in(result)
     edit(record)
-    del record["digest"]
-    record["digest"] = hash_of(record)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(sealed(record))
+
+
+def sealed(record):
+    """The text of a record with a hash that fits it."""
+    fields = {name: value for name, value in record.items() if name != "digest"}
+    return json.dumps({**fields, "digest": hash_of(fields)}, indent=2) + "\n"
 
 
 def hashed(result):
@@ -75,3 +88,44 @@ def hashed(result):
     texts = {name: records.text_of(record, records.file_in(Path(result), name)) for name in files}
     said = {name: hash_of(text) for name, text in texts.items() if text}
     edited(result, lambda record: record.update(files=files, said=said))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, models, texts, trained, words):
+    """A folder with all that the commands read."""
+    folder = tmp_path_factory.mktemp("given")
+    shutil.copytree(models / "tiny", folder / "tiny")
+    trained.save_pretrained(folder / "trained")
+    words.save_pretrained(folder / "trained")
+    mixture("mixtral").save_pretrained(folder / "mixture")
+    write_gguf(folder / "small.gguf")
+    write_jsonl(folder / "many.jsonl", documents(120, seed=2))
+    shutil.copy(texts / "held_out.jsonl", folder)
+    write_jsonl(folder / "counting.jsonl", progressions(160, 5))
+    write_jsonl(folder / "counted.jsonl", progressions(12, 1))
+    sh.prune(folder / "tiny", [range(2, 4)], folder / "cut")
+    recipe = sh.Recipe(
+        steps=1, rank=2, learning_rate=0.01, max_length=16, batch_size=8, dtype="float32"
+    )
+    sh.heal(folder / "cut", documents(120, seed=2), folder / "adapters", recipe=recipe)
+    return folder
+
+
+@pytest.fixture
+def place(given, folder):
+    """A copy of it, where commands run."""
+    shutil.copytree(given, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def made(shallower, place):
+    """Makes a result by the name of its call; gives its place and what reproduces it."""
+
+    def make_one(name):
+        call, told = CALLS[name]
+        done = shallower(*call.split())
+        assert done.status == 0, done.err
+        return result_of(call), words_of(told)
+
+    return make_one

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.results import sealed
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benches"))
@@ -71,7 +72,7 @@ def test_a_cut_is_made_again_to_the_byte(kept, capfd, recipe):
     capfd.readouterr()
     assert json.loads(path.read_text())["files"]["cut.gguf"] == record["files"]["cut.gguf"]
     record["files"]["cut.gguf"] = "0" * 64
-    path.write_text(json.dumps(record))
+    path.write_text(sealed(record))
     assert not zoo.make(recipe, kept / "work")
     assert "cut.gguf has other bytes" in capfd.readouterr().out
 

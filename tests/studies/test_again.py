@@ -10,6 +10,7 @@ import pytest
 import shallower as sh
 from shallower.cli.output import called, remember_call
 from shallower.reporting.results import Run
+from shallower.reporting.words import out_of
 from shallower.runs.report import read_story
 from shallower.values.settings import CompareSettings, CurveSettings, RunSettings
 from tests import examples
@@ -200,6 +201,17 @@ def test_a_place_that_is_the_current_folder_is_printed_by_its_name(places, monke
     assert shlex.split(called()) == [
         "shallower", "run", MODEL, "--texts", TEXTS, "--out", MODEL,
     ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_place_below_the_current_folder_is_printed_as_it_was_typed():
+    words = ["models/smol", "--texts", "data/c4.jsonl", "--out", "runs/smol"]
+    remember_call("run", [*words, "--eval-texts=../held_out.jsonl"])
+    expected = ["shallower", "run", *words, "--eval-texts=held_out.jsonl"]
+    assert shlex.split(called()) == expected
+    assert out_of(called(), "made") == "runs/smol"
+    assert out_of("shallower run smol --out=runs/smol", "made") == "runs/smol"
+    assert out_of("", "made") == "made"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from .options import DryRun, Json, TrustRemoteCode
 from .output import called, print_json, remember_call, say_dry_run, show, warn
 
 if TYPE_CHECKING:
+    from ..store.again import Promise
     from ..store.records import Record
 
 
@@ -50,14 +51,7 @@ def reproduce_command(
     status is 1 if something differs, or could not be compared. When interrupted, the same command
     resumes.
     """
-    from ..store.again import (
-        agreement,
-        compare,
-        compare_result,
-        find_reads,
-        promise_of,
-        working_folder,
-    )
+    from ..store.again import compare_result, find_reads, promise_of
     from ..store.records import find_record
     from ..store.store import open_store
 
@@ -77,19 +71,7 @@ def reproduce_command(
         say_dry_run({"reproduce": place, "promised": promise.why, "write": []}, as_json)
         return
     if not lines:
-        with working_folder(record) as folder:
-            made = _make(record, places, folder)
-            done, out = (
-                f"what was made again stays in {folder / 'made'} until the next call",
-                folder / "made",
-            )
-            lines, more = compare(record, made, promise, result=result, folder=out, places=places)
-            unsure |= more
-            if not lines:
-                kept = f"\n{done}" if unsure else ""
-                done = f"{agreement(record, made, promise, unsure)}{kept}"
-            if not lines and not unsure:
-                rmtree(folder)
+        lines, done = _compare_again(record, places, promise, result=result, unsure=unsure)
     if as_json:
         told = {"differences": lines, "not_compared": unsure, "files": dict(record.files)}
         print_json({"promised": promise.why, **told})
@@ -97,6 +79,29 @@ def reproduce_command(
         show(*lines, *filter(None, [done]))
     if lines or unsure:
         raise typer.Exit(1)
+
+
+def _compare_again(
+    record: "Record",
+    places: Mapping[str, str],
+    promise: "Promise",
+    *,
+    result: Path | str | None,
+    unsure: dict[str, str],
+) -> tuple[list[str], str]:
+    """Make a result again; what differs, a line each, and what is to be said at the end."""
+    from ..store.again import agreement, compare, working_folder
+
+    with working_folder(record) as folder:
+        made = _make(record, places, folder)
+        out = folder / "made"
+        lines, more = compare(record, made, promise, result=result, folder=out, places=places)
+        unsure |= more
+        if not lines and not unsure:
+            rmtree(folder)
+    said = [] if lines else [agreement(record, made, promise, unsure=unsure)]
+    said += [f"what was made again stays in {out} until the next call"] * bool(lines or unsure)
+    return lines, "\n".join(said)
 
 
 def _check_options(record: "Record", trust_remote_code: bool) -> None:
@@ -140,7 +145,7 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
         status = command.main(words, prog_name="shallower", standalone_mode=False)
     if status:  # it was interrupted
         raise typer.Exit(status)
-    return record_of(record.command, record.call, given, open_store())
+    return record_of(record.command, record.call, given, store=open_store())
 
 
 def keep_record(name: str, command: Any, words: Sequence[str]) -> None:
@@ -154,7 +159,7 @@ def keep_record(name: str, command: Any, words: Sequence[str]) -> None:
     if given.get("dry_run") or not is_main_process() or is_recorded(Path(given["out"])):
         return
     try:
-        write_record(name, called(), given, open_store(bool(given.get("no_cache"))))
+        write_record(name, called(), given, store=open_store(bool(given.get("no_cache"))))
     except (OSError, ValueError, ShallowerError) as error:
         warn(f"no record of how it was made is written: {why(error)}")
 

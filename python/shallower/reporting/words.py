@@ -1,6 +1,7 @@
 """Words that several stories share: of losses, texts and layers; sections that all pages have."""
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -124,6 +125,12 @@ def dequantised(name: str, num_bytes: int, left: int, *, blocks: Iterable[Block]
 def megabytes(num_bytes: int) -> str:
     """``481 MB``, of 10^6 bytes."""
     return f"{num_bytes / 1e6:,.0f} MB"
+
+
+def out_of(command: str, otherwise: str) -> str:
+    """The place that a command line writes to, as it names it."""
+    words = shlex.split(command.replace("--out=", "--out "))
+    return words[words.index("--out") + 1] if "--out" in words[:-1] else otherwise
 
 
 def again(what: str, *commands: str) -> Section:

@@ -282,7 +282,7 @@ def _are_near(record: Record, name: str, result: Path | str | None, made: Path) 
     return is_alike and all(isclose(*pair, rel_tol=NATS, abs_tol=NATS) for pair in pairs)
 
 
-def agreement(record: Record, made: Record, promise: Promise, unsure: Mapping[str, str]) -> str:
+def agreement(record: Record, made: Record, promise: Promise, *, unsure: Mapping[str, str]) -> str:
     """Say how far a result is that of its record, where nothing differs."""
     if unsure:
         named = "; ".join(f"{name} ({why})" for name, why in sorted(unsure.items()))

@@ -249,7 +249,7 @@ def is_recorded(out: Path) -> bool:
     return max(one.stat().st_mtime_ns for one in made) <= place.stat().st_mtime_ns
 
 
-def record_of(command: str, call: str, given: Mapping[str, Any], store: Store) -> Record:
+def record_of(command: str, call: str, given: Mapping[str, Any], *, store: Store) -> Record:
     """Describe what a command has written, and read, by its call and its options by name.
 
     OSError where a file cannot be read.
@@ -300,9 +300,9 @@ def here() -> dict[str, Any]:
     }
 
 
-def write_record(command: str, call: str, given: Mapping[str, Any], store: Store) -> None:
+def write_record(command: str, call: str, given: Mapping[str, Any], *, store: Store) -> None:
     """Write the record of what a command has just written beside it, and into its checkpoints."""
-    record, out = record_of(command, call, given, store), Path(given["out"])
+    record, out = record_of(command, call, given, store=store), Path(given["out"])
     for part in (*parts_of(record), ""):
         write_file(record_path(out / part), record.of_part(part).content)
 
@@ -401,7 +401,7 @@ def text_of(record: Record, path: Path) -> str:
         told = rf'"?\b{package}(_version)?"?:? ?"?{re.escape(version)}(?![\w.])"?,?\s*'
         text = re.sub(told, "", text)
     for name, read in record.read.items():
-        text = re.sub(rf"(?<!\w){re.escape(read.name)}(?!\w)", name, text)
+        text = re.sub(rf"(?<!\w)([\w.-]+/)*{re.escape(read.name)}(?!\w)", name, text)
     return text
 
 

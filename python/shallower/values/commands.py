@@ -10,12 +10,6 @@ def command_line(*words: str) -> str:
     return shlex.join(("shallower", *words))
 
 
-def out_of(command: str, otherwise: str) -> str:
-    """The place that a command line writes to, as it names it."""
-    words = shlex.split(command.replace("--out=", "--out "))
-    return words[words.index("--out") + 1] if "--out" in words[:-1] else otherwise
-
-
 def option_words(options: Mapping[str, Any]) -> list[str]:
     """Write options by their names in Python for a shell; what is None or False is left out."""
     words = []

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ...values.commands import command_line, out_of
+from ...values.commands import command_line
 from ...values.comparison import ComparedModel, CriteriaComparison, Row
 from ...values.estimates import splits_words
 from ...values.files import COMPARISON_FILE
@@ -21,6 +21,7 @@ from ..words import (
     layer_words,
     loss_fact,
     made_by,
+    out_of,
     range_cell,
     small_model,
     whole_words,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ...values.commands import command_line, out_of
+from ...values.commands import command_line
 from ...values.counts import counted
 from ...values.curve import Curve, CurvePoint
 from ...values.estimates import splits_words
@@ -23,6 +23,7 @@ from ..words import (
     layer_words,
     loss_fact,
     made_by,
+    out_of,
     patch_words,
     patched_name,
     perplexity_words,

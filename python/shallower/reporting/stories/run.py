@@ -7,7 +7,7 @@ from pathlib import Path
 from ...errors import MetricError, ScanError
 from ...models.dtypes import QUANTISED
 from ...savings.weights import Weights, count_weights
-from ...values.commands import command_line, out_of
+from ...values.commands import command_line
 from ...values.costs import NUM_RESAMPLES
 from ...values.counts import counted
 from ...values.estimates import splits_words
@@ -37,6 +37,7 @@ from ..words import (
     loss_fact,
     made_by,
     megabytes,
+    out_of,
     perplexity_words,
     small_model,
 )
