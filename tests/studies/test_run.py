@@ -102,14 +102,14 @@ def test_the_sentence_says_what_goes_and_what_it_costs(done):
 
 def test_the_next_best_is_no_tie_where_one_behind_it_is(done):
     verified = done.recommended.verified
-    next_best, tie = (
+    next_best, tie, near = (
         replace(verified.candidates[0], lost_early=False, difference=Difference(mean, stderr, 32))
-        for mean, stderr in ((0.01, 0.001), (0.02, 0.02))
+        for mean, stderr in ((0.01, 0.001), (0.02, 0.02), (0.005, 0.02))
     )
     for others, end in (
         ((next_best, tie), "; 1 other proposal cannot be told from it."),
         ((next_best, tie, tie), "; 2 other proposals cannot be told from it."),
-        ((tie, tie, next_best), "; the next best and 1 more cannot be told from it."),
+        ((next_best, tie, near), "; the next best and 1 more cannot be told from it."),
         ((next_best,), "; all other proposals fell behind."),
         ((), "; all other proposals fell behind."),
     ):
