@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..errors import ProcessesError, SettingsError
-from ..evaluation.task_files import files_in, files_of
+from ..evaluation.task_files import check_names, files_in, files_of
 from ..models.source import ModelSource
 from ..storage import absolute
 from ..store.inputs import hash_of_files, items_of, model_inputs, texts_content
@@ -331,6 +331,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
     @cached_property
     def chosen(self) -> "ChosenTasks":
         """The tasks, loaded, with their items."""
+        check_names(self.names, self.settings.tasks_dir, self.settings.data)
         from ..evaluation.tasks import ChosenTasks
 
         return ChosenTasks.of(self.names, self.settings)
