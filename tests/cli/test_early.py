@@ -136,7 +136,7 @@ EARLY = [
     ("demo --texts blank.jsonl", "no texts in blank.jsonl: all 2 are blank"),
     (
         "merge other.gguf --out out",
-        "damaged (it is no text in UTF-8): expected the folder that shallower heal left",
+        "damaged (it is no text in UTF-8): name what shallower heal left",
     ),
     ("plan {texts} --n 2", "expected the scan.safetensors that shallower scan or analyse wrote"),
     *((ON_A_MODEL["scan"].format(model), why) for model, why in MODELS.items()),

@@ -324,8 +324,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
     @cached_property
     def identity(self) -> str:
         """A hash of the tasks with their items, and of the files given: they may have code."""
-        folder = self.settings.tasks_dir
-        files = [] if folder is None else files_in(folder)
+        files = files_in(self.settings.tasks_dir) if self.settings.tasks_dir else []
         return hash_of([self.chosen.identity, hash_of_files(files, Store(None))])
 
     @cached_property
