@@ -169,9 +169,7 @@ def test_a_loss_above_the_axis_is_seen_as_that(curve):
     drawing = curve_story(curve).drawings[0]
     axes = drawing.figure.axes[0]
     whole = curve.whole.loss.normalized
-    top = whole + 2 * (
-        loss(3.51, 0.2).normalized - whole
-    )  # the baseline does not press the rest flat
+    top = whole + 2 * (loss(3.51, 0.2).normalized - whole)
     assert axes.get_ylim()[1] == pytest.approx(top)
     worst = max(one.loss.normalized for one in curve.points if one.loss)
     assert worst > 1.9
