@@ -335,7 +335,7 @@ _NO_MEMORY = "allocate memory"
 
 def _call(load: Any, source: str, **options: Any) -> Any:
     absent, asks = absence(source)
-    if absent and not asks:
+    if absent and not (asks or constants.HF_HUB_OFFLINE):
         options["local_files_only"] = True
     try:
         return load(source, **options)

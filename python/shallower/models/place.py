@@ -16,6 +16,9 @@ from .layer_config import num_decoder_layers
 
 CONFIG_FILE = "config.json"
 
+_BY_CODE = {"auto_map", "quantization_config", "is_encoder_decoder", "n_recurrent_layers"}
+"""Keys of configs whose layers are counted, or checked, once transformers has read them."""
+
 
 def locate(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     """The folder or hub id that transformers loads, and the GGUF file in it."""
@@ -112,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _counted(raw: dict[str, Any]) -> int | None:
     """Count the layers by the JSON of a config, where it says all by itself."""
-    if {"auto_map", "quantization_config"} & raw.keys():
+    if _BY_CODE & raw.keys():
         return None
     text = raw.get("text_config", raw)
     return num_decoder_layers(SimpleNamespace(**text)) if isinstance(text, dict) else None

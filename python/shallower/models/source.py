@@ -118,18 +118,13 @@ class ModelSource:
 
         return load_tokenizer(self.path, self.gguf_file, self.trust_remote_code)
 
-    def check(self) -> int | None:
-        """Refuse what is not there or cut off, without torch; its layers, as far as known so.
-
-        Raises:
-            ModelError: as :meth:`load`.
-        """
+    def check(self) -> None:
+        """Refuse, without torch, what is not there or cut off: ModelError, as :meth:`load`."""
         from .place import check_place, check_weights
 
-        count = check_place(self.path, self.gguf_file)
+        check_place(self.path, self.gguf_file)
         if self.place.expanduser().is_dir():
             check_weights(self.place.expanduser())
-        return count
 
     def read_config(self) -> "PretrainedConfig":
         """Read the model's config, and nothing else.
