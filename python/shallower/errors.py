@@ -167,6 +167,8 @@ def why(error: BaseException, path: object = None) -> str:
         return words if file is None or str(file) == str(path) else f"{words}: {file}"
     if isinstance(error, KeyError):
         return f"it has no {error}"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
     text = " ".join(str(error).split())
     if len(text) <= MOST_WORDS or isinstance(error, ShallowerError):
         return text or type(error).__name__

@@ -2,12 +2,14 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from tests.commands import NO_INTEGER
+from tests.conftest import write_jsonl
 
 CODE = """
 import contextlib, io, json, os, sys
@@ -29,6 +31,31 @@ CURVE = "curve {tiny} --out out --texts {texts} --eval-texts "
 EVAL = "eval {tiny} --texts "
 HEAL = "heal {tiny} --out out --texts "
 PATCH = "patch {tiny} --drop 1 --out out --texts "
+MODELS = {
+    "./none": "there is no model at none",
+    "none/of/these": "cannot load none/of/these, which is no folder here",
+    "empty.gguf": "empty.gguf is damaged at byte 0",
+    "other.gguf": "other.gguf is not a GGUF file",
+    "{tiny}/config.json": "config.json is a file: expected a folder, a hub id or a .gguf file",
+    "taken": "taken holds no config.json: expected a checkpoint of transformers",
+    "damaged": "cannot read damaged/config.json",
+    "cut_off": "cut_off/model.safetensors is cut off, or no safetensors: download it again",
+    "bare": "bare holds no weights: expected safetensors beside its config",
+}
+"""Models that cannot be loaded, and why."""
+
+ON_A_MODEL = {
+    "scan": "scan {} --texts {{texts}} --out out",
+    "eval": "eval {} --texts {{texts}}",
+    "against": "eval {{tiny}} --texts {{texts}} --against {}",
+    "patch": "patch {} --drop 1 --texts {{texts}} --out out",
+    "run": "run {} --texts {{texts}} --n 1 --out out",
+    "compare": "compare {} --texts {{texts}} --eval-texts {{held}} --n 1",
+    "curve": "curve {} --texts {{texts}} --eval-texts {{held}} --n 1 --out out",
+    "original": "heal {{cut}} --texts {{texts}} --out out --original {}",
+}
+"""Commands that load a model."""
+
 EARLY = [
     (SCAN + "none.jsonl", "no text file none.jsonl"),
     (SCAN + "field.jsonl", "field.jsonl, line 1: no field `text`"),
@@ -49,7 +76,7 @@ EARLY = [
     (EVAL + "field.jsonl", "no field `text`"),
     (EVAL + "{texts} --dtype float8", "float8"),
     (EVAL + "{texts} --drop junk", "cannot read 'junk'"),
-    (EVAL + "{texts} --drop 1 --plan none", "either by --drop or by --plan"),
+    (EVAL + "{texts} --drop 1 --plan none", "--drop 1 and --plan none both name the layers"),
     (EVAL + "{texts} --plan none", "cannot read the plan none"),
     (EVAL + "{texts} --speech none.jsonl", "there is no file of prompts none.jsonl"),
     (EVAL + "{texts} --speech field.jsonl", "field.jsonl, line 1: no field `prompt`"),
@@ -72,7 +99,7 @@ EARLY = [
     (PATCH + "field.jsonl", "no field `text`"),
     (PATCH + "{texts} --out taken", "taken exists already"),
     (PATCH + "{texts} --drop junk", "cannot read 'junk'"),
-    (PATCH + "{texts} --plan none", "either by --drop or by --plan"),
+    (PATCH + "{texts} --plan none", "both name the layers to drop: give one"),
     (PATCH + "{texts} --eval-texts none.txt", "no text file none.txt"),
     (HEAL + "field.jsonl", "no field `text`"),
     (HEAL + "{texts} --out taken", "taken exists already"),
@@ -89,7 +116,7 @@ EARLY = [
     ("report taken --out there", "there: expected the place of a page, as page.html (out, --out)"),
     ("analyse none.npy --out out", "no states file none.npy"),
     ("analyse none.npy --out out --metrics taxicab", "taxicab"),
-    ("prune {tiny} --out out", "either by --drop or by --plan"),
+    ("prune {tiny} --out out", "by --drop as 12:20, or by --plan"),
     ("prune {tiny} --drop junk --out out", "cannot read 'junk'"),
     ("prune {tiny} --drop '' --out out", "cannot read ''"),
     ("prune {tiny} --drop -1 --out out", "'-1'"),
@@ -103,13 +130,33 @@ EARLY = [
     ("scan {tiny} --out out", "Missing option '--texts'"),
     ("plan {scan} --n two", "--n"),
     ("plan {scan} --n 2 --strategy best", "--strategy"),
-    ("prune {tiny} --drop 1 --plan none --out out", "either by --drop or by --plan"),
+    ("prune {tiny} --drop 1 --plan none --out out", "both name the layers to drop: give one"),
     ("prnue {tiny}", "prnue"),
+    (SCAN + "blank.jsonl", "no texts in blank.jsonl: all 2 are blank"),
+    ("demo --texts blank.jsonl", "no texts in blank.jsonl: all 2 are blank"),
+    (
+        "merge other.gguf --out out",
+        "damaged (it is no text in UTF-8): name what shallower heal left",
+    ),
+    ("plan {texts} --n 2", "expected the scan.safetensors that shallower scan or analyse wrote"),
+    *((ON_A_MODEL["scan"].format(model), why) for model, why in MODELS.items()),
+    *((of.format("empty.gguf"), MODELS["empty.gguf"]) for of in ON_A_MODEL.values()),
+    *((ON_A_MODEL[name].format("cut_off"), MODELS["cut_off"]) for name in ("eval", "run", "patch")),
+    ("gain empty.gguf --drop 1", MODELS["empty.gguf"]),
+    ("prune empty.gguf --drop 1 --out out", MODELS["empty.gguf"]),
+    ("heal {tiny} --texts {texts} --out out", "was not cut: there is no shallower_plan.json"),
+    ("heal empty.gguf --texts {texts} --out out", "cut the whole model into a folder"),
+    ("eval {tiny} --texts {texts} --drop 6", "no layer 6"),
+    ("gain {tiny} --drop 6", "no layer 6"),
+    (PATCH + "{texts} --drop 6", "no layer 6"),
+    (RUN + "{held} --n 6", "cannot drop n = 6 of 6 layers"),
+    (CURVE + "{held} --n 6", "cannot drop n = 6 of 6 layers"),
+    ("compare {tiny} --texts {texts} --eval-texts {held} --n 6", "cannot drop n = 6 of 6 layers"),
 ]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, models, texts, scans):
+def place(tmp_path_factory, models, texts, scans, plans):
     folder = tmp_path_factory.mktemp("early")
     (folder / "field.jsonl").write_text(json.dumps({"body": "w1 w2"}) + "\n")
     (folder / "empty.txt").write_text("\n")
@@ -118,8 +165,19 @@ def place(tmp_path_factory, models, texts, scans):
     (folder / "healed" / "healed" / "dear").write_text("to someone")
     for name in ("scan.safetensors", "results.json", "shallower_plan.json"):
         (folder / "taken" / name).write_text("dear to someone")
+    write_jsonl(folder / "blank.jsonl", ["", " \n"])
+    (folder / "empty.gguf").touch()
+    (folder / "other.gguf").write_bytes(b"\xff this is none")
+    for name in ("damaged", "cut_off", "bare", "cut"):
+        shutil.copytree(models / "tiny", folder / name)
+    (folder / "damaged" / "config.json").write_text("{")
+    (folder / "bare" / "model.safetensors").unlink()
+    weights = folder / "cut_off" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    shutil.copy(plans / "tiny" / "shallower_plan.json", folder / "cut")
     names = {
         "tiny": models / "tiny",
+        "cut": "cut",
         "texts": texts / "texts.jsonl",
         "held": texts / "held_out.jsonl",
         "scan": scans / "tiny",

@@ -64,7 +64,6 @@ def errors(folder, places):
     """Files that are not what they should be, and where to find them."""
     bad = folder / "bad"
     bad.mkdir()
-    (bad / "empty_texts.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     (bad / "no.gguf").write_text("this is no GGUF file")
     (bad / "file").write_text("in the way")
     (bad / "blank.txt").write_text(" \n\n")
@@ -89,7 +88,6 @@ def errors(folder, places):
 SCAN = "scan {tiny} --out out --texts "
 RUN = "run {tiny} --texts {texts} --eval-texts {held_out} --n 1 --out "
 ERRORS = [
-    (SCAN + "{bad}/empty_texts.jsonl", "2 of 2 samples rejected"),
     (SCAN + "{texts} --device-map nowhere", "nowhere"),
     (SCAN + "{texts} --gguf-file none.gguf", r"no file none\.gguf"),
     (SCAN + "{texts} --out {bad}/file/below", "bad/file is not a folder"),

@@ -5,7 +5,7 @@ from shallower.values.gain import Gain
 
 
 def test_a_table_of_what_a_cut_saves(shallower, tiny):
-    done = shallower("gain", tiny, "--drop", "1:3", "--device", "a100-80", "--context", 16)
+    done = shallower("gain", tiny, "--drop", "1:3", "--forecast-device", "a100-80", "--context", 16)
     assert done.status == 0, done.err
     shown = " ".join(done.out.split())
     for part in ("tiny without [1, 3)", "one text of 16 tokens", "KV cache a token",
@@ -22,7 +22,17 @@ def test_the_table_in_80_columns(shallower, tiny, monkeypatch):
 
 
 def test_json_is_what_python_gives(shallower, tiny, plans):
-    options = ("--device", "h100", "--context", 16, "--batch", 2, "--dtype", "float32", "--json")
+    options = (
+        "--forecast-device",
+        "h100",
+        "--context",
+        16,
+        "--batch",
+        2,
+        "--dtype",
+        "float32",
+        "--json",
+    )
     found = Gain.from_json(shallower("gain", tiny, "--plan", plans / "tiny", *options).json)
     plan = sh.Plan.load(plans / "tiny" / "shallower_plan.json")
     expected = sh.gain(tiny, plan, device="h100", context=16, batch=2, dtype="float32")
@@ -30,17 +40,17 @@ def test_json_is_what_python_gives(shallower, tiny, plans):
 
 
 def test_measured_on_this_machine(shallower, tiny):
-    options = ("--drop", "1:3", "--device", "here", "--context", 16, "--measure")
+    options = ("--drop", "1:3", "--forecast-device", "here", "--context", 16, "--measure")
     done = shallower("gain", tiny, *options)
     assert done.status == 0, done.err
     assert "measured here, peak memory" in done.out
 
 
 def test_bad_input_is_one_sentence(shallower, tiny):
-    assert shallower("gain", tiny, "--drop", "1:3", "--device", "tpu").error == (
+    assert shallower("gain", tiny, "--drop", "1:3", "--forecast-device", "tpu").error == (
         "unknown device 'tpu': expected one of a100-40, a100-80, h100, h200, l40s, rtx-4090, or "
-        "here for this machine (device, --device)"
+        "here for this machine (device, --forecast-device)"
     )
     assert "all 6 layers are named" in shallower("gain", tiny, "--drop", "0:6").error
     assert "there is no model at" in shallower("gain", "./none", "--drop", "0:2").error
-    assert "either by --drop or by --plan" in shallower("gain", tiny).error
+    assert "by --drop as 12:20, or by --plan" in shallower("gain", tiny).error

@@ -186,8 +186,11 @@ def test_run_cuts_a_gguf_file_in_its_own_types(shallower, folder, texts):
         (["--target-latency", "fast"], "'fast' is no share: expected one as 0.8x"),
         (["--target-latency", "1.2x"], "latency = 1.2: expected a share above 0 and below 1"),
         (["--target-memory", "little"], "unknown size 'little'"),
-        (["--target-latency", "0.8x", "--device", "tpu"], "unknown device 'tpu'"),
-        (["--target-memory", "1GB", "--device", "h100"], "device = 'h100' without a latency"),
+        (["--target-latency", "0.8x", "--forecast-device", "tpu"], "unknown device 'tpu'"),
+        (
+            ["--target-memory", "1GB", "--forecast-device", "h100"],
+            "device = 'h100' without a latency",
+        ),
         (["--no-patch", "--heal"], "only a patched cut is healed; leave out one"),
         (["--out", "small.gguf"], "a GGUF file, by --no-patch, is checkpoint/checkpoint.gguf in"),
         (["--n", "9"], "n = 9 of 6 layers: expected 1 <= n <= 5"),

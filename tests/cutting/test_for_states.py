@@ -22,8 +22,8 @@ from transformers import (
 import shallower as sh
 from shallower.cutting.checkpoint import PreparedCut
 from shallower.cutting.gguf import PreparedGguf
+from shallower.cutting.plans import plan_of_cut
 from shallower.cutting.states_check import StatesCheck
-from shallower.healing.checks import read_plan
 from shallower.models.architecture import find_layers
 from tests.cutting.checkpoints import edit_json, read_json
 from tests.cutting.mixtures import mixture
@@ -328,7 +328,7 @@ def test_it_is_neither_patched_nor_healed(tmp_path, words):
     with pytest.raises(sh.PatchError, match="lossless for its states, which a patch changes"):
         sh.patch(model, words, plan, texts=["w1 w2 w3"])
     with pytest.raises(sh.PlanError, match="lossless for its states, which a healing changes"):
-        read_plan(str(tmp_path / "cut"))
+        plan_of_cut(str(tmp_path / "cut"))
 
 
 DAMAGED = [

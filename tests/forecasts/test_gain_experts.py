@@ -39,7 +39,15 @@ def test_experts_are_named_as_to_prune(shallower, model, tmp_path):
     for experts in (dropped, dropped.by_layer):
         assert sh.gain(model, (), experts=experts, **options).after == expected.after
     (tmp_path / "experts.txt").write_text(str(dropped))
-    command = ["gain", tmp_path / "model", "--context", 16, "--device", "a100-80", "--json"]
+    command = [
+        "gain",
+        tmp_path / "model",
+        "--context",
+        16,
+        "--forecast-device",
+        "a100-80",
+        "--json",
+    ]
     command += ["--dtype", "float32"]
     for named in (dropped, tmp_path / "experts.txt"):
         done = shallower(*command, "--drop-experts", named)

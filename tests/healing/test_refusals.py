@@ -57,7 +57,9 @@ def test_a_model_that_was_not_cut_is_refused(both, tmp_path):
     with pytest.raises(sh.ModelError, match="is not there"):
         sh.heal(tmp_path / "nowhere", TEXTS, tmp_path / "out", recipe=QUICK)
     (tmp_path / "cut.gguf").write_bytes(b"GGUF")
-    with pytest.raises(sh.ModelError, match="is a file: expected the folder of a cut"):
+    with pytest.raises(
+        sh.ModelError, match="is a GGUF file, and no such weights are trained: cut the whole model"
+    ):
         sh.heal(tmp_path / "cut.gguf", TEXTS, tmp_path / "out", recipe=QUICK)
 
 
@@ -110,7 +112,7 @@ def test_adapters_of_another_model_are_refused(healed, cut, words, tmp_path):
     sh.save_model(patched, tokenizer, tmp_path / "patched")
     with pytest.raises(sh.ModelError, match="or has other weights"):
         sh.merge(healed[0], tmp_path / "out", tmp_path / "patched")
-    with pytest.raises(sh.ModelError, match="cannot read the healing"):
+    with pytest.raises(sh.ModelError, match="is not a healing of shallower"):
         sh.merge(another, tmp_path / "out")
 
 

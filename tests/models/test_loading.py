@@ -165,10 +165,10 @@ def test_a_missing_weight_is_named(checkpoint):
 @pytest.mark.parametrize(
     "damage", ["a config that is no JSON", "an unknown family", "a size that is a word"]
 )
-def test_a_damaged_config_has_no_count_of_layers(checkpoint, damage):
+def test_a_damaged_config_is_refused_before_the_weights(checkpoint, damage):
     DAMAGES[damage](checkpoint)
     with pytest.raises(sh.ModelError):
-        ModelSource(checkpoint).count_layers()
+        ModelSource(checkpoint).read_config()
 
 
 BERT = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}

@@ -115,6 +115,6 @@ def test_a_gguf_file_that_is_not_in_the_folder_is_refused(gguf_file):
 
 
 def test_a_gguf_file_without_the_package_names_the_extra(gguf_file, monkeypatch):
-    monkeypatch.setattr("shallower.models.loading.find_spec", lambda _: None)
+    monkeypatch.setattr("shallower.models.place.find_spec", lambda _: None)
     with pytest.raises(sh.MissingExtraError, match=r"gguf.*shallower\[gguf\]"):
         load_model(gguf_file)

@@ -244,7 +244,7 @@ def test_models_that_all_failed_are_shown(shown):
 
 def test_taus_are_sorted_and_only_where_there_are_any(whole, shown):
     one = replace(whole, models=whole.models[:1])
-    part = shown(one, 120).split("the order of single layers")[1].split("Kendall")[0]
+    part = shown(one, 120).split("The order of single layers")[1].split("Kendall")[0]
     found = re.findall(r"^ (\w+) +([+-]\d\.\d\d) *$", part, re.MULTILINE)
     assert {name for name, _ in found} == set(COSTS) - {
         "greedy", "exhaustive", "evolution", "random",

@@ -287,3 +287,9 @@ def test_without_matplotlib_the_extra_is_named(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"shallower\[figures\]"):
         draw_comparison(small, tmp_path)
+
+
+@pytest.mark.parametrize("criteria", [("angular", "block_influence", "greedy"), ("cka", "cosine")])
+def test_few_criteria_have_colours_of_their_own(criteria):
+    colours = [colour for colour, _ in styles_of(criteria).values()]
+    assert len(set(colours)) == len(criteria)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from shallower import OutputError
+from shallower.judgement.choosing_size import knee
 from shallower.reporting.stories.curve import curve_story
 from shallower.reporting.writers.csv import write_curve
 from shallower.values.curve import Curve, CurvePoint
 from shallower.values.loss import Loss
-from shallower.values.scores import Scores
+from shallower.values.scores import Difference, Scores
 from shallower.values.task_scores import TaskScores
 
 COUNTS = np.array([40.0, 30, 50, 20])
@@ -88,7 +89,7 @@ def test_everything_fits_80_columns(curve, shown):
 
 
 def test_losses_have_errors_and_paired_differences(curve, shown):
-    found = rows(shown(curve, 120), "layers less, as cut")
+    found = rows(shown(curve, 120), "Layers less, as cut")
     assert len(found) == 6
     for one in curve.points[1:]:
         if one.state == "cut":
@@ -117,7 +118,7 @@ def test_what_is_not_lost_has_no_bar_and_no_minus(curve):
 
 def test_ties_are_named(curve, shown):
     text = shown(curve, 300)
-    found = rows(text, "layers less, as cut")
+    found = rows(text, "Layers less, as cut")
     assert {key: cells[4:] for key, cells in found.items()} == {
         (1, "recommended"): ["best"],
         (1, "block_influence"): ["best"],  # the same layers
@@ -154,7 +155,7 @@ def test_the_patch_is_named_wherever_its_losses_are(curve, shown, settings, long
     assert f"8 layers, after a {long}: its perplexity" in story.cost
     assert [step.name for step in story.steps] == ["whole", "cut", short]
     (losses,) = [table for one in story.sections for table in one.tables
-                 if table.title == f"layers less, after a {long}: nats a token"]  # fmt: skip
+                 if table.title == f"Layers less, after a {long}: nats a token"]  # fmt: skip
     assert len(losses.rows) == 2
     for drawing in story.drawings:
         assert f"solid after a {long}" in drawing.text
@@ -165,14 +166,28 @@ def test_the_patch_is_named_wherever_its_losses_are(curve, shown, settings, long
     assert "What is recommended was chosen by losses after a quick patch." in text
 
 
+@pytest.mark.parametrize("worse", [3.1, 3.9])
+def test_the_headline_is_of_the_knee(curve, worse):
+    """As `run` finds it, on the line through the best cuts."""
+    lost = {2: 0.05, 4: worse - 3, 8: 1.0}
+    best = [point(n, "recommended", tuple(range(n)), "cut", loss(3 + lost[n])) for n in lost]
+    more = [point(n, "deepest", tuple(range(9, 9 + n)), "cut", loss(6.0)) for n in lost]
+    found = knee({n: Difference(value, 0.0, 4) for n, value in lost.items()})
+    points = (curve.points[0], *more, *best)
+    said = curve_story(replace(curve, points=points), drawn=False).sentence
+    assert said.startswith(f"Without layers [0, {found.n})")
+
+
 def test_a_loss_above_the_axis_is_seen_as_that(curve):
     drawing = curve_story(curve).drawings[0]
     axes = drawing.figure.axes[0]
-    assert axes.get_ylim()[1] == 1.0
+    whole = curve.whole.loss.normalized
+    top = whole + 2 * (loss(3.51, 0.2).normalized - whole)
+    assert axes.get_ylim()[1] == pytest.approx(top)
     worst = max(one.loss.normalized for one in curve.points if one.loss)
     assert worst > 1.9
     (label,) = [text for text in axes.texts if text.get_text() == f"{worst:.3f}"]
-    assert label.xy == (8 / 30, 1.0)
+    assert label.xy == pytest.approx((8 / 30, top))
     legend = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
     assert legend.count("value above axis") == 1
     assert "A triangle at the upper edge" in drawing.text
@@ -181,7 +196,7 @@ def test_a_loss_above_the_axis_is_seen_as_that(curve):
 
 
 def test_what_failed_is_shown_with_the_reason(curve, shown):
-    part = shown(curve).split("what could not be measured")[1]
+    part = shown(curve).split("What could not be measured")[1]
     assert "8 deepest patched there is no layer before the block" in " ".join(part.split())
 
 

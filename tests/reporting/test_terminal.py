@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower import Block, Plan, RejectedSamplesWarning, analyse_states
+from shallower.reporting.stories import stages
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.curve import curve_story
 from shallower.reporting.stories.evaluation import evaluation_parts
@@ -307,3 +308,9 @@ def test_this_machine_says_how_noisy_its_probes_were(printed):
 
 def test_no_gain_is_shown_that_was_not_measured(printed):
     assert "measured here" not in printed(gain_table(gain(None)))
+
+
+@pytest.mark.parametrize(("one", "other"), [(0.12341, 0.12344), (1e-9, 2e-9), (0.5, 0.5)])
+def test_scores_of_experts_that_differ_are_not_written_alike(one, other):
+    digits = stages._digits(one, other)
+    assert (f"{one:.{digits}f}" == f"{other:.{digits}f}") == (one == other)

@@ -80,7 +80,7 @@ COMMANDS = {
     "gain": Command(
         "gain",
         "Count and forecast what a cut saves, by the config alone.",
-        "HuggingFaceTB/SmolLM2-135M --drop 12:20 --device a100-80",
+        "HuggingFaceTB/SmolLM2-135M --drop 12:20 --forecast-device a100-80",
     ),
     "patch": Command(
         "patch",
@@ -314,13 +314,39 @@ def _call(name: str, arguments: Sequence[str]) -> int:
         _fail(" ".join(str(error).split()) + page)
     except usage_error as error:
         said = error.format_message().replace("Value error, ", "").removesuffix(".")
-        _fail(f"{said} (see shallower {name} --help)")
+        _fail(f"{_instead(said) or said} (see shallower {name} --help)")
     if called == INTERRUPTED:
         _end_interrupted(name, arguments)
     return called or 0
 
 
 HELP = ("-h", "--help")
+
+_OF_LAYERS = (
+    "how many layers go is --n of plan, run, compare and curve, and which of them --drop or --plan "
+    "of prune, eval, patch and gain"
+)
+_OF_DEVICES = "where the model runs is --device-map, and what a forecast is for --forecast-device"
+INSTEAD = dict.fromkeys(("--n", "--layers", "--drop"), _OF_LAYERS) | {"--device": _OF_DEVICES}
+"""What is meant by options that the command lacks."""
+
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+"""Dtypes as people write them, too."""
+
+
+def _instead(said: str) -> str | None:
+    """What was meant by an option that is not there, or by a word that is none of a list."""
+    from difflib import get_close_matches
+
+    option = said.removeprefix("No such option: ").partition(" ")[0]
+    if option in INSTEAD and option != said:
+        return f"there is no option {option} here: {INSTEAD[option]}"
+    value, is_listed, listed = said.partition(" is not one of ")
+    word = value.rpartition(": ")[2].strip("'")
+    known = [one.strip("' ") for one in listed.split(",")]
+    near = [one for one in known if one == SHORT.get(word)] or get_close_matches(word, known, 1)
+    return f"{said}; did you mean {near[0]}?" if is_listed and near else None
+
 
 RECORDED = ("prune", "patch", "heal", "merge", "run")
 """The commands whose results have a record, from which they are made again."""

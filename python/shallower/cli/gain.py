@@ -30,6 +30,7 @@ def gain_command(
     device: Annotated[
         str | None,
         typer.Option(
+            "--forecast-device",
             metavar="NAME",
             help=f"Device of the forecast: {', '.join(DEVICES)}, or {HERE} for this machine; "
             "all of them by default.",
@@ -58,8 +59,8 @@ def gain_command(
 
     Parameters, bytes of weights and of keys and values, operations, and the time of a
     prefill and of a token by the roofline of a device. No weight is read without
-    --measure. --dtype auto is bfloat16, with --measure or --device here that in which
-    the model would be loaded here.
+    --measure. --dtype auto is bfloat16, with --measure or --forecast-device here
+    that in which the model would be loaded here.
     """
     from ..forecasts.gain import gain
 

@@ -114,6 +114,7 @@ def heal_command(
     if reuse(output, lambda _: _say_again(out, as_json)):
         return
     check_free(out, overwrite)
+    _check_models(models)
     if dry_run:
         training = {"texts": source, "held_out": held_out, "original": whole, **saved}
         described = _planned(cut, recipe, device_memory, out=out, answers=wanted, **training)
@@ -140,6 +141,15 @@ def heal_command(
     if is_main_process():
         output.keep({})
         say_healing(done, out, as_json)
+
+
+def _check_models(models: "Mapping[str, ModelSource | None]") -> None:
+    """Refuse what was not cut, and models that are not there, before torch is imported."""
+    from ..cutting.plans import plan_of_cut
+
+    plan_of_cut(str(models["cut"]))
+    for model in filter(None, models.values()):
+        model.check()
 
 
 def _check_data(
@@ -181,7 +191,8 @@ def _answers(
     no_cache: bool,
 ) -> "list[Answer] | None":
     """The answers of a file, or those that the uncut model writes, which is then let go of."""
-    from ..healing.checks import read_plan, require_peft
+    from ..cutting.plans import plan_of_cut
+    from ..healing.checks import require_peft
     from ..healing.loaded_models import OriginalModel
     from ..models.decoder import Decoder
     from ..store.given_models import ModelStore
@@ -193,7 +204,7 @@ def _answers(
     require_peft()  # before much work
     cut, original = models["cut"], models["original"]
     assert cut is not None
-    plan = read_plan(str(cut))
+    plan = plan_of_cut(str(cut))
     if wanted.are_there:
         return answered(cut.load_tokenizer(), wanted.prompts or (), model=plan.model)
     assert original is not None
@@ -218,12 +229,13 @@ def _fit_to_memory(
 
     What there is no room for is refused before answers are written.
     """
-    from ..healing.checks import read_plan, resolve
+    from ..cutting.plans import plan_of_cut
+    from ..healing.checks import resolve
     from ..healing.disk import check_disk
     from ..healing.ranks import warn_of_idle_gpus
     from ..processes import is_main_process
 
-    plan, there = read_plan(str(cut)), answers is not None
+    plan, there = plan_of_cut(str(cut)), answers is not None
     check_disk(out, cut, plan, recipe=recipe, answers=there, **saved)
     resolved = resolve(
         str(cut),
@@ -261,10 +273,11 @@ def _planned(
     **training: Any,
 ) -> dict[str, Any]:
     """The settings of a healing, and the memory, disk and time that it will need."""
+    from ..cutting.plans import plan_of_cut
     from ..forecasts.forecast import memory_forecast
     from ..forecasts.speed import told
     from ..forecasts.work import forecast, of_healing
-    from ..healing.checks import read_plan, resolve
+    from ..healing.checks import resolve
     from ..healing.disk import check_disk
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
@@ -274,7 +287,7 @@ def _planned(
     from ..values.memory import EXPERTS
 
     model, trust_remote_code = str(cut), cut.trust_remote_code
-    plan, there = read_plan(model), answers is not None
+    plan, there = plan_of_cut(model), answers is not None
     saved = {name: training[name] for name in ("merge", "from_patch")}
     needed = check_disk(out, cut, plan, recipe=recipe, answers=there, **saved)
     memory = memory_forecast(
@@ -325,6 +338,7 @@ def merge_command(
     time. The result is loaded, and its logits are compared with those of the adapters; if it does
     not fit into memory, every weight is compared with its sum instead.
     """
+    from ..merging.adapter_config import remembered_base
     from ..storage import check_apart, check_free, check_room, free_bytes
     from ..store.done import Output
     from ..store.inputs import adapters_inputs
@@ -339,14 +353,15 @@ def merge_command(
         return
     check_free(out, overwrite)
     healing = Healing.load(adapters)
-    from ..merging.merge import merge, remembered_base
-
+    cut = ModelSource(model or remembered_base(adapters))
+    cut.check()
     if dry_run:
-        needed = ModelSource(model or remembered_base(adapters)).stored_bytes
+        needed = cut.stored_bytes
         check_room(out, needed)
         disk = {"disk": Disk(needed, free_bytes(out)), "write": [str(out)]}
         say_dry_run({"merge": str(adapters), "model": str(healing.model), **disk}, as_json)
         return
+    from ..merging.merge import merge
 
     done = merge(adapters, out, model, overwrite=overwrite, trust_remote_code=trust_remote_code)
     output.keep({})

@@ -239,7 +239,9 @@ DropExperts = Annotated[
 ]
 ExpertsPlan = Annotated[
     Path | None,
-    typer.Option(metavar="PLAN", help="Plan of experts to drop: a file, or its folder."),
+    typer.Option(
+        metavar="PLAN", help="Plan of experts to drop beside layers; alone it goes by --plan."
+    ),
 ]
 
 
@@ -310,8 +312,10 @@ def named_layers(drop: str | None, plan: Path | None) -> "Plan | list[Block]":
     from ..errors import LayersError
     from ..values.layers import parse_layers
 
-    if (drop is None) == (plan is None):
-        raise LayersError("name the layers to drop, either by --drop or by --plan")
+    if drop is None and plan is None:
+        raise LayersError("name the layers to drop, by --drop as 12:20, or by --plan")
+    if drop is not None and plan is not None:
+        raise LayersError(f"--drop {drop} and --plan {plan} both name the layers to drop: give one")
     return load_plan(plan) if plan is not None else parse_layers(drop or "")
 
 

@@ -88,7 +88,6 @@ def patch_command(
     When interrupted, the same command resumes. It is recommended to patch first, then heal.
     """
     from ..cutting.plans import plan_file
-    from ..forecasts.forecast import forecast_source
     from ..storage import check_apart, check_free
     from ..store.done import output_of
     from ..store.store import open_store
@@ -116,7 +115,10 @@ def patch_command(
     if reuse(output, lambda value: _say(value, place, out, as_json)):
         return
     check_free(out, overwrite)
+    place.check()
     wanted = _patchable(place, named, out)
+    from ..forecasts.forecast import forecast_source
+
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
     plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
     if dry_run:
@@ -170,12 +172,13 @@ def _patchable(place: ModelSource, named: "Plan | list[Block]", out: Path) -> "P
     OutputError where its checkpoint has no room.
     """
     from ..cutting.plans import agreed_plan
-    from ..memory.checkpoints import left_bytes
     from ..storage import check_room
     from ..values.patch import check_patchable
 
     plan = agreed_plan(str(place.path), place.count_layers(), named)
     check_patchable(plan)
+    from ..memory.checkpoints import left_bytes
+
     check_room(out, left_bytes(place, plan.dropped))
     return plan
 

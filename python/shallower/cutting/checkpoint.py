@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from .._core import Checkpoint, Job
 from ..errors import ModelError, OutputError, why
 from ..models.fingerprint import fingerprint
+from ..models.place import CONFIG_FILE, read_json
 from ..processes import partial_folder
 from ..progress import BytesProgress, say_goes_on, track_copy
 from ..storage import check_room, resumable_folder
@@ -29,13 +30,11 @@ from ..values.memory import parse_size
 from ..values.plan import Plan
 from .cards import exports
 from .checkpoint_files import (
-    CONFIG_FILE,
     QUANTISATION_FILES,
     carried_files,
     config_dtype,
     needs_transformers_5,
     read_config,
-    read_json,
 )
 from .description import Description
 from .exports import CutFacts

@@ -1,13 +1,13 @@
 """The files of a checkpoint beside its tensors: the config, and what is carried over."""
 
-import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, why
+from ..errors import ModelError
 from ..models.dtypes import stored_quantisation
+from ..models.place import CONFIG_FILE, read_json
 from ..values.files import OF_ONE_MODEL
 from ..values.layers import MAX_LAYERS
 from .exports import EXPORT_FILES
@@ -16,7 +16,6 @@ from .source import MAX_CARRIED_BYTES, module_folders
 if TYPE_CHECKING:
     from .._core import Checkpoint
 
-CONFIG_FILE = "config.json"
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -76,17 +75,6 @@ def needs_transformers_5(raw: Mapping[str, Any]) -> bool:
     """
     version = str(raw.get("transformers_version") or "").partition(".")[0]
     return (version.isdecimal() and int(version) >= 5) or "rope_parameters" in raw
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ModelError if the file is not there, or is something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {why(error, path)}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is damaged: expected a JSON object")
-    return value
 
 
 def text_part(raw: Mapping[str, Any], model_type: str) -> Mapping[str, Any] | None:

@@ -22,20 +22,14 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, OutputError, ShallowerError, raise_output_error, why
+from ..models.place import CONFIG_FILE, read_json
 from ..progress import BytesProgress, hushed, say_goes_on, track, track_copy
 from ..storage import free_bytes, write_file
 from ..texts.hub import hub_absence, hub_files, hub_refusal, raise_fetch_error
 from ..values.hashing import hash_of
 from ..values.memory import format_size
 from .checkpoint import Piece, PreparedCut
-from .checkpoint_files import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    SINGLE_FILE,
-    is_beside,
-    read_json,
-    stored_dtype,
-)
+from .checkpoint_files import INDEX_FILE, SINGLE_FILE, is_beside, stored_dtype
 from .source import MAX_CARRIED_BYTES, MODULES_FILE, hub_id, module_folders
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from ..models.dtypes import STREAM, DeviceMap, Dtype, plain_dtype
+from ..models.place import CONFIG_FILE, read_json
 from ..models.source import ModelSource
 from ..progress import BytesProgress, track
 from ..texts.hub import raise_fetch_error
 from ..values.identity import title_of
 from ..values.plan import Plan
-from .checkpoint_files import CONFIG_FILE, is_checkpoint, read_json, stored_dtype, text_part
+from .checkpoint_files import is_checkpoint, stored_dtype, text_part
 from .gguf import read_metadata
 from .plans import made_for
 from .source import Source, find_source, hub_id

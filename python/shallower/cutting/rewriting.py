@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from .._core import Checkpoint
 from ..errors import ModelError, OutputError, raise_output_error, why
+from ..models.place import CONFIG_FILE, read_json
 from ..storage import check_room
-from .checkpoint_files import CONFIG_FILE, carried_files, read_json
+from .checkpoint_files import carried_files
 
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,23 @@ def find_tasks(
         if not local.knows(name):
             raise _unknown(name, folders, there)
     return [local.load(name, manager) for name in names]
+
+
+def check_names(
+    names: Sequence[str], tasks_dir: str | Path | None, data: str | Path | None
+) -> None:
+    """Refuse a name that no task file holds by a TextsError, before lm-eval is imported."""
+    own = [] if tasks_dir is None else [Path(tasks_dir)]
+    package = find_spec("lm_eval")
+    theirs = (package.submodule_search_locations if package else None) or ()
+    missing = {*names} if package else set()
+    for path in (path for folder in (OURS, *own, *theirs) for path in Path(folder).rglob("*.yaml")):
+        if not missing:
+            return
+        text = path.read_bytes()
+        missing = {name for name in missing if name.encode() not in text}
+    for name in sorted(missing):
+        raise _unknown(name, own, data_folder(data))
 
 
 def files_in(folder: str | Path) -> list[Path]:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cutting.plans import agreed_plan
 from ..errors import ModelError, naming_extras
 from ..models.dtypes import (
     QUANTISED,
@@ -15,6 +16,7 @@ from ..models.dtypes import (
     choose_dtype,
     stored_quantisation,
 )
+from ..models.place import check_place
 from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE, Device, find_device
 from ..values.gain import Gain, Measured, Sizes
@@ -97,7 +99,11 @@ def gain(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ModelError(f"{name} = {value!r}: expected at least 1 ({name}, --{name})")
     devices = _named(device)
-    subject = _Subject.of(model, gguf_file, trust_remote_code)
+    if isinstance(model, str | Path):
+        model = ModelSource(model, "auto", None, gguf_file, trust_remote_code)
+    if isinstance(model, ModelSource) and (count := check_place(model.path, model.gguf_file)):
+        _ = experts or agreed_plan(str(model), count, drop)
+    subject = _Subject.of(model)
     if measure and subject.source is None and subject.loaded is None:
         raise ModelError(
             "a config has no weights that could be timed: measure a model (measure, --measure)"
@@ -135,9 +141,7 @@ class _Subject:
     loaded: "PreTrainedModel | None"
 
     @classmethod
-    def of(cls, model: Any, gguf_file: str | None, trust_remote_code: bool) -> "_Subject":
-        if isinstance(model, str | Path):
-            model = ModelSource(model, "auto", None, gguf_file, trust_remote_code)
+    def of(cls, model: Any) -> "_Subject":
         if isinstance(model, ModelSource):
             from ..models.loading import read_config
 
@@ -177,7 +181,6 @@ class _Subject:
         import torch
 
         from ..cutting.experts import config_left
-        from ..cutting.plans import agreed_plan
         from ..memory.rehearsal import build_empty
         from ..models.architecture import find_layers
         from ..models.experts import find_experts

@@ -3,14 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import constants
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
-from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError, why
+from ..errors import MissingExtraError, PlanError, ProcessesError, RecipeError
 from ..memory.device import device_room
 from ..models.architecture import admitted_length, find_layers
 from ..models.decoder import Decoder
@@ -19,64 +16,10 @@ from ..models.identity import stored_dtype
 from ..models.loading import read_config
 from ..models.quantised import check_stored
 from ..processes import num_processes
-from ..progress import hushed
-from ..texts.hub import hub_answers, hub_refusal
 from ..texts.sequences import read_samples
-from ..values.files import PLAN_FILE
 from ..values.plan import Plan
 from ..values.presets import ModelFacts
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
-
-
-def read_plan(path: str) -> Plan:
-    """Read the plan beside a cut, in its folder or at the hub.
-
-    PlanError if it is missing, damaged or for states, ModelError if the folder or repository is
-    missing.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        found: str | None = str(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
-    elif folder.exists() or path.startswith(("/", ".", "~")) or folder.suffix == ".gguf":
-        kind = "a file" if folder.exists() else "not there"
-        raise ModelError(f"{path} is {kind}: expected the folder of a cut, or a hub id")
-    else:
-        found = _plan_of_hub(path)
-    if found is None:
-        raise PlanError(
-            f"{path} was not cut: there is no {PLAN_FILE} beside its weights. Cut a model first: "
-            f"shallower prune MODEL --drop 12:20 --out cut",
-            see="healing",
-        )
-    plan = Plan.load(found)
-    if plan.states:
-        raise PlanError(f"{path} is lossless for its states, which a healing changes ({plan.why})")
-    return plan
-
-
-def _plan_of_hub(path: str) -> str | None:
-    """The place of a plan in the hub's cache; None where the repository has none."""
-    asks = not constants.HF_HUB_OFFLINE and hub_answers(constants.ENDPOINT)
-    try:
-        with hushed():
-            found: str | None = cached_file(
-                path,
-                PLAN_FILE,
-                local_files_only=not asks,
-                _raise_exceptions_for_missing_entries=False,
-            )
-    except Exception as error:  # of the hub's client, which has had several
-        refusal = hub_refusal(path, "model") if asks else None
-        raise ModelError(f"cannot load {path}: {refusal or why(error, path)}") from error
-    if found is None and asks and (refusal := hub_refusal(path, "model")):
-        raise ModelError(f"cannot load {path}: {refusal}")
-    if found is None and not asks:
-        way_out = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "connect to the hub"
-        raise PlanError(
-            f"the hub's cache has no {PLAN_FILE} of {path}: {way_out}, so that it is looked for "
-            f"there, or name the folder of a cut"
-        )
-    return found
 
 
 def resolve(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
+from ..cutting.plans import plan_of_cut
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
 from ..evaluation.loss import measure_loss, require_predictable
 from ..memory.device import free_memory
@@ -41,7 +42,7 @@ from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..values.tokens import Tokens
 from .bar import steps_bar
-from .checks import read_plan, require_one_process, require_peft, require_plan_of, resolve
+from .checks import require_one_process, require_peft, require_plan_of, resolve
 from .disk import check_disk
 from .job import (
     TRAINING,
@@ -148,7 +149,7 @@ def heal(
     alone = answers is not None and recipe.share == 1 and not from_patch
     if not alone and not any(True for _ in source):
         raise TextsError("there are no texts to heal with" + _instead_of_texts(answers, from_patch))
-    plan = read_plan(path)
+    plan = plan_of_cut(path)
     cut = ModelSource(path, trust_remote_code=trust_remote_code)
     writes = {"merge": merge, "from_patch": from_patch}
     check_disk(out, cut, plan, recipe=recipe, answers=answers is not None, **writes)

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from ..cutting.cards import adapters_card
 from ..cutting.source import CARD_FILE, find_source
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
+from ..merging.adapter_config import CONFIG_FILE, read_adapter_config
 from ..merging.merge import copy_beside, copy_files, healing_rows
-from ..merging.stored_adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from ..merging.stored_adapters import WEIGHTS_FILE
 from ..models.identity import stored_digest
 from ..patching.patch import with_patch
 from ..patching.saving import save_patched

@@ -20,8 +20,8 @@ from ..values.counts import counted
 from ..values.files import HEALING_FIGURE, HEALING_FILE, PATCH_FILE, PLAN_FILE
 from ..values.healing import Healing
 from ..values.recipe import GLOBAL_BATCH
+from .adapter_config import remembered_base
 from .merging import Merging
-from .stored_adapters import read_adapter_config
 
 _MERGED = "low-rank adapters were trained and merged into its weights."
 
@@ -84,14 +84,6 @@ def merge(
         write_curve(folder, healing)
         write_file(folder / HEALING_FILE, healing.to_bytes())
     return healing
-
-
-def remembered_base(adapters: Path) -> str:
-    """Name the cut that adapters were trained for; ModelError if they name none."""
-    base = read_adapter_config(adapters).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise ModelError(f"the adapters in {adapters} name no model: name the cut (model, --model)")
-    return base
 
 
 def write_merged(folder: Path, merging: Merging) -> Healing:

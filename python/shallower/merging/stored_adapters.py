@@ -3,7 +3,6 @@
 Transformers' own conversion runs backwards on valueless proxies, which track rows and columns.
 """
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,42 +21,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..cutting.rewriting import StoredCheckpoint
 from ..errors import ModelError, why
 from ..models.loading import empty_model
+from .adapter_config import CONFIG_FILE, read_adapter_config
 from .low_rank import DTYPES, LowRank
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _CHANGES_OF_PREFIX: Any = getattr(core_model_loading, "PrefixChange", ())
 """Conversions that transformers has since 5.6."""
-
-_NEVER_MADE = {
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "init_lora_weights": True,
-}
-"""Settings of peft that change more than a weight's low-rank part, and their plain values."""
-
-
-def read_adapter_config(adapters: Path) -> dict[str, Any]:
-    """Read peft's settings of adapters; ModelError if there are none, or for more than LoRA."""
-    try:
-        config = json.loads((adapters / CONFIG_FILE).read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{adapters} holds no adapters of peft: {why(error, adapters)}") from error
-    if kind != "LORA":
-        raise ModelError(f"the adapters in {adapters} are {kind}: expected LORA, as heal makes")
-    for name, plain in _NEVER_MADE.items():
-        if config.get(name) not in (plain, None, [], {}):
-            raise ModelError(
-                f"the adapters in {adapters} were made with {name}={config[name]!r}, which "
-                f"shallower heal never does, and cannot be merged: use peft's merge_and_unload"
-            )
-    return dict(config)
 
 
 def low_rank_changes(

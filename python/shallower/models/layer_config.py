@@ -85,6 +85,15 @@ def layer_counts(config: Any) -> dict[str, int]:
     return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
+def num_decoder_layers(config: Any) -> int | None:
+    """Count the layers that a decoder's config describes; None where it does not say."""
+    count = next(iter(layer_counts(config).values()), None)
+    modules = getattr(config, "num_layers", None)
+    if count is not None and isinstance(modules, int) and count == 2 * modules:
+        return modules
+    return count
+
+
 def heads_of(config: Any) -> int:
     """The attention heads of a layer; 64 where layers differ, 1 where there are none."""
     try:

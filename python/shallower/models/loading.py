@@ -1,13 +1,11 @@
 """Loading a causal language model: a folder, a hub id or a GGUF file."""
 
 import logging
-import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,11 +27,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from ..errors import MissingExtraError, ModelError, why
+from ..errors import ModelError, why
 from ..processes import is_main_process
 from ..progress import hushed, track
-from ..texts.hub import hub_answers, hub_refusal
-from ..values.commands import command_line
+from ..texts.hub import hub_refusal
 from ..values.identity import title_of
 from .architecture import beside_layers, find_layers
 from .dtypes import (
@@ -49,8 +46,9 @@ from .dtypes import (
 )
 from .experts import stacked_weights, unquantised
 from .gguf_reading import faster_gguf
-from .layer_config import layer_counts
+from .layer_config import num_decoder_layers
 from .offload import bring_from, reading_of, run_resident
+from .place import absence, locate
 from .quantised import check_quantised, clear_gguf_marks, keep_exact, quantisation
 
 
@@ -98,7 +96,7 @@ def load_model(
         (30, torch.float32)
     """
     check_dtype(dtype)
-    place, gguf_file = _locate(path_or_id, gguf_file)
+    place, gguf_file = locate(path_or_id, gguf_file)
     check_streamed(gguf_file or place, dtype, device_map)
     device_map = choose_device_map(device_map)
     show = progress if is_main_process() else False
@@ -228,7 +226,7 @@ def load_tokenizer(
 
 def _read(kind: Any, path_or_id: str | Path, gguf_file: str | None, trust_remote_code: bool) -> Any:
     """Read a part of a model that is small, and say so where the hub is asked for it."""
-    source, gguf_file = _locate(path_or_id, gguf_file)
+    source, gguf_file = locate(path_or_id, gguf_file)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     is_far = is_main_process() and not Path(source).is_dir()  # which may take half a minute
     asking = track(f"ask the hub for {source}", show=None if is_far else False)
@@ -238,12 +236,7 @@ def _read(kind: Any, path_or_id: str | Path, gguf_file: str | None, trust_remote
 
 def layers_of(config: PretrainedConfig) -> int | None:
     """Count the decoder layers that a config describes; None where it does not say."""
-    decoder: Any = config.get_text_config(decoder=True)
-    count = next(iter(layer_counts(decoder).values()), None)
-    modules = getattr(decoder, "num_layers", None)
-    if count is not None and isinstance(modules, int) and count == 2 * modules:
-        return modules
-    return count
+    return num_decoder_layers(config.get_text_config(decoder=True))
 
 
 def loader_with_head(config: PretrainedConfig) -> Any:
@@ -261,7 +254,7 @@ def empty_model(
 
     ``images``: also one that no stock loader builds as a causal model alone.
     """
-    source, _ = _locate(folder, None)
+    source, _ = locate(folder, None)
     options = {"trust_remote_code": trust_remote_code}
     config = _call(AutoConfig.from_pretrained, source, **options)
 
@@ -271,40 +264,6 @@ def empty_model(
             return cast("PreTrainedModel", kind.from_config(config, **options))
 
     return _call(build, source, **options)
-
-
-def _locate(path_or_id: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
-    """The folder or hub id that transformers loads, and the GGUF file in it."""
-    path = Path(path_or_id).expanduser()
-    if re.match(r"\w+://", str(path_or_id)):
-        way_out = "a folder, a hub id as OWNER/NAME, or a .gguf file"
-        raise ModelError(f"{path_or_id} is an address: expected {way_out}")
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{path} is a file: expected a folder, a hub id or a .gguf file")
-        path, gguf_file = path.parent, path.name
-    looks_local = isinstance(path_or_id, Path) or str(path_or_id).startswith(("/", ".", "~"))
-    if not path.is_dir() and (looks_local or path.suffix == ".gguf"):
-        raise ModelError(f"there is no model at {path}")
-    if path.is_dir() and gguf_file and not (path / gguf_file).is_file():
-        raise ModelError(f"there is no file {gguf_file} in {path}")
-    if path.is_dir() and not gguf_file and not (path / "config.json").is_file():
-        raise ModelError(f"{path} holds no config.json: {_instead_in(path)}")
-    if gguf_file and find_spec("gguf") is None:
-        raise MissingExtraError("gguf", "gguf", "reading a GGUF file")
-    return str(path) if path.is_dir() else str(path_or_id), gguf_file
-
-
-def _instead_in(folder: Path) -> str:
-    """What was expected in a folder, and the way out by what lies there instead."""
-    if (folder / "adapter_config.json").is_file():
-        command = command_line("merge", str(folder), "--out", "MERGED")
-        return f"it holds adapters, which {command} makes a model of"
-    files = sorted(folder.glob("*.gguf"))
-    if files:
-        more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
-        return f"name the GGUF file in it, {files[0]}{more}"
-    return "expected a checkpoint of transformers"
 
 
 def load_weights(
@@ -375,11 +334,8 @@ _NO_MEMORY = "allocate memory"
 
 
 def _call(load: Any, source: str, **options: Any) -> Any:
-    absent = "" if Path(source).exists() else ", which is no folder here"
-    if absent and constants.HF_HUB_OFFLINE:
-        absent += " (HF_HUB_OFFLINE is set: only the hub's cache was looked in)"
-    elif absent and not hub_answers(constants.ENDPOINT):
-        absent += f" ({constants.ENDPOINT} cannot be reached: only the hub's cache was looked in)"
+    absent, asks = absence(source)
+    if absent and not (asks or constants.HF_HUB_OFFLINE):
         options["local_files_only"] = True
     try:
         return load(source, **options)

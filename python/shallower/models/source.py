@@ -118,6 +118,14 @@ class ModelSource:
 
         return load_tokenizer(self.path, self.gguf_file, self.trust_remote_code)
 
+    def check(self) -> None:
+        """Refuse, without torch, what is not there or cut off: ModelError, as :meth:`load`."""
+        from .place import check_place, check_weights
+
+        check_place(self.path, self.gguf_file)
+        if self.place.expanduser().is_dir():
+            check_weights(self.place.expanduser())
+
     def read_config(self) -> "PretrainedConfig":
         """Read the model's config, and nothing else.
 
@@ -140,9 +148,13 @@ class ModelSource:
         Raises:
             ModelError: as :meth:`load`; or the config does not say how many there are.
         """
-        from .loading import layers_of
+        from .place import check_place
 
-        count = layers_of(self.read_config())
+        count = check_place(self.path, self.gguf_file)
+        if count is None:
+            from .loading import layers_of
+
+            count = layers_of(self.read_config())
         if count is None:
             raise ModelError(f"the config of {self.path} does not say how many layers it has")
         return count

@@ -56,7 +56,7 @@ def texts(
 
     Every fourth document is held out; TextsError if the source is unreadable or too small.
     """
-    documents = list(Texts(source)) if source else _documentation()
+    documents = list(Texts(source).check()) if source else _documentation()
     documents = list(dict.fromkeys(documents))
     calibration = [p for i, d in enumerate(documents) if i % 4 != 3 for p in passages(d)]
     seen = set(calibration)

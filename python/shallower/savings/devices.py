@@ -16,7 +16,7 @@ class Device:
     """A machine as the roofline sees it.
 
     Attributes:
-        name: as ``--device`` takes it.
+        name: as ``--forecast-device`` takes it.
         title: its name for people.
         flops: operations a second at most by dtype of the weights, dense.
         bandwidth: bytes a second between memory and processor.
@@ -86,7 +86,7 @@ def find_device(name: str) -> Device:
     if found is None:
         raise ModelError(
             f"unknown device {name!r}: expected one of {', '.join(DEVICES)}, or {HERE} for this "
-            f"machine (device, --device)"
+            f"machine (device, --forecast-device)"
         )
     return found
 

@@ -205,7 +205,8 @@ def _read(path: str | Path, key: str) -> tuple[Contents, ShardOfScan | None]:
             return _contents(file, key)
     except (SafetensorError, OSError) as error:
         raise ScanError(
-            f"{path} is truncated, or not a scan of shallower: {why(error, path)}"
+            f"{path} is truncated, or not a scan of shallower ({why(error, path)}): expected the "
+            f"scan.safetensors that shallower scan or analyse wrote, or its folder"
         ) from error
     except (
         ValueError,

@@ -134,6 +134,8 @@ class CompareStudy(Study[CompareSettings]):
         names = [str(model) for model in self.models]
         if len(set(names)) < len(names):
             raise ModelError(f"a model is named twice: {', '.join(names)}")
+        if len(names) == 1 and not self.by_experts:
+            check_sizes(self.settings.n, self.model.count_layers())
         _ = self.splits, self.items
         if self.entry is None:
             _ = self.criteria
@@ -144,11 +146,8 @@ class CompareStudy(Study[CompareSettings]):
         if self.prompts:
             way_out = "leave out how the cuts speak (speech, --speech)"
             self.refuse_on_disk("every token of an answer", way_out)
-        if len(self.models) == 1 and self.entry is None:
-            if self.by_experts:
-                check_counts(self.settings.n, self.model.count_experts())
-            else:
-                check_sizes(self.settings.n, self.model.count_layers())
+        if len(self.models) == 1 and self.entry is None and self.by_experts:
+            check_counts(self.settings.n, self.model.count_experts())
 
     @property
     def by_experts(self) -> bool:

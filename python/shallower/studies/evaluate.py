@@ -137,6 +137,7 @@ class EvalJob:
             check_apart(self.file, [self.source.place, *(one.source for one in self.measures)])
             check_alone(self.file)
             check_room(self.file, SMALL)
+        self.source.check()
 
     @property
     def file(self) -> Path | None:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from ..errors import ProcessesError, SettingsError
-from ..evaluation.task_files import files_in, files_of
+from ..evaluation.task_files import check_names, files_in, files_of
 from ..models.source import ModelSource
 from ..storage import absolute
 from ..store.inputs import hash_of_files, items_of, model_inputs, texts_content
@@ -323,13 +323,13 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
     @cached_property
     def identity(self) -> str:
         """A hash of the tasks with their items, and of the files given: they may have code."""
-        folder = self.settings.tasks_dir
-        files = [] if folder is None else files_in(folder)
+        files = files_in(self.settings.tasks_dir) if self.settings.tasks_dir else []
         return hash_of([self.chosen.identity, hash_of_files(files, Store(None))])
 
     @cached_property
     def chosen(self) -> "ChosenTasks":
         """The tasks, loaded, with their items."""
+        check_names(self.names, self.settings.tasks_dir, self.settings.data)
         from ..evaluation.tasks import ChosenTasks
 
         return ChosenTasks.of(self.names, self.settings)

@@ -69,6 +69,7 @@ class ScanJob(ScanSettings):
         check_apart(self.file, [self.source.place, place_of_texts(self.texts)])
         object.__setattr__(self, "known", None if self.shard else self._output.find())
         if self.known is None:
+            self.source.check()
             if self.stops is not None:
                 self.stops.check(deciding(self.metrics), self.positions)
                 self.stops.of(self.source.count_layers())

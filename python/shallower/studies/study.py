@@ -135,10 +135,11 @@ class Study(Generic[Settings]):
             raise TextsError(f"texts by name: expected names that are not empty, got {[*named]}")
         for source in (*named.values(), self.eval_texts):
             if isinstance(source, str | bytes) or not isinstance(source, Iterable | None):
-                kind = type(source).__name__
-                raise TextsError(f"texts must be an iterable of strings, got {kind}")
+                raise TextsError(f"texts must be an iterable of strings: {type(source).__name__}")
             if isinstance(source, Texts):
                 source.check()
+        if len(self.models) == 1 and isinstance(self.model, ModelSource):  # of several others go on
+            self.model.check()
         for name in self.leaves if self.out is not None else ():
             check_apart(self.folder / name, self.reads)
 
@@ -177,9 +178,7 @@ class Study(Generic[Settings]):
 
     def alone(self) -> AbstractContextManager[None]:
         """Hold the folder against other processes while the body works in it: OutputError."""
-        if self.out is None:
-            return nullcontext()
-        return held(self.out, inside=True)
+        return nullcontext() if self.out is None else held(self.out, inside=True)
 
     def units(self) -> list[Unit]:
         """List the measurements that the study makes, as far as they are known beforehand."""

@@ -82,8 +82,9 @@ class Texts:
 
     def check(self) -> "Texts":
         """Read the first text, once, so that a wrong source is found before long work; itself."""
-        if not self._checked and next(iter(self), None) is None:
-            raise TextsError(f"there are no texts in {self.source}")
+        if not self._checked and not any(text.strip() for text in self):
+            blank = f": all {self._counted} are blank" if self._counted else ""
+            raise TextsError(f"there are no texts in {self.source}{blank}; name texts with words")
         self._checked = True
         return self
 

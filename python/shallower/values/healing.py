@@ -178,11 +178,11 @@ class Healing:
         path = path / HEALING_FILE if path.is_dir() else path
         try:
             return cls._from_json(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ModelError(f"cannot read the healing {path}: {why(error, path)}") from error
-        except _DAMAGED as error:
-            message = f"{path} is not a healing of shallower, or is damaged: {why(error)}"
-            raise ModelError(message) from error
+        except (OSError, *_DAMAGED) as error:
+            raise ModelError(
+                f"{path} is not a healing of shallower, or is damaged ({why(error, path)}): name "
+                f"what shallower heal left"
+            ) from error
 
     @classmethod
     def _from_json(cls, data: Any) -> "Healing":

@@ -119,7 +119,7 @@ class RunSettings(RacingSettings):
     target_latency: float | None = option(
         None,
         "Share of the time of a token that is to be left, at most, as 0.8x: by the forecast for "
-        "--device.",
+        "--forecast-device.",
         "S",
         read=parse_share,
     )
@@ -134,6 +134,7 @@ class RunSettings(RacingSettings):
         "Device of that forecast, as gain has them; this machine's GPU if it is one of them, else "
         "a100-80.",
         "NAME",
+        name="forecast_device",
     )
     context: int = option(2048, "Tokens of a text, of both targets.", "N", least=1)
     blocks: int | None = option(None, "Blocks at most; any number by default.", "B", least=1)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...values.comparison import ComparedModel, CriteriaComparison, Row
 from ...values.scores import Standing
-from .drawing import Drawing, require_matplotlib
-from .plots import Axis, Line, Point, dot_chart, front_chart, line_chart, series_colour
+from .drawing import SERIES, Drawing, require_matplotlib
+from .plots import Axis, Line, Point, dot_chart, front_chart, in_sight, line_chart, series_colour
 
 Styles = Mapping[str, tuple[str, str]]
 """Colour and marker by criterion."""
@@ -120,8 +120,14 @@ def groups_of(comparison: CriteriaComparison) -> list[Group]:
 
 
 def styles_of(criteria: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Choose colour and marker of each criterion, always the same for those of this package."""
+    """Choose colour and marker of each criterion; a colour of its own, where there are enough."""
     known = {name: style for name, style in _STYLES.items() if name in criteria}
+    free = [one for one in SERIES if one not in {colour for colour, _ in known.values()}]
+    seen: set[str] = set()
+    for name, (colour, marker) in known.items():
+        if colour in seen and free:
+            known[name] = free.pop(0), marker
+        seen.add(colour)
     others = [name for name in criteria if name not in known]
     return known | {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
 
@@ -175,7 +181,7 @@ def loss_charts(group: Group, place: int) -> list[Drawing]:
                     x=Axis(f"{what} dropped", is_share=True),
                     y=Axis("loss, nats a token"),
                     references=[(model.whole.nats, "whole model")],
-                    most=most,
+                    most=in_sight(lines, model.whole.nats, most),
                 )
             )
     return found

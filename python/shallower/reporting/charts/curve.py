@@ -8,7 +8,7 @@ from ...values.layers import ranges
 from ...values.settings import STATES, State
 from ..words import patch_words, patched_name
 from .drawing import Drawing
-from .plots import Axis, Line, Point, is_one_figure, line_chart, series_colour
+from .plots import Axis, Line, Point, in_sight, is_one_figure, line_chart, series_colour
 
 _SIZES = (
     ("loss_over_layers", "layers", "dropped", "layers_share"),
@@ -78,7 +78,7 @@ def _loss_charts(curve: Curve) -> list[Drawing]:
                 f"{patch_words(curve.settings)}, dotted after a healing.",
                 x=Axis(f"{what} {verb}", is_share=True),
                 y=Axis("loss / ln V"),
-                most=1.0,
+                most=in_sight(lines, whole.normalized, 1.0),
                 references=[(whole.normalized, "whole model")],
             )
         )

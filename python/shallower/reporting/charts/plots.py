@@ -97,6 +97,10 @@ Reference = tuple[float, str]
 """A level line and its name: the whole model, chance."""
 
 
+BASELINES = ("deepest", "random")
+"""Strategies that cost far more than those that are compared with them."""
+
+
 def series_colour(place: int) -> str:
     """Give the colour of the line in a place, always the same."""
     return SERIES[place % len(SERIES)]
@@ -106,6 +110,15 @@ def is_one_figure(shares: Iterable[tuple[float, float]]) -> bool:
     """Whether two shares of what goes differ by a factor alone, within a hundredth."""
     ratios = [other / one for one, other in shares if one]
     return not ratios or max(ratios) - min(ratios) <= 0.01 * max(ratios)
+
+
+def in_sight(lines: Sequence[Line], whole: float, most: float) -> float:
+    """Where a loss leaves the axis: at ``most``, or before baselines press all others flat."""
+    others = [
+        p.y for line in lines if line.name.partition(",")[0] not in BASELINES for p in line.points
+    ]
+    rise = max(others, default=math.inf) - whole
+    return min(most, whole + 2 * rise) if rise > 0 else most
 
 
 def line_chart(

@@ -392,7 +392,7 @@ def _spoken(group: Group) -> list[Table]:
         "Acceptance: of the whole model's own words, by speculative decoding; repeated: of the "
         "4-grams of the cut's own. Bare cuts; errors are over prompts."
     )
-    return [Table("how the cuts speak", head, rows, note, is_grouped=True)] if rows else []
+    return [Table("How the cuts speak", head, rows, note, is_grouped=True)] if rows else []
 
 
 def _patched_cells(patched: Standing | None) -> tuple[Cell, ...]:
@@ -421,13 +421,13 @@ def _taus(group: Group) -> list[Table]:
         for name, tau in sorted(taus.items(), key=lambda item: -item[1])
     )
     note = "Kendall's τ of the costs of single layers with the losses without them."
-    return [Table("the order of single layers", ("criterion", "τ"), rows, note)]
+    return [Table("The order of single layers", ("criterion", "τ"), rows, note)]
 
 
 def criteria_table(criteria: Sequence[Mapping[str, str]]) -> Table:
     """Tabulate criteria, each with its ``name``, ``summary`` and ``cost``."""
     rows = tuple((one["name"], one["summary"], one["cost"]) for one in criteria)
-    return Table("criteria", ("criterion", "what it goes by", "what it costs"), rows)
+    return Table("Criteria", ("criterion", "what it goes by", "what it costs"), rows)
 
 
 def _count(number: int) -> str:

@@ -74,14 +74,21 @@ def _of_state(curve: Curve, state: State) -> str:
 
 
 def _shown(curve: Curve) -> CurvePoint | None:
-    """The point that comes first: of the size nearest a quarter of the layers, the least loss."""
+    """The point that comes first: the best cut at the knee, in the last state that was measured.
+
+    The knee is the size farthest below the line between the ends; the least size where none is.
+    """
+    whole, best = curve.whole.loss, dict[int, CurvePoint]()
     measured = [one for one in curve.points if one.n and one.loss is not None]
-    if not measured:
-        return None
-    size = min({one.n for one in measured}, key=lambda n: (abs(n / curve.num_layers - 0.25), n))
-    return min(
-        (one for one in measured if one.n == size), key=lambda one: one.loss.nats if one.loss else 0
-    )
+    last = max((STATES.index(one.state) for one in measured), default=0)
+    losses = [(one.loss.nats, one) for one in measured if one.loss and one.state == STATES[last]]
+    for _, one in sorted(losses, key=lambda pair: pair[0]):
+        best.setdefault(one.n, one)
+    lost = {n: one.loss.nats - whole.nats for n, one in best.items() if one.loss and whole}
+    end = max(lost, default=0)
+    below = {n: lost[end] * n / end - lost[n] for n in lost if n < end}
+    size = max(below, key=lambda n: (below[n], -n), default=end)
+    return best.get(size if below.get(size, 0) > 0 else min(best, default=0))
 
 
 def _sentence(curve: Curve, shown: CurvePoint | None) -> str:
@@ -245,9 +252,9 @@ def _losses(curve: Curve, state: State) -> Table:
         )
         for point in points
     )
-    head = ("n", "strategy", "drop", "loss", "of ln V", "more than whole", "", "seconds")
+    head = ("n", "strategy", "drop", "loss", "of ln V", "more than whole", "verdict", "seconds")
     return Table(
-        f"layers less, {_of_state(curve, state)}: nats a token",
+        f"Layers less, {_of_state(curve, state)}: nats a token",
         head,
         rows,
         _losses_note(curve, points),
@@ -308,7 +315,7 @@ def _scores(curve: Curve, task: str, state: State) -> Table:
     measure = f"{whole.metric} in %, whole model {Number.estimate(whole, 1, scale=100).text}"
     return Table(
         f"{task}, {_of_state(curve, state)}: {measure}",
-        ("n", "strategy", "drop", "score", "difference", ""),
+        ("n", "strategy", "drop", "score", "difference", "verdict"),
         tuple(rows),
         f"{counted(len(whole.items), 'item')} with "
         f"{counted(whole.num_shots, 'solved example')}{chance}; difference and "
@@ -330,8 +337,8 @@ def _speech(curve: Curve, state: State) -> Table:
         rows.append((Number.count(point.n), point.strategy, layers, *cells, verdict))
     repetition = speech_cell("repetition", whole).text
     return Table(
-        f"speech, {_of_state(curve, state)}: on the words of the whole model, and on its own",
-        ("n", "strategy", "drop", *CURVE_MEASURES.values(), ""),
+        f"Speech, {_of_state(curve, state)}: on the words of the whole model, and on its own",
+        ("n", "strategy", "drop", *CURVE_MEASURES.values(), "verdict"),
         tuple(rows),
         f"{counted(whole.num_prompts, 'prompt')}, answers of {whole.num_tokens} tokens at most; of "
         f"the whole model's 4-grams {repetition} % are repeated. Repeats itself: more than twice "
@@ -344,7 +351,7 @@ def _failures(points: Sequence[CurvePoint]) -> Table:
     rows = tuple(
         (Number.count(point.n), point.strategy, point.state, point.failed or "") for point in points
     )
-    return Table("what could not be measured", ("n", "strategy", "state", "why"), rows)
+    return Table("What could not be measured", ("n", "strategy", "state", "why"), rows)
 
 
 def _numbers(curve: Curve) -> Section:

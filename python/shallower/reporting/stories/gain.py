@@ -30,7 +30,7 @@ def gain_table(gain: Gain) -> Table:
     return Table(
         f"What it gains: {gain.model} without {gain.words}, "
         f"{texts} of {counted(gain.context, 'token')} in {gain.dtype}",
-        ("", "before", "after", "ratio"),
+        ("what", "before", "after", "ratio"),
         tuple(rows),
         note,
     )

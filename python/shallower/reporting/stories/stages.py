@@ -101,7 +101,7 @@ def candidates_table(verified: Verified) -> Table:
     )
     return Table(
         f"Proposals that came into the last race, {after}",
-        ("drop", "proposed by", items, verified.measure, "more than the winner", ""),
+        ("drop", "proposed by", items, verified.measure, "more than the winner", "verdict"),
         rows,
         f"{verified.num_proposals} proposals were judged on up to {verified.num_items} selection "
         f"{items}, in {verified.measured_in}: a cut that was behind early on fewer (–). Cuts are "
@@ -216,8 +216,8 @@ def experts_table(chosen: ScanChoice) -> Table:
         (
             Number.count(one.layer),
             _named(one.experts),
-            Number.estimate(one.last, 4),
-            Number.estimate(one.next, 4),
+            Number.estimate(one.last, _digits(one.last.mean, one.next.mean)),
+            Number.estimate(one.next, _digits(one.last.mean, one.next.mean)),
         )
         for one in chosen.experts
     )
@@ -227,6 +227,12 @@ def experts_table(chosen: ScanChoice) -> Table:
         ("layer", "drop", "the last to go", "the next"),
         rows,
     )
+
+
+def _digits(one: float, other: float) -> int:
+    """As many digits as it takes to see that two scores differ; four at least."""
+    apart = abs(one - other)
+    return max(4, min(12, 1 - int(f"{apart:e}".partition("e")[2]))) if apart else 4
 
 
 def unknown(chosen: ScanChoice) -> list[str]:

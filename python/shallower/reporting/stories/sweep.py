@@ -111,8 +111,8 @@ def _sentence(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne]) -> s
     state = of_all[-1] if of_all else bears[-1].state
     shares = [one for one in bears if (one.loss, one.state) == (sweep.loss, state)]
     text = (
-        f"For {sweep.loss:g} nats a token more than whole these shares of the layers can go, "
-        f"{_STATES[state]}: {'; '.join(f'{one.model} {one}' for one in shares)}."
+        f"For {sweep.loss:g} nats a token more than whole so many layers can go, "
+        f"{_STATES[state]}: {'; '.join(f'{one.model} {_layers(one)}' for one in shares)}."
     )
     best = {}
     for one in found:
@@ -124,6 +124,12 @@ def _sentence(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne]) -> s
         return f"{text} {next(iter(best.values()))} has the least mean regret on {where}."
     names = "; ".join(f"{name} on {title}" for title, name in best.items())
     return f"{text} Least mean regret: {names}." if names else text
+
+
+def _layers(one: Borne) -> str:
+    """The whole layers in a share, which alone can go."""
+    least = "at least " if one.share >= one.most else ""
+    return f"{least}{str(one).rpartition(', ')[2]}"
 
 
 def _warnings(sweep: Sweep, found: Sequence[Found]) -> list[str]:
@@ -189,9 +195,9 @@ def _bears(sweep: Sweep, found: Sequence[Found], bears: Sequence[Borne], drawn: 
         for cut in cuts
     ]
     tables = [
-        Table("the share of its layers that each model bears", head, tuple(rows), note),
+        Table("The share of its layers that each model bears", head, tuple(rows), note),
         Table(
-            "the best cut of every size",
+            "The best cut of every size",
             ("model", "state", "share", "drop", "more than whole", "by"),
             tuple(cells),
             f"Nats a token; of all criteria the one of least loss. {BEST_OF_SEVERAL}",
@@ -224,7 +230,7 @@ def _scans(found: Sequence[Found], drawn: bool) -> Section:
         if one.scan is not None and start.n in sizes
     )
     table = Table(
-        "where the block starts whose ends are most alike",
+        "Where the block starts whose ends are most alike",
         ("model", "n", "l*", "± layers", "of the depth", "same in"),
         rows,
         "Of a block of n layers, [l*, l* + n). Same in: the share of resamples of the texts in "
@@ -248,15 +254,16 @@ def _regrets(found: Sequence[Found], drawn: bool) -> Section:
 
     tables = [
         table(
-            f"mean regret over n = {', '.join(map(str, sizes))}",
+            f"Mean regret over n = {', '.join(map(str, sizes))}",
             "Nats a token behind the best choice of the same model and size. The error is at most "
-            "so large: sizes are measured on the same texts.",
+            "so large: sizes are measured on the same texts. –: a choice "
+            "of some size failed, or was not ranked.",
             lambda group, name: Number.of(*means[group.title].get(name, (None, None))),
         )
     ]
     tables += [
         table(
-            f"regret, n = {n}",
+            f"Regret, n = {n}",
             f"{', '.join(dict.fromkeys(group.when for group in groups))}, paired with the best.",
             lambda group, name, n=n: _regret(group, name, n),
         )
@@ -282,7 +289,7 @@ def _jobs(sweep: Sweep) -> Section:
     left = [job for job in sweep.jobs if job.state != "done"]
     rows = tuple((job.kind, job.model, job.texts, job.state, job.error or "") for job in left)
     head = ("command", "model", "texts", "state", "why")
-    table = Table("jobs that are not done", head, rows)
+    table = Table("Jobs that are not done", head, rows)
     lines = (
         f"{len(sweep.jobs) - len(left)} of {counted(len(sweep.jobs), 'job')} are done. Their "
         f"command lines and logs are in {SWEEP_FILE}.",
