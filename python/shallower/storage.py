@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -144,6 +145,21 @@ def check_room(path: Path, num_bytes: int) -> None:
         sizes = f"{num_bytes / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free there"
         way_out = "make room, or choose another place (--out)"
         raise OutputError(f"cannot write {path}: {sizes}: {way_out}")
+
+
+def check_temporary(num_bytes: int) -> None:
+    """Refuse, by OutputError, temporary files of so many bytes that would find no room."""
+    if num_bytes > (free := free_bytes(temporary("file"))):
+        sizes = f"{num_bytes / 1e6:,.1f} MB of temporary files, and {free / 1e6:,.1f} MB are free"
+        raise OutputError(
+            f"cannot begin: it takes {sizes} in {temporary()}: make room, or name another folder "
+            f"(TMPDIR)"
+        )
+
+
+def temporary(*names: str) -> Path:
+    """The folder of temporary files, or a place there."""
+    return Path(tempfile.gettempdir(), *names)
 
 
 def holds(path: Path, content: bytes) -> bool:

@@ -265,7 +265,7 @@ def _planned(
     from ..forecasts.speed import told
     from ..forecasts.work import forecast, of_healing
     from ..healing.checks import read_plan, resolve
-    from ..healing.disk import check_disk
+    from ..healing.disk import check_disk, temporary_bytes
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
     from ..processes import num_processes
@@ -295,6 +295,8 @@ def _planned(
         plain = f"; {unquantised(resolved.dtype, experts)}" * (resolved.dtype in QUANTISED)
         said["experts"] = f"adapters lie on them too, and on no router{plain}"
     said |= {"memory": memory, "disk": Disk(needed, free_bytes(out))}
+    if training["from_patch"]:
+        said["temporary"] = Disk.temporary(temporary_bytes(cut, resolved.max_length))
     if device_memory is None:  # else it is of a card that is not here
         training["num_written"] = 0 if answers is None else answers.num_written
         said["time"] = told(lambda: forecast(*of_healing(cut, plan, resolved, **training)))

@@ -117,6 +117,7 @@ def patch_command(
         return
     check_free(out, overwrite)
     wanted = _patchable(place, named, out)
+    states = _states(place, source, settings)
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
     plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
     if dry_run:
@@ -131,6 +132,7 @@ def patch_command(
                 wanted.dropped,
                 source,
                 out=out,
+                states=states,
                 is_here=device_memory is None,
                 held_out=list(held_out or ()),
                 num_written=0 if asked is None else asked.num_written,
@@ -171,6 +173,20 @@ def _patchable(place: ModelSource, named: "Plan | list[Block]", out: Path) -> "P
     check_patchable(plan)
     check_room(out, left_bytes(place, plan.dropped))
     return plan
+
+
+def _states(place: ModelSource, texts: "Iterable[str]", settings: PatchSettings) -> int:
+    """Count the bytes of temporary files; OutputError where they have no room."""
+    import torch
+
+    from ..patching.memory import state_bytes
+    from ..patching.patch import CPU_TOKENS, NUM_TOKENS
+    from ..storage import check_temporary
+
+    most = settings.num_tokens or (NUM_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
+    needed = state_bytes(place, texts, num_tokens=most, max_length=settings.max_length)
+    check_temporary(needed)
+    return needed
 
 
 def _asked(
@@ -249,6 +265,7 @@ def _planned(
     texts: "Iterable[str]",
     *,
     out: Path,
+    states: int,
     is_here: bool,
     **more: Any,
 ) -> dict[str, Any]:
@@ -266,6 +283,7 @@ def _planned(
         planned["stream"] = told(lambda: plan_passes(place, counted().work.passes))
         planned["steps"] = plan_steps(place, dropped, counted().steps)
     planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
+    planned["temporary"] = Disk.temporary(states)
     if is_here:
         planned["time"] = told(lambda: forecast(counted()))
     return planned

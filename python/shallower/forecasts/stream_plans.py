@@ -1,10 +1,8 @@
 """What is read of a model whose layers are streamed, before it is loaded: passes and bytes."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
-from pathlib import Path
 
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import Pass, StreamPlan, plan_stream
@@ -12,7 +10,7 @@ from ..models.architecture import find_layers
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..patching.descent import kept_bytes
-from ..storage import free_bytes
+from ..storage import free_bytes, temporary
 from ..values.counts import counted
 from ..values.memory import format_size
 
@@ -57,7 +55,7 @@ class StepsPlan:
         passes, size = counted(self.passes, "pass", "passes"), format_size(self.bytes)
         return (
             f"{counted(self.steps, 'step')} take {passes} of these, and {size} of temporary files, "
-            f"of {format_size(self.free_bytes)} that are free in {tempfile.gettempdir()} "
+            f"of {format_size(self.free_bytes)} that are free in {temporary()} "
             f"(TMPDIR){lacks}"
         )
 
@@ -69,5 +67,4 @@ def plan_steps(source: ModelSource, dropped: Sequence[int], steps: int) -> Steps
     moving = {*range(min(dropped) - 1, len(layers))} - {*dropped}
     left = [layers[layer] for layer in sorted(moving)]
     passes = ceil(2 * steps * len(left) / len(layers))
-    free = free_bytes(Path(tempfile.gettempdir()))
-    return StepsPlan(steps, passes, kept_bytes(left), free)
+    return StepsPlan(steps, passes, kept_bytes(left), free_bytes(temporary("file")))

@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from ..errors import MissingExtraError, ModelError, why
 from ..processes import is_main_process
 from ..progress import hushed, track
+from ..storage import check_temporary
 from ..texts.hub import hub_answers, hub_refusal
 from ..values.commands import command_line
 from ..values.identity import title_of
@@ -197,6 +198,7 @@ def _load_gguf(
     with tempfile.TemporaryDirectory(prefix="shallower-") as folder:
         model = load_weights(place, torch.bfloat16, None, config=plain, options=options)
         clear_gguf_marks(model)
+        check_temporary(sum(weight.nbytes for weight in model.parameters()))
         model.save_pretrained(folder)
         del model
         model = load_weights(folder, torch.bfloat16, device_map, config=config)

@@ -1,24 +1,30 @@
 """The memory of a patch: its equations beside the weights, of which layers can wait elsewhere."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..evaluation.loss import FORWARD
 from ..memory.device import Room
 from ..memory.placement import resident_bytes
 from ..memory.plan import Forward, ForwardStep, plan_step
-from ..memory.rehearsal import first_that_runs
+from ..memory.rehearsal import build_empty, first_that_runs
+from ..memory.weights import num_parameters
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
+from ..models.dtypes import plain_dtype
 from ..models.feed_forward import Targets, feed_forward_targets
+from ..models.source import ModelSource
 from ..texts.batches import Batch
 from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan, usable
 from ..values.tokens import Tokens
 from .descent import graph_bytes, kept_bytes, matrices
 from .least_squares import solver_bytes
-from .states import MAX_HELD_OUT
+from .patch import patch_tokens
+from .states import BATCH_TOKENS, FILES, MAX_HELD_OUT
 
 DEFAULT_PATCH_BATCH = 16
 """Texts in one forward of a patch."""
@@ -104,6 +110,35 @@ def plan_patch(
         return step
 
     return plan_step(first_that_runs(rehearsed), [(texts, None)], room.size)
+
+
+def state_bytes(
+    model: ModelSource | PreTrainedModel,
+    texts: Iterable[str] | None = None,
+    *,
+    num_tokens: int | None,
+    max_length: int,
+) -> int:
+    """Count the bytes of the files that the states of a patch take, at most, about.
+
+    It fits ``num_tokens`` at most, None for as many as a run; no text has more tokens than bytes.
+    """
+    if isinstance(model, ModelSource):
+        source = model.resolved()
+        config, dtype = source.read_config(), plain_dtype(source.dtype)
+    else:
+        config, dtype = model.config, model.dtype
+    if num_tokens is None:
+        on_cpu = not torch.cuda.is_available()
+        num_tokens = patch_tokens(num_parameters(build_empty(config, dtype)), on_cpu=on_cpu)
+    count = num_tokens if texts is None else 0
+    for text in texts or ():
+        count += min(max_length, len(text.encode(errors="replace")))
+        if count >= num_tokens:
+            break
+    num_tokens = min(num_tokens, count)
+    tokens = num_tokens + min(MAX_HELD_OUT, num_tokens) + 2 * (max_length + BATCH_TOKENS)
+    return FILES * tokens * int(config.get_text_config().hidden_size) * dtype.itemsize
 
 
 def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:

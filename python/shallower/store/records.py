@@ -10,6 +10,7 @@ from typing import Any
 
 from .._core import tier
 from ..cutting.exports import EXPORT_FILES, export_path
+from ..cutting.from_hub import UNVERIFIED
 from ..cutting.metadata import without_results
 from ..cutting.plans import plan_file
 from ..cutting.source import CARD_FILE, HUB_ID, hub_id, module_folders, place_name
@@ -47,6 +48,8 @@ WITHOUT_EFFECT = ("out", "overwrite", "no_cache", "dry_run", "as_json", "threads
 
 VERSION = 1
 
+NOT_VERIFIED = " (the parts that were fetched, not verified)"
+
 MODELS = ("model", "original", "adapters")
 TEXTS = {"texts": "max_texts", "eval_texts": "max_eval_texts"}
 """Options that name texts, each with the option of how many of them are read."""
@@ -64,6 +67,7 @@ class Read:
         commit: of a repository on the hub, empty where it is not known; None for a place here.
         files: the SHA-256 of each file, of safetensors on the hub as that states it; of texts one
             of all that were read, under ``texts``; none of a dataset too large to be read for this.
+            Of a file of which parts alone were fetched, that of what was received, too.
         count: texts that were read; None for what are no texts.
     """
 
@@ -79,7 +83,10 @@ class Read:
         """
         if self.count != other.count and self.count is not None:
             return [f"{what}: {other.count} texts were read, expected {self.count} ({self.name})"]
-        mine, others = self.files, other.files
+        mine, others = (
+            {name: of.files[name] for name in of.files if not name.endswith(NOT_VERIFIED)}
+            for of in (self, other)
+        )
         if self.commit and other.commit:
             both = {*mine} & {*others}
             mine, others = ({name: of[name] for name in both} for of in (mine, others))
@@ -284,7 +291,9 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
         folder = files[0].parent
         files += [path for one in module_folders(folder) for path in (folder / one).glob("*")]
         found = _hashes(folder, files, store)
-        return Read(shown, commit, {**stated_hashes(source, commit), **found})
+        received = UNVERIFIED.get((shown, commit or ""), {})
+        parts = {name + NOT_VERIFIED: received[name] for name in received}
+        return Read(shown, commit, {**stated_hashes(source, commit), **found, **parts})
     return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
 
 

@@ -1,5 +1,6 @@
 """The disk that a command takes, counted before it works."""
 
+from itertools import product
 from typing import Any
 
 from ..models.source import ModelSource
@@ -19,6 +20,27 @@ def study_bytes(study: Any) -> int:
     pairs = zip(study.models, sizes, strict=True)
     places = ((one if isinstance(one, ModelSource) else one.model, n) for one, n in pairs)
     return SMALL + copies * max(left_bytes(*place) for place in places)
+
+
+def temporary_bytes(study: Any) -> int:
+    """Count the bytes of temporary files that the states of full patches take, at most, about."""
+    if not patches(study.settings):
+        return 0
+    from ..patching.memory import state_bytes
+
+    settings = study.settings
+    most, longest = getattr(settings, "patch_tokens", None), settings.tokens.max_length
+    models = [one if isinstance(one, ModelSource) else one.model for one in study.models]
+    texts = [split.fit for split in study.splits.values()]
+    pairs = product(models, texts)
+    return max(state_bytes(*pair, num_tokens=most, max_length=longest) for pair in pairs)
+
+
+def patches(settings: Any) -> bool:
+    """Whether cuts are patched in full."""
+    if isinstance(settings, CurveSettings):
+        return settings.patch == "full" and {*settings.states} != {"cut"}
+    return isinstance(settings, RunSettings) and settings.patch and not settings.plan_only
 
 
 def _checkpoints(study: Any) -> int:

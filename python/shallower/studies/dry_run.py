@@ -57,7 +57,7 @@ from ..values.settings import CurveSettings, RunSettings
 from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
-from .disk import sizes_of, study_bytes
+from .disk import patches, sizes_of, study_bytes, temporary_bytes
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
@@ -86,20 +86,15 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     }
     if study.out is None:
         del ways["disk"]
+    if patches(study.settings):
+        ways["temporary"] = lambda: Disk.temporary(temporary_bytes(study))
     if any(model.waits_on_disk for model in study.models):
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")
         )
-        if _patches(study.settings):
+        if patches(study.settings):
             ways["steps"] = lambda: models()[0].steps()
     return {**described, **{name: told(way) for name, way in ways.items()}}
-
-
-def _patches(settings: Any) -> bool:
-    """Whether cuts are patched in full."""
-    if isinstance(settings, CurveSettings):
-        return settings.patch == "full"
-    return isinstance(settings, RunSettings) and settings.patch and not settings.plan_only
 
 
 def _peak(plan: MemoryPlan) -> int:
@@ -170,7 +165,7 @@ class _Model:
     @cached_property
     def _patch_tokens(self) -> int:
         """Tokens that a full patch fits; 0 where there is none."""
-        if not _patches(self.settings):
+        if not patches(self.settings):
             return 0
         if isinstance(self.settings, CurveSettings):
             return self.settings.patch_tokens

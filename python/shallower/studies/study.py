@@ -19,7 +19,7 @@ from ..cutting.source import place_name
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone, held
-from ..storage import check_apart, check_free, check_room, write_file
+from ..storage import check_apart, check_free, check_room, check_temporary, write_file
 from ..store.given_models import InMemory, ModelStore, inputs_of_one
 from ..store.inputs import items_of, texts_inputs
 from ..store.store import Entry, Store
@@ -31,7 +31,7 @@ from ..values.counts import summed
 from ..values.hashing import hash_of
 from ..values.plan import Plan
 from ..values.settings import StudySettings
-from .disk import study_bytes
+from .disk import study_bytes, temporary_bytes
 from .items import Items
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ class Study(Generic[Settings]):
         self.check_kind()
         if self.out is not None:
             check_room(self.out / self.RESULTS, study_bytes(self))
+        check_temporary(temporary_bytes(self))
 
     def check_kind(self) -> None:
         """Refuse what this kind of study cannot do."""

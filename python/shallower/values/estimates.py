@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..storage import free_bytes, temporary
 from .memory import format_size
 
 SETS = {"fit": "calibration", "choose": "selection", "report": "test"}
@@ -49,18 +50,26 @@ class Divided:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Bytes that a study leaves in its folder, at most, and those that are free there."""
+    """Bytes that a command writes to a place, at most, and those that are free there."""
 
     bytes: int
     free_bytes: int
+    place: str = ""
 
-    def to_json(self) -> dict[str, int]:
-        """Give both numbers."""
-        return {"bytes": self.bytes, "free_bytes": self.free_bytes}
+    @classmethod
+    def temporary(cls, num_bytes: int) -> "Disk":
+        """Describe so many bytes of temporary files."""
+        return cls(num_bytes, free_bytes(temporary("file")), str(temporary()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Give both numbers, and the place that is not the command's own."""
+        place = {"place": self.place} if self.place else {}
+        return {"bytes": self.bytes, "free_bytes": self.free_bytes, **place}
 
     def __str__(self) -> str:
         size = f"at most {format_size(self.bytes)}" if self.bytes >= 10**7 else "a few MB"
-        return f"{size} of {format_size(self.free_bytes)} that are free"
+        where = f" in {self.place} (TMPDIR)" if self.place else ""
+        return f"{size} of {format_size(self.free_bytes)} that are free{where}"
 
 
 @dataclass(frozen=True, slots=True)
