@@ -215,7 +215,7 @@ def test_temporary_files_are_counted_and_refused_before_a_model_is_loaded(
             )
             full.setattr(ModelSource, "load", refuse)
             refused = shallower(*words)
-        assert refused.status == 1
+        assert refused.status == 2
         assert "of temporary files" in refused.error
         assert "(TMPDIR)" in refused.error
     assert [one.name for one in folder.iterdir()] == ["small"]

@@ -13,7 +13,7 @@ import shallower as sh
 from shallower.memory.budget import BUDGET
 from shallower.patching import least_squares, solver
 from shallower.patching.least_squares import NormalEquations, solver_bytes
-from shallower.patching.memory import state_bytes
+from shallower.patching.memory import temporary_bytes
 from shallower.patching.patch import CPU_TOKENS
 from tests.examples import sentences
 from tests.peaks import tensors_peak
@@ -98,8 +98,8 @@ def test_the_files_of_states_take_no_more_than_was_counted(words, tmp_path, monk
     config = LlamaConfig(hidden_size=32)
     how = {"num_tokens": CPU_TOKENS, "max_length": 256}
     model = types.SimpleNamespace(config=config, dtype=torch.float32)
-    counted = state_bytes(model, texts, **how)
-    assert sum(taken) <= counted < state_bytes(model, **how)
+    counted = temporary_bytes(model, texts, **how)
+    assert sum(taken) <= counted < temporary_bytes(model, **how)
     assert not any(tmp_path.iterdir())
 
     def full(*_args):

@@ -159,7 +159,7 @@ def test_a_dry_run_bounds_what_a_command_reads(folder, tmp_path, shallower, comm
     common += ["--n", "1,2", "--max-length", "12", "--no-cache", *COMMANDS[command], "--json"]
     streamed = [*common, "--stream", "--out", tmp_path / "a"]
     planned = shallower(*streamed, "--dry-run").json
-    assert ("steps" in planned) == (command == "curve")
+    assert ("temporary" in planned) == (command == "curve")
     done = shallower(*streamed)
     assert done.json["passes"] <= planned["stream"]["passes"] <= 4 * done.json["passes"]
     assert done.json["bytes_read"] <= planned["stream"]["bytes_read"] * 1.05

@@ -265,9 +265,10 @@ def _planned(
     from ..forecasts.speed import told
     from ..forecasts.work import forecast, of_healing
     from ..healing.checks import read_plan, resolve
-    from ..healing.disk import check_disk, temporary_bytes
+    from ..healing.disk import check_disk
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
+    from ..patching.memory import temporary_bytes
     from ..processes import num_processes
     from ..storage import free_bytes
     from ..values.estimates import Disk
@@ -296,7 +297,7 @@ def _planned(
         said["experts"] = f"adapters lie on them too, and on no router{plain}"
     said |= {"memory": memory, "disk": Disk(needed, free_bytes(out))}
     if training["from_patch"]:
-        said["temporary"] = Disk.temporary(temporary_bytes(cut, resolved.max_length))
+        said["temporary"] = Disk.temporary(temporary_bytes(cut, max_length=resolved.max_length))
     if device_memory is None:  # else it is of a card that is not here
         training["num_written"] = 0 if answers is None else answers.num_written
         said["time"] = told(lambda: forecast(*of_healing(cut, plan, resolved, **training)))

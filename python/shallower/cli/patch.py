@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ..values.layers import Block
     from ..values.memory import MemoryPlan
     from ..values.plan import Plan
+    from ..values.tokens import Tokens
 
 
 @takes(PatchSettings)
@@ -116,9 +117,8 @@ def patch_command(
     if reuse(output, lambda value: _say(value, place, out, as_json)):
         return
     check_free(out, overwrite)
-    wanted = _patchable(place, named, out)
-    states = _states(place, source, settings)
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
+    wanted, temporary = _patchable(place, named, out, source, **counted)
     plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
     if dry_run:
         asked = asked if asked and asked.is_for(place.load_tokenizer()) else None
@@ -132,7 +132,7 @@ def patch_command(
                 wanted.dropped,
                 source,
                 out=out,
-                states=states,
+                temporary=temporary,
                 is_here=device_memory is None,
                 held_out=list(held_out or ()),
                 num_written=0 if asked is None else asked.num_written,
@@ -159,34 +159,32 @@ def patch_command(
     _say(output.keep({"patch": done.to_json(), "eval": evaluated}), place, out, as_json)
 
 
-def _patchable(place: ModelSource, named: "Plan | list[Block]", out: Path) -> "Plan":
-    """The plan of the cut, before the model is loaded; PatchError if it cannot be.
+def _patchable(
+    place: ModelSource,
+    named: "Plan | list[Block]",
+    out: Path,
+    texts: "Iterable[str]",
+    *,
+    tokens: "Tokens",
+    num_tokens: int | None,
+) -> "tuple[Plan, int]":
+    """The plan of the cut, before the model is loaded, and the bytes of its temporary files.
 
-    OutputError where its checkpoint has no room.
+    PatchError if it cannot be, OutputError where they or its checkpoint have no room.
     """
     from ..cutting.plans import agreed_plan
     from ..memory.checkpoints import left_bytes
-    from ..storage import check_room
+    from ..patching.memory import temporary_bytes
+    from ..storage import check_room, check_temporary
     from ..values.patch import check_patchable
 
     plan = agreed_plan(str(place.path), place.count_layers(), named)
     check_patchable(plan)
     check_room(out, left_bytes(place, plan.dropped))
-    return plan
-
-
-def _states(place: ModelSource, texts: "Iterable[str]", settings: PatchSettings) -> int:
-    """Count the bytes of temporary files; OutputError where they have no room."""
-    import torch
-
-    from ..patching.memory import state_bytes
-    from ..patching.patch import CPU_TOKENS, NUM_TOKENS
-    from ..storage import check_temporary
-
-    most = settings.num_tokens or (NUM_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
-    needed = state_bytes(place, texts, num_tokens=most, max_length=settings.max_length)
+    how = {"num_tokens": num_tokens, "max_length": tokens.max_length}
+    needed = temporary_bytes(place, texts, dropped=plan.dropped, **how)
     check_temporary(needed)
-    return needed
+    return plan, needed
 
 
 def _asked(
@@ -236,6 +234,7 @@ def _answers(
 
 def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) -> None:
     """Print a patch and its losses, from their JSON values."""
+    from ..models.unsaved import unsaved
     from ..reporting.stories.stages import patch_table
     from ..reporting.words import dequantised
     from ..savings.weights import stored_bytes
@@ -245,7 +244,8 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
     from ..values.patch import Patch
 
     if as_json:
-        print_json({**value["patch"], "eval": value["eval"], "written": str(out)})
+        lost = {"not_saved": unsaved(place).to_json()}
+        print_json({**value["patch"], "eval": value["eval"], **lost, "written": str(out)})
         return
     losses = {name: Loss.from_json(loss) for name, loss in value["eval"].items()}
     lines = [
@@ -265,15 +265,16 @@ def _planned(
     texts: "Iterable[str]",
     *,
     out: Path,
-    states: int,
+    temporary: int,
     is_here: bool,
     **more: Any,
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
     from ..forecasts.speed import told
-    from ..forecasts.stream_plans import plan_passes, plan_steps
+    from ..forecasts.stream_plans import plan_passes
     from ..forecasts.work import forecast, of_patch
     from ..memory.checkpoints import left_bytes
+    from ..models.unsaved import unsaved
     from ..storage import free_bytes
     from ..values.estimates import Disk
 
@@ -281,9 +282,10 @@ def _planned(
     planned: dict[str, Any] = {}
     if place.waits_on_disk:
         planned["stream"] = told(lambda: plan_passes(place, counted().work.passes))
-        planned["steps"] = plan_steps(place, dropped, counted().steps)
     planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
-    planned["temporary"] = Disk.temporary(states)
+    planned["temporary"] = Disk.temporary(temporary)
+    if lost := unsaved(place):
+        planned["not_saved"] = lost
     if is_here:
         planned["time"] = told(lambda: forecast(counted()))
     return planned

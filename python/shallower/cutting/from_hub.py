@@ -188,18 +188,13 @@ class HubCheckpoint:
         self.remove()
 
     def _unverified(self) -> dict[str, str]:
-        """Hash what has come of each file, in hexadecimal digits, but of those that came whole.
-
-        ModelError where such a one is another file than the hub states.
-        """
+        """Hash what has come of files in part; ModelError for a whole one that is not as stated."""
         found = {}
         for name, size in self.sizes.items():
             ranges, digest = _merged(self._come[name]), sha256()
-            with (self.folder / name).open("rb") as file:
-                for start, stop in ranges:
-                    file.seek(start)
-                    for left in range(stop - start, 0, -_CHUNK_BYTES):
-                        digest.update(file.read(min(left, _CHUNK_BYTES)))
+            for one in ranges:
+                for chunk in _read(self.folder / name, *one):
+                    digest.update(chunk)
             if ranges != [(0, size)] or len(self.etags[name]) != 2 * digest.digest_size:
                 found[name] = digest.hexdigest()
             elif digest.hexdigest() != self.etags[name]:
@@ -270,11 +265,7 @@ class HubCheckpoint:
 
         cached = try_to_load_from_cache(self.name, name, revision=self.folder.name)
         if isinstance(cached, str) and Path(cached).resolve().name == self.etags[name]:
-            with Path(cached).open("rb") as file:
-                file.seek(start)
-                while start < stop and (chunk := file.read(min(stop - start, _CHUNK_BYTES))):
-                    start += len(chunk)
-                    yield chunk
+            yield from _read(Path(cached), start, stop)
             return
         client: Any = utils  # which does not say what it exports
         request = {
@@ -468,6 +459,14 @@ def _hollow(path: Path, size: int) -> None:
 def _settle(path: Path) -> None:
     """Give a stand-in the time of change that all have: what comes into it changes no content."""
     os.utime(path, (0, 0))
+
+
+def _read(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < stop and (chunk := file.read(min(stop - start, _CHUNK_BYTES))):
+            start += len(chunk)
+            yield chunk
 
 
 def _until_it_breaks(chunks: Iterator[bytes]) -> Iterator[bytes]:

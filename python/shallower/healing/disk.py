@@ -8,11 +8,9 @@ import torch
 
 from ..memory.checkpoints import BESIDE, left_bytes
 from ..memory.rehearsal import build_empty
-from ..merging.merging import stored_plainly
 from ..models.feed_forward import feed_forward_targets
 from ..models.source import ModelSource
-from ..patching.memory import state_bytes
-from ..patching.patch import CPU_TOKENS, NUM_TOKENS
+from ..patching.memory import temporary_bytes
 from ..storage import check_room, check_temporary
 from ..values.plan import Plan
 from ..values.recipe import Recipe
@@ -50,12 +48,5 @@ def check_disk(
     needed = 4 * trained * (3 * CHECKPOINTS + 1) + saved + BESIDE
     check_room(out, needed)
     if from_patch:
-        check_temporary(temporary_bytes(cut, settings.max_length))
+        check_temporary(temporary_bytes(cut, max_length=settings.max_length))
     return needed
-
-
-def temporary_bytes(cut: ModelSource, max_length: int) -> int:
-    """Count the bytes of temporary files that a patch takes before a healing, at most, about."""
-    dtype = stored_plainly(str(cut), cut.trust_remote_code)
-    most = NUM_TOKENS if torch.cuda.is_available() else CPU_TOKENS
-    return state_bytes(replace(cut, dtype=dtype), num_tokens=most, max_length=max_length)

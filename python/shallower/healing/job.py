@@ -22,6 +22,7 @@ from ..errors import ModelError, OutputError, RecipeError, TextsError, why
 from ..merging.merge import copy_beside, copy_files, healing_rows
 from ..merging.stored_adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from ..models.identity import stored_digest
+from ..models.unsaved import warn_unsaved
 from ..patching.patch import with_patch
 from ..patching.saving import save_patched
 from ..processes import is_main_process, partial_folder
@@ -213,6 +214,7 @@ def patched_cut(job: Job, out: Path, dtype: str) -> Path:
             say_goes_on("the cut is patched", job.progress)
             return found
     model, tokenizer = job.original.load(dtype)
+    warn_unsaved(model)
     kept = place.with_suffix(".patching")
     with with_patch(
         model,

@@ -1,6 +1,6 @@
 """The memory of a patch: its equations beside the weights, of which layers can wait elsewhere."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan, usable
 from ..values.tokens import Tokens
 from .descent import graph_bytes, kept_bytes, matrices
 from .least_squares import solver_bytes
-from .patch import patch_tokens
+from .patch import CPU_TOKENS, NUM_TOKENS, patch_tokens
 from .states import BATCH_TOKENS, FILES, MAX_HELD_OUT
 
 DEFAULT_PATCH_BATCH = 16
@@ -112,33 +112,36 @@ def plan_patch(
     return plan_step(first_that_runs(rehearsed), [(texts, None)], room.size)
 
 
-def state_bytes(
+def temporary_bytes(
     model: ModelSource | PreTrainedModel,
     texts: Iterable[str] | None = None,
     *,
-    num_tokens: int | None,
+    dropped: Collection[int] = (),
+    num_tokens: int | None = None,
     max_length: int,
+    of_run: bool = False,
 ) -> int:
-    """Count the bytes of the files that the states of a patch take, at most, about.
+    """Count the bytes of the temporary files of a patch, at most, about.
 
-    It fits ``num_tokens`` at most, None for as many as a run; no text has more tokens than bytes.
+    It fits ``num_tokens`` at most, by default as many as a patch, or that of a run; no text has
+    more tokens than bytes. Layers that wait on disk keep there what moves, too.
     """
+    on_cpu, on_disk = not torch.cuda.is_available(), False
     if isinstance(model, ModelSource):
-        source = model.resolved()
-        config, dtype = source.read_config(), plain_dtype(source.dtype)
-    else:
-        config, dtype = model.config, model.dtype
-    if num_tokens is None:
-        on_cpu = not torch.cuda.is_available()
-        num_tokens = patch_tokens(num_parameters(build_empty(config, dtype)), on_cpu=on_cpu)
-    count = num_tokens if texts is None else 0
-    for text in texts or ():
-        count += min(max_length, len(text.encode(errors="replace")))
-        if count >= num_tokens:
+        source, on_disk = model.resolved(), model.waits_on_disk
+        model = build_empty(source.read_config(), plain_dtype(source.dtype))
+    most = patch_tokens(num_parameters(model), on_cpu=on_cpu) if of_run else num_tokens
+    most = most or (CPU_TOKENS if on_cpu else NUM_TOKENS)
+    count = most if texts is None else 0
+    for text in () if texts is None else texts:
+        if count >= most:
             break
-    num_tokens = min(num_tokens, count)
-    tokens = num_tokens + min(MAX_HELD_OUT, num_tokens) + 2 * (max_length + BATCH_TOKENS)
-    return FILES * tokens * int(config.get_text_config().hidden_size) * dtype.itemsize
+        count += min(max_length, len(text.encode(errors="replace")))
+    tokens = min(count, most) + min(MAX_HELD_OUT, count) + 2 * (max_length + BATCH_TOKENS)
+    decoder = Decoder.of(model)
+    states = FILES * tokens * int(decoder.config.hidden_size) * model.dtype.itemsize
+    moving = {*range(min(dropped, default=1) - 1, len(decoder))} - {*dropped} if on_disk else ()
+    return states + kept_bytes(decoder.layers.modules[layer] for layer in moving)
 
 
 def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """The disk that a command takes, counted before it works."""
 
-from itertools import product
 from typing import Any
 
 from ..models.source import ModelSource
@@ -22,18 +21,24 @@ def study_bytes(study: Any) -> int:
     return SMALL + copies * max(left_bytes(*place) for place in places)
 
 
-def temporary_bytes(study: Any) -> int:
-    """Count the bytes of temporary files that the states of full patches take, at most, about."""
+def temporary_of(study: Any) -> int:
+    """Count the bytes of the temporary files of full patches, at most, about."""
     if not patches(study.settings):
         return 0
-    from ..patching.memory import state_bytes
+    from ..patching.memory import temporary_bytes
 
-    settings = study.settings
-    most, longest = getattr(settings, "patch_tokens", None), settings.tokens.max_length
-    models = [one if isinstance(one, ModelSource) else one.model for one in study.models]
-    texts = [split.fit for split in study.splits.values()]
-    pairs = product(models, texts)
-    return max(state_bytes(*pair, num_tokens=most, max_length=longest) for pair in pairs)
+    most, sizes = getattr(study.settings, "patch_tokens", None), []
+    for one in study.models:
+        layers = one.count_layers()
+        n = min(filter(None, sizes_of(study.settings, layers)), default=1)
+        begin = max(1, (layers - n) // 2)
+        how = {"dropped": range(begin, begin + n), "num_tokens": most, "of_run": most is None}
+        model = one if isinstance(one, ModelSource) else one.model
+        sizes += [
+            temporary_bytes(model, split.fit, max_length=study.settings.tokens.max_length, **how)
+            for split in study.splits.values()
+        ]
+    return max(sizes)
 
 
 def patches(settings: Any) -> bool:

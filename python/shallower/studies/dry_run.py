@@ -15,14 +15,13 @@ import numpy as np
 from ..evaluation.speech import SPEECH_TOKENS
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
 from ..forecasts.speed import Work, device_of, told
-from ..forecasts.stream_plans import StepsPlan, plan_passes, plan_steps
+from ..forecasts.stream_plans import plan_passes
 from ..forecasts.work import (
     CHECKED,
     QUICK_SOLVES,
     Counted,
     CutWork,
     forecast,
-    middle,
     run,
     solved,
     spoken,
@@ -45,6 +44,7 @@ from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
+from ..models.unsaved import unsaved
 from ..storage import free_bytes
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
@@ -57,7 +57,7 @@ from ..values.settings import CurveSettings, RunSettings
 from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
-from .disk import patches, sizes_of, study_bytes, temporary_bytes
+from .disk import patches, sizes_of, study_bytes, temporary_of
 from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
@@ -86,14 +86,14 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     }
     if study.out is None:
         del ways["disk"]
+    if isinstance(study.settings, RunSettings) and (lost := unsaved(study.models[0])):
+        ways["not_saved"] = lambda: lost
     if patches(study.settings):
-        ways["temporary"] = lambda: Disk.temporary(temporary_bytes(study))
+        ways["temporary"] = lambda: Disk.temporary(temporary_of(study))
     if any(model.waits_on_disk for model in study.models):
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")
         )
-        if patches(study.settings):
-            ways["steps"] = lambda: models()[0].steps()
     return {**described, **{name: told(way) for name, way in ways.items()}}
 
 
@@ -200,19 +200,11 @@ class _Model:
             self.cuts = self._cuts()
             work = sum(ways.get(type(self.settings), self._of_comparison)(), work)
         length = float(self.texts.report.mean())
-        return Counted(self.source, work, self.texts.at_once, length, self.cuts.num_steps)
+        return Counted(self.source, work, self.texts.at_once, length)
 
     def stream(self) -> StreamPlan:
         """What is read of a model whose layers are streamed from disk, at most, about."""
         return plan_passes(self.source, self.counted.work.passes)
-
-    def steps(self) -> StepsPlan:
-        """What the steps of all full patches take of the disk, of blocks in the middle."""
-        settings, n = self.settings, min(filter(None, self._sizes), default=1)
-        is_curve = isinstance(settings, CurveSettings)
-        count = len(settings.n) * len(settings.strategies) if is_curve else 1
-        each = plan_steps(self.source, middle(self.layers, n), self.counted.steps)
-        return replace(each, steps=count * each.steps, passes=count * each.passes)
 
     def _texts(self, name: str) -> _Texts:
         tokenizer = self.source.load_tokenizer()

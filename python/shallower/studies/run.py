@@ -271,6 +271,7 @@ class RunStudy(Study[RunSettings]):
 
     def _run(self, report: Callable[[Run], None] | None) -> Run:
         from ..models.decoder import Decoder
+        from ..models.unsaved import warn_unsaved
         from .recommending import Recommending
 
         if self.overwrite:
@@ -282,6 +283,8 @@ class RunStudy(Study[RunSettings]):
             say_goes_on(self.earlier.reached, self.progress)
         _ = self.splits
         loaded, tokenizer = self.load(self.model)
+        if not self.settings.plan_only:
+            warn_unsaved(loaded)
         wanted = self.wanted_answers and self.wanted_answers.of(Decoder.of(loaded), tokenizer)
         stage = None
         if self.settings.heal:
