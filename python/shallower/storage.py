@@ -40,7 +40,7 @@ def _check_taken(path: Path, overwrite: bool) -> None:
                 "--overwrite)"
             )
         if path.is_dir():
-            check_ours(path, list(_foreign(path, _recorded(path))))
+            check_ours(path, foreign(path))
         for parent in path.parents:
             if parent.exists():
                 if not parent.is_dir():
@@ -106,6 +106,11 @@ def rewrite(path: Path, content: bytes) -> None:
 def _record(files: Mapping[str, Any]) -> bytes:
     kept = {name: files[name] for name in sorted(files) if name not in (RECORD, RESULT_RECORD)}
     return (json.dumps({"files": kept}, indent=1) + "\n").encode()
+
+
+def foreign(folder: Path) -> list[str]:
+    """List what lies in a folder and was not written there, or was changed since, by its names."""
+    return list(_foreign(folder, _recorded(folder)))
 
 
 def _foreign(folder: Path, recorded: Mapping[str, Any], inside: str = "") -> Iterator[str]:

@@ -3,7 +3,6 @@
 import errno
 import os
 import tempfile
-import types
 
 import pytest
 import torch
@@ -95,9 +94,10 @@ def test_the_files_of_states_take_no_more_than_was_counted(words, tmp_path, monk
     texts = sentences(60)
     work = patch_of(words, 32, 64, texts)
     work()
-    config = LlamaConfig(hidden_size=32)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes))
     how = {"num_tokens": CPU_TOKENS, "max_length": 256}
-    model = types.SimpleNamespace(config=config, dtype=torch.float32)
     counted = temporary_bytes(model, texts, **how)
     assert sum(taken) <= counted < temporary_bytes(model, **how)
     assert not any(tmp_path.iterdir())

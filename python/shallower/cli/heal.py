@@ -264,7 +264,7 @@ def _planned(
     from ..forecasts.forecast import memory_forecast
     from ..forecasts.speed import told
     from ..forecasts.work import forecast, of_healing
-    from ..healing.checks import read_plan, resolve
+    from ..healing.checks import check_original, read_plan, resolve
     from ..healing.disk import check_disk
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
@@ -276,6 +276,8 @@ def _planned(
 
     model, trust_remote_code = str(cut), cut.trust_remote_code
     plan, there = read_plan(model), answers is not None
+    if training["original"] is not None:
+        check_original(str(training["original"]), plan, trust_remote_code)
     saved = {name: training[name] for name in ("merge", "from_patch")}
     needed = check_disk(out, cut, plan, recipe=recipe, answers=there, **saved)
     memory = memory_forecast(

@@ -10,6 +10,8 @@ from huggingface_hub import constants
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from ..cutting.checkpoint import identity_of
+from ..cutting.checkpoint_files import is_checkpoint
 from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError, why
 from ..memory.device import device_room
 from ..models.architecture import admitted_length, find_layers
@@ -18,6 +20,7 @@ from ..models.dtypes import QUANTISED, choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
 from ..models.loading import read_config
 from ..models.quantised import check_stored
+from ..models.source import ModelSource
 from ..processes import num_processes
 from ..progress import hushed
 from ..texts.hub import hub_answers, hub_refusal
@@ -77,6 +80,20 @@ def _plan_of_hub(path: str) -> str | None:
             f"there, or name the folder of a cut"
         )
     return found
+
+
+def check_original(original: str, plan: Plan, trust_remote_code: bool = False) -> None:
+    """Refuse, before it is loaded, a model that a plan was not made for: PlanError.
+
+    One that is not here is known by its number of layers alone.
+    """
+    known = identity_of(original, trust_remote_code) if is_checkpoint(original) else None
+    if known is not None:
+        plan.check_model(known)
+    else:
+        plan.check_layers(
+            original, ModelSource(original, trust_remote_code=trust_remote_code).count_layers()
+        )
 
 
 def resolve(

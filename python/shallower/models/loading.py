@@ -406,6 +406,12 @@ def _reason(error: Exception, source: str, options: dict[str, Any]) -> str:
     text = str(error)
     if options.get("gguf_file") and any(words in text for words in _CUT_OFF):
         return "the file is cut off or damaged; download it again"
+    if found := re.search(r"Unrecognized configuration class <class '.*\.(\w+)'>", text):
+        return (
+            f"transformers has no causal language model for {found[1]}, and only such are cut: use "
+            f"--for-states for a model of images and text; an encoder, as T5's or CLIP's, is "
+            f"loaded with its first layers alone where its config counts fewer"
+        )
     if "trust_remote_code" in text and not options.get("trust_remote_code"):
         allowing = "(trust_remote_code, --trust-remote-code)"
         return f"it has code of its own: read it, then allow it to run {allowing}"

@@ -11,14 +11,13 @@ from typing import Any
 from .._core import tier
 from ..cutting.exports import EXPORT_FILES, export_path
 from ..cutting.from_hub import UNVERIFIED
-from ..cutting.metadata import without_results
 from ..cutting.plans import plan_file
 from ..cutting.source import CARD_FILE, HUB_ID, hub_id, module_folders, place_name
 from ..errors import OutputError, why
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..processes import num_processes, processors
-from ..storage import RECORD, RESULT_RECORD, sha256_of, write_file
+from ..storage import RECORD, RESULT_RECORD, foreign, sha256_of, write_file
 from ..texts.hub import raise_fetch_error
 from ..texts.sources import HUB_DATASET, Texts
 from ..values.files import (
@@ -241,7 +240,7 @@ def record_of(command: str, given: Mapping[str, Any], store: Store) -> Record:
         out.name,
         reads,
         plans,
-        files_of(out, command, store=store),
+        _own(out, files_of(out, command, store=store)),
         {} if command == "merge" else figures_of(out),  # those of its healing, copied
         versions(),
         here(),
@@ -325,19 +324,22 @@ def files_of(out: Path, command: str, part: str = "", *, store: Store) -> dict[s
     return found
 
 
-def _hashes(folder: Path, paths: Sequence[Path], store: Store) -> dict[str, str]:
-    """Hash the files among paths in a folder by their places in it, but for hidden ones.
+def _own(out: Path, found: Mapping[str, str]) -> dict[str, str]:
+    """The files of a result that were written there, and not what somebody has put beside them."""
+    tops = [top for top in ("", *(f"{part}/" for part in _PARTS)) if (out / top / RECORD).is_file()]
+    strange = tuple(f"{top}{name}" for top in tops for name in foreign(out / top))
+    return {
+        name: found[name]
+        for name in found
+        if not any(name == one or (one[-1] == "/" and name.startswith(one)) for one in strange)
+    }
 
-    Of cards all but their results, which are also measured later (``eval --card``).
-    """
+
+def _hashes(folder: Path, paths: Sequence[Path], store: Store) -> dict[str, str]:
+    """Hash the files among paths in a folder by their places in it, but for hidden ones."""
     places = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
     places = {name: path for name, path in places.items() if "/." not in f"/{name}"}
-    found = dict(zip(places, hashes_of([*places.values()], store), strict=True))
-    for name in found:
-        if name.endswith(CARD_FILE):
-            card = (folder / name).read_bytes().decode("utf-8-sig", errors="replace")
-            found[name] = hash_of(without_results(card))
-    return found
+    return dict(zip(places, hashes_of([*places.values()], store), strict=True))
 
 
 def figures_of(out: Path) -> dict[str, float]:
