@@ -176,10 +176,11 @@ def free_bytes(path: Path) -> int:
         return shutil.disk_usage(there).free
 
 
-def check_room(path: Path, num_bytes: int) -> None:
+def check_room(path: Path, num_bytes: int, temporary_bytes: int = 0) -> None:
     """Refuse, by OutputError, a path without room for so many bytes, those of an interrupted run
-    among them.
+    among them; or that for temporary files.
     """
+    check_temporary(temporary_bytes)
     left = (partial_folder(path) / "folder").glob("*")
     if num_bytes - sum(file.stat().st_size for file in left) > (free := free_bytes(path)):
         sizes = f"{num_bytes / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free there"
@@ -189,17 +190,17 @@ def check_room(path: Path, num_bytes: int) -> None:
 
 def check_temporary(num_bytes: int) -> None:
     """Refuse, by OutputError, temporary files of so many bytes that would find no room."""
-    if num_bytes > (free := free_bytes(temporary("file"))):
+    if num_bytes > (free := free_bytes(temporary())):
         sizes = f"{num_bytes / 1e6:,.1f} MB of temporary files, and {free / 1e6:,.1f} MB are free"
         raise OutputError(
-            f"cannot begin: it takes {sizes} in {temporary()}: make room, or name another folder "
-            f"(TMPDIR)"
+            f"cannot begin: it takes {sizes} in {temporary().parent}: make room, or name another "
+            f"folder (TMPDIR)"
         )
 
 
-def temporary(*names: str) -> Path:
-    """The folder of temporary files, or a place there."""
-    return Path(tempfile.gettempdir(), *names)
+def temporary() -> Path:
+    """The place of a temporary file."""
+    return Path(tempfile.gettempdir(), "shallower")
 
 
 def holds(path: Path, content: bytes) -> bool:

@@ -230,7 +230,7 @@ def test_a_server_that_sends_other_weights_is_found_out_where_that_can_be(remote
 
 
 def test_a_server_that_is_not_the_hub_is_named(remote, tmp_path, monkeypatch):
-    monkeypatch.setattr(from_hub, "HUB", "https://huggingface.co")
+    monkeypatch.setattr("shallower.texts.hub.HUB", "https://huggingface.co")
     with pytest.warns(UserWarning, match=f"comes from {remote.url} .HF_ENDPOINT. and not from"):
         sh.prune("me/tiny", DROPPED, tmp_path / "cut")
 

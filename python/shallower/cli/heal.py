@@ -270,7 +270,7 @@ def _planned(
     from ..models.experts import unquantised
     from ..patching.memory import temporary_bytes
     from ..processes import num_processes
-    from ..storage import free_bytes
+    from ..storage import free_bytes, temporary
     from ..values.estimates import Disk
     from ..values.memory import EXPERTS
 
@@ -299,7 +299,8 @@ def _planned(
         said["experts"] = f"adapters lie on them too, and on no router{plain}"
     said |= {"memory": memory, "disk": Disk(needed, free_bytes(out))}
     if training["from_patch"]:
-        said["temporary"] = Disk.temporary(temporary_bytes(cut, max_length=resolved.max_length))
+        taken = temporary_bytes(cut, max_length=resolved.max_length)
+        said["temporary"] = Disk(taken, free_bytes(temporary()))
     if device_memory is None:  # else it is of a card that is not here
         training["num_written"] = 0 if answers is None else answers.num_written
         said["time"] = told(lambda: forecast(*of_healing(cut, plan, resolved, **training)))

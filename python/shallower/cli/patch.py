@@ -118,7 +118,7 @@ def patch_command(
         return
     check_free(out, overwrite)
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
-    wanted, temporary = _patchable(place, named, out, source, **counted)
+    wanted, needed = _patchable(place, named, out, source, **counted)
     plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
     if dry_run:
         asked = asked if asked and asked.is_for(place.load_tokenizer()) else None
@@ -132,7 +132,7 @@ def patch_command(
                 wanted.dropped,
                 source,
                 out=out,
-                temporary=temporary,
+                needed=needed,
                 is_here=device_memory is None,
                 held_out=list(held_out or ()),
                 num_written=0 if asked is None else asked.num_written,
@@ -175,15 +175,14 @@ def _patchable(
     from ..cutting.plans import agreed_plan
     from ..memory.checkpoints import left_bytes
     from ..patching.memory import temporary_bytes
-    from ..storage import check_room, check_temporary
+    from ..storage import check_room
     from ..values.patch import check_patchable
 
     plan = agreed_plan(str(place.path), place.count_layers(), named)
     check_patchable(plan)
-    check_room(out, left_bytes(place, plan.dropped))
     how = {"num_tokens": num_tokens, "max_length": tokens.max_length}
     needed = temporary_bytes(place, texts, dropped=plan.dropped, **how)
-    check_temporary(needed)
+    check_room(out, left_bytes(place, plan.dropped), needed)
     return plan, needed
 
 
@@ -265,7 +264,7 @@ def _planned(
     texts: "Iterable[str]",
     *,
     out: Path,
-    temporary: int,
+    needed: int,
     is_here: bool,
     **more: Any,
 ) -> dict[str, Any]:
@@ -275,7 +274,7 @@ def _planned(
     from ..forecasts.work import forecast, of_patch
     from ..memory.checkpoints import left_bytes
     from ..models.unsaved import unsaved
-    from ..storage import free_bytes
+    from ..storage import free_bytes, temporary
     from ..values.estimates import Disk
 
     counted = cache(lambda: of_patch(place, dropped, texts, **more))
@@ -283,7 +282,7 @@ def _planned(
     if place.waits_on_disk:
         planned["stream"] = told(lambda: plan_passes(place, counted().work.passes))
     planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
-    planned["temporary"] = Disk.temporary(temporary)
+    planned["temporary"] = Disk(needed, free_bytes(temporary()))
     if lost := unsaved(place):
         planned["not_saved"] = lost
     if is_here:

@@ -29,7 +29,14 @@ from huggingface_hub import constants
 from ..errors import ModelError, OutputError, ShallowerError, raise_output_error, why
 from ..progress import BytesProgress, hushed, say, say_goes_on, track, track_copy
 from ..storage import free_bytes, write_file
-from ..texts.hub import hub_absence, hub_files, hub_refusal, raise_fetch_error
+from ..texts.hub import (
+    etag_of,
+    hub_absence,
+    hub_files,
+    hub_refusal,
+    raise_fetch_error,
+    warn_of_mirror,
+)
 from ..values.hashing import hash_of
 from ..values.memory import format_size
 from .checkpoint import Piece, PreparedCut
@@ -56,8 +63,6 @@ JOURNAL_BYTES = 16 << 20
 
 TRIES = 5
 """How often a connection may break off without a byte more."""
-
-HUB = "https://huggingface.co"
 
 UNVERIFIED: dict[tuple[str, str], dict[str, str]] = {}
 """By name and commit, the SHA-256 of what this process has fetched of each file, if not all."""
@@ -200,8 +205,8 @@ class HubCheckpoint:
             elif digest.hexdigest() != self.etags[name]:
                 self.remove()
                 raise ModelError(
-                    f"{constants.ENDPOINT} sends another {name} of {self.name} than it states "
-                    f"(SHA-256 {self.etags[name]}): nothing of it is kept"
+                    f"{constants.ENDPOINT} sends another {name} of {self.name} than it states: "
+                    f"nothing of it is kept; try again, or name another server (HF_ENDPOINT)"
                 )
         return found
 
@@ -282,12 +287,12 @@ class HubCheckpoint:
                 client.hf_raise_for_status(response)
                 self._check(response, name, (start, stop))
                 left = stop - start
-                for chunk in _until_it_breaks(response.iter_bytes()):
-                    if left > 0:
-                        yield chunk[:left]
-                    left -= len(chunk)
-                    if left < 0:
-                        return
+                with suppress(Exception):  # it broke off
+                    for chunk in response.iter_bytes():
+                        yield chunk[: max(0, left)]
+                        left -= len(chunk)
+                        if left < 0:
+                            return
         except ShallowerError:
             raise
         except Exception as error:  # of the hub's client, which has had several
@@ -308,7 +313,7 @@ class HubCheckpoint:
                 f"{constants.ENDPOINT} sends another range of {name} of {self.name} ({found}), "
                 f"expected {expected}: {way_out}"
             )
-        if (etag := _etag(response)) != self.etags[name]:
+        if (etag := etag_of(response)) != self.etags[name]:
             raise ModelError(
                 f"{constants.ENDPOINT} sends another content of {name} of {self.name} (ETag "
                 f"{etag or 'missing'}), expected {self.etags[name]}, as it states: {way_out}"
@@ -398,12 +403,7 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
             return HubCheckpoint(name, snapshot, {})
         if is_absent:
             return None
-        if constants.ENDPOINT != HUB:
-            warnings.warn(
-                f"{name} comes from {constants.ENDPOINT} (HF_ENDPOINT) and not from {HUB}, and "
-                f"parts of files cannot be verified: trust that server, or unset HF_ENDPOINT",
-                stacklevel=2,
-            )
+        warn_of_mirror(name)
         key, assets = hash_of(str(request.out.absolute()))[:16], constants.HF_ASSETS_CACHE
         within = f"cut-{key}", f"models--{name.replace('/', '--')}"
         with raise_output_error(assets):
@@ -467,25 +467,6 @@ def _read(path: Path, start: int, stop: int) -> Iterator[bytes]:
         while start < stop and (chunk := file.read(min(stop - start, _CHUNK_BYTES))):
             start += len(chunk)
             yield chunk
-
-
-def _until_it_breaks(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    while True:
-        try:
-            chunk = next(chunks, b"")
-        except Exception:  # of the hub's client, which has had several
-            return
-        if not chunk:
-            return
-        yield chunk
-
-
-def _etag(response: Any) -> str:
-    """The hub's name for the content of a file; empty where it does not say."""
-    answers = (*response.history, response)
-    linked = [one.headers["X-Linked-Etag"] for one in answers if "X-Linked-Etag" in one.headers]
-    own = [] if response.history else [response.headers.get("ETag", "")]
-    return next(iter((*linked, *own)), "").removeprefix("W/").strip('"')
 
 
 def _merged(ranges: Iterable[Range]) -> list[Range]:

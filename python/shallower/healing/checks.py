@@ -18,9 +18,8 @@ from ..models.architecture import admitted_length, find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import QUANTISED, choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
-from ..models.loading import read_config
+from ..models.loading import layers_of, read_config
 from ..models.quantised import check_stored
-from ..models.source import ModelSource
 from ..processes import num_processes
 from ..progress import hushed
 from ..texts.hub import hub_answers, hub_refusal
@@ -90,10 +89,8 @@ def check_original(original: str, plan: Plan, trust_remote_code: bool = False) -
     known = identity_of(original, trust_remote_code) if is_checkpoint(original) else None
     if known is not None:
         plan.check_model(known)
-    else:
-        plan.check_layers(
-            original, ModelSource(original, trust_remote_code=trust_remote_code).count_layers()
-        )
+    elif (n := layers_of(read_config(original, None, trust_remote_code))) != plan.num_layers:
+        raise PlanError(f"the plan is for {plan.num_layers} layers, {original} has {n}")
 
 
 def resolve(

@@ -45,7 +45,7 @@ from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..models.unsaved import unsaved
-from ..storage import free_bytes
+from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
 from ..values.curve import OWN_STRATEGIES, SCANNED
@@ -89,7 +89,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     if isinstance(study.settings, RunSettings) and (lost := unsaved(study.models[0])):
         ways["not_saved"] = lambda: lost
     if patches(study.settings):
-        ways["temporary"] = lambda: Disk.temporary(temporary_of(study))
+        ways["temporary"] = lambda: Disk(temporary_of(study), free_bytes(temporary()))
     if any(model.waits_on_disk for model in study.models):
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")

@@ -19,7 +19,7 @@ from ..cutting.source import place_name
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone, held
-from ..storage import check_apart, check_free, check_room, check_temporary, write_file
+from ..storage import check_apart, check_free, check_room, write_file
 from ..store.given_models import InMemory, ModelStore, inputs_of_one
 from ..store.inputs import items_of, texts_inputs
 from ..store.store import Entry, Store
@@ -170,8 +170,7 @@ class Study(Generic[Settings]):
                 check_free(self.out / name, self.overwrite)
         self.check_kind()
         if self.out is not None:
-            check_room(self.out / self.RESULTS, study_bytes(self))
-        check_temporary(temporary_of(self))
+            check_room(self.out / self.RESULTS, study_bytes(self), temporary_of(self))
 
     def check_kind(self) -> None:
         """Refuse what this kind of study cannot do."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..storage import free_bytes, temporary
 from .memory import format_size
 
 SETS = {"fit": "calibration", "choose": "selection", "report": "test"}
@@ -54,22 +53,14 @@ class Disk:
 
     bytes: int
     free_bytes: int
-    place: str = ""
 
-    @classmethod
-    def temporary(cls, num_bytes: int) -> "Disk":
-        """Describe so many bytes of temporary files."""
-        return cls(num_bytes, free_bytes(temporary("file")), str(temporary()))
-
-    def to_json(self) -> dict[str, Any]:
-        """Give both numbers, and the place that is not the command's own."""
-        place = {"place": self.place} if self.place else {}
-        return {"bytes": self.bytes, "free_bytes": self.free_bytes, **place}
+    def to_json(self) -> dict[str, int]:
+        """Give both numbers."""
+        return {"bytes": self.bytes, "free_bytes": self.free_bytes}
 
     def __str__(self) -> str:
         size = f"at most {format_size(self.bytes)}" if self.bytes >= 10**7 else "a few MB"
-        where = f" in {self.place} (TMPDIR)" if self.place else ""
-        return f"{size} of {format_size(self.free_bytes)} that are free{where}"
+        return f"{size} of {format_size(self.free_bytes)} that are free"
 
 
 @dataclass(frozen=True, slots=True)

@@ -314,14 +314,12 @@ class Plan:
 
         Raises PlanError if the number of layers or the fingerprint differs.
         """
-        self.check_layers(model.name, model.num_layers)
+        if self.num_layers != model.num_layers:
+            raise PlanError(
+                f"the plan is for {self.num_layers} layers, {model.name} has {model.num_layers}"
+            )
         if self.model and self.model.fingerprint != model.fingerprint:
             raise self._of_another(self.model.fingerprint[:12], model.name, model.fingerprint[:12])
-
-    def check_layers(self, name: str, num_layers: int) -> None:
-        """Refuse a model of another number of layers: PlanError."""
-        if self.num_layers != num_layers:
-            raise PlanError(f"the plan is for {self.num_layers} layers, {name} has {num_layers}")
 
     def check_type(self, name: str, model_type: str) -> None:
         """Refuse a model of another type, where no more is known of it: PlanError."""
