@@ -146,4 +146,5 @@ def test_it_is_said_before_a_command_works_on_it(towers, shallower, tmp_path, mo
 
     for place in ("patching.saving.patch", "studies.recommending.Recommending.run"):
         monkeypatch.setattr(f"shallower.{place}", work)
-    assert "without model.visual (33 tensors" in shallower(*words).err
+    with pytest.warns(UserWarning, match=r"without model.visual \(33 tensors"):
+        shallower(*words)

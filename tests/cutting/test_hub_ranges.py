@@ -235,6 +235,23 @@ def test_a_server_that_is_not_the_hub_is_named(remote, tmp_path, monkeypatch):
         sh.prune("me/tiny", DROPPED, tmp_path / "cut")
 
 
+def test_what_the_hub_makes_us_wait_for_is_said(remote, local, tmp_path, capfd):
+    answers = iter([(500, {}, b""), (429, {"Retry-After": "7"}, b"")])
+
+    def spoil(_name, *answer):
+        return next(answers, answer)
+
+    remote.spoil = spoil
+    sh.prune("me/tiny", DROPPED, tmp_path / "cut", progress=False)
+    assert_same(tmp_path / "cut", local)
+    said = capfd.readouterr().err
+    assert f"{remote.url} answers with status 500: asking again in 1 s\n" in said
+    assert f"{remote.url} answers with status 429: asking again in 8 s\n" in said
+    remote.spoil = lambda *_: (429, {"Retry-After": "3600"}, b"")
+    with pytest.raises(ModelError, match="status 429, and asks to wait 3601 s: try again then"):
+        sh.prune("me/tiny", DROPPED, tmp_path / "again", progress=False)
+
+
 def half(data):
     return data[: len(data) // 2]
 

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from weakref import WeakSet
@@ -10,8 +11,9 @@ from weakref import WeakSet
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
+from ..errors import ModelError
 from ..values.counts import counted
 from ..values.memory import format_size
 from .loading import empty_model, layers_of, read_config
@@ -37,14 +39,16 @@ def unsaved(model: PreTrainedModel | ModelSource) -> Unsaved:
 
     Raises ModelError for a config that cannot be read.
     """
-    is_source = isinstance(model, ModelSource)
-    place = str(model.place if is_source else model.name_or_path)
-    trusted = model.trust_remote_code if is_source else True  # its code has run, if it has any
+    if isinstance(model, ModelSource):
+        place, trusted = str(model.place.expanduser()), model.trust_remote_code
+    else:
+        own = type(model).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+        place, trusted = str(model.name_or_path), own  # whose code has run
     stored = {name: span for file in _files(place) for name, span in places_in(file).items()}
     lost = Unsaved()
     if not stored:
         return lost
-    loaded = empty_model(place, trusted) if is_source else model
+    loaded = empty_model(place, trusted) if isinstance(model, ModelSource) else model
     whole = layers_of(read_config(place, trust_remote_code=trusted)) or 0
     weights = Converted(stored, get_model_conversion_mapping(loaded), loaded).sources
     used = {name for sources in weights.values() for name in sources}
@@ -66,7 +70,10 @@ _WARNED: "WeakSet[PreTrainedModel]" = WeakSet()
 
 def warn_unsaved(model: PreTrainedModel) -> None:
     """Warn once of what a checkpoint has that is not in what is saved of its loaded model."""
-    if model not in _WARNED and (lost := unsaved(model)):
+    lost = Unsaved()
+    with suppress(ModelError):  # the folder that it names is another one now
+        lost = lost if model in _WARNED else unsaved(model)
+    if lost:
         warnings.warn(
             f"transformers loads {model.name_or_path} without {lost}: what is saved is without "
             f"them; a cut of it as it is stored (shallower prune, without --dtype) keeps them",
