@@ -78,7 +78,9 @@ def test_another_original_is_refused_before_it_is_loaded(
     shallower, both, folder, monkeypatch, more
 ):
     _, cut = both
-    sh.save_model(tiny_llama(6, seed=5), None, folder / "other")
+    other = tiny_llama(6)
+    other.model.norm.weight.data.mul_(2)
+    sh.save_model(other, None, folder / "other")
     texts = write_jsonl(folder / "t.jsonl", TEXTS)
     common = ("heal", cut, "--texts", texts, "--objective", "kd", "--out", "kd", *more)
 

@@ -180,7 +180,7 @@ def _patchable(
 
     plan = agreed_plan(str(place.path), place.count_layers(), named)
     check_patchable(plan)
-    how = {"num_tokens": num_tokens, "max_length": tokens.max_length}
+    how: Any = {"num_tokens": num_tokens, "max_length": tokens.max_length}
     needed = temporary_bytes(place, texts, dropped=plan.dropped, **how)
     check_room(out, left_bytes(place, plan.dropped), needed)
     return plan, needed

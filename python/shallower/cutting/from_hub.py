@@ -3,9 +3,8 @@
 Every file of weights has a stand-in: of its length and with its header, and else a hole. A cut is
 planned by the stand-ins as by a local folder; then the ranges that it copies are fetched into them.
 They lie among the hub's assets, one folder a cut, with a journal of what has come: the same cut
-goes on from there. What comes must have the place and length that were asked for, and the name
-(etag) of the content that the hub states. The hub's SHA-256 is of a whole file: what is fetched of
-others is only hashed, for the record, and is as good as its server.
+goes on from there. What comes must have the place, length and etag that were asked for. The hub's
+SHA-256 is of a whole file: what is fetched in part is as good as its server.
 """
 
 import json
@@ -257,8 +256,7 @@ class HubCheckpoint:
                     breaks = breaks + 1 if at == begun else 0
                     if breaks >= TRIES:
                         raise self._refused("the connection breaks off again and again")
-                    ended = f"{constants.ENDPOINT} sends no more of {name}"
-                    say(f"{ended}: asking again in {2**breaks} s ({breaks} of {TRIES} in vain)")
+                    say(f"{constants.ENDPOINT} sends no more of {name}: asking again shortly")
                     time.sleep(2**breaks)
 
     def _stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:

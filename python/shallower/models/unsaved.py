@@ -39,16 +39,17 @@ def unsaved(model: PreTrainedModel | ModelSource) -> Unsaved:
 
     Raises ModelError for a config that cannot be read.
     """
+    loaded = None if isinstance(model, ModelSource) else model
     if isinstance(model, ModelSource):
         place, trusted = str(model.place.expanduser()), model.trust_remote_code
     else:
-        own = type(model).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
-        place, trusted = str(model.name_or_path), own  # whose code has run
+        place = str(model.name_or_path)  # whose own code has run, if it is of such
+        trusted = type(model).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
     stored = {name: span for file in _files(place) for name, span in places_in(file).items()}
     lost = Unsaved()
     if not stored:
         return lost
-    loaded = empty_model(place, trusted) if isinstance(model, ModelSource) else model
+    loaded = loaded or empty_model(place, trusted)
     whole = layers_of(read_config(place, trust_remote_code=trusted)) or 0
     weights = Converted(stored, get_model_conversion_mapping(loaded), loaded).sources
     used = {name for sources in weights.values() for name in sources}

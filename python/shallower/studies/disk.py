@@ -32,12 +32,10 @@ def temporary_of(study: Any) -> int:
         layers = one.count_layers()
         n = min(filter(None, sizes_of(study.settings, layers)), default=1)
         begin = max(1, (layers - n) // 2)
-        how = {"dropped": range(begin, begin + n), "num_tokens": most, "of_run": most is None}
-        model = one if isinstance(one, ModelSource) else one.model
-        sizes += [
-            temporary_bytes(model, split.fit, max_length=study.settings.tokens.max_length, **how)
-            for split in study.splits.values()
-        ]
+        how: Any = {"dropped": range(begin, begin + n), "num_tokens": most, "of_run": most is None}
+        how["max_length"] = study.settings.tokens.max_length
+        model, texts = getattr(one, "model", one), study.splits.values()
+        sizes += [temporary_bytes(model, split.fit, **how) for split in texts]
     return max(sizes)
 
 

@@ -45,6 +45,7 @@ from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..models.unsaved import unsaved
+from ..patching.patch import patch_tokens
 from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
@@ -58,7 +59,7 @@ from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
 from .disk import patches, sizes_of, study_bytes, temporary_of
-from .recommending import SCAN_TEXTS, TABLE_REPORTS, patch_tokens
+from .recommending import SCAN_TEXTS, TABLE_REPORTS
 from .study import Study
 from .verified_plans import TABLE_TEXTS, VERIFYING_TEXTS
 
@@ -86,8 +87,9 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     }
     if study.out is None:
         del ways["disk"]
-    if isinstance(study.settings, RunSettings) and (lost := unsaved(study.models[0])):
-        ways["not_saved"] = lambda: lost
+    whole = study.models[0]
+    if isinstance(study.settings, RunSettings) and isinstance(whole, ModelSource):
+        described |= {"not_saved": lost} if (lost := unsaved(whole)) else {}
     if patches(study.settings):
         ways["temporary"] = lambda: Disk(temporary_of(study), free_bytes(temporary()))
     if any(model.waits_on_disk for model in study.models):
