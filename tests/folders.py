@@ -27,7 +27,7 @@ def tree_of_ours(folder):
         files = {one for one, content in found.items() if content is not None}
         below = {one.removeprefix(inside) for one in files if one.startswith(inside)}
         below -= {RECORD, RESULT_RECORD}
-        assert json.loads(found[name])["files"] == sorted(below), name
+        assert [*json.loads(found[name])["files"]] == sorted(below), name
     found = {name: content for name, content in found.items() if not name.endswith(RECORD)}
     return without_result_record(found)
 

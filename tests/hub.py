@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 from huggingface_hub import constants
 
+from shallower.texts import hub as of_hub
 from shallower.texts.hub import hub_files
 
 TOKEN = "hf_" + "secret" * 5
@@ -210,6 +211,7 @@ def hub(monkeypatch, tmp_path):
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, here.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", here.url)
+        monkeypatch.setattr(of_hub, "HUB", here.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

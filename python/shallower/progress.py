@@ -6,6 +6,7 @@ Other packages' bars and notes are kept off it.
 import logging
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -310,7 +311,12 @@ def say_goes_on(where: str, show: bool | None = None) -> None:
     ``where`` is what was done, in a few words.
     """
     if show is not False:
-        print(f"resuming: {where}", file=sys.stderr, flush=True)
+        say(f"resuming: {where}")
+
+
+def say(line: str) -> None:
+    """Print a line on standard error now."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class _Lines:
@@ -446,10 +452,40 @@ def hushed() -> Iterator[None]:
     """Keep other packages' bars and notes off standard error in the body.
 
     Those of all threads are off, bars by the packages' own switches: of packages imported before.
+    What the hub's client waits for is said in a line, and TimeoutError raised if it is too long.
     """
     with warnings.catch_warnings(), _THEIRS:
         warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
         yield
+
+
+MOST_WAIT = 60.0
+"""Seconds that the hub may ask to wait for an answer, at most."""
+
+_CLIENT = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
+"""Who says what the hub's client waits for."""
+
+
+class _Waits(logging.Handler):
+    """Say why the hub's client waits, and how long; TimeoutError where that is too long."""
+
+    why = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a warning of the client: of what went wrong, or of the wait that follows it."""
+        text = record.getMessage()
+        if wait := re.search(r"(?:Waiting|Retrying in) ([\d.]+)s", text):
+            seconds = float(wait[1])
+            if seconds > MOST_WAIT:
+                raise TimeoutError(f"{self.why}, and asks to wait {seconds:.0f} s: try again then")
+            say(f"{self.why}: asking again in {seconds:.0f} s")
+        elif url := re.search(r"(https?://[^/\s]+)", text):
+            status = re.search(r"HTTP Error (\d+)", text)
+            self.why = f"{url[1]} " + (
+                f"answers with status {status[1]}" if status else "is silent"
+            )
+            if text.endswith("Trying to resume download..."):
+                say(f"{self.why}: asking again")
 
 
 class _Theirs:
@@ -466,6 +502,15 @@ class _Theirs:
             for one in map(logging.getLogger, _LOGGERS if self._depth == 1 else ()):
                 self._turn_on.append(partial(one.setLevel, one.level))
                 one.setLevel(logging.CRITICAL)
+            for one in map(logging.getLogger, _CLIENT if self._depth == 1 else ()):
+                self._turn_on += [
+                    partial(one.setLevel, one.level),
+                    partial(one.removeHandler, _WAITS),
+                    partial(setattr, one, "propagate", one.propagate),
+                ]
+                one.setLevel(logging.WARNING)
+                one.addHandler(_WAITS)
+                one.propagate = False
             for name, told, switch in _SWITCHES:
                 module: Any = sys.modules.get(name)
                 if module and getattr(module, told)() == told.endswith("enabled"):
@@ -480,4 +525,5 @@ class _Theirs:
                 self._turn_on.pop()()
 
 
+_WAITS = _Waits()
 _THEIRS = _Theirs()

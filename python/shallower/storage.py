@@ -6,9 +6,11 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import OutputError, raise_output_error, why
 from .processes import check_alone, held, hidden, partial_folder
@@ -38,7 +40,7 @@ def _check_taken(path: Path, overwrite: bool) -> None:
                 "--overwrite)"
             )
         if path.is_dir():
-            check_ours(path, list(_foreign(path, _recorded(path))))
+            check_ours(path, foreign(path))
         for parent in path.parents:
             if parent.exists():
                 if not parent.is_dir():
@@ -47,7 +49,10 @@ def _check_taken(path: Path, overwrite: bool) -> None:
 
 
 RECORD = ".shallower.json"
-"""The names of all files that were written into a folder, in it: nothing else is replaced."""
+"""The names and marks of all files that were written into a folder: nothing else is replaced."""
+
+_MARKED = 8 << 20
+"""Bytes at the begin of a file that its mark depends on, and at the end."""
 
 RESULT_RECORD = "shallower_record.json"
 """How a result was made: written beside it once it is there."""
@@ -63,24 +68,60 @@ def check_ours(path: Path, foreign: Sequence[str]) -> None:
         )
 
 
-def _recorded(folder: Path) -> set[str]:
-    """The names that the record in a folder has; none where there is no record."""
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The marks by name that the record in a folder has, None of what has none; or nothing."""
     try:
-        return {
-            RECORD,
-            RESULT_RECORD,
-            *map(str, json.loads((folder / RECORD).read_bytes())["files"]),
-        }
+        files = json.loads((folder / RECORD).read_bytes())["files"]
+        files = files if isinstance(files, dict) else dict.fromkeys(map(str, files))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return set()
+        return {}
+    return {**files, RECORD: None, RESULT_RECORD: None}
 
 
-def _foreign(folder: Path, recorded: Collection[str], inside: str = "") -> Iterator[str]:
+def _mark(path: Path) -> str | None:
+    """Hash the size, begin and end of a file; None of a record, which may be written anew."""
+    if path.name in (RECORD, RESULT_RECORD):
+        return None
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_MARKED))
+        file.seek(max(file.tell(), size - _MARKED))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Replace a file of a folder that was written here; it stays ours if nobody changed it."""
+    ours, mark = [], _mark(path)
+    for folder in path.absolute().parents[:2]:
+        files, name = _recorded(folder), path.absolute().relative_to(folder).as_posix()
+        if mark is not None and files.get(name) == mark:
+            ours.append((folder, name, files))
+    write_file(path, content)
+    for folder, name, files in ours:
+        write_file(folder / RECORD, _record({**files, name: _mark(path)}))
+
+
+def _record(files: Mapping[str, Any]) -> bytes:
+    kept = {name: files[name] for name in sorted(files) if name not in (RECORD, RESULT_RECORD)}
+    return (json.dumps({"files": kept}, indent=1) + "\n").encode()
+
+
+def foreign(folder: Path) -> list[str]:
+    """List what lies in a folder and was not written there, or was changed since, by its names."""
+    return list(_foreign(folder, _recorded(folder)))
+
+
+def _foreign(folder: Path, recorded: Mapping[str, Any], inside: str = "") -> Iterator[str]:
     """The files and folders that are not recorded, by their names; of a folder only its own."""
     for entry in sorted(folder.iterdir()):
         name = f"{inside}{entry.name}"
         if not entry.is_dir() or entry.is_symlink():
-            yield from () if name in recorded else (name,)
+            if name not in recorded:
+                yield name
+            elif recorded[name] is not None and recorded[name] != _mark(entry):
+                yield f"{name} (as it is now)"
         elif any(one.startswith(f"{name}/") for one in recorded):
             yield from _foreign(entry, recorded, f"{name}/")
         else:
@@ -135,15 +176,31 @@ def free_bytes(path: Path) -> int:
         return shutil.disk_usage(there).free
 
 
-def check_room(path: Path, num_bytes: int) -> None:
+def check_room(path: Path, num_bytes: int, temporary_bytes: int = 0) -> None:
     """Refuse, by OutputError, a path without room for so many bytes, those of an interrupted run
-    among them.
+    among them; or that for temporary files.
     """
+    check_temporary(temporary_bytes)
     left = (partial_folder(path) / "folder").glob("*")
     if num_bytes - sum(file.stat().st_size for file in left) > (free := free_bytes(path)):
         sizes = f"{num_bytes / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free there"
         way_out = "make room, or choose another place (--out)"
         raise OutputError(f"cannot write {path}: {sizes}: {way_out}")
+
+
+def check_temporary(num_bytes: int) -> None:
+    """Refuse, by OutputError, temporary files of so many bytes that would find no room."""
+    if num_bytes > (free := free_bytes(temporary())):
+        sizes = f"{num_bytes / 1e6:,.1f} MB of temporary files, and {free / 1e6:,.1f} MB are free"
+        raise OutputError(
+            f"cannot begin: it takes {sizes} in {temporary().parent}: make room, or name another "
+            f"folder (TMPDIR)"
+        )
+
+
+def temporary() -> Path:
+    """The place of a temporary file."""
+    return Path(tempfile.gettempdir(), "shallower")
 
 
 def holds(path: Path, content: bytes) -> bool:
@@ -345,8 +402,10 @@ def _remove(path: Path) -> None:
 
 def _settle(folder: Path) -> None:
     """Record all files, give them the permissions that a new file has here, and flush them."""
-    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    (folder / RECORD).write_text(json.dumps({"files": sorted(names - {RECORD})}, indent=1) + "\n")
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    (folder / RECORD).write_bytes(
+        _record({file.relative_to(folder).as_posix(): _mark(file) for file in files})
+    )
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():

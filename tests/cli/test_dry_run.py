@@ -1,5 +1,9 @@
 """What a study would take is said before it: split, memory, disk and time."""
 
+import shutil
+import tempfile
+import types
+
 import pytest
 import torch
 
@@ -196,3 +200,38 @@ def test_every_command_that_takes_long_tells_its_time(shallower, tiny, texts, fo
     if command in ("patch", "heal"):
         assert said.json["disk"]["free_bytes"] > said.json["disk"]["bytes"] > 0
     assert sorted(path.name for path in folder.iterdir()) == ["cut"]
+
+
+def test_temporary_files_are_counted_and_refused_before_a_model_is_loaded(
+    shallower, tiny, texts, folder, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "small"))
+    usage = shutil.disk_usage
+    files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
+    calls = {
+        "patch": ("--drop", "1"),
+        "run": ("--n", 1),
+        "curve": ("--n", "1", "--states", "cut,patched", "--strategies", "deepest"),
+    }
+    (folder / "small").mkdir()
+
+    def refuse(*_args, **_options):
+        raise AssertionError("the model is loaded")
+
+    for command, options in calls.items():
+        words = (command, tiny, *files, *options, "--out", "out")
+        counted = shallower(*words, "--dry-run", "--json").json["temporary"]
+        assert 0 < counted["bytes"] < counted["free_bytes"]
+        with monkeypatch.context() as full:
+            lacks = types.SimpleNamespace(free=counted["bytes"] - 1)
+            full.setattr(
+                shutil,
+                "disk_usage",
+                lambda at, lacks=lacks: lacks if "small" in str(at) else usage(at),
+            )
+            full.setattr(ModelSource, "load", refuse)
+            refused = shallower(*words)
+        assert refused.status == 2
+        assert "of temporary files" in refused.error
+        assert "(TMPDIR)" in refused.error
+    assert [one.name for one in folder.iterdir()] == ["small"]

@@ -219,7 +219,9 @@ def test_results_are_put_on_the_card(shallower, tiny, texts, tasks, long, tmp_pa
     told = shallower(*command)
     assert told.status == 0, told.err
     assert f"wrote {card}" in told.out
-    found = shallower(*command, "--json").json
+    again = shallower(*command, "--json")
+    assert "cached, measured on" in again.err  # what was put on the card is none of the model
+    found = again.json
     results = {one.metric_type: one for one in ModelCard(card.read_text()).data.eval_results}
     assert results["loss"].metric_value == pytest.approx(found["base"]["nats"], abs=1e-6)
     assert results["loss"].dataset_type == "held_out.jsonl"
@@ -243,9 +245,12 @@ def test_results_are_put_on_the_card(shallower, tiny, texts, tasks, long, tmp_pa
     assert again.out.splitlines()[1] == (
         f"the same but for 1 file that could not be compared: {said}"
     ), again.err
+    other = ("prune", tiny, "--drop", "1:2", "--out", cut, "--overwrite")
+    assert shallower(*other, "--dry-run").status == 0
     card.write_text(card.read_text().replace("not healed", "healed"))
     again = shallower("reproduce", cut, "--model", tiny)
     assert (again.status, "README.md has other bytes" in again.out) == (1, True)
+    assert "wrote README.md (as it is now) there" in shallower(*other).error
 
 
 @pytest.mark.parametrize(

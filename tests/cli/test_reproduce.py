@@ -241,6 +241,16 @@ def test_figures_on_the_card_of_a_source_change_nothing_of_it(shallower, place):
     assert "--model tiny: README.md has other bytes" in shallower(*again).out
 
 
+def test_a_file_of_somebody_else_is_not_in_the_record(shallower, place):
+    call = CALLS["prune"][0].split()
+    assert shallower(*call).status == 0
+    record = (place / "made" / "shallower_record.json").read_bytes()
+    (place / "made" / "notes.txt").write_text("mine")
+    (place / "made" / "shallower_record.json").unlink()
+    assert shallower(*call).status == 0  # it is there, and its record is written
+    assert (place / "made" / "shallower_record.json").read_bytes() == record
+
+
 def test_the_modules_of_an_embedder_are_read(shallower, folder, words):
     embedders.write(folder / "embedder", words)
     assert shallower("prune", "embedder", "--drop", "2", "--out", "made").status == 0

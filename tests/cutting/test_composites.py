@@ -1,14 +1,19 @@
 """Models of more than text, of which a stock loader builds the text part alone, cut on disk."""
 
 import re
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import shallower as sh
-from tests.conftest import mostly_slow
+from shallower.models.source import ModelSource
+from shallower.models.unsaved import unsaved
+from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.test_families import logits
+from tests.documents import documents
 
 TEXT = {
     "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -76,5 +81,70 @@ def test_what_is_loaded_is_saved_without_the_rest_and_says_so(words, tmp_path):
     config = AutoConfig.for_model("qwen3_5_moe", **MODELS["qwen3_5_moe"])
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
     words.save_pretrained(tmp_path / "whole")
-    with pytest.warns(UserWarning, match="gets the text part of .*whole alone.* to keep the rest"):
+    with pytest.warns(UserWarning, match=r"whole without model.visual \(33 tensors, .*keeps them"):
         sh.prune(tmp_path / "whole", [1], tmp_path / "cut", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def towers(words, tmp_path_factory):
+    """A model with a tower, heads for more tokens, buffers of old checkpoints, in several files."""
+    folder = tmp_path_factory.mktemp("towers") / "whole"
+    config = AutoConfig.for_model("qwen3_5_moe", **MODELS["qwen3_5_moe"])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    inside = "model.language_model.layers.3.self_attn"
+    tensors |= {
+        "mtp.fc.weight": torch.zeros(4, 4),
+        "mtp.layers.0.mlp.up_proj.weight": torch.zeros(8, 8),
+        f"{inside}.rotary_emb.inv_freq": torch.zeros(4),
+        f"{inside}.q_proj.weight_scale": torch.zeros(4),
+        "lm_head.weight_scale": torch.zeros(4),
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({"other.weight": torch.zeros(4)}, folder / "consolidated.safetensors")
+    return folder
+
+
+def test_what_a_loaded_model_is_without_is_counted_by_prefix(towers, tmp_path):
+    tower = {
+        name: tensor.nbytes
+        for name, tensor in load_file(towers / "model.safetensors").items()
+        if name.startswith("model.visual.")
+    }
+    expected = {"model.visual": (len(tower), sum(tower.values())), "mtp": (2, 4 * 16 + 4 * 64)}
+    source = ModelSource(towers)
+    assert unsaved(source) == expected
+    model = AutoModelForCausalLM.from_pretrained(towers)
+    sh.drop_layers(model, [1])
+    assert unsaved(model) == expected  # and not the layers that were dropped
+    with_images = AutoModelForImageTextToText.from_pretrained(towers)
+    assert [*unsaved(with_images)] == ["mtp"]
+    with pytest.warns(
+        UserWarning, match=r"without model.visual .*, mtp \(2 tensors, .* keeps"
+    ) as said:
+        sh.save_model(model, None, tmp_path / "cut")
+    assert len(said) == 1
+    with warnings.catch_warnings():  # it is said once, and not of what has lost them already
+        warnings.simplefilter("error")
+        sh.save_model(model, None, tmp_path / "again")
+        sh.save_model(AutoModelForCausalLM.from_pretrained(tmp_path / "cut"), None, tmp_path / "c")
+
+
+@pytest.mark.parametrize("command", ["patch", "run"])
+def test_it_is_said_before_a_command_works_on_it(towers, shallower, tmp_path, monkeypatch, command):
+    texts = write_jsonl(tmp_path / "texts.jsonl", documents(32))
+    words = (command, towers, "--texts", texts, "--max-length", 16, "--out", "out")
+    words += ("--drop", 1) if command == "patch" else ("--n", 1)
+    planned = shallower(*words, "--dry-run", "--json").json["not_saved"]
+    assert {one: found["tensors"] for one, found in planned.items()} == {
+        "model.visual": 33, "mtp": 2
+    }  # fmt: skip
+
+    def work(*_args, **_options):
+        raise KeyboardInterrupt
+
+    for place in ("patching.saving.patch", "studies.recommending.Recommending.run"):
+        monkeypatch.setattr(f"shallower.{place}", work)
+    with pytest.warns(UserWarning, match=r"without model.visual \(33 tensors"):
+        shallower(*words)

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+import shallower as sh
 from tests.commands import in_a_process
-from tests.conftest import mostly_slow, write_jsonl
+from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.healing.cuts import HELD_OUT, TEXTS
 
 
@@ -70,6 +71,26 @@ def test_a_wrong_option_is_refused_before_anything_heavy_is_imported(tmp_path, c
     said = done.err.split("END")
     for (options, message), each in zip(wrong, said[:-1], strict=True):
         assert message in each, options
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_another_original_is_refused_before_it_is_loaded(
+    shallower, both, folder, monkeypatch, more
+):
+    _, cut = both
+    other = tiny_llama(6)
+    other.model.norm.weight.data.mul_(2)
+    sh.save_model(other, None, folder / "other")
+    texts = write_jsonl(folder / "t.jsonl", TEXTS)
+    common = ("heal", cut, "--texts", texts, "--objective", "kd", "--out", "kd", *more)
+
+    def load(*_args, **_options):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("shallower.models.loading.load_weights", load)
+    for original, why in ((cut, "the plan is for 6 layers"), (folder / "other", "another model")):
+        told = shallower(*common, "--original", original)
+        assert (told.status, why in told.error) == (2, True), told.err
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 """What a patch takes beside its model."""
 
+import errno
+import os
+import tempfile
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -8,6 +12,8 @@ import shallower as sh
 from shallower.memory.budget import BUDGET
 from shallower.patching import least_squares, solver
 from shallower.patching.least_squares import NormalEquations, solver_bytes
+from shallower.patching.memory import temporary_bytes
+from shallower.patching.patch import CPU_TOKENS
 from tests.examples import sentences
 from tests.peaks import tensors_peak
 
@@ -77,3 +83,29 @@ def test_a_patch_stays_within_its_plan(width, intermediate, words, monkeypatch):
     found = tensors_peak(patch_of(words, width, intermediate, texts))
     # One more copy of the sums takes a half more.
     assert 0.9 * plan.peak < found < plan.peak + forward
+
+
+def test_the_files_of_states_take_no_more_than_was_counted(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    taken, allocate = [], os.posix_fallocate
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda file, *span: taken.append(span[1]) or allocate(file, *span)
+    )
+    texts = sentences(60)
+    work = patch_of(words, 32, 64, texts)
+    work()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes))
+    how = {"num_tokens": CPU_TOKENS, "max_length": 256}
+    counted = temporary_bytes(model, texts, **how)
+    assert sum(taken) <= counted < temporary_bytes(model, **how)
+    assert not any(tmp_path.iterdir())
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(sh.OutputError, match=r"temporary files in .* \(TMPDIR\): no space left"):
+        work()
+    assert not any(tmp_path.iterdir())

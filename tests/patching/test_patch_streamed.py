@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shallower as sh
+from shallower import storage
 from shallower.models import prefetch
 from shallower.models.architecture import find_layers
 from shallower.models.offload import changed_weights
-from shallower.patching import checkpoint, descent, least_squares, solver
+from shallower.patching import checkpoint, descent, least_squares
 from shallower.patching.descent import Descent, MovingMatrix
 from shallower.patching.solver import Solver
 from tests.conftest import mostly_slow, write_jsonl
@@ -163,8 +164,10 @@ def test_the_steps_of_layers_on_disk_hold_two_of_them(tmp_path, words, monkeypat
 def test_a_folder_of_temporary_files_without_room_is_said(folder, tmp_path, monkeypatch):
     streamed, _, tokenizer = both(folder)
     options = {"texts": TEXTS, "progress": False}
-    monkeypatch.setattr(solver, "free_bytes", lambda _: 1000)
-    with pytest.raises(sh.PatchError, match=r"of temporary files, and 0.0 MB are free in .*TMPDIR"):
+    monkeypatch.setattr(storage, "free_bytes", lambda _: 1000)
+    with pytest.raises(
+        sh.OutputError, match=r"of temporary files, and 0.0 MB are free in .*TMPDIR"
+    ):
         sh.patch(streamed, tokenizer, [2, 3], **options)
     monkeypatch.undo()
 

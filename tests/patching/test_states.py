@@ -35,7 +35,7 @@ def missing(request, words):
     model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: out + added[: out.shape[1]])
     layerwise = Layerwise(model)
     batches = list(TokenBatches(words, TEXTS, Tokens(32, 5), min_tokens=2))
-    whole, cut = (Stored(None, batches, added.shape[1], torch.float32) for _ in range(2))
+    whole, cut = (Stored(batches, added.shape[1], torch.float32, on_disk=False) for _ in range(2))
     plain, aims = [], []
     with torch.no_grad():
         for index, batch in enumerate(batches):

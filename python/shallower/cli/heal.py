@@ -277,17 +277,20 @@ def _planned(
     from ..forecasts.forecast import memory_forecast
     from ..forecasts.speed import told
     from ..forecasts.work import forecast, of_healing
-    from ..healing.checks import resolve
+    from ..healing.checks import check_original, resolve
     from ..healing.disk import check_disk
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
+    from ..patching.memory import temporary_bytes
     from ..processes import num_processes
-    from ..storage import free_bytes
+    from ..storage import free_bytes, temporary
     from ..values.estimates import Disk
     from ..values.memory import EXPERTS
 
     model, trust_remote_code = str(cut), cut.trust_remote_code
     plan, there = plan_of_cut(model), answers is not None
+    if training["original"] is not None:
+        check_original(str(training["original"]), plan, trust_remote_code)
     saved = {name: training[name] for name in ("merge", "from_patch")}
     needed = check_disk(out, cut, plan, recipe=recipe, answers=there, **saved)
     memory = memory_forecast(
@@ -308,6 +311,9 @@ def _planned(
         plain = f"; {unquantised(resolved.dtype, experts)}" * (resolved.dtype in QUANTISED)
         said["experts"] = f"adapters lie on them too, and on no router{plain}"
     said |= {"memory": memory, "disk": Disk(needed, free_bytes(out))}
+    if training["from_patch"]:
+        taken = temporary_bytes(cut, max_length=resolved.max_length)
+        said["temporary"] = Disk(taken, free_bytes(temporary()))
     if device_memory is None:  # else it is of a card that is not here
         training["num_written"] = 0 if answers is None else answers.num_written
         said["time"] = told(lambda: forecast(*of_healing(cut, plan, resolved, **training)))

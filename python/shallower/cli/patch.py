@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ..values.layers import Block
     from ..values.memory import MemoryPlan
     from ..values.plan import Plan
+    from ..values.tokens import Tokens
 
 
 @takes(PatchSettings)
@@ -116,10 +117,10 @@ def patch_command(
         return
     check_free(out, overwrite)
     place.check()
-    wanted = _patchable(place, named, out)
     from ..forecasts.forecast import forecast_source
 
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
+    wanted, needed = _patchable(place, named, out, source, **counted)
     plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
     if dry_run:
         asked = _within(asked, place.load_tokenizer(), source, settings)
@@ -133,6 +134,7 @@ def patch_command(
                 wanted.dropped,
                 source,
                 out=out,
+                needed=needed,
                 is_here=device_memory is None,
                 held_out=list(held_out or ()),
                 num_written=0 if asked is None else asked.num_written,
@@ -166,21 +168,31 @@ def patch_command(
     _say(output.keep({"patch": done.to_json(), "eval": evaluated}), place, out, as_json)
 
 
-def _patchable(place: ModelSource, named: "Plan | list[Block]", out: Path) -> "Plan":
-    """The plan of the cut, before the model is loaded; PatchError if it cannot be.
+def _patchable(
+    place: ModelSource,
+    named: "Plan | list[Block]",
+    out: Path,
+    texts: "Iterable[str]",
+    *,
+    tokens: "Tokens",
+    num_tokens: int | None,
+) -> "tuple[Plan, int]":
+    """The plan of the cut, before the model is loaded, and the bytes of its temporary files.
 
-    OutputError where its checkpoint has no room.
+    PatchError if it cannot be, OutputError where they or its checkpoint have no room.
     """
     from ..cutting.plans import agreed_plan
+    from ..memory.checkpoints import left_bytes
+    from ..patching.memory import temporary_bytes
     from ..storage import check_room
     from ..values.patch import check_patchable
 
     plan = agreed_plan(str(place.path), place.count_layers(), named)
     check_patchable(plan)
-    from ..memory.checkpoints import left_bytes
-
-    check_room(out, left_bytes(place, plan.dropped))
-    return plan
+    how: Any = {"num_tokens": num_tokens, "max_length": tokens.max_length}
+    needed = temporary_bytes(place, texts, dropped=plan.dropped, **how)
+    check_room(out, left_bytes(place, plan.dropped), needed)
+    return plan, needed
 
 
 def _asked(
@@ -252,6 +264,7 @@ def _answers(
 
 def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) -> None:
     """Print a patch and its losses, from their JSON values."""
+    from ..models.unsaved import unsaved
     from ..reporting.stories.stages import patch_table
     from ..reporting.words import dequantised
     from ..savings.weights import stored_bytes
@@ -260,7 +273,8 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
     from ..values.patch import Patch
 
     if as_json:
-        print_json({**value["patch"], "eval": value["eval"], "written": str(out)})
+        lost = {"not_saved": unsaved(place).to_json()}
+        print_json({**value["patch"], "eval": value["eval"], **lost, "written": str(out)})
         return
     losses = {name: Loss.from_json(loss) for name, loss in value["eval"].items()}
     lines = [
@@ -280,23 +294,27 @@ def _planned(
     texts: "Iterable[str]",
     *,
     out: Path,
+    needed: int,
     is_here: bool,
     **more: Any,
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
     from ..forecasts.speed import told
-    from ..forecasts.stream_plans import plan_passes, plan_steps
+    from ..forecasts.stream_plans import plan_passes
     from ..forecasts.work import forecast, of_patch
     from ..memory.checkpoints import left_bytes
-    from ..storage import free_bytes
+    from ..models.unsaved import unsaved
+    from ..storage import free_bytes, temporary
     from ..values.estimates import Disk
 
     counted = cache(lambda: of_patch(place, dropped, texts, **more))
     planned: dict[str, Any] = {}
     if place.waits_on_disk:
         planned["stream"] = told(lambda: plan_passes(place, counted().work.passes))
-        planned["steps"] = plan_steps(place, dropped, counted().steps)
     planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
+    planned["temporary"] = Disk(needed, free_bytes(temporary()))
+    if lost := unsaved(place):
+        planned["not_saved"] = lost
     if is_here:
         planned["time"] = told(lambda: forecast(counted()))
     return planned

@@ -173,7 +173,7 @@ def _carry_out(
         **places,
     )
     output = _output(study)
-    if not dry_run and reuse(output, lambda _: _say_again(study.folder, as_json)):
+    if not dry_run and reuse(output, lambda _: _say_again(study.folder, source, as_json)):
         return
     study.check()
     if dry_run:
@@ -184,7 +184,7 @@ def _carry_out(
     done = study.run(lambda so_far: _report(so_far, as_json))
     page, story = save_report(study.folder)
     output.keep({})  # behind the page: a run that was killed while it is drawn draws it anew
-    _say_end(done, page, story, as_json)
+    _say_end(done, page, story, source if as_json else None)
 
 
 def _output(study: "RunStudy") -> "Output":
@@ -206,7 +206,7 @@ def _output(study: "RunStudy") -> "Output":
     )
 
 
-def _say_again(out: Path, as_json: bool) -> None:
+def _say_again(out: Path, source: ModelSource, as_json: bool) -> None:
     """Print a run from its folder; its page is made where it is missing."""
     from ..reporting.results import Run
     from ..runs.report import read_story, save_report
@@ -217,7 +217,7 @@ def _say_again(out: Path, as_json: bool) -> None:
     page = out / REPORT_FILE
     there = page.is_file()
     page, story = (page, read_story(out, drawn=False)) if there else save_report(out)
-    _say_end(done, page, story, as_json)
+    _say_end(done, page, story, source if as_json else None)
 
 
 def _report(done: "Run", as_json: bool) -> None:
@@ -238,16 +238,20 @@ def say_results(done: "Run", as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _say_end(done: "Run", page: Path, story: "Story", as_json: bool) -> None:
-    """Print the end of a run: how the models speak, the recommendation, what was written."""
+def _say_end(done: "Run", page: Path, story: "Story", source: ModelSource | None) -> None:
+    """Print the end of a run: how the models speak, the recommendation, what was written.
+
+    By ``source`` as JSON, with what of that is not saved.
+    """
+    from ..models.unsaved import unsaved
     from ..reporting.stories.run import speech_section
     from ..reporting.writers.terminal import show_summary
     from ..values.files import HEALED_FOLDER
 
-    if as_json:
+    if source is not None:
         places = {"checkpoint": done.checkpoint, "out": done.out, "page": page}
         named = {name: str(place) for name, place in places.items()}
-        print_json({**done.to_json(), **named})
+        print_json({**done.to_json(), **named, "not_saved": unsaved(source).to_json()})
         return
     if done.healing is not None:
         say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)

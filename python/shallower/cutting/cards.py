@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.dtypes import QUANTISED
-from ..storage import RESULT_RECORD, write_file
+from ..storage import RESULT_RECORD, rewrite
 from ..values.commands import command_line, option_words, shell_lines
 from ..values.counts import counted, with_error
 from ..values.files import PLAN_FILE
@@ -457,4 +457,4 @@ def state_loss(card: Path, losses: "tuple[Loss, Loss]", *, tested: str = "") -> 
     if steps:
         text = f"{text[: steps.end() - 1]}{_LOST}{_lost(losses)}{text[steps.end() - 1 :]}"
     before, after = losses
-    write_file(card, with_results(text, loss_results(after, before, tested)).encode())
+    rewrite(card, with_results(text, loss_results(after, before, tested)).encode())

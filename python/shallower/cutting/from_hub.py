@@ -3,8 +3,8 @@
 Every file of weights has a stand-in: of its length and with its header, and else a hole. A cut is
 planned by the stand-ins as by a local folder; then the ranges that it copies are fetched into them.
 They lie among the hub's assets, one folder a cut, with a journal of what has come: the same cut
-goes on from there. What comes is known by its place and length, and by the hub's name for the
-file's content (its etag), which must stay the same; only all of a file could be hashed.
+goes on from there. What comes must have the place, length and etag that were asked for. The hub's
+SHA-256 is of a whole file: what is fetched in part is as good as its server.
 """
 
 import json
@@ -17,15 +17,26 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from functools import partial
 from glob import escape
+from hashlib import sha256
 from pathlib import Path
 from threading import Event, Lock
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import constants
 
 from ..errors import ModelError, OutputError, ShallowerError, raise_output_error, why
 from ..models.place import CONFIG_FILE, read_json
-from ..progress import BytesProgress, hushed, say_goes_on, track, track_copy
+from ..progress import BytesProgress, hushed, say, say_goes_on, track, track_copy
 from ..storage import free_bytes, write_file
-from ..texts.hub import hub_absence, hub_files, hub_refusal, raise_fetch_error
+from ..texts.hub import (
+    etag_of,
+    hub_absence,
+    hub_files,
+    hub_refusal,
+    raise_fetch_error,
+    warn_of_mirror,
+)
 from ..values.hashing import hash_of
 from ..values.memory import format_size
 from .checkpoint import Piece, PreparedCut
@@ -46,6 +57,9 @@ JOURNAL_BYTES = 16 << 20
 TRIES = 5
 """How often a connection may break off without a byte more."""
 
+UNVERIFIED: dict[tuple[str, str], dict[str, str]] = {}
+"""By name and commit, the SHA-256 of what this process has fetched of each file, if not all."""
+
 Range = tuple[int, int]
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -60,16 +74,22 @@ class HubCheckpoint:
         name: its hub id.
         folder: the snapshot in the hub's cache where all of it is there; else that of stand-ins.
         sizes: of the files that have stand-ins, by name, in bytes.
+        etags: the name of their contents that the hub states, by theirs.
         goes_on: whether an earlier call has fetched some of it.
     """
 
     def __init__(
-        self, name: str, folder: Path, sizes: Mapping[str, int], *, show: bool | None = None
+        self,
+        name: str,
+        folder: Path,
+        sizes: Mapping[str, int],
+        *,
+        etags: Mapping[str, str] = MappingProxyType({}),
+        show: bool | None = None,
     ) -> None:
-        self.name, self.folder, self.sizes = name, folder, sizes
+        self.name, self.folder, self.sizes, self.etags = name, folder, sizes, etags
         self._show = show
         self._lock, self._stop = Lock(), Event()
-        self._etags: dict[str, str] = {}
         self._come: dict[str, list[Range]] = {name: [] for name in sizes}
         self.goes_on = False
 
@@ -116,6 +136,7 @@ class HubCheckpoint:
         try:
             with (
                 track(what, show=self._show) if report is None else nullcontext(),
+                hushed(),
                 ThreadPoolExecutor(CONNECTIONS) as pool,
             ):
                 running = [pool.submit(self._get, *one, come=come) for one in ranges]
@@ -160,8 +181,27 @@ class HubCheckpoint:
             say_goes_on(f"{there} of {of} are fetched", progress)
         with track_copy(progress, total, "fetch and copy") as report:
             self.fetch(cut.reads, lambda done: report(done, total))
+            UNVERIFIED[self.name, self.folder.name] = self._unverified()
             make(progress=lambda done, _: report(left + done, total))
         self.remove()
+
+    def _unverified(self) -> dict[str, str]:
+        """Hash what has come of files in part; ModelError for a whole one that is not as stated."""
+        found = {}
+        for name, size in self.sizes.items():
+            ranges, digest = _merged(self._come[name]), sha256()
+            for one in ranges:
+                for chunk in _read(self.folder / name, *one):
+                    digest.update(chunk)
+            if ranges != [(0, size)] or len(self.etags[name]) != 2 * digest.digest_size:
+                found[name] = digest.hexdigest()
+            elif digest.hexdigest() != self.etags[name]:
+                self.remove()
+                raise ModelError(
+                    f"{constants.ENDPOINT} sends another {name} of {self.name} than it states: "
+                    f"nothing of it is kept; try again, or name another server (HF_ENDPOINT)"
+                )
+        return found
 
     def open(self) -> None:
         """Make the stand-ins, or find those of an earlier call, and fetch their headers.
@@ -210,6 +250,7 @@ class HubCheckpoint:
                     breaks = breaks + 1 if at == begun else 0
                     if breaks >= TRIES:
                         raise self._refused("the connection breaks off again and again")
+                    say(f"{constants.ENDPOINT} sends no more of {name}: asking again shortly")
                     time.sleep(2**breaks)
 
     def _stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
@@ -217,15 +258,11 @@ class HubCheckpoint:
 
         From the hub's cache where the file has come whole since, as to be loaded.
         """
-        from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache, utils
+        from huggingface_hub import hf_hub_url, try_to_load_from_cache, utils
 
         cached = try_to_load_from_cache(self.name, name, revision=self.folder.name)
-        if isinstance(cached, str) and Path(cached).resolve().name == self._etags.get(name):
-            with Path(cached).open("rb") as file:
-                file.seek(start)
-                while start < stop and (chunk := file.read(min(stop - start, _CHUNK_BYTES))):
-                    start += len(chunk)
-                    yield chunk
+        if isinstance(cached, str) and Path(cached).resolve().name == self.etags[name]:
+            yield from _read(Path(cached), start, stop)
             return
         client: Any = utils  # which does not say what it exports
         request = {
@@ -242,12 +279,12 @@ class HubCheckpoint:
                 client.hf_raise_for_status(response)
                 self._check(response, name, (start, stop))
                 left = stop - start
-                for chunk in _until_it_breaks(response.iter_bytes()):
-                    if left > 0:
-                        yield chunk[:left]
-                    left -= len(chunk)
-                    if left < 0:
-                        return
+                with suppress(Exception):  # it broke off
+                    for chunk in response.iter_bytes():
+                        yield chunk[: max(0, left)]
+                        left -= len(chunk)
+                        if left < 0:
+                            return
         except ShallowerError:
             raise
         except Exception as error:  # of the hub's client, which has had several
@@ -255,8 +292,6 @@ class HubCheckpoint:
 
     def _check(self, response: Any, name: str, asked: Range) -> None:
         """Refuse an answer that is not of the range that was asked for, or of another file."""
-        from huggingface_hub import constants
-
         way_out = f"fetch the model whole (hf download {self.name}), and do the same again"
         if response.status_code != 206:
             raise ModelError(
@@ -270,13 +305,10 @@ class HubCheckpoint:
                 f"{constants.ENDPOINT} sends another range of {name} of {self.name} ({found}), "
                 f"expected {expected}: {way_out}"
             )
-        etag = _etag(response)
-        with self._lock:
-            known = self._etags.setdefault(name, etag)
-        if etag != known:
+        if (etag := etag_of(response)) != self.etags[name]:
             raise ModelError(
-                f"{name} of {self.name} has changed on the hub since a part of it was fetched: "
-                f"delete {_home(self.folder)}, and do the same again"
+                f"{constants.ENDPOINT} sends another content of {name} of {self.name} (ETag "
+                f"{etag or 'missing'}), expected {self.etags[name]}, as it states: {way_out}"
             )
 
     def _refused(self, reason: str) -> ModelError:
@@ -302,7 +334,7 @@ class HubCheckpoint:
         file.flush()
         os.fsync(file.fileno())
         with self._lock, (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps([name, self._etags[name], *come]) + "\n")
+            journal.write(json.dumps([name, self.etags[name], *come]) + "\n")
             self._come[name].append(come)
 
     def _load_journal(self) -> None:
@@ -317,9 +349,9 @@ class HubCheckpoint:
             with suppress(ValueError, TypeError):
                 name, etag, start, stop = json.loads(line if line.endswith("\n") else "")
                 path = self.folder / name
-                if path.is_file() and path.stat().st_size == self.sizes.get(name):
+                is_there = path.is_file() and path.stat().st_size == self.sizes.get(name)
+                if is_there and etag == self.etags[name]:
                     self._come[name].append((int(start), int(stop)))
-                    self._etags[name] = etag
                     kept.append(line)
         self.goes_on = bool(kept)
         if kept != lines:
@@ -338,7 +370,7 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
     name = hub_id(request.source)
     if name != request.source or request.gguf_file is not None:
         return None
-    from huggingface_hub import cached_assets_path, constants, hf_hub_download, snapshot_download
+    from huggingface_hub import cached_assets_path, hf_hub_download, snapshot_download
 
     is_absent = constants.HF_HUB_OFFLINE or hub_absence() is not None
     with track(f"look at {name} on the hub", show=request.show), hushed():
@@ -363,6 +395,7 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
             return HubCheckpoint(name, snapshot, {})
         if is_absent:
             return None
+        warn_of_mirror(name)
         key, assets = hash_of(str(request.out.absolute()))[:16], constants.HF_ASSETS_CACHE
         within = f"cut-{key}", f"models--{name.replace('/', '--')}"
         with raise_output_error(assets):
@@ -372,7 +405,8 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
                 (folder / one).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(snapshot / one, folder / one)
         stand_ins = {one: sizes[one] for one in weights if one in sizes and _is_plain(one)}
-        remote = HubCheckpoint(name, folder, stand_ins, show=request.show)
+        etags = {one.rfilename: one.lfs.sha256 if one.lfs else one.blob_id or "" for one in files}
+        remote = HubCheckpoint(name, folder, stand_ins, etags=etags, show=request.show)
         remote.open()
         return remote
 
@@ -419,23 +453,12 @@ def _settle(path: Path) -> None:
     os.utime(path, (0, 0))
 
 
-def _until_it_breaks(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    while True:
-        try:
-            chunk = next(chunks, b"")
-        except Exception:  # of the hub's client, which has had several
-            return
-        if not chunk:
-            return
-        yield chunk
-
-
-def _etag(response: Any) -> str:
-    """The hub's name for the content of a file; empty where it does not say."""
-    answers = (*response.history, response)
-    linked = [one.headers["X-Linked-Etag"] for one in answers if "X-Linked-Etag" in one.headers]
-    own = [] if response.history else [response.headers.get("ETag", "")]
-    return next(iter((*linked, *own)), "").removeprefix("W/").strip('"')
+def _read(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < stop and (chunk := file.read(min(stop - start, _CHUNK_BYTES))):
+            start += len(chunk)
+            yield chunk
 
 
 def _merged(ranges: Iterable[Range]) -> list[Range]:

@@ -1,6 +1,5 @@
 """What is asked of a cut: its arguments but the layers, and what follows from them."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from ..models.dtypes import STREAM, DeviceMap, Dtype, plain_dtype
-from ..models.place import CONFIG_FILE, read_json
 from ..models.source import ModelSource
 from ..progress import BytesProgress, track
 from ..texts.hub import raise_fetch_error
 from ..values.identity import title_of
 from ..values.plan import Plan
-from .checkpoint_files import is_checkpoint, stored_dtype, text_part
+from .checkpoint_files import is_checkpoint, stored_dtype
 from .gguf import read_metadata
 from .plans import made_for
 from .source import Source, find_source, hub_id
@@ -120,14 +118,6 @@ class Request:
         from .in_model import without_layers
         from .saving import save_cut
 
-        if is_checkpoint(self.source):
-            raw = read_json(Path(self.source).expanduser() / CONFIG_FILE)
-            if text_part(raw, model.config.model_type) is not None:
-                warnings.warn(
-                    f"{self.out} gets the text part of {self.named} alone, as it was loaded: cut "
-                    f"it as it is stored (without dtype, --dtype) to keep the rest",
-                    stacklevel=2,
-                )
         plan = made_for(plan, identify(model))
         with without_layers(model, plan):
             save_cut(

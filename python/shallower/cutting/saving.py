@@ -24,6 +24,7 @@ from ..models.identity import stored_dtype
 from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
+from ..models.unsaved import warn_unsaved
 from ..progress import hushed
 from ..storage import check_apart, new_folder
 from ..values.files import PLAN_FILE
@@ -127,6 +128,7 @@ def _save(
     check_apart(path, [place_of(model)])
     check_exact(model)
     require_weights(model)
+    warn_unsaved(model)
     undo_rescaling(model)
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)

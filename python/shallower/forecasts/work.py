@@ -50,16 +50,12 @@ Lengths = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The work that one model is to do, on texts of a mean length, so many a forward.
-
-    ``steps`` are those of its patch.
-    """
+    """The work that one model is to do, on texts of a mean length, so many a forward."""
 
     source: ModelSource
     work: Work
     texts: int
     length: float
-    steps: int = 0
 
 
 def forecast(*parts: Counted, beside: str = "", at_least: bool = False) -> Time:
@@ -213,7 +209,7 @@ def of_patch(
     if held_out:
         lengths = lengths_of(tokenizer, held_out, tokens.max_length)
         work += run(lengths, 3 * layers - 2 * len(dropped), 3, passes=3)
-    return Counted(source, work, DEFAULT_PATCH_BATCH, fitted.mean(), steps)
+    return Counted(source, work, DEFAULT_PATCH_BATCH, fitted.mean())
 
 
 def of_healing(

@@ -7,19 +7,33 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cutting.checkpoint import identity_of
+from ..cutting.checkpoint_files import is_checkpoint
 from ..errors import MissingExtraError, PlanError, ProcessesError, RecipeError
 from ..memory.device import device_room
 from ..models.architecture import admitted_length, find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import QUANTISED, choose_device_map, choose_dtype
 from ..models.identity import stored_dtype
-from ..models.loading import read_config
+from ..models.loading import layers_of, read_config
 from ..models.quantised import check_stored
 from ..processes import num_processes
 from ..texts.sequences import read_samples
 from ..values.plan import Plan
 from ..values.presets import ModelFacts
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
+
+
+def check_original(original: str, plan: Plan, trust_remote_code: bool = False) -> None:
+    """Refuse, before it is loaded, a model that a plan was not made for: PlanError.
+
+    One that is not here is known by its number of layers alone.
+    """
+    known = identity_of(original, trust_remote_code) if is_checkpoint(original) else None
+    if known is not None:
+        plan.check_model(known)
+    elif (n := layers_of(read_config(original, None, trust_remote_code))) != plan.num_layers:
+        raise PlanError(f"the plan is for {plan.num_layers} layers, {original} has {n}")
 
 
 def resolve(

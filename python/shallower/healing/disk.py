@@ -10,6 +10,7 @@ from ..memory.checkpoints import BESIDE, left_bytes
 from ..memory.rehearsal import build_empty
 from ..models.feed_forward import feed_forward_targets
 from ..models.source import ModelSource
+from ..patching.memory import temporary_bytes
 from ..storage import check_room
 from ..values.plan import Plan
 from ..values.recipe import Recipe
@@ -45,5 +46,6 @@ def check_disk(
     whole = cut.stored_bytes or left_bytes(replace(cut, dtype="bfloat16"), ())
     saved = (merge + from_patch) * whole
     needed = 4 * trained * (3 * CHECKPOINTS + 1) + saved + BESIDE
-    check_room(out, needed)
+    longest = settings.max_length
+    check_room(out, needed, temporary_bytes(cut, max_length=longest) if from_patch else 0)
     return needed

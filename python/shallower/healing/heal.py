@@ -42,7 +42,13 @@ from ..values.loss import Loss
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..values.tokens import Tokens
 from .bar import steps_bar
-from .checks import require_one_process, require_peft, require_plan_of, resolve
+from .checks import (
+    check_original,
+    require_one_process,
+    require_peft,
+    require_plan_of,
+    resolve,
+)
 from .disk import check_disk
 from .job import (
     TRAINING,
@@ -150,6 +156,8 @@ def heal(
     if not alone and not any(True for _ in source):
         raise TextsError("there are no texts to heal with" + _instead_of_texts(answers, from_patch))
     plan = plan_of_cut(path)
+    if original is not None:
+        check_original(str(original), plan, trust_remote_code)
     cut = ModelSource(path, trust_remote_code=trust_remote_code)
     writes = {"merge": merge, "from_patch": from_patch}
     check_disk(out, cut, plan, recipe=recipe, answers=answers is not None, **writes)

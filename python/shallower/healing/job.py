@@ -23,6 +23,7 @@ from ..merging.adapter_config import CONFIG_FILE, read_adapter_config
 from ..merging.merge import copy_beside, copy_files, healing_rows
 from ..merging.stored_adapters import WEIGHTS_FILE
 from ..models.identity import stored_digest
+from ..models.unsaved import warn_unsaved
 from ..patching.patch import with_patch
 from ..patching.saving import save_patched
 from ..processes import is_main_process, partial_folder
@@ -214,6 +215,7 @@ def patched_cut(job: Job, out: Path, dtype: str) -> Path:
             say_goes_on("the cut is patched", job.progress)
             return found
     model, tokenizer = job.original.load(dtype)
+    warn_unsaved(model)
     kept = place.with_suffix(".patching")
     with with_patch(
         model,

@@ -16,6 +16,7 @@ from ..errors import ModelError, why
 from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
 from ..models.source import ModelSource
+from ..models.unsaved import warn_unsaved
 from ..progress import hushed
 from ..values.healing import Healing
 from .low_rank import exact_products
@@ -96,6 +97,7 @@ def merge_in_memory(
     """
     model, tokenizer = source.load(progress)
     require_same_model(model, str(source), adapters, healing=healing)
+    warn_unsaved(model)
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     config_dtype = copy.copy(model.config.dtype)
     device = input_device(find_layers(model))

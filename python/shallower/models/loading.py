@@ -1,6 +1,7 @@
 """Loading a causal language model: a folder, a hub id or a GGUF file."""
 
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -30,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from ..errors import ModelError, why
 from ..processes import is_main_process
 from ..progress import hushed, track
+from ..storage import check_temporary
 from ..texts.hub import hub_refusal
 from ..values.identity import title_of
 from .architecture import beside_layers, find_layers
@@ -195,6 +197,7 @@ def _load_gguf(
     with tempfile.TemporaryDirectory(prefix="shallower-") as folder:
         model = load_weights(place, torch.bfloat16, None, config=plain, options=options)
         clear_gguf_marks(model)
+        check_temporary(sum(weight.nbytes for weight in model.parameters()))
         model.save_pretrained(folder)
         del model
         model = load_weights(folder, torch.bfloat16, device_map, config=config)
@@ -360,6 +363,12 @@ def _reason(error: Exception, source: str, options: dict[str, Any]) -> str:
     text = str(error)
     if options.get("gguf_file") and any(words in text for words in _CUT_OFF):
         return "the file is cut off or damaged; download it again"
+    if found := re.search(r"Unrecognized configuration class <class '.*\.(\w+)'>", text):
+        return (
+            f"transformers has no causal language model for {found[1]}, and only such are cut: use "
+            f"--for-states for a model of images and text; an encoder, as T5's or CLIP's, is "
+            f"loaded with its first layers alone where its config counts fewer"
+        )
     if "trust_remote_code" in text and not options.get("trust_remote_code"):
         allowing = "(trust_remote_code, --trust-remote-code)"
         return f"it has code of its own: read it, then allow it to run {allowing}"

@@ -120,7 +120,7 @@ def will_need(*tensors: torch.Tensor) -> None:
 def in_file(like: torch.Tensor) -> torch.Tensor:
     """Zeros of a tensor's shape and dtype in a temporary file; OutputError if there is no room."""
     with (
-        raise_output_error(Path(tempfile.gettempdir())),
+        raise_output_error(f"temporary files in {tempfile.gettempdir()} (TMPDIR)"),
         tempfile.NamedTemporaryFile(prefix="shallower-") as file,
     ):
         if hasattr(os, "posix_fallocate"):  # on Linux: a disk that is full is said here

@@ -1,24 +1,30 @@
 """The memory of a patch: its equations beside the weights, of which layers can wait elsewhere."""
 
+from collections.abc import Collection, Iterable
+
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..evaluation.loss import FORWARD
 from ..memory.device import Room
 from ..memory.placement import resident_bytes
 from ..memory.plan import Forward, ForwardStep, plan_step
-from ..memory.rehearsal import first_that_runs
+from ..memory.rehearsal import build_empty, first_that_runs
+from ..memory.weights import num_parameters
 from ..models.architecture import find_layers
 from ..models.decoder import Decoder
+from ..models.dtypes import plain_dtype
 from ..models.feed_forward import Targets, feed_forward_targets
+from ..models.source import ModelSource
 from ..texts.batches import Batch
 from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan, usable
 from ..values.tokens import Tokens
 from .descent import graph_bytes, kept_bytes, matrices
 from .least_squares import solver_bytes
-from .states import MAX_HELD_OUT
+from .patch import CPU_TOKENS, NUM_TOKENS, patch_tokens
+from .states import BATCH_TOKENS, FILES, MAX_HELD_OUT
 
 DEFAULT_PATCH_BATCH = 16
 """Texts in one forward of a patch."""
@@ -104,6 +110,38 @@ def plan_patch(
         return step
 
     return plan_step(first_that_runs(rehearsed), [(texts, None)], room.size)
+
+
+def temporary_bytes(
+    model: ModelSource | PreTrainedModel,
+    texts: Iterable[str] | None = None,
+    *,
+    dropped: Collection[int] = (),
+    num_tokens: int | None = None,
+    max_length: int,
+    of_run: bool = False,
+) -> int:
+    """Count the bytes of the temporary files of a patch, at most, about.
+
+    It fits ``num_tokens`` at most, by default as many as a patch, or that of a run; no text has
+    more tokens than bytes. Layers that wait on disk keep there what moves, too.
+    """
+    on_cpu, on_disk = not torch.cuda.is_available(), False
+    if isinstance(model, ModelSource):
+        source, on_disk = model.resolved(), model.waits_on_disk
+        model = build_empty(source.read_config(), plain_dtype(source.dtype))
+    most = patch_tokens(num_parameters(model), on_cpu=on_cpu) if of_run else num_tokens
+    most = most or (CPU_TOKENS if on_cpu else NUM_TOKENS)
+    count = most if texts is None else 0
+    for text in () if texts is None else texts:
+        if count >= most:
+            break
+        count += min(max_length, len(text.encode(errors="replace")))
+    tokens = min(count, most) + min(MAX_HELD_OUT, count) + 2 * (max_length + BATCH_TOKENS)
+    decoder = Decoder.of(model)
+    states = FILES * tokens * int(decoder.config.hidden_size) * model.dtype.itemsize
+    moving = {*range(min(dropped, default=1) - 1, len(decoder))} - {*dropped} if on_disk else ()
+    return states + kept_bytes(decoder.layers.modules[layer] for layer in moving)
 
 
 def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:

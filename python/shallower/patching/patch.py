@@ -32,6 +32,12 @@ from .states import divide, no_layer_before
 NUM_TOKENS, CPU_TOKENS = 131_072, 32_768
 """Tokens to fit by default, at most, on a GPU and on a CPU."""
 
+PATCH_TOKENS = 196_608
+"""Tokens that the patch of a run fits, at most: as many as its steps take."""
+
+CPU_WORK = 3e13
+"""Tokens times parameters that a CPU patches in some ten minutes."""
+
 
 def fitted_tokens(on_cpu: bool) -> int:
     """The tokens that a patch fits by default."""
@@ -154,9 +160,10 @@ def _solved(
     try:
         try:
             kept = None if checkpoint is None else Path(checkpoint)
-            solver = Solver(Layerwise(model), plan, fitted, held_out, changes, kept)
-            with torch.no_grad(), solver as work:
-                done = work.solve(progress)
+            with torch.no_grad():
+                solver = Solver(Layerwise(model), plan, fitted, held_out, changes, kept)
+                done = solver.solve(progress)
+                del solver  # whose files take room on the disk
         except torch.OutOfMemoryError as error:
             raise PatchError(
                 f"there is not enough memory to patch with {tokens.texts} texts of at most "
@@ -191,3 +198,14 @@ def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
     if plan.blocks[0].start == 0:
         raise no_layer_before(plan.blocks[0])
     return replace(plan, model=decoder.identity)
+
+
+def patch_tokens(parameters: int, *, on_cpu: bool) -> int:
+    """Say how many tokens the patch of a run fits: ``PATCH_TOKENS``.
+
+    On a CPU there are fewer for more than some 150 million parameters, but at least a sixth.
+    """
+    if not on_cpu:
+        return PATCH_TOKENS
+    affordable = int(CPU_WORK / parameters)
+    return min(PATCH_TOKENS, max(CPU_TOKENS, affordable))

@@ -7,13 +7,11 @@ for all cuts.
 """
 
 import math
-import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from ..memory.budget import BUDGET
 from ..models.layerwise import Layerwise
 from ..models.offload import resident
 from ..models.residual_writers import Writer, find_writers
+from ..storage import check_temporary
 from ..texts.batches import Batch
 from ..values.counts import counted
 from ..values.layers import blocks_of
@@ -99,23 +98,17 @@ class QuickPatch:
         width, dtype = sample.shape[-1], sample.dtype
         tokens = sum(batch.input_ids.size for part in self._divided for batch in part)
         taken = (len(model) + 1) * tokens * width * dtype.itemsize
-        with ExitStack() as stack:
-            folder = None
-            if not self._has_room(taken):
-                # Files without a name live as long as their mappings.
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shallower-")))
+        on_disk = not self._has_room(taken)
+        if on_disk:
+            check_temporary(taken + taken // (len(model) + 1))
 
-            def stored(name: str, part: Sequence[Batch]) -> Stored:
-                return Stored(folder and folder / name, part, width, dtype)
+        def stored(part: Sequence[Batch]) -> Stored:
+            return Stored(part, width, dtype, on_disk=on_disk)
 
-            parts = [
-                _Part(
-                    part,
-                    [stored(f"{name}.{layer}", part) for layer in range(len(model) + 1)],
-                    stored(f"{name}.cut", part),
-                )
-                for name, part in zip(("fitted", "held"), self._divided, strict=True)
-            ]
+        parts = [
+            _Part(part, [stored(part) for _ in range(len(model) + 1)], stored(part))
+            for part in self._divided
+        ]
         with torch.no_grad():
             self._run_whole(parts)
         return parts

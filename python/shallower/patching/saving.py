@@ -17,6 +17,7 @@ from ..evaluation.loss import evaluate_loss, require_predictable
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
 from ..models.source import place_of
+from ..models.unsaved import warn_unsaved
 from ..progress import track
 from ..storage import check_apart, check_free, check_room, resumable_folder
 from ..texts.sources import place_of_texts
@@ -158,6 +159,7 @@ def patch_to_folder(
     plan = Plan.of(len(decoder), layers)
     plan.check_model(decoder.identity)
     check_patchable(plan)
+    warn_unsaved(model)
     held_out = [] if eval_texts is None else list(eval_texts)
     if eval_texts is not None:
         require_predictable(tokenizer, held_out, settings.max_length)

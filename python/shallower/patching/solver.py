@@ -1,24 +1,21 @@
 """The solver of a patch: layer by layer, both models side by side, matrices solved anew."""
 
 import math
-import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from ..errors import PatchError
 from ..evaluation.loss import predicting_tokens, summed_losses
 from ..memory.weights import module_bytes
 from ..models.layerwise import Layerwise
 from ..models.offload import is_on_disk, resident
 from ..models.residual_writers import Writer, find_writers
 from ..progress import Advance, part, say_goes_on, track
-from ..storage import free_bytes
+from ..storage import check_temporary
 from ..texts.batches import Batch
 from ..values.layers import layer_count
-from ..values.memory import format_size
 from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
@@ -26,7 +23,15 @@ from .checkpoint import PatchCheckpoint
 from .counts import SOLVING, STEPPING, PatchLayers
 from .descent import Descent, draw_steps, keep_best, kept_bytes, num_steps
 from .least_squares import FIRST_RIDGE, Choice, HeldOut, NormalEquations, choose
-from .states import StateSet, Stored, missing_equations, missing_rows, no_writer, not_finite
+from .states import (
+    FILES,
+    StateSet,
+    Stored,
+    missing_equations,
+    missing_rows,
+    no_writer,
+    not_finite,
+)
 
 FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
 """Weights that are tried for the first token of a text, which carries massive activations."""
@@ -39,8 +44,8 @@ change with it, is then solved for all that is left."""
 class Solver:
     """Both models' states on the batches, which advance layer by layer, side by side.
 
-    Every weight that changes is noted in ``changes``. States lie in temporary files, which are
-    there inside the ``with`` statement. What is done is kept in the folder ``checkpoint``, if any.
+    Every weight that changes is noted in ``changes``. States lie in nameless temporary files. What
+    is done is kept in the folder ``checkpoint``, if any.
     """
 
     def __init__(
@@ -59,43 +64,32 @@ class Solver:
         self._bar: Advance
         self.first_weight, self.ridge = FIRST_WEIGHTS[0], FIRST_RIDGE
 
-    def __enter__(self) -> "Solver":
-        self.model.check(self._batches[1][0])
-        self._check_room(Path(tempfile.gettempdir()))
-        self._folder = tempfile.TemporaryDirectory(prefix="shallower-")
-        self._path = Path(self._folder.name)
-        sample = self.model.embed(self._batches[0][0])
-        self._kind = sample.shape[-1], sample.dtype
-        self.fitted, self.held_out = (
-            StateSet(
-                batches,
-                Stored(self._path / f"{name}.whole", batches, *self._kind),
-                Stored(self._path / f"{name}.cut", batches, *self._kind),
-            )
-            for name, batches in zip(("fitted", "held_out"), self._batches, strict=True)
-        )
-        return self
-
-    def _check_room(self, folder: Path) -> None:
-        """Refuse the steps of layers on disk whose files find no room."""
+    def _open(self) -> None:
+        """Take the room of all that lies in files; layers on disk keep there what moves."""
         first = self.plan.blocks[0].start - 1
         left = [self.model.modules[layer] for layer in self.survivors if layer >= first]
-        free, needed = free_bytes(folder), kept_bytes(filter(is_on_disk, left))
-        if needed > free:
-            raise PatchError(
-                f"the steps of a patch of layers on disk take {format_size(needed)} of temporary "
-                f"files, and {format_size(free)} are free in {folder}: name another "
-                f"folder (TMPDIR)"
-            )
+        sample = self.model.embed(self._batches[0][0])
+        width, dtype = sample.shape[-1], sample.dtype
+        tokens = sum(batch.input_ids.size for batches in self._batches for batch in batches)
+        states = FILES * tokens * width * dtype.itemsize
+        check_temporary(states + kept_bytes(filter(is_on_disk, left)))
 
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+        def stored(batches: Sequence[Batch]) -> Stored:
+            return Stored(batches, width, dtype, on_disk=True)
+
+        self.fitted, self.held_out = (
+            StateSet(batches, stored(batches), stored(batches)) for batches in self._batches
+        )
+        self._starts = [stored(batches) for batches in self._batches]
 
     def solve(self, progress: bool | None = None) -> Patch:
         """Solve the layers before the blocks, then let all matrices from there on descend.
 
-        Raises PatchError where the layer before a block does not write by a plain linear map.
+        Raises PatchError where the layer before a block does not write by a plain linear map, and
+        OutputError where temporary files find no room.
         """
+        self.model.check(self._batches[1][0])
+        self._open()
         first, stop = self.plan.blocks[0].start - 1, self.plan.blocks[-1].stop
         after = {block.start - 1: block.stop for block in self.plan.blocks}
         solved = [layer for layer in self.survivors if first <= layer <= max(after)]
@@ -196,15 +190,12 @@ class Solver:
 
         Of the batches to descend on, and of those held out.
         """
-        self._starts = []
-        for name, states, indices in (
-            ("fitted", self.fitted, self._descended),
-            ("held_out", self.held_out, range(len(self.held_out.batches))),
+        chosen = self._descended, range(len(self.held_out.batches))
+        for states, start, indices in zip(
+            (self.fitted, self.held_out), self._starts, chosen, strict=True
         ):
-            start = Stored(self._path / f"{name}.start", states.batches, *self._kind)
             for index in indices:
                 start[index] = states.whole[index]
-            self._starts.append(start)
 
     def _descend(self, first: int, stop: int, nats: float) -> tuple[float, ...]:
         """Descend the divergence from the whole model, as far as the held-out loss falls.

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError, TextsError
 from ..models.layerwise import Layerwise, rows
+from ..models.offload import in_file
 from ..models.residual_writers import Writer
 from ..texts.batches import AnyTexts, Batch, TokenBatches, TokenisedText, tokenise
 from ..texts.splits import is_held_out
@@ -26,6 +26,9 @@ MAX_HELD_OUT = 8192
 
 BATCH_TOKENS = 1024
 """Tokens of a batch, about, where ``batch_size`` is no less: a step takes whole batches."""
+
+FILES = 3
+"""Files of states of all tokens: both models', and those that the descent begins at."""
 
 FARTHEST = 12.0
 """How far a text's first token is moved at most, in mean norms of the other tokens' states.
@@ -85,20 +88,15 @@ def _by_length(text: TokenisedText) -> tuple[int, str]:
 
 
 class Stored:
-    """States of batches on the CPU, (B, T, D) a batch, in memory or in one temporary file.
-
-    Without a ``file`` to make, they lie in memory.
-    """
+    """States of batches on the CPU, (B, T, D) a batch, in memory or in one temporary file."""
 
     def __init__(
-        self, file: Path | None, batches: Sequence[Batch], width: int, dtype: torch.dtype
+        self, batches: Sequence[Batch], width: int, dtype: torch.dtype, *, on_disk: bool
     ) -> None:
         self._batches, self._width = batches, width
         sizes = [batch.input_ids.size * width for batch in batches]
-        if file is None:
-            whole = torch.empty(sum(sizes), dtype=dtype)
-        else:
-            whole = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
+        like = torch.empty(sum(sizes), dtype=dtype, device="meta" if on_disk else "cpu")
+        whole = in_file(like) if on_disk else like
         self._parts = [
             part.view(*batch.input_ids.shape, width)
             for part, batch in zip(whole.split(sizes), batches, strict=True)
@@ -111,7 +109,7 @@ class Stored:
 
     def like(self) -> "Stored":
         """Make room for other states of the same batches, in memory."""
-        return Stored(None, self._batches, self._width, self._parts[0].dtype)
+        return Stored(self._batches, self._width, self._parts[0].dtype, on_disk=False)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._parts[index]

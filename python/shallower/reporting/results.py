@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cutting.metadata import card_text, with_results
 from ..errors import OutputError, ShallowerError, raise_output_error, why
-from ..storage import claimed, holds, sha256_of, write_file
+from ..storage import claimed, holds, rewrite, sha256_of, write_file
 from ..values.comparison import CriteriaComparison
 from ..values.curve import Curve
 from ..values.files import (
@@ -289,4 +289,4 @@ def state_results(card: Path, results: "Sequence[EvalResult]") -> None:
     """
     with raise_output_error(card):
         name = card.resolve().parent.name
-        write_file(card, with_results(card_text(card), results, name=name).encode())
+        rewrite(card, with_results(card_text(card), results, name=name).encode())

@@ -15,7 +15,8 @@ from functools import cache as remembering
 from pathlib import Path
 from typing import Any
 
-from ..cutting.source import hub_id
+from ..cutting.metadata import without_results
+from ..cutting.source import CARD_FILE, hub_id
 from ..errors import ProcessesError, ShallowerError
 from ..models.processor import first_processor
 from ..models.source import ModelSource
@@ -209,13 +210,21 @@ def hashes_by_name(files: list[Path], store: Store) -> dict[str, str]:
     return dict(zip(names, hashes_of(files, store), strict=True))
 
 
+def _hash_of_card(file: Path) -> str:
+    return hash_of(without_results(file.read_bytes().decode("utf-8-sig", errors="replace")))
+
+
 def hashes_of(files: list[Path], store: Store) -> list[str]:
-    """Hash the content of files, each read only once; OSError if one cannot be read."""
+    """Hash the content of files, each read only once; OSError if one cannot be read.
+
+    Of cards all but their results, which are also measured later (``eval --card``).
+    """
     total = sum(file.stat().st_size for file in files)
     with track("hash, MiB", total >> 20, None if total >= LARGE_BYTES else False) as advance:
         found = []
         for file in files:
-            found.append(_hash_of_file(file, store))
+            is_card = file.name.endswith(CARD_FILE)
+            found.append(_hash_of_card(file) if is_card else _hash_of_file(file, store))
             advance(file.stat().st_size >> 20)
     return found
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from .._core import tier
 from ..cutting.exports import EXPORT_FILES, export_path
+from ..cutting.from_hub import UNVERIFIED
 from ..cutting.metadata import without_results
 from ..cutting.plans import plan_file
 from ..cutting.source import CARD_FILE, HUB_ID, hub_id, module_folders, place_name
@@ -20,7 +21,7 @@ from ..errors import OutputError, raise_output_error, why
 from ..models.processor import first_processor
 from ..models.source import ModelSource
 from ..processes import num_processes, processors
-from ..storage import RESULT_RECORD, sha256_of, write_file
+from ..storage import RECORD, RESULT_RECORD, foreign, sha256_of, write_file
 from ..texts.hub import raise_fetch_error
 from ..texts.sources import HUB_DATASET, Texts
 from ..values.experts import experts_file
@@ -50,6 +51,8 @@ WITHOUT_EFFECT = ("out", "overwrite", "no_cache", "dry_run", "as_json", "threads
 
 VERSION = 2
 
+NOT_VERIFIED = " (the parts that were fetched, not verified)"
+
 MODELS = ("model", "original", "adapters")
 TEXTS = {"texts": "max_texts", "eval_texts": "max_eval_texts"}
 """Options that name texts, each with the option of how many of them are read."""
@@ -67,6 +70,7 @@ class Read:
         commit: of a repository on the hub, empty where it is not known; None for a place here.
         files: the SHA-256 of each file, of safetensors on the hub as that states it; of texts one
             of all that were read, under ``texts``; none of a dataset too large to be read for this.
+            Of a file of which parts alone were fetched, that of what was received, too.
         count: texts that were read; None for what are no texts.
     """
 
@@ -82,7 +86,10 @@ class Read:
         """
         if self.count != other.count and self.count is not None:
             return [f"{what}: {other.count} texts were read, expected {self.count} ({self.name})"]
-        mine, others = self.files, other.files
+        mine, others = (
+            {name: of.files[name] for name in of.files if not name.endswith(NOT_VERIFIED)}
+            for of in (self, other)
+        )
         if self.commit and other.commit:
             both = {*mine} & {*others}
             mine, others = ({name: of[name] for name in both} for of in (mine, others))
@@ -270,7 +277,7 @@ def record_of(command: str, call: str, given: Mapping[str, Any], *, store: Store
         out.name,
         reads,
         plans,
-        files_of(out, store),
+        _own(out, files_of(out, store)),
         {},
         figures_of(out, command),
         versions(),
@@ -341,7 +348,9 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
         folder = Path(os.path.commonpath([file.parent for file in files]))
         files += [path for one in module_folders(folder) for path in (folder / one).glob("*")]
         found = _hashes(folder, files, store)
-        return Read(shown, commit, {**stated_hashes(source, commit), **found})
+        received = UNVERIFIED.get((shown, commit or ""), {})
+        parts = {name + NOT_VERIFIED: received[name] for name in received}
+        return Read(shown, commit, {**stated_hashes(source, commit), **found, **parts})
     with raise_output_error(value):
         return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
 
@@ -370,6 +379,17 @@ def files_of(out: Path, store: Store) -> dict[str, str]:
     ours = {name: paths[name] for name in paths if not name.startswith(_FOREIGN)}
     links = [name for name, path in ours.items() if path.is_symlink() and not path.is_file()]
     return {**_hashes(out, ours.values(), store), **dict.fromkeys(links, "")}
+
+
+def _own(out: Path, found: Mapping[str, str]) -> dict[str, str]:
+    """The files of a result that were written there, and not what somebody has put beside them."""
+    tops = [top for top in ("", *(f"{part}/" for part in _PARTS)) if (out / top / RECORD).is_file()]
+    strange = tuple(f"{top}{name}" for top in tops for name in foreign(out / top))
+    return {
+        name: found[name]
+        for name in found
+        if not any(name == one or (one[-1] == "/" and name.startswith(one)) for one in strange)
+    }
 
 
 def file_in(out: Path, name: str) -> Path:

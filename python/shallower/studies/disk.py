@@ -21,6 +21,31 @@ def study_bytes(study: Any) -> int:
     return SMALL + copies * max(left_bytes(*place) for place in places)
 
 
+def temporary_of(study: Any) -> int:
+    """Count the bytes of the temporary files of full patches, at most, about."""
+    if not patches(study.settings):
+        return 0
+    from ..patching.memory import temporary_bytes
+
+    most, sizes = getattr(study.settings, "patch_tokens", None), []
+    for one in study.models:
+        layers = one.count_layers()
+        n = min(filter(None, sizes_of(study.settings, layers)), default=1)
+        begin = max(1, (layers - n) // 2)
+        how: Any = {"dropped": range(begin, begin + n), "num_tokens": most, "of_run": most is None}
+        how["max_length"] = study.settings.tokens.max_length
+        model, texts = getattr(one, "model", one), study.splits.values()
+        sizes += [temporary_bytes(model, split.fit, **how) for split in texts]
+    return max(sizes)
+
+
+def patches(settings: Any) -> bool:
+    """Whether cuts are patched in full."""
+    if isinstance(settings, CurveSettings):
+        return settings.patch == "full" and {*settings.states} != {"cut"}
+    return isinstance(settings, RunSettings) and settings.patch and not settings.plan_only
+
+
 def _checkpoints(study: Any) -> int:
     """How many checkpoints lie in the folder at once that are not there yet."""
     settings = study.settings

@@ -14,7 +14,7 @@ import numpy as np
 from ..evaluation.speech import SPEECH_TOKENS
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
 from ..forecasts.speed import Work, device_of, told
-from ..forecasts.stream_plans import StepsPlan, plan_passes, plan_steps
+from ..forecasts.stream_plans import plan_passes
 from ..forecasts.work import (
     CHECKED,
     QUICK_SOLVES,
@@ -38,10 +38,12 @@ from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
+from ..models.unsaved import unsaved
 from ..patching.counts import PatchLayers
 from ..patching.descent import most_steps
+from ..patching.patch import patch_tokens
 from ..patching.states import MAX_HELD_OUT
-from ..storage import free_bytes
+from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
 from ..values.curve import SCANNED
@@ -52,8 +54,8 @@ from ..values.settings import CurveSettings, RunSettings
 from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
-from .disk import sizes_of, study_bytes
-from .recommending import SCAN_TEXTS, patch_tokens
+from .disk import patches, sizes_of, study_bytes, temporary_of
+from .recommending import SCAN_TEXTS
 from .study import Study
 
 
@@ -80,20 +82,16 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     }
     if study.out is None:
         del ways["disk"]
+    whole = study.models[0]
+    if isinstance(study.settings, RunSettings) and isinstance(whole, ModelSource):
+        described |= {"not_saved": lost} if (lost := unsaved(whole)) else {}
+    if patches(study.settings):
+        ways["temporary"] = lambda: Disk(temporary_of(study), free_bytes(temporary()))
     if any(model.waits_on_disk for model in study.models):
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")
         )
-        if _patches(study.settings):
-            ways["steps"] = lambda: models()[0].steps()
     return {**described, **{name: told(way) for name, way in ways.items()}}
-
-
-def _patches(settings: Any) -> bool:
-    """Whether cuts are patched in full."""
-    if isinstance(settings, CurveSettings):
-        return settings.patch == "full"
-    return isinstance(settings, RunSettings) and settings.patch and not settings.plan_only
 
 
 def _peak(plan: MemoryPlan) -> int:
@@ -158,7 +156,7 @@ class _Model:
     @cached_property
     def _patch_tokens(self) -> int:
         """Tokens that a full patch fits; 0 where there is none."""
-        if not _patches(self.settings):
+        if not patches(self.settings):
             return 0
         if isinstance(self.settings, CurveSettings):
             return self.settings.patch_tokens
@@ -191,20 +189,12 @@ class _Model:
         for name in self.study.splits:
             self.texts = _Texts(self.study, self.source.load_tokenizer(), name, self._at_once)
             work = sum(ways.get(type(self.settings), self._of_comparison)(), work)
-        length, steps = float(self.texts.report.mean()), most_steps(self._fitted)
-        return Counted(self.source, work, self._at_once, length, steps)
+        length = float(self.texts.report.mean())
+        return Counted(self.source, work, self._at_once, length)
 
     def stream(self) -> StreamPlan:
         """What is read of a model whose layers are streamed from disk, at least, about."""
         return replace(plan_passes(self.source, self.counted.work.passes), at_least=True)
-
-    def steps(self) -> StepsPlan:
-        """What the steps of all full patches take of the disk, of blocks in the middle."""
-        settings, n = self.settings, min(filter(None, self._sizes), default=1)
-        is_curve = isinstance(settings, CurveSettings)
-        count = len(settings.n) * len(settings.strategies) if is_curve else 1
-        each = plan_steps(self.source, middle(self.layers, n), self.counted.steps)
-        return replace(each, steps=count * each.steps, passes=count * each.passes)
 
     def _of_run(self) -> Iterator[Work]:
         settings, sizes = self.settings, self._sizes

@@ -25,7 +25,7 @@ from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
 from ..models.source import place_of
-from ..patching.patch import CPU_TOKENS, with_patch
+from ..patching.patch import patch_tokens, with_patch
 from ..patching.saving import save_patched
 from ..progress import stage, track
 from ..reporting.results import Run, weights_mark
@@ -56,13 +56,6 @@ SCAN_TEXTS = 256
 """Texts by which layers are compared, at most: errors of distances are small long before those
 of losses.
 """
-
-PATCH_TOKENS = 196_608
-"""Tokens that the patch that is saved fits, at most: as many as its steps take."""
-
-CPU_WORK = 3e13
-"""Tokens times parameters that a CPU patches in some ten minutes."""
-
 
 PATCHING_FOLDER = ".patching"
 """What a patch goes on from that was cut short, or found no room for its checkpoint."""
@@ -402,14 +395,3 @@ class Recommending:
         self._kept = now.minus(verifier.scores((), after="none"))
         error = self._kept.stderr if math.isfinite(self._kept.stderr) else 0.0
         return self._kept.mean + error <= most
-
-
-def patch_tokens(parameters: int, *, on_cpu: bool) -> int:
-    """Say how many tokens the patch of a run fits: ``PATCH_TOKENS``.
-
-    On a CPU there are fewer for more than some 150 million parameters, but at least a sixth.
-    """
-    if not on_cpu:
-        return PATCH_TOKENS
-    affordable = int(CPU_WORK / parameters)
-    return min(PATCH_TOKENS, max(CPU_TOKENS, affordable))

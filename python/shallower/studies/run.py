@@ -293,11 +293,14 @@ class RunStudy(Study[RunSettings]):
 
     def _done(self, report: Callable[[Run], None] | None) -> Run:
         from ..models.decoder import Decoder
+        from ..models.unsaved import warn_unsaved
         from .recommending import Recommending
 
         _ = self.splits
         with stage("load the model"):
             loaded, tokenizer = self.load(self.model)
+        if not self.settings.plan_only:
+            warn_unsaved(loaded)
         wanted = self.wanted_answers and self.wanted_answers.of(Decoder.of(loaded), tokenizer)
         healing = None
         if self.settings.heal:

@@ -31,7 +31,7 @@ from ..values.counts import summed
 from ..values.hashing import hash_of
 from ..values.plan import Plan
 from ..values.settings import StudySettings
-from .disk import study_bytes
+from .disk import study_bytes, temporary_of
 from .items import Items
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Study(Generic[Settings]):
                 check_free(self.out / name, self.overwrite)
         self.check_kind()
         if self.out is not None:
-            check_room(self.out / self.RESULTS, study_bytes(self))
+            check_room(self.out / self.RESULTS, study_bytes(self), temporary_of(self))
 
     def check_kind(self) -> None:
         """Refuse what this kind of study cannot do."""

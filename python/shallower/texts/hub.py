@@ -1,10 +1,11 @@
 """The hub: whether it can be reached, and why it does not give what is asked for."""
 
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -12,6 +13,8 @@ from ..errors import ModelError, why
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
+
+HUB = "https://huggingface.co"
 
 LOG_IN = "log in (hf auth login)"
 
@@ -95,3 +98,23 @@ def hub_refusal(name: str, kind: Literal["model", "dataset"]) -> str | None:
     except Exception:  # of the client, which has had several
         return "the hub breaks the connection off: try again later"
     return None
+
+
+def warn_of_mirror(name: str) -> None:
+    """Warn that parts of a model's files come from another server than the hub's."""
+    from huggingface_hub import constants
+
+    if constants.ENDPOINT != HUB:
+        warnings.warn(
+            f"{name} comes from {constants.ENDPOINT} (HF_ENDPOINT) and not from {HUB}, and parts "
+            f"of files cannot be verified: trust that server, or unset HF_ENDPOINT",
+            stacklevel=3,
+        )
+
+
+def etag_of(response: Any) -> str:
+    """The hub's name for the content of a file; empty where it does not say."""
+    answers = (*response.history, response)
+    linked = [one.headers["X-Linked-Etag"] for one in answers if "X-Linked-Etag" in one.headers]
+    own = [] if response.history else [response.headers.get("ETag", "")]
+    return next(iter((*linked, *own)), "").removeprefix("W/").strip('"')

@@ -49,7 +49,7 @@ class Divided:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Bytes that a study leaves in its folder, at most, and those that are free there."""
+    """Bytes that a command writes to a place, at most, and those that are free there."""
 
     bytes: int
     free_bytes: int
