@@ -14,7 +14,7 @@ from ..evaluation.loss import fitting_tokens
 from ..evaluation.speech import Spoken
 from ..healing.checks import require_healable
 from ..healing.heal import heal
-from ..judgement.forwards import scores_by_forwards
+from ..judgement.forwards import out_of_domain, scores_by_forwards
 from ..judgement.judges.judge import LossJudge
 from ..memory.device import free_memory
 from ..models.decoder import Decoder
@@ -85,9 +85,12 @@ class HealingStage:
         dtype: Any = results.scan.model.dtype if results.scan.model else "auto"
         source = ModelSource(place, dtype, trust_remote_code=self.study.origin[1])
         model, tokenizer = source.load(self.study.progress)
-        healed = self._loss(source, model, tokenizer)
-        state_loss(place / CARD_FILE, (results.whole, healed), tested=self.study.tested)
-        recommended = replace(recommended, healed=healed)
+        healed, outside = self._loss(source, model, tokenizer), recommended.out_of_domain
+        how: Any = {"tokens": self.study.settings.tokens, "progress": self.study.progress}
+        outside = outside and out_of_domain(outside, "healed", model, tokenizer=tokenizer, **how)
+        both = [outside[name] for name in ("whole", "healed") if outside]
+        state_loss(place / CARD_FILE, (results.whole, healed, *both), tested=self.study.tested)
+        recommended = replace(recommended, healed=healed, out_of_domain=outside)
         results = replace(results, recommended=recommended, healing=healing)
         if speech is not None:
             try:

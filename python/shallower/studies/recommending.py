@@ -19,7 +19,7 @@ from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.speech import Spoken
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.choosing_size import SizeChoice, sizes_beside
-from ..judgement.forwards import scores_by_forwards
+from ..judgement.forwards import out_of_domain, scores_by_forwards
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
@@ -54,9 +54,7 @@ from .speaking import StudySpeech
 from .study import Study, model_words
 
 SCAN_TEXTS = 256
-"""Texts by which layers are compared, at most: errors of distances are small long before those
-of losses.
-"""
+"""Texts by which layers are compared, at most; distances need fewer than losses."""
 
 PATCH_TOKENS = 196_608
 """Tokens that the patch that is saved fits, at most: as many as its steps take."""
@@ -64,14 +62,11 @@ PATCH_TOKENS = 196_608
 CPU_WORK = 3e13
 """Tokens times parameters that a CPU patches in some ten minutes."""
 
-
 PATCHING_FOLDER = ".patching"
 """What a patch goes on from that was cut short, or found no room for its checkpoint."""
 
 TABLE_REPORTS = 64
-"""Test texts on which cuts of the table are measured, at least; their losses on
-all are estimated by what the whole model loses on the others.
-"""
+"""Test texts of cuts of the table, at least; the whole model's losses tell of the others."""
 
 
 class Recommending:
@@ -100,6 +95,8 @@ class Recommending:
                 study, model, tokenizer, store=store, scanned=lambda: self._scan
             )
             self._decoder, self._plans = measuring.decoder, measuring.plans
+        how: Any = {"tokenizer": tokenizer, "tokens": self._settings.tokens}
+        self._outside = partial(out_of_domain, progress=study.progress, **how)
         if answers is not None:
             answers.check(self._decoder, tokenizer, self._fitted)
 
@@ -228,6 +225,9 @@ class Recommending:
         block = self._scan.best_block(choice.n)
         if set(block.layers) != set(plan.dropped):
             worse = measuring.loss_of_cut(measuring.plan(block.layers)).minus(cut)
+        outside = self._outside({}, "whole", self._model, store=self._store)
+        with without_layers(self._model, plan.blocks):
+            outside = self._outside(outside, "cut", self._model, store=self._store, plan=plan)
         recommended = Recommended(
             verified,
             choice.reason,
@@ -239,6 +239,7 @@ class Recommending:
             layers_share=choice.n / len(self._decoder),
             parameters_share=measuring.parameters_share(plan),
             max_loss=self._target.max_loss,
+            out_of_domain=outside,
         )
         if self._settings.plan_only:
             return self._with_speech(replace(results, recommended=recommended), plan, None)
@@ -335,26 +336,19 @@ class Recommending:
             return None
         folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
         assert recommended is not None
-        losses: Any
-        if done is None:
-            losses = (results.whole, recommended.cut)
-            save = partial(save_cut, plan=plan, gguf=self._gguf)
-        else:
+        outside = recommended.out_of_domain
+        losses: Any = results.whole, recommended.cut, *outside.values()
+        save: Any = partial(save_cut, plan=plan, gguf=self._gguf)
+        if done is not None:
+            outside = self._outside(outside, "patched", self._model)
             patched = self._measuring.loss_now(self._model)
             losses = {"whole": results.whole, "cut": recommended.cut, "patched": patched}
-            save = partial(save_patched, done=done)
-            recommended = replace(recommended, patched=patched)
+            save = partial(save_patched, done=done, out_of_domain=outside)
+            recommended = replace(recommended, patched=patched, out_of_domain=outside)
             results = replace(results, recommended=recommended)
         with track("save the model", show=self._study.progress):
-            save(
-                self._model,
-                self._tokenizer,
-                folder,
-                overwrite=True,
-                losses=losses,
-                tested=self._study.tested,
-                command=results.command,
-            )
+            how = {"losses": losses, "tested": self._study.tested, "command": results.command}
+            save(self._model, self._tokenizer, folder, overwrite=True, **how)
         results.save()
         text, place = max(self._study.split.report, key=len), results.checkpoint
         assert place is not None

@@ -18,6 +18,7 @@ from ..savings.devices import HERE, find_device
 from ..store.given_models import given_model
 from ..store.store import open_store
 from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint
+from ..texts.splits import refuse_shared
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -153,6 +154,7 @@ class RunStudy(Study[RunSettings]):
     def check_kind(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`run`."""
         _ = self.items, self.prompts
+        refuse_shared([*self.split.fit, *self.split.choose], ())
         if self.gguf is not None:
             check_any_cut(self.gguf)
         wanted = self.wanted_answers

@@ -29,6 +29,7 @@ from ..results import Continuations, Run
 from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
 from ..words import (
     again,
+    came_back,
     dequantised,
     differs,
     few_texts,
@@ -43,7 +44,14 @@ from ..words import (
 )
 from .evaluation import repeats_warning, speech_table
 from .gain import gain_table
-from .stages import candidates_table, failed_proposals, healing_table, rejected, scan_table
+from .stages import (
+    candidates_table,
+    failed_proposals,
+    healing_table,
+    losses_table,
+    rejected,
+    scan_table,
+)
 
 UNLIKE = 3.0
 """Standard errors from which on selection and test texts are called unlike."""
@@ -54,6 +62,8 @@ UNFINISHED = (
 """The warning of a run that was cut short, or goes on."""
 
 _STATES = ("whole", "cut", "patched", "healed")
+_PLACES = ("losses", "out_of_domain.losses")
+"""Where ``results.json`` has the losses on the test set, and those out of domain."""
 
 
 def run_story(run: Run, *, gain: Gain | None = None, drawn: bool = True) -> Story:
@@ -208,7 +218,7 @@ class _RunStory:
         best, run = self._best, self._run
         known = self._weights and self._weights.parameters
         whole = None if not known else _before_parameters(self._weights, best)
-        found = [*best.warnings(), *small_model(whole), *few_texts(best.whole.num_texts)]
+        found = [*run.warnings, *small_model(whole), *few_texts(best.whole.num_texts)]
         if "ended" not in run.marks:
             found.insert(0, UNFINISHED)
         if run.source and run.source[0].endswith(".gguf") and self._weights and not self._is_gguf:
@@ -308,6 +318,7 @@ class _RunStory:
     def _costs(self) -> Section:
         run, gain, drawings = self._run, self._gain, []
         tables = [] if gain is None else [gain_table(gain)]
+        tables += [losses_table(self._best.measured)]
         tables += [sizes_table(self._best, run.table)] if run.table else []
         tables += [] if run.healing is None else [healing_table(run.healing)]
         if self._drawn:
@@ -318,9 +329,9 @@ class _RunStory:
     def _numbers(self) -> Section:
         best, run, scan = self._best, self._run, self._run.scan
         facts = [
-            loss_fact(name, loss, f"{RESULTS_FILE}: recommended.losses.{name}")
-            for name in _STATES
-            if (loss := getattr(best, name)) is not None
+            loss_fact(f"{name}, {place}", loss, f"{RESULTS_FILE}: recommended.{key}.{name}")
+            for (place, losses), key in zip(best.measured.items(), _PLACES, strict=False)
+            for name, loss in losses.items()
         ]
         paired = Number.estimate(best.difference, 4, sign=True)
         facts += [
@@ -400,11 +411,7 @@ def _sample(one: Continuations) -> Sample:
 def _cost(best: Recommended) -> str:
     """Say the cost in words of perplexity, and the share of the lost nats that came back."""
     words = perplexity_words(best.whole, best.loss, best.difference)
-    lost = best.cut.nats - best.whole.nats
-    if best.state == "cut" or not lost > 0:
-        return words
-    back = (best.cut.nats - best.loss.nats) / lost
-    return f"{words} {100 * back:.0f} % of the lost nats were recovered."
+    return words if best.state == "cut" else f"{words} {_capital(came_back(best.shares))}."
 
 
 def _estimated(rows: Sequence[SizeRow], num_texts: int) -> str:
