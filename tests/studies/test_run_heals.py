@@ -134,7 +134,7 @@ def test_a_training_that_makes_it_worse_leaves_the_patched_model(
         done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
     assert done.recommended.state == "patched"
     assert done.checkpoint == tmp_path / "out" / "checkpoint"
-    assert "not healed" in done.recommended.warnings()[0]
+    assert "not healed" in done.warnings[0]
     monkeypatch.setattr("shallower.studies.healing_stage.heal", lambda *_, **__: 1 / 0)
     again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
     assert again.recommended.unhealed == done.recommended.unhealed

@@ -26,7 +26,7 @@ from ..patching.quick import RIDGES
 from ..patching.states import MAX_HELD_OUT, divide
 from ..processes import worked
 from ..texts.batches import tokenise
-from ..texts.sources import Texts
+from ..texts.sources import Texts, own_texts
 from ..values.estimates import Time
 from ..values.forwards import Forwards
 from ..values.plan import Plan
@@ -254,7 +254,7 @@ def of_patch(
     held_out: Sequence[str] = (),
     num_written: int = 0,
 ) -> Counted:
-    """Count a patch, three losses on ``held_out``, and answers that the whole model writes.
+    """Count a patch, its losses on ``held_out`` and our own texts, and answers that are written.
 
     TextsError for too few texts.
     """
@@ -275,8 +275,8 @@ def of_patch(
         each=stepped / len(drawn),
     )
     work += written(layers, num_written) + Work(passes=((1, 0),))  # and it is saved
-    if held_out:
-        lengths = lengths_of(tokenizer, held_out, tokens.max_length)
+    for some in (held_out, own_texts()) if held_out else ():
+        lengths = lengths_of(tokenizer, some, tokens.max_length)
         work += run(Forwards(3 * layers - 2 * len(dropped), 3, passes=3), lengths)
     return Counted(source, work, DEFAULT_PATCH_BATCH, fitted.mean(), steps)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..evaluation.batches import batches_of_texts
 from ..evaluation.loss import fitting_tokens, nats_of, out_of_domain_texts
 from ..models.decoder import Decoder
+from ..texts.sources import OWN_TOKENS
 from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.plan import Plan, gone_by
@@ -85,6 +86,7 @@ def out_of_domain(
     There are none, of any state, where the tokenizer has no words of these texts.
     ``store`` has results of the whole model.
     """
+    tokens = replace(tokens, max_length=min(tokens.max_length, OWN_TOKENS))
     texts, decoder = out_of_domain_texts(tokenizer, tokens.max_length), Decoder.of(model)
     if not texts:
         return {}

@@ -20,7 +20,7 @@ from ..models.source import place_of
 from ..progress import track
 from ..reporting.words import by_choice, came_back
 from ..storage import check_apart, check_free, check_room, resumable_folder
-from ..texts.sources import place_of_texts
+from ..texts.sources import OWN_TOKENS, place_of_texts
 from ..values.answers import Answer
 from ..values.commands import option_words
 from ..values.counts import counted
@@ -170,6 +170,7 @@ def patch_to_folder(
         held_out[TEST_SET] = list(eval_texts)
         require_predictable(tokenizer, held_out[TEST_SET], settings.max_length)
         held_out[OUT_OF_DOMAIN] = out_of_domain_texts(tokenizer, settings.max_length)
+    lengths = {TEST_SET: settings.max_length, OUT_OF_DOMAIN: min(settings.max_length, OWN_TOKENS)}
     measured: dict[str, dict[str, Loss]] = {place: {} for place, some in held_out.items() if some}
 
     def measure(name: str) -> None:
@@ -178,7 +179,7 @@ def patch_to_folder(
                 decoder,
                 tokenizer,
                 held_out[place],
-                max_length=settings.max_length,
+                max_length=lengths[place],
                 batch_size=settings.batch_size,
                 progress=progress,
                 description=f"loss, {name}, {place}",

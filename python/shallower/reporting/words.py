@@ -147,7 +147,7 @@ def costs(measured: Mapping[str, Mapping[str, Loss]]) -> dict[str, Any]:
 def came_back(shares: Mapping[str, Estimate]) -> str:
     """Say which share of the lost nats came back, by the texts that say so."""
     said = ", ".join(
-        f"{with_error(100 * one.mean, 100 * one.stderr, 0)} % on {place}"
+        f"{with_error(100 * one.mean, 100 * one.stderr or None, 0)} % on {place}"
         for place, one in shares.items()
         if math.isfinite(one.mean)
     )

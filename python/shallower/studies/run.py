@@ -154,7 +154,6 @@ class RunStudy(Study[RunSettings]):
     def check_kind(self) -> None:
         """Refuse what cannot be, before anything is loaded; as :func:`run`."""
         _ = self.items, self.prompts
-        refuse_shared([*self.split.fit, *self.split.choose], ())
         if self.gguf is not None:
             check_any_cut(self.gguf)
         wanted = self.wanted_answers
@@ -174,6 +173,7 @@ class RunStudy(Study[RunSettings]):
         if device not in (None, HERE):
             find_device(str(device))
         self.settings.target.size(self.model.count_layers())
+        refuse_shared([*self.split.fit, *self.split.choose], ())
 
     def units(self) -> list[Unit]:
         """List the whole model, and the cut where its size is known beforehand."""
