@@ -319,14 +319,17 @@ def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
     row = rf"\| {headline}, -?\d+ % on the texts that it chose by \|"
     assert re.search(row, card).groups() == shares
     assert "solved anew by least squares" in card
-    values, (model, _) = json.loads(run(folder, *options, "--json").out), sh.load_model(out)
+    values, (model, _) = (
+        json.loads(run(folder, *options, "--json").out),
+        sh.load_model(out, dtype="float32"),
+    )
     sets = {"eval": HELD_OUT, "out_of_domain": own_texts()}
     for (name, texts), share, costs in zip(
         sets.items(), shares, values["cost"].values(), strict=True
     ):
         whole, cut, patched = (values[name][state]["nats"] for state in ("whole", "cut", "patched"))
         assert patched == pytest.approx(
-            sh.evaluate_loss(model.float(), words, texts, max_length=128).nats, abs=1e-5
+            sh.evaluate_loss(model, words, texts, max_length=128).nats, abs=1e-5
         )
         assert costs["lost"]["mean"] == pytest.approx(patched - whole)
         assert costs["recovered"]["mean"] == pytest.approx((cut - patched) / (cut - whole))

@@ -192,6 +192,9 @@ def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
     out = tmp_path / "out"
     losses, recommended = Run.load(out), Run.load(out).recommended
     card = (out / "healed" / "README.md").read_text()
+    outside = recommended.out_of_domain
+    assert [*outside] == ["whole", "cut", "patched", "healed"]
+    assert f"; out of domain {outside['whole']} → {outside['healed']} |" in card
     assert f"| held-out loss | {losses.whole} → {recommended.healed} nats a token, " in card
     before = f"{losses.whole} → {recommended.patched} nats a token, "
     assert f"| held-out loss, before the healing | {before}" in card

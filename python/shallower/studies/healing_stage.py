@@ -14,7 +14,8 @@ from ..evaluation.loss import fitting_tokens
 from ..evaluation.speech import Spoken
 from ..healing.checks import require_healable
 from ..healing.heal import heal
-from ..judgement.forwards import out_of_domain, scores_by_forwards
+from ..judgement.forwards import scores_by_forwards
+from ..judgement.held_out_cuts import out_of_domain
 from ..judgement.judges.judge import LossJudge
 from ..memory.device import free_memory
 from ..models.decoder import Decoder
@@ -108,12 +109,11 @@ class HealingStage:
         """Add how the healed model speaks, judged by the whole one, which is loaded for it."""
         free_memory()
         spoken = speech.judged(said, self.study.load(self.study.model)[0])
-        texts = [one.healed for one in speech.samples({"healed": said})]
-        samples = zip(results.continuations, texts, strict=True)
+        samples = zip(results.continuations, speech.samples({"healed": said}), strict=True)
         return replace(
             results,
             speech={**results.speech, "healed": spoken},
-            continuations=tuple(replace(one, healed=text) for one, text in samples),
+            continuations=tuple(replace(one, healed=more.healed) for one, more in samples),
         )
 
     def _trained(self, checkpoint: Path, place: Path, answers: Sequence[Answer] | None) -> Healing:

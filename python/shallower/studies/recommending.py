@@ -19,7 +19,8 @@ from ..errors import ModelError, PatchError, PlanError, TextsError
 from ..evaluation.speech import Spoken
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.choosing_size import SizeChoice, sizes_beside
-from ..judgement.forwards import out_of_domain, scores_by_forwards
+from ..judgement.forwards import scores_by_forwards
+from ..judgement.held_out_cuts import out_of_domain
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder

@@ -62,8 +62,8 @@ UNFINISHED = (
 """The warning of a run that was cut short, or goes on."""
 
 _STATES = ("whole", "cut", "patched", "healed")
-_PLACES = ("losses", "out_of_domain.losses")
-"""Where ``results.json`` has the losses on the test set, and those out of domain."""
+_SETS = {"losses": "", "out_of_domain": " out of domain"}
+"""Where ``results.json`` has losses by state, and of which texts they are."""
 
 
 def run_story(run: Run, *, gain: Gain | None = None, drawn: bool = True) -> Story:
@@ -329,8 +329,8 @@ class _RunStory:
     def _numbers(self) -> Section:
         best, run, scan = self._best, self._run, self._run.scan
         facts = [
-            loss_fact(f"{name}, {place}", loss, f"{RESULTS_FILE}: recommended.{key}.{name}")
-            for (place, losses), key in zip(best.measured.items(), _PLACES, strict=False)
+            loss_fact(f"{name}{what}", loss, f"{RESULTS_FILE}: recommended.{key}.{name}")
+            for losses, (key, what) in zip(best.measured.values(), _SETS.items(), strict=False)
             for name, loss in losses.items()
         ]
         paired = Number.estimate(best.difference, 4, sign=True)
