@@ -147,7 +147,7 @@ format: $(VENV)/.packages  ## Write what lint wants, where that can be done
 	$(BIN)/ruff check --fix $(LINTED)
 	$(BIN)/ruff format $(LINTED)
 
-demo-says:
+demo-says:  ## What make demo installs and takes, before it does
 	@echo "make demo builds and installs the package with all that develops it, 7 GB in $(VENV), once; then it runs for minutes of two cores"
 
 demo: demo-says install  ## Scan, cut, patch and measure a real model; results in shallower-demo/

@@ -97,7 +97,7 @@ class Recommending:
             )
             self._decoder, self._plans = measuring.decoder, measuring.plans
         how: Any = {"tokenizer": tokenizer, "tokens": self._settings.tokens}
-        self._outside = partial(out_of_domain, progress=study.progress, **how)
+        self._outside: Any = partial(out_of_domain, progress=study.progress, **how)
         if answers is not None:
             answers.check(self._decoder, tokenizer, self._fitted)
 

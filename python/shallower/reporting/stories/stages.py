@@ -161,7 +161,8 @@ def healing_parts(healing: Healing) -> list[str | Table]:
 
 def losses_table(measured: Mapping[str, Mapping[str, Loss]]) -> Table:
     """Tabulate losses by texts and state, and which share of the lost nats came back."""
-    rows, states = [], [*next(iter(measured.values()))]
+    rows: list[tuple[Cell, ...]] = []
+    states = [*next(iter(measured.values()))]
     for place, losses in measured.items():
         whole, *_, now = losses.values()
         nats = (Number.of(loss.nats, loss.stderr) for loss in losses.values())
