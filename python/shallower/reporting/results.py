@@ -153,7 +153,7 @@ class Run:
             cut, now, whole = (
                 self.speech[one].of("divergence") for one in ("cut", best.state, "whole")
             )
-            shares["its divergence from the whole model's own words"] = now.recovered(cut, whole)
+            shares["the whole model's own words, by divergence"] = now.recovered(cut, whole)
         found += domain_learned(shares)
         if worse and worse.stderr > 0 and worse.mean > COLLAPSE * worse.stderr:
             found.append(
