@@ -51,7 +51,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport MAKEFLAGS MFLAGS
 
 .DEFAULT_GOAL := help
-.PHONY: help dev affected check install browser ci test test-rust build-rust-tests test-python test-computing test-waiting build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs lint-workflows lint-words format demo zoo families docs tutorial \
+.PHONY: help dev affected check install browser ci test test-rust build-rust-tests test-python test-computing test-waiting build-python-tests test-oldest test-slow lint lint-rust lint-python lint-stubs lint-workflows lint-words format demo demo-says zoo families docs tutorial \
 	bench build-benches bench-check gpu-check fuzz sanitize release release-check wheel wheel-arm test-arm old-cpus licences clean
 
 help:  ## This list
@@ -147,7 +147,10 @@ format: $(VENV)/.packages  ## Write what lint wants, where that can be done
 	$(BIN)/ruff check --fix $(LINTED)
 	$(BIN)/ruff format $(LINTED)
 
-demo: install  ## Scan, cut and measure a real model; results in shallower-demo/
+demo-says:  ## What make demo installs and takes, before it does
+	@echo "make demo builds and installs the package with all that develops it, 7 GB in $(VENV), once; then it runs for minutes of two cores"
+
+demo: demo-says install  ## Scan, cut, patch and measure a real model; results in shallower-demo/
 	$(INSTALLED)/shallower demo --out shallower-demo --overwrite $(if $(DEMO_TEXTS),--texts "$(DEMO_TEXTS)")
 
 zoo: install  ## Make or make again the models of zoo/, and docs/zoo.md; ZOO=--dry-run says what each takes

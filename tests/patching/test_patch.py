@@ -14,6 +14,7 @@ from shallower.patching import descent, least_squares, saving, solver
 from shallower.patching import patch as patching
 from shallower.patching.patch import patch, with_patch
 from shallower.reporting.stories.stages import patch_table
+from shallower.texts.sources import own_texts
 from shallower.values.files import PATCH_FILE
 from tests.commands import in_this_process
 from tests.conftest import mostly_slow, tiny_llama, write_jsonl
@@ -281,8 +282,9 @@ def run(folder, *more):
 
 def test_without_held_out_text_a_patch_says_what_it_chose_by(patched):
     done = patched[1]
-    assert done.back({}).endswith("of the lost nats recovered on the texts that it chose by")
-    assert patch_table(done, {}).title.endswith(done.back({}))
+    share = f"{100 * done.recovered:.0f} %"
+    said = f"patch by refit: {share} of the lost nats recovered on the texts that it chose by"
+    assert patch_table(done, {}).title == said
 
 
 def test_texts_that_are_held_out_are_not_fitted(folder, hasty):
@@ -291,6 +293,11 @@ def test_texts_that_are_held_out_are_not_fitted(folder, hasty):
     done = run(folder, "--drop", "3:5", "--out", "nowhere", "--eval-texts", str(texts), "--dry-run")
     assert done.status == 2
     assert "1 text of --texts is also in --eval-texts" in done.err
+    write_jsonl(texts, [*TEXTS, own_texts()[3]])
+    options = ("--eval-texts", str(folder / "held_out.jsonl"), "--texts", str(texts), "--dry-run")
+    done = run(folder, "--drop", "3:5", "--out", "nowhere", *options)
+    assert done.status == 2
+    assert "1 text of --texts is also in --eval-texts or the built-in out-of-domain" in done.err
 
 
 def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
@@ -298,23 +305,36 @@ def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
     options = ("--drop", "3:5", "--out", str(out), "--eval-texts", str(folder / "held_out.jsonl"))
     done = run(folder, *options)
     assert done.status == 0, done.err
-    headline = r"(-?\d+) % of the lost nats recovered on held-out texts"
-    (share,) = re.findall(rf"patch by refit: {headline}", done.out)
-    whole, cut, patched = map(float, re.findall(r"on --eval-texts, \w+: ([\d.]+)", done.out))
-    assert float(share) == pytest.approx(100 * (cut - patched) / (cut - whole), abs=1)
+    share = r"(-?\d+) ± \d+ %"
+    headline = (
+        rf"{share} of the lost nats recovered on the test set, {share} on out-of-domain texts"
+    )
+    shares = re.search(rf"patch by refit: {headline}", " ".join(done.out.split())).groups()
     report = json.loads((out / PATCH_FILE).read_text())
     assert report["plan"]["drop"][0]["start"] == 3
     assert report["plan"]["model"]["num_layers"] == 8
     assert report["patched"] < report["cut"]
     card = (out / "README.md").read_text()
     assert "is not healed" not in card
-    assert (
-        re.search(rf"\| {headline}; -?\d+ % .* on the texts that it chose by \|", card)[1] == share
-    )
+    row = rf"\| {headline}, -?\d+ % on the texts that it chose by \|"
+    assert re.search(row, card).groups() == shares
     assert "solved anew by least squares" in card
-    model, _ = sh.load_model(out, dtype="float32")
-    found = sh.evaluate_loss(model, words, HELD_OUT).nats
-    assert f"patched: {found:.4f}" in done.out
+    values, (model, _) = (
+        json.loads(run(folder, *options, "--json").out),
+        sh.load_model(out, dtype="float32"),
+    )
+    sets = {"eval": HELD_OUT, "out_of_domain": own_texts()}
+    for (name, texts), share, costs in zip(
+        sets.items(), shares, values["cost"].values(), strict=True
+    ):
+        whole, cut, patched = (values[name][state]["nats"] for state in ("whole", "cut", "patched"))
+        assert patched == pytest.approx(
+            sh.evaluate_loss(model, words, texts, max_length=128).nats, abs=1e-5
+        )
+        assert costs["lost"]["mean"] == pytest.approx(patched - whole)
+        assert costs["recovered"]["mean"] == pytest.approx((cut - patched) / (cut - whole))
+        assert int(share) == pytest.approx(100 * costs["recovered"]["mean"], abs=0.5)
+        assert f"{whole:.3f} ± " in card
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 

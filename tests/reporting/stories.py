@@ -63,6 +63,7 @@ def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", 
     best = Recommended(
         verified(num_layers), "4 layers less, as requested", loss(), loss(0.5),
         loss(patched), None, loss(0.7).minus(loss(0.5)), 4 / num_layers, 3.2 / num_layers,
+        out_of_domain={"whole": loss(), "cut": loss(0.6), "patched": loss(0.35)},
     )  # fmt: skip
     told = Continuations(prompt, f"{prompt} good.\n\nAnd more.", "a a a", "fine")
     speech = {name: made(9, seed) for seed, name in enumerate(("whole", "cut", "patched"))}

@@ -15,7 +15,8 @@ from shallower.reporting.stories.evaluation import (
     speech_table,
 )
 from shallower.reporting.stories.run import run_story, speech_section
-from shallower.values.scores import Scores
+from shallower.reporting.words import domain_learned
+from shallower.values.scores import Estimate, Scores
 from shallower.values.speech import MEASURES, WAYS
 from tests.reporting.stories import made_run
 from tests.values.speeches import made
@@ -125,4 +126,41 @@ def test_a_recommended_model_that_repeats_itself_is_warned_of(tmp_path, rate, wa
 @pytest.mark.parametrize(("patched", "warned"), [(-0.1, True), (0.2, False)])
 def test_a_patched_model_that_is_better_than_the_whole_one_is_warned_of(tmp_path, patched, warned):
     found = run_story(made_run(tmp_path, patched=patched), drawn=False).warnings
-    assert any("has learned the domain of the texts" in one for one in found) == warned
+    assert any("has learned the domain of its texts" in one for one in found) == warned
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "warned"),
+    [
+        ((0.88, 0.03), (0.12, 0.02), True),  # few texts of one source
+        ((0.755, 0.012), (0.617, 0.007), False),  # many
+        ((0.88, 0.03), (0.40, 0.05), False),  # less than half of it, within the errors
+        ((1.06, 0.02), (0.90, 0.02), True),  # better than the whole model
+        ((1.02, 0.02), (0.90, 0.02), False),
+        ((math.nan, math.nan), (0.1, 0.02), False),
+    ],
+)
+def test_a_model_that_has_learned_a_domain_is_warned_of(inside, outside, warned):
+    shares = {"the test set": Estimate(*inside), "out-of-domain texts": Estimate(*outside)}
+    found = domain_learned(shares)
+    assert bool(found) == warned
+    assert not domain_learned({})
+    for place, one in shares.items() if warned else ():
+        assert f"{100 * one.mean:.0f} ± {100 * one.stderr:.0f} %" in found[0]
+        assert f"on {place}" in found[0]
+
+
+def test_speech_that_recovers_far_less_than_the_loss_is_warned_of(tmp_path):
+    done = made_run(tmp_path, patched=0.1)
+    sums = np.full(9, 60.0)
+
+    def diverging(speech, nats):
+        one = Scores(nats * sums, sums)
+        scores = {way: {**speech.scores[way], "divergence": one} for way in WAYS}
+        return replace(speech, scores=scores)
+
+    for back, warned in ((0.2, True), (0.7, False)):
+        states = {"whole": 0.0, "cut": 1.0, "patched": 1 - back}
+        speech = {name: diverging(done.speech[name], nats) for name, nats in states.items()}
+        found = [one for one in replace(done, speech=speech).warnings if "domain" in one]
+        assert bool(found) == warned

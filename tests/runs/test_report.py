@@ -75,6 +75,9 @@ def test_the_numbers_are_those_of_the_run(made):
         fact = facts[f"{name}, nats a token"]
         assert fact["value"] == getattr(best, name).nats
         assert fact["source"].startswith(f"results.json: recommended.losses.{name}; ")
+        fact = facts[f"{name} out of domain, nats a token"]
+        assert fact["value"] == best.out_of_domain[name].nats
+        assert fact["source"].startswith(f"results.json: recommended.out_of_domain.{name}; ")
     assert facts["lost, nats a token"]["value"] == best.difference.mean
     assert all(fact["source"] for fact in told["facts"])
     assert told["data"]["recommended"]["dropped"] == list(best.plan.dropped)

@@ -17,6 +17,7 @@ from shallower.patching import checkpoint
 from shallower.patching.descent import Descent
 from shallower.reporting.results import Run
 from shallower.studies import recommending
+from shallower.texts.sources import own_texts
 from shallower.values.scores import Difference
 from tests.documents import HELD_OUT, Unread, assert_same, once, state_of
 from tests.healing.cuts import QUICK
@@ -73,6 +74,32 @@ def test_the_losses_are_those_of_the_texts_that_report(done, learned, words):
     assert recommended.difference.stderr == pytest.approx(error, abs=1e-12)
 
 
+def test_losses_out_of_domain_are_those_of_built_in_texts(done, learned, words):
+    states, options = done.recommended.out_of_domain, {"max_length": 16}
+    assert [*states] == ["whole", "cut", "patched"]
+    found = {"whole": sh.evaluate_loss(learned, words, own_texts(), **options)}
+    with sh.without_layers(learned, done.recommended.plan.blocks):
+        found["cut"] = sh.evaluate_loss(learned, words, own_texts(), **options)
+    saved = AutoModelForCausalLM.from_pretrained(done.checkpoint, dtype=torch.float32)
+    found["patched"] = sh.evaluate_loss(saved, words, own_texts(), **options)
+    for name, loss in found.items():
+        assert states[name].nats == pytest.approx(loss.nats, abs=1e-5)
+        assert states[name].num_texts == loss.num_texts == 32
+    costs = read_results(done.out)["recommended"]["cost"]["out_of_domain"]
+    lost = found["patched"].minus(found["whole"])
+    assert costs["lost"]["mean"] == pytest.approx(lost.mean, abs=1e-5)
+    assert costs["lost"]["stderr"] == pytest.approx(lost.stderr, abs=1e-5)
+    card = (done.checkpoint / "README.md").read_text()
+    assert f"; out of domain {states['whole']} → {states['patched']} |" in card
+
+
+def test_texts_of_the_out_of_domain_set_are_not_fitted(llama, words, tmp_path):
+    texts = [*TEXTS, *own_texts()]
+    with pytest.raises(TextsError, match=r"32 texts of --texts are also in .* out-of-domain texts"):
+        sh.run(llama, words, texts, **TAKEN, out=tmp_path / "out", n=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_results_say_what_the_interface_promises(done):
     results = read_results(done.out)
     assert results == json.loads(json.dumps(done.to_json()))
@@ -95,8 +122,10 @@ def test_the_sentence_says_what_goes_and_what_it_costs(done):
     blocks = " ".join(map(str, recommended.plan.blocks))
     assert said.startswith(f"Drop layers {blocks}: 50 % of layers, ")
     lost = recommended.patched.nats - recommended.whole.nats
-    assert f"{lost:+.2f} ± {recommended.difference.stderr:.2f} nats a token" in said
-    assert f"({recommended.whole.nats:.2f} → {recommended.patched.nats:.2f}), patched; " in said
+    assert f"{lost:+.2f} ± {recommended.difference.stderr:.2f} nats a token on the test set" in said
+    whole, _, patched = recommended.out_of_domain.values()
+    assert f"({recommended.whole.nats:.2f} → {recommended.patched.nats:.2f}) and " in said
+    assert f" on out-of-domain texts ({whole.nats:.2f} → {patched.nats:.2f}), patched; " in said
     assert said.endswith((" cannot be told from it.", "; all other proposals fell behind."))
 
 
@@ -149,9 +178,9 @@ def test_parameters_and_a_loss_are_met(done, learned, words, tmp_path):
     target = {"max_loss": 50.0}
     most = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "most", **target)
     assert len(most.recommended.plan.dropped) == 3
-    assert most.recommended.warnings() == []
     lost = most.recommended.difference.mean
-    (warned,) = replace(most.recommended, max_loss=lost - 1e-9).warnings()
+    more = replace(most.recommended, max_loss=lost - 1e-9)
+    (warned,) = {*replace(most, recommended=more).warnings} - {*most.warnings}
     assert warned.startswith(f"the patched model loses {lost:+.3f} ± ")
     assert "on the test set, more than the" in warned
 

@@ -134,7 +134,7 @@ def test_a_training_that_makes_it_worse_leaves_the_patched_model(
         done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
     assert done.recommended.state == "patched"
     assert done.checkpoint == tmp_path / "out" / "checkpoint"
-    assert "not healed" in done.recommended.warnings()[0]
+    assert "not healed" in done.warnings[0]
     monkeypatch.setattr("shallower.studies.healing_stage.heal", lambda *_, **__: 1 / 0)
     again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
     assert again.recommended.unhealed == done.recommended.unhealed
@@ -192,6 +192,9 @@ def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
     out = tmp_path / "out"
     losses, recommended = Run.load(out), Run.load(out).recommended
     card = (out / "healed" / "README.md").read_text()
+    outside = recommended.out_of_domain
+    assert [*outside] == ["whole", "cut", "patched", "healed"]
+    assert f"; out of domain {outside['whole']} → {outside['healed']} |" in card
     assert f"| held-out loss | {losses.whole} → {recommended.healed} nats a token, " in card
     before = f"{losses.whole} → {recommended.patched} nats a token, "
     assert f"| held-out loss, before the healing | {before}" in card

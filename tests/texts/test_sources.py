@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub import constants
 
 from shallower import MissingExtraError, TextsError
-from shallower.texts.sources import Texts
+from shallower.texts import sources
+from shallower.texts.sources import Texts, own_texts
 from tests.hub import hub as hub
 
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\rend"
@@ -458,3 +459,11 @@ def test_a_hub_dataset_that_cannot_be_reached_is_an_error_of_texts(tmp_path):
     last = done.stderr.splitlines()[-1]
     said = "cannot read no/such:train: the hub is not asked (HF_HUB_OFFLINE), and the cache"
     assert last.startswith(f"shallower.errors.TextsError: {said}")
+
+
+def test_our_own_texts_are_of_as_many_kinds_as_there_are():
+    file = Path(sources.__file__).with_name("out_of_domain.jsonl")
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert own_texts() == [record["text"] for record in records]
+    assert len(records) == len({record["kind"] for record in records}) == 32
+    assert all(60 <= len(text.split()) <= 200 for text in own_texts())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shallower import Loss, TextsError
-from shallower.values.loss import FIGURES
+from shallower.values.loss import FIGURES, recovered
 from shallower.values.scores import Scores
 
 
@@ -26,6 +26,23 @@ def by_text(*sums, tokens=10.0):
     scores = Scores(np.array(sums, float), np.full(len(sums), tokens))
     num_tokens = int(scores.weights.sum())
     return Loss(scores.mean, scores.stderr, num_tokens, len(sums), 0, 100, scores)
+
+
+def test_a_recovered_share_and_its_error_are_those_of_all_texts_but_one():
+    """A ratio of sums by the jackknife, of a cut that loses about 1 nat and gets back 0.7."""
+    generator = np.random.default_rng(0)
+    whole = generator.uniform(20, 40, 60)
+    cut = whole + 10 * generator.uniform(0.5, 1.5, 60)
+    patched = cut - (cut - whole) * generator.uniform(0.4, 1.0, 60)
+    losses = {name: by_text(*sums) for name, sums in
+              (("whole", whole), ("cut", cut), ("patched", patched))}  # fmt: skip
+    found = recovered(losses)
+    assert found.mean == pytest.approx((cut - patched).sum() / (cut - whole).sum())
+    left = [np.delete(cut - patched, i).sum() / np.delete(cut - whole, i).sum() for i in range(60)]
+    assert found.stderr == pytest.approx(math.sqrt(59 * np.var(left)), rel=0.02)
+    del losses["patched"]
+    assert math.isnan(recovered(losses).mean)
+    assert math.isnan(recovered({"whole": by_text(9), "cut": by_text(9), "x": by_text(8)}).mean)
 
 
 def test_a_difference_is_paired_by_text():

@@ -93,6 +93,7 @@ def patch_command(
     from ..store.done import output_of
     from ..store.store import open_store
     from ..values.layers import ranges
+    from ..values.schema import plain
 
     source, held_out = read_apart(texts, eval_texts, max_texts=max_texts)
     named = named_layers(drop, plan)
@@ -147,7 +148,7 @@ def patch_command(
     from ..patching.saving import patch_to_folder
 
     loaded = place.load()
-    done, losses = patch_to_folder(
+    done, measured = patch_to_folder(
         *loaded,
         wanted,
         texts=source,
@@ -164,8 +165,8 @@ def patch_command(
         settings=settings,
         overwrite=overwrite,
     )
-    evaluated = {name: loss.to_json() for name, loss in losses.items()}
-    _say(output.keep({"patch": done.to_json(), "eval": evaluated}), place, out, as_json)
+    losses = plain(measured, "to_record")
+    _say(output.keep({"patch": done.to_json(), "losses": losses}), place, out, as_json)
 
 
 def _patchable(
@@ -265,27 +266,33 @@ def _answers(
 def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) -> None:
     """Print a patch and its losses, from their JSON values."""
     from ..models.unsaved import unsaved
-    from ..reporting.stories.stages import patch_table
-    from ..reporting.words import dequantised
+    from ..reporting.stories.stages import losses_table, patch_table
+    from ..reporting.words import by_choice, costs, dequantised, domain_learned
     from ..savings.weights import stored_bytes
-    from ..values.counts import with_error
-    from ..values.loss import Loss
+    from ..values.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
     from ..values.patch import Patch
+    from ..values.schema import plain
 
+    measured = {
+        domain: {name: Loss.from_json(loss) for name, loss in losses.items()}
+        for domain, losses in value["losses"].items()
+    }
+    shares = {of: recovered(losses) for domain, losses in measured.items()}
+    done = Patch.from_json(value["patch"])
+    warned = domain_learned(shares or by_choice(done))
     if as_json:
-        lost = {"not_saved": unsaved(place).to_json()}
-        print_json({**value["patch"], "eval": value["eval"], **lost, "written": str(out)})
+        names = {"eval": TEST_SET, "out_of_domain": OUT_OF_DOMAIN}
+        losses = {name: plain(measured.get(domain, {})) for name, domain in names.items()}
+        more = {"cost": costs(measured), "warnings": warned, "written": str(out)}
+        print_json({**value["patch"], **losses, "not_saved": unsaved(place).to_json(), **more})
         return
-    losses = {name: Loss.from_json(loss) for name, loss in value["eval"].items()}
-    lines = [
-        f"on --eval-texts, {name}: {with_error(loss.nats, loss.stderr)} nats a token"
-        for name, loss in losses.items()
-    ]
-    done, file = Patch.from_json(value["patch"]), place.place.expanduser()
+    lines = [f"warning: {one}" for one in warned]
+    file = place.place.expanduser()
     if file.suffix == ".gguf" and (size := stored_bytes(file)):
         left = stored_bytes(out) or 0
         lines.append(dequantised(file.name, size, left, blocks=done.plan.blocks))
-    show(patch_table(done, losses), *lines, f"wrote {out}")
+    tables = [patch_table(done, shares), *([losses_table(measured)] if measured else ())]
+    show(*tables, *lines, f"wrote {out}")
 
 
 def _planned(

@@ -184,7 +184,7 @@ def cut_card(facts: CutFacts) -> str:
         card += f"{_OF_SOURCE}\n{source.text.strip()}\n"
     if facts.losses is None:
         return card
-    before, after = facts.losses
+    before, after, *_ = facts.losses
     return with_results(card, loss_results(after, before, facts.tested))
 
 
@@ -330,10 +330,11 @@ def _rows(facts: CutFacts) -> list[tuple[str, str]]:
     return [*rows, ("made with", made_with)]
 
 
-def _lost(losses: "tuple[Loss, Loss]") -> str:
-    before, after = losses
+def _lost(losses: "tuple[Loss, ...]") -> str:
+    before, after, *outside = losses
     tokens = f"{counted(after.num_tokens, 'token')} of {counted(after.num_texts, 'text')}"
-    return f"{before} → {after} nats a token, {tokens}"
+    more = f"; out of domain {outside[0]} → {outside[1]}" if outside else ""
+    return f"{before} → {after} nats a token, {tokens}{more}"
 
 
 def _scored(block: Block, metric: str | None) -> str:
@@ -441,7 +442,7 @@ def healed_card(
     return f"---\n{metadata}---\n\n{healed}\n{text}{of_source}"
 
 
-def state_loss(card: Path, losses: "tuple[Loss, Loss]", *, tested: str = "") -> None:
+def state_loss(card: Path, losses: "tuple[Loss, ...]", *, tested: str = "") -> None:
     """Write into a card what its model loses, which was measured after it was written.
 
     ``tested`` names the texts, as :class:`~.exports.CutFacts` has it.
@@ -456,5 +457,5 @@ def state_loss(card: Path, losses: "tuple[Loss, Loss]", *, tested: str = "") -> 
     steps = _HISTORY.search(text)
     if steps:
         text = f"{text[: steps.end() - 1]}{_LOST}{_lost(losses)}{text[steps.end() - 1 :]}"
-    before, after = losses
+    before, after, *_ = losses
     rewrite(card, with_results(text, loss_results(after, before, tested)).encode())

@@ -37,7 +37,8 @@ class CutFacts:
         source: the uncut model.
         options: what :func:`shallower.prune` was given beside source, layers and place, by name.
         dtype: of the stored weights, if that is known.
-        losses: the held-out loss before and after the cut, if they were measured.
+        losses: the held-out loss before and after the cut, if they were measured; then those on
+            texts of other domains, if they were.
         tested: the name of the texts that they are of, as ``--texts`` has it; empty for none.
         gguf: the name of the new file, if it is a GGUF file.
         needs_5: whether its config is written for transformers 5.
@@ -49,7 +50,7 @@ class CutFacts:
     source: Source
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
-    losses: "tuple[Loss, Loss] | None" = None
+    losses: "tuple[Loss, ...] | None" = None
     tested: str = ""
     gguf: str | None = None
     needs_5: bool = False

@@ -107,7 +107,7 @@ def prepare_gguf(
     layers: NamedLayers,
     out: str | Path,
     *,
-    losses: "tuple[Loss, Loss] | None" = None,
+    losses: "tuple[Loss, ...] | None" = None,
     tested: str = "",
     command: str = "",
 ) -> PreparedGguf:

@@ -90,7 +90,7 @@ def save_cut(
     source: Source | None = None,
     gguf: Path | None = None,
     overwrite: bool = False,
-    losses: tuple[Loss, Loss] | None = None,
+    losses: tuple[Loss, ...] | None = None,
     tested: str = "",
     command: str = "",
     beside: Callable[[Path], Mapping[str, bytes] | None] = lambda _: None,
@@ -180,7 +180,7 @@ def _source_of(model: PreTrainedModel, plan: Plan) -> Source:
 
 
 def _facts(
-    model: PreTrainedModel, plan: Plan, source: Source, losses: tuple[Loss, Loss] | None
+    model: PreTrainedModel, plan: Plan, source: Source, losses: tuple[Loss, ...] | None
 ) -> CutFacts:
     left = len(find_layers(model))
     if len(plan.survivors) != left:

@@ -23,6 +23,7 @@ from ..models.decoder import Decoder
 from ..models.head import LOGITS_AT_ONCE, Head
 from ..progress import track
 from ..texts.batches import Batch, TokenBatches
+from ..texts.sources import own_texts
 from ..values.loss import Loss, TextLoss
 from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
@@ -257,6 +258,12 @@ def summed_losses(head: Head, batch: Batch) -> torch.Tensor:
         del logits  # before the next are made
     losses = torch.cat(parts).split(predicting.sum(axis=1).tolist())
     return torch.stack([of_text.double().sum() for of_text in losses])
+
+
+def out_of_domain_texts(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:
+    """Read our own texts of 32 kinds; none where the tokenizer has no two tokens of any."""
+    batches = TokenBatches(tokenizer, own_texts(), Tokens(max_length, 1), min_tokens=2)
+    return own_texts() if any(True for _ in batches) else []
 
 
 def require_predictable(

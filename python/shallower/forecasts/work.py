@@ -24,7 +24,7 @@ from ..patching.quick import RIDGES
 from ..patching.states import divide
 from ..processes import slowed, worked
 from ..texts.batches import tokenise
-from ..texts.sources import Texts
+from ..texts.sources import Texts, own_texts
 from ..values.estimates import Time
 from ..values.plan import Plan
 from ..values.recipe import GLOBAL_BATCH, Resolved
@@ -185,7 +185,7 @@ def of_patch(
     held_out: Sequence[str] = (),
     num_written: int = 0,
 ) -> Counted:
-    """Count a patch, three losses on ``held_out``, and answers that the whole model writes.
+    """Count a patch, its losses on ``held_out`` and our own texts, and answers that are written.
 
     TextsError for too few texts.
     """
@@ -206,8 +206,8 @@ def of_patch(
         each=stepped / len(drawn),
     )
     work += written(layers, num_written) + Work(passes=((1, 0),))  # and it is saved
-    if held_out:
-        lengths = lengths_of(tokenizer, held_out, tokens.max_length)
+    for some in (held_out, own_texts()) if held_out else ():
+        lengths = lengths_of(tokenizer, some, tokens.max_length)
         work += run(lengths, 3 * layers - 2 * len(dropped), 3, passes=3)
     return Counted(source, work, DEFAULT_PATCH_BATCH, fitted.mean())
 

@@ -1,14 +1,28 @@
 """HeldOutCuts: cuts of one model on the test texts, which no criterion has seen."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..evaluation.batches import batches_of_texts
+from ..evaluation.loss import fitting_tokens, out_of_domain_texts
 from ..memory.weights import num_parameters
+from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
+from ..texts.sources import OWN_TOKENS
 from ..values.comparison import ComparedModel
+from ..values.hashing import hash_of
 from ..values.loss import Loss
+from ..values.plan import Plan
 from ..values.scores import Scores
+from ..values.tokens import Tokens
+from .forwards import scores_by_forwards
 from .judges.judge import Judge, LossJudge
 from .patched_trials import PatchedTrials, kept_patched
-from .trials import ResultStore, kept_trials
+from .trials import ResultStore, kept_trials, trials_journal
 
 TRUTH_ITEMS = 32
 """Texts on which the true losses without single layers are measured, at most."""
@@ -80,3 +94,30 @@ class HeldOutCuts:
     def after(self, patch: QuickPatch, *, fitted: str) -> PatchedTrials:
         """The losses of cuts after a quick patch; ``fitted`` identifies the calibration texts."""
         return kept_patched(self.losses, patch, store=self.store, items=self.texts, fitted=fitted)
+
+
+def out_of_domain(
+    losses: Mapping[str, Loss],
+    state: str,
+    model: PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tokens,
+    plan: Plan | None = None,
+    store: ResultStore | None = None,
+    progress: bool | None = None,
+) -> dict[str, Loss]:
+    """Add the loss of a state of a model, without what a plan drops, on our own texts.
+
+    There are none, of any state, where the tokenizer has no words of these texts.
+    ``store`` has results of the whole model.
+    """
+    tokens = replace(tokens, max_length=min(tokens.max_length, OWN_TOKENS))
+    texts, decoder = out_of_domain_texts(tokenizer, tokens.max_length), Decoder.of(model)
+    if not texts:
+        return {}
+    batches = batches_of_texts(tokenizer, texts, fitting_tokens(decoder, tokens), count_bytes=False)
+    judge, items = LossJudge(batches.numbered), hash_of([texts, asdict(tokens)])
+    journal = store and trials_journal(judge, store=store, items=items)
+    how: Any = {"journal": journal, "name": "loss out of domain", "progress": progress}
+    return {**losses, state: batches.loss(*scores_by_forwards(decoder, judge, plan, **how))}

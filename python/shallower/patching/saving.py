@@ -13,22 +13,24 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut
 from ..cutting.source import CARD_FILE
 from ..errors import PatchError, raise_output_error
-from ..evaluation.loss import evaluate_loss, require_predictable
+from ..evaluation.loss import evaluate_loss, out_of_domain_texts, require_predictable
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..models.unsaved import warn_unsaved
 from ..progress import track
+from ..reporting.words import by_choice, came_back
 from ..storage import check_apart, check_free, check_room, resumable_folder
-from ..texts.sources import place_of_texts
+from ..texts.sources import OWN_TOKENS, place_of_texts
 from ..values.answers import Answer
 from ..values.commands import option_words
 from ..values.counts import counted
 from ..values.files import PATCH_FILE
 from ..values.layers import Layers, drop_option
-from ..values.loss import Loss
+from ..values.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
 from ..values.patch import Patch, check_patchable
 from ..values.plan import Plan
+from ..values.scores import Estimate
 from ..values.stage_settings import PatchSettings
 from .patch import patch
 
@@ -46,6 +48,7 @@ def save_patched(
     done: Patch,
     overwrite: bool = False,
     losses: Mapping[str, Loss] | None = None,
+    out_of_domain: Mapping[str, Loss] | None = None,
     more: Mapping[str, bytes] | None = None,
     command: str = "",
     tested: str = "",
@@ -62,6 +65,7 @@ def save_patched(
         done: what :func:`shallower.patch` gave; its plan is saved as well.
         overwrite: replace an earlier output at ``path``, once the new checkpoint is complete.
         losses: the losses ``whole``, ``cut`` and ``patched``, on text that no choice was made on.
+        out_of_domain: the same on texts of other domains.
         more: files to put beside it, by name.
         command: the command line that made it, for the card; ``shallower patch`` by default.
         tested: the name of the texts that the losses are of, for the card.
@@ -72,8 +76,11 @@ def save_patched(
     check_apart(path, [place_of(model)])
     check_free(Path(path), overwrite)
 
+    measured = [of for of in (losses, out_of_domain) if of]
+
     def beside(folder: Path) -> Mapping[str, bytes]:
-        card = healed_card(folder / CARD_FILE, _PATCHED, _patch_rows(done, losses or {}))
+        shares = dict(zip((TEST_SET, OUT_OF_DOMAIN), map(recovered, measured), strict=False))
+        card = healed_card(folder / CARD_FILE, _PATCHED, _patch_rows(done, shares))
         report = json.dumps(done.to_json(), indent=2) + "\n"
         return {CARD_FILE: card.encode(), PATCH_FILE: report.encode(), **(more or {})}
 
@@ -83,7 +90,7 @@ def save_patched(
         path,
         plan=done.plan,
         overwrite=overwrite,
-        losses=(losses["whole"], losses["patched"]) if losses else None,
+        losses=tuple(of[name] for of in measured for name in ("whole", "patched")) or None,
         tested=tested,
         command=command or _command(done, measured=bool(losses)),
         beside=beside,
@@ -107,7 +114,7 @@ def _command(done: Patch, *, measured: bool) -> str:
     return f"shallower patch {{source}} {shlex.join(option_words(options))}"
 
 
-def _patch_rows(done: Patch, measured: Mapping[str, Loss]) -> list[tuple[str, str]]:
+def _patch_rows(done: Patch, shares: Mapping[str, Estimate]) -> list[tuple[str, str]]:
     rows = [
         ("method", done.method),
         ("tokens fitted", f"{done.num_tokens:,}{_among(done)}"),
@@ -116,7 +123,7 @@ def _patch_rows(done: Patch, measured: Mapping[str, Loss]) -> list[tuple[str, st
             f"{done.original:.4f} whole, {done.cut:.4f} cut, {done.patched:.4f} patched, on "
             f"{counted(done.num_held_out, 'token')} that choices were made on",
         ),
-        ("recovered", "; ".join(dict.fromkeys([done.back(measured), done.back({})]))),
+        ("recovered", came_back({**shares, **by_choice(done)})),
     ]
     changed = ", ".join(name for fit in done.fits for name in fit.matrices)
     if changed:
@@ -144,13 +151,13 @@ def patch_to_folder(
     settings: PatchSettings | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
-) -> tuple[Patch, dict[str, Loss]]:
+) -> tuple[Patch, dict[str, dict[str, Loss]]]:
     """Patch a model in place, save it, and measure it on text that no choice was made on.
 
     ``texts`` and ``answers`` are as for :func:`shallower.patch`; without ``eval_texts`` nothing
-    is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``. One that
-    was cut short goes on where it was. Raises as :func:`shallower.patch`, and OutputError if
-    ``out`` is in use or cannot be written to.
+    is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``, by the
+    texts that they are of. One that was cut short goes on where it was. Raises as
+    :func:`shallower.patch`, and OutputError if ``out`` is in use or cannot be written to.
     """
     settings = settings or PatchSettings()
     check_apart(out, [place_of(model), place_of_texts(texts), place_of_texts(eval_texts)])
@@ -160,21 +167,24 @@ def patch_to_folder(
     plan.check_model(decoder.identity)
     check_patchable(plan)
     warn_unsaved(model)
-    held_out = [] if eval_texts is None else list(eval_texts)
+    held_out: dict[str, list[str]] = {}
     if eval_texts is not None:
-        require_predictable(tokenizer, held_out, settings.max_length)
-    losses: dict[str, Loss] = {}
+        held_out[TEST_SET] = list(eval_texts)
+        require_predictable(tokenizer, held_out[TEST_SET], settings.max_length)
+        held_out[OUT_OF_DOMAIN] = out_of_domain_texts(tokenizer, settings.max_length)
+    lengths = {TEST_SET: settings.max_length, OUT_OF_DOMAIN: min(settings.max_length, OWN_TOKENS)}
+    measured: dict[str, dict[str, Loss]] = {place: {} for place, some in held_out.items() if some}
 
     def measure(name: str) -> None:
-        if held_out:
-            losses[name] = evaluate_loss(
+        for place in measured:
+            measured[place][name] = evaluate_loss(
                 decoder,
                 tokenizer,
-                held_out,
-                max_length=settings.max_length,
+                held_out[place],
+                max_length=lengths[place],
                 batch_size=settings.batch_size,
                 progress=progress,
-                description=f"loss, {name}",
+                description=f"loss, {name}, {place}",
             )
 
     gone = sum(module_bytes(decoder.layers.modules[layer]) for layer in plan.dropped)
@@ -208,7 +218,8 @@ def patch_to_folder(
                 made,
                 done=done,
                 overwrite=True,
-                losses=losses,
+                losses=measured.get(TEST_SET),
+                out_of_domain=measured.get(OUT_OF_DOMAIN),
                 tested=place_of_texts(eval_texts) or "",
             )
         with raise_output_error(Path(out)):
@@ -216,7 +227,7 @@ def patch_to_folder(
                 file.replace(folder / file.name)
             made.rmdir()
             shutil.rmtree(kept, ignore_errors=True)
-    return done, losses
+    return done, measured
 
 
 def _keep_alone(kept: Path) -> None:

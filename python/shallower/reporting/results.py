@@ -25,6 +25,7 @@ from ..values.files import (
     SWEEP_FILE,
 )
 from ..values.healing import Healing
+from ..values.layers import layer_count
 from ..values.loss import Loss
 from ..values.plan import Plan
 from ..values.recommendation import Recommended
@@ -33,11 +34,16 @@ from ..values.speech import Speech
 from ..values.sweep import JobKind, Sweep, SweepJob
 from ..values.target import Target
 from .stories.evaluation import Values, evaluation_record
+from .words import compared, costs, domain_learned
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
     from ..scanning.scan import Scan
+
+
+COLLAPSE = 4.0
+"""Paired errors from which on the choice by distance is said to fail beside the verified one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,34 @@ class Run:
         return reached
 
     @property
+    def warnings(self) -> list[str]:
+        """What a user should know before trusting the result; nothing mostly."""
+        best = self.recommended
+        if best is None:
+            return []
+        found = [why for why in (best.unpatched, best.unhealed) if why]
+        most, lost, worse = best.max_loss, best.difference, best.by_distance
+        if most is not None and lost.mean > most:
+            found.append(
+                f"the {best.state} model loses {lost} nats a token on the test set, more "
+                f"than the {most:g} that it was chosen for on others (max_loss, --max-loss)"
+            )
+        shares = best.shares
+        if best.state in self.speech:
+            cut, now, whole = (
+                self.speech[one].of("divergence") for one in ("cut", best.state, "whole")
+            )
+            shares["the whole model's own words, by divergence"] = now.recovered(cut, whole)
+        found += domain_learned(shares)
+        if worse and worse.stderr > 0 and worse.mean > COLLAPSE * worse.stderr:
+            found.append(
+                f"distance misleads here: the loss of its block of "
+                f"{layer_count(len(best.plan.dropped))} is {compared(worse)} than that of the "
+                f"verified plan, before a patch"
+            )
+        return found
+
+    @property
     def is_unhealed(self) -> bool:
         """Whether the training was tried before, to its end, and made the model no better."""
         best = self.recommended
@@ -138,11 +172,12 @@ class Run:
             ``recommended`` and ``checkpoint``, a path below the folder of the run; all else beside
             them. It is what is in ``results.json``.
         """
-        place = self.checkpoint
+        place, best = self.checkpoint, self.recommended
         return {
             "format": "shallower.run",
             "version": 2,
-            "recommended": self.recommended and self.recommended.to_json(),
+            "recommended": best
+            and {**best.to_json(), "cost": costs(best.measured), "warnings": self.warnings},
             "checkpoint": place and place.relative_to(self.out).as_posix(),
             "wish": self.target.to_json(),
             "whole": self.whole.to_record(),

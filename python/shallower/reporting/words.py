@@ -8,8 +8,10 @@ from typing import Any
 from ..values.commands import command_line, shell_lines
 from ..values.counts import counted, with_error
 from ..values.layers import Block, blocks_of, drop_option, ranges
-from ..values.loss import Loss
-from ..values.scores import Difference, Estimate
+from ..values.loss import Loss, recovered
+from ..values.patch import Patch
+from ..values.schema import plain
+from ..values.scores import UNKNOWN, Difference, Estimate
 from .story import Fact, Number, Section
 
 SMALL = 1_000_000_000
@@ -143,6 +145,48 @@ def again(what: str, *commands: str) -> Section:
         f"capitals are places on yours."
     )
     return Section("Make it again", (line,), commands=tuple(map(shell_lines, commands)))
+
+
+def costs(measured: Mapping[str, Mapping[str, Loss]]) -> dict[str, Any]:
+    """Give what a cut costs on the test set, then out of domain: what is lost, what came back."""
+    states = [[*losses.values()] for losses in measured.values()]
+    lost = (of[-1].minus(of[0]).to_json() for of in states)
+    shares = (plain(recovered(losses)) for losses in measured.values())
+    sets = zip(("test_set", "out_of_domain"), lost, shares, strict=False)
+    return {name: {"lost": one, "recovered": share} for name, one, share in sets}
+
+
+def came_back(shares: Mapping[str, Estimate]) -> str:
+    """Say which share of the lost nats came back, by the texts that say so."""
+    said = ", ".join(
+        f"{with_error(100 * one.mean, 100 * one.stderr or None, 0)} % on {place}"
+        for place, one in shares.items()
+        if math.isfinite(one.mean)
+    )
+    return said.replace(" %", " % of the lost nats recovered", 1) or "nothing was lost"
+
+
+def by_choice(patch: Patch) -> dict[str, Estimate]:
+    """Give the share that a patch recovered on texts that it chose by, without an error."""
+    return {"the texts that it chose by": Estimate(patch.recovered, 0.0)}
+
+
+def domain_learned(shares: Mapping[str, Estimate]) -> list[str]:
+    """Warn, in a sentence, of a model that has learned a domain; the first share is of it.
+
+    More than all came back there, or less than half of that elsewhere, by two standard errors.
+    """
+    here, *others = shares.values() or [UNKNOWN]
+    far = [Estimate(here.mean - 1, here.stderr)]
+    for one in others:
+        error = math.hypot(here.stderr / 2, one.stderr)
+        far.append(Estimate(here.mean / 2 - one.mean, error))
+    if not any(one.mean > 0 and not one.tied for one in far):
+        return []
+    return [
+        f"the model has learned the domain of its texts: {came_back(shares)}; calibrate on more "
+        f"texts, from several domains (--texts)"
+    ]
 
 
 def few_texts(num_texts: int) -> list[str]:

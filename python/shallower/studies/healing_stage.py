@@ -15,6 +15,7 @@ from ..evaluation.speech import Spoken
 from ..healing.checks import require_healable
 from ..healing.heal import heal
 from ..judgement.forwards import scores_by_forwards
+from ..judgement.held_out_cuts import out_of_domain
 from ..judgement.judges.judge import LossJudge
 from ..memory.device import free_memory
 from ..models.decoder import Decoder
@@ -85,9 +86,12 @@ class HealingStage:
         dtype: Any = results.scan.model.dtype if results.scan.model else "auto"
         source = ModelSource(place, dtype, trust_remote_code=self.study.origin[1])
         model, tokenizer = source.load(self.study.progress)
-        healed = self._loss(source, model, tokenizer)
-        state_loss(place / CARD_FILE, (results.whole, healed), tested=self.study.tested)
-        recommended = replace(recommended, healed=healed)
+        healed, outside = self._loss(source, model, tokenizer), recommended.out_of_domain
+        how: Any = {"tokens": self.study.settings.tokens, "progress": self.study.progress}
+        outside = outside and out_of_domain(outside, "healed", model, tokenizer=tokenizer, **how)
+        both = [outside[name] for name in ("whole", "healed") if outside]
+        state_loss(place / CARD_FILE, (results.whole, healed, *both), tested=self.study.tested)
+        recommended = replace(recommended, healed=healed, out_of_domain=outside)
         results = replace(results, recommended=recommended, healing=healing)
         if speech is not None:
             try:
@@ -105,12 +109,11 @@ class HealingStage:
         """Add how the healed model speaks, judged by the whole one, which is loaded for it."""
         free_memory()
         spoken = speech.judged(said, self.study.load(self.study.model)[0])
-        texts = [one.healed for one in speech.samples({"healed": said})]
-        samples = zip(results.continuations, texts, strict=True)
+        samples = zip(results.continuations, speech.samples({"healed": said}), strict=True)
         return replace(
             results,
             speech={**results.speech, "healed": spoken},
-            continuations=tuple(replace(one, healed=text) for one, text in samples),
+            continuations=tuple(replace(one, healed=more.healed) for one, more in samples),
         )
 
     def _trained(self, checkpoint: Path, place: Path, answers: Sequence[Answer] | None) -> Healing:

@@ -21,6 +21,7 @@ from ..evaluation.speech import Spoken
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.choosing_size import SizeChoice
 from ..judgement.forwards import scores_by_forwards
+from ..judgement.held_out_cuts import out_of_domain
 from ..judgement.judges.judge import LossJudge
 from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
@@ -53,9 +54,7 @@ from .speaking import StudySpeech
 from .study import Study, model_words
 
 SCAN_TEXTS = 256
-"""Texts by which layers are compared, at most: errors of distances are small long before those
-of losses.
-"""
+"""Texts by which layers are compared, at most; distances need fewer than losses."""
 
 PATCHING_FOLDER = ".patching"
 """What a patch goes on from that was cut short, or found no room for its checkpoint."""
@@ -91,6 +90,8 @@ class Recommending:
             most = patch_tokens(measuring.num_parameters, on_cpu=self._on_cpu)
             fitted = sum(len(text.ids) for text in measuring.split.fit)
             answers = self._wanted_answers = answers.within(min(most, fitted))
+        how: Any = {"tokenizer": tokenizer, "tokens": self._settings.tokens}
+        self._outside: Any = partial(out_of_domain, progress=study.progress, **how)
         if answers is not None:
             answers.check(self._decoder, tokenizer, self._fitted)
 
@@ -226,6 +227,9 @@ class Recommending:
             block = self._scan.best_block(choice.n)
             if set(block.layers) != set(plan.dropped):
                 worse = measuring.loss_of_cut(measuring.plan(block.layers)).minus(cut)
+            outside = self._outside({}, "whole", self._model, store=self._store)
+            with without_layers(self._model, plan.blocks):
+                outside = self._outside(outside, "cut", self._model, store=self._store, plan=plan)
         recommended = Recommended(
             verified,
             choice.reason,
@@ -237,6 +241,7 @@ class Recommending:
             layers_share=choice.n / len(self._decoder),
             parameters_share=measuring.parameters_share(plan),
             max_loss=self._target.max_loss,
+            out_of_domain=outside,
         )
         results = replace(results, recommended=recommended)
         if not self._settings.plan_only:
@@ -347,26 +352,19 @@ class Recommending:
     def _saved_now(self, results: Run, plan: Plan, done: Patch | None) -> Run:
         folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
         assert recommended is not None
-        losses: Any
-        if done is None:
-            losses = (results.whole, recommended.cut)
-            save = partial(save_cut, plan=plan, gguf=self._gguf)
-        else:
+        outside = recommended.out_of_domain
+        losses: Any = results.whole, recommended.cut, *outside.values()
+        save: Any = partial(save_cut, plan=plan, gguf=self._gguf)
+        if done is not None:
+            outside = self._outside(outside, "patched", self._model)
             patched = self._measuring.loss_now(self._model)
             losses = {"whole": results.whole, "cut": recommended.cut, "patched": patched}
-            save = partial(save_patched, done=done)
-            recommended = replace(recommended, patched=patched)
+            save = partial(save_patched, done=done, out_of_domain=outside)
+            recommended = replace(recommended, patched=patched, out_of_domain=outside)
             results = replace(results, recommended=recommended)
         with track("save the model", show=self._study.progress):
-            save(
-                self._model,
-                self._tokenizer,
-                folder,
-                overwrite=True,
-                losses=losses,
-                tested=self._study.tested,
-                command=results.command,
-            )
+            how = {"losses": losses, "tested": self._study.tested, "command": results.command}
+            save(self._model, self._tokenizer, folder, overwrite=True, **how)
         results.save()
         text, place = max(self._study.split.report, key=len), results.checkpoint
         assert place is not None

@@ -18,6 +18,7 @@ from ..savings.devices import HERE, find_device
 from ..store.given_models import given_model
 from ..store.store import open_store
 from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint
+from ..texts.splits import refuse_shared
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -172,6 +173,7 @@ class RunStudy(Study[RunSettings]):
         if device not in (None, HERE):
             find_device(str(device))
         self.settings.target.size(self.model.count_layers())
+        refuse_shared([*self.split.fit, *self.split.choose], ())
 
     def units(self) -> list[Unit]:
         """List the whole model, and the cut where its size is known beforehand."""

@@ -27,6 +27,15 @@ def place_of_texts(texts: object) -> str | None:
     return texts.source if isinstance(texts, Texts) else None
 
 
+OWN_TOKENS = 128
+"""Tokens of one of our own texts, at most."""
+
+
+def own_texts() -> list[str]:
+    """Read our own texts, each of another kind: most are unlike those that a patch fits."""
+    return list(Texts(str(Path(__file__).with_name("out_of_domain.jsonl"))))
+
+
 class Texts:
     """An iterable of texts that can be opened again, the first ``limit`` of a source.
 

@@ -3,11 +3,12 @@
 import random
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 from ..errors import TextsError
 from .batches import TokenisedText
+from .sources import own_texts
 
 NUM_CHOOSING = 16
 """Selection texts, by default."""
@@ -117,19 +118,19 @@ MOST_COMPARED = 10_000
 
 
 def refuse_shared(texts: Iterable[str], report: Iterable[str] | None) -> None:
-    """Refuse, by a TextsError, texts that train or fit and are held out, too.
+    """Refuse, by a TextsError, texts that train or fit and are held out, or our own, too.
 
     Two texts are the same as for :func:`three_splits`. What can be read once is not looked at.
     """
     if report is None or isinstance(texts, Iterator):
         return
-    held_out = {text.strip() for text in report}
+    held_out = {text.strip() for text in chain(report, own_texts())}
     num_shared = count_shared(islice(texts, MOST_COMPARED), held_out)
     if num_shared:
         raise TextsError(
             f"{_count(num_shared, 'text')} of --texts {'is' if num_shared == 1 else 'are'} also in "
-            f"--eval-texts, so that the loss would not be held out: name other texts "
-            f"(--texts, --eval-texts)"
+            f"--eval-texts or the built-in out-of-domain texts, so that the loss would not be held "
+            f"out: name other texts (--texts, --eval-texts)"
         )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import TextsError
 from .counts import with_error
 from .schema import fields_of, finite, of_type, plain
-from .scores import Difference, Scores
+from .scores import UNKNOWN, Difference, Estimate, Scores
 
 TextLoss = tuple[int, float, int]
 """The index of a text, its nats over all tokens but the first, and their number."""
@@ -143,6 +143,19 @@ class Loss:
 
     def __str__(self) -> str:
         return with_error(self.nats, self.stderr, 3)
+
+
+TEST_SET, OUT_OF_DOMAIN = "the test set", "out-of-domain texts"
+"""Texts that losses are measured on."""
+
+
+def recovered(losses: Mapping[str, Loss]) -> Estimate:
+    """Estimate the share of the lost nats that came back in the last state of a cut.
+
+    Losses by state begin with ``whole`` and ``cut``; NaN where these are all, or nothing was lost.
+    """
+    by_text = [loss.by_text for loss in losses.values() if loss.by_text is not None]
+    return by_text[-1].recovered(by_text[1], by_text[0]) if len(by_text) > 2 else UNKNOWN
 
 
 FIGURES = tuple(one.name for one in fields(Loss) if one.compare)

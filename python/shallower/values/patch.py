@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import PatchError
-from .loss import Loss
 from .plan import Plan
 from .schema import fields_of
 
@@ -75,20 +74,9 @@ class Patch:
 
     @property
     def recovered(self) -> float:
-        """The share of the lost nats that came back, on the texts that it chose by."""
-        return _recovered(self.original, self.cut, self.patched)
-
-    def back(self, measured: Mapping[str, Loss]) -> str:
-        """Say which share of the lost nats came back, on held-out texts where they were measured.
-
-        ``measured`` has their losses ``whole``, ``cut`` and ``patched``, or is empty.
-        """
-        share, place = self.recovered, "the texts that it chose by"
-        if measured:
-            share = _recovered(*(measured[name].nats for name in ("whole", "cut", "patched")))
-            place = "held-out texts"
-        more = ", more than all: it has learned the domain of its texts" if share > 1 else ""
-        return f"{100 * share:.0f} % of the lost nats recovered on {place}{more}"
+        """The share of the lost nats that came back, on the texts that it chose by; nan of none."""
+        lost = self.cut - self.original
+        return (self.cut - self.patched) / lost if lost > 0 else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """The fields, the plan as JSON, and ``recovered``, as plain JSON values."""
@@ -110,11 +98,6 @@ class Patch:
         its plan cannot be.
         """
         return cls(**fields_of(cls, data))
-
-
-def _recovered(whole: float, cut: float, patched: float) -> float:
-    """The share of lost nats that came back; nan where none were lost."""
-    return (cut - patched) / (cut - whole) if cut > whole else math.nan
 
 
 def check_patchable(plan: Plan) -> None:

@@ -1,18 +1,16 @@
 """Recommended: the one cut that a run ends in."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from .counts import with_error
-from .layers import layer_count, ranges
-from .loss import Loss
+from .layers import ranges
+from .loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
 from .plan import Plan
 from .schema import fields_of, finite, of_type
-from .scores import Difference
+from .scores import Difference, Estimate
 from .verification import Verified
-
-COLLAPSE = 4.0
-"""Paired errors from which on the choice by distance is said to fail beside the verified one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,8 @@ class Recommended:
         unpatched: why there is no patch.
         unhealed: why there is no healed model although it was to be healed.
         max_loss: nats a token above the whole that were allowed, if that was the target.
+        out_of_domain: losses by state on built-in texts of other domains, the last that of the
+            recommended model; empty where they were not measured.
     """
 
     verified: Verified
@@ -49,6 +49,7 @@ class Recommended:
     unpatched: str | None = None
     unhealed: str | None = None
     max_loss: float | None = None
+    out_of_domain: Mapping[str, Loss] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -66,14 +67,31 @@ class Recommended:
         return self.loss.minus(self.whole)
 
     @property
+    def measured(self) -> dict[str, Mapping[str, Loss]]:
+        """The losses by state, the last that of this model, by the texts that they are of."""
+        losses = {name: getattr(self, name) for name in _LOSSES}
+        own = {name: loss for name, loss in losses.items() if loss is not None}
+        return {TEST_SET: own} | ({OUT_OF_DOMAIN: self.out_of_domain} if self.out_of_domain else {})
+
+    @property
+    def shares(self) -> dict[str, Estimate]:
+        """The share of the lost nats that came back, by the texts on which it was measured."""
+        return {place: recovered(losses) for place, losses in self.measured.items()}
+
+    @property
     def state(self) -> str:
         """How far the model is made good: ``healed``, ``patched`` or ``cut``."""
         return "healed" if self.healed else "patched" if self.patched else "cut"
 
     def sentence(self) -> str:
         """Say in one sentence what goes, what that saves, and what it costs."""
-        lost = self.difference
-        tied = len(self.verified.tied)
+        tied, costs = len(self.verified.tied), []
+        for place, losses in self.measured.items():
+            whole, *_, now = losses.values()
+            lost = now.minus(whole)
+            more = with_error(lost.mean, lost.stderr, 2, sign=True)
+            costs.append(f"{more} on {place} ({whole.nats:.2f} → {now.nats:.2f})")
+        cost = " and ".join(costs).replace(" on", " nats a token on", 1)
         if not tied:
             rivals = "all other proposals fell behind"
         elif self.verified.candidates[1].tied:
@@ -84,32 +102,8 @@ class Recommended:
         state = "not patched" if self.state == "cut" else self.state
         return (
             f"Drop layers {ranges(self.plan.dropped)}: {100 * self.layers_share:.0f} % of layers, "
-            f"{100 * self.parameters_share:.0f} % of parameters, "
-            f"{with_error(lost.mean, lost.stderr, 2, sign=True)} nats a token "
-            f"({self.whole.nats:.2f} → {self.loss.nats:.2f}), {state}; {rivals}."
+            f"{100 * self.parameters_share:.0f} % of parameters, {cost}, {state}; {rivals}."
         )
-
-    def warnings(self) -> list[str]:
-        """Say what a user should know before trusting the result; nothing mostly."""
-        found = [why for why in (self.unpatched, self.unhealed) if why]
-        most, lost, worse = self.max_loss, self.difference, self.by_distance
-        if most is not None and lost.mean > most:
-            found.append(
-                f"the {self.state} model loses {lost} nats a token on the test set, more "
-                f"than the {most:g} that it was chosen for on others (max_loss, --max-loss)"
-            )
-        if lost.mean < 0 and not lost.tied:
-            found.append(
-                f"the {self.state} model is better than the whole one on the test set, by "
-                f"{with_error(-lost.mean, lost.stderr)} nats a token: it has learned the domain "
-                f"of the texts; measure on others what was lost (eval)"
-            )
-        if worse and worse.stderr > 0 and worse.mean > COLLAPSE * worse.stderr:
-            found.append(
-                f"distance misleads here: its block of {layer_count(len(self.plan.dropped))} loses "
-                f"{worse} nats a token more than the verified plan, before a patch"
-            )
-        return found
 
     def to_json(self) -> dict[str, Any]:
         """Give the recommendation as plain JSON values.
@@ -127,8 +121,8 @@ class Recommended:
             "paired_stderr": finite(self.difference.stderr),
             "lost": self.difference.mean,
             "layer_forwards": self.verified.layer_forwards,
+            "out_of_domain": {name: loss.to_record() for name, loss in self.out_of_domain.items()},
             "sentence": self.sentence(),
-            "warnings": self.warnings(),
             "reason": self.reason,
             "layers_share": self.layers_share,
             "parameters_share": self.parameters_share,
@@ -147,7 +141,8 @@ class Recommended:
         KeyError, TypeError, ValueError: the values are not those of one. LayersError, PlanError: a
         plan cannot be.
         """
-        return cls(**fields_of(cls, {**of_type(dict, data), **of_type(dict, data["losses"])}))
+        given = {"out_of_domain": {}, **of_type(dict, data), **of_type(dict, data["losses"])}
+        return cls(**fields_of(cls, given))
 
 
 _LOSSES = ("whole", "cut", "patched", "healed")

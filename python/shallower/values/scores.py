@@ -165,6 +165,11 @@ class Scores:
         stderr = math.sqrt(squares * count / (count - 1)) if count > 1 else math.nan
         return Difference(means[0] - means[1], stderr, count)
 
+    def recovered(self, cut: "Scores", whole: "Scores") -> Estimate:
+        """Estimate the share of what a cut lost that came back, paired; NaN if it lost nothing."""
+        lost = cut.sums - whole.sums
+        return Estimate.of(Scores(cut.sums - self.sums, lost)) if lost.sum() > 0 else UNKNOWN
+
     def estimated_by(self, whole: "Scores") -> Estimate:
         """Estimate the mean over all items from some, by the scores of all by something else.
 

@@ -28,6 +28,7 @@ from ..results import Continuations, Run
 from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
 from ..words import (
     again,
+    came_back,
     compared,
     dequantised,
     differs,
@@ -43,7 +44,14 @@ from ..words import (
 )
 from .evaluation import repeats_warning, speech_table
 from .gain import gain_table
-from .stages import candidates_table, failed_proposals, healing_table, rejected, scan_table
+from .stages import (
+    candidates_table,
+    failed_proposals,
+    healing_table,
+    losses_table,
+    rejected,
+    scan_table,
+)
 
 UNLIKE = 3.0
 """Standard errors from which on selection and test texts are called unlike."""
@@ -54,6 +62,8 @@ UNFINISHED = (
 """The warning of a run that was cut short, or goes on."""
 
 _STATES = ("whole", "cut", "patched", "healed")
+_SETS = {"losses": "", "out_of_domain": " out of domain"}
+"""Where ``results.json`` has losses by state, and of which texts they are."""
 
 
 def run_story(run: Run, *, gain: Gain | None = None, drawn: bool = True) -> Story:
@@ -169,7 +179,7 @@ class _RunStory:
         best, run = self._best, self._run
         known = self._weights and self._weights.parameters
         whole = None if not known else _before_parameters(self._weights, best)
-        found = [*best.warnings(), *small_model(whole), *few_texts(best.whole.num_texts)]
+        found = [*run.warnings, *small_model(whole), *few_texts(best.whole.num_texts)]
         if "ended" not in run.marks:
             found.insert(0, UNFINISHED)
         if run.source and self._weights and not self._is_gguf:
@@ -192,7 +202,7 @@ class _RunStory:
         judged = best.verified.judge == "loss" and not chosen.lost_early
         if tested is not None and judged and _apart(chosen.score, chosen.stderr, tested):
             found.append(
-                f"the selection texts differ from the test texts: the same cut loses "
+                f"the selection texts differ from the test texts: the loss of the same cut is "
                 f"{chosen.score:.2f} nats a token on the selection texts, {tested.mean:.2f} on "
                 f"the test texts; choose on texts as you will use the model for"
             )
@@ -271,6 +281,7 @@ class _RunStory:
     def _costs(self) -> Section:
         run, gain, drawings = self._run, self._gain, []
         tables = [] if gain is None else [gain_table(gain)]
+        tables += [losses_table(self._best.measured)]
         tables += [] if run.healing is None else [healing_table(run.healing)]
         if self._drawn:
             drawings += [healing_chart(run.healing)] if run.healing and run.healing.steps else []
@@ -279,9 +290,9 @@ class _RunStory:
     def _numbers(self) -> Section:
         best, run, scan = self._best, self._run, self._run.scan
         facts = [
-            loss_fact(name, loss, f"{RESULTS_FILE}: recommended.losses.{name}")
-            for name in _STATES
-            if (loss := getattr(best, name)) is not None
+            loss_fact(f"{name}{what}", loss, f"{RESULTS_FILE}: recommended.{key}.{name}")
+            for losses, (key, what) in zip(best.measured.values(), _SETS.items(), strict=False)
+            for name, loss in losses.items()
         ]
         paired = Number.estimate(best.difference, 4, sign=True)
         facts += [
@@ -362,11 +373,7 @@ def _sample(one: Continuations) -> Sample:
 def _cost(best: Recommended) -> str:
     """Say the cost in words of perplexity, and the share of the lost nats that came back."""
     words = perplexity_words(best.whole, best.loss, best.difference)
-    lost = best.cut.nats - best.whole.nats
-    if best.state == "cut" or not lost > 0:
-        return words
-    back = (best.cut.nats - best.loss.nats) / lost
-    return f"{words} {100 * back:.0f} % of the lost nats were recovered."
+    return words if best.state == "cut" else f"{words} {_capital(came_back(best.shares))}."
 
 
 def _capital(text: str) -> str:
