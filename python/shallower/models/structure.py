@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
-from torch.nn.modules import module as of_all_modules
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -47,17 +46,12 @@ def structure_of(thing: Any) -> str | None:
     """
     values = _Values()
     try:
-        found = [*map(values, (thing, _global_hooks(), *_ATTENTION))]
-        return hash_of([found, values.code()])
+        return hash_of([*map(values, (thing, *_ATTENTION)), values.code()])
     except (_UnknownError, RecursionError):
         return None
 
 
 _ATTENTION = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-
-
-def _global_hooks() -> dict[str, Any]:
-    return {name: one for name, one in vars(of_all_modules).items() if name.startswith("_global_")}
 
 
 class _UnknownError(Exception):
