@@ -1,15 +1,22 @@
 """The identity and the fingerprint of a model."""
 
+import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from tokenizers import normalizers
+from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 import shallower as sh
 from shallower.cutting.checkpoint import identity_of
 from shallower.models.identity import identify, stored_dtype, weights_hash
 from shallower.models.loading import load_model
+from shallower.models.structure import structure_of
 from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.mixtures import mixture, some_experts
 from tests.models.checkpoints import lively, logits_of, wide_llama, wide_qwen
@@ -120,6 +127,81 @@ def test_the_hash_of_quantised_weights_is_that_of_their_bits(words, tmp_path, dt
     hashes = [weights_hash(load_model(tmp_path, dtype=dtype)[0]) for _ in range(2)]
     assert hashes[0] == hashes[1] is not None
     assert weights_hash(load_model(tmp_path, dtype="float32")[0]) != hashes[0]
+
+
+def scaled(_module, _inputs, output):
+    return output * 2
+
+
+def swapped(model):
+    model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp)
+
+
+def parametrized(model):
+    parametrize.register_parametrization(model.lm_head, "weight", nn.Tanh())
+
+
+@pytest.mark.parametrize(
+    ("change", "is_known"),
+    [
+        (lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.1), True),
+        (lambda model: setattr(model.model.norm, "variance_epsilon", 0.5), True),
+        (lambda model: setattr(model.model.layers[2].mlp, "act_fn", nn.ReLU()), True),
+        (lambda model: setattr(model.model.layers[2], "forward", torch.relu), True),
+        (lambda model: setattr(model.model.layers[2], "forward", lambda x: x), False),
+        (lambda model: setattr(model.lm_head, "forward", partial(scaled, 1, 2)), False),
+        (lambda model: model.lm_head.register_forward_hook(scaled), False),
+        (lambda model: model.model.register_forward_pre_hook(lambda *_: None), False),
+        (lambda model: setattr(model.config, "_attn_implementation", "eager"), True),
+        (lambda model: setattr(model.generation_config, "repetition_penalty", 2.0), True),
+        (lambda model: model.model.layers[3].train(), True),
+        (swapped, True),
+        (parametrized, False),
+        (lambda model: setattr(model, "__class__", type("Own", (type(model),), {})), False),
+    ],
+)
+def test_a_model_that_computes_otherwise_has_another_hash_or_none(change, is_known):
+    model = tiny_llama()
+    expected = weights_hash(model)
+    logits_of(model)
+    assert weights_hash(model) == expected
+    change(model)
+    found = weights_hash(model)
+    assert found != expected
+    assert (found is not None) == is_known
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (modeling_llama, "apply_rotary_pos_emb"),
+        (modeling_llama.LlamaMLP, "forward"),
+        (nn.functional, "silu"),
+    ],
+    ids=lambda one: getattr(one, "__name__", one),
+)
+def test_a_model_of_replaced_code_has_no_hash(monkeypatch, place, name):
+    monkeypatch.setattr(place, name, scaled)
+    assert weights_hash(tiny_llama()) is None
+
+
+def test_a_tokenizer_is_known_by_all_that_it_does(words):
+    def changes():
+        yield lambda one: setattr(one, "padding_side", "left")
+        yield lambda one: setattr(one, "chat_template", "other")
+        yield lambda one: setattr(one, "model_max_length", 3)
+        yield lambda one: one.add_tokens(["new"])
+        yield lambda one: setattr(one.backend_tokenizer, "normalizer", normalizers.Lowercase())
+
+    expected = structure_of(words)
+    words(["w1 w2"], truncation=True, max_length=1, padding=True)
+    assert structure_of(words) == expected is not None
+    for change in changes():
+        other = copy.deepcopy(words)
+        change(other)
+        assert structure_of(other) not in (expected, None)
+    other.encode = lambda _text: [1]
+    assert structure_of(other) is None
 
 
 def test_offloaded_weights_have_no_hash():

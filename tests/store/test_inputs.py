@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,40 @@ def test_every_file_of_a_folder_counts(model, cache):
         assert model_inputs(source, cache) == expected
     (model / "generation_config.json").write_text("{}")
     assert model_inputs(source, cache) != expected
+
+
+def test_files_in_folders_and_hidden_ones_count(model, cache):
+    (model / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    inner = [
+        model / "1_Pooling" / "config.json",
+        model / "additional_chat_templates" / "tool.jinja",
+        model / ".model-00002.safetensors",
+    ]
+    for path in inner:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    files, _ = inputs.model_files(ModelSource(model))
+    assert {*inner} <= {*files}
+    assert files[0].parent == model
+    for stat in (False, True):
+        for path in inner:
+            expected = model_inputs(ModelSource(model), cache, stat=stat)
+            path.write_text("{ }")
+            assert model_inputs(ModelSource(model), cache, stat=stat) not in (expected, None), path
+            path.write_text("{}")
+
+
+def test_files_of_one_name_all_count(tmp_path, cache):
+    """As of two folders of tasks."""
+    files = [tmp_path / folder / "task.yaml" for folder in "ab"]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text("a")
+    expected = inputs.hash_of_files(files, cache)
+    for path in files:
+        path.write_text("b")
+        assert inputs.hash_of_files(files, cache) != expected
+        path.write_text("a")
 
 
 def test_a_copy_is_the_same_model_and_another_name_is_another(model, cache, tmp_path):
@@ -132,6 +167,8 @@ def test_a_gguf_file_is_known_by_itself(tmp_path, cache):
         ("adapter_config.json", "{}"),
         ("config.json", '{"auto_map": {"AutoModelForCausalLM": "other/repo--modeling.Own"}}'),
         ("model.safetensors.index.json", '{"weight_map": {"a": "sub/model.safetensors"}}'),
+        ("config.json", '{"auto_map": {"AutoModelForCausalLM": "sub/modeling.Own"}}'),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["other/repo--own.Own", null]}}'),
         ("config.json", "[1]"),
         ("config.json", "{"),
     ],
@@ -276,6 +313,38 @@ def test_which_of_like_cards_are_seen_does_not_count(monkeypatch, models, seen, 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     nodes = [f"nvidia{index}" for index in range(len(models))]
     assert inputs._visible(models, nodes) == ({"CUDA_VISIBLE_DEVICES": seen} if counts else {})
+
+
+def in_float64(torch):
+    return contextmanager(lambda: (yield torch.set_default_dtype(torch.float64)))()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda torch: torch.autocast("cpu", torch.bfloat16),
+        lambda torch: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        in_float64,
+    ],
+)
+def test_what_is_set_of_torch_counts(changed):
+    expected = inputs.computed()
+    torch = pytest.importorskip("torch")
+    assert inputs.computed() == expected
+    try:
+        with changed(torch):
+            assert inputs.computed() != expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert inputs.computed() is None
+    hook.remove()
+
+
+def test_the_threads_that_are_asked_for_count(model, cache, monkeypatch):
+    expected = model_inputs(ModelSource(model), cache)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert model_inputs(ModelSource(model), cache) != expected
 
 
 def test_like_machines_work_together_whichever_cards_they_were_given():

@@ -277,7 +277,7 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
         domain: {name: Loss.from_json(loss) for name, loss in losses.items()}
         for domain, losses in value["losses"].items()
     }
-    shares = {of: recovered(losses) for domain, losses in measured.items()}
+    shares = {domain: recovered(losses) for domain, losses in measured.items()}
     done = Patch.from_json(value["patch"])
     warned = domain_learned(shares or by_choice(done))
     if as_json:

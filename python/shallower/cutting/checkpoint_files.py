@@ -41,7 +41,7 @@ _OTHER_WEIGHTS = (
 )
 _NOT_CARRIED = {CONFIG_FILE, "params.json", "job", *EXPORT_FILES, *OF_ONE_MODEL}
 """Rewritten here, the layer count of another format, or told of that model alone."""
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES_FOLDER = "additional_chat_templates"
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -109,7 +109,7 @@ def is_beside(name: str, modules: Collection[str] = ()) -> bool:
     """
     folder, _, inner = name.rpartition("/")
     is_weights = inner.endswith(_OTHER_WEIGHTS) and folder not in modules
-    return name[:1] != "." and folder in ("", _TEMPLATES, *modules) and not is_weights
+    return name[:1] != "." and folder in ("", TEMPLATES_FOLDER, *modules) and not is_weights
 
 
 def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
@@ -121,7 +121,7 @@ def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
     for entry in sorted(stored.folder.iterdir()):
         names = [entry.name]
         if entry.is_dir():
-            inner = entry.iterdir() if entry.name in {_TEMPLATES, *modules} else ()
+            inner = entry.iterdir() if entry.name in {TEMPLATES_FOLDER, *modules} else ()
             names = sorted(f"{entry.name}/{file.name}" for file in inner)
         for name in names:
             if entry.name in _NOT_CARRIED or not is_beside(name, modules):

@@ -5,7 +5,6 @@ plan made on the NF4 model fits the bfloat16 one.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ..values.identity import ModelIdentity, title_of
 from .architecture import DecoderLayers, find_layers, require_weights, text_config
 from .experts import num_experts
 from .fingerprint import Shape, fingerprint
+from .structure import structure_of
 
 
 def identify(model: PreTrainedModel, layers: DecoderLayers | None = None) -> ModelIdentity:
@@ -85,14 +85,14 @@ def stored_digest(path: str | Path) -> str:
 
 
 def weights_hash(model: PreTrainedModel) -> str | None:
-    """SHA-256, in hex, of all weights, buffers and the config of a model, without its place.
+    """SHA-256, in hex, of all that a model computes by, without its place.
 
-    None where offloaded weights cannot be read.
+    None where offloaded weights cannot be read, or it has hooks or code as :func:`structure_of`.
     """
-    named = {**model.config.to_dict(), "_name_or_path": None}
-    config = json.dumps(named, sort_keys=True, default=str)
-    attention = getattr(model.config, "_attn_implementation", None)
-    digest = hashlib.sha256(f"{type(model).__name__} {attention} {config}".encode())
+    structure = structure_of(model)
+    if structure is None:
+        return None
+    digest = hashlib.sha256(structure.encode())
     tensors = {**dict(model.named_buffers()), **model.state_dict()}
     for name, tensor in sorted(tensors.items()):
         if tensor.is_meta:

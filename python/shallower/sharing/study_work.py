@@ -102,8 +102,9 @@ def opened(
 
 
 def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity of a model without the names of its folder and the machine."""
-    return {**identity, "model": {**identity["model"], "names": None}, "machine": None}
+    """An identity of a model without the names of its folder, the machine and its threads."""
+    model = {**identity["model"], "names": None}
+    return {**identity, "model": model, "machine": None, "threads": None}
 
 
 def is_known(study: Study[Any], part: Part[Any]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..cutting.exports import EXPORT_FILES, export_path
 from ..cutting.plans import NamedLayers
+from ..cutting.source import find_source
 from ..models.source import ModelSource
 from ..storage import sha256_of
 from ..texts.sources import Texts
@@ -145,7 +146,10 @@ def cut_output(
         known = model_inputs(source, store, stat=True)
         if known is None:
             return None
-        return {**known, "layers": layers, "as_gguf": as_gguf, **options}
+        card = find_source(model, gguf_file=gguf_file)  # also of files beside a GGUF file
+        licenses = {name: sha256_of(path) for name, path in card.licenses.items()}
+        told = {"card": [card.inherited, card.text, licenses]}
+        return {**known, **told, "layers": layers, "as_gguf": as_gguf, **options}
 
     place = out if names is None else out.parent
     return Output(store, "prune", place, inputs, names=names)

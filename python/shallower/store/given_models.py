@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..models.source import ModelSource, place_of
-from ..values.hashing import hash_of
-from .inputs import machine, made_by, model_inputs
+from .inputs import computed, made_by, model_inputs
 from .store import Journal, Store
 
 if TYPE_CHECKING:
@@ -59,18 +58,26 @@ class InMemory:
         """All that the model's results depend on, for the cache; None where it is off."""
         if cache.folder is None:
             return None
-        from ..models.identity import weights_hash
+        import torch
 
-        content = weights_hash(self.model)
-        if content is None:
+        from ..models.identity import weights_hash
+        from ..models.structure import structure_of
+
+        content, tokenizer, here = (
+            weights_hash(self.model),
+            structure_of(self.tokenizer),
+            computed(),
+        )
+        if content is None or tokenizer is None or here is None:
             return None
         return {
             "weights": content,
             "name": str(self),  # which stands in the results
-            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "tokenizer": tokenizer,
             "device": str(self.model.device),
-            "machine": machine(),
             "made_by": made_by(),
+            **here,
+            "threads": torch.get_num_threads(),
         }
 
 
@@ -141,21 +148,6 @@ def given_model(model: Any, tokenizer: "PreTrainedTokenizerBase | None") -> Mode
     if len(found) != 1:
         raise ModelError(f"this is done on one model, and {len(found)} are given: name one (model)")
     return found[0]
-
-
-def _tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A hash of all that a tokenizer is made of."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return hash_of(
-        [
-            type(tokenizer).__name__,
-            rules,
-            repr(tokenizer.init_kwargs),
-            repr(tokenizer.special_tokens_map),
-            tokenizer.truncation_side,
-        ]
-    )
 
 
 def inputs_of_one(model: ModelSource | InMemory, cache: Store) -> dict[str, Any] | None:

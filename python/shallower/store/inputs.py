@@ -8,20 +8,25 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache as remembering
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from ..cutting.checkpoint_files import TEMPLATES_FOLDER
 from ..cutting.metadata import without_results
-from ..cutting.source import CARD_FILE, hub_id
+from ..cutting.source import CARD_FILE, hub_id, module_folders
 from ..errors import ProcessesError, ShallowerError
 from ..models.processor import first_processor
 from ..models.source import ModelSource
+from ..processes import asked_threads, processors
 from ..progress import hushed, track
-from ..storage import RESULT_RECORD, sha256_of
+from ..storage import RECORD, RESULT_RECORD, sha256_of
 from ..texts.hub import hub_absence, hub_files
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
@@ -53,6 +58,21 @@ _DECIDING = (
 )
 """Variables that choose the instructions or devices of a computation."""
 
+_HOOKS_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_INITIAL = {
+    "get_default_dtype": "torch.float32",
+    "are_deterministic_algorithms_enabled": "False",
+    "backends.cuda.matmul.allow_tf32": "False",
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction": "True",
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction": "True",
+    "backends.cuda.flash_sdp_enabled": "True",
+    "backends.cuda.mem_efficient_sdp_enabled": "True",
+    "backends.cuda.math_sdp_enabled": "True",
+    "backends.mkldnn.enabled": "True",
+    "backends.mkldnn.matmul.fp32_precision": "none",
+}
+"""Settings of torch that change results, and what they are at first."""
+
 
 def model_inputs(source: ModelSource, store: Store, *, stat: bool = False) -> dict[str, Any] | None:
     """Name what a loaded model depends on: its files, how it is loaded, machine and versions.
@@ -66,11 +86,29 @@ def model_inputs(source: ModelSource, store: Store, *, stat: bool = False) -> di
     place, names = source.place.expanduser(), [str(source.path)]  # which stand in the results
     if place.exists():
         names = [Path(source.path).name, place.resolve().name]
-    return {
-        "model": {**files, "names": names},
-        **_loaded_by(source),
-        "machine": machine(),  # on which last bits depend
-    }
+    here = {"machine": machine()} if stat else computed()
+    return here and {"model": {**files, "names": names}, **_loaded_by(source), **here}
+
+
+def computed() -> dict[str, Any] | None:
+    """What results depend on beside model and items, to their last bits.
+
+    The processors and threads, and settings of torch where that is loaded and they were changed.
+    None where hooks of all modules are set.
+    """
+    torch, changed = sys.modules.get("torch"), {}
+    if torch is not None:
+        if any(vars(torch.nn.modules.module)[name] for name in _HOOKS_OF_ALL):
+            return None
+        for name, initial in _INITIAL.items():
+            with suppress(AttributeError):  # of an older torch
+                value = attrgetter(name)(torch)
+                changed[name] = str(value() if callable(value) else value)
+            if changed.get(name) == initial:
+                del changed[name]
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            changed[f"autocast {device}"] = str(torch.get_autocast_dtype(device))
+    return {"machine": machine(), "threads": asked_threads() or processors(), "torch": changed}
 
 
 def _loaded_by(source: ModelSource) -> dict[str, Any]:
@@ -199,15 +237,18 @@ def file_inputs(path: str | Path) -> list[Any] | None:
         return None
 
 
-def hash_of_files(files: list[Path], store: Store) -> str:
-    """Hash names and contents of files, each read only once; OSError if one cannot be read."""
-    return hash_of([[*pair] for pair in hashes_by_name(files, store).items()])
+def hash_of_files(files: list[Path], store: Store, folder: Path | None = None) -> str:
+    """Hash contents of files and their names, in ``folder`` if given; OSError if one is unreadable.
 
-
-def hashes_by_name(files: list[Path], store: Store) -> dict[str, str]:
-    """Hash files by their names; one that is all of it may have any, and is under ``""``."""
-    names = [file.name if len(files) > 1 else "" for file in files]
-    return dict(zip(names, hashes_of(files, store), strict=True))
+    One that is all of it may have any name. Each is read only once. Of cards all but their results
+    counts, which are also measured later (``eval --card``).
+    """
+    names = [file.relative_to(folder).as_posix() if folder else file.name for file in files]
+    hashes = [
+        _hash_of_card(file) if file.name.endswith(CARD_FILE) else sha256
+        for file, sha256 in zip(files, hashes_of(files, store), strict=True)
+    ]
+    return hash_of([*zip(names if len(files) > 1 else [""], hashes, strict=True)])
 
 
 def _hash_of_card(file: Path) -> str:
@@ -215,16 +256,12 @@ def _hash_of_card(file: Path) -> str:
 
 
 def hashes_of(files: list[Path], store: Store) -> list[str]:
-    """Hash the content of files, each read only once; OSError if one cannot be read.
-
-    Of cards all but their results, which are also measured later (``eval --card``).
-    """
+    """Hash the content of files, each read only once; OSError if one cannot be read."""
     total = sum(file.stat().st_size for file in files)
     with track("hash, MiB", total >> 20, None if total >= LARGE_BYTES else False) as advance:
         found = []
         for file in files:
-            is_card = file.name.endswith(CARD_FILE)
-            found.append(_hash_of_card(file) if is_card else _hash_of_file(file, store))
+            found.append(_hash_of_file(file, store))
             advance(file.stat().st_size >> 20)
     return found
 
@@ -304,7 +341,7 @@ def made_by() -> dict[str, str]:
     package = Path(__file__).parents[1]
     files = sorted([*package.rglob("*.py"), *package.glob("_core*")])
     code = hash_of([[str(path.relative_to(package)), sha256_of(path)] for path in files])
-    return {**versions(), "code": code}
+    return {**versions("accelerate", "tokenizers", "gguf"), "code": code}
 
 
 def check_machine(driver: Mapping[str, Any]) -> None:
@@ -343,7 +380,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _local(source: ModelSource, store: Store, stat: bool) -> dict[str, Any] | None:
-    """A folder by all files directly in it, or a GGUF file; None if it is neither."""
+    """A folder by the files of the model, or a GGUF file; None if it is neither."""
     path = source.place.expanduser()
     if path.is_file():
         files = [path]
@@ -360,13 +397,19 @@ def _local(source: ModelSource, store: Store, stat: bool) -> dict[str, Any] | No
         if found["stamps"] is None:
             return None
     others = [file for file in files if file not in weights]
-    return {**found, "sha256": hash_of_files(others, store)}
+    return {**found, "sha256": hash_of_files(others, store, path if path.is_dir() else None)}
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files of a model; how it was made is none of them."""
-    files = (one for one in folder.iterdir() if one.is_file() and one.name[0] != ".")
-    return sorted(one for one in files if one.name != RESULT_RECORD)
+    """All files of a model, hidden ones too; how it was made is none of them.
+
+    Those in it come first, then those in folders of chat templates and of an embedder's modules.
+    """
+    own = {RESULT_RECORD, RECORD}
+    files = sorted(one for one in folder.iterdir() if one.is_file() and one.name not in own)
+    for name in sorted({TEMPLATES_FOLDER, *module_folders(folder)}):
+        files += sorted(one for one in (folder / name).rglob("*") if one.is_file())
+    return files
 
 
 def _reaches_elsewhere(files: list[Path]) -> bool:
@@ -374,9 +417,9 @@ def _reaches_elsewhere(files: list[Path]) -> bool:
     for file in files:
         if file.name == "adapter_config.json":
             return True
-        if file.name == "config.json":
-            homes = json.loads(file.read_bytes()).get("auto_map") or {}
-            if "--" in json.dumps(homes):
+        if file.name in ("config.json", "tokenizer_config.json"):
+            homes = json.dumps(json.loads(file.read_bytes()).get("auto_map") or {})
+            if "--" in homes or "/" in homes:
                 return True
         if file.name.endswith(".index.json"):
             names = json.loads(file.read_bytes()).get("weight_map") or {}
