@@ -341,6 +341,9 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
         folder = Path(os.path.commonpath([file.parent for file in files]))
         files += [path for one in module_folders(folder) for path in (folder / one).glob("*")]
         found = _hashes(folder, files, store)
+        if (card := folder / CARD_FILE).is_file():  # whose results are of no cut
+            text = card.read_bytes().decode("utf-8-sig", errors="replace")
+            found[CARD_FILE] = hash_of(without_results(text))
         return Read(shown, commit, {**stated_hashes(source, commit), **found})
     with raise_output_error(value):
         return Read(shown, None, {"": sha256_of(Path(value).expanduser())})
