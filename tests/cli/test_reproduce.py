@@ -362,7 +362,7 @@ def test_what_was_broken_off_goes_on(shallower, made, monkeypatch):
     """The work of a call that ends half-way is there for the next one, which then removes it."""
     result, told = made("patch")
     compared = records.record_of
-    monkeypatch.setattr("shallower.store.records.record_of", lambda *_: 1 / 0)
+    monkeypatch.setattr("shallower.store.records.record_of", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         shallower("reproduce", result, *told)
     (left,) = (store_folder() / "reproduce").iterdir()

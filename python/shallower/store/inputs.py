@@ -240,18 +240,18 @@ def file_inputs(path: str | Path) -> list[Any] | None:
 def hash_of_files(files: list[Path], store: Store, folder: Path | None = None) -> str:
     """Hash contents of files and their names, in ``folder`` if given; OSError if one is unreadable.
 
-    One that is all of it may have any name. Each is read only once. Of cards all but their results
-    counts, which are also measured later (``eval --card``).
+    One that is all of it may have any name. Each is read only once; results of cards do not count.
     """
     names = [file.relative_to(folder).as_posix() if folder else file.name for file in files]
     hashes = [
-        _hash_of_card(file) if file.name.endswith(CARD_FILE) else sha256
+        hash_of_card(file) if file.name.endswith(CARD_FILE) else sha256
         for file, sha256 in zip(files, hashes_of(files, store), strict=True)
     ]
     return hash_of([*zip(names if len(files) > 1 else [""], hashes, strict=True)])
 
 
-def _hash_of_card(file: Path) -> str:
+def hash_of_card(file: Path) -> str:
+    """Hash a card without its results, which are also measured later (``eval --card``)."""
     return hash_of(without_results(file.read_bytes().decode("utf-8-sig", errors="replace")))
 
 

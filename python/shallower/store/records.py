@@ -39,6 +39,7 @@ from ..values.provenance import versions
 from ..values.schema import fields_of, of_type, plain_fields
 from .inputs import (
     base_of,
+    hash_of_card,
     hashes_of,
     machine,
     model_files,
@@ -348,6 +349,8 @@ def read_of(name: str, value: str, command: str, *, given: Mapping[str, Any], st
         folder = Path(os.path.commonpath([file.parent for file in files]))
         files += [path for one in module_folders(folder) for path in (folder / one).glob("*")]
         found = _hashes(folder, files, store)
+        if (card := folder / CARD_FILE).is_file():  # whose results are of no cut
+            found[CARD_FILE] = hash_of_card(card)
         received = UNVERIFIED.get((shown, commit or ""), {})
         parts = {name + NOT_VERIFIED: received[name] for name in received}
         return Read(shown, commit, {**stated_hashes(source, commit), **found, **parts})
