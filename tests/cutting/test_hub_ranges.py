@@ -23,7 +23,7 @@ from shallower.cutting.checkpoint import PreparedCut
 from shallower.cutting.checkpoint_files import INDEX_FILE
 from shallower.cutting.exports import EXPORT_FILES
 from shallower.cutting.prune import plan_prune
-from shallower.storage import sha256_of
+from shallower.storage import RECORD, sha256_of
 from shallower.store.records import NOT_VERIFIED
 from tests.cutting import embedders
 from tests.cutting.checkpoints import DROPPED, read_json, stored
@@ -32,8 +32,8 @@ from tests.folders import full_disk, tree
 from tests.hub import TOKEN
 from tests.hub import hub as hub
 
-NAMED = {*EXPORT_FILES}
-"""Files that name the source."""
+NAMED = {*EXPORT_FILES, RECORD}
+"""Files that name the source, and the record with their hashes."""
 
 
 @pytest.fixture(autouse=True)

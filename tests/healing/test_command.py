@@ -90,7 +90,7 @@ def test_another_original_is_refused_before_it_is_loaded(
     monkeypatch.setattr("shallower.models.loading.load_weights", load)
     for original, why in ((cut, "the plan is for 6 layers"), (folder / "other", "another model")):
         told = shallower(*common, "--original", original)
-        assert (told.status, why in told.error) == (2, True), told.err
+        assert (told.status, why in told.err) == (2, True), told.err
 
 
 @pytest.mark.slow
