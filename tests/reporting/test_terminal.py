@@ -293,7 +293,10 @@ def test_no_gain_is_shown_that_was_not_measured(printed):
     assert "measured here" not in printed(gain_table(gain(None)))
 
 
-@pytest.mark.parametrize(
+PAIRS = [(0.12341, 0.12344), (1e-9, 2e-9), (0.5, 0.5), (0.5, math.inf)]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
     ("one", "other"), [(0.12341, 0.12344), (1e-9, 2e-9), (0.5, 0.5), (0.5, math.inf)]
 )
 def test_scores_of_experts_that_differ_are_not_written_alike(one, other):
