@@ -124,7 +124,10 @@ ERRORS = [
     ("eval {tiny} --perplexity {bad}/blank.txt", r"there is no text in bad/blank\.txt"),
     ("scan {bad}/tiny --texts {texts} --out out", "cannot load bad/tiny, which is no folder here"),
     (SCAN + "{bad}/folder.txt", r"bad/folder\.txt is a folder: expected a text file"),
-    (SCAN + "{texts} --dtype fp16", "'--dtype': 'fp16' is not one of .*'int8' .see shallower scan"),
+    (
+        SCAN + "{texts} --dtype fp16",
+        "'--dtype': 'fp16' is not one of .*'int8'; did you mean float16",
+    ),
     ("eval {tiny} --perplexity none.txt", r"text from none\.txt: no such file or directory$"),
     ("eval {tiny} --texts {texts} --drop 6", "no layer 6"),
     ("eval {tiny} --texts {texts} --plan {bad}/plan.json", "is not a plan"),

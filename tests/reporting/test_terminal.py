@@ -310,7 +310,10 @@ def test_no_gain_is_shown_that_was_not_measured(printed):
     assert "measured here" not in printed(gain_table(gain(None)))
 
 
-@pytest.mark.parametrize(("one", "other"), [(0.12341, 0.12344), (1e-9, 2e-9), (0.5, 0.5)])
+PAIRS = [(0.12341, 0.12344), (1e-9, 2e-9), (0.5, 0.5), (0.5, math.inf)]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_scores_of_experts_that_differ_are_not_written_alike(one, other):
     digits = stages._digits(one, other)
     assert (f"{one:.{digits}f}" == f"{other:.{digits}f}") == (one == other)

@@ -252,7 +252,7 @@ def experts_table(chosen: ScanChoice) -> Table:
 def _digits(one: float, other: float) -> int:
     """As many digits as it takes to see that two scores differ; four at least."""
     apart = abs(one - other)
-    return max(4, min(12, 1 - int(f"{apart:e}".partition("e")[2]))) if apart else 4
+    return max(4, min(12, 1 - int(f"{apart:e}".partition("e")[2]))) if 0 < apart < 1e99 else 4
 
 
 def unknown(chosen: ScanChoice) -> list[str]:
