@@ -11,7 +11,8 @@ from itertools import pairwise
 import pytest
 
 from shallower import progress
-from shallower.progress import hushed, part, stage, track, whole
+from shallower.progress import part, stage, track, whole
+from shallower.texts.quiet import hushed
 from tests.terminals import terminal_of
 
 

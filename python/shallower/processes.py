@@ -20,6 +20,7 @@ try:
 except ImportError:  # not on Unix
     fcntl = None  # type: ignore[assignment]
 
+_CPUINFO = Path("/proc/cpuinfo")
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 _NO_LIMIT = 1 << 60
@@ -90,6 +91,21 @@ def processors() -> int:
             quota = _numbers(group, *names)
             found += [max(1, quota[0] // quota[1])] if quota and quota[0] > 0 else []
     return min(found)
+
+
+def first_processor() -> dict[str, str]:
+    """The fields of the first processor by name, as ``model name``; none where they are unknown."""
+    found: dict[str, str] = {}
+    try:
+        with _CPUINFO.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if not line.strip():
+                    break
+                name, _, value = line.partition(":")
+                found[name.strip()] = value.strip()
+    except OSError:
+        return {}
+    return found
 
 
 def memory_limits() -> list[tuple[int, int]]:

@@ -3,21 +3,17 @@
 Other packages' bars and notes are kept off it.
 """
 
-import logging
 import math
 import os
-import re
 import sys
 import time
-import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from functools import partial
-from threading import Event, Lock, RLock, Thread
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from threading import Event, RLock, Thread
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -428,102 +424,3 @@ _LOG = _Log()
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-_LOGGERS = (
-    "accelerate.big_modeling",
-    "bitsandbytes.backends.cpu.ops",
-    "datasets",
-    "huggingface_hub",
-    "lm_eval",
-    "transformers.generation",
-)
-
-_SWITCHES = (
-    ("huggingface_hub.utils", "are_progress_bars_disabled", "{}able_progress_bars"),
-    ("datasets", "are_progress_bars_disabled", "{}able_progress_bars"),
-    ("transformers.utils.logging", "is_progress_bar_enabled", "{}able_progress_bar"),
-)
-"""Modules, what tells whether their bars are on or off, and what turns them en- or disabled."""
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Keep other packages' bars and notes off standard error in the body.
-
-    Those of all threads are off, bars by the packages' own switches: of packages imported before.
-    What the hub's client waits for is said in a line, and TimeoutError raised if it is too long.
-    """
-    with warnings.catch_warnings(), _THEIRS:
-        warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
-        yield
-
-
-MOST_WAIT = 60.0
-"""Seconds that the hub may ask to wait for an answer, at most."""
-
-_CLIENT = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
-"""Who says what the hub's client waits for."""
-
-
-class _Waits(logging.Handler):
-    """Say why the hub's client waits, and how long; TimeoutError where that is too long."""
-
-    why = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Take a warning of the client: of what went wrong, or of the wait that follows it."""
-        text = record.getMessage()
-        if wait := re.search(r"(?:Waiting|Retrying in) ([\d.]+)s", text):
-            seconds = float(wait[1])
-            if seconds > MOST_WAIT:
-                raise TimeoutError(f"{self.why}, and asks to wait {seconds:.0f} s: try again then")
-            say(f"{self.why}: asking again in {seconds:.0f} s")
-        elif url := re.search(r"(https?://[^/\s]+)", text):
-            status = re.search(r"HTTP Error (\d+)", text)
-            self.why = f"{url[1]} " + (
-                f"answers with status {status[1]}" if status else "is silent"
-            )
-            if text.endswith("Trying to resume download..."):
-                say(f"{self.why}: asking again")
-
-
-class _Theirs:
-    """Other packages' bars and notes, off while any thread is hushed, then as they were."""
-
-    def __init__(self) -> None:
-        self._lock, self._depth = Lock(), 0
-        self._turn_on: list[Callable[[], object]] = []
-
-    def __enter__(self) -> None:
-        with self._lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # where a variable of the user decides
-            self._depth += 1
-            for one in map(logging.getLogger, _LOGGERS if self._depth == 1 else ()):
-                self._turn_on.append(partial(one.setLevel, one.level))
-                one.setLevel(logging.CRITICAL)
-            for one in map(logging.getLogger, _CLIENT if self._depth == 1 else ()):
-                self._turn_on += [
-                    partial(one.setLevel, one.level),
-                    partial(one.removeHandler, _WAITS),
-                    partial(setattr, one, "propagate", one.propagate),
-                ]
-                one.setLevel(logging.WARNING)
-                one.addHandler(_WAITS)
-                one.propagate = False
-            for name, told, switch in _SWITCHES:
-                module: Any = sys.modules.get(name)
-                if module and getattr(module, told)() == told.endswith("enabled"):
-                    getattr(module, switch.format("dis"))()
-                    self._turn_on.append(getattr(module, switch.format("en")))
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._depth -= 1
-            while not self._depth and self._turn_on:
-                self._turn_on.pop()()
-
-
-_WAITS = _Waits()
-_THEIRS = _Theirs()

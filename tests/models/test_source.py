@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import shallower as sh
+from shallower import processes
 from shallower.cli import evaluate, patch, run, scan
-from shallower.models import dtypes, processor
+from shallower.models import dtypes
 from shallower.models.dtypes import CPU_FEATURES, choose_device_map, choose_dtype, cpu_features
 from shallower.models.identity import stored_dtype
 from shallower.models.loading import load_model
@@ -75,7 +76,7 @@ CPUINFO = "processor\t: 0\nmodel name\t: no avx512_bf16\n{key}\t: one two\n"
 @pytest.mark.parametrize("key", ["flags", "Features"])
 def test_without_torchs_word_the_kernels_is_taken(monkeypatch, tmp_path, key):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processes, "_CPUINFO", tmp_path / "cpuinfo")
     assert cpu_features() == frozenset()
     (tmp_path / "cpuinfo").write_text(CPUINFO.format(key=key))
     assert cpu_features() == {"one", "two"}

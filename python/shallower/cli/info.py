@@ -58,7 +58,7 @@ def info_command(*, as_json: Json = False) -> None:
 
 def machine() -> dict[str, Any]:
     """Describe this machine and its settings; torch is not imported, and CUDA not initialised."""
-    from ..models.processor import first_processor
+    from ..processes import first_processor
     from ..store.store import store_folder
 
     return {

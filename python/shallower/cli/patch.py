@@ -117,11 +117,10 @@ def patch_command(
     if reuse(output, lambda value: _say(value, place, out, as_json)):
         return
     check_free(out, overwrite)
-    place.check()
-    from ..forecasts.forecast import forecast_source
-
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
     wanted, needed = _patchable(place, named, out, source, **counted)
+    from ..forecasts.forecast import forecast_source
+
     plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
     if dry_run:
         asked = _within(asked, place.load_tokenizer(), source, settings)
@@ -183,13 +182,15 @@ def _patchable(
     PatchError if it cannot be, OutputError where they or its checkpoint have no room.
     """
     from ..cutting.plans import agreed_plan
-    from ..memory.checkpoints import left_bytes
-    from ..patching.memory import temporary_bytes
     from ..storage import check_room
     from ..values.patch import check_patchable
 
+    place.check()
     plan = agreed_plan(str(place.path), place.count_layers(), named)
     check_patchable(plan)
+    from ..memory.checkpoints import left_bytes
+    from ..patching.memory import temporary_bytes
+
     how: Any = {"num_tokens": num_tokens, "max_length": tokens.max_length}
     needed = temporary_bytes(place, texts, dropped=plan.dropped, **how)
     check_room(out, left_bytes(place, plan.dropped), needed)

@@ -27,7 +27,7 @@ from huggingface_hub import constants
 
 from ..errors import ModelError, OutputError, ShallowerError, raise_output_error, why
 from ..models.place import CONFIG_FILE, read_json
-from ..progress import BytesProgress, hushed, say, say_goes_on, track, track_copy
+from ..progress import BytesProgress, say, say_goes_on, track, track_copy
 from ..storage import free_bytes, write_file
 from ..texts.hub import (
     etag_of,
@@ -37,6 +37,7 @@ from ..texts.hub import (
     raise_fetch_error,
     warn_of_mirror,
 )
+from ..texts.quiet import hushed
 from ..values.hashing import hash_of
 from ..values.memory import format_size
 from .checkpoint import Piece, PreparedCut

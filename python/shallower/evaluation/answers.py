@@ -23,7 +23,7 @@ from ..memory.retry import Halving
 from ..memory.streaming import Forwards
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
-from ..progress import Advance, hushed, part, track
+from ..progress import Advance, part, track
 from ..texts.batches import Batch, padded
 from ..texts.prompts import (
     Prompt,
@@ -33,6 +33,7 @@ from ..texts.prompts import (
     prompt_ids,
     training_prompts,
 )
+from ..texts.quiet import hushed
 from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.tokens import BatchSize, Tokens

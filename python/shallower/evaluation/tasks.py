@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ShallowerError, TextsError, one_sentence
 from ..models.decoder import Decoder
-from ..progress import hushed
+from ..texts.quiet import hushed
 from ..values.hashing import hash_of
 from ..values.provenance import LM_EVAL, versions
 from ..values.scores import Scores

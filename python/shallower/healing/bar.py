@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..progress import hushed, track
+from ..progress import track
+from ..texts.quiet import hushed
 
 with hushed():
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -27,7 +27,7 @@ from ..models.dtypes import computing
 from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
 from ..processes import num_processes
-from ..progress import hushed
+from ..texts.quiet import hushed
 from ..texts.sequences import Sample, Samples, collate, mixed_order
 from ..values.healing import Measured, Step
 from ..values.loss import FIGURES, Loss

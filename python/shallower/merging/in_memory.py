@@ -17,7 +17,7 @@ from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
 from ..models.source import ModelSource
 from ..models.unsaved import warn_unsaved
-from ..progress import hushed
+from ..texts.quiet import hushed
 from ..values.healing import Healing
 from .low_rank import exact_products
 

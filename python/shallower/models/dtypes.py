@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ModelError
+from ..processes import first_processor
 from ..values.recipe import Resolved
-from .processor import first_processor
 
 if TYPE_CHECKING:
     import torch

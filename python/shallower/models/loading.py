@@ -30,9 +30,10 @@ from transformers.models.auto.modeling_auto import (
 
 from ..errors import ModelError, why
 from ..processes import is_main_process
-from ..progress import hushed, track
+from ..progress import track
 from ..storage import check_temporary
 from ..texts.hub import hub_refusal
+from ..texts.quiet import hushed
 from ..values.identity import title_of
 from .architecture import beside_layers, find_layers
 from .dtypes import (

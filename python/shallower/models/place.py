@@ -9,8 +9,9 @@ from typing import Any
 
 from .._core import Gguf
 from ..errors import MissingExtraError, ModelError, why
-from ..progress import hushed, track
+from ..progress import track
 from ..texts.hub import hub_answers, hub_refusal
+from ..texts.quiet import hushed
 from ..values.commands import command_line
 from .layer_config import num_decoder_layers
 

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ..errors import MissingExtraError, ModelError, why
-from ..progress import hushed
+from ..texts.quiet import hushed
 from .dtypes import QUANTISED, stored_quantisation
 
 

@@ -16,7 +16,7 @@ from ..memory.device import main_device, total_bytes
 from ..memory.rehearsal import LiveBytes
 from ..models.architecture import evaluating
 from ..models.dtypes import QUANTISED
-from ..models.processor import first_processor
+from ..processes import first_processor
 from ..values.gain import Measured
 from .account import cache_of
 from .devices import DEVICES, HERE, Device, known_as

@@ -22,12 +22,12 @@ from ..cutting.checkpoint_files import TEMPLATES_FOLDER
 from ..cutting.metadata import without_results
 from ..cutting.source import CARD_FILE, hub_id, module_folders
 from ..errors import ProcessesError, ShallowerError
-from ..models.processor import first_processor
 from ..models.source import ModelSource
-from ..processes import asked_threads, processors
-from ..progress import hushed, track
+from ..processes import asked_threads, first_processor, processors
+from ..progress import track
 from ..storage import RECORD, RESULT_RECORD, sha256_of
 from ..texts.hub import hub_absence, hub_files
+from ..texts.quiet import hushed
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from ..values.provenance import versions

@@ -18,9 +18,8 @@ from ..cutting.metadata import without_results
 from ..cutting.plans import plan_file
 from ..cutting.source import CARD_FILE, HUB_ID, hub_id, module_folders, place_name
 from ..errors import OutputError, raise_output_error, why
-from ..models.processor import first_processor
 from ..models.source import ModelSource
-from ..processes import num_processes, processors
+from ..processes import first_processor, num_processes, processors
 from ..storage import RECORD, RESULT_RECORD, foreign, sha256_of, write_file
 from ..texts.hub import raise_fetch_error
 from ..texts.sources import HUB_DATASET, Texts

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, TextsError, why
-from ..progress import hushed, shortened
+from ..progress import shortened
 from .hub import hub_refusal
+from .quiet import hushed
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
