@@ -138,7 +138,7 @@ def test_a_criterion_is_one_class(copied):
     said = copied(CALL + f'call("compare --list")\nprint("=")\ncall("{command}")')
     listed, compared = said.split("=\n")
     assert re.search(r"^ median +Median angle between", listed, re.MULTILINE)
-    assert re.search(r"^[ 0-9]* median ", compared, re.MULTILINE)
+    assert re.search(r"^[ 0-9]*\bmedian ", compared, re.MULTILINE)
 
 
 def test_a_measure_is_one_file(copied):

@@ -120,7 +120,7 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     assert again.status == 0
     results = json.loads((folder / "out" / "results.json").read_text())
     places = {"out": "out", "checkpoint": "out/checkpoint", "page": "out/report.html"}
-    assert again.json == {**results, **places}
+    assert again.json == {**results, **places, "not_saved": {}}
     assert results[
         "command"
     ] == "shallower run tiny --texts texts.jsonl --speech asked.jsonl " + " ".join(

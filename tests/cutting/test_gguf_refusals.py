@@ -212,7 +212,7 @@ def test_the_command_line_refuses_with_status_2(real, shallower, tmp_path):
     for words, message in [
         ((bad, "--drop", "1"), "cut short"),
         ((real, "--drop", "30"), "no layer 30"),
-        ((real,), "--drop or by --plan"),
+        ((real,), "by --drop as 12:20, or by --plan"),
         ((real, "--plan", tmp_path / "plan.json"), "is for 28 layers"),
         ((real, "--drop", "1", "--dtype", "nf4"), "--dtype nf4 does not go with"),
         ((tmp_path, "--drop", "1"), "is not a .gguf file"),

@@ -365,7 +365,7 @@ def test_a_dry_run_writes_nothing(folder, hasty):
         (("--drop", "0:2"), "no layer before the block"),
         (("--drop", "3:5", "--texts", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--drop", "3:99"), "no layer 98"),
-        ((), "--drop or by --plan"),
+        ((), "by --drop as 12:20, or by --plan"),
     ],
 )
 def test_the_command_refuses_bad_input_and_writes_nothing(folder, options, said):

@@ -87,7 +87,7 @@ def test_a_run_says_how_its_models_speak(tmp_path):
     assert f"the patched model would accept {100 * patched.mean('acceptance'):.0f} %" in first
     assert f"depart after {patched.mean('departure'):.1f} tokens" in first
     lost = patched.minus(whole)["loss_under_whole"]
-    assert f"{lost.mean:+.3f} ± {lost.stderr:.3f} nats a token more" in first
+    assert f"{lost.mean:.2f} ± {lost.stderr:.2f} nats a token more than on its own, a tie" in first
     (table,) = section.tables
     assert table.head == ("", "whole", "cut", "patched")
     (sample,) = section.samples

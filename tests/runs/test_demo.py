@@ -80,10 +80,16 @@ def test_a_document_that_a_file_holds_twice_is_on_one_side(write):
     assert not set(calibration) & set(held_out)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_file_too_small_is_refused(write, count):
+TOO_FEW = r"own\.jsonl: {} documents?, too few .* at least 4"
+
+
+@pytest.mark.parametrize(
+    ("count", "why"),
+    [(0, r"no texts in .*own\.jsonl"), (1, TOO_FEW.format(1)), (3, TOO_FEW.format(3))],
+)
+def test_a_file_too_small_is_refused(write, count, why):
     source = write(*(paragraphs(f"d{i}") for i in range(count)))
-    with pytest.raises(TextsError, match=rf"own\.jsonl: {count} documents?, too few .* at least 4"):
+    with pytest.raises(TextsError, match=why):
         demo.texts(source, 8, 8)
 
 
@@ -134,6 +140,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path
     assert described.pop("split") == {"texts": {"fit": 11, "choose": 5, "report": 16}}
     assert 10**8 < described.pop("disk")["bytes"] < described.pop("memory")["peak_bytes"]
     assert described.pop("time")["seconds"] > 1
+    assert described.pop("temporary")["bytes"] > 10**6
     assert described == {
         "dry_run": True,
         "demo": demo.model_path().name,
@@ -161,7 +168,7 @@ def test_the_whole_demo_ends_with_a_checkpoint_that_stock_transformers_loads(
     results = json.loads((out / "results.json").read_text())
     place = {"out": "shallower-demo", "checkpoint": "shallower-demo/checkpoint"}
     place["page"] = "shallower-demo/report.html"
-    assert printed == {**results, **place}
+    assert printed == {**results, **place, "not_saved": {}}
     assert results["num_layers"] == 30
     assert results["num_samples"] == 16
     assert results["max_logits_difference"] <= 1e-5

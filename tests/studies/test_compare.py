@@ -377,9 +377,9 @@ def test_what_cannot_be_compared_is_refused(model, words, asked, error, named):
 
 def test_too_few_texts_for_three_sets_are_refused(model, words):
     with pytest.raises(TextsError, match="too few calibration and selection texts: 11"):
-        sh.compare(model, words, TEXTS[:11], HELD_OUT)
+        sh.compare(model, words, TEXTS[:11], HELD_OUT, n=[1])
     with pytest.raises(TextsError, match="too few test texts"):
-        sh.compare(model, words, TEXTS, HELD_OUT[:1])
+        sh.compare(model, words, TEXTS, HELD_OUT[:1], n=[1])
     with pytest.raises(ModelError, match="tokenizer"):
         sh.compare(model, None, TEXTS, HELD_OUT)
 

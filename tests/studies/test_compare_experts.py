@@ -351,7 +351,7 @@ BY_DIVERGENCE = "--criteria", "reap,exhaustive,layers", "--judge", "kl"
     [pytest.param(2, (), marks=pytest.mark.slow), (1, BY_DIVERGENCE)],
     ids=["all", "some"],
 )
-def test_a_dry_run_bounds_the_passes_over_layers_on_disk(shallower, tmp_path, n, criteria):
+def test_a_dry_run_bounds_the_passes_over_layers_on_disk_from_below(shallower, tmp_path, n, criteria):
     on_disk(tmp_path)
     command = (
         "compare", tmp_path / "model", "--unit", "experts", "--n", n, "--texts",
@@ -364,7 +364,7 @@ def test_a_dry_run_bounds_the_passes_over_layers_on_disk(shallower, tmp_path, n,
     done = shallower(*command, "--json")
     assert done.status == 0, done.err
     passes = int(re.search(r"of layers from disk, in (\d+) passes", done.err)[1])
-    assert passes <= planned <= 2 * passes + 10
+    assert 0 < planned <= passes
     assert (EXHAUSTIVE in {row["criterion"] for row in done.json["rows"]}) == bool(criteria)
 
 

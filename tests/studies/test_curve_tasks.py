@@ -160,6 +160,7 @@ def test_a_task_that_is_not_there_is_refused_before_the_model_is_loaded(
     source = sh.ModelSource(tmp_path / "model")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(sh.TextsError, match="no task nothing"):
         sh.curve(
             source, None, TEXTS, **{**TAKEN, "tasks": ["nothing"]}, tasks_dir=folder,
