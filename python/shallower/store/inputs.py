@@ -247,7 +247,7 @@ def hash_of_files(files: list[Path], store: Store, folder: Path | None = None) -
         hash_of_card(file) if file.name.endswith(CARD_FILE) else sha256
         for file, sha256 in zip(files, hashes_of(files, store), strict=True)
     ]
-    return hash_of([*zip(names if len(files) > 1 else [""], hashes, strict=True)])
+    return hash_of([*zip([""] if len(files) == 1 else names, hashes, strict=True)])
 
 
 def hash_of_card(file: Path) -> str:
