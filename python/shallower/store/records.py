@@ -408,14 +408,16 @@ def _hashes(folder: Path, paths: Iterable[Path], store: Store) -> dict[str, str]
 def text_of(record: Record, path: Path) -> str:
     """Read what a file of a result says, as another machine and other versions would say it.
 
-    Without times, versions, names of what was read, and a card's results. Empty for what is no
-    text, or a large one.
+    Without times, versions, names of what was read, a card's results, and marks of other files.
+    Empty for what is no text, or a large one.
     """
     try:
         text = path.read_bytes().decode() if path.stat().st_size <= _MOST_TEXT else ""
         if path.suffix == ".json":
-            text = json.dumps(json.loads(text), sort_keys=True, indent=1)
-    except (OSError, ValueError, RecursionError):
+            value = json.loads(text)
+            value = sorted(value["files"]) if path.name == RECORD else value
+            text = json.dumps(value, sort_keys=True, indent=1)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     text = without_results(text) if path.name.endswith(CARD_FILE) else text
     text = _VARYING.sub("", text)
