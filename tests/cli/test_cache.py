@@ -172,6 +172,10 @@ def test_what_somebody_has_changed_is_not_known(shallower, folder, place, name):
     path.write_bytes(content)
     assert "exists already" in shallower(*command).error
     assert path.read_bytes() == content
+    if name != "scan":  # a folder, of which only what was written there is replaced
+        assert f"{path.name} (as it is now)" in shallower(*command, "--overwrite").error
+        assert path.read_bytes() == content
+        path.unlink()
     done = shallower(*command, "--overwrite")
     assert done.status == 0
     assert path.read_bytes() != content

@@ -124,8 +124,8 @@ def test_a_comparison_says_how_many_choices_are_known(cut_short, asked):
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_says_how_far_it_came(cut_short, asked):
-    command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only", "--no-speech")
-    said = cut_short(command, Recommending, "_row", 1)
+    command = ("run", *asked, "--n", 2, "--top", 1, "--no-speech")
+    said = cut_short(command, Recommending, "_saved_now", 0)
     assert said.startswith("resuming: the layers are chosen")
 
 

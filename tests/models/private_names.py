@@ -231,6 +231,16 @@ _OTHERS = (
         "torch.nn", "Module._state_dict_hooks",
         "4-bit models that cannot be saved exactly are refused",
     ),
+    *(
+        PrivateName("torch.nn", f"Module.{name}", "no forward reads it, so it is not hashed")
+        for name in (
+            "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"
+        )
+    ),
+    *(
+        PrivateName("torch.nn.modules.module", name, "models are not recalled while they are set")
+        for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
+    ),
     PrivateName(
         "torch.nn", "Module._parameters",
         "empty weights are replaced by fake ones, on which a step is rehearsed",

@@ -9,7 +9,7 @@ import torch
 import shallower as sh
 from shallower import _reference
 from tests.conftest import mostly_slow, tiny_llama
-from tests.scanning.batches import interrupted, plain_states
+from tests.scanning.batches import Embedded, interrupted, plain_states
 
 
 def oracle(model, tokenizer, texts, max_length=256):
@@ -136,10 +136,9 @@ def test_a_resumed_scan_has_the_bits_of_an_uninterrupted_one(
 def test_a_resumed_scan_does_not_run_again_what_is_done(llama, words, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         sh.scan(llama, words, interrupted(MANY, 70), batch_size=2, checkpoint=tmp_path / "partial")
-    runs = []
-    llama.model.register_forward_hook(lambda *_: runs.append(1))
-    sh.scan(llama, words, MANY, batch_size=2, checkpoint=tmp_path / "partial")
-    assert len(runs) == -(-(len(MANY) - 64) // 2)
+    with Embedded() as embedded:
+        sh.scan(llama, words, MANY, batch_size=2, checkpoint=tmp_path / "partial")
+    assert embedded.times == -(-(len(MANY) - 64) // 2)
 
 
 @pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")

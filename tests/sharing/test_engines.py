@@ -13,6 +13,7 @@ from shallower.values.memory import MemoryPlan
 from shallower.workers.local_workers import LocalWorkers, Seat
 from shallower.workers.ray_workers import threads_of
 from shallower.workers.units import Ledger, drive
+from tests.conftest import tiny_llama
 from tests.workers.counting import job_of
 
 GB = 10**9
@@ -168,10 +169,12 @@ def test_a_machine_with_gpus_needs_no_number_of_workers(machine, tmp_path):
     from shallower.texts.sources import Texts
 
     (tmp_path / "texts.txt").write_text("w1 w2")
+    model = tmp_path / "model"
+    tiny_llama().save_pretrained(model)
 
     def work(**how):
-        texts = Texts(str(tmp_path / "texts.txt"))
-        return ScanWork(ScanJob(source=ModelSource("model", **how), texts=texts, out=tmp_path))
+        texts, out = Texts(str(tmp_path / "texts.txt")), tmp_path / "out"
+        return ScanWork(ScanJob(source=ModelSource(model, **how), texts=texts, out=out))
 
     machine(8, 2)
     assert engines.cards_for(None) == ["0", "1"]

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import shallower as sh
+from shallower.evaluation import answers
 from shallower.reporting.results import Run
 from shallower.runs.report import read_story
 from shallower.studies.healing_stage import HealingStage
@@ -54,11 +55,11 @@ def done(trained, words, kept, heard, tmp_path_factory):
 
 
 @pytest.fixture
-def generated(learned, monkeypatch):
+def generated(monkeypatch):
     """The calls by which a model generates, as a list that grows."""
-    calls, plain = [], learned.generate
+    calls, plain = [], answers._generated
     monkeypatch.setattr(
-        learned, "generate", lambda **options: calls.append(1) or plain(**options), raising=False
+        answers, "_generated", lambda *args, **options: calls.append(1) or plain(*args, **options)
     )
     return calls
 

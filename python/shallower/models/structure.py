@@ -14,6 +14,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from tokenizers import AddedToken, Tokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -45,10 +46,15 @@ def structure_of(thing: Any) -> str | None:
     That is so if code of the user has a part in it: a hook, a method, a module or a function.
     """
     values = _Values()
+    if any(vars(torch.nn.modules.module)[name] for name in _HOOKS_OF_ALL):
+        return None
     try:
         return hash_of([*map(values, (thing, *_ATTENTION)), values.code()])
     except (_UnknownError, RecursionError):
         return None
+
+
+_HOOKS_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 _ATTENTION = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
@@ -75,6 +81,8 @@ class _Values:
 
     def _first(self, value: Any) -> Any:
         match value:
+            case PrefixedDataset() | OffloadedWeightsLoader():
+                raise _UnknownError(value)
             case Mapping():
                 return [self(type(value)), [[self(key), self(value[key])] for key in value]]
             case list() | tuple():

@@ -63,12 +63,8 @@ class InMemory:
         from ..models.identity import weights_hash
         from ..models.structure import structure_of
 
-        content, tokenizer, here = (
-            weights_hash(self.model),
-            structure_of(self.tokenizer),
-            computed(),
-        )
-        if content is None or tokenizer is None or here is None:
+        content, tokenizer = weights_hash(self.model), structure_of(self.tokenizer)
+        if content is None or tokenizer is None:
             return None
         return {
             "weights": content,
@@ -76,7 +72,7 @@ class InMemory:
             "tokenizer": tokenizer,
             "device": str(self.model.device),
             "made_by": made_by(),
-            **here,
+            **computed(),
             "threads": torch.get_num_threads(),
         }
 

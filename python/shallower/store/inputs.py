@@ -58,18 +58,17 @@ _DECIDING = (
 )
 """Variables that choose the instructions or devices of a computation."""
 
-_HOOKS_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _INITIAL = {
-    "get_default_dtype": "torch.float32",
-    "are_deterministic_algorithms_enabled": "False",
-    "backends.cuda.matmul.allow_tf32": "False",
-    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction": "True",
-    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction": "True",
-    "backends.cuda.flash_sdp_enabled": "True",
-    "backends.cuda.mem_efficient_sdp_enabled": "True",
-    "backends.cuda.math_sdp_enabled": "True",
-    "backends.mkldnn.enabled": "True",
-    "backends.mkldnn.matmul.fp32_precision": "none",
+    "get_default_dtype": ("torch.float32",),
+    "are_deterministic_algorithms_enabled": ("False",),
+    "backends.cuda.matmul.allow_tf32": ("False",),
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction": ("True",),
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction": ("True",),
+    "backends.cuda.flash_sdp_enabled": ("True",),
+    "backends.cuda.mem_efficient_sdp_enabled": ("True",),
+    "backends.cuda.math_sdp_enabled": ("True",),
+    "backends.mkldnn.enabled": ("True",),
+    "backends.mkldnn.matmul.fp32_precision": ("none", "ieee"),
 }
 """Settings of torch that change results, and what they are at first."""
 
@@ -87,24 +86,21 @@ def model_inputs(source: ModelSource, store: Store, *, stat: bool = False) -> di
     if place.exists():
         names = [Path(source.path).name, place.resolve().name]
     here = {"machine": machine()} if stat else computed()
-    return here and {"model": {**files, "names": names}, **_loaded_by(source), **here}
+    return {"model": {**files, "names": names}, **_loaded_by(source), **here}
 
 
-def computed() -> dict[str, Any] | None:
+def computed() -> dict[str, Any]:
     """What results depend on beside model and items, to their last bits.
 
     The processors and threads, and settings of torch where that is loaded and they were changed.
-    None where hooks of all modules are set.
     """
     torch, changed = sys.modules.get("torch"), {}
     if torch is not None:
-        if any(vars(torch.nn.modules.module)[name] for name in _HOOKS_OF_ALL):
-            return None
         for name, initial in _INITIAL.items():
             with suppress(AttributeError):  # of an older torch
                 value = attrgetter(name)(torch)
                 changed[name] = str(value() if callable(value) else value)
-            if changed.get(name) == initial:
+            if changed.get(name) in initial:
                 del changed[name]
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             changed[f"autocast {device}"] = str(torch.get_autocast_dtype(device))
