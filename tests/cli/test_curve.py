@@ -35,7 +35,7 @@ def test_curve_leaves_a_curve_and_says_it(shallower, folder, asked, monkeypatch)
     assert again.status == 0
     assert "cached, measured" in again.err
     assert max(map(len, again.out.splitlines())) <= 80
-    for part in ("layers less, as cut", "layers less, after a quick patch", "wrote out"):
+    for part in ("Layers less, as cut", "Layers less, after a quick patch", "wrote out"):
         assert part in again.out
 
 
