@@ -122,6 +122,7 @@ def test_a_comparison_says_how_many_choices_are_known(cut_short, asked):
     assert said.endswith(" trials of cuts are cached")
 
 
+@pytest.mark.filterwarnings("default:the cut is not patched")
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_says_how_far_it_came(cut_short, asked):
     command = ("run", *asked, "--n", 2, "--top", 1, "--no-speech")
