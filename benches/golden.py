@@ -157,8 +157,9 @@ def sentence():
 def write(path, rows):
     with open(path, "w") as file:
         file.writelines(json.dumps(row) + "\\n" for row in rows)
-write("small.jsonl", [{"text": sentence()} for _ in range(192)])
-write("small_eval.jsonl", [{"text": sentence()} for _ in range(24)])
+texts = [sentence() for _ in range(192 + 24)]
+write("small.jsonl", [{"text": one} for one in texts[:192]])
+write("small_eval.jsonl", [{"text": one} for one in texts[192:] if one not in texts[:192]])
 cut = [sentence().rsplit(" ", 1) for _ in range(16)]
 write("words.jsonl", [{"context": a, "options": [b, "w40"], "answer": 0} for a, b in cut])
 torch.manual_seed(0)
