@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shutil
+import tempfile
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -314,7 +315,10 @@ ON_DISK = [one for one in COMMANDS if not one.startswith(("plan", "analyse"))]
 @pytest.mark.parametrize("command", [*ON_DISK, "eval all/model --texts all/held.jsonl"])
 def test_a_full_disk_is_found_before_the_work(read, shallower, monkeypatch, command):
     os.chdir(read)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    temporary = tempfile.gettempdir()
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda at: SimpleNamespace(free=10 if str(at) != temporary else 1e9)
+    )
     monkeypatch.setattr(loading, "load_model", None)
     monkeypatch.setattr(shallower_patch, "patch", None)
     monkeypatch.setattr(checks, "device_room", None)  # nor is the memory of a healing planned

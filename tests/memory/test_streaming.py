@@ -188,7 +188,7 @@ def test_an_interrupted_streamed_scan_goes_on(folder, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sh.scan(streamed, tokenizer, broken(), **options)
     assert 0 < sh.Scan.load(part).num_samples < 40
-    sh.scan(streamed, tokenizer, MANY, **options)
+    sh.scan(streamed, tokenizer, MANY, **options).save(part)
     sh.scan(whole, tokenizer, MANY, batch_size=2, max_length=12).save(tmp_path / "b.safetensors")
     assert part.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -212,6 +213,11 @@ def test_a_full_disk_at_the_end_loses_no_work(learned, words, tmp_path, counted,
 def test_what_is_kept_leaves_room_for_the_result(learned, words, tmp_path, counted, monkeypatch):
     """Of a disk with room for the checkpoint alone nothing is taken before it."""
     size = sum(weight.nbytes for weight in learned.parameters())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size + 1000))
+    temporary = tempfile.gettempdir()
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda at: SimpleNamespace(free=size + 1000 if str(at) != temporary else 1e9),
+    )
     patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()

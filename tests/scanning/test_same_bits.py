@@ -214,10 +214,10 @@ def test_an_interrupted_scan_goes_on_to_the_same_bits(tmp_path):
     states[[2, 7], 1] = 0
     with pytest.warns(RejectedSamplesWarning):
         whole = scan_of(states)
-    first = ScanBuilder(4, BOTH, model=MODEL)
+    first = ScanBuilder(4, BOTH, model=MODEL, content="its hash")
     first.add(states[:5], range(5))
     first.so_far(TEXTS).save(tmp_path / "scan")
-    second = ScanBuilder(4, BOTH, model=MODEL)
+    second = ScanBuilder(4, BOTH, model=MODEL, content="its hash")
     second.resume(Scan.load(tmp_path / "scan"), TEXTS)
     second.add(states[5:], range(5, 9))
     with pytest.warns(RejectedSamplesWarning, match="2 of 9"):

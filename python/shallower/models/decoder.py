@@ -95,9 +95,10 @@ class Decoder:
     def content(self) -> str | None:
         """A hash of all weights, by which work that is cut short or shared knows its model.
 
-        None where weights are streamed from disk, and their files are not known.
+        Weights on disk are read for it where their files are not known. None of a model with hooks
+        or code of the user.
         """
-        return self.files or weights_hash(self.model)
+        return self.files or weights_hash(self.model, reads=True)
 
     @cached_property
     def identity(self) -> ModelIdentity:

@@ -19,6 +19,7 @@ from ..values.identity import ModelIdentity, title_of
 from .architecture import DecoderLayers, find_layers, require_weights, text_config
 from .experts import num_experts
 from .fingerprint import Shape, fingerprint
+from .offload import stored_weight
 from .structure import structure_of
 
 
@@ -84,10 +85,11 @@ def stored_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def weights_hash(model: PreTrainedModel) -> str | None:
+def weights_hash(model: PreTrainedModel, *, reads: bool = False) -> str | None:
     """SHA-256, in hex, of all that a model computes by, without its place.
 
-    None where offloaded weights cannot be read, or it has hooks or code as :func:`structure_of`.
+    None where weights are offloaded, unless it ``reads`` them, one by one; or where the model has
+    hooks or code as :func:`structure_of`.
     """
     structure = structure_of(model)
     if structure is None:
@@ -95,6 +97,9 @@ def weights_hash(model: PreTrainedModel) -> str | None:
     digest = hashlib.sha256(structure.encode())
     tensors = {**dict(model.named_buffers()), **model.state_dict()}
     for name, tensor in sorted(tensors.items()):
+        if tensor.is_meta and reads:
+            path, _, own = name.rpartition(".")
+            tensor = stored_weight(model.get_submodule(path), own)
         if tensor.is_meta:
             return None
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())

@@ -163,6 +163,12 @@ class ScanBuilder:
 
     def resume(self, before: Scan, texts: TextsIdentity) -> None:
         """Take over an interrupted scan of the same job; ScanError if it is of another one."""
+        if self._content is None:
+            raise ScanError("the model has hooks or replaced code, so it may be of another one")
+        self.join(before, texts)
+
+    def join(self, before: Scan, texts: TextsIdentity) -> None:
+        """Take over a part of the same job; ScanError if it is of another one."""
         if before.model != self._model or list(before.metrics) != self._metrics:
             raise ScanError(
                 f"it is of {before.model} by {', '.join(before.metrics)}, not of {self._model} by "

@@ -293,5 +293,5 @@ def joined_shards(shards: Sequence[ScannedShard]) -> Scan:
         content=first.content,
     )
     for shard in shards:
-        builder.resume(Scan(replace(shard.contents, model=first.model)), *first.texts)
+        builder.join(Scan(replace(shard.contents, model=first.model)), *first.texts)
     return builder.finish(first.texts)

@@ -14,7 +14,7 @@ from ..errors import OutputError, raise_output_error
 from ..models.dtypes import QUANTISED
 from ..models.source import ModelSource
 from ..processes import held
-from ..storage import RESULT_RECORD
+from ..storage import RECORD, RESULT_RECORD
 from ..texts.sources import Texts
 from ..values.counts import counted
 from ..values.files import OF_ONE_MODEL, SCAN_FILE
@@ -112,9 +112,9 @@ def compare_result(record: Record, place: Path | str, store: Store) -> Compared:
         name = f"{part}/{RESULT_RECORD}"
         expected[name] = hashlib.sha256(record.of_part(part).content).hexdigest()
     for name, how in changed(expected, files).items():
-        text = text_of(record, file_in(folder, name)) if name.endswith(CARD_FILE) else ""
+        text = text_of(record, file_in(folder, name)) if name.endswith((CARD_FILE, RECORD)) else ""
         if how == OTHER and text and hash_of(text) == record.said.get(name):
-            unsure[name] = "its results are not those of the record"
+            unsure[name] = "its results, or marks of them, are not those of the record"
         else:
             lines.append(f"{name} {how}")
     if not (lines or record.part):

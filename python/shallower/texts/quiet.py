@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 from ..progress import say
@@ -51,23 +51,25 @@ _CLIENT = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
 class _Waits(logging.Handler):
     """Say why the hub's client waits, and how long; TimeoutError where that is too long."""
 
-    why = ""
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_thread = local()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a warning of the client: of what went wrong, or of the wait that follows it."""
-        text = record.getMessage()
+        text, heard = record.getMessage(), self._of_thread
         if wait := re.search(r"(?:Waiting|Retrying in) ([\d.]+)s", text):
             seconds = float(wait[1])
             if seconds > MOST_WAIT:
-                raise TimeoutError(f"{self.why}, and asks to wait {seconds:.0f} s: try again then")
-            say(f"{self.why}: asking again in {seconds:.0f} s")
+                raise TimeoutError(f"{heard.why}, and asks to wait {seconds:.0f} s: try again then")
+            say(f"{heard.why}: asking again in {seconds:.0f} s")
         elif url := re.search(r"(https?://[^/\s]+)", text):
             status = re.search(r"HTTP Error (\d+)", text)
-            self.why = f"{url[1]} " + (
+            heard.why = f"{url[1]} " + (
                 f"answers with status {status[1]}" if status else "is silent"
             )
             if text.endswith("Trying to resume download..."):
-                say(f"{self.why}: asking again")
+                say(f"{heard.why}: asking again")
 
 
 class _Theirs:
