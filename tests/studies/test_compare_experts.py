@@ -351,9 +351,7 @@ BY_DIVERGENCE = "--criteria", "reap,exhaustive,layers", "--judge", "kl"
     [pytest.param(2, (), marks=pytest.mark.slow), (1, BY_DIVERGENCE)],
     ids=["all", "some"],
 )
-def test_a_dry_run_says_the_least_passes_over_layers_on_disk(
-    shallower, tmp_path, n, criteria
-):
+def test_a_dry_run_says_the_least_passes_over_layers_on_disk(shallower, tmp_path, n, criteria):
     on_disk(tmp_path)
     command = (
         "compare", tmp_path / "model", "--unit", "experts", "--n", n, "--texts",

@@ -129,7 +129,7 @@ def prune(
 
 
 @naming_extras("a cut that loads the model")
-def plan_prune(
+def plan_prune(  # noqa: D417
     source: str | Path,
     what: NamedLayers | str | Path,
     out: str | Path,
@@ -148,18 +148,8 @@ def plan_prune(
     """Plan what :func:`prune` would do, and write nothing.
 
     Args:
-        source: as for :func:`prune`, like all that follow.
-        what: what to drop.
-        out: the place of the cut.
-        experts: which experts go.
-        overwrite: replace what is there.
-        dtype: of the weights.
-        max_shard_size: bytes of tensors in a file at most.
-        device_map: where the model is loaded.
-        gguf_file: a GGUF file in ``source``.
-        as_gguf: ``out`` is a folder for a GGUF file.
-        trust_remote_code: run code that comes with the model.
-        verify: compare the logits of the cut.
+        source, what, out, experts, overwrite, dtype, max_shard_size: as for :func:`prune`.
+        device_map, gguf_file, as_gguf, trust_remote_code, verify: as there, too.
         progress: whether to show what is fetched to plan, of a hub model.
 
     Returns:

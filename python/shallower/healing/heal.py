@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
-from ..cutting.plans import plan_of_cut
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
 from ..evaluation.loss import measure_loss, require_predictable
 from ..memory.device import free_memory
@@ -49,6 +48,7 @@ from .checks import (
     require_plan_of,
     resolve,
 )
+from .cut import plan_of_cut
 from .disk import check_disk
 from .job import (
     TRAINING,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from glob import escape
 from math import isclose
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .records import (
     Read,
     Record,
     changed,
-    fetch_small,
+    fetched,
     figures_of,
     file_in,
     here,
@@ -163,7 +164,8 @@ def find_reads(
             )
         places[name] = place
         if read.commit and place == read.name and name in MODELS:
-            fetch_small(read)
+            small = [escape(one) for one in read.files if not one.endswith(".safetensors")]
+            fetched(read.name, allow_patterns=small)  # what lies beside the weights
         found = read_of(name, place, record.command, given=record.settings, store=store)
         lines += read.differences(found, f"{option_of(name)} {place}")
     return places, lines

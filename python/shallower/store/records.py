@@ -442,11 +442,9 @@ def figures_of(out: Path, command: str) -> dict[str, float]:
                 value = value.get(part) if isinstance(value, dict) else None
             if isinstance(value, float):
                 found[f"{file}: {name}"] = value
-    for one in _json(out / HEALING_FILE).get("held_out", []):
-        if one["nats"] is None:  # it was not finite
-            continue
-        found[f"{HEALING_FILE}: held-out loss at step {one['step']}"] = one["nats"]
-    return found
+    healed = _json(out / HEALING_FILE).get("held_out", [])
+    losses = {f"{HEALING_FILE}: held-out loss at step {one['step']}": one["nats"] for one in healed}
+    return found | {name: nats for name, nats in losses.items() if nats is not None}  # not finite
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -468,16 +466,8 @@ def find_record(place: str) -> tuple[Path | str | None, Record]:
     return path, Record.load(record_path(path))
 
 
-def fetch_small(read: Read) -> None:
-    """Bring what a hub model has beside its weights into the hub's cache, to be compared.
-
-    Raises as :func:`result_of`.
-    """
-    small = [escape(name) for name in read.files if not name.endswith(".safetensors")]
-    _fetched(read.name, allow_patterns=small)
-
-
-def _fetched(name: str, **options: Any) -> Path:
+def fetched(name: str, **options: Any) -> Path:
+    """A folder of the hub's cache with the files of a repository; raises as :func:`result_of`."""
     from huggingface_hub import snapshot_download
 
     with raise_fetch_error(name):
@@ -494,7 +484,7 @@ def result_of(place: Path | str, store: Store) -> tuple[Path, dict[str, str]]:
         return place, files_of(place, store)
     commit = _on_the_hub(place).parent.name
     stated = stated_hashes(ModelSource(place), commit)
-    folder = _fetched(place, revision=commit, ignore_patterns=[escape(one) for one in stated])
+    folder = fetched(place, revision=commit, ignore_patterns=[escape(one) for one in stated])
     return folder, {**files_of(folder, store), **stated}
 
 
