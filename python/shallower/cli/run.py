@@ -243,12 +243,13 @@ def _say_end(done: "Run", page: Path, story: "Story", source: ModelSource | None
 
     By ``source`` as JSON, with what of that is not saved.
     """
-    from ..models.unsaved import unsaved
     from ..reporting.stories.run import speech_section
     from ..reporting.writers.terminal import show_summary
     from ..values.files import HEALED_FOLDER
 
     if source is not None:
+        from ..models.unsaved import unsaved
+
         places = {"checkpoint": done.checkpoint, "out": done.out, "page": page}
         named = {name: str(place) for name, place in places.items()}
         print_json({**done.to_json(), **named, "not_saved": unsaved(source).to_json()})
