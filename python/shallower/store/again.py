@@ -112,8 +112,11 @@ def compare_result(record: Record, place: Path | str, store: Store) -> Compared:
     for part in parts_of(record):
         name = f"{part}/{RESULT_RECORD}"
         expected[name] = hashlib.sha256(record.of_part(part).content).hexdigest()
-    for name, how in changed(expected, files).items():
-        text = text_of(record, file_in(folder, name)) if name.endswith((CARD_FILE, RECORD)) else ""
+    differ = changed(expected, files)
+    for name, how in differ.items():
+        card = re.sub(f"{re.escape(RECORD)}$", CARD_FILE, name)  # results on it change its mark
+        is_told = card.endswith(CARD_FILE) and card in differ
+        text = text_of(record, file_in(folder, name)) if is_told else ""
         if how == OTHER and text and hash_of(text) == record.said.get(name):
             unsure[name] = "its results, or marks of them, are not those of the record"
         else:
