@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..values.stage_settings import ScanSettings
-from .options import DryRun, Json, NoCache, Out, Overwrite, takes
+from .options import Out, Way, takes
 from .output import reuse, say_dry_run, say_scan
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @takes(ScanSettings, "metrics", "threads", "keep_samples")
 def analyse_command(
+    *,
     states: Annotated[
         Path,
         typer.Argument(
@@ -23,7 +24,6 @@ def analyse_command(
             help="A .safetensors or .npy file of hidden states, (samples, L+1, D).",
         ),
     ],
-    *,
     out: Out,
     tensor: Annotated[
         str | None,
@@ -40,10 +40,7 @@ def analyse_command(
             metavar="N", help="Also find linear CKA, from minibatches of N samples, 4 to 1024."
         ),
     ] = None,
-    overwrite: Overwrite = False,
-    no_cache: NoCache = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    way: Way,
 ) -> None:
     """Compare all layers by hidden states in a file, without a model.
 
@@ -55,14 +52,13 @@ def analyse_command(
     from ..scanning.builder import check_metrics
     from ..scanning.states_file import StatesFile
     from ..storage import check_apart, check_free, claimed
-    from ..store.store import open_store
     from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     path = out / SCAN_FILE
     check_apart(path, [states])
     names, keep_samples = check_metrics(settings.metrics), settings.keep_samples
     output = _output(
-        open_store(no_cache, dry_run=dry_run),
+        way.open_store(),
         states,
         out,
         tensor=tensor,
@@ -70,11 +66,11 @@ def analyse_command(
         keep_samples=keep_samples,
         cka_batch=cka_batch,
     )
-    if reuse(output, lambda _: _say_again(out, as_json)):
+    if reuse(output, lambda _: _say_again(out, way.as_json)):
         return
     for name in (SCAN_FILE, HEAT_MAP_FILE):
-        check_free(out / name, overwrite)
-    if dry_run:
+        check_free(out / name, way.overwrite)
+    if way.dry_run:
         with StatesFile(states, tensor) as file:
             described = {
                 "analyse": str(states),
@@ -84,9 +80,9 @@ def analyse_command(
                 "bytes": file.num_bytes,
                 "write": [str(path)],
             }
-        say_dry_run(described, as_json)
+        say_dry_run(described, way.as_json)
         return
-    with claimed(path, overwrite):
+    with claimed(path, way.overwrite):
         scanned = analyse_states(
             states,
             names,
@@ -98,7 +94,7 @@ def analyse_command(
         scanned.save(path)
     written = [path, *draw_heat_map(scanned, out)]
     output.keep({})
-    say_scan(scanned, written, as_json)
+    say_scan(scanned, written, way.as_json)
 
 
 def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output":

@@ -5,28 +5,15 @@ from typing import Annotated, Any
 import typer
 
 from ..savings.devices import DEVICES, HERE
-from .options import (
-    Drop,
-    DropExperts,
-    Dtype,
-    ExpertsPlan,
-    GgufFile,
-    Json,
-    Model,
-    PlanPath,
-    TrustRemoteCode,
-    named_cut,
-)
+from .options import Cut, Dtype, GgufFile, Json, Model, TrustRemoteCode, joined
 from .output import print_json, show
 
 
+@joined
 def gain_command(
-    model: Model,
     *,
-    drop: Drop = None,
-    plan: PlanPath = None,
-    drop_experts: DropExperts = None,
-    experts_plan: ExpertsPlan = None,
+    model: Model,
+    cut: Cut,
     device: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +51,7 @@ def gain_command(
     """
     from ..forecasts.gain import gain
 
-    layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
+    layers, experts = cut.read()
     found = gain(
         model,
         layers,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..sharing.share import AnyWork
     from ..sharing.study_work import StudyShard
     from ..store.done import Output
+    from ..studies.compare import CompareStudy
+    from ..studies.curve import CurveStudy
     from ..studies.study import Study
     from ..values.plan import Plan
     from ..values.shard import Shard
@@ -183,6 +185,19 @@ def make_shard_of(work: "AnyWork", as_json: bool) -> None:
         show(*(f"shard {work.shard}: {line}" for line in lines), f"wrote {place}")
     if made is not None:
         say_known(made, place)
+
+
+def carry_out(study: "CompareStudy | CurveStudy", part: dict[str, Any], as_json: bool) -> Any:
+    """Make a study, or let workers share it; of a shard print what it has, and give None."""
+    if not part:
+        return study.run()
+    from ..sharing.share import KINDS, share
+
+    work = KINDS[study.KIND](study, **part)
+    if work.shard is None:
+        return share(work)
+    make_shard_of(work, as_json)
+    return None
 
 
 def _of_batches(shard: "Shard", total: int, **counts: int) -> tuple[dict[str, Any], str]:

@@ -7,33 +7,16 @@ import typer
 
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
-from .options import (
-    CutOut,
-    DeviceMap,
-    Drop,
-    DropExperts,
-    DryRun,
-    ExpertsPlan,
-    GgufFile,
-    Json,
-    Model,
-    NoCache,
-    Overwrite,
-    PlanPath,
-    TrustRemoteCode,
-    named_states,
-)
+from .options import Cut, CutOut, DeviceMap, GgufFile, Model, TrustRemoteCode, Way, joined
 from .output import print_json, reuse, say_dry_run, show, upload_line
 
 
+@joined
 def prune_command(
     *,
     model: Model,
     out: CutOut,
-    drop: Drop = None,
-    plan: PlanPath = None,
-    drop_experts: DropExperts = None,
-    experts_plan: ExpertsPlan = None,
+    cut: Cut,
     for_states: Annotated[
         str | None,
         typer.Option(
@@ -64,10 +47,7 @@ def prune_command(
         bool,
         typer.Option("--verify", help="Reload with stock transformers and compare the logits."),
     ] = False,
-    overwrite: Overwrite = False,
-    no_cache: NoCache = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    way: Way,
 ) -> None:
     """Drop layers or experts, and save a standard checkpoint.
 
@@ -87,13 +67,11 @@ def prune_command(
     from ..cutting.prune import plan_prune
     from ..storage import check_apart
     from ..store.done import cut_output
-    from ..store.store import open_store
     from ..values.experts import experts_file
 
-    reads = [plan_file(read) for read in (plan, experts_plan) if read is not None]
-    check_apart(out, [*reads, experts_file(drop_experts or "")])
-    named: dict[str, Any] = {"experts": drop_experts, "experts_plan": experts_plan}
-    layers, experts = named_states(for_states, drop, plan, **named)
+    reads = [plan_file(read) for read in (cut.plan, cut.experts_plan) if read is not None]
+    check_apart(out, [*reads, experts_file(cut.drop_experts or "")])
+    layers, experts = cut.read_states(for_states)
     options: dict[str, Any] = {
         "dtype": dtype,
         "max_shard_size": max_shard_size,
@@ -103,18 +81,16 @@ def prune_command(
         "trust_remote_code": trust_remote_code,
         "verify": verify,
     }
-    output = cut_output(
-        open_store(no_cache, dry_run=dry_run), model, layers, experts=experts, out=out, **options
-    )
+    output = cut_output(way.open_store(), model, layers, experts=experts, out=out, **options)
     source = ModelSource(model, gguf_file=gguf_file).place.expanduser()
-    if reuse(output, lambda value: _end(_written_at(value, out), source, out, as_json), out):
+    if reuse(output, lambda value: _end(_written_at(value, out), source, out, way.as_json), out):
         return
-    planned = plan_prune(model, layers, out, experts=experts, overwrite=overwrite, **options)
-    if dry_run:
+    planned = plan_prune(model, layers, out, experts=experts, overwrite=way.overwrite, **options)
+    if way.dry_run:
         described = planned.to_json()
-        say_dry_run(described if as_json else _with_disk(described, out), as_json)
+        say_dry_run(described if way.as_json else _with_disk(described, out), way.as_json)
         return
-    _end(output.keep(planned.run().to_json()), source, out, as_json)
+    _end(output.keep(planned.run().to_json()), source, out, way.as_json)
 
 
 def _with_disk(described: dict[str, Any], out: Path) -> dict[str, Any]:
