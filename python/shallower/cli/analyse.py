@@ -56,16 +56,13 @@ def analyse_command(
 
     path = out / SCAN_FILE
     check_apart(path, [states])
-    names, keep_samples = check_metrics(settings.metrics), settings.keep_samples
-    output = _output(
-        way.open_store(),
-        states,
-        out,
-        tensor=tensor,
-        metrics=names,
-        keep_samples=keep_samples,
-        cka_batch=cka_batch,
-    )
+    asked: dict[str, Any] = {
+        "tensor": tensor,
+        "metrics": check_metrics(settings.metrics),
+        "keep_samples": settings.keep_samples,
+        "cka_batch": cka_batch,
+    }
+    output = _output(way.open_store(), states, out, **asked)
     if reuse(output, lambda _: _say_again(out, way.as_json)):
         return
     for name in (SCAN_FILE, HEAT_MAP_FILE):
@@ -83,14 +80,7 @@ def analyse_command(
         say_dry_run(described, way.as_json)
         return
     with claimed(path, way.overwrite):
-        scanned = analyse_states(
-            states,
-            names,
-            threads=settings.threads,
-            keep_samples=keep_samples,
-            cka_batch=cka_batch,
-            tensor=tensor,
-        )
+        scanned = analyse_states(states, threads=settings.threads, **asked)
         scanned.save(path)
     written = [path, *draw_heat_map(scanned, out)]
     output.keep({})

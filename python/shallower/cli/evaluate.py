@@ -8,7 +8,7 @@ import typer
 
 from ..values.stage_settings import EvalSettings
 from .options import Cut, DeviceMemory, Part, Source, Way, takes
-from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known
+from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known, work_of
 
 if TYPE_CHECKING:
     from ..sharing.eval_work import EvalWork
@@ -47,7 +47,7 @@ def eval_command(
     from ..studies.evaluate import EvalJob, EvalPair, asked_of, measures_of
 
     shared, is_shard = part.read(), part.shard is not None
-    layers, experts = cut.read() if cut.is_named else (None, None)
+    layers, experts = cut.read_all() if cut.is_named else (None, None)
     if against is not None:
         _check_against(is_cut=cut.is_named, is_shared=bool(shared))
     model = source.read()
@@ -62,7 +62,7 @@ def eval_command(
         out=out,
         overwrite=way.overwrite,
     )
-    work = _shared(job, shared) if shared else None
+    work: EvalWork | None = work_of("eval", job, shared)
     pair = None if against is None else EvalPair.of(job, against)
     said: dict[str, Any] = {"card": place, "as_json": way.as_json}
     if way.dry_run and (is_shard or not _is_made(job, pair)):
@@ -105,12 +105,6 @@ def _compare(pair: "EvalPair", job: "EvalJob", *, card: Path | None, as_json: bo
             for name, one in (("against", pair.against), ("model", pair.model))
         }
         _say(job, results, names, read=read, card=card, as_json=as_json)
-
-
-def _shared(job: "EvalJob", part: dict[str, Any]) -> "EvalWork":
-    from ..sharing.eval_work import EvalWork
-
-    return EvalWork(job, **part)
 
 
 def _check_against(*, is_cut: bool, is_shared: bool) -> None:

@@ -192,14 +192,6 @@ DeviceMap = Annotated[
         help="Devices, as transformers takes them; every GPU by default, without one the CPU.",
     ),
 ]
-Stream = Annotated[
-    bool,
-    typer.Option(
-        "--stream",
-        help="Keep the layers on disk, and read each for many texts: for a model that does "
-        "not fit into memory.",
-    ),
-]
 GgufFile = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Name of a GGUF file in MODEL's folder or repository."),
@@ -211,16 +203,7 @@ MaxTexts = Annotated[int | None, _same(EvalSettings, "max_texts")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output once the new is complete.")
 ]
-OverwriteParts = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", help="Replace earlier results in --out, part by part as new ones are there."
-    ),
-]
 DeviceMemory = Annotated[str | None, _same(CompareSettings, "device_memory")]
-NoCache = Annotated[
-    bool, typer.Option("--no-cache", help="Measure anew: neither read nor write the cache.")
-]
 On = Annotated[
     Literal["local", "ray"] | None,
     typer.Option(
@@ -237,15 +220,6 @@ Workers = Annotated[
         min=1,
     ),
 ]
-ShardOption = Annotated[
-    str | None,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        help="Do one of N parts alone, counted from 0, for gather; auto: that of RANK or "
-        "SLURM_ARRAY_TASK_ID.",
-    ),
-]
 Answers = Annotated[str | None, _same(RunSettings, "answers")]
 NoAnswers = Annotated[bool, _without(RunSettings, "answers")]
 AnswerTokens = Annotated[
@@ -253,30 +227,6 @@ AnswerTokens = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Drop = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LAYERS", help="Layers to drop: indices and half-open ranges, as 3,12:20."
-    ),
-]
-PlanPath = Annotated[
-    Path | None,
-    typer.Option("--plan", metavar="PLAN", help="Plan to carry out: a file, or its folder."),
-]
-DropExperts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="EXPERTS",
-        help="Experts to drop, as many of every layer that has any, as 0:3,5;1:8:10; or a file "
-        "of such lines.",
-    ),
-]
-ExpertsPlan = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PLAN", help="Plan of experts to drop beside layers; alone it goes by --plan."
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +235,14 @@ class Loading(Joined):
 
     dtype: Dtype = "auto"
     device_map: DeviceMap = None
-    stream: Stream = False
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Keep the layers on disk, and read each for many texts: for a model that does "
+            "not fit into memory.",
+        ),
+    ] = False
     trust_remote_code: TrustRemoteCode = False
 
     def of(self, model: str, gguf_file: str | None = None) -> ModelSource:
@@ -314,23 +271,70 @@ class Source(Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut(Joined):
+class Layers(Joined):
+    """The layers that are dropped."""
+
+    drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYERS", help="Layers to drop: indices and half-open ranges, as 3,12:20."
+        ),
+    ] = None
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="PLAN", help="Plan to carry out: a file, or its folder."),
+    ] = None
+
+    def read_layers(self) -> "Plan | list[Block]":
+        """Read the layers behind ``--drop`` or ``--plan``, before anything that takes long.
+
+        A plan is a file or its folder. Raises LayersError if neither or both are named or ``drop``
+        does not name layers, and PlanError if the plan is not there, or is damaged.
+        """
+        from ..cutting.plans import load_plan
+        from ..errors import LayersError
+        from ..values.layers import parse_layers
+
+        drop, plan = self.drop, self.plan
+        if drop is not None and plan is not None:
+            raise LayersError(
+                f"--drop {drop} and --plan {plan} both name the layers to drop: give one"
+            )
+        if plan is not None:
+            return load_plan(plan)
+        if drop is None:
+            raise LayersError("name the layers to drop, by --drop as 12:20, or by --plan")
+        return parse_layers(drop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(Layers):
     """The layers that are dropped, and experts of those that stay."""
 
-    drop: Drop = None
-    plan: PlanPath = None
-    drop_experts: DropExperts = None
-    experts_plan: ExpertsPlan = None
+    drop_experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXPERTS",
+            help="Experts to drop, as many of every layer that has any, as 0:3,5;1:8:10; or a file "
+            "of such lines.",
+        ),
+    ] = None
+    experts_plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PLAN", help="Plan of experts to drop beside layers; alone it goes by --plan."
+        ),
+    ] = None
 
     @property
     def is_named(self) -> bool:
         """Whether anything is to be dropped."""
         return self != Cut()
 
-    def read(self) -> "tuple[Plan | list[Block], Plan | dict[int, tuple[int, ...]] | None]":
+    def read_all(self) -> "tuple[Plan | list[Block], Plan | dict[int, tuple[int, ...]] | None]":
         """Read what is dropped, before anything that takes long.
 
-        Raises as :func:`named_layers`, where no experts are named; ExpertsError if both options
+        Raises as :meth:`read_layers`, where no experts are named; ExpertsError if both options
         name them or a text of them cannot be read, and PlanError if a plan of them is damaged.
         """
         from ..cutting.plans import load_plan
@@ -339,19 +343,19 @@ class Cut(Joined):
 
         plan, words = self.experts_plan, self.drop_experts
         if plan is None and words is None:
-            return named_layers(self.drop, self.plan), None
+            return self.read_layers(), None
         if plan is not None and words is not None:
             raise ExpertsError(
                 "name the experts to drop by --drop-experts or --experts-plan, not both"
             )
         experts = load_plan(plan) if plan is not None else parse_experts(words or "")
         is_whole = self.drop is None and self.plan is None
-        return [] if is_whole else named_layers(self.drop, self.plan), experts
+        return [] if is_whole else self.read_layers(), experts
 
     def read_states(
         self, states: str | None
     ) -> "tuple[NamedLayers, Plan | dict[int, tuple[int, ...]] | None]":
-        """Read the states that a cut is made for, or else as :meth:`read`.
+        """Read the states that a cut is made for, or else as :meth:`read_all`.
 
         LayersError: something else is named beside the states, or they cannot be read.
         """
@@ -359,7 +363,7 @@ class Cut(Joined):
         from ..errors import LayersError
 
         if states is None:
-            return self.read()
+            return self.read_all()
         if self.is_named:
             raise LayersError(
                 "--for-states decides what goes: name no layers (--drop, --plan) and no experts "
@@ -372,7 +376,15 @@ class Cut(Joined):
 class Part(Joined):
     """Which part of a work is done here: a shard of it, or all of it by several processes."""
 
-    shard: ShardOption = None
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Do one of N parts alone, counted from 0, for gather; auto: that of RANK or "
+            "SLURM_ARRAY_TASK_ID.",
+        ),
+    ] = None
     on: On = None
     workers: Workers = None
 
@@ -397,7 +409,9 @@ class Way(Joined):
     """The way of a call: what it may replace, whether it measures anew, what it prints."""
 
     overwrite: Overwrite = False
-    no_cache: NoCache = False
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure anew: neither read nor write the cache.")
+    ] = False
     dry_run: DryRun = False
     as_json: Json = False
 
@@ -412,7 +426,13 @@ class Way(Joined):
 class WayOfParts(Way):
     """The way of a call whose results are replaced part by part."""
 
-    overwrite: OverwriteParts = False
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace earlier results in --out, part by part as new ones are there.",
+        ),
+    ] = False
 
 
 def read_texts(source: str, max_texts: int | None = None) -> "Texts":
@@ -454,20 +474,3 @@ def wanted_answers(
 
     prompts = read_prompts(answers) if answers else None
     return WantedAnswers(prompts, answers_for(steps), num_tokens, seed)
-
-
-def named_layers(drop: str | None, plan: Path | None) -> "Plan | list[Block]":
-    """Read the layers behind ``--drop`` or ``--plan``, before anything that takes long.
-
-    A plan is a file or its folder. Raises LayersError if neither or both are named or ``drop`` does
-    not name layers, and PlanError if the plan is not there, or is damaged.
-    """
-    from ..cutting.plans import load_plan
-    from ..errors import LayersError
-    from ..values.layers import parse_layers
-
-    if drop is None and plan is None:
-        raise LayersError("name the layers to drop, by --drop as 12:20, or by --plan")
-    if drop is not None and plan is not None:
-        raise LayersError(f"--drop {drop} and --plan {plan} both name the layers to drop: give one")
-    return load_plan(plan) if plan is not None else parse_layers(drop or "")

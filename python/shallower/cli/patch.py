@@ -14,15 +14,13 @@ from .options import (
     Answers,
     AnswerTokens,
     DeviceMemory,
-    Drop,
+    Layers,
     MaxTexts,
     NoAnswers,
     Out,
-    PlanPath,
     Source,
     TextsSource,
     Way,
-    named_layers,
     read_apart,
     takes,
     wanted_answers,
@@ -56,8 +54,7 @@ def patch_command(
     *,
     texts: TextsSource,
     out: Out,
-    drop: Drop = None,
-    plan: PlanPath = None,
+    layers: Layers,
     eval_texts: Annotated[
         str | None,
         typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
@@ -86,9 +83,12 @@ def patch_command(
     from ..values.schema import plain
 
     fitted, held_out = read_apart(texts, eval_texts, max_texts=max_texts)
-    named, place = named_layers(drop, plan), source.read()
+    named, place = layers.read_layers(), source.read()
     asked, share = _asked(answers, no_answers, answer_tokens, place), settings.share
-    check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts, answers or None])
+    check_apart(
+        out,
+        [place.place, layers.plan and plan_file(layers.plan), texts, eval_texts, answers or None],
+    )
     output = output_of(
         way.open_store(),
         "patch",

@@ -1,5 +1,6 @@
 """``shallower prune``: a folder on disk or in memory, a GGUF file directly."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,8 +8,36 @@ import typer
 
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
-from .options import Cut, CutOut, DeviceMap, GgufFile, Model, TrustRemoteCode, Way, joined
+from .options import Cut, CutOut, DeviceMap, GgufFile, Joined, Model, TrustRemoteCode, Way, joined
 from .output import print_json, reuse, say_dry_run, show, upload_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning(Joined):
+    """How a cut is read, written and checked."""
+
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(help="Dtype of the weights; by default as in safetensors, else bfloat16."),
+    ] = None
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes in a file of weights at most, 5GB by default; without --dtype.",
+        ),
+    ] = None
+    device_map: DeviceMap = None
+    gguf_file: GgufFile = None
+    as_gguf: Annotated[
+        bool,
+        typer.Option("--as-gguf", help="Make --out a folder for the hub: NAME.gguf and README.md."),
+    ] = False
+    trust_remote_code: TrustRemoteCode = False
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Reload with stock transformers and compare the logits."),
+    ] = False
 
 
 @joined
@@ -25,28 +54,7 @@ def prune_command(
             "only the layers that they need, and compare them, to the bit.",
         ),
     ] = None,
-    dtype: Annotated[
-        DtypeName | None,
-        typer.Option(help="Dtype of the weights; by default as in safetensors, else bfloat16."),
-    ] = None,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes in a file of weights at most, 5GB by default; without --dtype.",
-        ),
-    ] = None,
-    device_map: DeviceMap = None,
-    gguf_file: GgufFile = None,
-    as_gguf: Annotated[
-        bool,
-        typer.Option("--as-gguf", help="Make --out a folder for the hub: NAME.gguf and README.md."),
-    ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Reload with stock transformers and compare the logits."),
-    ] = False,
+    options: Pruning,
     way: Way,
 ) -> None:
     """Drop layers or experts, and save a standard checkpoint.
@@ -72,20 +80,12 @@ def prune_command(
     reads = [plan_file(read) for read in (cut.plan, cut.experts_plan) if read is not None]
     check_apart(out, [*reads, experts_file(cut.drop_experts or "")])
     layers, experts = cut.read_states(for_states)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "device_map": device_map,
-        "gguf_file": gguf_file,
-        "as_gguf": as_gguf,
-        "trust_remote_code": trust_remote_code,
-        "verify": verify,
-    }
-    output = cut_output(way.open_store(), model, layers, experts=experts, out=out, **options)
-    source = ModelSource(model, gguf_file=gguf_file).place.expanduser()
+    how = vars(options)
+    output = cut_output(way.open_store(), model, layers, experts=experts, out=out, **how)
+    source = ModelSource(model, gguf_file=options.gguf_file).place.expanduser()
     if reuse(output, lambda value: _end(_written_at(value, out), source, out, way.as_json), out):
         return
-    planned = plan_prune(model, layers, out, experts=experts, overwrite=way.overwrite, **options)
+    planned = plan_prune(model, layers, out, experts=experts, overwrite=way.overwrite, **how)
     if way.dry_run:
         described = planned.to_json()
         say_dry_run(described if way.as_json else _with_disk(described, out), way.as_json)

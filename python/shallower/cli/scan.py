@@ -1,10 +1,10 @@
 """``shallower scan``."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..values.stage_settings import ScanSettings
 from .options import DeviceMemory, MaxTexts, Out, Part, Source, TextsSource, Way, read_texts, takes
-from .output import make_shard_of, say_dry_run, say_known, say_scan
+from .output import make_shard_of, say_dry_run, say_known, say_scan, work_of
 
 if TYPE_CHECKING:
     from ..sharing.scan_work import ScanWork
@@ -42,7 +42,7 @@ def scan_command(
         shard=shared.get("shard"),
         **vars(settings),
     )
-    work = _shared(job, shared) if shared else None
+    work: ScanWork | None = work_of("scan", job, shared)
     if way.dry_run:
         say_dry_run((work or job).describe(), way.as_json)
     elif work is not None and work.shard is not None:
@@ -51,12 +51,6 @@ def scan_command(
         _carry_out(job, work, way.as_json)
     if job.known is not None:
         say_known(job.known.made, job.out)
-
-
-def _shared(job: "ScanJob", part: dict[str, Any]) -> "ScanWork":
-    from ..sharing.scan_work import ScanWork
-
-    return ScanWork(job, **part)
 
 
 def _carry_out(job: "ScanJob", work: "ScanWork | None", as_json: bool) -> None:
