@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 from ..values.stage_settings import ScanSettings
 from .options import Out, Way, takes
 from .output import reuse, say_dry_run, say_scan
@@ -52,7 +53,6 @@ def analyse_command(
     from ..scanning.builder import check_metrics
     from ..scanning.states_file import StatesFile
     from ..storage import check_apart, check_free, claimed
-    from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     path = out / SCAN_FILE
     check_apart(path, [states])
@@ -94,7 +94,6 @@ def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output
     """
     from ..store.done import Output
     from ..store.inputs import file_inputs, made_by
-    from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     def inputs() -> dict[str, Any] | None:
         file = file_inputs(states)
@@ -106,7 +105,6 @@ def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output
 def _say_again(out: Path, as_json: bool) -> None:
     """Print a scan from its folder."""
     from ..scanning.scan import Scan
-    from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     written = [path for path in (out / SCAN_FILE, out / HEAT_MAP_FILE) if path.is_file()]
     say_scan(Scan.load(written[0]), written, as_json)

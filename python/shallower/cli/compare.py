@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import TextsError
 from ..values.settings import CompareSettings
 from .options import Loading, Part, Way, read_texts, takes
 from .output import called, carry_out, print_json, say_dry_run_of, say_known, show
@@ -13,35 +14,31 @@ if TYPE_CHECKING:
     from ..studies.compare import CompareStudy
     from ..values.comparison import CriteriaComparison
 
-Models = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="MODEL", help="Local folders, hub ids, or .gguf files, compared in this order."
-    ),
-]
-CalibrationTexts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--texts",
-        metavar="TEXTS",
-        help="Calibration texts, as for scan; a part of them fits, a part chooses. Given more than "
-        "once, each chooses for itself.",
-    ),
-]
-EvalTexts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TEXTS", help="Held-out texts for every loss that is reported, as --texts."
-    ),
-]
-
 
 @takes(CompareSettings)
 def compare_command(
-    models: Models = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL", help="Local folders, hub ids, or .gguf files, compared in this order."
+        ),
+    ] = None,
     *,
-    texts: CalibrationTexts = None,
-    eval_texts: EvalTexts = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--texts",
+            metavar="TEXTS",
+            help="Calibration texts, as for scan; a part of them fits, a part chooses. Given more "
+            "than once, each chooses for itself.",
+        ),
+    ] = None,
+    eval_texts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTS", help="Held-out texts for every loss that is reported, as --texts."
+        ),
+    ] = None,
     settings: CompareSettings,
     out: Annotated[
         Path | None,
@@ -84,8 +81,6 @@ def compare_command(
 
 def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, Any], Any]:
     """Open all texts; those of calibration by the names of their files."""
-    from ..errors import TextsError
-
     if not texts or eval_texts is None:
         missing = "--eval-texts" if texts else "--texts"
         raise TextsError(

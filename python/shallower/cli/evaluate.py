@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import PlanError, SettingsError
 from ..values.stage_settings import EvalSettings
 from .options import Cut, DeviceMemory, Part, Source, Way, takes
 from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known, work_of
@@ -109,8 +110,6 @@ def _compare(pair: "EvalPair", job: "EvalJob", *, card: Path | None, as_json: bo
 
 def _check_against(*, is_cut: bool, is_shared: bool) -> None:
     """Refuse what two checkpoints cannot have beside them."""
-    from ..errors import PlanError, SettingsError
-
     if is_cut:
         raise PlanError("--against compares two checkpoints: name no cut beside it (as --drop)")
     if is_shared:
@@ -123,7 +122,6 @@ def _check_against(*, is_cut: bool, is_shared: bool) -> None:
 def _card(model: Path, *, is_cut: bool, is_shard: bool) -> Path:
     """The card of a model, checked; results that are not of the model as it is are refused."""
     from ..cutting.source import card_at
-    from ..errors import SettingsError
     from ..reporting.results import check_results
 
     if is_cut or is_shard:

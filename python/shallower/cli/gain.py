@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..models.dtypes import QUANTISED, stored_quantisation
+from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE
 from .options import Cut, Dtype, GgufFile, Joined, Json, Model, TrustRemoteCode, joined
 from .output import print_json, show
@@ -58,9 +60,7 @@ def gain_command(*, model: Model, cut: Cut, asked: Gaining, as_json: Json = Fals
     if as_json:
         print_json(found.to_json())
         return
-    from ..models.dtypes import QUANTISED, stored_quantisation
     from ..models.loading import read_config
-    from ..models.source import ModelSource
     from ..reporting.stories.gain import gain_table
     from ..reporting.words import megabytes
     from ..savings.weights import stored_bytes

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import RecipeError, TextsError
 from ..models.source import ModelSource
+from ..processes import is_main_process, num_processes
+from ..values.memory import EXPERTS
 from ..values.recipe import STEPS, HealingDtype, Recipe
 from .options import (
     Answers,
@@ -76,7 +79,6 @@ def heal_command(
     As the paper does, by QLoRA. When interrupted, the same command resumes at its last
     checkpoint. On several devices put accelerate launch -m, or torchrun -m, before the command.
     """
-    from ..processes import is_main_process, num_processes
     from ..storage import check_apart, check_free
     from ..store.done import output_of
     from ..store.store import Store
@@ -156,9 +158,6 @@ def _check_data(
     from_patch: bool,
 ) -> None:
     """Refuse to train on nothing, and on answers that nobody writes."""
-    from ..errors import RecipeError, TextsError
-    from ..processes import num_processes
-
     if texts is None and from_patch:
         raise TextsError("name texts to patch on (--texts), or leave out --from-patch")
     if texts is None and (wanted is None or recipe.share < 1):
@@ -228,7 +227,6 @@ def _fit_to_memory(
     from ..healing.cut import plan_of_cut
     from ..healing.disk import check_disk
     from ..healing.ranks import warn_of_idle_gpus
-    from ..processes import is_main_process
 
     plan, there = plan_of_cut(str(cut)), answers is not None
     check_disk(out, cut, plan, recipe=recipe, answers=there, **saved)
@@ -277,10 +275,8 @@ def _planned(
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
     from ..patching.memory import temporary_bytes
-    from ..processes import num_processes
     from ..storage import free_bytes, temporary
     from ..values.estimates import Disk
-    from ..values.memory import EXPERTS
 
     model, trust_remote_code = str(cut), cut.trust_remote_code
     plan, there = plan_of_cut(model), answers is not None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 import typer
 
+from ..errors import ExpertsError, LayersError, ModelError, ScanError
 from ..models.dtypes import STREAM
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
@@ -145,11 +146,6 @@ def _same(kind: type, name: str) -> Any:
     return _option(options_of(kind)[name])
 
 
-def _without(kind: type, name: str) -> Any:
-    """The option that takes such a field away, likewise."""
-    return _option_off(options_of(kind)[name])
-
-
 def _value(name: str, one: Option, given: dict[str, Any]) -> dict[str, Any]:
     """Take out of what is given the value of a field; nothing where its default stands."""
     word, is_off = given.pop(name), given.pop(f"no_{name}", False)
@@ -221,7 +217,7 @@ Workers = Annotated[
     ),
 ]
 Answers = Annotated[str | None, _same(RunSettings, "answers")]
-NoAnswers = Annotated[bool, _without(RunSettings, "answers")]
+NoAnswers = Annotated[bool, _option_off(options_of(RunSettings)["answers"])]
 AnswerTokens = Annotated[
     int, typer.Option(metavar="N", help="Tokens of an answer that is written, at most.", min=1)
 ]
@@ -247,8 +243,6 @@ class Loading(Joined):
 
     def of(self, model: str, gguf_file: str | None = None) -> ModelSource:
         """Give a model that is loaded so; ModelError if it is streamed, and placed too."""
-        from ..errors import ModelError
-
         if self.stream and self.device_map not in (None, STREAM):
             raise ModelError(
                 f"--stream beside --device-map {self.device_map}: what is streamed goes to the "
@@ -292,7 +286,6 @@ class Layers(Joined):
         does not name layers, and PlanError if the plan is not there, or is damaged.
         """
         from ..cutting.plans import load_plan
-        from ..errors import LayersError
         from ..values.layers import parse_layers
 
         drop, plan = self.drop, self.plan
@@ -338,7 +331,6 @@ class Cut(Layers):
         name them or a text of them cannot be read, and PlanError if a plan of them is damaged.
         """
         from ..cutting.plans import load_plan
-        from ..errors import ExpertsError
         from ..values.experts import parse_experts
 
         plan, words = self.experts_plan, self.drop_experts
@@ -360,7 +352,6 @@ class Cut(Layers):
         LayersError: something else is named beside the states, or they cannot be read.
         """
         from ..cutting.for_states import ForStates
-        from ..errors import LayersError
 
         if states is None:
             return self.read_all()
@@ -393,7 +384,6 @@ class Part(Joined):
 
         ScanError: both are asked for, or a shard that is not there.
         """
-        from ..errors import ScanError
         from ..values.shard import Shard
 
         is_shared = self.on is not None or self.workers is not None

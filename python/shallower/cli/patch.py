@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..errors import ModelError
 from ..models.source import ModelSource
+from ..values.layers import ranges
+from ..values.schema import plain
 from ..values.stage_settings import PatchSettings
 from .options import (
     Answers,
@@ -79,8 +82,6 @@ def patch_command(
     from ..cutting.plans import plan_file
     from ..storage import check_apart, check_free
     from ..store.done import output_of
-    from ..values.layers import ranges
-    from ..values.schema import plain
 
     fitted, held_out = read_apart(texts, eval_texts, max_texts=max_texts)
     named, place = layers.read_layers(), source.read()
@@ -191,8 +192,6 @@ def _asked(
 
     A model on disk is not read for each of their tokens.
     """
-    from ..errors import ModelError
-
     if no_answers or (answers is None and place.waits_on_disk):
         return None
     wanted = wanted_answers(answers or "", num_tokens=num_tokens)
@@ -259,7 +258,6 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
     from ..savings.weights import stored_bytes
     from ..values.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
     from ..values.patch import Patch
-    from ..values.schema import plain
 
     measured = {
         domain: {name: Loss.from_json(loss) for name, loss in losses.items()}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..values.files import PLAN_FILE, SCAN_FILE
 from .options import DryRun, Joined, Json, Overwrite, joined
 from .output import print_json, show
 
@@ -103,7 +104,6 @@ def plan_command(
     """
     from ..scanning.choice import choose, load_scans
     from ..storage import check_apart, check_free, holds
-    from ..values.files import PLAN_FILE, SCAN_FILE
 
     if out is not None:
         read = (one / SCAN_FILE if one.is_dir() else one for one in scans)

@@ -8,6 +8,7 @@ import typer
 
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
+from ..values.memory import format_size
 from .options import Cut, CutOut, DeviceMap, GgufFile, Joined, Model, TrustRemoteCode, Way, joined
 from .output import print_json, reuse, say_dry_run, show, upload_line
 
@@ -97,7 +98,6 @@ def _with_disk(described: dict[str, Any], out: Path) -> dict[str, Any]:
     """A planned cut with its disk as every dry run prints it, before its files."""
     from ..storage import free_bytes
     from ..values.estimates import Disk
-    from ..values.memory import format_size
 
     write, size = described.pop("write"), described.pop("bytes", 0)
     fetched = described.pop("fetch_bytes", 0)

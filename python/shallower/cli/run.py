@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import OutputError
 from ..models.source import ModelSource
+from ..values.files import CHECKPOINT_FOLDER, CHECKPOINT_GGUF, HEALED_FOLDER, REPORT_FILE
 from ..values.settings import RunSettings
 from .heal import say_healing
 from .options import Dtype, Out, Source, TextsSource, WayOfParts, read_texts, takes
@@ -119,10 +121,8 @@ def _carry_out(
     **places: Any,
 ) -> None:
     """Make a run, or show an earlier one or what it would do; ``demo`` is one like any other."""
-    from ..errors import OutputError
     from ..runs.report import save_report
     from ..studies.run import RunStudy
-    from ..values.files import CHECKPOINT_GGUF
 
     if places["out"].suffix == ".gguf":
         raise OutputError(
@@ -156,7 +156,6 @@ def _output(study: "RunStudy") -> "Output":
     """The output of a run, as the cache remembers it."""
     from ..store.done import Output
     from ..studies.run import RUN_FILES
-    from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 
     healed = (HEALED_FOLDER,) if study.settings.heal else ()
     files = [*healed, *RUN_FILES]
@@ -175,7 +174,6 @@ def _say_again(out: Path, source: ModelSource, as_json: bool) -> None:
     """Print a run from its folder; its page is made where it is missing."""
     from ..reporting.results import Run
     from ..runs.report import read_story, save_report
-    from ..values.files import REPORT_FILE
 
     done = Run.load(out)
     say_results(done, as_json)
@@ -210,7 +208,6 @@ def _say_end(done: "Run", page: Path, story: "Story", source: ModelSource | None
     """
     from ..reporting.stories.run import speech_section
     from ..reporting.writers.terminal import show_summary
-    from ..values.files import HEALED_FOLDER
 
     if source is not None:
         from ..models.unsaved import unsaved
