@@ -1,6 +1,7 @@
 """Options that are fields of settings: the command line has each, and reads what is written."""
 
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import typer
 
 import shallower as sh
 from shallower import cli
-from shallower.cli.options import takes
+from shallower.cli.options import Cut, Part, joined, takes
 from shallower.values.options import options_of
 from shallower.values.stage_settings import EvalSettings
 
@@ -100,3 +101,18 @@ def test_an_option_may_stand_without_a_word(words, prompts):
 def test_an_option_that_is_taken_away_is_not_there():
     found = parsed(sh.RunSettings, "--answers", "p", "--no-answers", "--speech", "p", "--no-speech")
     assert (found.answers, found.prompts) == (False, ())
+
+
+def test_options_that_commands_have_together_are_one_value():
+    made = []
+
+    @joined
+    def command(*, cut: Cut, part: Part, top: int = 1):
+        made.append((cut, part, top))
+
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    words = ["--shard", "0/2", "--drop", "3", "--top", "2"]
+    typer.main.get_command(app).main(words, standalone_mode=False)
+    assert made == [(Cut(drop="3"), Part(shard="0/2"), 2)]
+    assert list(signature(command).parameters)[:2] == ["drop", "plan"]

@@ -285,6 +285,8 @@ def _meant(name: str) -> str:
 def _call(name: str, arguments: Sequence[str]) -> int:
     import warnings
 
+    from typer import BadParameter
+
     from ..errors import ShallowerError, naming_extras
     from ..processes import begin, is_main_process
     from .output import remember_call, warn
@@ -300,7 +302,7 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     if name in HEAVY and is_main_process() and sys.stderr.isatty() and not {*HELP} & {*arguments}:
         print("loading torch and transformers …", file=sys.stderr, flush=True)  # some seconds
     command = parser(name)
-    usage_error = _usage_error()
+    usage_error: Any = BadParameter.__base__  # what it raises, wherever typer keeps it
     try:
         words = _with_values(command, arguments)
         with naming_extras(f"shallower {name}", _extras(name, arguments)):
@@ -407,13 +409,6 @@ ALONE = ("--speech", "--answers")
 def _has(arguments: Sequence[str], *options: str) -> bool:
     """Whether one of some options is given, with a value behind it or behind ``=``."""
     return any(one.partition("=")[0] in options for one in arguments)
-
-
-def _usage_error() -> Any:
-    """Find what the parser raises, wherever typer keeps it."""
-    from typer import BadParameter
-
-    return BadParameter.__base__
 
 
 SHARED = ("heal", "info")

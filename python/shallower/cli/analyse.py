@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 from ..values.stage_settings import ScanSettings
-from .options import DryRun, Json, NoCache, Out, Overwrite, takes
+from .options import Out, Way, takes
 from .output import reuse, say_dry_run, say_scan
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 @takes(ScanSettings, "metrics", "threads", "keep_samples")
 def analyse_command(
+    *,
     states: Annotated[
         Path,
         typer.Argument(
@@ -23,7 +25,6 @@ def analyse_command(
             help="A .safetensors or .npy file of hidden states, (samples, L+1, D).",
         ),
     ],
-    *,
     out: Out,
     tensor: Annotated[
         str | None,
@@ -40,10 +41,7 @@ def analyse_command(
             metavar="N", help="Also find linear CKA, from minibatches of N samples, 4 to 1024."
         ),
     ] = None,
-    overwrite: Overwrite = False,
-    no_cache: NoCache = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    way: Way,
 ) -> None:
     """Compare all layers by hidden states in a file, without a model.
 
@@ -55,26 +53,21 @@ def analyse_command(
     from ..scanning.builder import check_metrics
     from ..scanning.states_file import StatesFile
     from ..storage import check_apart, check_free, claimed
-    from ..store.store import open_store
-    from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     path = out / SCAN_FILE
     check_apart(path, [states])
-    names, keep_samples = check_metrics(settings.metrics), settings.keep_samples
-    output = _output(
-        open_store(no_cache, dry_run=dry_run),
-        states,
-        out,
-        tensor=tensor,
-        metrics=names,
-        keep_samples=keep_samples,
-        cka_batch=cka_batch,
-    )
-    if reuse(output, lambda _: _say_again(out, as_json)):
+    asked: dict[str, Any] = {
+        "tensor": tensor,
+        "metrics": check_metrics(settings.metrics),
+        "keep_samples": settings.keep_samples,
+        "cka_batch": cka_batch,
+    }
+    output = _output(way.open_store(), states, out, **asked)
+    if reuse(output, lambda _: _say_again(out, way.as_json)):
         return
     for name in (SCAN_FILE, HEAT_MAP_FILE):
-        check_free(out / name, overwrite)
-    if dry_run:
+        check_free(out / name, way.overwrite)
+    if way.dry_run:
         with StatesFile(states, tensor) as file:
             described = {
                 "analyse": str(states),
@@ -84,21 +77,14 @@ def analyse_command(
                 "bytes": file.num_bytes,
                 "write": [str(path)],
             }
-        say_dry_run(described, as_json)
+        say_dry_run(described, way.as_json)
         return
-    with claimed(path, overwrite):
-        scanned = analyse_states(
-            states,
-            names,
-            threads=settings.threads,
-            keep_samples=keep_samples,
-            cka_batch=cka_batch,
-            tensor=tensor,
-        )
+    with claimed(path, way.overwrite):
+        scanned = analyse_states(states, threads=settings.threads, **asked)
         scanned.save(path)
     written = [path, *draw_heat_map(scanned, out)]
     output.keep({})
-    say_scan(scanned, written, as_json)
+    say_scan(scanned, written, way.as_json)
 
 
 def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output":
@@ -108,7 +94,6 @@ def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output
     """
     from ..store.done import Output
     from ..store.inputs import file_inputs, made_by
-    from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     def inputs() -> dict[str, Any] | None:
         file = file_inputs(states)
@@ -120,7 +105,6 @@ def _output(store: "Store", states: Path, out: Path, **settings: Any) -> "Output
 def _say_again(out: Path, as_json: bool) -> None:
     """Print a scan from its folder."""
     from ..scanning.scan import Scan
-    from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 
     written = [path for path in (out / SCAN_FILE, out / HEAT_MAP_FILE) if path.is_file()]
     say_scan(Scan.load(written[0]), written, as_json)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..values.memory import format_size
 from .options import Json
 from .output import print_json, show
 
@@ -26,7 +27,6 @@ def cache_command(
     shallower in XDG_CACHE_HOME, else ~/.cache/shallower.
     """
     from ..store.store import open_store
-    from ..values.memory import format_size
 
     store = open_store()
     folder = None if store.folder is None else str(store.folder)
@@ -44,7 +44,6 @@ def cache_command(
 def _show(store: "Store", named: str, as_json: bool) -> None:
     """Print what the store holds."""
     from ..reporting.story import Number, Table
-    from ..values.memory import format_size
 
     used = store.usage()
     if as_json:

@@ -5,79 +5,51 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..models.source import ModelSource
+from ..errors import TextsError
 from ..values.settings import CompareSettings
-from .options import (
-    DeviceMap,
-    DryRun,
-    Dtype,
-    Json,
-    NoCache,
-    On,
-    Overwrite,
-    ShardOption,
-    Stream,
-    TrustRemoteCode,
-    Workers,
-    part_of,
-    places,
-    read_texts,
-    takes,
-)
-from .output import called, make_shard_of, print_json, say_dry_run_of, say_known, show
+from .options import Loading, Part, Way, read_texts, takes
+from .output import called, carry_out, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
     from ..studies.compare import CompareStudy
     from ..values.comparison import CriteriaComparison
 
-Models = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="MODEL", help="Local folders, hub ids, or .gguf files, compared in this order."
-    ),
-]
-CalibrationTexts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--texts",
-        metavar="TEXTS",
-        help="Calibration texts, as for scan; a part of them fits, a part chooses. Given more than "
-        "once, each chooses for itself.",
-    ),
-]
-EvalTexts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TEXTS", help="Held-out texts for every loss that is reported, as --texts."
-    ),
-]
-
 
 @takes(CompareSettings)
 def compare_command(
-    models: Models = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL", help="Local folders, hub ids, or .gguf files, compared in this order."
+        ),
+    ] = None,
     *,
-    texts: CalibrationTexts = None,
-    eval_texts: EvalTexts = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--texts",
+            metavar="TEXTS",
+            help="Calibration texts, as for scan; a part of them fits, a part chooses. Given more "
+            "than once, each chooses for itself.",
+        ),
+    ] = None,
+    eval_texts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTS", help="Held-out texts for every loss that is reported, as --texts."
+        ),
+    ] = None,
     settings: CompareSettings,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and figures."),
     ] = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    stream: Stream = False,
-    trust_remote_code: TrustRemoteCode = False,
-    no_cache: NoCache = False,
-    overwrite: Overwrite = False,
-    shard: ShardOption = None,
-    on: On = None,
-    workers: Workers = None,
+    loading: Loading,
+    part: Part,
     list_criteria: Annotated[
         bool, typer.Option("--list", help="List the criteria of --unit with their cost, and stop.")
     ] = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    way: Way,
 ) -> int:
     """Compare criteria by what they remove and what that costs.
 
@@ -85,49 +57,30 @@ def compare_command(
     of several models could not be compared.
     """
     if list_criteria:
-        return _list(as_json, of_experts=settings.unit == "experts")
-    from ..store.store import open_store
+        return _list(way.as_json, of_experts=settings.unit == "experts")
     from ..studies.compare import CompareStudy
 
     named, held_out = _read(texts, eval_texts)
-    place, part = places(device_map, stream=stream), part_of(shard, on, workers)
+    sources, shared = [loading.of(model) for model in models or ()], part.read()
     study = CompareStudy(
-        models=[
-            ModelSource(model, dtype, place, trust_remote_code=trust_remote_code)
-            for model in models or ()
-        ],
+        models=sources,
         texts=named,
         eval_texts=held_out,
         settings=settings,
         out=out,
-        overwrite=overwrite,
-        store=open_store(no_cache, dry_run=dry_run),
+        overwrite=way.overwrite,
+        store=way.open_store(),
         command=called(),
     )
-    if dry_run:
-        say_dry_run_of(study, _described(study), as_json)
+    if way.dry_run:
+        say_dry_run_of(study, _described(study), way.as_json)
         return 0
-    if part:
-        return _carry_out(study, part, as_json)
-    return say_comparison(study.run(), study, as_json)
-
-
-def _carry_out(study: "CompareStudy", part: dict[str, Any], as_json: bool) -> int:
-    """Make a shard, or let workers share the comparison; the exit status."""
-    from ..sharing.share import share
-    from ..sharing.study_work import CompareWork
-
-    work = CompareWork(study, **part)
-    if work.shard is None:
-        return say_comparison(share(work), study, as_json)
-    make_shard_of(work, as_json)
-    return 0
+    comparison = carry_out(study, shared, way.as_json)
+    return 0 if comparison is None else say_comparison(comparison, study, way.as_json)
 
 
 def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, Any], Any]:
     """Open all texts; those of calibration by the names of their files."""
-    from ..errors import TextsError
-
     if not texts or eval_texts is None:
         missing = "--eval-texts" if texts else "--texts"
         raise TextsError(

@@ -6,33 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..models.source import ModelSource
+from ..errors import PlanError, SettingsError
 from ..values.stage_settings import EvalSettings
-from .options import (
-    DeviceMap,
-    DeviceMemory,
-    Drop,
-    DropExperts,
-    DryRun,
-    Dtype,
-    ExpertsPlan,
-    GgufFile,
-    Json,
-    Model,
-    NoCache,
-    On,
-    Overwrite,
-    PlanPath,
-    ShardOption,
-    Stream,
-    TrustRemoteCode,
-    Workers,
-    named_cut,
-    part_of,
-    places,
-    takes,
-)
-from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known
+from .options import Cut, DeviceMemory, Part, Source, Way, takes
+from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known, work_of
 
 if TYPE_CHECKING:
     from ..sharing.eval_work import EvalWork
@@ -41,13 +18,9 @@ if TYPE_CHECKING:
 
 @takes(EvalSettings)
 def eval_command(
-    model: Model,
     *,
     settings: EvalSettings,
-    drop: Drop = None,
-    plan: PlanPath = None,
-    drop_experts: DropExperts = None,
-    experts_plan: ExpertsPlan = None,
+    cut: Cut,
     against: Annotated[
         str | None,
         typer.Option(
@@ -55,80 +28,59 @@ def eval_command(
             help="Another checkpoint with the same tokenizer: what MODEL loses more, paired.",
         ),
     ] = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    stream: Stream = False,
-    gguf_file: GgufFile = None,
+    source: Source,
     device_memory: DeviceMemory = None,
-    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for eval.json, which is what --json prints."),
     ] = None,
-    overwrite: Overwrite = False,
     card: Annotated[
         bool,
         typer.Option("--card", help="Put the results on MODEL's card, into its model-index."),
     ] = False,
-    no_cache: NoCache = False,
-    shard: ShardOption = None,
-    on: On = None,
-    workers: Workers = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    part: Part,
+    way: Way,
 ) -> None:
     """Measure loss, perplexity, tasks and speech before and after a cut.
 
     Or of one checkpoint --against another, as a patched cut and its source.
     """
-    from ..store.store import open_store
     from ..studies.evaluate import EvalJob, EvalPair, asked_of, measures_of
 
-    part = part_of(shard, on, workers)
-    layers, experts = None, None
-    if is_cut := any(one is not None for one in (drop, plan, drop_experts, experts_plan)):
-        layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
+    shared, is_shard = part.read(), part.shard is not None
+    layers, experts = cut.read_all() if cut.is_named else (None, None)
     if against is not None:
-        _check_against(is_cut=is_cut, is_shared=bool(part))
-    place = None
-    if card:
-        place = _card(Path(model, gguf_file or ""), is_cut=is_cut, is_shard=shard is not None)
+        _check_against(is_cut=cut.is_named, is_shared=bool(shared))
+    model = source.read()
+    place = _card(model.place, is_cut=cut.is_named, is_shard=is_shard) if card else None
     job = EvalJob(
-        source=ModelSource(
-            model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
-        ),
-        measures=measures_of(settings, is_shared=bool(part)),
+        source=model,
+        measures=measures_of(settings, is_shared=bool(shared)),
         layers=layers,
         experts=experts,
         device_memory=device_memory,
-        store=open_store(no_cache, dry_run=dry_run),
+        store=way.open_store(),
         out=out,
-        overwrite=overwrite,
+        overwrite=way.overwrite,
     )
-    work = _shared(job, part) if part else None
+    work: EvalWork | None = work_of("eval", job, shared)
     pair = None if against is None else EvalPair.of(job, against)
-    if dry_run and (shard is not None or not _is_made(job, pair)):
-        if shard is None:
+    said: dict[str, Any] = {"card": place, "as_json": way.as_json}
+    if way.dry_run and (is_shard or not _is_made(job, pair)):
+        if not is_shard:
             job.check_place()
         job.prepare()
         named = {"against": against, **asked_of(settings)}
-        say_dry_run(_described(job, work or pair or job, named), as_json)
+        say_dry_run(_described(job, work or pair or job, named), way.as_json)
     elif work is not None and work.shard is not None:
         job.prepare()
-        make_shard_of(work, as_json)
+        make_shard_of(work, way.as_json)
     elif pair is None:
         with ExitStack() as held:
             results = _results(job, held, work)
-            _say(
-                job,
-                results,
-                eval_names(model, job.plan),
-                read=job.readings,
-                card=place,
-                as_json=as_json,
-            )
+            _say(job, results, eval_names(source.model, job.plan), read=job.readings, **said)
     else:
-        _compare(pair, job, card=place, as_json=as_json)
+        _compare(pair, job, **said)
 
 
 def _is_made(job: "EvalJob", pair: "EvalPair | None") -> bool:
@@ -156,16 +108,8 @@ def _compare(pair: "EvalPair", job: "EvalJob", *, card: Path | None, as_json: bo
         _say(job, results, names, read=read, card=card, as_json=as_json)
 
 
-def _shared(job: "EvalJob", part: dict[str, Any]) -> "EvalWork":
-    from ..sharing.eval_work import EvalWork
-
-    return EvalWork(job, **part)
-
-
 def _check_against(*, is_cut: bool, is_shared: bool) -> None:
     """Refuse what two checkpoints cannot have beside them."""
-    from ..errors import PlanError, SettingsError
-
     if is_cut:
         raise PlanError("--against compares two checkpoints: name no cut beside it (as --drop)")
     if is_shared:
@@ -178,7 +122,6 @@ def _check_against(*, is_cut: bool, is_shared: bool) -> None:
 def _card(model: Path, *, is_cut: bool, is_shard: bool) -> Path:
     """The card of a model, checked; results that are not of the model as it is are refused."""
     from ..cutting.source import card_at
-    from ..errors import SettingsError
     from ..reporting.results import check_results
 
     if is_cut or is_shard:

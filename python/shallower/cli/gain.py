@@ -1,32 +1,21 @@
 """``shallower gain``: what a cut saves, forecast and measured."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
+from ..models.dtypes import QUANTISED, stored_quantisation
+from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE
-from .options import (
-    Drop,
-    DropExperts,
-    Dtype,
-    ExpertsPlan,
-    GgufFile,
-    Json,
-    Model,
-    PlanPath,
-    TrustRemoteCode,
-    named_cut,
-)
+from .options import Cut, Dtype, GgufFile, Joined, Json, Model, TrustRemoteCode, joined
 from .output import print_json, show
 
 
-def gain_command(
-    model: Model,
-    *,
-    drop: Drop = None,
-    plan: PlanPath = None,
-    drop_experts: DropExperts = None,
-    experts_plan: ExpertsPlan = None,
+@dataclass(frozen=True, kw_only=True)
+class Gaining(Joined):
+    """What is counted and forecast, and how the model is read."""
+
     device: Annotated[
         str | None,
         typer.Option(
@@ -35,7 +24,7 @@ def gain_command(
             help=f"Device of the forecast: {', '.join(DEVICES)}, or {HERE} for this machine; "
             "all of them by default.",
         ),
-    ] = None,
+    ] = None
     context: Annotated[
         int | None,
         typer.Option(
@@ -44,17 +33,19 @@ def gain_command(
             help="Tokens of a text before it is continued; by default 2,048, or as many as the "
             "model has learned positions for.",
         ),
-    ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)] = 1,
-    dtype: Dtype = "auto",
+    ] = None
+    batch: Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)] = 1
+    dtype: Dtype = "auto"
     measure: Annotated[
         bool,
         typer.Option("--measure", help="Load the model, and time it here with and without them."),
-    ] = False,
-    gguf_file: GgufFile = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+    ] = False
+    gguf_file: GgufFile = None
+    trust_remote_code: TrustRemoteCode = False
+
+
+@joined
+def gain_command(*, model: Model, cut: Cut, asked: Gaining, as_json: Json = False) -> None:
     """Count and forecast what a cut saves, by the config alone.
 
     Parameters, bytes of weights and of keys and values, operations, and the time of a
@@ -64,32 +55,19 @@ def gain_command(
     """
     from ..forecasts.gain import gain
 
-    layers, experts = named_cut(drop, plan, drop_experts, experts_plan=experts_plan)
-    found = gain(
-        model,
-        layers,
-        experts=experts,
-        device=device,
-        context=context,
-        batch=batch,
-        dtype=dtype,
-        measure=measure,
-        gguf_file=gguf_file,
-        trust_remote_code=trust_remote_code,
-    )
+    layers, experts = cut.read_all()
+    found = gain(model, layers, experts=experts, **vars(asked))
     if as_json:
         print_json(found.to_json())
         return
-    from ..models.dtypes import QUANTISED, stored_quantisation
     from ..models.loading import read_config
-    from ..models.source import ModelSource
     from ..reporting.stories.gain import gain_table
     from ..reporting.words import megabytes
     from ..savings.weights import stored_bytes
 
     parts: list[Any] = [gain_table(found)]
-    place = ModelSource(model, gguf_file=gguf_file).place
-    config = read_config(model, gguf_file, trust_remote_code)
+    place = ModelSource(model, gguf_file=asked.gguf_file).place
+    config = read_config(model, asked.gguf_file, asked.trust_remote_code)
     stored = stored_quantisation(getattr(config, "quantization_config", None))
     is_plain = found.dtype not in QUANTISED
     if is_plain and (stored or place.suffix == ".gguf") and (size := stored_bytes(place)):

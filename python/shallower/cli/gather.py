@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..values.files import EVAL_FILE
 from .options import Json, Out, Overwrite, TrustRemoteCode
 from .output import eval_names, say_eval, say_scan, warn
 
@@ -53,7 +54,6 @@ def gather_command(
 
 
 def _say_eval(found: "Evaluation", is_kept: bool, *, out: Path, as_json: bool) -> None:
-    from ..values.files import EVAL_FILE
 
     of, written = found.of, [out / EVAL_FILE]
     names = eval_names(of.model.name, of.plan)

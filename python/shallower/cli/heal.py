@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import RecipeError, TextsError
 from ..models.source import ModelSource
+from ..processes import is_main_process, num_processes
+from ..values.memory import EXPERTS
 from ..values.recipe import STEPS, HealingDtype, Recipe
 from .options import (
     Answers,
     AnswerTokens,
     DeviceMemory,
-    DryRun,
-    Json,
     MaxTexts,
-    NoCache,
     Out,
-    Overwrite,
     TrustRemoteCode,
+    Way,
+    joined,
     read_apart,
     takes,
     wanted_answers,
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 
 @takes(Recipe)
 def heal_command(
+    *,
     model: Annotated[
         str, typer.Argument(metavar="CUT", help="A cut: a folder or hub id with its plan.")
     ],
-    *,
     texts: Annotated[
         str | None,
         typer.Option(metavar="TEXTS", help="Texts to train on, as of scan; none with --share 1."),
@@ -71,20 +72,16 @@ def heal_command(
         bool, typer.Option("--from-patch", help="Patch the cut first; needs --original.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
-    overwrite: Overwrite = False,
-    no_cache: NoCache = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    way: Way,
 ) -> None:
     """Heal a cut by training low-rank adapters.
 
     As the paper does, by QLoRA. When interrupted, the same command resumes at its last
     checkpoint. On several devices put accelerate launch -m, or torchrun -m, before the command.
     """
-    from ..processes import is_main_process, num_processes
     from ..storage import check_apart, check_free
     from ..store.done import output_of
-    from ..store.store import Store, open_store
+    from ..store.store import Store
 
     source, held_out = read_apart(
         texts, eval_texts, max_texts=max_texts, max_eval_texts=max_eval_texts
@@ -99,7 +96,7 @@ def heal_command(
     whole = None if original is None else replace(cut, path=original)
     models, saved = {"cut": cut, "original": whole}, {"merge": merge, "from_patch": from_patch}
     output = output_of(
-        open_store(no_cache, dry_run=dry_run) if num_processes() == 1 else Store(None),
+        way.open_store() if num_processes() == 1 else Store(None),
         "heal",
         out,
         models=models,
@@ -111,17 +108,17 @@ def heal_command(
         # Adapters name the place of their model, which may lie beside them.
         base=str(folder.resolve()) if folder.exists() and not merge else None,
     )
-    if reuse(output, lambda _: _say_again(out, as_json)):
+    if reuse(output, lambda _: _say_again(out, way.as_json)):
         return
-    check_free(out, overwrite)
+    check_free(out, way.overwrite)
     _check_models(models)
-    if dry_run:
+    if way.dry_run:
         training = {"texts": source, "held_out": held_out, "original": whole, **saved}
         described = _planned(cut, recipe, device_memory, out=out, answers=wanted, **training)
-        say_dry_run({**described, "write": [str(out)]}, as_json)
+        say_dry_run({**described, "write": [str(out)]}, way.as_json)
         return
     recipe = _fit_to_memory(
-        cut, recipe, device_memory, as_json=as_json, answers=wanted, out=out, **saved
+        cut, recipe, device_memory, as_json=way.as_json, answers=wanted, out=out, **saved
     )
     from ..healing.heal import heal
 
@@ -129,18 +126,18 @@ def heal_command(
         model,
         source,
         out,
-        answers=_answers(wanted, models, source, dtype=recipe.dtype, no_cache=no_cache),
+        answers=_answers(wanted, models, source, dtype=recipe.dtype, no_cache=way.no_cache),
         recipe=recipe,
         eval_texts=held_out,
         original=original,
         merge=merge,
         from_patch=from_patch,
-        overwrite=overwrite,
+        overwrite=way.overwrite,
         trust_remote_code=trust_remote_code,
     )
     if is_main_process():
         output.keep({})
-        say_healing(done, out, as_json)
+        say_healing(done, out, way.as_json)
 
 
 def _check_models(models: "Mapping[str, ModelSource | None]") -> None:
@@ -161,9 +158,6 @@ def _check_data(
     from_patch: bool,
 ) -> None:
     """Refuse to train on nothing, and on answers that nobody writes."""
-    from ..errors import RecipeError, TextsError
-    from ..processes import num_processes
-
     if texts is None and from_patch:
         raise TextsError("name texts to patch on (--texts), or leave out --from-patch")
     if texts is None and (wanted is None or recipe.share < 1):
@@ -233,7 +227,6 @@ def _fit_to_memory(
     from ..healing.cut import plan_of_cut
     from ..healing.disk import check_disk
     from ..healing.ranks import warn_of_idle_gpus
-    from ..processes import is_main_process
 
     plan, there = plan_of_cut(str(cut)), answers is not None
     check_disk(out, cut, plan, recipe=recipe, answers=there, **saved)
@@ -282,10 +275,8 @@ def _planned(
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
     from ..patching.memory import temporary_bytes
-    from ..processes import num_processes
     from ..storage import free_bytes, temporary
     from ..values.estimates import Disk
-    from ..values.memory import EXPERTS
 
     model, trust_remote_code = str(cut), cut.trust_remote_code
     plan, there = plan_of_cut(model), answers is not None
@@ -320,11 +311,12 @@ def _planned(
     return {"heal": model, **resolved.to_json(), **said}
 
 
+@joined
 def merge_command(
+    *,
     adapters: Annotated[
         Path, typer.Argument(metavar="ADAPTERS", help="The folder that shallower heal left.")
     ],
-    *,
     out: Out,
     model: Annotated[
         str | None,
@@ -333,10 +325,7 @@ def merge_command(
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
-    overwrite: Overwrite = False,
-    no_cache: NoCache = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    way: Way,
 ) -> None:
     """Fold the adapters of heal into the weights of the cut.
 
@@ -348,30 +337,29 @@ def merge_command(
     from ..storage import check_apart, check_free, check_room, free_bytes
     from ..store.done import Output
     from ..store.inputs import adapters_inputs
-    from ..store.store import open_store
     from ..values.estimates import Disk
     from ..values.healing import Healing
 
     check_apart(out, [adapters, model])
-    store = open_store(no_cache, dry_run=dry_run)
+    store = way.open_store()
     output = Output(store, "merge", out, lambda: adapters_inputs(adapters, model, store))
-    if reuse(output, lambda _: say_healing(Healing.load(out), out, as_json)):
+    if reuse(output, lambda _: say_healing(Healing.load(out), out, way.as_json)):
         return
-    check_free(out, overwrite)
+    check_free(out, way.overwrite)
     healing = Healing.load(adapters)
     cut = ModelSource(model or remembered_base(adapters))
     cut.check()
-    if dry_run:
+    if way.dry_run:
         needed = cut.stored_bytes
         check_room(out, needed)
         disk = {"disk": Disk(needed, free_bytes(out)), "write": [str(out)]}
-        say_dry_run({"merge": str(adapters), "model": str(healing.model), **disk}, as_json)
+        say_dry_run({"merge": str(adapters), "model": str(healing.model), **disk}, way.as_json)
         return
     from ..merging.merge import merge
 
-    done = merge(adapters, out, model, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    done = merge(adapters, out, model, overwrite=way.overwrite, trust_remote_code=trust_remote_code)
     output.keep({})
-    say_healing(done, out, as_json)
+    say_healing(done, out, way.as_json)
 
 
 def say_healing(healing: "Healing", out: Path, as_json: bool) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..processes import memory_limits, processors
+from ..processes import first_processor, memory_limits, processors
 from .options import Json
 from .output import print_json, show
 
@@ -58,7 +58,6 @@ def info_command(*, as_json: Json = False) -> None:
 
 def machine() -> dict[str, Any]:
     """Describe this machine and its settings; torch is not imported, and CUDA not initialised."""
-    from ..processes import first_processor
     from ..store.store import store_folder
 
     return {

@@ -1,21 +1,26 @@
 """Options that several commands share, and those made of the fields of ``values/options.py``."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import typer
 
+from ..errors import ExpertsError, LayersError, ModelError, ScanError
+from ..models.dtypes import STREAM
 from ..models.dtypes import Dtype as DtypeName
+from ..models.source import ModelSource
 from ..values.options import Option, options_of
 from ..values.settings import CompareSettings, RunSettings
 from ..values.stage_settings import EvalSettings
 
 if TYPE_CHECKING:
     from ..cutting.plans import NamedLayers
+    from ..store.store import Store
     from ..studies.answers import WantedAnswers
     from ..texts.sources import Texts
     from ..values.layers import Block
@@ -33,6 +38,7 @@ def takes(kind: type, *names: str) -> Callable[[Callable[..., T]], Callable[...,
     options = {name: options[name] for name in names or options}
 
     def with_options(command: Callable[..., T]) -> Callable[..., T]:
+        command = joined(command)
         shown = dict(signature(command).parameters)
         place = next(name for name, one in shown.items() if one.annotation is kind)
         order = [*shown]
@@ -53,11 +59,40 @@ def takes(kind: type, *names: str) -> Callable[[Callable[..., T]], Callable[...,
                 values |= _value(name, one, given)
             return command(**given, **{place: kind(**values)})
 
-        vars(called)["__signature__"] = Signature([shown[name] for name in order])
-        called.__annotations__ = {name: shown[name].annotation for name in order}
-        return called
+        return _signed(called, [shown[name] for name in order])
 
     return with_options
+
+
+class Joined:
+    """Options that commands have together: a dataclass, of which each field is one of them."""
+
+
+def joined(command: Callable[..., T]) -> Callable[..., T]:
+    """Give a command, for each of its parameters that is :class:`Joined`, the options of that."""
+    shown = signature(command).parameters
+    kinds = {name: one.annotation for name, one in shown.items() if _is_joined(one.annotation)}
+    options = {name: signature(kind).parameters for name, kind in kinds.items()}
+    all_of_them = [options.get(name, {name: one}).values() for name, one in shown.items()]
+
+    @wraps(command)
+    def called(**given: Any) -> T:
+        for name, kind in kinds.items():
+            given[name] = kind(**{one: given.pop(one) for one in options[name]})
+        return command(**given)
+
+    return _signed(called, [*chain.from_iterable(all_of_them)])
+
+
+def _is_joined(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Joined)
+
+
+def _signed(command: Callable[..., T], parameters: list[Parameter]) -> Callable[..., T]:
+    """The command with these parameters, for typer to read."""
+    vars(command)["__signature__"] = Signature(parameters)
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
 
 
 def _parameters(kind: type, name: str, one: Option) -> dict[str, Parameter]:
@@ -111,11 +146,6 @@ def _same(kind: type, name: str) -> Any:
     return _option(options_of(kind)[name])
 
 
-def _without(kind: type, name: str) -> Any:
-    """The option that takes such a field away, likewise."""
-    return _option_off(options_of(kind)[name])
-
-
 def _value(name: str, one: Option, given: dict[str, Any]) -> dict[str, Any]:
     """Take out of what is given the value of a field; nothing where its default stands."""
     word, is_off = given.pop(name), given.pop(f"no_{name}", False)
@@ -158,14 +188,6 @@ DeviceMap = Annotated[
         help="Devices, as transformers takes them; every GPU by default, without one the CPU.",
     ),
 ]
-Stream = Annotated[
-    bool,
-    typer.Option(
-        "--stream",
-        help="Keep the layers on disk, and read each for many texts: for a model that does "
-        "not fit into memory.",
-    ),
-]
 GgufFile = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Name of a GGUF file in MODEL's folder or repository."),
@@ -177,16 +199,7 @@ MaxTexts = Annotated[int | None, _same(EvalSettings, "max_texts")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output once the new is complete.")
 ]
-OverwriteParts = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", help="Replace earlier results in --out, part by part as new ones are there."
-    ),
-]
 DeviceMemory = Annotated[str | None, _same(CompareSettings, "device_memory")]
-NoCache = Annotated[
-    bool, typer.Option("--no-cache", help="Measure anew: neither read nor write the cache.")
-]
 On = Annotated[
     Literal["local", "ray"] | None,
     typer.Option(
@@ -203,46 +216,213 @@ Workers = Annotated[
         min=1,
     ),
 ]
-ShardOption = Annotated[
-    str | None,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        help="Do one of N parts alone, counted from 0, for gather; auto: that of RANK or "
-        "SLURM_ARRAY_TASK_ID.",
-    ),
-]
 Answers = Annotated[str | None, _same(RunSettings, "answers")]
-NoAnswers = Annotated[bool, _without(RunSettings, "answers")]
+NoAnswers = Annotated[bool, _option_off(options_of(RunSettings)["answers"])]
 AnswerTokens = Annotated[
     int, typer.Option(metavar="N", help="Tokens of an answer that is written, at most.", min=1)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Drop = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LAYERS", help="Layers to drop: indices and half-open ranges, as 3,12:20."
-    ),
-]
-PlanPath = Annotated[
-    Path | None,
-    typer.Option("--plan", metavar="PLAN", help="Plan to carry out: a file, or its folder."),
-]
-DropExperts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="EXPERTS",
-        help="Experts to drop, as many of every layer that has any, as 0:3,5;1:8:10; or a file "
-        "of such lines.",
-    ),
-]
-ExpertsPlan = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PLAN", help="Plan of experts to drop beside layers; alone it goes by --plan."
-    ),
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Joined):
+    """How models are loaded."""
+
+    dtype: Dtype = "auto"
+    device_map: DeviceMap = None
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Keep the layers on disk, and read each for many texts: for a model that does "
+            "not fit into memory.",
+        ),
+    ] = False
+    trust_remote_code: TrustRemoteCode = False
+
+    def of(self, model: str, gguf_file: str | None = None) -> ModelSource:
+        """Give a model that is loaded so; ModelError if it is streamed, and placed too."""
+        if self.stream and self.device_map not in (None, STREAM):
+            raise ModelError(
+                f"--stream beside --device-map {self.device_map}: what is streamed goes to the "
+                f"first GPU, or the CPU"
+            )
+        place = STREAM if self.stream else self.device_map
+        return ModelSource(model, self.dtype, place, gguf_file, self.trust_remote_code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Loading):
+    """A model, and how it is loaded."""
+
+    model: Model
+    gguf_file: GgufFile = None
+
+    def read(self) -> ModelSource:
+        """Give the model; ModelError as :meth:`of`."""
+        return self.of(self.model, self.gguf_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers(Joined):
+    """The layers that are dropped."""
+
+    drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYERS", help="Layers to drop: indices and half-open ranges, as 3,12:20."
+        ),
+    ] = None
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="PLAN", help="Plan to carry out: a file, or its folder."),
+    ] = None
+
+    def read_layers(self) -> "Plan | list[Block]":
+        """Read the layers behind ``--drop`` or ``--plan``, before anything that takes long.
+
+        A plan is a file or its folder. Raises LayersError if neither or both are named or ``drop``
+        does not name layers, and PlanError if the plan is not there, or is damaged.
+        """
+        from ..cutting.plans import load_plan
+        from ..values.layers import parse_layers
+
+        drop, plan = self.drop, self.plan
+        if drop is not None and plan is not None:
+            raise LayersError(
+                f"--drop {drop} and --plan {plan} both name the layers to drop: give one"
+            )
+        if plan is not None:
+            return load_plan(plan)
+        if drop is None:
+            raise LayersError("name the layers to drop, by --drop as 12:20, or by --plan")
+        return parse_layers(drop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(Layers):
+    """The layers that are dropped, and experts of those that stay."""
+
+    drop_experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXPERTS",
+            help="Experts to drop, as many of every layer that has any, as 0:3,5;1:8:10; or a file "
+            "of such lines.",
+        ),
+    ] = None
+    experts_plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PLAN", help="Plan of experts to drop beside layers; alone it goes by --plan."
+        ),
+    ] = None
+
+    @property
+    def is_named(self) -> bool:
+        """Whether anything is to be dropped."""
+        return self != Cut()
+
+    def read_all(self) -> "tuple[Plan | list[Block], Plan | dict[int, tuple[int, ...]] | None]":
+        """Read what is dropped, before anything that takes long.
+
+        Raises as :meth:`read_layers`, where no experts are named; ExpertsError if both options
+        name them or a text of them cannot be read, and PlanError if a plan of them is damaged.
+        """
+        from ..cutting.plans import load_plan
+        from ..values.experts import parse_experts
+
+        plan, words = self.experts_plan, self.drop_experts
+        if plan is None and words is None:
+            return self.read_layers(), None
+        if plan is not None and words is not None:
+            raise ExpertsError(
+                "name the experts to drop by --drop-experts or --experts-plan, not both"
+            )
+        experts = load_plan(plan) if plan is not None else parse_experts(words or "")
+        is_whole = self.drop is None and self.plan is None
+        return [] if is_whole else self.read_layers(), experts
+
+    def read_states(
+        self, states: str | None
+    ) -> "tuple[NamedLayers, Plan | dict[int, tuple[int, ...]] | None]":
+        """Read the states that a cut is made for, or else as :meth:`read_all`.
+
+        LayersError: something else is named beside the states, or they cannot be read.
+        """
+        from ..cutting.for_states import ForStates
+
+        if states is None:
+            return self.read_all()
+        if self.is_named:
+            raise LayersError(
+                "--for-states decides what goes: name no layers (--drop, --plan) and no experts "
+                "(--drop-experts, --experts-plan) beside it"
+            )
+        return ForStates.parse(states), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Joined):
+    """Which part of a work is done here: a shard of it, or all of it by several processes."""
+
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Do one of N parts alone, counted from 0, for gather; auto: that of RANK or "
+            "SLURM_ARRAY_TASK_ID.",
+        ),
+    ] = None
+    on: On = None
+    workers: Workers = None
+
+    def read(self) -> dict[str, Any]:
+        """Give the shard, or who shares all; empty where one process does the work.
+
+        ScanError: both are asked for, or a shard that is not there.
+        """
+        from ..values.shard import Shard
+
+        is_shared = self.on is not None or self.workers is not None
+        if self.shard is None:
+            return {"on": self.on or "local", "workers": self.workers} if is_shared else {}
+        if is_shared:
+            raise ScanError("a shard is made by one process: leave out --workers and --on")
+        return {"shard": Shard.parse(self.shard)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way(Joined):
+    """The way of a call: what it may replace, whether it measures anew, what it prints."""
+
+    overwrite: Overwrite = False
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure anew: neither read nor write the cache.")
+    ] = False
+    dry_run: DryRun = False
+    as_json: Json = False
+
+    def open_store(self) -> "Store":
+        """Open the store of measurements, as far as it may be used."""
+        from ..store.store import open_store
+
+        return open_store(self.no_cache, dry_run=self.dry_run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WayOfParts(Way):
+    """The way of a call whose results are replaced part by part."""
+
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace earlier results in --out, part by part as new ones are there.",
+        ),
+    ] = False
 
 
 def read_texts(source: str, max_texts: int | None = None) -> "Texts":
@@ -284,93 +464,3 @@ def wanted_answers(
 
     prompts = read_prompts(answers) if answers else None
     return WantedAnswers(prompts, answers_for(steps), num_tokens, seed)
-
-
-def part_of(shard: str | None, on: str | None, workers: int | None) -> dict[str, Any]:
-    """Read which part of a work is asked for: a ``shard``, or ``workers`` that share all of it.
-
-    Empty where one process does the work. ScanError: both, or a shard that is not there.
-    """
-    from ..errors import ScanError
-    from ..values.shard import Shard
-
-    is_shared = on is not None or workers is not None
-    if shard is None:
-        return {"on": on or "local", "workers": workers} if is_shared else {}
-    if is_shared:
-        raise ScanError("a shard is made by one process: leave out --workers and --on")
-    return {"shard": Shard.parse(shard)}
-
-
-def named_layers(drop: str | None, plan: Path | None) -> "Plan | list[Block]":
-    """Read the layers behind ``--drop`` or ``--plan``, before anything that takes long.
-
-    A plan is a file or its folder. Raises LayersError if neither or both are named or ``drop`` does
-    not name layers, and PlanError if the plan is not there, or is damaged.
-    """
-    from ..cutting.plans import load_plan
-    from ..errors import LayersError
-    from ..values.layers import parse_layers
-
-    if drop is None and plan is None:
-        raise LayersError("name the layers to drop, by --drop as 12:20, or by --plan")
-    if drop is not None and plan is not None:
-        raise LayersError(f"--drop {drop} and --plan {plan} both name the layers to drop: give one")
-    return load_plan(plan) if plan is not None else parse_layers(drop or "")
-
-
-def named_cut(
-    drop: str | None,
-    plan: Path | None,
-    experts: str | None,
-    *,
-    experts_plan: Path | None,
-) -> "tuple[Plan | list[Block], Plan | dict[int, tuple[int, ...]] | None]":
-    """Read layers, and experts of those that stay, before anything that takes long.
-
-    Raises as :func:`named_layers`, where no experts are named; ExpertsError if both options name
-    them or a text of them cannot be read, and PlanError if a plan of them is damaged.
-    """
-    from ..cutting.plans import load_plan
-    from ..errors import ExpertsError
-    from ..values.experts import parse_experts
-
-    if experts is not None and experts_plan is not None:
-        raise ExpertsError("name the experts to drop by --drop-experts or --experts-plan, not both")
-    if experts is None and experts_plan is None:
-        return named_layers(drop, plan), None
-    named = load_plan(experts_plan) if experts_plan is not None else parse_experts(experts or "")
-    return [] if drop is None and plan is None else named_layers(drop, plan), named
-
-
-def named_states(
-    states: str | None, drop: str | None, plan: Path | None, **experts: Any
-) -> "tuple[NamedLayers, Plan | dict[int, tuple[int, ...]] | None]":
-    """Read the states that a cut is made for, or else as :func:`named_cut`.
-
-    LayersError: something else is named beside the states, or they cannot be read.
-    """
-    from ..cutting.for_states import ForStates
-    from ..errors import LayersError
-
-    if states is None:
-        return named_cut(drop, plan, **experts)
-    if any(one is not None for one in (drop, plan, *experts.values())):
-        raise LayersError(
-            "--for-states decides what goes: name no layers (--drop, --plan) and no experts "
-            "(--drop-experts, --experts-plan) beside it"
-        )
-    return ForStates.parse(states), None
-
-
-def places(device_map: str | None, *, stream: bool) -> str | None:
-    """The device map by its option, or that of a model that is streamed."""
-    from ..errors import ModelError
-    from ..models.dtypes import STREAM
-
-    if stream and device_map not in (None, STREAM):
-        raise ModelError(
-            f"--stream beside --device-map {device_map}: what is streamed goes to the first GPU, "
-            f"or the CPU"
-        )
-    return STREAM if stream else device_map

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..sharing.share import AnyWork
     from ..sharing.study_work import StudyShard
     from ..store.done import Output
+    from ..studies.compare import CompareStudy
+    from ..studies.curve import CurveStudy
     from ..studies.study import Study
     from ..values.plan import Plan
     from ..values.shard import Shard
@@ -170,6 +172,15 @@ def say_scan(
         show(scan_table(scanned), *weights, *rejected(scanned), *said, *wrote)
 
 
+def work_of(kind: str, job: Any, part: dict[str, Any]) -> Any:
+    """Give the work of which a part is asked for; None where one process does all of it."""
+    if not part:
+        return None
+    from ..sharing.share import KINDS
+
+    return KINDS[kind](job, **part)
+
+
 def make_shard_of(work: "AnyWork", as_json: bool) -> None:
     """Make the shard of a work, unless it is there, and print what it has, and its file."""
     from ..sharing.share import make_shard
@@ -183,6 +194,19 @@ def make_shard_of(work: "AnyWork", as_json: bool) -> None:
         show(*(f"shard {work.shard}: {line}" for line in lines), f"wrote {place}")
     if made is not None:
         say_known(made, place)
+
+
+def carry_out(study: "CompareStudy | CurveStudy", part: dict[str, Any], as_json: bool) -> Any:
+    """Make a study, or let workers share it; of a shard print what it has, and give None."""
+    work = work_of(study.KIND, study, part)
+    if work is None:
+        return study.run()
+    if work.shard is None:
+        from ..sharing.share import share
+
+        return share(work)
+    make_shard_of(work, as_json)
+    return None
 
 
 def _of_batches(shard: "Shard", total: int, **counts: int) -> tuple[dict[str, Any], str]:

@@ -1,36 +1,29 @@
 """``shallower patch``."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..errors import ModelError
 from ..models.source import ModelSource
+from ..values.layers import ranges
+from ..values.schema import plain
 from ..values.stage_settings import PatchSettings
 from .options import (
     Answers,
     AnswerTokens,
-    DeviceMap,
     DeviceMemory,
-    Drop,
-    DryRun,
-    GgufFile,
-    Json,
+    Layers,
     MaxTexts,
-    Model,
     NoAnswers,
-    NoCache,
     Out,
-    Overwrite,
-    PlanPath,
-    Stream,
+    Source,
     TextsSource,
-    TrustRemoteCode,
-    named_layers,
-    places,
+    Way,
     read_apart,
     takes,
     wanted_answers,
@@ -46,14 +39,25 @@ if TYPE_CHECKING:
     from ..values.tokens import Tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class PatchSource(Source):
+    """A model, and how it is loaded: never quantised."""
+
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            help="Dtype of the weights. auto: bfloat16 on CUDA and on CPUs that multiply it, else "
+            "float32."
+        ),
+    ] = "auto"
+
+
 @takes(PatchSettings)
 def patch_command(
-    model: Model,
     *,
     texts: TextsSource,
     out: Out,
-    drop: Drop = None,
-    plan: PlanPath = None,
+    layers: Layers,
     eval_texts: Annotated[
         str | None,
         typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
@@ -61,24 +65,11 @@ def patch_command(
     answers: Answers = None,
     no_answers: NoAnswers = False,
     answer_tokens: AnswerTokens = 256,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            help="Dtype of the weights. auto: bfloat16 on CUDA and on CPUs that multiply it, else "
-            "float32."
-        ),
-    ] = "auto",
     settings: PatchSettings,
     max_texts: MaxTexts = None,
-    device_map: DeviceMap = None,
-    stream: Stream = False,
-    gguf_file: GgufFile = None,
+    source: PatchSource,
     device_memory: DeviceMemory = None,
-    trust_remote_code: TrustRemoteCode = False,
-    overwrite: Overwrite = False,
-    no_cache: NoCache = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    way: Way,
 ) -> None:
     """Drop layers and repair the cut in minutes, adding no parameter.
 
@@ -91,48 +82,45 @@ def patch_command(
     from ..cutting.plans import plan_file
     from ..storage import check_apart, check_free
     from ..store.done import output_of
-    from ..store.store import open_store
-    from ..values.layers import ranges
-    from ..values.schema import plain
 
-    source, held_out = read_apart(texts, eval_texts, max_texts=max_texts)
-    named = named_layers(drop, plan)
-    place = ModelSource(
-        model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
-    )
+    fitted, held_out = read_apart(texts, eval_texts, max_texts=max_texts)
+    named, place = layers.read_layers(), source.read()
     asked, share = _asked(answers, no_answers, answer_tokens, place), settings.share
-    check_apart(out, [place.place, plan and plan_file(plan), texts, eval_texts, answers or None])
+    check_apart(
+        out,
+        [place.place, layers.plan and plan_file(layers.plan), texts, eval_texts, answers or None],
+    )
     output = output_of(
-        open_store(no_cache, dry_run=dry_run),
+        way.open_store(),
         "patch",
         out,
         models={"model": place},
-        texts={"texts": source, "eval_texts": held_out},
+        texts={"texts": fitted, "eval_texts": held_out},
         layers=named,
         num_tokens=settings.num_tokens,
         tokens=[settings.max_length, settings.batch_size],
         answers=None if asked is None else {**asked.inputs, "share": share},
         device_memory=device_memory,
     )
-    if reuse(output, lambda value: _say(value, place, out, as_json)):
+    if reuse(output, lambda value: _say(value, place, out, way.as_json)):
         return
-    check_free(out, overwrite)
+    check_free(out, way.overwrite)
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
-    wanted, needed = _patchable(place, named, out, source, **counted)
+    wanted, needed = _patchable(place, named, out, fitted, **counted)
     from ..forecasts.forecast import forecast_source
 
     plan_memory = partial(forecast_source, place, "patch", device_memory=device_memory, **counted)
-    if dry_run:
-        asked = _within(asked, place.load_tokenizer(), source, settings)
+    if way.dry_run:
+        asked = _within(asked, place.load_tokenizer(), fitted, settings)
         planned: dict[str, Any] = {
-            "patch": model,
+            "patch": source.model,
             "drop": ranges(wanted.dropped),
             "texts": texts,
             **({} if asked is None else {"answers": str(asked), "share": share}),
             **_planned(
                 place,
                 wanted.dropped,
-                source,
+                fitted,
                 out=out,
                 needed=needed,
                 is_here=device_memory is None,
@@ -141,7 +129,7 @@ def patch_command(
                 **counted,
             ),
         }
-        say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, as_json)
+        say_dry_run({**planned, "memory": plan_memory(), "write": [str(out)]}, way.as_json)
         return
     place = _placed(place, plan_memory, wanted.dropped)
     from ..patching.saving import patch_to_folder
@@ -150,22 +138,22 @@ def patch_command(
     done, measured = patch_to_folder(
         *loaded,
         wanted,
-        texts=source,
+        texts=fitted,
         out=out,
         eval_texts=held_out,
         answers=_answers(
-            _within(asked, loaded[1], source, settings),
+            _within(asked, loaded[1], fitted, settings),
             place,
             wanted,
-            texts=source,
+            texts=fitted,
             loaded=loaded,
-            no_cache=no_cache,
+            no_cache=way.no_cache,
         ),
         settings=settings,
-        overwrite=overwrite,
+        overwrite=way.overwrite,
     )
     losses = plain(measured, "to_record")
-    _say(output.keep({"patch": done.to_json(), "losses": losses}), place, out, as_json)
+    _say(output.keep({"patch": done.to_json(), "losses": losses}), place, out, way.as_json)
 
 
 def _patchable(
@@ -204,8 +192,6 @@ def _asked(
 
     A model on disk is not read for each of their tokens.
     """
-    from ..errors import ModelError
-
     if no_answers or (answers is None and place.waits_on_disk):
         return None
     wanted = wanted_answers(answers or "", num_tokens=num_tokens)
@@ -272,7 +258,6 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
     from ..savings.weights import stored_bytes
     from ..values.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
     from ..values.patch import Patch
-    from ..values.schema import plain
 
     measured = {
         domain: {name: Loss.from_json(loss) for name, loss in losses.items()}

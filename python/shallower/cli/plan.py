@@ -1,55 +1,23 @@
 """``shallower plan``."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .options import DryRun, Json, Overwrite
+from ..values.files import PLAN_FILE, SCAN_FILE
+from .options import DryRun, Joined, Json, Overwrite, joined
 from .output import print_json, show
 
 if TYPE_CHECKING:
     from ..scanning.choice import ScanChoice
 
-Scans = Annotated[
-    list[Path],
-    typer.Argument(metavar="SCAN", help="Scan files or their folders; several are merged."),
-]
-Metric = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Metric that decides: angular, cosine or relative_l2; angular by default where "
-        "the scan holds it.",
-    ),
-]
-MaxBlocks = Annotated[
-    int,
-    typer.Option(
-        "--max-blocks",
-        "--blocks",
-        metavar="N",
-        help="Blocks at most; a layer stays between two blocks.",
-        min=1,
-    ),
-]
-Bootstrap = Annotated[
-    int,
-    typer.Option(
-        metavar="B",
-        help="Resample the texts B times, and say in which share of them the block is the "
-        "best; for scans made with --keep-samples.",
-        min=0,
-    ),
-]
 
+@dataclass(frozen=True, kw_only=True)
+class Choosing(Joined):
+    """What goes, and by what it is chosen."""
 
-def plan_command(
-    scans: Scans,
-    *,
-    n: Annotated[
-        int | None, typer.Option("--n", metavar="N", help="Number of layers to drop.")
-    ] = None,
     experts: Annotated[
         int | None,
         typer.Option(
@@ -57,7 +25,7 @@ def plan_command(
             help="Number of experts to drop of every layer that stays; for scans made with "
             "--experts.",
         ),
-    ] = None,
+    ] = None
     criterion: Annotated[
         str,
         typer.Option(
@@ -65,30 +33,67 @@ def plan_command(
             help="Criterion that lets experts go: frequency, soft-frequency, ean, man, msan, reap, "
             "easy-ep, reconstruction, aimer or random.",
         ),
-    ] = "reap",
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder to write the plan to.")
-    ] = None,
+    ] = "reap"
     strategy: Annotated[
         Literal["similarity", "deepest"],
         typer.Option(help="The most similar layers, or the deepest but the last."),
-    ] = "similarity",
-    metric: Metric = None,
-    max_blocks: MaxBlocks = 1,
+    ] = "similarity"
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Metric that decides: angular, cosine or relative_l2; angular by default where "
+            "the scan holds it.",
+        ),
+    ] = None
+    max_blocks: Annotated[
+        int,
+        typer.Option(
+            "--max-blocks",
+            "--blocks",
+            metavar="N",
+            help="Blocks at most; a layer stays between two blocks.",
+            min=1,
+        ),
+    ] = 1
     protect_first: Annotated[
         int, typer.Option(metavar="N", help="Number of layers at the start that stay.", min=0)
-    ] = 0,
+    ] = 0
     protect_last: Annotated[
         int, typer.Option(metavar="N", help="Number of layers at the end that stay.", min=0)
-    ] = 0,
+    ] = 0
     top: Annotated[
         int, typer.Option(metavar="K", help="Also list the K best blocks of --n layers.", min=0)
-    ] = 0,
-    bootstrap: Bootstrap = 0,
+    ] = 0
+    bootstrap: Annotated[
+        int,
+        typer.Option(
+            metavar="B",
+            help="Resample the texts B times, and say in which share of them the block is the "
+            "best; for scans made with --keep-samples.",
+            min=0,
+        ),
+    ] = 0
     seed: Annotated[
         int,
         typer.Option(metavar="N", help="Seed of --bootstrap, and of --criterion random.", min=0),
-    ] = 0,
+    ] = 0
+
+
+@joined
+def plan_command(
+    *,
+    scans: Annotated[
+        list[Path],
+        typer.Argument(metavar="SCAN", help="Scan files or their folders; several are merged."),
+    ],
+    n: Annotated[
+        int | None, typer.Option("--n", metavar="N", help="Number of layers to drop.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder to write the plan to.")
+    ] = None,
+    choice: Choosing,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -99,25 +104,11 @@ def plan_command(
     """
     from ..scanning.choice import choose, load_scans
     from ..storage import check_apart, check_free, holds
-    from ..values.files import PLAN_FILE, SCAN_FILE
 
     if out is not None:
         read = (one / SCAN_FILE if one.is_dir() else one for one in scans)
         check_apart(out / PLAN_FILE, read)
-    chosen = choose(
-        load_scans(scans),
-        n,
-        strategy=strategy,
-        metric=metric,
-        max_blocks=max_blocks,
-        protect_first=protect_first,
-        protect_last=protect_last,
-        top=top,
-        bootstrap=bootstrap,
-        seed=seed,
-        experts=experts,
-        criterion=criterion,
-    )
+    chosen = choose(load_scans(scans), n, **vars(choice))
     said = "would write {}" if dry_run else "wrote {}"
     if out is not None and holds(out / PLAN_FILE, chosen.plan.to_bytes()):
         said = "{} is already there, made from the same inputs"

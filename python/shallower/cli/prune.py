@@ -1,5 +1,6 @@
 """``shallower prune``: a folder on disk or in memory, a GGUF file directly."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,33 +8,45 @@ import typer
 
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
-from .options import (
-    CutOut,
-    DeviceMap,
-    Drop,
-    DropExperts,
-    DryRun,
-    ExpertsPlan,
-    GgufFile,
-    Json,
-    Model,
-    NoCache,
-    Overwrite,
-    PlanPath,
-    TrustRemoteCode,
-    named_states,
-)
+from ..values.memory import format_size
+from .options import Cut, CutOut, DeviceMap, GgufFile, Joined, Model, TrustRemoteCode, Way, joined
 from .output import print_json, reuse, say_dry_run, show, upload_line
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pruning(Joined):
+    """How a cut is read, written and checked."""
+
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(help="Dtype of the weights; by default as in safetensors, else bfloat16."),
+    ] = None
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes in a file of weights at most, 5GB by default; without --dtype.",
+        ),
+    ] = None
+    device_map: DeviceMap = None
+    gguf_file: GgufFile = None
+    as_gguf: Annotated[
+        bool,
+        typer.Option("--as-gguf", help="Make --out a folder for the hub: NAME.gguf and README.md."),
+    ] = False
+    trust_remote_code: TrustRemoteCode = False
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Reload with stock transformers and compare the logits."),
+    ] = False
+
+
+@joined
 def prune_command(
     *,
     model: Model,
     out: CutOut,
-    drop: Drop = None,
-    plan: PlanPath = None,
-    drop_experts: DropExperts = None,
-    experts_plan: ExpertsPlan = None,
+    cut: Cut,
     for_states: Annotated[
         str | None,
         typer.Option(
@@ -42,32 +55,8 @@ def prune_command(
             "only the layers that they need, and compare them, to the bit.",
         ),
     ] = None,
-    dtype: Annotated[
-        DtypeName | None,
-        typer.Option(help="Dtype of the weights; by default as in safetensors, else bfloat16."),
-    ] = None,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes in a file of weights at most, 5GB by default; without --dtype.",
-        ),
-    ] = None,
-    device_map: DeviceMap = None,
-    gguf_file: GgufFile = None,
-    as_gguf: Annotated[
-        bool,
-        typer.Option("--as-gguf", help="Make --out a folder for the hub: NAME.gguf and README.md."),
-    ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Reload with stock transformers and compare the logits."),
-    ] = False,
-    overwrite: Overwrite = False,
-    no_cache: NoCache = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    options: Pruning,
+    way: Way,
 ) -> None:
     """Drop layers or experts, and save a standard checkpoint.
 
@@ -87,41 +76,28 @@ def prune_command(
     from ..cutting.prune import plan_prune
     from ..storage import check_apart
     from ..store.done import cut_output
-    from ..store.store import open_store
     from ..values.experts import experts_file
 
-    reads = [plan_file(read) for read in (plan, experts_plan) if read is not None]
-    check_apart(out, [*reads, experts_file(drop_experts or "")])
-    named: dict[str, Any] = {"experts": drop_experts, "experts_plan": experts_plan}
-    layers, experts = named_states(for_states, drop, plan, **named)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "device_map": device_map,
-        "gguf_file": gguf_file,
-        "as_gguf": as_gguf,
-        "trust_remote_code": trust_remote_code,
-        "verify": verify,
-    }
-    output = cut_output(
-        open_store(no_cache, dry_run=dry_run), model, layers, experts=experts, out=out, **options
-    )
-    source = ModelSource(model, gguf_file=gguf_file).place.expanduser()
-    if reuse(output, lambda value: _end(_written_at(value, out), source, out, as_json), out):
+    reads = [plan_file(read) for read in (cut.plan, cut.experts_plan) if read is not None]
+    check_apart(out, [*reads, experts_file(cut.drop_experts or "")])
+    layers, experts = cut.read_states(for_states)
+    how = vars(options)
+    output = cut_output(way.open_store(), model, layers, experts=experts, out=out, **how)
+    source = ModelSource(model, gguf_file=options.gguf_file).place.expanduser()
+    if reuse(output, lambda value: _end(_written_at(value, out), source, out, way.as_json), out):
         return
-    planned = plan_prune(model, layers, out, experts=experts, overwrite=overwrite, **options)
-    if dry_run:
+    planned = plan_prune(model, layers, out, experts=experts, overwrite=way.overwrite, **how)
+    if way.dry_run:
         described = planned.to_json()
-        say_dry_run(described if as_json else _with_disk(described, out), as_json)
+        say_dry_run(described if way.as_json else _with_disk(described, out), way.as_json)
         return
-    _end(output.keep(planned.run().to_json()), source, out, as_json)
+    _end(output.keep(planned.run().to_json()), source, out, way.as_json)
 
 
 def _with_disk(described: dict[str, Any], out: Path) -> dict[str, Any]:
     """A planned cut with its disk as every dry run prints it, before its files."""
     from ..storage import free_bytes
     from ..values.estimates import Disk
-    from ..values.memory import format_size
 
     write, size = described.pop("write"), described.pop("bytes", 0)
     fetched = described.pop("fetch_bytes", 0)

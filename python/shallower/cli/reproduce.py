@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ModelError, OutputError, ShallowerError, why
+from ..processes import is_main_process
 from . import parser
 from .options import DryRun, Json, TrustRemoteCode
 from .output import called, print_json, remember_call, say_dry_run, show, warn
@@ -106,7 +108,6 @@ def _compare_again(
 
 def _check_options(record: "Record", trust_remote_code: bool) -> None:
     """Refuse options that the command has not, or that nobody has allowed here."""
-    from ..errors import ModelError, OutputError
     from ..store.records import settings_of
     from . import HELP, RECORDED, _has, _with_values
 
@@ -150,8 +151,6 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
 
 def keep_record(name: str, command: Any, words: Sequence[str]) -> None:
     """Write the record of what a call has made, unless it was there, or nothing was to be made."""
-    from ..errors import ShallowerError, why
-    from ..processes import is_main_process
     from ..store.records import is_recorded, write_record
     from ..store.store import open_store
 

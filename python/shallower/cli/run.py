@@ -7,26 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import OutputError
 from ..models.source import ModelSource
+from ..values.files import CHECKPOINT_FOLDER, CHECKPOINT_GGUF, HEALED_FOLDER, REPORT_FILE
 from ..values.settings import RunSettings
 from .heal import say_healing
-from .options import (
-    DeviceMap,
-    DryRun,
-    Dtype,
-    GgufFile,
-    Json,
-    Model,
-    NoCache,
-    Out,
-    OverwriteParts,
-    Stream,
-    TextsSource,
-    TrustRemoteCode,
-    places,
-    read_texts,
-    takes,
-)
+from .options import Dtype, Out, Source, TextsSource, WayOfParts, read_texts, takes
 from .output import called, print_json, reuse, say_dry_run_of, show, upload_line
 
 if TYPE_CHECKING:
@@ -38,7 +24,6 @@ if TYPE_CHECKING:
 
 @takes(RunSettings)
 def run_command(
-    model: Model,
     *,
     texts: TextsSource,
     eval_texts: Annotated[
@@ -50,15 +35,8 @@ def run_command(
     ] = None,
     out: Out,
     settings: RunSettings,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    stream: Stream = False,
-    gguf_file: GgufFile = None,
-    trust_remote_code: TrustRemoteCode = False,
-    overwrite: OverwriteParts = False,
-    no_cache: NoCache = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    source: Source,
+    way: WayOfParts,
 ) -> None:
     """Recommend one shallower model, and make it.
 
@@ -69,16 +47,13 @@ def run_command(
     """
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
-        ModelSource(model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code),
+        source.read(),
         settings,
-        {"run": model, "texts": texts, "eval_texts": eval_texts},
-        dry_run=dry_run,
-        as_json=as_json,
-        no_cache=no_cache,
+        {"run": source.model, "texts": texts, "eval_texts": eval_texts},
+        way=way,
         texts=read_texts(texts),
         eval_texts=held_out,
         out=out,
-        overwrite=overwrite,
     )
 
 
@@ -99,10 +74,7 @@ def demo_command(
     max_texts: Annotated[
         int, typer.Option(metavar="N", help="Calibration passages at most.", min=1)
     ] = 40,
-    overwrite: OverwriteParts = False,
-    no_cache: NoCache = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    way: WayOfParts,
 ) -> None:
     """Run the whole way on a small model, without a download.
 
@@ -133,13 +105,10 @@ def demo_command(
         ModelSource(path, dtype),
         settings,
         described,
-        dry_run=dry_run,
-        as_json=as_json,
-        no_cache=no_cache,
+        way=way,
         texts=read,
         eval_texts=held_out,
         out=out,
-        overwrite=overwrite,
     )
 
 
@@ -148,17 +117,12 @@ def _carry_out(
     settings: RunSettings,
     described: dict[str, Any],
     *,
-    dry_run: bool,
-    as_json: bool,
-    no_cache: bool,
+    way: WayOfParts,
     **places: Any,
 ) -> None:
     """Make a run, or show an earlier one or what it would do; ``demo`` is one like any other."""
-    from ..errors import OutputError
     from ..runs.report import save_report
-    from ..store.store import open_store
     from ..studies.run import RunStudy
-    from ..values.files import CHECKPOINT_GGUF
 
     if places["out"].suffix == ".gguf":
         raise OutputError(
@@ -168,30 +132,30 @@ def _carry_out(
     study = RunStudy(
         models=(source,),
         settings=settings,
-        store=open_store(no_cache, dry_run=dry_run),
+        store=way.open_store(),
+        overwrite=way.overwrite,
         command=called(),
         **places,
     )
     output = _output(study)
-    if not dry_run and reuse(output, lambda _: _say_again(study.folder, source, as_json)):
+    if not way.dry_run and reuse(output, lambda _: _say_again(study.folder, source, way.as_json)):
         return
     study.check()
-    if dry_run:
+    if way.dry_run:
         target, heals = str(settings.target), bool(settings.heal)
         asked = {"target": target, "judge": settings.judge, "heal": heals}
-        say_dry_run_of(study, {**described, **asked}, as_json)
+        say_dry_run_of(study, {**described, **asked}, way.as_json)
         return
-    done = study.run(lambda so_far: _report(so_far, as_json))
+    done = study.run(lambda so_far: _report(so_far, way.as_json))
     page, story = save_report(study.folder)
     output.keep({})  # behind the page: a run that was killed while it is drawn draws it anew
-    _say_end(done, page, story, source if as_json else None)
+    _say_end(done, page, story, source if way.as_json else None)
 
 
 def _output(study: "RunStudy") -> "Output":
     """The output of a run, as the cache remembers it."""
     from ..store.done import Output
     from ..studies.run import RUN_FILES
-    from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 
     healed = (HEALED_FOLDER,) if study.settings.heal else ()
     files = [*healed, *RUN_FILES]
@@ -210,7 +174,6 @@ def _say_again(out: Path, source: ModelSource, as_json: bool) -> None:
     """Print a run from its folder; its page is made where it is missing."""
     from ..reporting.results import Run
     from ..runs.report import read_story, save_report
-    from ..values.files import REPORT_FILE
 
     done = Run.load(out)
     say_results(done, as_json)
@@ -245,7 +208,6 @@ def _say_end(done: "Run", page: Path, story: "Story", source: ModelSource | None
     """
     from ..reporting.stories.run import speech_section
     from ..reporting.writers.terminal import show_summary
-    from ..values.files import HEALED_FOLDER
 
     if source is not None:
         from ..models.unsaved import unsaved

@@ -1,33 +1,10 @@
 """``shallower scan``."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..models.source import ModelSource
 from ..values.stage_settings import ScanSettings
-from .options import (
-    DeviceMap,
-    DeviceMemory,
-    DryRun,
-    Dtype,
-    GgufFile,
-    Json,
-    MaxTexts,
-    Model,
-    NoCache,
-    On,
-    Out,
-    Overwrite,
-    ShardOption,
-    Stream,
-    TextsSource,
-    TrustRemoteCode,
-    Workers,
-    part_of,
-    places,
-    read_texts,
-    takes,
-)
-from .output import make_shard_of, say_dry_run, say_known, say_scan
+from .options import DeviceMemory, MaxTexts, Out, Part, Source, TextsSource, Way, read_texts, takes
+from .output import make_shard_of, say_dry_run, say_known, say_scan, work_of
 
 if TYPE_CHECKING:
     from ..sharing.scan_work import ScanWork
@@ -36,25 +13,15 @@ if TYPE_CHECKING:
 
 @takes(ScanSettings)
 def scan_command(
-    model: Model,
     *,
     texts: TextsSource,
     out: Out,
     settings: ScanSettings,
-    dtype: Dtype = "auto",
     max_texts: MaxTexts = None,
-    device_map: DeviceMap = None,
-    stream: Stream = False,
-    gguf_file: GgufFile = None,
+    source: Source,
     device_memory: DeviceMemory = None,
-    trust_remote_code: TrustRemoteCode = False,
-    overwrite: Overwrite = False,
-    no_cache: NoCache = False,
-    shard: ShardOption = None,
-    on: On = None,
-    workers: Workers = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    part: Part,
+    way: Way,
 ) -> None:
     """Compare all layers of a model on texts, in one pass.
 
@@ -62,37 +29,28 @@ def scan_command(
     and, if matplotlib is installed, heat_map.png. An interrupted scan resumes when the same
     command is given again.
     """
-    from ..store.store import open_store
     from ..studies.scan import ScanJob
 
-    part = part_of(shard, on, workers)
+    shared = part.read()
     job = ScanJob(
-        source=ModelSource(
-            model, dtype, places(device_map, stream=stream), gguf_file, trust_remote_code
-        ),
+        source=source.read(),
         texts=read_texts(texts, max_texts),
         out=out,
-        overwrite=overwrite,
+        overwrite=way.overwrite,
         device_memory=device_memory,
-        store=open_store(no_cache, dry_run=dry_run),
-        shard=part.get("shard"),
+        store=way.open_store(),
+        shard=shared.get("shard"),
         **vars(settings),
     )
-    work = _shared(job, part) if part else None
-    if dry_run:
-        say_dry_run((work or job).describe(), as_json)
+    work: ScanWork | None = work_of("scan", job, shared)
+    if way.dry_run:
+        say_dry_run((work or job).describe(), way.as_json)
     elif work is not None and work.shard is not None:
-        make_shard_of(work, as_json)
+        make_shard_of(work, way.as_json)
     else:
-        _carry_out(job, work, as_json)
+        _carry_out(job, work, way.as_json)
     if job.known is not None:
         say_known(job.known.made, job.out)
-
-
-def _shared(job: "ScanJob", part: dict[str, Any]) -> "ScanWork":
-    from ..sharing.scan_work import ScanWork
-
-    return ScanWork(job, **part)
 
 
 def _carry_out(job: "ScanJob", work: "ScanWork | None", as_json: bool) -> None:
