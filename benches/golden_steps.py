@@ -58,7 +58,7 @@ STEPS = {
         "prune {gguf} --drop 12:14 --as-gguf --out cut-gguf", whole=("cut-gguf/*.gguf",)
     ),
     "gain": Step("gain model --plan plan", needs=("plan",)),
-    "gain-options": Step("gain {gguf} --drop 12:16 --device h100 --context 512 --batch 4"),
+    "gain-options": Step("gain {gguf} --drop 12:16 --forecast-device h100 --context 512 --batch 4"),
     "eval": Step(
         f"eval model --texts {{texts}}/c4_eval.jsonl --max-texts 8 {SMALL} --perplexity window.txt "
         "--context 128 --drop 12:14"

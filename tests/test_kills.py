@@ -145,14 +145,17 @@ def unlike(out, expected):
     """What differs below two folders, by name; of JSON the values."""
     found, wanted = results(out), results(expected)
     return [
-        (name, *(_shown(of.get(name)) for of in (found, wanted)))
+        (name, *_shown(found.get(name), wanted.get(name)))
         for name in sorted(found | wanted)
         if found.get(name) != wanted.get(name)
     ]
 
 
-def _shown(content):
-    return f"{len(content)} bytes" if isinstance(content, bytes) else str(content)[:300]
+def _shown(one, other):
+    if isinstance(one, dict) and isinstance(other, dict):
+        differ = [key for key in sorted(one | other) if one.get(key) != other.get(key)]
+        return [(key, *_shown(one.get(key), other.get(key))) for key in differ]
+    return [f"{len(of)} bytes" if isinstance(of, bytes) else str(of)[:300] for of in (one, other)]
 
 
 def kill(name, folder, chance, seconds):
