@@ -129,22 +129,6 @@ def _scale(
 
     The output of ``silent`` is taken as zero.
     """
-    ratio = _ratio(model, layer, batch, states, module, silent)
-    scale, deviation = ratio.tolist()
-    if abs(scale) < TOLERANCE or not deviation <= 4 * TOLERANCE * abs(scale):
-        return None
-    return 1.0 if abs(scale - 1.0) < TOLERANCE else scale
-
-
-def _ratio(
-    model: Layerwise,
-    layer: int,
-    batch: Batch,
-    states: torch.Tensor,
-    module: nn.Module,
-    silent: nn.Module | None = None,
-) -> torch.Tensor:
-    """(2,): the mean factor of a module's output in the stream, and the greatest deviation."""
     with _output(silent, torch.zeros_like):
         before = model.run(batch, states, (layer,)).float()
         signs = torch.rand(before.shape, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -154,7 +138,10 @@ def _ratio(
     # Every element counts alike, however massive its channel.
     ratio = token_rows(batch, after - before) / token_rows(batch, probe)
     mean = ratio.mean()
-    return torch.stack([mean, (ratio - mean).abs().max()])
+    scale, deviation = torch.stack([mean, (ratio - mean).abs().max()]).tolist()
+    if abs(scale) < TOLERANCE or not deviation <= 4 * TOLERANCE * abs(scale):
+        return None
+    return 1.0 if abs(scale - 1.0) < TOLERANCE else float(scale)
 
 
 @contextmanager
