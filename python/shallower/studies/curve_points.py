@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.criteria import criteria
-from ..judgement.criterion import Criterion
+from ..judgement.criterion import Criterion, has_costs
 from ..judgement.stored_costs import stored_choice, stored_costs
 from ..judgement.trials import ResultStore, judge_inputs
 from ..progress import stage
@@ -254,7 +254,7 @@ class CurvePoints:
             "seed": subject.seed,
             **judge_inputs(subject.trials.judge),
         }
-        if type(criterion).costs is not Criterion.costs:
+        if has_costs(criterion):
             stored_costs(criterion, subject, self._store, inputs=inputs)
         return stored_choice(criterion, subject, n, store=self._store, inputs=inputs)[0]
 

@@ -96,7 +96,6 @@ class Greedy(Search):
     name = "greedy"
     summary = "One layer after the other, each the one whose removal costs the judge least."
     cost = "At most about n L²/2 layers a text, raced; the states of the paths that were tried."
-    nested = True
 
     def search(self, subject: Subject, n: int) -> list[int]:
         gone: list[int] = []
