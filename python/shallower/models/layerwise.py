@@ -381,13 +381,11 @@ class Layerwise:
 
             return note
 
-        handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(self.modules)]
-        try:
+        with ExitStack() as stack:
+            for index, module in enumerate(self.modules):
+                stack.enter_context(module.register_forward_hook(hook(index)))
             with evaluating(self._model), one_of_each(self.head.decoder.layers):
                 self._runner(**self._probed(), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _probed(self) -> dict[str, torch.Tensor]:
         """The inputs of a short forward."""

@@ -4,8 +4,7 @@ They are the last matrices of attention and feed-forward (``o_proj`` and ``down_
 What is added to a candidate's output must appear in the layer's, times one number.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,12 +107,10 @@ def _order(
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in found.items()]
-    try:
+    with ExitStack() as stack:
+        for name, module in found.items():
+            stack.enter_context(module.register_forward_hook(note(name)))
         model.run(batch, states, (layer,))
-    finally:
-        for handle in handles:
-            handle.remove()
     return [name for name in ran if ran.count(name) == 1]
 
 
@@ -144,13 +141,8 @@ def _scale(
     return 1.0 if abs(scale - 1.0) < TOLERANCE else float(scale)
 
 
-@contextmanager
-def _output(module: nn.Module | None, change: Any) -> Iterator[None]:
+def _output(module: nn.Module | None, change: Any) -> AbstractContextManager[object]:
+    """Change what a module gives while the body runs; nothing without one."""
     if module is None:
-        yield
-        return
-    handle = module.register_forward_hook(lambda _module, _args, output: change(output))
-    try:
-        yield
-    finally:
-        handle.remove()
+        return nullcontext()
+    return module.register_forward_hook(lambda _module, _args, output: change(output))

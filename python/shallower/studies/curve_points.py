@@ -85,13 +85,7 @@ class CurvePoints:
         if self._study.model.waits_on_disk:
             with stage("judge all cuts together"):
                 self._judge_together()
-        wanted = [
-            (s, n, name)
-            for s in settings.states
-            for n in settings.n
-            for name in settings.strategies
-        ]
-        for state, n, strategy in wanted:
+        for state, n, strategy in product(settings.states, settings.n, settings.strategies):
             if state == settings.states[0]:
                 with stage(f"choose {layer_count(n)} by {strategy}", f"choose by {strategy}"):
                     self._plan(strategy, n)

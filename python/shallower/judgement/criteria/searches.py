@@ -9,7 +9,7 @@ from ...values.costs import Costs
 from ..criterion import Criterion, Search
 from ..racing import race
 from ..subject import Subject
-from ..trials import Trials, looks_at
+from ..trials import Trials
 
 Cut = frozenset[int]
 
@@ -78,7 +78,7 @@ class MaskRegression(Criterion):
         gone = draw_masks(subject.num_layers, subject.seed)
         cuts = [tuple(int(layer) for layer in np.flatnonzero(mask)) for mask in gone]
         scores = np.empty(len(cuts))
-        enough = looks_at([len(part) for part in trials.judge.items], ITEMS)
+        enough = trials.looks_at(ITEMS)
         trials.judge_together(cuts, enough)
         for index in sorted(range(len(cuts)), key=lambda index: trials.path(cuts[index])):
             scores[index] = trials.scores(cuts[index], looks=enough).mean
