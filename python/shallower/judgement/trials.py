@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..cutting.in_model import without_layers
 from ..errors import CacheError, LayersError, ModelError, PlanError
 from ..memory.prefix_cache import Place, Prefixes
+from ..models.architecture import swapped
 from ..models.layerwise import Layerwise
 from ..values.layers import layer_count
 from ..values.plan import Gone, Plan, gone_by
@@ -156,11 +157,9 @@ class Trials:
     @contextmanager
     def counted(self) -> Iterator[Count]:
         """Count the layers of a search or a race, which is the body."""
-        before, self.count = self.count, Count(report=self.report)
-        try:
-            yield self.count
-        finally:
-            self.count = before
+        count = Count(report=self.report)
+        with swapped(self, count=count):
+            yield count
 
     def scores(self, cut: AnyCut, looks: int | None = None) -> Scores:
         """Judge a cut on the first ``looks`` batches or all; scores are NaN elsewhere.

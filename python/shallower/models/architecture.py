@@ -257,6 +257,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def swapped(owner: Any, **values: Any) -> Iterator[None]:
+    """Give attributes of an object other values inside the ``with`` statement."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
 def learned_positions(runner: nn.Module, config: Any) -> int | None:
     """The number of positions that a model has learned; None if it computes them, as by RoPE."""
     count = admitted_length(config)
