@@ -49,7 +49,8 @@ def test_only_the_named_tensors_change(checkpoint, tmp_path, kernel, monkeypatch
     if not kernel:
         monkeypatch.setattr(rewriting, "_kernel_copy", lambda *_args: 0)
     stored = StoredCheckpoint.open(checkpoint)
-    assert stored.tensors[NAME].num_bytes == SIZE
+    _, start, stop = stored.tensors[NAME].piece
+    assert stop - start == SIZE
     out = tmp_path / "out"
     out.mkdir()
     told = []
@@ -156,10 +157,10 @@ def test_a_weight_in_two_shards_is_refused(checkpoint):
 
 def test_a_file_that_shrinks_meanwhile_is_an_error(checkpoint, tmp_path):
     stored = StoredCheckpoint.open(checkpoint)
-    path = stored.files[stored.tensors[NAME].file]
+    path = stored.tensors[NAME].piece.path
 
     def shrinks(read):
-        os.truncate(path, stored.tensors[NAME].start + 8)
+        os.truncate(path, stored.tensors[NAME].piece.start + 8)
         yield bytes(read(SIZE))
 
     (tmp_path / "out").mkdir()
@@ -169,7 +170,7 @@ def test_a_file_that_shrinks_meanwhile_is_an_error(checkpoint, tmp_path):
 
 def test_a_file_that_is_written_meanwhile_is_an_error(checkpoint, tmp_path):
     stored = StoredCheckpoint.open(checkpoint)
-    path = stored.files[stored.tensors[NAME].file]
+    path = stored.tensors[NAME].piece.path
 
     def touched(read):
         os.utime(path, ns=(1, 1))
@@ -216,7 +217,7 @@ def test_a_disk_without_room_is_named(checkpoint, tmp_path, monkeypatch):
 def test_other_names_of_a_file_of_weights_are_left_out(checkpoint, tmp_path):
     """As the hub's cache has them for files of the same bytes."""
     stored = StoredCheckpoint.open(checkpoint)
-    file = stored.tensors[NAME].file
+    file = stored.tensors[NAME].piece.path.name
     (checkpoint / "z.safetensors").symlink_to(file)
     (tmp_path / "out").mkdir()
     again = StoredCheckpoint.open(checkpoint)

@@ -68,7 +68,7 @@ HARMLESS = {
     "models/head.py: Head.logits_of: part.to(outputs.logits.device)": _INDEX,
     "models/head.py: Head.logits_of: part.to(states.device)": _INDEX,
     "models/head.py: Head.states_at: torch.from_numpy(tokens).to(states.device)": _INDEX,
-    "models/residual_writers.py: _ratio: probe.to(output)": _LAYER,
+    "models/residual_writers.py: _scale: probe.to(output)": _LAYER,
     "models/transfers.py: HostCopies.send: tensor.to(device)": _HOST,
     "models/transfers.py: HostCopies.start: gathered[0].rows.cpu()": _HOST,
 }

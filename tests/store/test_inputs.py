@@ -195,7 +195,7 @@ def test_a_repository_is_known_by_its_commit(cache, tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
 
         def fetched(name, wanted, local_files_only, folder=folder):
-            assert (name, wanted, local_files_only) == ("some/one", "config.json", False)
+            assert (name, wanted, local_files_only) == ("some/one", "config.json", True)
             return str(folder / wanted)
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)

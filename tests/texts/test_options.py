@@ -46,13 +46,6 @@ def test_blank_lines_are_skipped_and_counted(write):
     assert [item.line for item in found] == [1, 4]
 
 
-def test_lines_after_the_limit_are_not_looked_at(write):
-    source = write(json.dumps(GOOD) + "\nbroken\n")
-    assert len(read_options(source, 1)) == 1
-    with pytest.raises(TextsError, match="at least 1, got 0"):
-        read_options(source, 0)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -293,8 +293,7 @@ def _planned(
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
     from ..forecasts.speed import told
-    from ..forecasts.stream_plans import plan_passes
-    from ..forecasts.work import forecast, of_patch
+    from ..forecasts.work import forecast, of_patch, plan_passes
     from ..memory.checkpoints import left_bytes
     from ..models.unsaved import unsaved
     from ..storage import free_bytes, temporary

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .._core import Checkpoint, Job
 from ..errors import ModelError, OutputError, why
@@ -31,15 +31,18 @@ from ..values.plan import Plan
 from .cards import exports
 from .checkpoint_files import (
     QUANTISATION_FILES,
+    Piece,
+    StoredTensor,
     carried_files,
     config_dtype,
     needs_transformers_5,
     read_config,
+    stored_tensors,
 )
 from .description import Description
 from .exports import CutFacts
 from .for_states import ForStates
-from .mixture import StoredTensor, find_stacks, refuse_experts_outside
+from .mixture import find_stacks, refuse_experts_outside
 from .plain import plain_model
 from .plans import NamedExperts, NamedLayers, agreed_plan, made_for
 from .source import find_source
@@ -56,13 +59,8 @@ SHARD_SIZE = "5GB"
 """Bytes in a file of weights at most, by default."""
 
 
-class Piece(NamedTuple):
-    """Adjacent bytes of a file of weights: the first one, and the one past the last."""
-
-    path: Path
-    start: int
-    stop: int
-
+Weights = Mapping[str, StoredTensor]
+"""The tensors of a checkpoint, or of a layer of it, by their names in it."""
 
 Fetch = Callable[[Iterable[Piece]], object]
 """Brings bytes into files of weights that lack them."""
@@ -229,17 +227,10 @@ def identity_of(source: str | Path, trust_remote_code: bool = False) -> ModelIde
     return _identify(model, config_dtype(raw), weights, prefix=prefix)
 
 
-def _opened(folder: Path) -> tuple[Checkpoint, dict[str, Any], "dict[str, Stored]"]:
+def _opened(folder: Path) -> tuple[Checkpoint, dict[str, Any], dict[str, StoredTensor]]:
     """A checkpoint, its config and its tensors by their names."""
     stored = Checkpoint(folder)
-    raw = read_config(stored.resolve(CONFIG_FILE))
-    found: dict[str, Stored] = {}
-    begun: dict[Path, int] = {}  # by the tensors behind, which follow each other without gaps
-    for name, dtype, shape, path, start in reversed(stored.tensors()):
-        stop = begun.get(path) or path.stat().st_size
-        found[name] = Stored(dtype, shape, Piece(path, start, stop))
-        begun[path] = start
-    return stored, raw, dict(reversed(found.items()))
+    return stored, read_config(stored.resolve(CONFIG_FILE)), stored_tensors(stored)
 
 
 def _num_more(raw: Mapping[str, Any]) -> int:
@@ -268,38 +259,25 @@ def _describe(
     return BuiltModel(folder, trust_remote_code, images=images)
 
 
-class Stored(NamedTuple):
-    """A tensor of a checkpoint, and its bytes."""
-
-    dtype: str
-    shape: list[int]
-    piece: Piece
-
-
 _Mixture = tuple[int, dict[int, list[int]], set[str]]
 
 
-def _mixture(
-    model: Description, plan: Plan, prefix: str, weights: Mapping[str, Stored]
-) -> _Mixture | None:
+def _mixture(model: Description, plan: Plan, prefix: str, weights: Weights) -> _Mixture | None:
     """The experts that stay, and the stacks that are divided, as the core takes them."""
     dropped = plan.experts
     if dropped is None:
         return None
     model.mixture().check(dropped, gone=plan.dropped)
     refuse_experts_outside(weights, prefix, plan.num_layers)
-    tensors = [
-        [StoredTensor(name, one.dtype, one.shape) for name, one in layer.items()]
-        for layer in _by_layer(prefix, weights, plan.num_layers)
-    ]
-    stacks = find_stacks(dropped, model.stored_experts(plan), tensors)
+    layers = _by_layer(prefix, weights, plan.num_layers)
+    stacks = find_stacks(dropped, model.stored_experts(plan), layers)
     kept = {layer: list(dropped.kept(layer)) for layer in dropped.by_layer}
     return dropped.num_experts, kept, {f"{prefix}{layer}.{name}" for layer, name in stacks}
 
 
-def _by_layer(prefix: str, weights: Mapping[str, Stored], total: int) -> list[dict[str, Stored]]:
-    """Of every layer, its tensors by their names in it."""
-    layers: list[dict[str, Stored]] = [{} for _ in range(total)]
+def _by_layer(prefix: str, weights: Weights, total: int) -> Sequence[Weights]:
+    """The tensors of every layer."""
+    layers: list[dict[str, StoredTensor]] = [{} for _ in range(total)]
     for name, stored in weights.items():
         number, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and number.isdecimal() and int(number) < total:
@@ -308,7 +286,7 @@ def _by_layer(prefix: str, weights: Mapping[str, Stored], total: int) -> list[di
 
 
 def _reads(
-    weights: Mapping[str, Stored],
+    weights: Weights,
     prefix: str,
     survivors: Collection[int],
     mixture: _Mixture | None,
@@ -331,7 +309,7 @@ def _reads(
             yield stored.piece
 
 
-def _check_layers(kinds: Sequence[object], prefix: str, weights: Mapping[str, Stored]) -> None:
+def _check_layers(kinds: Sequence[object], prefix: str, weights: Weights) -> None:
     layers = _by_layer(prefix, weights, len(kinds))
     dtypes = [{name: stored.dtype for name, stored in layer.items()} for layer in layers]
     check_alike(dtypes, kinds)
@@ -362,7 +340,7 @@ def _renumbered(value: Any, renumbering: Renumbering, modules: set[str]) -> str:
 def _identify(
     model: Description,
     dtype: str,
-    weights: Mapping[str, Stored],
+    weights: Weights,
     *,
     prefix: str,
     fetch: Fetch | None = None,
@@ -373,7 +351,7 @@ def _identify(
     """
     missing_head = (model.path + ".").removesuffix(prefix)
 
-    def find(name: str, saved: str) -> Stored:
+    def find(name: str, saved: str) -> StoredTensor:
         if name not in weights and saved in weights:
             name = saved
         elif name.startswith(model.path + "."):
@@ -392,7 +370,7 @@ def _identify(
     return ModelIdentity(model.name, model.shape.model_type, model.shape.num_layers, dtype, hashed)
 
 
-def _bfloat16_bits(stored: Stored) -> bytes:
+def _bfloat16_bits(stored: StoredTensor) -> bytes:
     """The values of a small tensor rounded to bfloat16, ties to even; NaN to anything."""
     count = math.prod(stored.shape)
     if stored.dtype == "BF16":

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ModelError
 from ..models.dtypes import stored_quantisation
@@ -42,6 +42,33 @@ _OTHER_WEIGHTS = (
 _NOT_CARRIED = {CONFIG_FILE, "params.json", "job", *EXPORT_FILES, *OF_ONE_MODEL}
 """Rewritten here, the layer count of another format, or told of that model alone."""
 TEMPLATES_FOLDER = "additional_chat_templates"
+
+
+class Piece(NamedTuple):
+    """Adjacent bytes of a file of weights: the first one, and the one past the last."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint: its dtype in safetensors' words, its shape and its bytes."""
+
+    dtype: str
+    shape: list[int]
+    piece: Piece
+
+
+def stored_tensors(stored: "Checkpoint") -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint by their names."""
+    found: dict[str, StoredTensor] = {}
+    begun: dict[Path, int] = {}  # by the tensors behind, which follow each other without gaps
+    for name, dtype, shape, path, start in reversed(stored.tensors()):
+        stop = begun.get(path) or path.stat().st_size
+        found[name] = StoredTensor(dtype, shape, Piece(path, start, stop))
+        begun[path] = start
+    return dict(reversed(found.items()))
 
 
 def is_checkpoint(path: str | Path) -> bool:

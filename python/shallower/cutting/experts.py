@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..models.architecture import DecoderLayers, find_layers, text_config
+from ..models.architecture import DecoderLayers, decoder_configs, find_layers
 from ..models.experts import RoutedExperts, count_keys, find_experts, routing_of
 from ..models.offload import bring_part
 from ..values.experts import DroppedExperts
@@ -70,7 +70,7 @@ def cut_experts(
     found = find_layers(model)
     experts = find_experts(model, found)
     mixture_of(model, experts).check(dropped, gone)
-    changes = checked_changes(model, found, dropped)
+    changes = compare_layers(model, found, with_fewer_experts(model, dropped), dropped=dropped)
     with ExitStack() as undo:  # where a device has no room for the parts, too
         for one in experts:
             if one.layer in dropped.by_layer:
@@ -85,13 +85,6 @@ def mixture_of(model: nn.Module, experts: Sequence[RoutedExperts]) -> Mixture:
     """The routed experts of a model, with weights or without, for the checks of a cut."""
     routing = routing_of(model, experts[0].num_experts)
     return Mixture(type(model).__name__, routing, frozenset(one.layer for one in experts))
-
-
-def checked_changes(
-    model: PreTrainedModel, found: DecoderLayers, dropped: DroppedExperts
-) -> dict[int, ExpertLayer]:
-    """What has to change in every layer for a stock loader to build it; ModelError if it cannot."""
-    return compare_layers(model, found, with_fewer_experts(model, dropped), dropped=dropped)
 
 
 def with_fewer_experts(model: PreTrainedModel, dropped: DroppedExperts) -> PreTrainedModel:
@@ -234,14 +227,8 @@ def _put(owner: Any, name: str, value: int, *, undo: ExitStack) -> None:
 
 def _counts(model: PreTrainedModel, number: int) -> list[tuple[Any, str]]:
     """All keys that count experts, in the model's config and in the copies in its modules."""
-    main = text_config(model)
-    seen = {id(main): main}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and type(config) is type(main):
-            seen.setdefault(id(config), config)
     found = {}
-    for config in seen.values():
+    for config in decoder_configs(model):
         for owner, name in count_keys(config, number):
             found[id(owner), name] = owner, name
     return list(found.values())

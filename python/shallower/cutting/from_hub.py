@@ -40,8 +40,8 @@ from ..texts.hub import (
 from ..texts.quiet import hushed
 from ..values.hashing import hash_of
 from ..values.memory import format_size
-from .checkpoint import Piece, PreparedCut
-from .checkpoint_files import INDEX_FILE, SINGLE_FILE, is_beside, stored_dtype
+from .checkpoint import PreparedCut
+from .checkpoint_files import INDEX_FILE, SINGLE_FILE, Piece, is_beside, stored_dtype
 from .source import MAX_CARRIED_BYTES, MODULES_FILE, hub_id, module_folders
 
 if TYPE_CHECKING:

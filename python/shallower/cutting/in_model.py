@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from ..models.architecture import (
     DecoderLayers,
+    decoder_configs,
     find_layers,
     layer_parts,
-    text_config,
     undo_rescaling,
 )
 from ..models.decoder import Decoder
@@ -177,15 +177,9 @@ def _cut_layers(model: PreTrainedModel, found: DecoderLayers, survivors: tuple[i
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    """The config of a model's decoder, with its copies in the modules."""
-    main = text_config(model)
-    seen = {id(main): main}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        is_new = type(config) is type(main) and id(config) not in seen
-        if is_new and layer_counts(config) == layer_counts(main):
-            seen[id(config)] = config
-    return list(seen.values())
+    """Those of :func:`decoder_configs` that count as many layers."""
+    main, *copies = decoder_configs(model)
+    return [main, *(one for one in copies if layer_counts(one) == layer_counts(main))]
 
 
 def _ties(module: nn.Module) -> dict[str, Any]:

@@ -12,24 +12,11 @@ from ..errors import ExpertsError, InMemoryOnlyError, ModelError
 from ..values.experts import DroppedExperts
 from ..values.layers import ranges
 from ..values.routing import Routing
+from .checkpoint_files import StoredTensor
 from .tensor_names import SINGLE_EXPERT, module_of
 
 _PACKED = ("I16", "I32", "I64", "U16", "U32", "U64")
 """Dtypes of quantised matrices whose axes are not those of the plain ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor in a layer of a checkpoint: its name there, dtype and shape."""
-
-    name: str
-    dtype: str
-    shape: Sequence[int]
-
-    @property
-    def outermost(self) -> int:
-        """The length of the first axis that is longer than one; 1 if none is."""
-        return next((size for size in self.shape if size != 1), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,36 +33,27 @@ class StoredLayer:
     whole: frozenset[str]
     heads: frozenset[str]
 
-    def is_stack(self, tensor: StoredTensor, num_experts: int) -> bool:
+    def is_stack(self, name: str, tensor: StoredTensor, *, num_experts: int) -> bool:
         """Whether a tensor has a part for every expert.
 
         ModelError: it may be one of the mixture's, and it is not known what it holds.
         """
-        length = self.stacks.get(tensor.name)
+        length = self.stacks.get(name)
         if length is not None:
-            return self._checked(tensor, (length,))
-        if tensor.name in self.whole:
+            return _checked(name, tensor, (length,))
+        if name in self.whole:
             return False
-        kin = self._kin(tensor.name)
+        kin = self._kin(name)
         if kin is not None and kin in self.stacks:
-            if tensor.outermost == 1:  # one scale for all
+            if _outermost(tensor.shape) == 1:  # one scale for all
                 return False
-            return self._checked(tensor, (num_experts, self.stacks[kin]))
-        if kin is None and tensor.name.partition(".")[0] in self.heads:
+            return _checked(name, tensor, (num_experts, self.stacks[kin]))
+        if kin is None and name.partition(".")[0] in self.heads:
             raise ModelError(
-                f"the tensor {tensor.name} beside the experts is none that transformers knows, and "
+                f"the tensor {name} beside the experts is none that transformers knows, and "
                 f"may hold a part for each of them: drop experts from a checkpoint without it"
             )
         return False
-
-    def _checked(self, tensor: StoredTensor, lengths: Iterable[int]) -> bool:
-        if tensor.outermost not in lengths or tensor.dtype in _PACKED:
-            raise ModelError(
-                f"the tensor {tensor.name} of {tensor.dtype} and shape {list(tensor.shape)} does "
-                f"not hold one expert's part after the other, as packed ones do not: drop experts "
-                f"from a checkpoint in a plain dtype"
-            )
-        return True
 
     def _kin(self, name: str) -> str | None:
         """The known tensor that one of a quantised checkpoint, such as its scales, goes with."""
@@ -88,6 +66,21 @@ class StoredLayer:
         alike = [k for k in known if module_of(k) == module_of(name)]
         kinds = {k in self.stacks for k in alike}
         return min(alike) if len(kinds) == 1 else None
+
+
+def _outermost(shape: Sequence[int]) -> int:
+    """The length of the first axis that is longer than one; 1 if none is."""
+    return next((size for size in shape if size != 1), 1)
+
+
+def _checked(name: str, tensor: StoredTensor, lengths: Iterable[int]) -> bool:
+    if _outermost(tensor.shape) not in lengths or tensor.dtype in _PACKED:
+        raise ModelError(
+            f"the tensor {name} of {tensor.dtype} and shape {tensor.shape} does not hold one "
+            f"expert's part after the other, as packed ones do not: drop experts from a checkpoint "
+            f"in a plain dtype"
+        )
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +126,14 @@ class Mixture:
 
 
 def find_stacks(
-    dropped: DroppedExperts, stored: Mapping[int, StoredLayer], layers: Sequence[list[StoredTensor]]
+    dropped: DroppedExperts,
+    stored: Mapping[int, StoredLayer],
+    layers: Sequence[Mapping[str, StoredTensor]],
 ) -> list[tuple[int, str]]:
     """Find the tensors that hold a part for every expert, as layers and names in them.
 
-    ``stored`` are the layers as stock loaders store them, ``layers`` those of the checkpoint.
+    ``stored`` are the layers as stock loaders store them, ``layers`` those of the checkpoint, by
+    the names of tensors in them.
     ModelError: the checkpoint lacks experts, or has tensors of which that is not known.
     """
     stacks = []
@@ -158,19 +154,19 @@ def find_stacks(
     return stacks
 
 
-def _single_experts(tensors: Iterable[StoredTensor]) -> set[int]:
+def _single_experts(names: Iterable[str]) -> set[int]:
     """The experts that have tensors of their own."""
-    matches = (SINGLE_EXPERT.search(tensor.name) for tensor in tensors)
+    matches = map(SINGLE_EXPERT.search, names)
     return {int(match[1]) for match in matches if match}
 
 
 def _stacks(
-    layer: int, stored: StoredLayer, tensors: Iterable[StoredTensor], *, num_experts: int
+    layer: int, stored: StoredLayer, tensors: Mapping[str, StoredTensor], *, num_experts: int
 ) -> list[str]:
     """The tensors of a layer that hold a part for every expert."""
-    rest = [tensor for tensor in tensors if not SINGLE_EXPERT.search(tensor.name)]
+    rest = [pair for pair in tensors.items() if not SINGLE_EXPERT.search(pair[0])]
     try:
-        return [one.name for one in rest if stored.is_stack(one, num_experts)]
+        return [pair[0] for pair in rest if stored.is_stack(*pair, num_experts=num_experts)]
     except ModelError as error:
         raise ModelError(f"layer {layer}: {error}") from error
 
@@ -191,17 +187,14 @@ def compare_stored(
         if fewer.get(name) == shape:
             whole.add(name)
             continue
-        tensor = StoredTensor(name, "", shape)
-        small = StoredTensor(name, "", fewer.get(name, ()))
-        axis = list(shape).index(tensor.outermost) if tensor.outermost > 1 else 0
-        if list(shape[axis + 1 :]) != list(small.shape[axis + 1 :]) or len(small.shape) != len(
-            shape
-        ):
+        small, length = fewer.get(name, ()), _outermost(shape)
+        axis = list(shape).index(length) if length > 1 else 0
+        if list(shape[axis + 1 :]) != list(small[axis + 1 :]) or len(small) != len(shape):
             raise InMemoryOnlyError(
                 f"the experts of {name} do not lie one after the other, which is cut in memory "
                 f"only: use prune, or load_model, drop_experts and save_model"
             )
-        stacks[name] = tensor.outermost
+        stacks[name] = length
         heads.add(head)
     return StoredLayer(stacks, frozenset(whole), frozenset(heads))
 

@@ -13,20 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .._core import Checkpoint
 from ..errors import ModelError, OutputError, raise_output_error, why
 from ..models.place import CONFIG_FILE, read_json
 from ..storage import check_room
-from .checkpoint_files import carried_files
+from .checkpoint_files import INDEX_FILE, SINGLE_FILE, StoredTensor, carried_files, stored_tensors
 
-INDEX_FILE = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
 BLOCK_BYTES = 16 << 20
 """Bytes that are copied or compared at once."""
 
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 Read = Callable[[int], bytearray]
@@ -40,20 +37,6 @@ Compare = Callable[[Read, Read], None]
 
 Report = Callable[[int], object]
 """Receives counts of bytes that were written or compared."""
-
-
-class StoredTensor(NamedTuple):
-    """A tensor of a checkpoint: its dtype in safetensors' words, and where its bytes are."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its values; only of floats of 16 to 64 bits."""
-        return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +63,10 @@ class StoredCheckpoint:
         that is in two files.
         """
         core = Checkpoint(folder)
-        listed = core.tensors()
+        tensors = stored_tensors(core)
         files = {name: core.resolve(name) for name in _weight_files(folder)}
-        name_of = {path: name for name, path in files.items()}
-        tensors = {
-            name: StoredTensor(dtype, tuple(shape), name_of[path], start)
-            for name, dtype, shape, path, start in listed
-        }
         beside = {**dict(carried_files(core)), CONFIG_FILE: core.resolve(CONFIG_FILE)}
-        if set(files) != {_SINGLE_FILE}:
+        if set(files) != {SINGLE_FILE}:
             beside[INDEX_FILE] = core.resolve(INDEX_FILE)
         return cls(folder, files, beside, tensors)
 
@@ -107,14 +85,14 @@ class StoredCheckpoint:
 
         The tensors of ``changed``, and "" for the rest.
         """
-        position = 0
-        inside = [(t.start, n) for n, t in self.tensors.items() if t.file == file and n in changed]
-        for start, name in sorted(inside):
+        position, path = 0, self.files[file]
+        places = ((one.piece, name) for name, one in self.tensors.items() if name in changed)
+        for (_, start, stop), name in sorted(one for one in places if one[0].path == path):
             if start > position:
                 yield position, start, ""
-            position = start + self.tensors[name].num_bytes
-            yield start, position, name
-        size = self.files[file].stat().st_size
+            yield start, stop, name
+            position = stop
+        size = path.stat().st_size
         if size > position:
             yield position, size, ""
 
@@ -195,8 +173,8 @@ def compare(
 
 def _weight_files(folder: Path) -> list[str]:
     """The names of the files that the core has found the weights in, and checked."""
-    if (folder / _SINGLE_FILE).exists():
-        return [_SINGLE_FILE]
+    if (folder / SINGLE_FILE).exists():
+        return [SINGLE_FILE]
     return sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
 
 

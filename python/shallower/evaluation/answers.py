@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import (
 from ..errors import ModelError, TextsError
 from ..memory.retry import Halving
 from ..memory.streaming import Forwards
-from ..models.architecture import evaluating
+from ..models.architecture import evaluating, swapped
 from ..models.decoder import Decoder
 from ..progress import Advance, part, track
 from ..texts.batches import Batch, padded
@@ -146,7 +145,8 @@ def write_answers(
     with (
         track(description, most, progress),
         evaluating(decoder.model),
-        _plain_settings(decoder.model),
+        # Settings of its own would change its probabilities.
+        swapped(decoder.model, generation_config=GenerationConfig()),
     ):
         size = AT_ONCE if batch_size == "auto" else batch_size
         size = size if size == 1 or _answers_together(decoder, prompts) else 1
@@ -205,16 +205,6 @@ def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     own: Any = getattr(model.generation_config, "eos_token_id", None)
     several = own if isinstance(own, list) else [own]
     return sorted({one for one in several if isinstance(one, int)} | ends_of_answers(tokenizer))
-
-
-@contextmanager
-def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model generate by no settings of its own, which change its probabilities."""
-    kept, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
 
 
 def _answers_together(decoder: Decoder, prompts: Sequence[NDArray[np.int64]]) -> bool:

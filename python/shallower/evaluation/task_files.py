@@ -61,9 +61,8 @@ def find_tasks(
     if len(set(names)) < len(names):
         raise TextsError(f"a task is named twice: {', '.join(names)}")
     there = data_folder(data)
-    folders = [OURS] if there is not None else []
+    folders = _folders(there, tasks_dir)
     if tasks_dir is not None:
-        folders.append(_folder(tasks_dir, "task files (tasks_dir, --tasks-dir)"))
         _require_yaml(folders[-1])
     manager: Any = TaskManager(include_path=list(folders), include_defaults=False)
     local = _Local(manager.task_index, there)
@@ -110,13 +109,10 @@ def files_of(
     None where a task is not from here, or has more than rows of JSON lines.
     """
     there = data_folder(data)
-    folders = [OURS] if there is not None else []
-    if tasks_dir is not None:
-        folders.append(_folder(tasks_dir, "task files (tasks_dir, --tasks-dir)"))
     found: dict[Path, None] = {}
     known: set[str] = set()
     wanted = set(names)
-    for folder in folders:
+    for folder in _folders(there, tasks_dir):
         for path in files_in(folder):
             found[path] = None
             content = None if path.suffix not in ("", ".yaml") else _content(path)
@@ -266,6 +262,14 @@ def _places(task_file: Path, data: Path | None) -> list[Path]:
     """Where the data of a task file may lie: ours have none beside them."""
     beside = [] if task_file.parent == OURS else [task_file.parent]
     return [*([] if data is None else [data]), *beside]
+
+
+def _folders(data: Path | None, tasks_dir: str | Path | None) -> list[Path]:
+    """The folders of task files: our own where there is data for them, and one that is named."""
+    own = [OURS] if data is not None else []
+    if tasks_dir is None:
+        return own
+    return [*own, _folder(tasks_dir, "task files (tasks_dir, --tasks-dir)")]
 
 
 def _folder(named: str | Path, what: str) -> Path:

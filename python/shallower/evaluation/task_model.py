@@ -17,7 +17,7 @@ from ..models.architecture import admitted_length, evaluating
 from ..models.decoder import Decoder
 from ..models.head import Head
 from ..progress import track
-from ..texts.batches import Batch
+from ..texts.batches import Batch, padded
 from ..values.counts import counted
 from ..values.tokens import BatchSize, Tokens
 from .loss import LOGITS_PER_CHUNK, fitting_tokens, logits_at
@@ -106,7 +106,8 @@ class TaskModel:
         model = self._decoder.model
         with track(self._description, len(requests), self._progress) as advance, evaluating(model):
             for start in range(0, len(distinct), texts):
-                batch = _batch(distinct, range(start, min(start + texts, len(distinct))))
+                places = range(start, min(start + texts, len(distinct)))
+                batch = padded([(place, np.array(distinct[place].ids, int)) for place in places])
                 for part, answers in halving.run(batch, lambda one: self._score(one, distinct)):
                     found |= answers
                     advance(sum(len(distinct[i].continuations) for i in part.samples))
@@ -334,14 +335,3 @@ def _before(until: Sequence[str], text: str) -> str:
     for one in until:
         text = text.split(one)[0] if one else text
     return text
-
-
-def _batch(sequences: Sequence[_Sequence], places: range) -> Batch:
-    """Some sequences, padded on the right."""
-    width = max(len(sequences[place].ids) for place in places)
-    ids = np.zeros((len(places), width), np.int64)
-    mask = np.zeros_like(ids)
-    for row, place in enumerate(places):
-        length = len(sequences[place].ids)
-        ids[row, :length], mask[row, :length] = sequences[place].ids, 1
-    return Batch(ids, mask, np.array(places))

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import TextsError
 from ..memory.rehearsal import build_empty
-from ..memory.streaming import Pass
+from ..memory.streaming import Pass, StreamPlan, plan_stream
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..patching.counts import PatchLayers
@@ -88,6 +88,21 @@ def lengths_of(tokenizer: Any, texts: Iterable[str], max_length: int) -> Lengths
     first = [len(one.ids) for one in tokenise(tokenizer, islice(texts, SAMPLED), max_length)]
     count = count_texts(texts)
     return np.array([*first, *[np.mean(first)] * (count - len(first))], np.float64)[:count]
+
+
+def plan_passes(
+    source: ModelSource, passes: Sequence[Pass], *, num_compared: float = 0
+) -> StreamPlan:
+    """Plan what passes over the layers of a model that are streamed read, at most, about.
+
+    Of ``num_compared`` tokens of a pass all states are kept. Raises FileNotFoundError where its
+    weights are not known here.
+    """
+    source = source.resolved()
+    files, dtype = source.weight_files, plain_dtype(source.dtype)
+    if not files:
+        raise FileNotFoundError("the weights are not known here")
+    return plan_stream(source.read_config(), files, dtype, passes=passes, num_compared=num_compared)
 
 
 def run(lengths: Any, layers: float, heads: float = 0, *, passes: float = 0) -> Work:

@@ -42,14 +42,14 @@ from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..values.tokens import Tokens
 from .bar import steps_bar
 from .checks import (
+    check_disk,
     check_original,
+    plan_of_cut,
     require_one_process,
     require_peft,
     require_plan_of,
     resolve,
 )
-from .cut import plan_of_cut
-from .disk import check_disk
 from .job import (
     TRAINING,
     Job,

@@ -78,13 +78,11 @@ class Search(Criterion):
     Attributes:
         strategy: a row of ``STRATEGIES``.
         judged: whether the set that was found is judged on all items, for the score of its plan.
-        nested: whether a search for more layers begins with that for fewer.
         alpha: of races, as for :func:`race`.
     """
 
     strategy: ClassVar[str] = "search"
     judged: ClassVar[bool] = True
-    nested: ClassVar[bool] = False
     alpha: ClassVar[float] = ALPHA
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,6 @@ class Took:
 
     layer_forwards: int = 0
     seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the work as plain JSON values."""
-        return {"layer_forwards": self.layer_forwards, "seconds": self.seconds}
 
 
 @contextmanager
@@ -70,7 +66,7 @@ def stored_costs(
             f"costs() to give Costs of as many"
         )
     if kept:
-        store.put("costs", inputs, {**recorded_costs(costs), **work.to_json()})
+        store.put("costs", inputs, {**recorded_costs(costs), **asdict(work)})
     return costs, work
 
 
@@ -96,7 +92,7 @@ def stored_choice(
             f"the criterion {criterion.name} drops {layer_count(len(plan.dropped))}: expected {n}"
         )
     if kept:
-        store.put("choice", inputs, {"plan": plan.to_json(), **work.to_json()})
+        store.put("choice", inputs, {"plan": plan.to_json(), **asdict(work)})
     return plan, work
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..cutting.in_model import without_layers
 from ..errors import CacheError, LayersError, ModelError, PlanError
 from ..memory.prefix_cache import Place, Prefixes
+from ..models.architecture import swapped
 from ..models.layerwise import Layerwise
 from ..values.layers import layer_count
 from ..values.plan import Gone, Plan, gone_by
@@ -156,11 +157,9 @@ class Trials:
     @contextmanager
     def counted(self) -> Iterator[Count]:
         """Count the layers of a search or a race, which is the body."""
-        before, self.count = self.count, Count(report=self.report)
-        try:
-            yield self.count
-        finally:
-            self.count = before
+        count = Count(report=self.report)
+        with swapped(self, count=count):
+            yield count
 
     def scores(self, cut: AnyCut, looks: int | None = None) -> Scores:
         """Judge a cut on the first ``looks`` batches or all; scores are NaN elsewhere.
@@ -206,7 +205,8 @@ class Trials:
 
     def looks_at(self, num_items: int) -> int:
         """Count the first batches that hold at least so many items; all if they hold fewer."""
-        return looks_at([len(items) for items in self.judge.items], num_items)
+        seen = list(accumulate(len(items) for items in self.judge.items))
+        return min(1 + bisect_left(seen, num_items), self.num_looks)
 
     def path(self, dropped: Iterable[int | tuple[int, int]]) -> tuple[int, ...]:
         """List the layers that a cut has left, ascending.
@@ -312,11 +312,6 @@ def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: st
 def trials_journal(judge: Judge, *, store: ResultStore, items: str) -> Journal | None:
     """Open the records of cuts of a model as they are, judged on some items."""
     return store.journal("trials", {"state": "cut", "items": items, **judge_inputs(judge)})
-
-
-def looks_at(looks: Sequence[int], num_items: int) -> int:
-    """Count the first of looks of so many items each that hold ``num_items``; all if fewer."""
-    return min(1 + bisect_left(list(accumulate(looks)), num_items), len(looks))
 
 
 def recall(journal: Journal | None, take: Callable[[dict[str, Any]], None], what: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..models.architecture import swapped
 from .device import available_bytes, device_room
 
 SHARE = 0.5
@@ -72,10 +73,6 @@ def limit(size: str | int | None) -> Iterator[None]:
 
     None changes nothing. ModelError for a size that is none.
     """
-    before = BUDGET.bound
-    if size is not None:
-        BUDGET.bound = device_room(size).size
-    try:
+    bound = BUDGET.bound if size is None else device_room(size).size
+    with swapped(BUDGET, bound=bound):
         yield
-    finally:
-        BUDGET.bound = before

@@ -5,7 +5,6 @@ for the choice that fits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -156,8 +155,7 @@ class ForwardStep:
         )
 
         def step() -> None:
-            with ExitStack() as stack:
-                stack.enter_context(evaluating(self._decoder.model))
+            with evaluating(self._decoder.model):
                 self._forward.run(self._decoder, batch)
 
         return self._rehearsal.run(step)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.saving import PROBE
@@ -42,17 +43,20 @@ def another_model(base: str, adapters: Path, healing: Healing) -> ModelError:
     )
 
 
-def with_adapters(model: PreTrainedModel, adapters: Path) -> Any:
-    """Load adapters around a cut as peft's model, for inference; or raise ModelError."""
+def with_adapters(model: PreTrainedModel, adapters: Path, **options: Any) -> Any:
+    """Load adapters around a cut as peft's model, for inference; or raise ModelError.
+
+    ``options`` are those of peft's ``from_pretrained``.
+    """
     from peft import PeftModel
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
-            return PeftModel.from_pretrained(model, str(adapters)).eval()
+            return PeftModel.from_pretrained(model, str(adapters), **options).eval()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ModelError(
             f"cannot load the adapters in {adapters}: {why(error, adapters)}"
         ) from error

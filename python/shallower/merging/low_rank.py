@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from ..cutting.rewriting import Read
 from ..errors import ModelError
+from ..models.architecture import swapped
 
 PANEL = 1 << 20
 """Values of a weight that are summed at once: 4 MiB in float32."""
@@ -25,14 +26,10 @@ def exact_products() -> Iterator[None]:
     cuda, cpu = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
     name, exact = ("fp32_precision", "ieee") if cpu else ("allow_tf32", False)  # torch 2.9
     backends = [backend for backend in (cuda, cpu) if backend]
-    before = [getattr(backend, name) for backend in backends]
-    try:
+    with ExitStack() as stack:
         for backend in backends:
-            setattr(backend, name, exact)
+            stack.enter_context(swapped(backend, **{name: exact}))
         yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, name, value)
 
 
 @exact_products()

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from ..cutting.checkpoint_files import is_checkpoint
-from ..cutting.rewriting import INDEX_FILE, StoredCheckpoint, compare, rewrite
+from ..cutting.checkpoint_files import INDEX_FILE, is_checkpoint
+from ..cutting.rewriting import StoredCheckpoint, compare, rewrite
 from ..errors import ModelError, why
 from ..evaluation.loss import evaluate_loss
 from ..memory.placement import place_for

@@ -3,7 +3,6 @@
 Transformers' own conversion runs backwards on valueless proxies, which track rows and columns.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,15 +12,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedModel, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..cutting.rewriting import StoredCheckpoint
-from ..errors import ModelError, why
+from ..errors import ModelError
 from ..models.loading import empty_model
 from .adapter_config import CONFIG_FILE, read_adapter_config
+from .in_memory import with_adapters
 from .low_rank import DTYPES, LowRank
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -89,21 +89,9 @@ class _Factors:
 @contextmanager
 def _adapted(model: PreTrainedModel, adapters: Path) -> Iterator[tuple[_Factors, Any]]:
     """The adapters' file, and peft's model without values, of which the structure counts."""
-    from peft import PeftModel
-
     path = adapters / WEIGHTS_FILE
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
-            built = PeftModel.from_pretrained(
-                model, str(adapters), low_cpu_mem_usage=True, torch_device="cpu"
-            )
-        opened = safe_open(path, framework="pt")
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise ModelError(
-            f"cannot load the adapters in {adapters}: {why(error, adapters)}"
-        ) from error
-    with opened as file:
+    built = with_adapters(model, adapters, low_cpu_mem_usage=True, torch_device="cpu")
+    with safe_open(path, framework="pt") as file:
         yield _Factors(path, file, set(file.keys()), set()), built
 
 
@@ -189,7 +177,7 @@ class _Layout:
         return (
             tensor is not None
             and tensor.dtype in DTYPES
-            and tensor.shape == tuple(piece.shape)
+            and tensor.shape == list(piece.shape)
             and piece.is_matrix
         )
 

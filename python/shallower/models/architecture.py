@@ -50,6 +50,14 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def decoder_configs(model: nn.Module) -> list[Any]:
+    """The config of a model's decoder, and its copies in the modules; ModelError for none."""
+    main = text_config(model)
+    configs = (getattr(module, "config", None) for module in model.modules())
+    found = {id(one): one for one in (main, *configs) if type(one) is type(main)}
+    return list(found.values())
+
+
 def find_layers(model: nn.Module) -> DecoderLayers:
     """Find the list of decoder layers, with weights or on the meta device.
 
@@ -247,6 +255,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def swapped(owner: Any, **values: Any) -> Iterator[None]:
+    """Give attributes of an object other values inside the ``with`` statement."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def learned_positions(runner: nn.Module, config: Any) -> int | None:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .architecture import swapped
+
 ROW_BYTES = 1 << 13
 """Rows are dequantised together until they have as many bytes."""
 
@@ -32,21 +34,17 @@ def faster_gguf() -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader
 
-    with _LOCK:
-        replacements: dict[tuple[Any, str], Any] = {
-            (gguf, "GGUFReader"): cache(_reader_class()),
-            (gguf, "get_tensor_name_map"): cache(gguf.get_tensor_name_map),
-            (gguf, "dequantize"): _by_long_rows(gguf.dequantize),
-            (loader, "tqdm"): lambda tensors, **_: tensors,
-        }
-        before = {place: getattr(*place) for place in replacements}
-        try:
-            for place, value in replacements.items():
-                setattr(*place, value)
-            yield
-        finally:
-            for place, value in before.items():
-                setattr(*place, value)
+    with (
+        _LOCK,
+        swapped(
+            gguf,
+            GGUFReader=cache(_reader_class()),
+            get_tensor_name_map=cache(gguf.get_tensor_name_map),
+            dequantize=_by_long_rows(gguf.dequantize),
+        ),
+        swapped(loader, tqdm=lambda tensors, **_: tensors),
+    ):
+        yield
 
 
 def layer_bytes(file: Path, num_layers: int) -> int:

@@ -5,7 +5,7 @@ Transformers loads all else, by processors of tensors or, for newer architecture
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
+from .architecture import swapped
 from .stored_layers import Converted, LayerWeights, Place
 
 
@@ -31,25 +32,20 @@ def layers_in_file() -> Iterator[LayerWeights]:
 
     Within :func:`faster_gguf`, which lets in one thread at a time.
     """
-    weights, stock, handles = LayerWeights(), GgufHfQuantizer.get_state_dict, []
+    weights = LayerWeights()
 
     def get_state_dict(quantizer: Any, file: str, model: PreTrainedModel) -> dict[str, Any]:
         rules = (_Converted if quantizer.supported else _Processed)(quantizer, file, model)
         taken = weights.take(model, rules)
-        handles.append(model.register_state_dict_post_hook(drop))  # else they count as missing
+        hooks.callback(model.register_state_dict_post_hook(drop).remove)  # else they are missing
         return rules.state_dict(name for name in rules.tensors if name not in taken)
 
     def drop(_model: Any, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
         for name in weights:
             state.pop(name, None)
 
-    setattr(GgufHfQuantizer, "get_state_dict", get_state_dict)  # noqa: B010
-    try:
+    with swapped(GgufHfQuantizer, get_state_dict=get_state_dict), ExitStack() as hooks:
         yield weights
-    finally:
-        setattr(GgufHfQuantizer, "get_state_dict", stock)  # noqa: B010
-        for handle in handles:
-            handle.remove()
 
 
 class _InGguf:

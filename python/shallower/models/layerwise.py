@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..texts.batches import Batch
-from .architecture import evaluating
+from .architecture import evaluating, swapped
 from .decoder import Decoder
 from .head import Head, one_of_each, replaced
 from .offload import is_offloaded, read_to_cpu, reading_of, stored_bytes
@@ -33,15 +33,16 @@ class _Reached(Exception):  # noqa: N818 - no error
 
 
 @contextmanager
-def _requiring_grad(weights: Sequence[torch.Tensor]) -> Iterator[None]:
-    frozen = [weight for weight in weights if not weight.requires_grad]
+def _requiring_grad(weights: Iterable[torch.Tensor], wanted: bool) -> Iterator[None]:
+    """Let weights require gradients in the body, or not."""
+    others = [weight for weight in weights if weight.requires_grad != wanted]
     try:
-        for weight in frozen:
-            weight.requires_grad_(True)
+        for weight in others:
+            weight.requires_grad_(wanted)
         yield
     finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
+        for weight in others:
+            weight.requires_grad_(not wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Trace:
         From (B, T, D) gradients in the states behind the layer to those in the states before it,
         and those in the weights, None for one that has no part in the states.
         """
-        with _requiring_grad(self.weights):
+        with _requiring_grad(self.weights, True):
             before, *found = torch.autograd.grad(
                 self.output,
                 [self.given, *self.weights],
@@ -136,7 +137,7 @@ class Layerwise:
     ) -> "Trace":
         """Run a layer from (B, T, D) states, with its graph to some weights, frozen or not."""
         given = states.clone().requires_grad_()
-        with _requiring_grad(weights):
+        with _requiring_grad(weights, True):
             return Trace(given, self.differentiable(batch, given, layer), weights)
 
     def passes(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -261,7 +262,8 @@ class Layerwise:
             for index, module in enumerate(self.modules):
                 stack.enter_context(replaced(module, stand_in(index)))
             stack.enter_context(self.evaluating())
-            stack.enter_context(_frozen(self._model))
+            weights = (one for one in self._model.parameters() if not one.is_inference())
+            stack.enter_context(_requiring_grad(weights, False))
             stack.enter_context(self.alone())
             self._runner(**self._probed(), use_cache=False)
         if len(made) < len(self):
@@ -335,12 +337,8 @@ class Layerwise:
         if self._is_evaluating:
             yield
             return
-        with evaluating(self._model):
-            self._is_evaluating = True
-            try:
-                yield
-            finally:
-                self._is_evaluating = False
+        with evaluating(self._model), swapped(self, _is_evaluating=True):
+            yield
 
     def _replacement(
         self,
@@ -381,29 +379,15 @@ class Layerwise:
 
             return note
 
-        handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(self.modules)]
-        try:
+        with ExitStack() as stack:
+            for index, module in enumerate(self.modules):
+                stack.enter_context(module.register_forward_hook(hook(index)))
             with evaluating(self._model), one_of_each(self.head.decoder.layers):
                 self._runner(**self._probed(), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _probed(self) -> dict[str, torch.Tensor]:
         """The inputs of a short forward."""
         return {"input_ids": torch.zeros((1, 2), dtype=torch.long, device=self._device)}
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    free = [one for one in model.parameters() if one.requires_grad and not one.is_inference()]
-    try:
-        for weight in free:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in free:
-            weight.requires_grad_(True)
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

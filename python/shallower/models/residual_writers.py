@@ -4,8 +4,7 @@ They are the last matrices of attention and feed-forward (``o_proj`` and ``down_
 What is added to a candidate's output must appear in the layer's, times one number.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,12 +107,10 @@ def _order(
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in found.items()]
-    try:
+    with ExitStack() as stack:
+        for name, module in found.items():
+            stack.enter_context(module.register_forward_hook(note(name)))
         model.run(batch, states, (layer,))
-    finally:
-        for handle in handles:
-            handle.remove()
     return [name for name in ran if ran.count(name) == 1]
 
 
@@ -129,22 +126,6 @@ def _scale(
 
     The output of ``silent`` is taken as zero.
     """
-    ratio = _ratio(model, layer, batch, states, module, silent)
-    scale, deviation = ratio.tolist()
-    if abs(scale) < TOLERANCE or not deviation <= 4 * TOLERANCE * abs(scale):
-        return None
-    return 1.0 if abs(scale - 1.0) < TOLERANCE else scale
-
-
-def _ratio(
-    model: Layerwise,
-    layer: int,
-    batch: Batch,
-    states: torch.Tensor,
-    module: nn.Module,
-    silent: nn.Module | None = None,
-) -> torch.Tensor:
-    """(2,): the mean factor of a module's output in the stream, and the greatest deviation."""
     with _output(silent, torch.zeros_like):
         before = model.run(batch, states, (layer,)).float()
         signs = torch.rand(before.shape, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -154,16 +135,14 @@ def _ratio(
     # Every element counts alike, however massive its channel.
     ratio = token_rows(batch, after - before) / token_rows(batch, probe)
     mean = ratio.mean()
-    return torch.stack([mean, (ratio - mean).abs().max()])
+    scale, deviation = torch.stack([mean, (ratio - mean).abs().max()]).tolist()
+    if abs(scale) < TOLERANCE or not deviation <= 4 * TOLERANCE * abs(scale):
+        return None
+    return 1.0 if abs(scale - 1.0) < TOLERANCE else float(scale)
 
 
-@contextmanager
-def _output(module: nn.Module | None, change: Any) -> Iterator[None]:
+def _output(module: nn.Module | None, change: Any) -> AbstractContextManager[object]:
+    """Change what a module gives while the body runs; nothing without one."""
     if module is None:
-        yield
-        return
-    handle = module.register_forward_hook(lambda _module, _args, output: change(output))
-    try:
-        yield
-    finally:
-        handle.remove()
+        return nullcontext()
+    return module.register_forward_hook(lambda _module, _args, output: change(output))

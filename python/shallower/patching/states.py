@@ -1,7 +1,7 @@
 """The texts of a patch as batches, the states of two models on them, and what one misses."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,12 +217,10 @@ def _inputs(modules: Sequence[nn.Module]) -> Iterator[Callable[[], list[torch.Te
 
         return hook
 
-    handles = [m.register_forward_pre_hook(keep(place)) for place, m in enumerate(modules)]
-    try:
+    with ExitStack() as stack:
+        for place, module in enumerate(modules):
+            stack.enter_context(module.register_forward_pre_hook(keep(place)))
         yield lambda: [taken[place] for place in range(len(modules))]
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def no_layer_before(block: Block) -> PatchError:

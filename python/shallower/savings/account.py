@@ -180,7 +180,7 @@ class Recorder(TorchDispatchMode):
                 size = size * min(len(value), len(given[0])) // len(value)
             operation.read += size
         for value in made:
-            operation.written += _nbytes(value)
+            operation.written += value.nbytes
             self._keep(value, None)
 
     def _between(
@@ -200,7 +200,7 @@ class Recorder(TorchDispatchMode):
         stretch = self._stretch
         stretch.operation.launches += 1
         for place, value in enumerate(given):
-            limit = _nbytes(made[0]) if name in _PICKING and place == 0 else None
+            limit = made[0].nbytes if name in _PICKING and place == 0 else None
             self._enter(stretch, value, limit)
         for value in made:
             key = storage_key(value)
@@ -209,7 +209,7 @@ class Recorder(TorchDispatchMode):
                 distinct = self._distinct(given[0]) if name in _COPYING and given else None
                 self._keep(value, stretch.operation, distinct)
             elif key not in stretch.made:  # in place
-                stretch.operation.written += _nbytes(value)
+                stretch.operation.written += value.nbytes
                 stretch.made.add(key)
 
     def _enter(self, stretch: _Stretch, value: torch.Tensor, limit: int | None) -> None:
@@ -249,7 +249,7 @@ class Recorder(TorchDispatchMode):
         self, value: torch.Tensor, origin: Operation | None, distinct: int | None = None
     ) -> _Stored:
         storage, key = value.untyped_storage(), storage_key(value)
-        whole = storage.nbytes() if origin is None else _nbytes(value)
+        whole = storage.nbytes() if origin is None else value.nbytes
         size = whole if distinct is None else min(whole, distinct)
         stored = _Stored(storage, origin, size, self._scales.get(key, 1.0))
         self._stored[key] = stored
@@ -258,14 +258,14 @@ class Recorder(TorchDispatchMode):
     def _pick(self, weight: torch.Tensor, picked: torch.Tensor) -> None:
         """Rows of a weight are read where they are used: an embedding, the matrices of experts."""
         stored = self._keep(picked, None)
-        stored.distinct = min(_nbytes(picked), _nbytes(weight))
+        stored.distinct = min(picked.nbytes, weight.nbytes)
 
     def _append(self, given: Sequence[torch.Tensor], longer: torch.Tensor) -> None:
         """New keys or values are written behind those of a cache."""
         operation = Operation(launches=1, layer=self._layer)
         self.operations.append(operation)
         operation.read = sum(self._read(value) for value in given[1:])
-        operation.written = sum(_nbytes(value) for value in given[1:])
+        operation.written = sum(value.nbytes for value in given[1:])
         self._keep(longer, None)
         self._stretch = None
 
@@ -463,7 +463,7 @@ class _Counting:
         count = len(self._of_layers)
         layers = getattr(cache, "layers", ())
         if len(layers) == count:
-            return tuple(sum(map(_nbytes, _in(layer))) for layer in layers)
+            return tuple(sum(value.nbytes for value in _in(layer)) for layer in layers)
         return (_sizes(cache) // count,) * count
 
 
@@ -488,8 +488,4 @@ def _tensors(cache: Any) -> Iterator[torch.Tensor]:
 
 
 def _sizes(cache: Any) -> int:
-    return sum(map(_nbytes, _tensors(cache)))
-
-
-def _nbytes(value: torch.Tensor) -> int:
-    return value.numel() * value.element_size()
+    return sum(value.nbytes for value in _tensors(cache))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..cutting.source import CARD_FILE
 from ..errors import OutputError, raise_output_error
+from ..merging.adapter_config import CONFIG_FILE as ADAPTERS_FILE
 from ..models.dtypes import QUANTISED
 from ..models.source import ModelSource
 from ..processes import held
@@ -23,7 +24,6 @@ from ..values.hashing import hash_of
 from ..values.provenance import versions
 from ..values.tokens import Tokens
 from .records import (
-    ADAPTERS_FILE,
     MODELS,
     OTHER,
     TEXTS,

@@ -19,18 +19,10 @@ from ..storage import sha256_of
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from .inputs import inputs_of, model_inputs
-from .store import Store
+from .store import Entry, Store
 
 SMALL_BYTES = 16 << 20
 """Files up to this size are known by their content."""
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What a command printed before, and when, in ISO 8601."""
-
-    value: dict[str, Any]
-    made: str
 
 
 @dataclass
@@ -52,14 +44,14 @@ class Output:
     inputs: Callable[[], Mapping[str, Any] | None]
     names: tuple[str, ...] | None = None
 
-    def find(self) -> Known | None:
-        """Look for what this command left here before; None if it must be carried out."""
+    def find(self) -> Entry | None:
+        """Look for what this command printed, as what it left is here; None to carry it out."""
         entry = self.store.find("output", self._place)
         if entry is None or not self._is_intact(entry.value) or self._job is None:
             return None
         if entry.value.get("job") != self._job:
             return None
-        return Known(entry.value["value"], entry.made)
+        return Entry(entry.value["value"], entry.made)
 
     def keep(self, value: dict[str, Any]) -> dict[str, Any]:
         """Remember what was just left here, and ``value``, which cannot be read from the files."""

@@ -21,13 +21,15 @@ from typing import Any
 from ..cutting.checkpoint_files import TEMPLATES_FOLDER
 from ..cutting.metadata import without_results
 from ..cutting.source import CARD_FILE, hub_id, module_folders
-from ..errors import ProcessesError, ShallowerError
+from ..errors import ModelError, ProcessesError, ShallowerError
+from ..merging.adapter_config import CONFIG_FILE as ADAPTERS_FILE
+from ..merging.adapter_config import remembered_base
+from ..models.place import of_hub
 from ..models.source import ModelSource
 from ..processes import asked_threads, first_processor, processors
 from ..progress import track
 from ..storage import RECORD, RESULT_RECORD, sha256_of
 from ..texts.hub import hub_absence, hub_files
-from ..texts.quiet import hushed
 from ..texts.sources import Texts
 from ..values.hashing import hash_of
 from ..values.provenance import versions
@@ -203,12 +205,6 @@ def inputs_of(
     return {**found, **settings}
 
 
-def base_of(adapters: Path) -> str:
-    """The cut that adapters name; OSError, ValueError, KeyError or TypeError where they do not."""
-    config = json.loads((adapters / "adapter_config.json").read_bytes())
-    return str(config["base_model_name_or_path"])
-
-
 def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str, Any] | None:
     """Identify adapters by their files and their cut, ``model`` or the one that they name.
 
@@ -217,9 +213,9 @@ def adapters_inputs(adapters: Path, model: str | None, store: Store) -> dict[str
     if store.folder is None:
         return None
     try:
-        base = model or base_of(adapters)
+        base = model or remembered_base(adapters)
         own = hash_of_files(sorted(p for p in adapters.iterdir() if p.is_file()), store)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, RecursionError, ShallowerError):
         return None  # damaged: loading them says so
     cut = model_inputs(ModelSource(base), store)
     return None if cut is None else {"adapters": own, "cut": cut}
@@ -411,7 +407,7 @@ def _files_in(folder: Path) -> list[Path]:
 def _reaches_elsewhere(files: list[Path]) -> bool:
     """True if a model is also made of what lies in other folders or repositories."""
     for file in files:
-        if file.name == "adapter_config.json":
+        if file.name == ADAPTERS_FILE:
             return True
         if file.name in ("config.json", "tokenizer_config.json"):
             homes = json.dumps(json.loads(file.read_bytes()).get("auto_map") or {})
@@ -438,15 +434,10 @@ def _hub_file(source: ModelSource) -> Path | None:
     name = str(source.path)
     if hub_id(name) is None or Path(name).expanduser().exists():
         return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    is_absent = hub_absence() is not None
     try:
-        with track(f"ask the hub for {name}"), hushed():
-            return Path(hf_hub_download(name, _wanted(source), local_files_only=is_absent))
-    except HfHubHTTPError:
-        return None
+        return of_hub(name, _wanted(source))
+    except ModelError:
+        return None  # loading it says why
 
 
 def _wanted(source: ModelSource) -> str:

@@ -18,6 +18,7 @@ from ..cutting.metadata import without_results
 from ..cutting.plans import plan_file
 from ..cutting.source import CARD_FILE, HUB_ID, hub_id, module_folders, place_name
 from ..errors import OutputError, raise_output_error, why
+from ..merging.adapter_config import remembered_base
 from ..models.source import ModelSource
 from ..processes import first_processor, num_processes, processors
 from ..storage import RECORD, RESULT_RECORD, foreign, sha256_of, write_file
@@ -37,7 +38,6 @@ from ..values.hashing import hash_of
 from ..values.provenance import versions
 from ..values.schema import fields_of, of_type, plain_fields
 from .inputs import (
-    base_of,
     hash_of_card,
     hashes_of,
     machine,
@@ -213,8 +213,6 @@ def changed(expected: Mapping[str, str], found: Mapping[str, str]) -> dict[str, 
     }
 
 
-ADAPTERS_FILE = "adapter_config.json"
-
 _BESIDE = (*EXPORT_FILES, PLAN_FILE)
 _PARTS = (CHECKPOINT_FOLDER, HEALED_FOLDER)
 
@@ -263,7 +261,7 @@ def record_of(command: str, call: str, given: Mapping[str, Any], *, store: Store
     """
     out = Path(given["out"])
     if command == "merge" and not given.get("model"):
-        given = {**given, "model": base_of(Path(given["adapters"]))}
+        given = {**given, "model": remembered_base(Path(given["adapters"]))}
     plans = {name: text for name in PLANS if (text := _plan(name, given.get(name))) is not None}
     reads = {
         name: read_of(name, str(given[name]), command, given=given, store=store)

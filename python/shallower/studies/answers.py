@@ -172,13 +172,7 @@ class WantedAnswers:
     def inputs(self) -> dict[str, Any]:
         """All that they depend on beside the model and the texts."""
         prompts = None if self.prompts is None else prompts_fingerprint(self.prompts)
-        return {
-            "prompts": prompts,
-            "count": self.count,
-            "num_tokens": self.num_tokens,
-            "seed": self.seed,
-            "chats_only": self.chats_only,
-        }
+        return {**asdict(replace(self, prompts=None)), "prompts": prompts}
 
     def within(self, num_tokens: float) -> "WantedAnswers":
         """The same to fewer prompts, unless asked for: of an eighth of so many tokens of texts."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,13 +159,8 @@ class CurveStudy(Study[CurveSettings]):
 
     def units(self) -> list[Unit]:
         """List the points, the whole model first."""
-        settings = self.settings
-        wanted = [
-            (s, n, name)
-            for s in settings.states
-            for n in settings.n
-            for name in settings.strategies
-        ]
+        of = self.settings
+        wanted = product(of.states, of.n, of.strategies)
         return [self.unit("whole", 0, "cut"), *(self.unit(name, n, s) for s, n, name in wanted)]
 
     def shared_settings(self) -> CurveSettings:

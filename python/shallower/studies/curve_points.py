@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.criteria import criteria
-from ..judgement.criterion import Criterion
+from ..judgement.criterion import Criterion, has_costs
 from ..judgement.stored_costs import stored_choice, stored_costs
 from ..judgement.trials import ResultStore, judge_inputs
 from ..progress import stage
@@ -85,13 +85,7 @@ class CurvePoints:
         if self._study.model.waits_on_disk:
             with stage("judge all cuts together"):
                 self._judge_together()
-        wanted = [
-            (s, n, name)
-            for s in settings.states
-            for n in settings.n
-            for name in settings.strategies
-        ]
-        for state, n, strategy in wanted:
+        for state, n, strategy in product(settings.states, settings.n, settings.strategies):
             if state == settings.states[0]:
                 with stage(f"choose {layer_count(n)} by {strategy}", f"choose by {strategy}"):
                     self._plan(strategy, n)
@@ -254,7 +248,7 @@ class CurvePoints:
             "seed": subject.seed,
             **judge_inputs(subject.trials.judge),
         }
-        if type(criterion).costs is not Criterion.costs:
+        if has_costs(criterion):
             stored_costs(criterion, subject, self._store, inputs=inputs)
         return stored_choice(criterion, subject, n, store=self._store, inputs=inputs)[0]
 

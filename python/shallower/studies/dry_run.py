@@ -14,7 +14,6 @@ import numpy as np
 from ..evaluation.speech import SPEECH_TOKENS
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
 from ..forecasts.speed import Work, device_of, told
-from ..forecasts.stream_plans import plan_passes
 from ..forecasts.work import (
     CHECKED,
     QUICK_SOLVES,
@@ -22,6 +21,7 @@ from ..forecasts.work import (
     forecast,
     middle,
     patched,
+    plan_passes,
     run,
     solved,
     spoken,

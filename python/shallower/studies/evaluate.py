@@ -254,8 +254,7 @@ class EvalJob:
 
     def _stream(self) -> "dict[str, StreamPlan | str]":
         """Plan what speech reads where layers are streamed from disk, at most; else nothing."""
-        from ..forecasts.stream_plans import plan_passes
-        from ..forecasts.work import CHECKED
+        from ..forecasts.work import CHECKED, plan_passes
 
         speech = [one for one in self.measures if isinstance(one, SpeechOnPrompts)]
         if not speech or not self.source.waits_on_disk:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.plan import Gone, Plan, gone_by, key_of
 from ..values.recipe import Recipe
-from ..values.schema import plain_fields
+from ..values.schema import plain_fields, read
 from ..values.scores import Scores
 from ..values.settings import CurveSettings
 from ..values.speech import Speech
@@ -71,13 +71,6 @@ class Measured:
     def to_record(self) -> dict[str, Any]:
         """Give the values from which it can be read again, as JSON has them."""
         return plain_fields(self, "to_record")
-
-    @classmethod
-    def from_json(cls, data: Any) -> "Measured":
-        """Read what :meth:`to_record` gave; raises KeyError, TypeError or ValueError."""
-        tasks = tuple(map(TaskScores.from_json, data["tasks"]))
-        speech = data["speech"] and Speech.from_json(data["speech"])
-        return cls(Loss.from_json(data["loss"]), tasks, float(data["seconds"]), speech or None)
 
 
 class Measuring:
@@ -237,7 +230,7 @@ class Measuring:
             if known and "why" in known:
                 raise PatchError(str(known["why"]))
             if known:
-                found = recalled(Measured.from_json, known, "a measurement")
+                found = recalled(partial(read, Measured), known, "a measurement")
             else:
                 started = clock()
                 try:

@@ -47,6 +47,7 @@ from ..values.files import (
 from ..values.patch import Patch
 from ..values.plan import Plan
 from ..values.recommendation import Recommended
+from ..values.scores import Difference
 from ..values.settings import RunSettings
 from .answers import WantedAnswers
 from .measuring import Measuring
@@ -345,9 +346,15 @@ class Recommending:
         write_file(place, (json.dumps(found.to_json(), indent=1) + "\n").encode())
 
     def _saved(self, results: Run, plan: Plan, done: Patch | None) -> Run | None:
-        """Save the model as it is now, and reload it by stock transformers."""
+        """Save the model as it is now, and reload it; None if it loses more than allowed."""
         with stage("save and compare"):
-            return self._saved_now(results, plan, done) if self._is_wanted() else None
+            most = self._target.max_loss
+            if most is not None:
+                self._kept = kept = self._lost_now()
+                error = kept.stderr if math.isfinite(kept.stderr) else 0.0
+                if not kept.mean + error <= most:
+                    return None
+            return self._saved_now(results, plan, done)
 
     def _saved_now(self, results: Run, plan: Plan, done: Patch | None) -> Run:
         folder, recommended = self._out / CHECKPOINT_FOLDER, results.recommended
@@ -381,15 +388,10 @@ class Recommending:
         marks = {**results.marks, "checkpoint": weights_mark(folder)}
         return replace(results, difference=difference, marks=marks)
 
-    def _is_wanted(self) -> bool:
-        """Whether the model as it is now loses no more than the target allows, if it says so."""
-        most = self._target.max_loss
-        if most is None:
-            return True
+    def _lost_now(self) -> Difference:
+        """Compare the model as it is now with the whole one, on the selection texts."""
         verifier = self._plans.verifier
         judge = verifier.trials.judge
         assert isinstance(judge, LossJudge)
         now, _ = scores_by_forwards(Decoder.of(self._model), judge, progress=False)
-        self._kept = now.minus(verifier.scores((), after="none"))
-        error = self._kept.stderr if math.isfinite(self._kept.stderr) else 0.0
-        return self._kept.mean + error <= most
+        return now.minus(verifier.scores((), after="none"))

@@ -15,9 +15,9 @@ from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan, deciding
 from ..scanning.settling import JUDGED
 from ..storage import check_apart, check_free, check_room, claimed
-from ..store.done import Known, Output
+from ..store.done import Output
 from ..store.inputs import inputs_of, job_of, model_content, texts_content
-from ..store.store import Store
+from ..store.store import Entry, Store
 from ..texts.sources import Texts, place_of_texts
 from ..values.estimates import Time
 from ..values.files import HEAT_MAP_FILE, PARTIAL_FILE, SCAN_FILE, SMALL
@@ -61,7 +61,7 @@ class ScanJob(ScanSettings):
     device_memory: str | None = None
     store: Store = field(default_factory=lambda: Store(None))
     shard: Shard | None = None
-    known: Known | None = field(init=False, default=None)
+    known: Entry | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,8 +146,7 @@ class ScanJob(ScanSettings):
 
     def _planned(self) -> "StreamPlan":
         """What is read from disk, at most; raises what no plan can be made of."""
-        from ..forecasts.stream_plans import plan_passes
-        from ..forecasts.work import count_texts
+        from ..forecasts.work import count_texts, plan_passes
 
         length, count = self.tokens.max_length, count_texts(self.texts)
         texts = count if self.until is None else min(count, JUDGED)

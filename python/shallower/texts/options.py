@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TypeGuard
 
@@ -33,8 +32,8 @@ class OptionItem:
     line: int = field(default=0, compare=False)
 
 
-def read_options(source: str | Path, limit: int | None = None) -> list[OptionItem]:
-    """Read a file of items, a JSON object a line; the first ``limit`` only.
+def read_options(source: str | Path) -> list[OptionItem]:
+    """Read a file of items, a JSON object a line.
 
     The fields are ``context`` (also called ``query`` or ``question``), a string; ``options``
     (also called ``choices``), a list of strings; and ``answer``, the index of the right option,
@@ -42,12 +41,10 @@ def read_options(source: str | Path, limit: int | None = None) -> list[OptionIte
 
     Raises TextsError, which names the line, where there is no file, no item, or what is none.
     """
-    if limit is not None and limit < 1:
-        raise TextsError(f"the number of items must be at least 1, got {limit}")
     path, _, is_file = looked_up(source, "options")
     if not is_file:
         raise TextsError(f"there is no file of options {source}")
-    records = islice(numbered_records(path, str(source)), limit)
+    records = numbered_records(path, str(source))
     items = [_item(record, number, f"{source}, line {number}") for number, record in records]
     if not items:
         raise TextsError(

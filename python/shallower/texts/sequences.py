@@ -7,7 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from itertools import chain, count, islice
 from operator import length_hint
 from typing import TYPE_CHECKING
 
@@ -134,7 +134,7 @@ def read_samples(
             )
         rows = _packed(batches, end, max_length, wanted)
     else:
-        rows = _truncated(batches, wanted)
+        rows = [ids.astype(np.uint32) for ids in islice(batches.token_ids(), wanted)]
     if len(rows) < least:
         raise _too_few(batches, len(rows), least, max_length if packing else None)
     samples = Samples(
@@ -170,15 +170,6 @@ def _packed(
     stream = np.concatenate([*parts, *rests]) if parts or rests else np.empty(0, np.uint32)
     whole = min(len(stream) // max_length, num_samples - len(rows))
     return [*rows, *stream[: whole * max_length].reshape(whole, max_length)]
-
-
-def _truncated(batches: TokenBatches, num_samples: int) -> list[NDArray[np.uint32]]:
-    rows: list[NDArray[np.uint32]] = []
-    for ids in batches.token_ids():
-        rows.append(ids.astype(np.uint32))
-        if len(rows) == num_samples:
-            break
-    return rows
 
 
 def _too_few(batches: TokenBatches, number: int, least: int, packed_to: int | None) -> TextsError:

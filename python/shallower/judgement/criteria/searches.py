@@ -9,7 +9,7 @@ from ...values.costs import Costs
 from ..criterion import Criterion, Search
 from ..racing import race
 from ..subject import Subject
-from ..trials import Trials, looks_at
+from ..trials import Trials
 
 Cut = frozenset[int]
 
@@ -78,7 +78,7 @@ class MaskRegression(Criterion):
         gone = draw_masks(subject.num_layers, subject.seed)
         cuts = [tuple(int(layer) for layer in np.flatnonzero(mask)) for mask in gone]
         scores = np.empty(len(cuts))
-        enough = looks_at([len(part) for part in trials.judge.items], ITEMS)
+        enough = trials.looks_at(ITEMS)
         trials.judge_together(cuts, enough)
         for index in sorted(range(len(cuts)), key=lambda index: trials.path(cuts[index])):
             scores[index] = trials.scores(cuts[index], looks=enough).mean
@@ -96,7 +96,6 @@ class Greedy(Search):
     name = "greedy"
     summary = "One layer after the other, each the one whose removal costs the judge least."
     cost = "At most about n L²/2 layers a text, raced; the states of the paths that were tried."
-    nested = True
 
     def search(self, subject: Subject, n: int) -> list[int]:
         gone: list[int] = []

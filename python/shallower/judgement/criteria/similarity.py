@@ -228,8 +228,5 @@ def _watched(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
     if module is None:
         yield taken
         return
-    handle = module.register_forward_pre_hook(keep)
-    try:
+    with module.register_forward_pre_hook(keep):
         yield taken
-    finally:
-        handle.remove()
