@@ -146,7 +146,7 @@ def plan(recipe, work):
         if "{data}" in command and "SHALLOWER_DATA" not in os.environ:
             print(f"{recipe.name}: {words[0]} waits for {recipe.waits(command)}", flush=True)
             continue
-        if words[0] == "plan" or "--experts-plan" in words:  # of what is not there yet
+        if words[0] == "plan" or "--drop-experts" in words:  # of what is not there yet
             continue
         words = [str(folder or words[1]) if word in made[:-1] else word for word in words]
         if recipe.config and words[0] == "run":  # of which its patch takes the most

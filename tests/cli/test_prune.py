@@ -160,10 +160,11 @@ def test_prune_drops_experts(shallower, folder, mixed):
     (folder / "experts.txt").write_text(lines, encoding="utf-8-sig")
     for options in (
         ["--drop-experts", "experts.txt"],
-        ["--experts-plan", "cut"],
+        ["--drop-experts", "cut"],
+        ["--drop-experts", "cut/shallower_plan.json"],
         ["--plan", "cut"],
     ):
-        name = options[-1].replace(".", "_") + options[0]
+        name = options[-1].replace(".", "_").replace("/", "_") + options[0]
         again = shallower("prune", mixed, *options, "--out", name, "--json")
         assert again.json["experts"]["num_experts"] == 6
         assert stored(folder / name) == stored(folder / "cut")
@@ -176,7 +177,7 @@ def test_prune_drops_layers_and_experts_together(shallower, folder, mixed):
     assert (done["survivors"], done["experts"]["drop"]["7"]) == (rest, [1, 4, 5])
     whole = shallower("prune", mixed, "--drop-experts", experts_of(range(8)), "--out", "experts")
     assert whole.status == 0
-    both = shallower(*command, "--experts-plan", "experts", "--out", "again")
+    both = shallower(*command, "--drop-experts", "experts", "--out", "again")
     assert both.status == 0
     assert stored(folder / "again") == stored(folder / "cut")
 
@@ -219,9 +220,8 @@ def test_an_earlier_cut_of_other_experts_is_not_said_again(shallower, folder, mi
         (["--drop-experts", "0:9;1:9"], "layer 0: "),
         (["--drop-experts", "gone.txt"], "'gone.txt' is neither experts"),
         (["--drop-experts", "0:1;" + "x" * 9999], f"'{59 * 'x'}: expected a layer"),
-        (["--drop-experts", "/dev"], "a plan is named by --experts-plan: is a directory"),
-        (["--drop-experts", "0:1", "--experts-plan", "x"], "--drop-experts or --experts-plan, not"),
-        (["--experts-plan", "gone"], "cannot read the plan gone"),
+        (["--drop-experts", "/dev"], "cannot read the plan /dev/shallower_plan.json"),
+        (["--drop-experts", "gone.json"], "cannot read the plan gone.json"),
         (["--drop", "9", "--drop-experts", experts_of(range(8))], "9"),
         (["--drop", "3", "--drop-experts", experts_of(range(8))], "layer 3 goes whole"),
         (["--drop-experts", ";".join(f"{i}:0:5" for i in range(8))], "keep at least 2"),

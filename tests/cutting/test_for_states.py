@@ -376,7 +376,7 @@ def test_the_command_says_what_stays_and_why(shallower, whole):
     [
         ("--for-states 1 --drop 3", "--for-states decides what goes: name no layers"),
         ("--for-states 1 --plan plan.json", "--for-states decides what goes: name no layers"),
-        ("--for-states 1 --drop-experts 0:1", "and no experts (--drop-experts, --experts-plan)"),
+        ("--for-states 1 --drop-experts 0:1", "and no experts (--drop-experts)"),
         ("--for-states 1,x", "cannot read the states '1,x': expected integers such as 9,18,27"),
         ("--for-states=-2", "state -2 counts from the end"),
         ("--for-states 5", "state 5 of 6 layers needs all of them"),

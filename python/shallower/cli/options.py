@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 import typer
 
-from ..errors import ExpertsError, LayersError, ModelError, ScanError
+from ..errors import LayersError, ModelError, ScanError
 from ..models.dtypes import STREAM
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
@@ -309,13 +309,7 @@ class Cut(Layers):
         typer.Option(
             metavar="EXPERTS",
             help="Experts to drop, as many of every layer that has any, as 0:3,5;1:8:10; or a file "
-            "of such lines.",
-        ),
-    ] = None
-    experts_plan: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PLAN", help="Plan of experts to drop beside layers; alone it goes by --plan."
+            "of such lines, or a plan of experts.",
         ),
     ] = None
 
@@ -327,20 +321,14 @@ class Cut(Layers):
     def read_all(self) -> "tuple[Plan | list[Block], Plan | dict[int, tuple[int, ...]] | None]":
         """Read what is dropped, before anything that takes long.
 
-        Raises as :meth:`read_layers`, where no experts are named; ExpertsError if both options
-        name them or a text of them cannot be read, and PlanError if a plan of them is damaged.
+        Raises as :meth:`read_layers`, where no experts are named; ExpertsError if a text of them
+        cannot be read, and PlanError if a plan of them is damaged.
         """
-        from ..cutting.plans import load_plan
-        from ..values.experts import parse_experts
+        from ..cutting.plans import load_experts
 
-        plan, words = self.experts_plan, self.drop_experts
-        if plan is None and words is None:
+        if self.drop_experts is None:
             return self.read_layers(), None
-        if plan is not None and words is not None:
-            raise ExpertsError(
-                "name the experts to drop by --drop-experts or --experts-plan, not both"
-            )
-        experts = load_plan(plan) if plan is not None else parse_experts(words or "")
+        experts = load_experts(self.drop_experts)
         is_whole = self.drop is None and self.plan is None
         return [] if is_whole else self.read_layers(), experts
 
@@ -358,7 +346,7 @@ class Cut(Layers):
         if self.is_named:
             raise LayersError(
                 "--for-states decides what goes: name no layers (--drop, --plan) and no experts "
-                "(--drop-experts, --experts-plan) beside it"
+                "(--drop-experts) beside it"
             )
         return ForStates.parse(states), None
 

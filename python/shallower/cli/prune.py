@@ -72,14 +72,13 @@ def prune_command(
     A model card lies beside every cut; mergekit's config and llama.cpp's list of layers
     beside one of layers alone.
     """
-    from ..cutting.plans import plan_file
+    from ..cutting.plans import experts_path, plan_file
     from ..cutting.prune import plan_prune
     from ..storage import check_apart
     from ..store.done import cut_output
-    from ..values.experts import experts_file
 
-    reads = [plan_file(read) for read in (cut.plan, cut.experts_plan) if read is not None]
-    check_apart(out, [*reads, experts_file(cut.drop_experts or "")])
+    plan = None if cut.plan is None else plan_file(cut.plan)
+    check_apart(out, [plan, experts_path(cut.drop_experts or "")])
     layers, experts = cut.read_states(for_states)
     how = vars(options)
     output = cut_output(way.open_store(), model, layers, experts=experts, out=out, **how)

@@ -137,7 +137,8 @@ def _make(record: "Record", places: Mapping[str, str], folder: Path) -> "Record"
     given = {**record.settings, **places, "overwrite": True}
     given["out"] = str(folder / "made" / record.out)
     for name, text in record.plans.items():
-        given[name] = str(folder / f"{name}.json")
+        kind = "json" if text.lstrip().startswith("{") else "txt"  # a list of experts
+        given[name] = str(folder / f"{name}.{kind}")
         Path(given[name]).write_text(text, encoding="utf-8")
     command = parser(record.command)
     words = _words(command, given)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ExpertsError, PlanError
-from ..values.experts import DroppedExperts, Experts
+from ..values.experts import DroppedExperts, Experts, experts_file, parse_experts
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity
 from ..values.layers import Layers, ranges
@@ -25,6 +25,21 @@ def plan_file(path: str | Path) -> Path:
 def load_plan(path: str | Path) -> Plan:
     """Load a plan from its file, or from the folder that holds it; PlanError if there is none."""
     return Plan.load(plan_file(path))
+
+
+def experts_path(named: str | Path) -> Path | None:
+    """The file of experts, or of a plan of them; None where experts are named themselves."""
+    file = experts_file(named)
+    return None if file is None else plan_file(file)
+
+
+def load_experts(named: str | Path) -> Plan | dict[int, tuple[int, ...]]:
+    """Read experts, a file of them, or a plan: a folder or a ``.json`` file.
+
+    Raises as :func:`.parse_experts` and :func:`load_plan`.
+    """
+    path = experts_path(named)
+    return load_plan(path) if path and path.suffix == ".json" else parse_experts(named)
 
 
 NamedExperts = Plan | DroppedExperts | Experts | str | Path

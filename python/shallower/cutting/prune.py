@@ -22,7 +22,6 @@ from ..errors import (
 from ..models.dtypes import DeviceMap, Dtype, check_dtype
 from ..progress import BytesProgress, track
 from ..storage import check_apart, check_free, check_room, claimed
-from ..values.experts import experts_file, parse_experts
 from ..values.files import PLAN_FILE
 from ..values.layers import drop_option, ranges
 from ..values.plan import Plan
@@ -30,7 +29,15 @@ from .checkpoint import Fetch, PreparedCut, prepare
 from .exports import export_files
 from .from_hub import open_on_hub
 from .gguf import plan_gguf, prepare_gguf
-from .plans import NamedExperts, NamedLayers, agreed_plan, load_plan, plan_file
+from .plans import (
+    NamedExperts,
+    NamedLayers,
+    agreed_plan,
+    experts_path,
+    load_experts,
+    load_plan,
+    plan_file,
+)
 from .request import Request
 
 if TYPE_CHECKING:
@@ -75,7 +82,7 @@ def prune(
             file is cut into.
         experts: routed experts that go of the layers that stay: by layer, 0-based, their indices;
             a text of them, as ``0:3,5;1:2,7``, or a file with a layer a line; or a plan that drops
-            nothing else. As many of every layer that has any.
+            nothing else, or its folder. As many of every layer that has any.
         overwrite: replace an earlier output at ``out``, once the new files are complete.
         dtype: of the weights; by default as stored in safetensors, else bfloat16.
         max_shard_size: bytes of tensors in a file at most, as a number or as ``5GB``, which is
@@ -182,8 +189,8 @@ def plan_prune(  # noqa: D417
         reads.append(plan_file(what))
         what = load_plan(what)
     if isinstance(experts, str | Path):
-        reads.append(experts_file(experts))
-        experts = parse_experts(experts)
+        reads.append(experts_path(experts))
+        experts = load_experts(experts)
     check_apart(request.out, reads)
     if local.suffix == ".gguf" and not request.to_gguf and find_spec("torch") is None:
         file = request.out.with_name(f"{request.out.name}.gguf")

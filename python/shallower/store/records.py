@@ -15,7 +15,7 @@ from .._core import tier
 from ..cutting.exports import EXPORT_FILES, export_path
 from ..cutting.from_hub import UNVERIFIED
 from ..cutting.metadata import without_results
-from ..cutting.plans import plan_file
+from ..cutting.plans import experts_path, plan_file
 from ..cutting.source import CARD_FILE, HUB_ID, hub_id, module_folders, place_name
 from ..errors import OutputError, raise_output_error, why
 from ..merging.adapter_config import remembered_base
@@ -58,7 +58,7 @@ TEXTS = {"texts": "max_texts", "eval_texts": "max_eval_texts"}
 """Options that name texts, each with the option of how many of them are read."""
 
 PROMPTS = ("answers", "prompts")
-PLANS = ("plan", "experts_plan", "drop_experts")
+PLANS = ("plan", "drop_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class Record:
     def _check(self) -> None:
         """Refuse what no command writes: ValueError."""
         shlex.split(self.call)  # ValueError
-        named = {*MODELS, *TEXTS, "plan", "experts_plan", "out"} & {*self.settings}
+        named = {*MODELS, *TEXTS, "plan", "out"} & {*self.settings}
         named |= {*WITHOUT_EFFECT} & {*self.settings}
         named |= {name for name in PROMPTS if self.settings.get(name)}
         if named:
@@ -322,7 +322,7 @@ def _plan(name: str, value: Any) -> str | None:
     """The text of a plan, or of a list of experts where it is a file."""
     if not value:
         return None
-    path = experts_file(value) if name == "drop_experts" else plan_file(value)
+    path = experts_path(value) if name == "drop_experts" else plan_file(value)
     return None if path is None else path.expanduser().read_text(encoding="utf-8")
 
 

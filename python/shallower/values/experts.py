@@ -193,7 +193,7 @@ def parse_experts(text: str | Path) -> dict[int, tuple[int, ...]]:
         if not match:
             raise ExpertsError(
                 f"cannot read {part!r:.60}: expected a layer and its experts, as 0:3,5;1:2,8:10 "
-                f"(--drop-experts), or a plan (--experts-plan)"
+                f"(--drop-experts), a file of such lines, or a plan"
             )
         layer = int(match[1])
         if layer in found:
@@ -226,7 +226,7 @@ def _text_of(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ExpertsError(
             f"{str(path)!r:.200} is neither experts, as 0:3,5;1:2,8:10, nor a file of such lines, "
-            f"and a plan is named by --experts-plan: {why(error, path)}"
+            f"nor a plan: {why(error, path)}"
         ) from error
     if len(text) > MAX_FILE_BYTES:
         raise ExpertsError(f"{path} is too large to be a list of experts")
