@@ -6,7 +6,8 @@ texts. Nothing in a header is believed before it fits the length of the file.
 
 Files are read, not mapped: one thread reads a part while the core compares the last one. So memory
 is constant, and a file that shrinks is an error instead of a signal. A mapping was faster from the
-page cache and several times slower from the disk.
+page cache and several times slower from the disk. Safetensors' own reader maps, and without torch
+it gives no bfloat16.
 """
 
 import io
@@ -310,8 +311,8 @@ class StatesFile:
         dtype = DTYPES.get(stored, stored)
         if dtype not in DTYPES.values():
             raise StatesError(
-                f"{self.path}: {name} is of dtype {stored}, expected little-endian float16, "
-                f"float32, float64, or bfloat16, in a .npy file as bits in uint16"
+                f"{self.path}: {name} is of dtype {stored}, expected one of "
+                f"{', '.join(DTYPES)}, little-endian; of .npy files uint16 is read as bits of BF16"
             )
         if len(shape) != 3:
             raise StatesError(
