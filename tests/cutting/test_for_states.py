@@ -23,7 +23,7 @@ import shallower as sh
 from shallower.cutting.checkpoint import PreparedCut
 from shallower.cutting.gguf import PreparedGguf
 from shallower.cutting.states_check import StatesCheck
-from shallower.healing.checks import plan_of_cut
+from shallower.healing.cut import plan_of_cut
 from shallower.models.architecture import find_layers
 from tests.cutting.checkpoints import edit_json, read_json
 from tests.cutting.mixtures import mixture

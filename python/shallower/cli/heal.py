@@ -142,7 +142,7 @@ def heal_command(
 
 def _check_models(models: "Mapping[str, ModelSource | None]") -> None:
     """Refuse what was not cut, and models that are not there, before torch is imported."""
-    from ..healing.checks import plan_of_cut
+    from ..healing.cut import plan_of_cut
 
     plan_of_cut(str(models["cut"]))
     for model in filter(None, models.values()):
@@ -185,7 +185,8 @@ def _answers(
     no_cache: bool,
 ) -> "list[Answer] | None":
     """The answers of a file, or those that the uncut model writes, which is then let go of."""
-    from ..healing.checks import plan_of_cut, require_peft
+    from ..healing.checks import require_peft
+    from ..healing.cut import plan_of_cut
     from ..healing.loaded_models import OriginalModel
     from ..models.decoder import Decoder
     from ..store.given_models import ModelStore
@@ -222,7 +223,8 @@ def _fit_to_memory(
 
     What there is no room for is refused before answers are written.
     """
-    from ..healing.checks import check_disk, plan_of_cut, resolve
+    from ..healing.checks import check_disk, resolve
+    from ..healing.cut import plan_of_cut
     from ..healing.ranks import warn_of_idle_gpus
 
     plan, there = plan_of_cut(str(cut)), answers is not None
@@ -266,7 +268,8 @@ def _planned(
     from ..forecasts.forecast import memory_forecast
     from ..forecasts.speed import told
     from ..forecasts.work import forecast, of_healing
-    from ..healing.checks import check_disk, check_original, plan_of_cut, resolve
+    from ..healing.checks import check_disk, check_original, resolve
+    from ..healing.cut import plan_of_cut
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
     from ..patching.memory import temporary_bytes

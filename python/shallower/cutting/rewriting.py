@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -186,26 +186,20 @@ def _blocks(total: int) -> Iterator[int]:
 class _Reader:
     """Reads on from a place in an open file."""
 
-    def __init__(self, path: Path, file: FileIO, position: int) -> None:
+    def __init__(self, path: Path, file: BufferedReader, position: int) -> None:
         self._path, self._file, self._position = path, file, position
 
     def __call__(self, count: int) -> bytearray:
         data = bytearray(count)
-        filled = 0
-        with memoryview(data) as view:
-            while filled < count:
-                try:
-                    self._file.seek(self._position + filled)
-                    got = self._file.readinto(view[filled:])
-                except OSError as error:
-                    raise ModelError(
-                        f"cannot read {self._path}: {why(error, self._path)}"
-                    ) from error
-                if not got:
-                    raise ModelError(
-                        f"{self._path} ended early; run again when it is no longer being written"
-                    )
-                filled += got
+        try:
+            self._file.seek(self._position)
+            got = self._file.readinto(data)
+        except OSError as error:
+            raise ModelError(f"cannot read {self._path}: {why(error, self._path)}") from error
+        if got < count:
+            raise ModelError(
+                f"{self._path} ended early; run again when it is no longer being written"
+            )
         self._position += count
         return data
 
@@ -224,9 +218,9 @@ class _Target:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[FileIO]:
+def _opened(path: Path) -> Iterator[BufferedReader]:
     try:
-        file = path.open("rb", buffering=0)
+        file = path.open("rb")
     except OSError as error:
         raise ModelError(f"cannot read {path}: {why(error, path)}") from error
     with file:
@@ -243,7 +237,7 @@ def _created(path: Path) -> Iterator[_Target]:
 
 
 def _copy(
-    source: FileIO, target: _Target, start: int, *, stop: int, path: Path, report: Report
+    source: BufferedReader, target: _Target, start: int, *, stop: int, path: Path, report: Report
 ) -> None:
     """Copy bytes to the same place of another file, in the kernel where that is possible."""
     position = start
@@ -259,7 +253,7 @@ def _copy(
         report(done)
 
 
-def _kernel_copy(source: FileIO, target: _Target, position: int, count: int) -> int:
+def _kernel_copy(source: BufferedReader, target: _Target, position: int, count: int) -> int:
     """The bytes that the kernel copied; 0 where it does not."""
     copy_range = getattr(os, "copy_file_range", None)  # of Linux
     if copy_range is None:

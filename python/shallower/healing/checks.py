@@ -12,8 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..cutting.checkpoint import identity_of
 from ..cutting.checkpoint_files import is_checkpoint
-from ..cutting.plans import plan_file
-from ..errors import MissingExtraError, ModelError, PlanError, ProcessesError, RecipeError
+from ..errors import MissingExtraError, PlanError, ProcessesError, RecipeError
 from ..memory.checkpoints import BESIDE, left_bytes
 from ..memory.device import device_room
 from ..memory.rehearsal import build_empty
@@ -23,48 +22,18 @@ from ..models.dtypes import QUANTISED, choose_device_map, choose_dtype
 from ..models.feed_forward import feed_forward_targets
 from ..models.identity import stored_dtype
 from ..models.loading import layers_of, read_config
-from ..models.place import of_hub
 from ..models.quantised import check_stored
 from ..models.source import ModelSource
 from ..patching.memory import temporary_bytes
 from ..processes import num_processes
 from ..storage import check_room
 from ..texts.sequences import read_samples
-from ..values.files import PLAN_FILE
 from ..values.plan import Plan
 from ..values.presets import ModelFacts
 from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 
 CHECKPOINTS = 3
 """Checkpoints of a training that are there at once: the best, the last, and the next one."""
-
-
-def plan_of_cut(path: str) -> Plan:
-    """Read the plan beside a cut, in its folder or at the hub.
-
-    PlanError if it is missing, damaged or for states, ModelError if the folder or repository is
-    missing.
-    """
-    folder = Path(path).expanduser()
-    if folder.suffix == ".gguf" and not folder.is_dir():
-        raise ModelError(
-            f"{path} is a GGUF file, and no such weights are trained: cut the whole model into a "
-            f"folder (shallower prune MODEL.gguf --drop LAYERS --out cut), and heal that"
-        )
-    if not folder.is_dir() and (folder.exists() or path.startswith(("/", ".", "~"))):
-        kind = "a file" if folder.exists() else "not there"
-        raise ModelError(f"{path} is {kind}: expected the folder of a cut, or a hub id")
-    found = plan_file(folder) if folder.is_dir() else of_hub(path, PLAN_FILE)
-    if found is None or not found.is_file():
-        raise PlanError(
-            f"{path} was not cut: there is no {PLAN_FILE} beside its weights. Cut a model first: "
-            f"shallower prune MODEL --drop 12:20 --out cut",
-            see="healing",
-        )
-    plan = Plan.load(found)
-    if plan.states:
-        raise PlanError(f"{path} is lossless for its states, which a healing changes ({plan.why})")
-    return plan
 
 
 def check_original(original: str, plan: Plan, trust_remote_code: bool = False) -> None:

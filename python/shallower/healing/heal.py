@@ -44,12 +44,12 @@ from .bar import steps_bar
 from .checks import (
     check_disk,
     check_original,
-    plan_of_cut,
     require_one_process,
     require_peft,
     require_plan_of,
     resolve,
 )
+from .cut import plan_of_cut
 from .job import (
     TRAINING,
     Job,
