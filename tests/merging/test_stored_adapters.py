@@ -135,6 +135,13 @@ def damage(adapters, change):
     save_file(stored, file)
 
 
+def as_bin(adapters):
+    """As peft saved adapters before: what it reads, and the stream does not."""
+    file = adapters / "adapter_model.safetensors"
+    torch.save(load_file(file), adapters / "adapter_model.bin")
+    file.unlink()
+
+
 def a_nan(stored, name):
     stored[name].view(-1)[3] = torch.nan
 
@@ -159,6 +166,7 @@ def a_stranger(stored, name):
         (lambda a: damage(a, a_lost_one), "lacks base_model"),
         (lambda a: damage(a, a_stranger), "hold base_model.model.other"),
         (lambda a: (a / "adapter_model.safetensors").unlink(), "cannot load the adapters"),
+        (as_bin, "cannot load the adapters"),
         (lambda a: (a / "adapter_config.json").unlink(), "holds no adapters of peft"),
     ],
 )

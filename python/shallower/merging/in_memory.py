@@ -5,6 +5,8 @@ For weights that are not stored one by one as safetensors, peft merges the whole
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,16 @@ def with_adapters(model: PreTrainedModel, adapters: Path, **options: Any) -> Any
     """
     from peft import PeftModel
 
+    with reading(adapters), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
+        return PeftModel.from_pretrained(model, str(adapters), **options).eval()
+
+
+@contextmanager
+def reading(adapters: Path) -> Iterator[None]:
+    """Raise what adapters cannot be loaded for in the body as ModelError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft's, of transformers
-            return PeftModel.from_pretrained(model, str(adapters), **options).eval()
+        yield
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:

@@ -21,7 +21,7 @@ from ..cutting.rewriting import StoredCheckpoint
 from ..errors import ModelError
 from ..models.loading import empty_model
 from .adapter_config import CONFIG_FILE, read_adapter_config
-from .in_memory import with_adapters
+from .in_memory import reading, with_adapters
 from .low_rank import DTYPES, LowRank
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -91,7 +91,9 @@ def _adapted(model: PreTrainedModel, adapters: Path) -> Iterator[tuple[_Factors,
     """The adapters' file, and peft's model without values, of which the structure counts."""
     path = adapters / WEIGHTS_FILE
     built = with_adapters(model, adapters, low_cpu_mem_usage=True, torch_device="cpu")
-    with safe_open(path, framework="pt") as file:
+    with reading(adapters):
+        opened = safe_open(path, framework="pt")
+    with opened as file:
         yield _Factors(path, file, set(file.keys()), set()), built
 
 
