@@ -1,9 +1,13 @@
 """Servers that send something else than the hub, or make us wait."""
 
+import logging
+import threading
+
 import pytest
 
 import shallower as sh
 from shallower import ModelError
+from shallower.texts.quiet import hushed
 from tests.cutting.checkpoints import DROPPED
 from tests.cutting.test_hub_ranges import assert_same, cache, local, nothing_left, remote
 from tests.hub import hub as hub
@@ -50,6 +54,20 @@ def test_what_the_hub_makes_us_wait_for_is_said(remote, local, tmp_path, capfd):
     remote.spoil = lambda *_: (429, {"Retry-After": "3600"}, b"")
     with pytest.raises(ModelError, match="status 429, and asks to wait 3601 s: try again then"):
         sh.prune("me/tiny", DROPPED, tmp_path / "again", progress=False)
+
+
+def test_a_wait_is_said_where_no_reason_was_heard_in_its_thread(capfd):
+    client = logging.getLogger("huggingface_hub.utils._http")
+    with hushed():
+        client.warning("'HTTP Error 500' thrown while requesting GET https://hub.example/one")
+        other = threading.Thread(target=client.warning, args=["Retrying in 2.0s [Retry 1/5]."])
+        other.start()
+        other.join()
+        client.warning("Retrying in 1.0s [Retry 1/5].")
+    assert capfd.readouterr().err.splitlines() == [
+        "the hub does not answer: asking again in 2 s",
+        "https://hub.example answers with status 500: asking again in 1 s",
+    ]
 
 
 def test_a_gated_model_says_so(remote, tmp_path):

@@ -48,12 +48,18 @@ _CLIENT = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
 """Who says what the hub's client waits for."""
 
 
+class _Heard(local):
+    """Why the client waits, as the last warning in a thread says."""
+
+    why = "the hub does not answer"
+
+
 class _Waits(logging.Handler):
     """Say why the hub's client waits, and how long; TimeoutError where that is too long."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._of_thread = local()
+        self._of_thread = _Heard()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a warning of the client: of what went wrong, or of the wait that follows it."""
