@@ -204,6 +204,16 @@ def test_a_tokenizer_is_known_by_all_that_it_does(words):
     assert structure_of(other) is None
 
 
+def test_a_model_in_memory_is_not_known_while_all_modules_have_a_hook(llama):
+    expected = structure_of(llama)
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    try:
+        assert structure_of(llama) is None
+    finally:
+        handle.remove()
+    assert structure_of(llama) == expected is not None
+
+
 def test_offloaded_weights_have_no_hash():
     assert weights_hash(tiny_llama().to("meta")) is None
 

@@ -114,7 +114,8 @@ def compare_result(record: Record, place: Path | str, store: Store) -> Compared:
         expected[name] = hashlib.sha256(record.of_part(part).content).hexdigest()
     differ = changed(expected, files)
     for name, how in differ.items():
-        card = re.sub(f"{re.escape(RECORD)}$", CARD_FILE, name)  # results on it change its mark
+        is_mark = name.endswith(RECORD)  # which results on a card change, too
+        card = name.removesuffix(RECORD) + CARD_FILE if is_mark else name
         is_told = card.endswith(CARD_FILE) and card in differ
         text = text_of(record, file_in(folder, name)) if is_told else ""
         if how == OTHER and text and hash_of(text) == record.said.get(name):
