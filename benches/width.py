@@ -85,6 +85,7 @@ class WidthSolver(Solver):
     @torch.no_grad()
     def solve(self, everywhere):
         """Solve all layers that stay, or those before blocks; the held-out loss afterwards."""
+        self._open()
         self._embed()
         first = 0 if everywhere else min(self._before)
         self.first = first
@@ -225,7 +226,6 @@ class Comparison:
         if everywhere:
             narrow(slim, self.scores, neurons)
         solver = WidthSolver(self.whole, Layerwise(slim), dropped, self.fitted, self.held_out)
-        solver.__enter__()
         started = time.process_time()
         nats = solver.solve(everywhere)
         return solver, nats, slim, time.process_time() - started
@@ -238,7 +238,6 @@ class Comparison:
         nats = solver.descend(nats)
         stepping = time.process_time() - started
         found = self._judged(solver.model, solver.survivors)
-        solver.__exit__()
         if dropped:
             sh.drop_layers(slim, dropped)
         parameters = sum(p.numel() for p in slim.parameters())
@@ -278,11 +277,8 @@ class Comparison:
             tried.append((self.make(dropped, neurons), dropped, neurons))
             print(f"(c) {dropped} {neurons}: {tried[-1][0][1]:.4f}", file=sys.stderr, flush=True)
         best = min(tried, key=lambda one: one[0][1])
-        for made, *_ in tried:
-            if made is not best[0]:
-                made[0].__exit__()
+        tried = [[made[1], *split] for made, *split in tried]  # and free the states of the others
         found["c"], models["c"] = self.way("c", *best)
-        tried = [[made[1], *split] for made, *split in tried]
         for texts in self.judges:
             for way in "bc":
                 less = found[way][texts].minus(found["a"][texts])
