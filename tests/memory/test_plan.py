@@ -20,6 +20,7 @@ from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import documents
 from tests.memory_oracle import shape, tracked_forward
+from tests.scanning.batches import interrupted
 
 SHAPES = (
     "llama-2-70b", "qwen2.5-7b", "phi-2", "gpt2-xl", "llama-2-7b", "llama-2-13b", "mistral-7b"
@@ -124,14 +125,14 @@ def test_minibatches_of_cka_do_not_depend_on_the_device(llama, words, monkeypatc
 
 @pytest.mark.parametrize("sizes", [(1, 8), (4, 3), (2, "auto")])
 def test_a_scan_goes_on_with_another_batch_size(llama, words, tmp_path, monkeypatch, sizes):
-    from tests.scanning.test_resume import interrupted
-
     texts = documents(80)
     first, second = sizes
-    interrupted(
-        llama, words, tmp_path / "partial", texts, 50, monkeypatch, batch_size=first,
-        positions="random:3",
-    )  # fmt: skip
+    monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", -1)
+    with pytest.raises(KeyboardInterrupt):
+        sh.scan(
+            llama, words, interrupted(texts, 50), batch_size=first,
+            checkpoint=tmp_path / "partial", positions="random:3",
+        )  # fmt: skip
     resumed = sh.scan(
         llama, words, texts, batch_size=second, checkpoint=tmp_path / "partial",
         positions="random:3",

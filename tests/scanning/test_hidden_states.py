@@ -131,17 +131,6 @@ def test_the_last_token_is_found_under_any_padding(family, left, size):
         torch.testing.assert_close(states, plain_states(model, sequence)[0], atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("size", [1, 5])
-def test_the_best_blocks_do_not_depend_on_the_padding(llama, left, size):
-    states = states_of(llama, batched(SEQUENCES, size, left))
-    expected = sh.analyse_states(states_of(llama, batched(SEQUENCES, 1)).numpy())
-    scanned = sh.analyse_states(states.numpy())
-    assert [scanned.best_block(n) for n in range(1, 6)] == [
-        expected.best_block(n) for n in range(1, 6)
-    ]
-
-
 def test_the_last_token_is_the_last_that_is_no_padding():
     mask = np.array([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]])
     batch = Batch(np.zeros((5, 4), dtype=np.int64), mask, np.arange(5))
@@ -231,10 +220,6 @@ def test_batches_come_back_in_order_and_one_at_a_time(llama):
         assert len(asked) <= number + 2
 
 
-def test_no_batches_give_no_states(llama):
-    assert list(stream(llama, [])) == []
-
-
 def test_states_stay_as_they_were_when_more_are_asked_for(llama):
     streamed = stream(llama, batched(SEQUENCES, 1))
     first = next(streamed).states
@@ -250,55 +235,41 @@ def mixed_modes(model):
     return [module.training for module in model.modules()]
 
 
-def test_nothing_is_left_behind_at_the_end(llama):
-    modes = mixed_modes(llama)
+def at_the_end(llama):
     list(stream(llama, batched(SEQUENCES, 2)))
-    assert hooks_in(llama) == 0
-    assert [module.training for module in llama.modules()] == modes
 
 
-def test_nothing_is_left_behind_when_the_consumer_stops_early(llama):
-    modes = mixed_modes(llama)
+def when_the_consumer_stops_early(llama):
     streamed = stream(llama, batched(SEQUENCES, 1))
     next(streamed)
     assert hooks_in(llama) == 7
     streamed.close()
-    assert hooks_in(llama) == 0
-    assert [module.training for module in llama.modules()] == modes
 
 
-def test_nothing_is_left_behind_when_the_batches_raise(llama):
+def when_the_batches_raise(llama):
     def broken():
         yield padded(SEQUENCES)
         yield padded(SEQUENCES)
         raise ConnectionError("gone")
 
-    modes = mixed_modes(llama)
     with pytest.raises(ConnectionError):
         list(stream(llama, broken()))
-    assert hooks_in(llama) == 0
-    assert [module.training for module in llama.modules()] == modes
 
 
-def test_nothing_is_left_behind_when_the_model_raises(llama):
-    modes = mixed_modes(llama)
+def when_the_model_raises(llama):
     with pytest.raises(IndexError):
         list(stream(llama, [padded([[5, 1000]])]))
-    assert hooks_in(llama) == 0
-    assert [module.training for module in llama.modules()] == modes
 
 
-def test_nothing_is_left_behind_when_a_scan_is_interrupted(llama, words, monkeypatch):
-    def interrupted(*_args, **_options):
-        raise KeyboardInterrupt
-
+@pytest.mark.parametrize(
+    "end",
+    [at_the_end, when_the_consumer_stops_early, when_the_batches_raise, when_the_model_raises],
+)
+def test_nothing_is_left_behind(llama, end):
     modes = mixed_modes(llama)
-    monkeypatch.setattr(ScanBuilder, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        sh.scan(llama, words, ["w1 w2", "w3"] * 20, batch_size=2)
+    end(llama)
     assert hooks_in(llama) == 0
     assert [module.training for module in llama.modules()] == modes
-    assert caught.value is not None
 
 
 def test_hooks_of_others_stay(llama):

@@ -8,7 +8,8 @@ import torch
 
 import shallower as sh
 from shallower import _reference
-from tests.conftest import mostly_slow, tiny_llama
+from tests.conftest import edited, mostly_slow, tiny_llama
+from tests.documents import HELD_OUT
 from tests.scanning.batches import Embedded, interrupted, plain_states
 
 
@@ -161,43 +162,23 @@ def test_a_checkpoint_of_all_texts_counts_its_rejections_once(llama, words, tmp_
     assert again.rejections == done.rejections
 
 
-def other_texts(llama, words, checkpoint):
-    sh.scan(llama, words, ["w1", *TEXTS[1:]], checkpoint=checkpoint)
-
-
-def fewer_texts(llama, words, checkpoint):
-    sh.scan(llama, words, TEXTS[:-1], checkpoint=checkpoint)
-
-
-def another_limit(llama, words, checkpoint):
-    sh.scan(llama, words, TEXTS, max_length=255, checkpoint=checkpoint)
-
-
-def other_metrics(llama, words, checkpoint):
-    sh.scan(llama, words, TEXTS, metrics=("angular",), checkpoint=checkpoint)
-
-
-def another_depth(_llama, words, checkpoint):
-    sh.scan(tiny_llama(5), words, TEXTS, checkpoint=checkpoint)
-
-
-def other_norms(llama, words, checkpoint):
-    with torch.no_grad():
-        llama.model.layers[1].input_layernorm.weight[0] = 2
-    sh.scan(llama, words, TEXTS, checkpoint=checkpoint)
-
-
-@pytest.mark.parametrize(
-    "another",
-    [other_texts, fewer_texts, another_limit, other_metrics, another_depth, other_norms],
-)
-def test_a_checkpoint_of_another_scan_is_refused_and_kept(llama, words, tmp_path, another):
-    checkpoint = tmp_path / "partial"
-    sh.scan(llama, words, TEXTS, checkpoint=checkpoint)
-    before = checkpoint.read_bytes()
-    with pytest.raises(sh.ScanError, match="delete it"):
-        another(llama, words, checkpoint)
-    assert checkpoint.read_bytes() == before
+def test_a_scan_does_not_go_on_from_another_one(llama, words, tmp_path):
+    sh.scan(llama, words, TEXTS, checkpoint=tmp_path / "partial")
+    before = (tmp_path / "partial").read_bytes()
+    others = [
+        (llama, words, HELD_OUT, {}),
+        (llama, words, TEXTS[:-1], {}),
+        (llama, words, ["w1", *TEXTS[1:]], {}),
+        (llama, words, TEXTS, {"max_length": 5}),
+        (llama, words, TEXTS, {"metrics": ("cosine",)}),
+        (tiny_llama(num_layers=5), words, TEXTS, {}),
+        (edited(llama), words, TEXTS, {}),
+        (copy.deepcopy(llama).bfloat16(), words, TEXTS, {}),
+    ]
+    for model, tokenizer, texts, options in others:
+        with pytest.raises(sh.ScanError, match=r"partial.*delete it to start anew"):
+            sh.scan(model, tokenizer, texts, checkpoint=tmp_path / "partial", **options)
+        assert (tmp_path / "partial").read_bytes() == before
 
 
 def test_a_checkpoint_of_merged_scans_is_refused(llama, words, tmp_path):
@@ -221,3 +202,10 @@ def test_a_checkpoint_of_the_first_texts_goes_on_to_more(llama, words, tmp_path)
     more = sh.scan(llama, words, TEXTS, batch_size=1, checkpoint=checkpoint)
     whole = sh.scan(llama, words, TEXTS, batch_size=1)
     assert bits(more) == bits(whole)
+
+
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_a_scan_that_finds_nothing_leaves_no_checkpoint(llama, words, tmp_path, texts):
+    with pytest.raises((sh.TextsError, sh.StatesError)):
+        sh.scan(llama, words, texts, checkpoint=tmp_path / "partial")
+    assert list(tmp_path.iterdir()) == []

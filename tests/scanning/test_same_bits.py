@@ -100,11 +100,6 @@ def test_copying_in_small_parts_gives_the_same_bits(monkeypatch):
     assert [rejection.sample for rejection in parts.rejections] == [3, 21, 39]
 
 
-def test_a_row_repeated_by_a_stride_of_zero_is_read():
-    states = np.broadcast_to(random_states((1, 4, 8), 4), (5, 4, 8))
-    assert bits(analyse_states(states)) == bits(analyse_states(states.copy()))
-
-
 def test_a_read_only_file_in_memory_is_read(tmp_path):
     states = random_states((5, 4, 8), 4).astype(np.float16)
     np.save(tmp_path / "states.npy", states)
@@ -120,11 +115,6 @@ def test_an_array_off_its_alignment_is_read(axes):
     assert not moved.flags.aligned
     plain = np.ascontiguousarray(states.transpose(axes))
     assert bits(analyse_states(moved.transpose(axes))) == bits(analyse_states(plain))
-
-
-def test_a_tensor_that_asks_for_gradients_is_read():
-    tensor = torch.ones(3, 4, 8, requires_grad=True)
-    assert analyse_states(tensor).num_samples == 3
 
 
 def test_the_states_stay_as_they_were():
@@ -255,8 +245,3 @@ def test_a_batch_of_another_depth_is_refused():
     builder = ScanBuilder(4, BOTH)
     with pytest.raises(StatesError, match="4 states"):
         builder.add(random_states((5, 3, 8), 0), range(5))
-
-
-def test_an_integer_tensor_is_a_size_as_any_integer():
-    scan = analyse_states(random_states((2, 7, 4), 0))
-    assert scan.best_block(torch.tensor(2)) == scan.best_block(2)

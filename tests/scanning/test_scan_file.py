@@ -40,7 +40,7 @@ from tests.scanning.samples import (
     stored,
     word_places,
 )
-from tests.values.damage import JSON, damaged
+from tests.values.damage import JSON, damaged, mistyped
 
 
 # Files
@@ -175,29 +175,25 @@ def test_norms_that_no_samples_have_are_refused():
             load(closed(signed(header, inner, damage), damage))
 
 
+def test_a_description_with_a_value_of_another_type_is_refused(scan_file):
+    """One with a rejection."""
+    header, sums = opened(scan_file.read_bytes())
+    inner = json.loads(header["__metadata__"][FORMAT])
+    del inner["sha256"]  # which is made to fit
+    assert inner["rejections"]
+    for changed in mistyped(inner, "model", "positions"):
+        with pytest.raises(ScanError):
+            load(closed(signed(header, changed, sums), sums))
+
+
 @pytest.mark.parametrize(
     "values",
     [
-        {"positions": "last"}, {"positions": {}}, {"positions": 5},
         {"positions": {"kind": "first", "count": 1, "seed": 0}},
-        {"positions": {"kind": "last", "count": True, "seed": 0}},
         {"positions": {"kind": "last", "count": 10**400, "seed": 0}},
-        {"positions": {"kind": "last", "count": 1}},
-        {"rejections": None}, {"rejections": 5}, {"rejections": ["x"]}, {"rejections": [{}]},
-        {"rejections": [{"sample": 1}]}, {"rejections": [{"sample": 1, "reason": "r", "x": 1}]},
-        {"rejections": [{"sample": "x", "reason": "r"}]},
-        {"rejections": [{"sample": 1, "reason": 5}]},
-        {"model": 5}, {"model": "tiny"}, {"model": []}, {"model": {}}, {"model": {"name": "tiny"}},
-        {"model": {"name": "t", "model_type": "l", "num_layers": 3, "dtype": "d",
-                   "fingerprint": 5}},
-        {"model": {"name": "t", "model_type": "l", "num_layers": "3", "dtype": "d",
-                   "fingerprint": "f"}},
+        {"rejections": [{"sample": 1, "reason": "r", "x": 1}]},
         {"model": {"name": "t", "model_type": "l", "num_layers": 99, "dtype": "d",
                    "fingerprint": "f"}},
-        {"texts": None}, {"texts": 5}, {"texts": ["x"]}, {"texts": [{}]},
-        {"texts": [{"num_texts": "1", "max_length": 1, "fingerprint": "f"}]},
-        {"texts": [{"num_texts": 1, "max_length": None, "fingerprint": "f"}]},
-        {"texts": [{"num_texts": 1, "max_length": 1, "fingerprint": 5}]},
     ],
     ids=lambda values: str(values)[:60],
 )  # fmt: skip
@@ -251,27 +247,10 @@ def test_a_scan_that_lacks_something_is_refused(key):
         load(closed(header, data))
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "5", "{", "NaN", "[" * 100_000, "1" * 5000])
-def test_a_scan_described_by_other_json_is_refused(text):
-    header, _, data = described()
-    header["__metadata__"] = {FORMAT: text}
-    with pytest.raises(ScanError):
-        load(closed(header, data))
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        None, {}, {"format": "shallower.scan"}, {"format": "pt", "version": "1", "scan": "{}"},
-        {"format": "shallower.scan", "version": "2", "scan": "{}"}, {"scan": 5}, [], "scan",
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("metadata", [None, {}, {FORMAT: "["}, {FORMAT: "[" * 100_000}, "scan"])
 def test_safetensors_of_something_else_are_refused(metadata):
     header, _, data = described()
     header["__metadata__"] = metadata
-    if metadata is None:
-        del header["__metadata__"]
     with pytest.raises(ScanError):
         load(closed(header, data))
 
@@ -279,8 +258,7 @@ def test_safetensors_of_something_else_are_refused(metadata):
 @pytest.mark.parametrize(
     ("dtype", "width"),
     [
-        ("BOOL", 8), ("I8", 8), ("F8_E4M3", 8), ("F8_E5M2", 8), ("F4", 4), ("I16", 16), ("F16", 16),
-        ("BF16", 16), ("F32", 32), ("F64", 64), ("I64", 64), ("U64", 64), ("C64", 64), ("X", 64),
+        ("BOOL", 8), ("I8", 8), ("F8_E4M3", 8), ("F16", 16), ("F32", 32), ("U64", 64), ("X", 64),
     ],
 )  # fmt: skip
 def test_sums_of_another_dtype_are_refused(dtype, width):

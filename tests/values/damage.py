@@ -46,6 +46,25 @@ def damaged(draw, document):
     return document
 
 
+def mistyped(document, *optional):
+    """A JSON document again and again, each time with one value of another type.
+
+    Args:
+        document: It is changed meanwhile.
+        optional: Names of values that may be null.
+    """
+    for container, key in [*places(document)]:
+        kept = container[key]
+        for other in (None, True, 3, 0.5, "x", [], {}) if kept is not None else ():
+            fits = (float, int) if type(kept) is float else type(kept)
+            if not (
+                isinstance(other, fits) or other == kept or (other is None and key in optional)
+            ):
+                container[key] = other
+                yield document
+        container[key] = kept
+
+
 def peak_memory(work):
     tracemalloc.start()
     try:
