@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import shallower as sh
 from shallower.evaluation import speech as module
@@ -404,19 +404,6 @@ def test_a_whole_model_that_overflows_on_the_cuts_words_is_refused(sharp, cut, m
         reference.judged(spoken, Decoder.of(broken))
 
 
-def test_positions_that_were_not_learned_are_refused():
-    config = GPT2Config(vocab_size=100, n_embd=16, n_layer=2, n_head=2, n_positions=20)
-    model = GPT2LMHeadModel(config).eval()
-    speech = sh.evaluate_speech(
-        model, WORDS, ["w1 w2 w3", "w1 " * 8], whole=model, num_tokens=12, progress=False
-    )
-    assert speech.mean("acceptance") == 1
-    with pytest.raises(sh.TextsError, match=r"prompt 1 with .* has 21 tokens.* has learned 20 pos"):
-        sh.evaluate_speech(
-            model, WORDS, ["w1 w2 w3", "w1 " * 8], whole=model, num_tokens=13, progress=False
-        )
-
-
 @pytest.mark.parametrize("away", mostly_slow(["whole", "cut", "both", "itself"], ["both"]))
 def test_layers_on_disk_are_compared_on_the_words_of_the_whole_model(sharp, cut, tmp_path, away):
     models, plain = {"whole": sharp, "cut": cut}, {"whole": sharp, "cut": cut}
@@ -446,12 +433,6 @@ def test_layers_on_disk_are_compared_on_the_words_of_the_whole_model(sharp, cut,
         reading = reading_of(models["cut"])
         assert reading.bytes_read == sum(map(stored_bytes, models["cut"].model.layers))
         assert reading_of(models["whole"]).passes == 2 * NUM_TOKENS + 1
-
-
-def test_models_that_do_not_speak_are_refused(llama, monkeypatch):
-    monkeypatch.setattr(type(llama), "can_generate", classmethod(lambda _: False))
-    with pytest.raises(sh.ModelError, match="cannot generate text"):
-        sh.evaluate_speech(llama, WORDS, PROMPTS, whole=llama, **OPTIONS)
 
 
 def test_speech_of_other_words_is_not_paired(sharp, cut, measured):

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.numpy import load_file
 
 import shallower as sh
@@ -47,19 +46,6 @@ def said(count, seed):
 ANSWERS = said(60, 0)
 
 
-def losses_by_token(model, answers):
-    """The mean losses of the prompts' tokens and of those written, each answer alone."""
-    found = ([], [])
-    for one in answers:
-        ids = torch.tensor([[*one.given, *one.written]])
-        with torch.inference_mode():
-            log_q = torch.log_softmax(model(ids).logits[0, :-1].double(), -1)
-        losses = -log_q.gather(1, ids[0, 1:, None])[:, 0]
-        for index, loss in enumerate(losses.tolist(), 1):
-            found[index >= len(one.given)].append(loss)
-    return [float(np.mean(losses)) for losses in found]
-
-
 def first_step(cut, recipe, texts=()):
     """The token ids and labels of the first step, as the recipe divides them."""
     _, tokenizer = sh.load_model(cut, dtype="float32")
@@ -73,37 +59,6 @@ def first_step(cut, recipe, texts=()):
 
 
 # What is learnt
-def test_answers_are_learnt_and_their_prompts_are_not(cut, tmp_path):
-    recipe = replace(ALONE, steps=8, packing=False, rank=16, attention=True)
-    record = sh.heal(cut, [], tmp_path / "out", recipe=recipe, answers=ANSWERS)
-    assert record.texts.num_texts == 0
-    model, _ = sh.load_model(cut, dtype="float32")
-    others = said(20, 1)
-    of_prompts, of_answers = losses_by_token(model, others)
-    adapted = PeftModel.from_pretrained(model, tmp_path / "out").eval()
-    prompts_after, answers_after = losses_by_token(adapted, others)
-    assert answers_after < of_answers - 0.3
-    assert prompts_after > of_prompts
-
-
-def test_what_a_prompts_labels_would_be_changes_nothing(cut, tmp_path, monkeypatch):
-    """Of the same inputs, the labels are those of answers to other prompts."""
-
-    def of_other_prompts(rows):
-        batch = dict(collate(rows))
-        others = [Sample(np.where(row.ids >= PROMPTS, 7, row.ids), row.predicted) for row in rows]
-        batch["labels"] = dict(collate(others))["labels"]
-        return iter(batch.items())
-
-    recipe = replace(ALONE, steps=2)
-    for name in ("as they are", "of others"):
-        sh.heal(cut, [], tmp_path / name, recipe=recipe, answers=ANSWERS)
-        monkeypatch.setattr(training, "collate", of_other_prompts)
-    one, other = (
-        (tmp_path / name / "adapter_model.safetensors").read_bytes()
-        for name in ("as they are", "of others")
-    )
-    assert one == other
 
 
 @pytest.mark.parametrize("by_rows", [True, False])
@@ -223,17 +178,6 @@ def test_the_record_and_the_card_tell_of_answers(cut, tmp_path):
         sh.Healing._from_json(again)
 
 
-def test_of_answers_alone_no_text_is_told(cut, tmp_path):
-    endless = (TEXTS[i % len(TEXTS)] for i in iter(int, 1))
-    recipe = replace(ALONE, steps=1)
-    record = sh.heal(cut, endless, tmp_path / "out", recipe=recipe, answers=ANSWERS)
-    assert record.texts.num_texts == 0
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| texts | " not in card
-    assert "100 % of the sequences" in card
-    assert "--texts" not in healing_command(record)
-
-
 def test_a_healing_of_texts_tells_of_none(healed):
     out, record = healed
     data = json.loads((out / "healing.json").read_text())
@@ -320,11 +264,3 @@ def test_what_cannot_be_trained_on_is_refused(cut, tmp_path, options, error, mes
     with pytest.raises(error, match=message):
         sh.heal(cut, [], tmp_path / "out", **{"answers": ANSWERS, **options})
     assert not list(tmp_path.iterdir())
-
-
-def test_answers_that_are_left_out_are_told(cut, tmp_path):
-    answers = [*ANSWERS, Answer((1, 2), (), False)]
-    recipe = replace(ALONE, steps=1)
-    with pytest.warns(sh.RejectedSamplesWarning, match="1 of 61 samples rejected: sample 60: no t"):
-        record = sh.heal(cut, [], tmp_path / "out", recipe=recipe, answers=answers)
-    assert record.answers.num_answers == 60

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.evaluation import answers as evaluation
-from shallower.healing import trainer_checkpoints
 from tests.conftest import tiny_llama, write_jsonl
-from tests.cutting.card_tools import assert_same_weights, blocks_of_code, cut_by, one_line
 from tests.healing.cuts import QUICK, TEXTS
 from tests.written import MANY, write_answered, write_prompts
 from tests.written import written as written
@@ -83,30 +80,6 @@ def test_it_is_trained_on_what_the_uncut_model_says(heal, both, cut, folder, wri
     assert written == []
 
 
-def test_answers_are_written_once_whatever_is_trained(heal, written):
-    for out, share in (("a", 0.5), ("b", 0.25)):
-        assert heal(out, "--share", share, steps=2 + (out == "b")).status == 0
-    assert written == [32, 8]
-    assert heal("c", "--no-cache").status == 0
-    assert written == [32, 8, 32, 8]
-
-
-def test_of_prompts_of_our_own_only_those_are_written_that_more_steps_take(
-    heal, given, written, both, folder
-):
-    """By a tokenizer without a template they are the beginnings of texts."""
-    given["answers"] = ("--answers", "--answer-tokens", 3)
-    short = [" ".join(text.split()[:9]) for text in TEXTS]
-    write_jsonl(folder / "texts.jsonl", ["", " ", *short])
-    assert heal("a", steps=3).status == 0
-    assert written == [32]
-    assert heal("b", steps=5).status == 0
-    assert written == [32, 32]
-    said, _ = said_by(both[0], short[:64])
-    expected = sum(len(one.written) for one in said)
-    assert sh.Healing.load(folder / "b").answers.num_tokens == expected
-
-
 def test_a_file_that_has_answers_needs_no_uncut_model(heal, both, given, folder, written):
     said, tokenizer = said_by(both[0])
     said = [one for one in said if one.written[-1] != 2]  # of the model's config, as an end
@@ -120,46 +93,6 @@ def test_a_file_that_has_answers_needs_no_uncut_model(heal, both, given, folder,
     assert done.json["recipe"]["share"] == 0.5
     assert written == []
     assert adapters(folder / "again") == adapters(folder / "out")
-
-
-def test_answers_alone_need_no_texts(heal, folder):
-    done = heal("out", "--share", 1, "--json", using=("answers", "original")).json
-    assert (done["texts"]["num_texts"], done["answers"]["num_answers"]) == (0, 40)
-    assert heal("texts", "--share", 1).status == 0  # which are not read then
-    assert adapters(folder / "texts") == adapters(folder / "out")
-
-
-@pytest.mark.slow
-def test_a_quantised_model_answers_and_can_be_trained(heal, both):
-    for dtype in ("nf4", "int8"):
-        done = heal(dtype, "--dtype", dtype)
-        assert done.status == 0, done.err
-        assert "trained on 40 answers of " in done.out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [0.25, 1])
-def test_the_card_makes_the_healing_again_from_answers_and_from_prompts(
-    heal, both, given, folder, shallower, share
-):
-    said, tokenizer = said_by(both[0])
-    said = [one for one in said if one.written[-1] != 2]
-    answers = write_answered(folder / "answers.jsonl", tokenizer, said)
-    given["answers"] = ("--answers", "answers.jsonl")
-    done = heal("first", "--share", share, "--merge", using=("texts", "answers"))
-    assert done.status == 0, done.err
-    card = (folder / "first" / "README.md").read_text()
-    assert "`ANSWERS` are prompts,\neach with its answer; of those without one " in card
-    cutting, healing = map(one_line, blocks_of_code(card, "sh")[:2])
-    assert " --answers ANSWERS --original SOURCE --preset small " in healing
-    assert ("--texts TEXTS" in healing) == (share < 1)
-    prompts = write_prompts(folder / "asked.jsonl", *(tokenizer.decode(a.given) for a in said))
-    places = {"SOURCE": both[0], "TEXTS": folder / "texts.jsonl"}
-    cut_by(cutting, shallower, **places)
-    for name, file in (("answers", answers), ("prompts", prompts)):
-        more = " --batch-size 8" + " --answer-tokens 3" * (file is prompts)
-        cut_by(healing + more, shallower, ANSWERS=file, **places, healed=name)
-        assert_same_weights(name, "first")
 
 
 def test_a_dry_run_tells_of_answers_and_loads_nothing(
@@ -181,47 +114,7 @@ def test_a_dry_run_tells_of_answers_and_loads_nothing(
     assert {path.suffix for path in folder.iterdir()} == {".jsonl"}
 
 
-# Killed
-def test_answers_that_were_written_before_a_kill_are_not_written_again(
-    heal, folder, written, monkeypatch
-):
-    write = evaluation.write_answers
-
-    def killed(*args, **options):
-        if written:
-            raise KeyboardInterrupt
-        return write(*args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "write_answers", killed)
-        done = heal("out")
-    assert done.status == 130
-    assert done.err.splitlines()[-1].endswith("the same command goes on from what is done")
-    assert heal("out").status == 0
-    assert written == [32, 8]
-    assert heal("whole", "--no-cache").status == 0
-    assert adapters(folder / "out") == adapters(folder / "whole")
-
-
-def test_a_training_that_was_killed_goes_on(heal, folder, written, monkeypatch):
-    mark = trainer_checkpoints.mark_complete
-
-    def killed(checkpoint):
-        mark(checkpoint)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer_checkpoints, "mark_complete", killed)
-        assert heal("out", steps=3).status == 130
-    done = heal("out", steps=3)
-    assert "resuming: 2 of 3 steps were taken\n" in done.err
-    assert written == [32, 8]
-    assert heal("whole", steps=3).status == 0
-    assert adapters(folder / "out") == adapters(folder / "whole")
-
-
 # Refusals
-CHAT = {"messages": [{"role": "user", "content": "w1"}]}
 
 
 @pytest.mark.parametrize(
@@ -234,13 +127,6 @@ CHAT = {"messages": [{"role": "user", "content": "w1"}]}
             "answers original", ("--share", 1, "--from-patch"),
             "name texts to patch on (--texts), or leave out --from-patch",
         ),
-        ("original", ("--share", 1), "name texts to train on (--texts), or answers alone"),
-        ("texts answers original", ("--share", 0), "share must be above 0 and at most 1"),
-        (
-            "texts original", ("--answers", "nowhere.jsonl"),
-            "there is no file of prompts nowhere.jsonl: expected JSON lines",
-        ),
-        ("texts original", ("--answers", "chats.jsonl"), "has no chat template: write `prompt`"),
         ("texts", ("--answers", "other.jsonl"), "is an answer of a/other, and the uncut model is"),
         ("texts", ("--answers", "short.jsonl", "--original", "twin"), "was made for whole ("),
         ("answers", ("--share", 1, "--original", "."), "it lies in ., which is read: choose ano"),
@@ -254,7 +140,6 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
         twin = tiny_llama(6)
         torch.nn.init.uniform_(twin.model.norm.weight)
         sh.save_model(twin, words, folder / "twin")
-    write_prompts(folder / "chats.jsonl", CHAT)
     write_prompts(folder / "other.jsonl", {"prompt": "w1", "answer": "w2", "model": "a/other"})
     write_prompts(folder / "short.jsonl", "w3")
     before = {*folder.iterdir()}

@@ -189,12 +189,6 @@ def test_the_whole_model_answers_once(given, folder, learned, words, written):
     assert weights(folder / "half") != weights(folder / "out")
 
 
-def test_prompts_of_our_own_are_beginnings_of_texts_without_a_template(given, folder, written):
-    assert given("out", answers=("--answer-tokens", 4)).status == 0
-    assert written == [32]
-    assert json.loads((folder / "out" / PATCH_FILE).read_text())["share"] == 0.5
-
-
 def test_answers_of_a_file_are_not_written_and_may_be_streamed(
     given, folder, learned, said, words, written, shallower
 ):
@@ -209,15 +203,6 @@ def test_answers_of_a_file_are_not_written_and_may_be_streamed(
     block = blocks_of_code(card, "sh")[0] + " --dtype float32"
     cut_by(block, shallower, TEXTS="texts.jsonl", ANSWERS=file, cut="again")
     assert weights(folder / "again") == weights(folder / "out")
-
-
-def test_a_dry_run_tells_of_answers_and_loads_nothing(given, folder, monkeypatch):
-    monkeypatch.setattr("shallower.models.loading.load_model", lambda *_, **__: 1 / 0)
-    done = given("out", "--dry-run", "--json", "--share", 0.25).json
-    assert (done["answers"], done["share"]) == ("to 40 prompts", 0.25)
-    said = given("out", "--dry-run", answers=()).out
-    assert "answers: to 64 prompts of our own, or beginnings of texts\n" in said
-    assert not (folder / "out").exists()
 
 
 def test_a_model_that_chats_answers_by_default(given, folder, words, written):
@@ -242,10 +227,8 @@ def test_a_model_that_chats_answers_by_default(given, folder, words, written):
 @pytest.mark.parametrize(
     ("options", "answers", "message"),
     [
-        (("--share", 0), None, "share must be above 0 and at most 1"),
         (("--stream",), ("prompts.jsonl",), "--answers beside --stream: all layers would be read"),
         (("--stream",), (), "give a file that has the answers, or leave one of the two out"),
-        ((), ("chats.jsonl",), "has no chat template: write `prompt`"),
         ((), ("other.jsonl",), "line 1 is an answer of a/other, and the uncut model is "),
         (("--out", "prompts.jsonl", "--overwrite"), ("prompts.jsonl",), "prompts.jsonl"),
     ],
@@ -253,20 +236,8 @@ def test_a_model_that_chats_answers_by_default(given, folder, words, written):
 def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
     given, folder, written, options, answers, message
 ):
-    chat = {"messages": [{"role": "user", "content": "w1"}]}
-    write_prompts(folder / "chats.jsonl", chat)
     write_prompts(folder / "other.jsonl", {"prompt": "w1", "answer": "w2", "model": "a/other"})
     before = {*folder.iterdir()}
     assert message in given("out", *options, answers=answers).error
     assert written == []
     assert {*folder.iterdir()} == before
-
-
-def test_a_plan_of_another_model_is_refused_before_it_answers(given, folder, learned, written):
-    other = copy.deepcopy(learned)
-    other.model.norm.weight.data *= 2
-    plan = sh.drop_layers(other, BLOCK)
-    plan.save(folder / "plan.json")
-    assert "was made for " in given("out", layers=("--plan", "plan.json")).error
-    assert written == []
-    assert not (folder / "out").exists()
