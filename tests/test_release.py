@@ -3,22 +3,12 @@
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 
 from tests import release
 from tests.conftest import ROOT
 
-COMMIT = "11bd71901bbe5b1630ceea73d27597364c9af683"
-WORKFLOW = f"""
-jobs:
-  wheels:
-    steps:
-      - uses: actions/checkout@{COMMIT} # v4.2.2
-      - {{name: local, uses: ./.github/actions/build}}
-      # uses: actions/setup-python@v5
-"""
 CHANGELOG = """# Changelog
 
 ## [Unreleased]
@@ -37,19 +27,13 @@ CHANGELOG = """# Changelog
 """
 
 
-def write_wheel(folder, name="shallower-0.2.0-cp311-abi3-manylinux2014_x86_64.whl", **changed):
-    """A wheel of the files that are looked at; its metadata follow the name unless changed."""
-    _, version, python, abi, platform = name.removesuffix(".whl").split("-")
-    version = changed.get("version", version)
-    inside = f"shallower-{name.split('-')[1]}.dist-info"
-    tags = "".join(f"Tag: {python}-{one}-{platform}\n" for one in abi.split("."))
-    suffix = "abi3" if abi == "abi3" else f"cpython-{abi.removeprefix('cp')}"
+ABI3 = "shallower-0.2.0-cp311-abi3-manylinux2014_x86_64.whl"
+
+
+def write_wheel(folder, name=ABI3):
+    """A wheel that was audited."""
     folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(folder / name, "w") as archive:
-        about = f"Metadata-Version: 2.4\nName: shallower\nVersion: {version}\n\nWords.\n"
-        archive.writestr(f"{inside}/METADATA", about)
-        archive.writestr(f"{inside}/WHEEL", changed.get("tags", f"Wheel-Version: 1.0\n{tags}"))
-        archive.writestr(changed.get("core", f"shallower/_core.{suffix}.so"), b"")
+    (folder / name).touch()
     (folder / ".audited").touch()
 
 
@@ -77,8 +61,6 @@ def ready(tmp_path_factory):
         "CITATION.cff": 'cff-version: 1.2.0\nversion: 0.2.0\ndate-released: "2026-11-30"\n',
         "README.md": "pip install shallower==0.2.0\n",
         "docs/install.md": "shallower 0.2.0 needs Python 3.11.0, shallower-lint 3.0.0 nothing.\n",
-        ".github/workflows/release.yml": WORKFLOW,
-        ".github/ISSUE_TEMPLATE/bug.yml": "body: what uses: it\n",
         "target/site/index.html": "",
         "Makefile": "fine:\n\t@echo well\nbroken:\n\t@echo a link is dead && false\n",
     }
@@ -121,7 +103,6 @@ CHANGES = {
         ("CHANGELOG.md", "[0.2.0] - 2026-11-30", "[0.2.0] - soon"),
         "[0.2.0] has no date",
     ),
-    "no day": (("CHANGELOG.md", "2026-11-30", "2026-11-31"), "[0.2.0] has no date"),
     "empty entry": (("CHANGELOG.md", "- Cuts of experts.\n", ""), "nothing under [0.2.0]"),
     "left out": (
         ("CHANGELOG.md", "[Unreleased]\n", "[Unreleased]\n\n- More.\n"),
@@ -135,12 +116,7 @@ CHANGES = {
         ("CITATION.cff", "\nversion: 0.2.0", "\nversion: 0.1.0"),
         "CITATION.cff says version 0.1.0, Cargo.toml 0.2.0",
     ),
-    "no version cited": (
-        ("CITATION.cff", "\nversion: 0.2.0", ""),
-        "CITATION.cff says version None",
-    ),
     "another day": (("CITATION.cff", "30", "29"), "date-released is not 2026-11-30"),
-    "readme": (("README.md", "0.2.0", "0.1.9"), "README.md says version 0.1.9"),
     "a clone": (
         ("README.md", "shallower==0.2.0", "'.[all]'"),
         "README.md installs a clone, and the tag publishes this version: write pip install 'shall",
@@ -149,16 +125,10 @@ CHANGES = {
         ("docs/install.md", "nothing.", "'pip install --quiet \"shallower[all]\"'."),
         "docs/install.md has 'pip install --quiet \"shallower[all]': link to Install in README.md",
     ),
-    "docs": (("docs/install.md", "0.2.0", "0.3.0"), "docs/install.md says version 0.3.0"),
     "python": (
         ("pyproject.toml", 'dynamic = ["version"]', 'version = "0.2.1"'),
         "pyproject.toml says version 0.2.1",
     ),
-    "tag for a commit": (
-        (".github/workflows/release.yml", COMMIT, "v4"),
-        ".github/workflows/release.yml, line 5: actions/checkout@v4 is not pinned",
-    ),
-    "short commit": ((".github/workflows/release.yml", COMMIT, COMMIT[:12]), "is not pinned"),
 }
 
 
@@ -188,57 +158,8 @@ def test_a_version_that_was_given_away_is_told(tree):
     assert found == "the tag v0.2.0 is on another commit: give this one a new version"
 
 
-ABI3 = "shallower-0.2.0-cp311-abi3-manylinux2014_x86_64.whl"
-WHEELS = {
-    "of one Python": (
-        {"name": "shallower-0.2.0-cp312-cp312-manylinux2014_x86_64.whl"},
-        "is cp312-cp312, expected cp311-abi3 or cp314-cp314t",
-    ),
-    "of a later Python": (
-        {"name": "shallower-0.2.0-cp312-abi3-manylinux2014_x86_64.whl"},
-        "is cp312-abi3, expected cp311-abi3",
-    ),
-    "with another core": (
-        {"name": ABI3, "core": "shallower/_core.cpython-311-x86_64-linux-gnu.so"},
-        "holds shallower/_core.cpython-311-x86_64-linux-gnu.so, expected shallower/_core.abi3.so",
-    ),
-    "without a core": ({"name": ABI3, "core": "shallower/values.py"}, "holds no core"),
-    "of another version": (
-        {"name": ABI3, "version": "0.1.0"},
-        "calls itself shallower 0.1.0, expected shallower 0.2.0",
-    ),
-    "tagged otherwise": (
-        {"name": ABI3, "tags": "Tag: cp311-cp311-manylinux2014_x86_64\n"},
-        "is tagged cp311-cp311-manylinux2014_x86_64 inside, unlike its name",
-    ),
-    "of this machine": (
-        {"name": "shallower-0.2.0-cp311-abi3-linux_x86_64.whl"},
-        "which loads on this Linux alone",
-    ),
-}
-
-
-@pytest.mark.parametrize(("made", "expected"), WHEELS.values(), ids=WHEELS)
-def test_a_wheel_that_is_not_as_it_should_be_is_told(tree, made, expected):
-    write_wheel(tree / "dist", **made)
-    (found,) = release.failures(tree)
-    assert found.startswith(made["name"])
-    assert expected in found
-
-
-def test_wheels_of_another_version_are_told_by_name_and_metadata(tree):
-    write_wheel(tree / "dist", "shallower-0.1.0-cp311-abi3-manylinux2014_x86_64.whl")
-    assert [one.partition(".whl ")[2] for one in release.failures(tree)] == [
-        "is of version 0.1.0, Cargo.toml says 0.2.0",
-        "calls itself shallower 0.1.0, expected shallower 0.2.0",
-    ]
-
-
-def test_a_wheel_that_is_broken_or_missing_is_told(tree):
-    (tree / "dist" / ABI3).write_bytes(b"PK")
-    (tree / "dist" / ".audited").touch()
-    assert "cannot be read" in " ".join(release.failures(tree))
-    (tree / "dist" / ABI3).unlink()
+def test_a_wheel_that_is_missing_or_of_another_version_is_told(tree):
+    (tree / "dist" / ABI3).rename(tree / "dist" / ABI3.replace("0.2.0", "0.1.0"))
     (found,) = release.failures(tree)
     assert "has no wheel shallower-0.2.0-cp311-abi3-….whl" in found
 
@@ -247,29 +168,6 @@ def test_a_wheel_that_came_after_the_audit_is_told(tree):
     (tree / "dist" / ".audited").unlink()
     (found,) = release.failures(tree)
     assert found == f"{ABI3} was not audited: 'make release' does it"
-
-
-USES = {
-    f"- uses: actions/checkout@{COMMIT}": [],
-    f'- "uses": "actions/cache/save@{COMMIT}" # v4': [],
-    "uses: ./.github/workflows/build.yml": [],
-    f"uses: docker://ghcr.io/zizmorcore/zizmor@sha256:{'0' * 64}": [],
-    "# - uses: actions/checkout@v4": [],
-    "run: echo causes: none, reuses: nothing": [],
-    "- uses: actions/checkout@v4": ["actions/checkout@v4"],
-    "- {uses: actions/checkout@main, with: {}}": ["actions/checkout@main"],
-    "- 'uses' : 'actions/checkout@v4'": ["actions/checkout@v4"],
-    f"uses: actions/checkout@{COMMIT[:39]}": [f"actions/checkout@{COMMIT[:39]}"],
-    f"uses: actions/checkout@{COMMIT.upper()}": [f"actions/checkout@{COMMIT.upper()}"],
-    "uses: actions/checkout": ["actions/checkout"],
-    "uses: docker://alpine:3": ["docker://alpine:3"],
-    "uses: >-": [">-"],
-}
-
-
-@pytest.mark.parametrize(("line", "expected"), USES.items(), ids=USES)
-def test_an_action_is_named_by_its_commit(line, expected):
-    assert release.unpinned(line) == expected
 
 
 def test_a_target_that_fails_is_told_with_what_it_says(tree):
@@ -290,20 +188,19 @@ def test_all_is_told_at_once_and_then_what_to_do(tree, monkeypatch, capsys):
     assert "git push origin v0.2.0" in capsys.readouterr().out
 
     change(tree, "CHANGELOG.md", "- Cuts of experts.\n", "")
-    change(tree, ".github/workflows/release.yml", COMMIT, "v4")
     change(tree, "Cargo.lock", "0.2.0", "0.1.0")
     (tree / "left.py").write_text("")
     (tree / "dist" / ABI3).unlink()
-    with pytest.raises(SystemExit, match="not ready: 6 of the above"):
+    with pytest.raises(SystemExit, match="not ready: 5 of the above"):
         release.main(["broken"])
     printed = capsys.readouterr().out
-    for word in ("dirty", "CHANGELOG", "Cargo.lock", "pinned", "make broken", "no wheel"):
+    for word in ("dirty", "CHANGELOG", "Cargo.lock", "make broken", "no wheel"):
         assert word in printed
     assert "git push" not in printed
 
 
-def test_our_own_versions_agree_and_our_actions_are_pinned():
-    assert [*release.versions(ROOT), *release.pinned(ROOT)] == []
+def test_our_own_versions_agree():
+    assert [*release.versions(ROOT)] == []
 
 
 def test_the_check_is_a_command_that_needs_no_package(tree):

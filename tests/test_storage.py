@@ -86,12 +86,6 @@ def test_a_file_holds_what_was_written(tmp_path_factory, content):
     assert tree(folder) == {"a": None, "a/b": None, "a/b/file": content}
 
 
-def test_a_file_is_replaced(tmp_path):
-    write_file(tmp_path / "file", b"long and old")
-    write_file(tmp_path / "file", b"new")
-    assert tree(tmp_path) == {"file": b"new"}
-
-
 @pytest.mark.parametrize("name", ["to_file", "to_nowhere"])
 def test_a_file_is_written_where_a_symlink_was(occupied, name):
     write_file(occupied / name, b"new")
@@ -113,24 +107,14 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path):
     assert tree(tmp_path) == {"file": b"old"}
 
 
-def test_a_write_that_fails_leaves_no_file(tmp_path):
-    with full_disk(), pytest.raises(OutputError):
-        write_file(tmp_path / "file", bytes(5000))
-    assert tree(tmp_path) == {}
-
-
-@pytest.mark.parametrize("name", ["folder", "to_folder", "file/below", "file/far/below", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["folder", "to_folder", "file/below", "file/far/below", "x" * 300, "a\0b"]
+)
 def test_a_place_for_no_file_is_refused(occupied, name):
     before = tree(occupied)
     with pytest.raises(OutputError):
         write_file(occupied / name, b"new")
     assert tree(occupied) == before
-
-
-def test_a_file_name_with_a_null_byte_is_refused(tmp_path):
-    with pytest.raises(OutputError):
-        write_file(tmp_path / "a\0b", b"new")
-    assert tree(tmp_path) == {}
 
 
 def test_a_file_in_a_forbidden_folder_is_refused(forbidden):
@@ -337,11 +321,6 @@ def test_the_root_is_never_a_new_folder(overwrite):
         pytest.fail("the body ran")
 
 
-def test_a_folder_in_a_forbidden_folder_is_refused(forbidden):
-    with pytest.raises(OutputError), new_folder(forbidden / "out"):
-        pytest.fail("the body ran")
-
-
 def test_a_relative_path_is_from_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with new_folder(Path("out")) as partial:
@@ -402,12 +381,6 @@ def test_what_another_job_or_another_place_left_is_discarded(tmp_path):
 def test_a_body_that_leaves_nothing_leaves_nothing(tmp_path):
     half_done(tmp_path / "new")
     assert tree(tmp_path) == {}
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
-def test_what_a_body_raises_comes_through(tmp_path, error):
-    with pytest.raises(error), resumable_folder(tmp_path / "new", "job"):
-        raise error
 
 
 @pytest.mark.parametrize("stranger", ["folder", "file"])
@@ -490,8 +463,3 @@ def test_resumed_work_replaces_only_when_told_so(occupied, name):
         (folder / "a").write_bytes(b"a")
     assert tree_of_ours(occupied / name) == {"a": b"a"}
     assert not list(occupied.glob(".*"))
-
-
-def test_a_resumed_folder_in_a_forbidden_folder_is_refused(forbidden):
-    with pytest.raises(OutputError), resumable_folder(forbidden / "new", "job"):
-        pytest.fail("the body ran")
