@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,7 +19,6 @@ from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import documents
 from tests.memory_oracle import shape, tracked_forward
-from tests.scanning.batches import interrupted
 
 SHAPES = (
     "llama-2-70b", "qwen2.5-7b", "phi-2", "gpt2-xl", "llama-2-7b", "llama-2-13b", "mistral-7b"
@@ -121,26 +119,6 @@ def test_minibatches_of_cka_do_not_depend_on_the_device(llama, words, monkeypatc
     expected = sh.scan(llama, words, texts, cka_batch=8, batch_size=8).cka
     monkeypatch.setattr(planning, "DEFAULT_BATCH", 2)
     assert (sh.scan(llama, words, texts, cka_batch=8).cka == expected).all()
-
-
-@pytest.mark.parametrize("sizes", [(1, 8), (4, 3), (2, "auto")])
-def test_a_scan_goes_on_with_another_batch_size(llama, words, tmp_path, monkeypatch, sizes):
-    texts = documents(80)
-    first, second = sizes
-    monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", -1)
-    with pytest.raises(KeyboardInterrupt):
-        sh.scan(
-            llama, words, interrupted(texts, 50), batch_size=first,
-            checkpoint=tmp_path / "partial", positions="random:3",
-        )  # fmt: skip
-    resumed = sh.scan(
-        llama, words, texts, batch_size=second, checkpoint=tmp_path / "partial",
-        positions="random:3",
-    )  # fmt: skip
-    whole = sh.scan(llama, words, texts, positions="random:3")
-    assert resumed.texts == whole.texts
-    assert resumed.num_samples == whole.num_samples
-    np.testing.assert_allclose(resumed.mean(), whole.mean(), atol=1e-6)
 
 
 def test_a_loss_is_the_same_at_every_batch_size(llama, words):

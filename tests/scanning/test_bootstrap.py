@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import shallower as sh
 from shallower import (
     MetricError,
     RejectedSamplesWarning,
@@ -108,33 +107,6 @@ def test_a_scan_without_samples_says_how_to_get_them(tmp_path):
             one.bootstrap()
         with pytest.raises(ScanError, match="keep_samples=True"):
             one.samples()
-
-
-def test_a_scan_of_a_model_keeps_its_samples_and_goes_on(llama, words, tmp_path, monkeypatch):
-    texts = [f"w{i} w{i + 1} w{2 * i}" for i in range(40)]
-    options = {"batch_size": 1, "keep_samples": True}
-    whole = sh.scan(llama, words, texts, **options)
-    assert whole.samples("angular").shape == (40, 21)
-
-    def breaking():
-        yield from texts[:33]
-        raise OSError("the disk went away")
-
-    part = tmp_path / "part"
-    with monkeypatch.context() as patch:
-        patch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", -1)
-        with pytest.raises(OSError, match="the disk went away"):
-            sh.scan(llama, words, breaking(), checkpoint=part, **options)
-    assert 0 < Scan.load(part).num_samples < 40
-    with pytest.raises(ScanError, match="keeps the values of single samples; delete it"):
-        sh.scan(llama, words, texts, batch_size=1, checkpoint=part)
-    resumed = sh.scan(llama, words, texts, checkpoint=part, **options)
-    for metric in BOTH:
-        assert np.array_equal(resumed.samples(metric), whole.samples(metric))
-    plain = tmp_path / "plain"
-    sh.scan(llama, words, texts, batch_size=1, checkpoint=plain)
-    with pytest.raises(ScanError, match="does not keep the values"):
-        sh.scan(llama, words, texts, checkpoint=plain, **options)
 
 
 @pytest.mark.parametrize("damage", ["nan", "fewer", "float64", "gone"])

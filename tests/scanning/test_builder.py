@@ -279,27 +279,6 @@ def test_saved_and_merged_scans_know_their_positions(words, tmp_path):
         Scan.merge([scan, other])
 
 
-@pytest.mark.parametrize("name", ["random:2", "all"])
-def test_an_interrupted_scan_goes_on(words, tmp_path, monkeypatch, name):
-    model = tiny_llama(3)
-    whole = scan_of(name, model=model, words=words, batch_size=1, keep_samples=True)
-    monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", 0)
-    checkpoint = tmp_path / "partial"
-
-    def some():
-        yield from TEXTS[:20]
-        raise KeyboardInterrupt
-
-    options = {"batch_size": 1, "progress": False, "checkpoint": checkpoint, "positions": name}
-    with pytest.raises(KeyboardInterrupt):
-        sh.scan(model, words, some(), keep_samples=True, **options)
-    assert 0 < Scan.load(checkpoint).num_sequences < 40
-    with pytest.raises(ScanError, match=f"of the positions {name}, not last:5"):
-        sh.scan(model, words, TEXTS, keep_samples=True, **{**options, "positions": "last:5"})
-    resumed = sh.scan(model, words, TEXTS, keep_samples=True, **options)
-    assert values(resumed) == values(whole)
-
-
 def test_a_rejected_token_is_named_and_the_rest_of_its_text_stays(words):
     model = tiny_llama(3)
     with_nan = next(i for i, text in enumerate(TEXTS) if "w50" in text.split())

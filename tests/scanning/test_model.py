@@ -114,23 +114,35 @@ def hurried(monkeypatch):
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")
 @pytest.mark.parametrize(
-    ("at", "batch_size"),
-    mostly_slow([(1, 2), (33, 2), (64, 2), (64, 5), (100, 2)], [(33, 2), (64, 5)]),
+    ("at", "batch_size", "options"),
+    mostly_slow(
+        table := [
+            (33, 2, {}),
+            (33, 2, {"positions": "random:2", "keep_samples": True}),
+            (64, 5, {"positions": "random:3"}),
+            *((at, 2, {"positions": "all"}) for at in (1, 64, 100)),
+        ],
+        table[:3],
+    ),
 )
 def test_a_resumed_scan_has_the_bits_of_an_uninterrupted_one(
-    llama, words, tmp_path, at, batch_size
+    llama, words, tmp_path, at, batch_size, options
 ):
     with torch.no_grad():
         llama.model.embed_tokens.weight[96] = torch.nan
-    checkpoint = tmp_path / "partial"
-    whole = sh.scan(llama, words, WITH_REJECTED, batch_size=2)
+    checkpoint, parts = tmp_path / "partial", interrupted(WITH_REJECTED, at)
+    whole = sh.scan(llama, words, WITH_REJECTED, batch_size=2, **options)
     with pytest.raises(KeyboardInterrupt):
-        sh.scan(llama, words, interrupted(WITH_REJECTED, at), batch_size=2, checkpoint=checkpoint)
+        sh.scan(llama, words, parts, batch_size=2, checkpoint=checkpoint, **options)
     assert checkpoint.exists() == (at > 32)
-    resumed = sh.scan(llama, words, WITH_REJECTED, batch_size=batch_size, checkpoint=checkpoint)
+    resumed = sh.scan(
+        llama, words, WITH_REJECTED, batch_size=batch_size, checkpoint=checkpoint, **options
+    )
     assert bits(resumed)[1:] == bits(whole)[1:]
     assert bits(resumed) == bits(whole) or batch_size != 2
-    np.testing.assert_allclose(resumed.mean(), whole.mean(), atol=1e-7)
+    np.testing.assert_allclose(resumed.mean(), whole.mean(), atol=1e-6)
+    if whole.keeps_samples:
+        np.testing.assert_array_equal(resumed.samples(), whole.samples())
 
 
 @pytest.mark.usefixtures("hurried")
@@ -171,6 +183,8 @@ def test_a_scan_does_not_go_on_from_another_one(llama, words, tmp_path):
         (llama, words, ["w1", *TEXTS[1:]], {}),
         (llama, words, TEXTS, {"max_length": 5}),
         (llama, words, TEXTS, {"metrics": ("cosine",)}),
+        (llama, words, TEXTS, {"positions": "last:5"}),
+        (llama, words, TEXTS, {"keep_samples": True}),
         (tiny_llama(num_layers=5), words, TEXTS, {}),
         (edited(llama), words, TEXTS, {}),
         (copy.deepcopy(llama).bfloat16(), words, TEXTS, {}),
@@ -179,6 +193,12 @@ def test_a_scan_does_not_go_on_from_another_one(llama, words, tmp_path):
         with pytest.raises(sh.ScanError, match=r"partial.*delete it to start anew"):
             sh.scan(model, tokenizer, texts, checkpoint=tmp_path / "partial", **options)
         assert (tmp_path / "partial").read_bytes() == before
+
+
+def test_a_scan_does_not_go_on_without_the_samples_that_are_kept(llama, words, tmp_path):
+    sh.scan(llama, words, TEXTS, checkpoint=tmp_path / "kept", keep_samples=True)
+    with pytest.raises(sh.ScanError, match="keeps the values of single samples; delete it"):
+        sh.scan(llama, words, TEXTS, checkpoint=tmp_path / "kept")
 
 
 def test_a_checkpoint_of_merged_scans_is_refused(llama, words, tmp_path):
