@@ -11,7 +11,6 @@ import torch
 import shallower as sh
 from shallower.cli import main
 from shallower.values.speech import MEASURES
-from tests.commands import TOO_SMALL
 
 PROMPTS = ["w1 w2 w3", "w4", "w7 w8 w9 w10 w11"]
 
@@ -136,45 +135,6 @@ def test_prompts_of_our_own_need_no_value(shallower, tiny, asked, monkeypatch):
     assert dry["speech"] == "prompts of our own"
 
 
-def test_a_file_is_named_behind_the_option_or_in_it(shallower, tiny, asked):
-    options = ("--speech-tokens", 2, "--json")
-    one = shallower("eval", tiny, "--speech", asked, *options)
-    other = shallower("eval", tiny, f"--speech={asked}", *options)
-    assert one.json == other.json
-    assert one.json["speech"]["prompts"] == len(PROMPTS)
-    dry = shallower("eval", tiny, f"--speech={asked}", "--dry-run", "--json").json
-    assert dry["speech"] == str(asked)
-    assert dry["memory"]["peak_bytes"] > 0
-
-
-CHAT = {"messages": [{"role": "user", "content": "w1"}]}
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, "there is no file of prompts asked.jsonl: expected JSON lines"),
-        (json.dumps(CHAT), "line 1 is a chat (`messages`), and the tokenizer has no chat template"),
-    ],
-)
-def test_prompts_that_are_none_are_one_sentence(shallower, tiny, folder, content, said):
-    if content is not None:
-        (folder / "asked.jsonl").write_text(content)
-    for more in ((), ("--drop", "1")):
-        assert said in shallower("eval", tiny, "--speech", "asked.jsonl", *more).error
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--workers", "2"), "--speech is measured by one process: leave out --shard, --workers"),
-        (("--speech-tokens", "0"), f"'--speech-tokens': {TOO_SMALL}"),
-    ],
-)
-def test_what_cannot_be_is_one_sentence(shallower, tiny, asked, options, said):
-    assert said in shallower("eval", tiny, "--speech", asked, *options).error
-
-
 # Another checkpoint.
 def test_a_cut_on_disk_speaks_as_in_memory(shallower, tiny, asked, folder, loaded):
     assert shallower("prune", tiny, "--drop", "1:3", "--out", "cut").status == 0
@@ -185,20 +145,6 @@ def test_a_cut_on_disk_speaks_as_in_memory(shallower, tiny, asked, folder, loade
     assert done.status == 0, done.err
     assert loaded == ["tiny", "tiny", "cut", "tiny"]
     assert done.json["speech"] == in_memory["speech"]
-
-
-@pytest.mark.slow
-def test_two_checkpoints_are_measured_once(shallower, tiny, asked, folder, request):
-    assert shallower("prune", tiny, "--drop", "1:3", "--out", "cut").status == 0
-    command = ("eval", "cut", "--against", tiny, "--speech", asked, "--speech-tokens", 4)
-    first = shallower(*command)
-    assert first.status == 0, first.err
-    head = next(line for line in first.out.splitlines() if "difference" in line)
-    assert head.split() == [str(tiny), "cut", "difference"]
-    request.getfixturevalue("at_rest")
-    again = shallower(*command, "--json")
-    assert again.status == 0, again.err
-    assert again.json["speech"]["acceptance"] < 1
 
 
 def test_each_checkpoint_keeps_its_own_words(shallower, tiny, models, asked, folder):
@@ -221,15 +167,6 @@ def test_each_checkpoint_keeps_its_own_words(shallower, tiny, models, asked, fol
     sh.save_model(model, tokenizer, folder / "third")
     found = shallower("eval", other, "--against", folder / "third", *options).json["speech"]
     assert found["words"] not in (against[other]["words"], against[tiny]["words"])
-
-
-def test_another_head_is_one_sentence(shallower, tiny, asked, folder):
-    model, tokenizer = sh.load_model(tiny, progress=False)
-    torch.nn.init.normal_(model.lm_head.weight)
-    sh.save_model(model, tokenizer, folder / "other")
-    options = ("--speech", asked, "--speech-tokens", 2)
-    said = shallower("eval", "other", "--against", tiny, *options).error
-    assert "another head, or another dtype, than the whole one" in said
 
 
 def test_another_tokenizer_is_one_sentence(shallower, tiny, asked, folder, loaded):

@@ -93,14 +93,6 @@ def test_other_prompts_models_and_ends_are_other_answers(model, words, tmp_path,
     assert kept(tmp_path).write(decoder, words, PROMPTS[:1], **OPTIONS) != [first]
 
 
-def test_without_a_store_answers_are_written(model, words):
-    decoder = Decoder.of(model)
-    found = KeptAnswers(ModelStore(Store(None), None, [])).write(
-        decoder, words, PROMPTS[:3], **OPTIONS
-    )
-    assert found == write_answers(decoder, words, PROMPTS[:3], **OPTIONS)
-
-
 class Damaged:
     """A store that gives what it was told to."""
 

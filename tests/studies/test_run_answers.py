@@ -4,30 +4,24 @@ import copy
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 import shallower as sh
-from shallower.evaluation import answers as evaluation
 from shallower.healing.checks import require_healable
 from shallower.models.decoder import Decoder
-from shallower.reporting.results import Run
 from shallower.store.given_models import InMemory
 from shallower.store.store import open_store
 from shallower.studies import recommending
 from shallower.studies.answers import PATCH_ANSWERS, WantedAnswers
-from shallower.studies.healing_stage import HealingStage
 from shallower.studies.run import RunStudy
 from shallower.texts.prompts import Prompt
 from shallower.values.settings import RunSettings
-from tests.conftest import write_jsonl
-from tests.cutting.card_tools import assert_same_weights
 from tests.documents import assert_same, state_of
 from tests.families import random_model
-from tests.healing.cuts import MANY, QUICK, documents
+from tests.healing.cuts import QUICK, documents
 from tests.written import MANY as PROMPTS
-from tests.written import write_answered, write_prompts
+from tests.written import write_prompts
 from tests.written import written as written
 
 TEXTS, REPORT = documents(90, 5), documents(12, 1)
@@ -111,30 +105,6 @@ def test_it_is_patched_and_healed_on_what_the_whole_model_says(
     assert written == []
 
 
-@pytest.mark.slow
-def test_answers_of_a_file_are_those_of_its_model(run, learned, words, tmp_path, written):
-    said = [one for one in said_by(learned, words) if one.written[-1] != 2]
-    write_prompts(tmp_path / "asked.jsonl", *(words.decode(one.given) for one in said))
-    write_answered(tmp_path / "said.jsonl", words, said)
-    run("asked", answers=tmp_path / "asked.jsonl")
-    del written[:]
-    run("said", answers=str(tmp_path / "said.jsonl"))
-    assert written == []
-    assert_same_weights(tmp_path / "asked" / "checkpoint", tmp_path / "said" / "checkpoint")
-    write_answered(tmp_path / "other.jsonl", words, said, model="a/other")
-    with pytest.raises(sh.TextsError, match="line 1 is an answer of a/other"):
-        run("other", answers=tmp_path / "other.jsonl")
-    assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.slow
-def test_of_prompts_of_our_own_the_texts_that_fit_are_begun(run, study, words, written):
-    with pytest.warns(sh.RejectedSamplesWarning, match="answers are left out: .* a prompt of"):
-        done = run(answers=True)  # of 16 tokens, where some beginnings have more
-    assert sum(written) == min(512, len(study().split.fit)) < len(TEXTS)
-    assert done.recommended.state == "patched"
-
-
 @pytest.fixture
 def chats(words):
     """The tokenizer with a template for chats, whose texts are short."""
@@ -158,17 +128,6 @@ def test_answers_are_an_eighth_of_what_a_patch_is_given(learned, chats, tmp_path
     fitted = done.splits["fit"] * 16  # tokens, at most
     assert 1 < sum(written) <= fitted / 8 / 8
     assert sum(written) < PATCH_ANSWERS
-
-
-@pytest.mark.slow
-def test_a_model_that_chats_is_healed_on_texts_where_that_is_said(
-    learned, chats, tmp_path, written, monkeypatch
-):
-    patches = patched_on(monkeypatch)
-    taken = {**TAKEN, "n": 2, "heal": replace(HEAL, share=0.5, learning_rate=3e-3)}
-    done = sh.run(learned, chats, TEXTS, **taken, answers=False, out=tmp_path / "texts")
-    assert (done.healing.answers, [*patches[0]["answers"]]) == (None, [])
-    assert written == []
 
 
 def test_by_default_no_other_model_is_asked(run, written):
@@ -228,51 +187,6 @@ def test_other_answers_are_another_run(study, tmp_path):
     assert study(plan_only=True).wanted_answers is None
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"answers": True}, ["--answers"]),
-        ({"answers": Path("there/p.jsonl"), "share": 0.25}, "--answers p.jsonl --share 0.25"),
-        ({"answers": PROMPTS}, []),
-        ({"answers": None}, []),
-        ({"answers": False, "heal": True}, "--heal --no-answers"),
-        ({"answers": True, "share": 1, "heal": True}, "--heal --answers --share 1"),
-    ],
-)
-def test_the_settings_are_words_of_the_command_line(options, words):
-    assert RunSettings(**options).to_words() == (words.split() if isinstance(words, str) else words)
-
-
-# Killed
-@pytest.mark.slow
-def test_a_run_that_was_killed_answers_nothing_again(run, tmp_path, written, monkeypatch):
-    write = evaluation.write_answers
-    wanted = {"answers": PROMPTS[::-1], "share": 0.5, "heal": replace(HEAL, share=0.5)}
-
-    def killed(*args, **options):
-        if written:
-            raise KeyboardInterrupt
-        return write(*args, **options)
-
-    def interrupted(*_said):
-        raise KeyboardInterrupt
-
-    stops = ((evaluation, "write_answers", killed), (HealingStage, "heal", interrupted))
-    for target, name, stop in stops:
-        with monkeypatch.context() as patched:
-            patched.setattr(target, name, stop)
-            with pytest.raises(KeyboardInterrupt):
-                run(**wanted)
-    assert written == [32, 8]
-    done = run(**wanted)
-    assert written == [32, 8]
-    whole = run("whole", cache=False, **wanted)
-    assert written == [32, 8, 32, 8]
-    assert whole.recommended.healed == done.recommended.healed
-    assert whole.healing.answers == done.healing.answers
-    assert_same_weights(tmp_path / "whole" / "healed", tmp_path / "out" / "healed")
-
-
 # Refusals
 @pytest.mark.parametrize(
     ("options", "error", "message"),
@@ -311,54 +225,9 @@ def test_a_model_on_disk_is_not_read_for_each_token(streamed, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_a_model_on_disk_is_patched_on_answers_of_a_file(
-    streamed, learned, words, tmp_path, written
-):
-    said = [one for one in said_by(learned, words) if len(one.written) > 1]
-    del written[:]
-    write_answered(tmp_path / "said.jsonl", words, said, model="a/stored")
-    assert streamed(answers=tmp_path / "said.jsonl").recommended.state == "patched"
-    assert written == []
-
-
-def test_nothing_is_written_into_the_file_of_answers(run, tmp_path):
-    (tmp_path / "out").mkdir()
-    inside = write_prompts(tmp_path / "out" / "results.json", *PROMPTS)
-    with pytest.raises(sh.OutputError, match=r"results\.json"):
-        run(answers=inside, overwrite=True)
-    assert inside.read_text().startswith('{"prompt"')
-
-
 def test_texts_for_a_step_are_enough_beside_answers(learned, words):
     few = TEXTS[:3]
     with pytest.raises(sh.TextsError, match="one step takes 16"):
         require_healable(learned, words, few, recipe=replace(HEAL, packing=False))
     recipe = replace(HEAL, packing=False, share=0.9)
     assert require_healable(learned, words, few, recipe=recipe, answers=True).share == 0.9
-
-
-# The command
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:answers are left out")  # of prompts longer than these texts
-def test_the_command_takes_answers(learned, words, shallower, folder, written):
-    sh.save_model(learned, words, folder / "stored")
-    for name, texts in (("texts", documents(2 * MANY, 5)), ("held_out", REPORT)):
-        write_jsonl(folder / f"{name}.jsonl", texts)
-    write_prompts(folder / "prompts.jsonl", *PROMPTS)
-    command = ["run", "stored", "--texts", "texts.jsonl", "--eval-texts", "held_out.jsonl"]
-    command += ["--n", "2", "--top", "2", "--max-length", "16", "--dtype", "float32", "--out"]
-    more = ("--answers", "prompts.jsonl", "--share", "0.25", "--heal", "--heal-steps", "2")
-    dry = shallower(*command, "out", *more, "--dry-run", "--json").json
-    assert dry["time"]["seconds"] > shallower(*command, "out", "--dry-run", "--json").json["time"][
-        "seconds"
-    ]  # fmt: skip
-    done = shallower(*command, "out", *more, "--no-speech", "--json")
-    assert done.json["healing"]["answers"]["num_answers"] == 40
-    assert done.json["healing"]["recipe"]["share"] == 0.25
-    assert written == [32, 8]
-    assert "--answers prompts.jsonl --share 0.25 " in Run.load(folder / "out").command
-    assert "2 \\\n" not in done.err
-    own = shallower(*command, "own", "--no-speech", "--answers")
-    assert own.status == 0, own.err
-    assert Run.load(folder / "own").command.endswith("--no-speech --answers")

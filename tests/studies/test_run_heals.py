@@ -82,37 +82,6 @@ def test_texts_that_fit_are_trained_on_last_and_those_that_choose_or_report_neve
 
 
 @pytest.mark.slow
-def test_other_texts_to_train_on_are_another_run(learned, words, tmp_path):
-    options = {**TAKEN, "out": tmp_path / "out", "heal": QUICK, "max_texts": 80}
-    sh.run(learned, words, TEXTS, **options)
-    with pytest.raises(sh.OutputError, match="exists already"):
-        sh.run(learned, words, TEXTS[:120], **options)
-
-
-@pytest.mark.slow
-def test_the_results_are_told_before_the_healing(learned, words, tmp_path, monkeypatch):
-    told = []
-
-    def killed(_stage, results, *_said):
-        assert json.loads((results.out / "results.json").read_text()) == json.loads(
-            json.dumps(results.to_json())
-        )
-        assert [done.recommended.healed for done in told] == [None]
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(HealingStage, "heal", killed)
-        with pytest.raises(KeyboardInterrupt):
-            sh.run(
-                learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK,
-                report=told.append,
-            )  # fmt: skip
-    whole = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "whole", heal=QUICK)
-    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
-    assert again.recommended.healed == whole.recommended.healed
-
-
-@pytest.mark.slow
 def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(HealingStage, "_loss", lambda *_: 1 / 0)
@@ -205,21 +174,3 @@ def test_the_command_patches_and_heals(learned, words, shallower, tmp_path):
     assert "Healing it again" not in card  # the run does it
     evaluated = [one for one in commands_of(out) if one.startswith("shallower eval out/")]
     assert [one.split()[2] for one in evaluated] == ["out/checkpoint", "out/healed"]
-
-
-@pytest.mark.slow
-def test_the_same_run_in_another_place_ends_in_the_same_weights(
-    learned, words, shallower, tmp_path
-):
-    sh.save_model(learned, words, tmp_path / "stored")
-    write_jsonl(tmp_path / "texts.jsonl", TEXTS[:80])
-    asked = (
-        "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--n", "1", "--top", "2",
-        "--dtype", "float32", "--json", "--out",
-    )  # fmt: skip
-    first = shallower(*asked, tmp_path / "first")
-    assert first.status == 0, first.err
-    second = shallower(*asked, tmp_path / "second")
-    assert second.status == 0, second.err
-    weights = [tmp_path / name / "checkpoint/model.safetensors" for name in ("first", "second")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()

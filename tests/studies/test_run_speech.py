@@ -11,14 +11,12 @@ import shallower as sh
 from shallower.evaluation import answers
 from shallower.reporting.results import Run
 from shallower.runs.report import read_story
-from shallower.studies.healing_stage import HealingStage
 from shallower.studies.run import RunStudy
 from shallower.studies.speaking import NUM_SAMPLES, StudySpeech
 from shallower.values.speech import MEASURES, WAYS
-from tests.conftest import write_jsonl
 from tests.documents import assert_same, state_of
 from tests.evaluation.answering import plain_answer
-from tests.healing.cuts import QUICK, documents
+from tests.healing.cuts import documents
 from tests.studies.conftest import FEW_WORDS
 
 TEXTS, REPORT = documents(80, 5), documents(12, 1)
@@ -164,54 +162,11 @@ def test_a_run_goes_on_and_nothing_is_said_twice(
     assert again.continuations == done.continuations
 
 
-def test_a_run_that_was_killed_while_it_spoke_goes_on(done, learned, words, tmp_path, monkeypatch):
-    before = state_of(learned)
-    with monkeypatch.context() as patched:
-        patched.setattr(StudySpeech, "judged", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
-    assert Run.load(tmp_path / "out").speech == {}
-    assert_same(before, state_of(learned))
-    again = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
-    for name, speech in done.speech.items():
-        assert again.speech[name].to_record() == speech.to_record()
-
-
 def test_other_prompts_are_another_run(done, learned, words, tmp_path):
     options = {**TAKEN, "out": tmp_path / "out", "plan_only": True}
     sh.run(learned, words, TEXTS, **{**options, "prompts": ()})
     with pytest.raises(sh.OutputError, match="exists already"):
         sh.run(learned, words, TEXTS, **options)
-
-
-# Healed: that a healed model speaks, too, stands in test_run_heals.py.
-@pytest.mark.slow
-def test_a_healing_that_goes_on_still_speaks(learned, words, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(HealingStage, "_with_speech", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
-    monkeypatch.setattr("shallower.studies.healing_stage.heal", lambda *_, **__: 1 / 0)
-    done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
-    assert {*done.speech} == {"whole", "cut", "patched", "healed"}
-
-
-@pytest.mark.slow
-def test_a_healed_model_of_another_head_does_not_end_the_run(learned, words, tmp_path, monkeypatch):
-    """As on another device, whose products are rounded otherwise."""
-    measure = HealingStage._loss
-
-    def changed(stage, source, model, tokenizer):
-        found = measure(stage, source, model, tokenizer)
-        model.lm_head.weight.data.mul_(1.001)
-        return found
-
-    monkeypatch.setattr(HealingStage, "_loss", changed)
-    with pytest.warns(UserWarning, match="speech of the healed model is not measured: .* head"):
-        done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=QUICK)
-    assert done.recommended.healed is not None
-    assert {*done.speech} == {"whole", "cut", "patched"}
-    assert Run.load(done.out).recommended.healed == done.recommended.healed
 
 
 # Where nothing can be said.
@@ -245,27 +200,3 @@ def test_given_prompts_and_layers_on_disk_are_refused(learned, words, tmp_path):
         sh.ModelError, match=r"the layers are streamed from disk, .* leave out --stream"
     ):
         sh.run(streamed, tokenizer, TEXTS, **TAKEN, out=tmp_path / "out")
-
-
-# The command.
-@pytest.mark.slow
-def test_the_command_takes_prompts_or_none(learned, words, shallower, tmp_path):
-    sh.save_model(learned, words, tmp_path / "stored")
-    write_jsonl(tmp_path / "texts.jsonl", TEXTS[:80])
-    asked = tmp_path / "asked.jsonl"
-    asked.write_text('{"prompt": "w1 w2"}\n{"prompt": "w3"}\n')
-    command = (
-        "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--n", "1", "--top", "1",
-        "--dtype", "float32", "--plan-only",
-    )  # fmt: skip
-    spoken = shallower(*command, "--out", tmp_path / "a", "--speech", asked, "--json")
-    assert spoken.status == 0, spoken.err
-    assert spoken.json["speech"]["cut"]["prompts"] == 2
-    assert [one["prompt"] for one in spoken.json["continuations"]] == ["w1 w2", "w3"]
-    silent = shallower(*command, "--out", tmp_path / "b", "--no-speech", "--json")
-    assert (silent.json["speech"], silent.json["continuations"]) == ({}, [])
-    said = shallower(*command, "--out", tmp_path / "c", "--speech", asked).out
-    assert "likeliest token agrees, %" in said
-    assert "w1 w2" in said
-    own = shallower(*command, "--out", tmp_path / "d", "--speech", "--json")
-    assert own.json["speech"]["cut"]["prompts"] == 24
