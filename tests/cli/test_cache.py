@@ -1,8 +1,6 @@
 """The cache behind every command: a second run finds what the first has measured."""
 
-import contextlib
 import re
-import sqlite3
 import sys
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import pytest
 
 import shallower as sh
 from shallower.models import loading
-from shallower.store import inputs
 from shallower.store.store import STORE_FILE
 from shallower.texts.sources import Texts
 from shallower.values.recipe import Recipe
@@ -18,14 +15,12 @@ from tests.cli.documents import documents, tree
 from tests.commands import in_a_process
 from tests.conftest import mostly_slow, write_jsonl
 from tests.healing.cuts import documents as progressions
-from tests.models.gguf_files import write_gguf
 from tests.scanning.state_files import keep
 
 QUICK = (
     "--dtype float32 --max-length 16 --batch-size 8 --steps 2 --rank 2 --learning-rate 0.01 "
     "--eval-every 1"
 )
-FEW = "--max-eval-texts 40 "
 COMMANDS = {
     "scan": "scan {tiny} --texts {texts} --out {out}",
     "scan samples": "scan {tiny} --texts {texts} --out {out} --keep-samples --positions last:2",
@@ -102,9 +97,6 @@ def said_once(text):
 pytestmark = pytest.mark.filterwarnings("default:the cut is not patched")
 
 
-RUN = pytest.param("run", marks=pytest.mark.slow)
-
-
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "name", mostly_slow(COMMANDS, set(COMMANDS) - {"run", "heal merged", "scan samples"})
@@ -125,15 +117,6 @@ def test_a_second_run_is_not_measured_again(shallower, folder, place, no_model, 
     assert tree(folder) == before
 
 
-def test_a_second_cut_of_a_gguf_file_is_told_by_its_name(shallower, folder):
-    write_gguf(folder / "tiny.gguf")
-    command = ["prune", "tiny.gguf", "--drop", "1", "--out", "cut.gguf"]
-    assert shallower(*command).status == 0
-    for option in ((), ("--dry-run",)):
-        said = said_once(shallower(*command, *option).err)
-        assert said.startswith("cut.gguf is already there, made from")
-
-
 def test_a_dry_run_of_an_evaluation_finds_its_file(shallower, folder, place):
     command = words("eval {tiny} --texts {held_out} --drop 2 --out made", place)
     done = shallower(*command)
@@ -146,19 +129,6 @@ def test_a_dry_run_of_an_evaluation_finds_its_file(shallower, folder, place):
     assert shallower(*other[:-1], "elsewhere").status == 0
     assert "exists already" in shallower(*other, "--dry-run").error
     assert {name: one for name, one in tree(folder).items() if name in before} == before
-
-
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(
-    "name",
-    mostly_slow(COMMANDS, ["scan samples", "prune"]),
-)
-def test_the_json_of_a_second_run_is_that_of_the_first(shallower, place, no_model, name):
-    first = shallower(*words(COMMANDS[name], place), "--json")
-    no_model()
-    again = shallower(*words(COMMANDS[name], place), "--json")
-    assert again.out == first.out
-    said_once(again.err)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -184,19 +154,6 @@ def test_what_somebody_has_changed_is_not_known(shallower, folder, place, name):
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("name", ["scan", RUN, "patch"])
-def test_another_input_is_another_result(shallower, place, name):
-    command = words(COMMANDS[name], place)
-    assert shallower(*command).status == 0
-    number = "--num-tokens=1200" if name == "patch" else "--max-texts=20"
-    other = [*words(COMMANDS[name], place, "other"), number]
-    done = shallower(*other)
-    assert done.status == 0
-    assert "shallower cache" not in done.err
-    assert "exists already" in shallower(*command, number).error
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_without_the_cache_nothing_is_found_and_nothing_kept(
     shallower, folder, place, cache_folder
 ):
@@ -209,15 +166,6 @@ def test_without_the_cache_nothing_is_found_and_nothing_kept(
         assert "exists already" in shallower(*command, "--no-cache").error
         done = shallower(*command, "--no-cache", "--overwrite")
         assert "shallower cache" not in done.err
-
-
-@pytest.mark.slow
-def test_a_dry_run_asks_for_no_cache(shallower, place, cache_folder, monkeypatch):
-    monkeypatch.setattr(inputs, "model_inputs", None)
-    for name in ("scan", "run", "prune", "merge"):
-        done = shallower(*words(COMMANDS[name], place), "--dry-run")
-        assert done.status == 0, done.err
-    assert not cache_folder.exists()
 
 
 # Losses.
@@ -235,15 +183,6 @@ def test_a_loss_is_measured_once(shallower, folder, place, no_model):
     assert "cannot read" in shallower(*command, "--drop", "junk").error
     assert "layer" in shallower(*command, "--drop", "7").error
     assert tree(folder) == {}
-
-
-def test_a_plan_for_another_model_is_refused_though_its_loss_is_known(shallower, place, plans):
-    command = ["eval", place["tiny"], "--texts", place["held_out"]]
-    fits = shallower(*command, "--plan", plans / "tiny")
-    assert fits.status == 0
-    assert shallower(*command, "--plan", plans / "tiny").out == fits.out
-    assert "another model" in shallower(*command, "--plan", plans / "twin").error
-    assert "the plan is for 8 layers" in shallower(*command, "--plan", plans / "deeper").error
 
 
 @pytest.mark.slow
@@ -325,10 +264,3 @@ def test_without_a_home_there_is_no_cache_and_no_error(shallower, place, monkeyp
         assert (done.status, "shallower cache" in done.err) == (0, False)
     assert shallower("cache", "--json").json == {"folder": None, "kinds": []}
     assert "no folder" in shallower("cache").out
-
-
-def test_a_store_of_another_program_is_not_cleared(shallower, cache_folder):
-    cache_folder.mkdir(parents=True)
-    with contextlib.closing(sqlite3.connect(cache_folder / STORE_FILE)) as theirs:
-        theirs.execute("CREATE TABLE dear (to_someone)")
-    assert "belongs to another program" in shallower("cache", "--clear").error

@@ -126,15 +126,3 @@ def test_a_plan_with_experts_cannot_be_patched(folder, texts):
     dropped = DroppedExperts.of(6, some_experts(model)).without([1, 2])
     with pytest.raises(sh.PatchError, match="also drops 2 experts a layer: prune by it"):
         sh.patch(model, tokenizer, replace(plan, experts=dropped), texts=["w1 w2 w3"] * 8)
-
-
-@pytest.mark.parametrize("options", [(), ("--dry-run",)])
-def test_nor_by_the_command(shallower, folder, texts, tmp_path, options):
-    model, _ = sh.load_model(folder, dtype="float32")
-    sh.Plan(NUM_LAYERS, (), experts=DroppedExperts.of(6, some_experts(model))).save(
-        tmp_path / "plan.json"
-    )
-    command = ["patch", folder, "--plan", tmp_path / "plan.json", "--out", tmp_path / "out"]
-    done = shallower(*command, "--texts", texts / "held_out.jsonl", *options)
-    assert "also drops 2 experts a layer: prune by it" in done.error
-    assert not (tmp_path / "out").exists()

@@ -88,27 +88,12 @@ def test_a_dry_run_counts_the_second_run_of_the_experts(shallower, mixtral, json
     assert found["time"]["seconds"] == 1.5 * plain["time"]["seconds"]
 
 
-def test_a_dry_run_times_a_layer_and_its_experts(shallower, mixtral, jsonl):
-    options = ("--texts", jsonl, "--out", "out", "--max-length", 32, "--dry-run")
-    assert "time: about" in shallower("scan", mixtral, *options, "--experts").out
-    card = shallower("scan", mixtral, *options, "--experts", "--device-memory", "16GB").out
-    assert "time: " not in card, "of a card that is not here"
-    assert "memory: " in card
-
-
 def test_shards_gather_them_too(shallower, mixtral, jsonl, folder, scanned):
     options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts")
     for shard in ("0/2", "1/2"):
         assert shallower("scan", mixtral, *options, "--shard", shard).status == 0
     assert shallower("gather", "out", "--out", "whole").status == 0
     assert (folder / "whole" / "scan.safetensors").read_bytes() == scanned.read_bytes()
-
-
-@pytest.mark.slow
-def test_workers_gather_them_too(shallower, mixtral, jsonl, folder, scanned):
-    options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts")
-    assert shallower("scan", mixtral, *options, "--threads", 1, "--workers", 2).status == 0
-    assert (folder / "out" / "scan.safetensors").read_bytes() == scanned.read_bytes()
 
 
 def test_plan_chooses_experts(shallower, scanned, folder):
@@ -152,18 +137,10 @@ def test_plan_says_what_becomes_of_them(shallower, narrow, options, fate):
     assert found["unrouted"] == {layer: [*UNSEEN] for layer in found["experts"]["drop"]}
 
 
-def test_plan_of_layers_and_experts(shallower, scanned, folder):
-    done = shallower("plan", scanned, "--n", 1, "--experts", 3, "--criterion", "aimer", "--json")
-    plan = sh.Scan.load(scanned).plan(1, experts=3, criterion="aimer")
-    assert sh.Plan.from_json(done.json) == plan
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ((), "name a number of layers (--n), or of experts"),
-        (("--experts", 5), "keep at least 2"),
-        (("--experts", 2, "--criterion", "x"), "unknown criterion of experts 'x'"),
         (("--experts", 2, "--max-blocks", 2), "name their number (n, --n)"),
         (("--n", 2, "--criterion", "ean"), "name their number (experts, --experts)"),
     ],
@@ -190,15 +167,6 @@ def test_what_a_config_refuses_is_not_loaded(shallower, tiny, mixtral, texts, dr
     if dry:
         told = shallower(*compare, mixtral, "--n", 1, "--criteria", "reap,layers").out
         assert "time: at least" in told
-
-
-def test_what_is_left_out_of_a_scan_is_said_of_its_plan(shallower, scanned, folder):
-    found = sh.Scan.load(scanned)
-    found.experts.left_out = 3
-    found.save(folder / "damaged")
-    done = shallower("plan", "damaged", "--experts", 2)
-    assert "3 parts of texts left out, which held NaN or infinity" in done.out
-    assert shallower("plan", "damaged", "--experts", 2, "--json").json["left_out"] == 3
 
 
 def test_experts_of_a_scan_without_them_are_refused(shallower, scans):

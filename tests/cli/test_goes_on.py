@@ -80,33 +80,6 @@ def test_a_scan_does_not_go_on_with_other_weights(
     assert of[0] == of[1]
 
 
-@pytest.mark.slow  # as a scan by day
-@pytest.mark.usefixtures("undrawn")
-def test_a_curve_does_not_go_on_with_the_scan_of_other_weights(
-    shallower, monkeypatch, folder, tiny, texts
-):
-    shutil.copytree(tiny, folder / "model")
-    monkeypatch.setattr(scanning, "SECONDS_BETWEEN_CHECKPOINTS", -1)
-    files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")
-    command = ("curve", "model", *files, "--max-texts", 12, "--max-length", 16)
-    command = (*command, "--n", 1, "--strategies", "similarity", "--states", "cut", "--overwrite")
-    with monkeypatch.context() as patch:
-        patch.setattr(scanning.ScanBuilder, "finish", interrupted)
-        assert shallower(*command, "--out", "out").status == 130
-    assert (folder / "out" / "scan.partial.safetensors").exists()
-    edited(tiny_llama()).save_pretrained(folder / "model")
-    for out in ("out", "new"):
-        done = shallower(*command, "--out", out, "--no-cache")
-        assert done.status == 0, done.err
-    of = [(folder / name / "scan.safetensors").read_bytes() for name in ("out", "new")]
-    assert of[0] == of[1]
-
-
-def interrupted(*_):
-    """Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_a_curve_says_how_many_points_are_there(cut_short, asked):
     command = ("curve", *asked, "--n", "1,2", "--strategies", "deepest", "--states", "cut")
@@ -128,12 +101,3 @@ def test_a_run_says_how_far_it_came(cut_short, asked):
     command = ("run", *asked, "--n", 2, "--top", 1, "--no-speech")
     said = cut_short(command, Recommending, "_saved_now", 0)
     assert said.startswith("resuming: the layers are chosen")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
-def test_a_run_that_compared_the_layers_says_so(cut_short, asked):
-    command = ("run", *asked, "--n", 2, "--top", 1, "--plan-only", "--no-speech")
-    assert (
-        cut_short(command, Recommending, "_recommended", 0) == "resuming: the layers are compared"
-    )

@@ -40,23 +40,6 @@ def test_without_a_net_the_cache_is_enough(cached, shallower, monkeypatch, jsonl
     assert said.startswith("cannot load me/other, which is no folder here (HF_HUB_OFFLINE is set: ")
 
 
-@pytest.mark.slow
-def test_a_cut_of_the_hub_is_healed_without_a_net(cached, shallower, monkeypatch, jsonl, texts):
-    command = (
-        "heal", "me/cut", "--texts", jsonl, "--eval-texts", texts / "held_out.jsonl",
-        "--steps", "2", "--max-length", "8", "--out", "healed",
-    )  # fmt: skip
-    assert shallower("eval", "me/cut", "--texts", jsonl).status == 0  # fetches all but the plan
-    with monkeypatch.context() as offline:
-        offline.setattr(constants, "HF_HUB_OFFLINE", True)
-        said = shallower(*command).error
-    assert said.endswith("shallower_plan.json is not there; unset HF_HUB_OFFLINE, or name a folder")
-    assert shallower(*command, "--dry-run").status == 0  # fetches it
-    without_net(cached, monkeypatch)
-    assert "heal done" in shallower(*command).err  # whether it helps such a model or not
-    assert cached.requests == []
-
-
 def test_the_hub_is_asked_once_for_what_it_has_not(cached, shallower, jsonl):
     done = shallower("scan", "me/other", "--texts", jsonl, "--out", "scanned")
     assert done.status == 2

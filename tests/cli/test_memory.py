@@ -42,17 +42,6 @@ def test_a_budget_decides_on_the_batch(shallower, tiny, jsonl):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["scan", EVAL, "patch"])
-def test_a_forecast_takes_a_dtype_that_there_is(tiny, what):
-    options = {"max_length": 64, "device_memory": "16GB"}
-    auto, plain = (sh.memory_forecast(tiny, what, dtype=d, **options) for d in ("auto", "bfloat16"))
-    assert auto == plain
-    assert auto.peak_bytes
-    with pytest.raises(sh.ModelError, match="unknown dtype 'fp16': expected one of auto, float32"):
-        sh.memory_forecast(tiny, what, dtype="fp16", **options)
-
-
 def test_a_forecast_of_a_patch_is_of_plain_weights(tiny):
     with pytest.raises(sh.ModelError, match="weights of nf4 are not patched"):
         sh.memory_forecast(tiny, "patch", dtype="nf4", device_memory="16GB")
@@ -87,28 +76,3 @@ def test_a_cut_of_the_hub_is_planned_by_the_preset_of_its_uncut_model(tiny, tmp_
     )
     assert plan == own != small
     assert asked == [("who/cut", "shallower_plan.json")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["scan", EVAL])
-def test_a_budget_is_of_the_weights_as_they_are_loaded(
-    shallower, tiny, jsonl, folder, monkeypatch, command
-):
-    """A dry run is of the card that is named; what runs here takes float32 on an old CPU."""
-    from shallower.forecasts import forecast
-    from shallower.models import dtypes
-
-    asked = []
-    planned = forecast.memory_forecast
-
-    def plan(*args, dtype, **options):
-        asked.append(dtype)
-        return planned(*args, dtype=dtype, **options)
-
-    monkeypatch.setattr(forecast, "memory_forecast", plan)
-    monkeypatch.setattr(dtypes, "cpu_features", frozenset)
-    out = ("--out", folder / "out") if command == "scan" else ()
-    options = (tiny, "--texts", jsonl, *out, "--max-length", 64, "--device-memory", "1GB", "--json")
-    for more, dtype in ((("--dry-run",), "bfloat16"), ((), "float32")):
-        assert shallower(command, *options, *more).status == 0
-        assert asked.pop() == dtype

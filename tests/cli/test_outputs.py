@@ -388,12 +388,6 @@ def test_a_function_replaces_nothing_that_none_wrote(read, loaded, name, place):
         FUNCTIONS[name][1](place, loaded)
 
 
-def test_a_patched_model_is_not_saved_over_its_source(read, loaded):
-    model, tokenizer = loaded
-    with pytest.raises(sh.OutputError, match="it is all/model, which is read"):
-        sh.save_patched(model, tokenizer, "all/model", done=PATCHED, overwrite=True)
-
-
 def test_a_hub_id_and_texts_that_are_given_are_no_places(tmp_path):
     from shallower.storage import check_apart
 

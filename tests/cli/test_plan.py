@@ -118,9 +118,7 @@ def test_plan_says_how_sure_it_is(shallower, scans):
     [
         (("--bootstrap", 10), "--keep-samples"),
         (("--bootstrap", 10, "--max-blocks", 2), "leave out --max-blocks"),
-        (("--bootstrap", 10, "--protect-last", 1), "leave out --max-blocks"),
         (("--strategy", "deepest", "--top", 2), "leave out"),
-        (("--strategy", "deepest", "--protect-first", 2), "leave out"),
         (("--protect-first", 3, "--protect-last", 2), "protected"),
         (("--max-blocks", 0), "max-blocks"),
         (("--bootstrap", -1), "bootstrap"),

@@ -1,6 +1,5 @@
 """Commands that several processes cannot share."""
 
-import sys
 import time
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 import shallower as sh
 from shallower import cli
 from shallower.cli.output import say_dry_run
-from tests.commands import in_a_process
 
 ALONE = [name for name in cli.COMMANDS if name not in cli.SHARED]
 
@@ -57,17 +55,6 @@ def test_of_several_processes_that_fail_the_others_wait_for_the_main_one(second,
     done = shallower("heal", "nowhere", "--texts", "nowhere.jsonl", "--out", "x")
     assert "nowhere.jsonl" in done.error
     assert time.monotonic() - began >= 0.01
-
-
-@pytest.mark.slow
-def test_a_scan_under_torchrun_ends_all_processes_with_one_sentence(tmp_path):
-    done = in_a_process(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-        "-m", "shallower", "scan", "model", "--texts", "texts.jsonl", "--out", tmp_path / "out",
-    )  # fmt: skip
-    assert done.status == 1
-    assert done.err.count("error: scans are not shared among processes yet") == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_scans_and_runs_in_python_refuse_as_well(monkeypatch, tmp_path):

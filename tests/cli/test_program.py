@@ -218,15 +218,6 @@ def test_importing_the_package_loads_nothing():
     assert {name for name in loaded if name.startswith("shallower.")} == set()
 
 
-@pytest.mark.slow
-def test_a_study_that_heals_nothing_loads_nothing_of_healing():
-    code = (
-        "import sys\nfrom shallower.studies import recommending, curve_points, compare_rows\n"
-        "print(*{'peft', 'bitsandbytes', 'datasets', 'ray'} & set(sys.modules))"
-    )
-    assert in_a_process(sys.executable, "-c", code).out == "\n"
-
-
 @pytest.mark.parametrize("arguments", [["--version"], ["plan", "{scan}", "--n", "2"]], ids=str)
 def test_what_needs_no_model_loads_nothing_heavy(arguments, scans):
     loaded = loaded_by(*(argument.format(scan=scans / "tiny") for argument in arguments))

@@ -88,11 +88,6 @@ def test_prune_refuses_a_shard_size_that_it_cannot_keep(shallower, folder, tiny,
     assert tree(folder) == {}
 
 
-def test_prune_verifies_a_cut_on_disk(shallower, tiny):
-    command = ["prune", tiny, "--drop", "1:3", "--verify", "--json", "--out", "cut"]
-    assert shallower(*command).json["max_logits_difference"] == 0
-
-
 @pytest.mark.parametrize(
     ("command", "plan"),
     [
@@ -109,28 +104,6 @@ def test_a_plan_of_another_model_is_refused(shallower, folder, tiny, plans, json
     assert "plan" in message
     assert "tiny" in message
     assert tree(folder) == {}
-
-
-def test_a_refusal_names_the_option_that_replaces(shallower, tiny, plans):
-    assert "--overwrite" in shallower("prune", tiny, "--drop", "1", "--out", plans).error
-
-
-def test_prune_replaces_only_when_told_so(shallower, folder, tiny):
-    assert shallower("prune", tiny, "--drop", "1", "--out", "cut").status == 0
-    before = tree(folder)
-    refused = shallower("prune", tiny, "--drop", "1:4", "--out", "cut")
-    assert "cut exists already" in refused.error
-    assert tree(folder) == before
-    assert shallower("prune", tiny, "--drop", "1:4", "--out", "cut", "--overwrite").status == 0
-    assert_cut(folder / "cut", tiny, [0, 4, 5])
-    assert [path.name for path in folder.iterdir()] == ["cut"]
-
-
-def test_prune_replaces_a_file_when_told_so(shallower, folder, tiny):
-    (folder / "cut").write_text("a file")
-    assert shallower("prune", tiny, "--drop", "1", "--out", "cut", "--overwrite").status == 0
-    assert_cut(folder / "cut", tiny, [0, 2, 3, 4, 5])
-    assert [path.name for path in folder.iterdir()] == ["cut"]
 
 
 def test_prune_does_not_replace_the_folder_that_one_is_in(shallower, folder, tiny):
@@ -193,22 +166,6 @@ def test_a_cut_does_not_replace_the_file_that_names_its_experts(shallower, folde
     assert tree(folder) == before
 
 
-def test_prune_says_which_experts_it_would_drop(shallower, folder, mixed):
-    command = ["prune", mixed, "--drop-experts", experts_of(range(8)), "--out", "cut"]
-    done = shallower(*command, "--dry-run", "--json").json
-    assert (done["drop"], done["drop_experts"]) == ("", experts_of(range(8)))
-    assert not any("mergekit" in name for name in done["write"])
-    assert tree(folder) == {}
-
-
-def test_an_earlier_cut_of_other_experts_is_not_said_again(shallower, folder, mixed):
-    command = ["prune", mixed, "--out", "cut", "--json", "--drop-experts"]
-    first = shallower(*command, experts_of(range(8))).json
-    assert shallower(*command, experts_of(range(8))).json == first
-    other = experts_of(range(8)).replace("1,", "0,")
-    assert "cut exists already" in shallower(*command, other).error
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -217,26 +174,12 @@ def test_an_earlier_cut_of_other_experts_is_not_said_again(shallower, folder, mi
             "layer 1 would keep all of its 6 experts, and a config has one",
         ),
         (["--drop-experts", "0:x"], "'x'"),
-        (["--drop-experts", "0:9;1:9"], "layer 0: "),
         (["--drop-experts", "gone.txt"], "'gone.txt' is neither experts"),
-        (["--drop-experts", "0:1;" + "x" * 9999], f"'{59 * 'x'}: expected a layer"),
-        (["--drop-experts", "/dev"], "cannot read the plan /dev/shallower_plan.json"),
         (["--drop-experts", "gone.json"], "cannot read the plan gone.json"),
-        (["--drop", "9", "--drop-experts", experts_of(range(8))], "9"),
         (["--drop", "3", "--drop-experts", experts_of(range(8))], "layer 3 goes whole"),
-        (["--drop-experts", ";".join(f"{i}:0:5" for i in range(8))], "keep at least 2"),
     ],
 )
 def test_experts_that_cannot_go_are_refused_in_a_sentence(shallower, folder, mixed, options, words):
     message = shallower("prune", mixed, *options, "--out", "cut").error
     assert words in message
-    assert tree(folder) == {}
-
-
-def test_a_dense_model_has_no_experts_to_drop(shallower, folder, tiny):
-    message = shallower("prune", tiny, "--drop-experts", "0:1", "--out", "cut").error
-    assert "tiny has no layer with routed experts: drop whole layers instead" in message
-    in_memory = ["--dtype", "bfloat16"]
-    message = shallower("prune", tiny, "--drop-experts", "0:1", "--out", "cut", *in_memory).error
-    assert "counts no routed experts: drop whole layers instead" in message
     assert tree(folder) == {}

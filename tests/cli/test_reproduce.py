@@ -42,21 +42,6 @@ def test_a_result_is_made_again_to_the_byte(shallower, made, name):
     assert shallower("reproduce", path, *told, "--json").json["differences"] == []
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
-def test_a_checkpoint_of_a_run_has_its_own_record(shallower, made):
-    """It is what people upload: alone, it is made again by the whole run."""
-    result, told = made("run")
-    shutil.copytree(f"{result}/checkpoint", "uploaded")
-    done = shallower("reproduce", "uploaded", *told)
-    assert done.status == 0, done.out + done.err
-    assert shallower("reproduce", f"{result}/report.json", *told).status == 0
-    file = Path("uploaded/config.json")
-    file.write_text(file.read_text() + " ")
-    done = shallower("reproduce", "uploaded", *told)
-    assert done.out.splitlines()[1:] == ["result: config.json has other bytes"]
-
-
 def test_a_dry_run_compares_what_is_read_and_makes_nothing(shallower, made, monkeypatch):
     result, told = made("prune")
     monkeypatch.setattr(again, "working_folder", lambda *_: pytest.fail("it was made"))
@@ -65,20 +50,6 @@ def test_a_dry_run_compares_what_is_read_and_makes_nothing(shallower, made, monk
     assert shallower("reproduce", result, *told, "--dry-run", "--json").json["dry_run"] is True
     Path("tiny/config.json").write_text("{}")
     assert shallower("reproduce", result, *told, "--dry-run").status == 1
-
-
-def test_ctrl_c_leaves_what_is_done(shallower, made, monkeypatch):
-    result, told = made("prune")
-
-    def interrupted(*_args, **_options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("shallower.cutting.prune.plan_prune", interrupted)
-        done = shallower("reproduce", result, *told)
-    assert done.status == 130
-    assert done.err.endswith("interrupted: the same command goes on from what is done\n")
-    assert shallower("reproduce", result, *told).status == 0
 
 
 CHANGES = {
@@ -351,11 +322,6 @@ def test_what_cannot_be_read_or_written_is_said_in_a_sentence(shallower, made, m
     error = shallower("reproduce", result, *told).err
     assert "error: cannot write" in error
     assert "name another folder by SHALLOWER_CACHE" in error
-
-
-def test_a_hub_id_without_a_record(shallower):
-    error = shallower("reproduce", "someone/a-model").error
-    assert error.startswith("there is no shallower_record.json in someone/a-model on the hub")
 
 
 def test_what_was_broken_off_goes_on(shallower, made, monkeypatch):

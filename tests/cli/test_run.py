@@ -8,7 +8,6 @@ import pytest
 import shallower as sh
 from shallower import Plan
 from tests.cli.documents import documents, tree
-from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import write_jsonl
 from tests.models.gguf_files import write_gguf
 
@@ -135,23 +134,6 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     assert len(Plan.load(folder / "out" / "shallower_plan.json").dropped) == 3
 
 
-@pytest.mark.slow  # as sh.run in tests/studies/test_judging.py
-@pytest.mark.usefixtures("undrawn", "terse")
-def test_run_races_by_the_words_of_the_whole_model(shallower, folder, tiny, texts):
-    lines = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(12)]
-    (folder / "asked.jsonl").write_text("\n".join(lines))
-    command = ["run", tiny, "--texts", texts / "texts.jsonl", "--out", "out", "--top", "2"]
-    command += ["--n", "1", "--judge", "speech", "--speech", "asked.jsonl", "--plan-only"]
-    done = shallower(*command)
-    assert done.status == 0, done.err
-    assert "6 selection" in done.out
-    results = json.loads((folder / "out" / "results.json").read_text())
-    assert results["recommended"]["verified"]["judge"] == "speech"
-    assert results["command"].endswith("--judge speech --speech asked.jsonl --plan-only")
-    (folder / "asked.jsonl").write_text("\n".join(lines[:-1]))
-    assert "exists already" in shallower(*command).error
-
-
 @pytest.mark.usefixtures("undrawn", "terse")
 def test_run_cuts_a_gguf_file_in_its_own_types(shallower, folder, texts):
     """What lies in it is tested in tests/studies/test_run_gguf.py."""
@@ -177,47 +159,15 @@ def test_run_cuts_a_gguf_file_in_its_own_types(shallower, folder, texts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--n", "2", "--fraction", "0.5"], "n and fraction are given"),
-        (["--params", "many"], "'many' is no number of parameters"),
-        (["--fraction", "2"], "expected a share above 0 and below 1"),
-        (["--max-loss", "0"], "expected nats a token above 0"),
         (["--max-loss", "1", "--judge", "speech"], "max_loss beside the judge speech"),
         (["--n", "2", "--judge", "speech", "--stream"], "leave out --stream, or the judge speech"),
         (["--target-latency", "fast"], "'fast' is no share: expected one as 0.8x"),
-        (["--target-latency", "1.2x"], "latency = 1.2: expected a share above 0 and below 1"),
-        (["--target-memory", "little"], "unknown size 'little'"),
         (["--target-latency", "0.8x", "--forecast-device", "tpu"], "unknown device 'tpu'"),
-        (
-            ["--target-memory", "1GB", "--forecast-device", "h100"],
-            "device = 'h100' without a latency",
-        ),
         (["--no-patch", "--heal"], "only a patched cut is healed; leave out one"),
         (["--out", "small.gguf"], "a GGUF file, by --no-patch, is checkpoint/checkpoint.gguf in"),
-        (["--n", "9"], "n = 9 of 6 layers: expected 1 <= n <= 5"),
     ],
 )
 def test_a_wish_that_cannot_be_is_one_sentence(shallower, folder, tiny, texts, options, message):
     done = shallower("run", tiny, "--texts", texts / "texts.jsonl", "--out", "out", *options)
     assert message in done.error
     assert not (folder / "out").exists()
-
-
-def test_steps_of_healing_need_a_healing(shallower, folder, tiny, texts):
-    done = shallower(
-        "run", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl",
-        "--out", "out", "--heal-steps", "2",
-    )  # fmt: skip
-    assert "--heal-steps without --heal" in done.error
-    assert not (folder / "out").exists()
-
-
-@pytest.mark.slow
-def test_run_says_nothing_on_standard_error_when_no_one_looks(folder, tiny, texts):
-    done = in_a_process(
-        SHALLOWER, "run", tiny, "--texts", texts / "texts.jsonl",
-        "--eval-texts", texts / "held_out.jsonl", "--out", "out", "--n", "1", "--json",
-        cwd=folder,
-    )  # fmt: skip
-    assert done.status == 0
-    assert done.json["num_samples"] == 16
-    assert "UserWarning" not in done.err

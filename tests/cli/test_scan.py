@@ -6,7 +6,6 @@ import pty
 import re
 import sys
 import threading
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -64,30 +63,6 @@ def test_scan_prints_json_for_machines(shallower, tiny, jsonl, scans):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
-def test_scan_compares_the_tokens_that_are_named(shallower, tiny, jsonl, folder):
-    out = folder / "out" / "scan.safetensors"
-    for name, described in [("random:2", "random:2, seed 7"), ("last:2", "last:2"), ("all", "all")]:
-        command = ["scan", tiny, "--texts", jsonl, "--out", "out", "--positions", name]
-        command += ["--seed", 7, "--overwrite"]
-        said = shallower(*command, "--dry-run").out
-        assert f"positions: {described}" in said
-        done = shallower(*command, "--json").json
-        scanned = Scan.load(out)
-        assert done["positions"] == str(scanned.positions) == described
-        assert done["num_samples"] == scanned.num_samples > 24 == done["num_sequences"]
-        if name != "all":
-            assert scanned.num_samples == 48
-        title = f"{scanned.num_samples} tokens of 24 sequences; positions {described}"
-        assert title in " ".join(shallower(*command).out.split())
-        plan = shallower("plan", "out", "--n", 2, "--json").json
-        assert plan["positions"] == asdict(scanned.positions)
-    refused = shallower("scan", tiny, "--texts", jsonl, "--out", "new", "--positions", "first")
-    assert refused.status != 0
-    assert "last, last:K, random:K or all" in refused.err
-
-
 def test_scan_of_one_sample_has_no_error_and_still_prints_json(shallower, tiny, jsonl):
     done = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--max-texts", 1, "--json")
     assert done.json["num_samples"] == 1
@@ -134,19 +109,6 @@ def test_scan_of_cosine_alone_says_so(shallower, tiny, jsonl):
     assert "wrote out/scan.safetensors" in done.out
 
 
-def test_a_second_scan_needs_overwrite(shallower, folder, tiny, jsonl):
-    assert shallower("scan", tiny, "--texts", jsonl, "--out", "out").status == 0
-    before = tree(folder)
-    refused = shallower("scan", tiny, "--texts", jsonl, "--out", "out", "--max-texts", 3)
-    assert "out/scan.safetensors exists already" in refused.error
-    assert tree(folder) == before
-    done = shallower(
-        "scan", tiny, "--texts", jsonl, "--out", "out", "--max-texts", 3, "--overwrite"
-    )
-    assert done.status == 0
-    assert Scan.load(folder / "out" / "scan.safetensors").num_samples == 3
-
-
 def test_a_scan_in_the_place_of_a_killed_one_of_other_texts_says_what_to_do(
     shallower, folder, tiny, jsonl, scans
 ):
@@ -185,16 +147,6 @@ def test_json_is_alone_on_standard_output_while_a_terminal_shows_progress(
     assert done.status == 0
     assert done.json["num_samples"] == 24
     assert "24/24" in plain(b"".join(shown).decode())
-
-
-def test_scan_keeps_samples_if_asked(shallower, folder, models, texts, scans):
-    arguments = ("scan", models / "tiny", "--texts", texts / "texts.jsonl", "--dtype", "float32")
-    assert shallower(*arguments, "--out", "kept", "--keep-samples").status == 0
-    assert shallower(*arguments, "--out", "plain").status == 0
-    kept, plain = (Scan.load(folder / name / "scan.safetensors") for name in ("kept", "plain"))
-    assert (kept.keeps_samples, plain.keeps_samples) == (True, False)
-    assert kept.samples("angular").shape == (24, 21)
-    assert (kept.mean() == plain.mean()).all()
 
 
 # States in files.

@@ -65,20 +65,6 @@ def test_shards_are_gathered_to_the_bytes_of_the_whole(shallower, folder, tiny, 
     assert None not in jobs
 
 
-def test_gather_refuses_what_is_missing_or_taken(shallower, folder, tiny, jsonl, scans):
-    assert "there are no shards in ." in shallower("gather", ".", "--out", "out").error
-    command = ["scan", tiny, "--texts", jsonl, "--out", "shards", "--shard"]
-    assert shallower(*command, "0/3").status == 0
-    done = shallower("gather", "shards", "--out", "out")
-    assert done.error == "2 shards of 3 are missing: 1/3, 2/3"
-    assert not (folder / "out").exists()
-    for index in ("1/3", "2/3"):
-        assert shallower(*command, index).status == 0
-    done = shallower("gather", "shards", "--out", scans / "more")
-    assert "exists already" in done.error
-    assert shallower("plan", "shards/scan.0-of-3.safetensors", "--n", "1", "--out", "p").error
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_shards_are_of_weights_and_not_of_a_folder(shallower, folder, words, tiny, many, whole):
     """A copy by another name, without a cache, is the same model; an edited one is not."""

@@ -182,11 +182,3 @@ def test_texts_that_no_worker_can_do_are_named_and_the_others_are_kept(
     whole = shallower(*asked(kind)[:-1], "whole", "--no-cache")
     assert whole.status == 0, whole.err
     assert result.read_bytes() == (folder / "whole" / result.name).read_bytes()
-
-
-@pytest.mark.slow
-def test_without_a_folder_nothing_of_an_eval_is_kept(shallower, asked, monkeypatch):
-    monkeypatch.setattr("shallower.sharing.share.OPENER", "tests.studies.poisoned:poisoned")
-    said = shallower(*asked("eval")[:-2], "--workers", "1").error
-    assert "each, shard 9/64 by ValueError: poison" in said
-    assert "name a folder to keep the others (--out)" in said
