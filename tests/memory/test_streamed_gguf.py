@@ -93,24 +93,6 @@ def test_a_dry_run_tells_what_will_be_read_of_a_gguf_file(file, tmp_path, shallo
     assert planned["bytes_read"] == planned["passes"] * stored_in(file)
 
 
-@pytest.mark.slow
-def test_commands_stream_a_gguf_file_and_say_what_they_read(file, tmp_path, shallower):
-    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
-    common = ["--texts", texts, "--dtype", "float32", "--max-length", "12", "--no-cache"]
-    for name, more in (("a", ["--stream"]), ("b", [])):
-        command = ["scan", file, *common, *more, "--out", tmp_path / name, "--json"]
-        done = shallower(*command).json
-        if more:
-            assert (done["passes"], done["bytes_read"]) == (1, stored_in(file))
-            planned = shallower(*command[:-2], tmp_path / "c", "--json", "--dry-run").json["stream"]
-            assert (planned["passes"], planned["bytes_read"]) == (1, stored_in(file))
-    first, second = (tmp_path / name / "scan.safetensors" for name in "ab")
-    assert first.read_bytes() == second.read_bytes()
-    whole, streamed = (shallower("eval", file, *common, *m, "--json") for m in ([], ["--stream"]))
-    read = {"passes": 1, "bytes_read": stored_in(file)}
-    assert {**whole.json, **read} == streamed.json
-
-
 def test_tensors_are_fetched_ahead_as_they_are_stored(file, monkeypatch):
     streamed, _ = sh.load_model(file, "float32", "stream", progress=False)
     layer, asked = find_layers(streamed).modules[1], []
@@ -164,13 +146,3 @@ def test_a_stock_load_is_as_it_was_after_one_that_failed(tmp_path):
     before = GgufHfQuantizer.get_state_dict
     test_a_file_without_a_weight_is_refused_as_it_is_whole("blk.3", tmp_path)
     assert GgufHfQuantizer.get_state_dict is before
-
-
-@pytest.mark.slow
-def test_a_streamed_scan_of_smollm2_has_the_same_bytes(smol, tmp_path):
-    from shallower.runs import demo
-
-    streamed, tokenizer = sh.load_model(demo.model_path(), "float32", "stream", progress=False)
-    for name, model in (("a", streamed), ("b", smol[0])):
-        sh.scan(model, tokenizer, TEXTS).save(tmp_path / f"{name}.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()

@@ -12,11 +12,8 @@ from transformers import AutoModelForCausalLM
 import shallower as sh
 from shallower.models.feed_forward import feed_forward_targets
 from tests.conftest import mostly_slow, tiny_llama
-from tests.cutting.card_tools import hub
 from tests.families import small_config
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
-
-__all__ = ["hub"]
 
 FAMILIES = ["gpt2", "mixtral", "gpt_neox", "opt", "phi", "qwen3_next"]
 QUICKLY = {("mixtral", "bfloat16")}
@@ -58,26 +55,6 @@ def test_every_kind_of_map_can_be_merged(name, dtype, words, tmp_path):
     assert record.recipe.dropout == (0.0 if name in ("mixtral", "qwen3_next") else 0.05)
 
 
-@pytest.mark.slow
-def test_merging_at_once_is_merging_later(cut, tmp_path, healed):
-    record = sh.heal(
-        cut, TEXTS, tmp_path / "at once", recipe=QUICK, eval_texts=HELD_OUT, merge=True
-    )
-    sh.merge(healed[0], tmp_path / "later")
-    weights = [
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("at once", "later")
-    ]
-    assert weights[0] == weights[1]
-    assert weights[0] != (cut / "model.safetensors").read_bytes()
-    assert record.merge.loss.nats == pytest.approx(record.after.nats, abs=1e-5)
-    assert record.merge.difference < 1e-5
-    card = (tmp_path / "at once" / "README.md").read_text()
-    assert "is not healed" not in card
-    assert "**This model is healed**" in card
-    kept = {file.name for file in cut.iterdir()} | {"healing.json", "healing.png"}
-    assert {file.name for file in (tmp_path / "at once").iterdir()} == kept
-
-
 def test_four_bits_are_merged_into_plain_weights(words, tmp_path):
     _, cut = save_cut(tmp_path, tiny_llama().to(torch.bfloat16), words)
     recipe = replace(QUICK, steps=1, warmup_steps=0, dtype="nf4")
@@ -103,11 +80,3 @@ def test_a_patch_and_a_license_are_carried_over(cut, tmp_path):
         assert (tmp_path / name / "shallower_patch.json").read_text() == '{"method": "refit"}'
         assert "license: apache-2.0" in (tmp_path / name / "README.md").read_text()
         assert (tmp_path / name / "LICENSE.txt").read_text() == "Do as you like."
-
-
-def test_the_license_of_a_cut_of_the_hub_is_carried_over(cut, healed, tmp_path, hub):
-    shutil.copytree(cut, tmp_path / "cut")
-    (tmp_path / "cut" / "LICENSE.txt").write_text("Do as you like.")
-    hub(tmp_path / "cut", "models/cut")
-    sh.merge(healed[0], tmp_path / "merged", "models/cut")
-    assert (tmp_path / "merged" / "LICENSE.txt").read_text() == "Do as you like."

@@ -336,39 +336,3 @@ def test_the_command_saves_a_checkpoint_with_its_report_and_card(folder, words):
         assert int(share) == pytest.approx(100 * costs["recovered"]["mean"], abs=0.5)
         assert f"{whole:.3f} ± " in card
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
-
-
-@pytest.mark.slow
-def test_the_command_carries_out_a_plan_and_prints_json(folder):
-    sh.Plan(8, (sh.Block(2, 3), sh.Block(5, 6))).save(folder / "plan.json")
-    out = str(folder / "by_plan")
-    done = run(folder, "--plan", "plan.json", "--out", out, "--json")
-    assert done.status == 0, done.err
-    values = json.loads(done.out)
-    assert values["written"] == out
-    assert [fit["layer"] for fit in values["fits"]] == [1, 4]
-
-
-def test_a_dry_run_writes_nothing(folder, hasty):
-    texts = write_jsonl(folder / "apart.jsonl", [*HELD_OUT[:1], "w1 w2 w3"])
-    options = ("--eval-texts", str(texts), "--dry-run")
-    done = run(folder, "--drop", "3:5", "--out", str(folder / "dry"), *options)
-    assert done.status == 0
-    assert not (folder / "dry").exists()
-    assert "[3, 5)" in done.out
-    assert "solver " in done.out
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--drop", "0:2"), "no layer before the block"),
-        (("--drop", "3:5", "--texts", "nowhere.jsonl"), "nowhere.jsonl"),
-        (("--drop", "3:99"), "no layer 98"),
-        ((), "by --drop as 12:20, or by --plan"),
-    ],
-)
-def test_the_command_refuses_bad_input_and_writes_nothing(folder, options, said):
-    done = run(folder, *options, "--out", str(folder / "refused"))
-    assert said in done.error
-    assert not (folder / "refused").exists()

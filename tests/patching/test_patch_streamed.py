@@ -16,7 +16,7 @@ from shallower.models.offload import changed_weights
 from shallower.patching import checkpoint, descent, least_squares
 from shallower.patching.descent import Descent, MovingMatrix
 from shallower.patching.solver import Solver
-from tests.conftest import mostly_slow, write_jsonl
+from tests.conftest import mostly_slow
 from tests.documents import documents
 from tests.examples import sentences
 from tests.families import random_model
@@ -216,16 +216,3 @@ def test_a_streamed_model_is_as_before_where_a_patch_does_not_help(folder, monke
         sh.patch(streamed, tokenizer, [range(2, 5)], texts=TEXTS, progress=False)
     assert not any(map(changed_weights, find_layers(streamed).modules))
     assert sh.evaluate_loss(streamed, tokenizer, TEXTS) == sh.evaluate_loss(whole, tokenizer, TEXTS)
-
-
-@pytest.mark.slow
-def test_the_command_streams_a_patch(folder, tmp_path, shallower):
-    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
-    report = write_jsonl(tmp_path / "report.jsonl", [f"{text} w1" for text in TEXTS])
-    common = ["--drop", "2,3", "--texts", texts, "--eval-texts", report, "--dtype", "float32"]
-    found = []
-    for name, more in (("a", ["--stream"]), ("b", [])):
-        done = shallower("patch", folder, *common, *more, "--out", tmp_path / name, "--json")
-        found.append({**done.json, "written": ""})
-    assert found[0] == found[1]
-    assert files(tmp_path / "a") == files(tmp_path / "b")

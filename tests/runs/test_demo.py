@@ -130,31 +130,6 @@ def run_demo(monkeypatch, capfd, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_demo, tmp_path):
-    status, described = run_demo("--dry-run", "--max-texts", "16", "--n", "2")
-    assert status == 0
-    units = described.pop("measure")
-    names = ["n = 0, whole, cut", "n = 2, recommended, cut", "n = 2, recommended, patched"]
-    assert [unit["name"] for unit in units] == names
-    assert [unit["known"] for unit in units] == [True, False, False]
-    assert described.pop("split") == {"texts": {"fit": 11, "choose": 5, "report": 16}}
-    assert 10**8 < described.pop("disk")["bytes"] < described.pop("memory")["peak_bytes"]
-    assert described.pop("time")["seconds"] > 1
-    assert described.pop("temporary")["bytes"] > 10**6
-    assert described == {
-        "dry_run": True,
-        "demo": demo.model_path().name,
-        "texts": 16,
-        "judge": "loss",
-        "eval_texts": 16,
-        "target": "2 layers less",
-        "heal": False,
-        "write": ["shallower-demo"],
-    }
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_whole_demo_ends_with_a_checkpoint_that_stock_transformers_loads(
     run_demo, tmp_path, monkeypatch

@@ -12,7 +12,6 @@ from shallower.cli.output import called, remember_call
 from shallower.reporting.results import Run
 from shallower.reporting.words import out_of
 from shallower.runs.report import read_story
-from shallower.values.settings import CompareSettings, CurveSettings, RunSettings
 from tests import examples
 from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.card_tools import blocks_of_code, cut_by, one_line
@@ -99,24 +98,6 @@ def test_the_page_and_the_card_of_a_run_end_in_their_numbers(
     assert one_line(blocks_of_code(card, "sh")[0]) == commands[0]
     assert f"| held-out loss | {first.whole} → {first.recommended.patched} nats" in card
     assert (elsewhere / "erster Lauf" / "checkpoint" / "README.md").read_text() == card
-
-
-@pytest.mark.slow
-def test_a_run_by_python_is_made_again_by_a_command(places, elsewhere, tmp_path, shallower):
-    texts, held_out = examples.sentences(60, seed=1), examples.sentences(20, seed=2)
-    settings = RunSettings(n=1, top=2, max_texts=40, max_eval_texts=12, max_length=10, prompts=())
-    source = sh.ModelSource(places / MODEL, "float32")
-    done = sh.run(
-        source, texts=texts, eval_texts=held_out, out=tmp_path / "erster Lauf", settings=settings
-    )
-    commands = commands_of(tmp_path / "erster Lauf")
-    assert commands[0].startswith(
-        "shallower run 'kleines Modell' --dtype float32 --texts TEXTS --eval-texts "
-    )
-    given = {"TEXTS": TEXTS, "EVAL_TEXTS": EVAL_TEXTS, "CUT": "cut"}
-    assert_found(done, carry_out(commands, shallower, **given), MODEL, "erster Lauf")
-    again = Run.load(elsewhere / "erster Lauf").recommended
-    assert again.patched == done.recommended.patched
 
 
 @pytest.mark.slow
@@ -212,21 +193,3 @@ def test_a_place_below_the_current_folder_is_printed_as_it_was_typed():
     assert out_of(called(), "made") == "runs/smol"
     assert out_of("shallower run smol --out=runs/smol", "made") == "runs/smol"
     assert out_of("", "made") == "made"
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (RunSettings(), ""),
-        (RunSettings(n=4, heal=True, heal_steps=9), "--heal-steps 9 --n 4 --heal"),
-        (RunSettings(target_latency=0.8, prompts=["a"]), "--target-latency 0.8"),
-        (RunSettings(prompts="far/away/asked.jsonl"), "--speech asked.jsonl"),
-        (RunSettings(prompts=Path("asked.jsonl"), seed=2), "--seed 2 --speech asked.jsonl"),
-        (RunSettings(prompts=[]), "--no-speech"),
-        (RunSettings(target_memory="12GB", num_choosing=8), "--target-memory 12000000000"),
-        (CurveSettings(n=[2, 4], quick_patch=True), "--n 2,4 --quick-patch"),
-        (CompareSettings(criteria=["deepest", "cka"]), "--criteria deepest,cka"),
-    ],
-)  # fmt: skip
-def test_settings_are_written_as_options(settings, words):
-    assert " ".join(settings.to_words()) == words

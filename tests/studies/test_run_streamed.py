@@ -69,23 +69,6 @@ def test_every_kind_of_layer_is_run_to_the_same_model(family, tmp_path, words):
     ran(stored(tmp_path / family, random_model(family), words), tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default:no speech is measured")
-def test_the_command_streams_a_run(folder, tmp_path, shallower):
-    texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
-    common = ["--texts", texts, "--n", "1", "--top", "2", "--dtype", "float32"]
-    common += ["--max-length", "12", "--no-cache"]
-    found = []
-    for name, more in (("a", ["--stream"]), ("b", ["--no-speech"])):
-        done = shallower("run", folder, *common, *more, "--out", tmp_path / name, "--json")
-        assert ("of layers from disk, in" in done.err) == (name == "a")
-        told = "no speech is measured: the layers are streamed from disk"
-        assert (told in done.err) == (name == "a")
-        assert done.json["speech"] == {}
-        found.append(done.json)
-    assert alike(*found)
-
-
 def test_a_training_of_a_streamed_model_is_refused(folder, tmp_path, shallower):
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
     common = ["--texts", texts, "--n", "1", "--out", tmp_path / "out", "--stream", "--heal"]
