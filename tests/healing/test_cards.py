@@ -166,14 +166,3 @@ def test_a_patch_is_made_again_by_its_card_to_the_last_digit(
     named = Path("cut", "README.md").read_text().replace("| source | SOURCE", "| source | whole")
     assert named == card
     assert_same_weights("cut", tmp_path / "first")
-
-
-def test_a_patch_keeps_score_metric_texts_and_strategy(patched):
-    folder, plan = patched
-    (block,) = plan.blocks
-    saved = sh.Plan.load(folder / "cut" / "shallower_plan.json")
-    assert (saved, saved.blocks[0].score) == (plan, block.score)
-    card = (folder / "cut" / "README.md").read_text()
-    assert f"| removed | {block}, angular distance {block.score:.4f} ± {block.stderr:.4f} |" in card
-    assert "| why | similarity: " in card
-    assert "| calibration | 32 texts of at most 256 tokens |" in card

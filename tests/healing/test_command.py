@@ -1,6 +1,5 @@
 """The commands `heal` and `merge`."""
 
-import itertools
 import json
 import sys
 
@@ -8,7 +7,7 @@ import pytest
 
 import shallower as sh
 from tests.commands import in_a_process
-from tests.conftest import mostly_slow, tiny_llama, write_jsonl
+from tests.conftest import tiny_llama, write_jsonl
 from tests.healing.cuts import HELD_OUT, TEXTS
 
 
@@ -93,22 +92,6 @@ def test_another_original_is_refused_before_it_is_loaded(
         assert (told.status, why in told.err) == (2, True), told.err
 
 
-@pytest.mark.slow
-def test_the_objective_is_printed_and_kept(shallower, both, folder):
-    whole, cut = both
-    texts = write_jsonl(folder / "t.jsonl", TEXTS)
-    options = ("--texts", texts, "--original", whole, "--max-length", 16, "--dtype", "float32")
-    options = (*options, "--steps", 2)
-    options = (*options, "--objective", "kd", "--out", "kd")
-    dry = shallower("heal", cut, *options, "--dry-run", "--json").json
-    assert dry["objective"] == "kd"
-    done = shallower("heal", cut, *options)
-    assert done.status == 0, done.err
-    assert "objective kd" in done.out
-    record = json.loads((folder / "kd" / "healing.json").read_text())
-    assert record["recipe"]["objective"] == "kd"
-
-
 def test_of_several_processes_one_prints_the_dry_run(
     shallower, cut, folder, monkeypatch, no_rehearsal
 ):
@@ -120,79 +103,3 @@ def test_of_several_processes_one_prints_the_dry_run(
     monkeypatch.setenv("RANK", "1")
     done = shallower("heal", cut, *options)
     assert (done.status, done.out, done.err) == (0, "", "")
-
-
-@pytest.mark.parametrize(
-    ("setting", "given"),
-    mostly_slow(
-        itertools.product(["packing", "attention"], [None, True, False]),
-        [("packing", True), ("attention", None)],
-    ),
-)
-def test_the_preset_decides_unless_it_is_set(shallower, cut, folder, no_rehearsal, setting, given):
-    texts = write_jsonl(folder / "t.jsonl", TEXTS)
-    chosen = {None: (), True: (f"--{setting}",), False: (f"--no-{setting}",)}[given]
-    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json", *chosen)
-    presets = {
-        "llama-2-7b": (), "small": ("packing", "attention"), "general": ("packing",),
-    }  # fmt: skip
-    for preset, does in presets.items():
-        dry = shallower("heal", cut, *options, "--preset", preset).json
-        assert dry[setting] is (setting in does if given is None else given)
-
-
-@pytest.mark.parametrize(("features", "dtype"), [({"amx_bf16"}, "bfloat16"), (set(), "float32")])
-def test_the_dtype_auto_is_of_the_machine(
-    shallower, cut, folder, monkeypatch, no_rehearsal, features, dtype
-):
-    from shallower.models import dtypes
-
-    monkeypatch.setattr(dtypes, "cpu_features", lambda: features)
-    texts = write_jsonl(folder / "t.jsonl", TEXTS)
-    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json")
-    assert shallower("heal", cut, *options, "--dtype", "auto").json["dtype"] == dtype
-    assert shallower("heal", cut, *options).json["dtype"] == "nf4"
-
-
-def test_gradient_checkpointing_is_an_option(shallower, cut, folder, no_rehearsal):
-    texts = write_jsonl(folder / "t.jsonl", TEXTS)
-    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run", "--json")
-    assert shallower("heal", cut, *options, "--gradient-checkpointing").json["recompute"] is True
-
-
-def test_the_command_says_how_to_cut(shallower, both, folder):
-    texts = write_jsonl(folder / "t.jsonl", TEXTS)
-    assert (
-        "shallower prune MODEL" in shallower("heal", both[0], "--texts", texts, "--out", "x").error
-    )
-
-
-@pytest.mark.slow
-def test_a_dry_run_prints_the_memory_of_a_card_that_is_not_here(shallower, cut, folder):
-    texts = write_jsonl(folder / "texts.jsonl", TEXTS)
-    options = ("--texts", texts, "--out", "x", "--max-length", 16, "--dry-run")
-    done = shallower("heal", cut, *options, "--device-memory", "16GB", "--json").json
-    memory = done["memory"]
-    assert memory["device_bytes"] == 16 * 10**9
-    assert (memory["micro_batch"], memory["gradient_checkpointing"]) == (4, False)
-    assert (done["batch_size"], done["recompute"]) == (4, False)
-    assert 10**5 < memory["peak_bytes"] == sum(memory["parts"].values()) < 10**8
-    chosen = ("--batch-size", 2, "--gradient-checkpointing", "--device-memory", "16GB")
-    text = shallower("heal", cut, *options, *chosen).out
-    assert " of 16.0 GB (weights " in text
-    assert "; 2 texts a forward, with recomputation\n" in text
-    with_less = shallower("heal", cut, *options, "--device-memory", "100MB").out
-    assert "which does not fit" in with_less
-
-
-@pytest.mark.slow
-def test_a_healing_that_does_not_fit_ends_before_it_loads(shallower, cut, folder):
-    texts = write_jsonl(folder / "texts.jsonl", TEXTS)
-    done = shallower(
-        "heal", cut, "--texts", texts, "--out", "x", "--max-length", 16, "--dtype", "float32",
-        "--batch-size", 1, "--device-memory", "100MB",
-    )  # fmt: skip
-    assert done.status == 2
-    assert "takes a device of" in done.err
-    assert "there are 0.1 GB" in done.err
-    assert not (folder / "x").exists()

@@ -82,19 +82,6 @@ def test_a_patch_needs_the_uncut_model(cut, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_texts_are_read_once_by_patch_and_training(patchable, tmp_path, recwarn):
-    """An iterator, which cannot be read again, gives what a list gives."""
-    whole, cut = patchable
-    texts = documents(MANY, 5)
-    options = {"recipe": QUICK, "original": whole, "from_patch": True}
-    for name, given in (("list", texts), ("iterator", iter(texts))):
-        sh.heal(cut, given, tmp_path / name, **options)
-    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("list", "iterator"))
-    assert one.read_bytes() == other.read_bytes()
-    assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
-
-
 @pytest.fixture
 def counted(monkeypatch):
     """What heal loads and measures, in order."""
@@ -134,30 +121,6 @@ def test_a_healing_from_a_patch_loads_and_measures_once(patchable, tmp_path, cou
         record.cut, record.original, record.held_out,
     )  # fmt: skip
     assert not (tmp_path / "out" / "losses.json").exists()
-
-
-@pytest.mark.slow
-def test_losses_that_are_given_are_not_measured(patchable, tmp_path, counted):
-    whole, cut = patchable
-    texts = documents(MANY, 5)
-    options = {"recipe": QUICK, "eval_texts": HELD_OUT, "original": whole}
-    first = sh.heal(cut, texts, tmp_path / "first", from_patch=True, **options)
-    counted.clear()
-    losses = first.original, first.cut
-    given = sh.heal(cut, texts, tmp_path / "given", from_patch=True, losses=losses, **options)
-    assert (given.original, given.cut, given.held_out) == (
-        first.original, first.cut, first.held_out,
-    )  # fmt: skip
-    assert counted == ["load whole", "load patched", *["loss, held out"] * 4]
-    counted.clear()
-    patched = tmp_path / "given" / "patched"
-    del options["original"]
-    beside = sh.heal(patched, texts, tmp_path / "beside", losses=losses, **options)
-    assert (beside.original, beside.cut, beside.recovered) == (*losses, given.recovered)
-    counted.clear()
-    plain = sh.heal(cut, texts, tmp_path / "plain", losses=losses, **options)
-    assert (plain.before, plain.original, plain.cut) == (first.cut, first.original, None)
-    assert counted == ["load cut", *["loss, held out"] * 3]
 
 
 def test_losses_on_other_tokens_are_refused(cut, tmp_path):

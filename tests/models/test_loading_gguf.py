@@ -109,11 +109,6 @@ def test_a_gguf_file_with_a_broken_tokenizer_is_refused(tmp_path):
         load_model(file, "float32")
 
 
-def test_a_gguf_file_that_is_not_in_the_folder_is_refused(gguf_file):
-    with pytest.raises(sh.ModelError, match=r"no file other\.gguf"):
-        load_model(gguf_file.parent, gguf_file="other.gguf")
-
-
 def test_a_gguf_file_without_the_package_names_the_extra(gguf_file, monkeypatch):
     monkeypatch.setattr("shallower.models.place.find_spec", lambda _: None)
     with pytest.raises(sh.MissingExtraError, match=r"gguf.*shallower\[gguf\]"):

@@ -12,7 +12,7 @@ from transformers import (
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 import shallower as sh
-from shallower import ModelError, Plan, Recipe, gain, memory_forecast
+from shallower import ModelError, Plan, Recipe, memory_forecast
 from shallower.healing.checks import resolve
 from shallower.models.architecture import find_layers
 from shallower.models.dtypes import stored_quantisation
@@ -87,14 +87,6 @@ def test_a_quantised_model_with_biases_comes_back_exactly(words, tmp_path, dtype
     assert torch.equal(logits_of(stock(tmp_path / "cut")), logits_of(model))
 
 
-def test_a_quantised_model_saved_twice_is_stored_the_same(quantised, tmp_path):
-    logits_of(quantised)
-    sh.save_model(quantised, None, tmp_path / "one")
-    logits_of(quantised)
-    sh.save_model(quantised, None, tmp_path / "two")
-    assert_same_state(stored(stock(tmp_path / "one")), stored(stock(tmp_path / "two")))
-
-
 def test_a_cut_of_a_quantised_model_is_the_model_with_its_layers_skipped(quantised):
     layers = find_layers(quantised).modules
     handles = [
@@ -107,16 +99,6 @@ def test_a_cut_of_a_quantised_model_is_the_model_with_its_layers_skipped(quantis
         assert torch.equal(logits_of(quantised), expected)
     sh.drop_layers(quantised, [1, 2])
     assert torch.equal(logits_of(quantised), expected)
-
-
-def test_a_quantised_checkpoint_can_be_loaded_cut_and_saved_again(quantised, words, tmp_path):
-    sh.save_model(quantised, words, tmp_path / "whole")
-    again, _ = load_model(tmp_path / "whole", dtype=stored_dtype(quantised))
-    expected = logits_of(again)
-    assert torch.equal(expected, logits_of(quantised))
-    sh.drop_layers(again, [3])
-    sh.save_model(again, None, tmp_path / "cut")
-    assert torch.equal(logits_of(stock(tmp_path / "cut")), logits_of(again))
 
 
 def by_transformers(wide, double=True):
@@ -229,7 +211,3 @@ def test_quantised_weights_are_not_patched(method, tmp_path, llama):
     folder = stored_as(method, tmp_path / "model", llama)
     with pytest.raises(ModelError, match=f"weights of {method} are not patched"):
         memory_forecast(folder, "patch", dtype="float32")
-
-
-def test_a_gain_counts_weights_as_bitsandbytes_stores_them(tmp_path, llama):
-    assert gain(stored_as("nf4", tmp_path / "model", llama), [2], device="a100-80").dtype == "nf4"

@@ -48,20 +48,6 @@ def records(*texts):
     return [{"text": text} for text in texts]
 
 
-def test_jsonl_gives_the_field_text(write):
-    source = write("a.jsonl", [{"text": "one", "url": "x"}, {"text": "two\nlines"}, {"text": ""}])
-    assert list(Texts(source)) == ["one", "two\nlines", ""]
-
-
-def test_txt_gives_a_document_a_line(write):
-    assert list(Texts(write("a.txt", "one\n  two \nthree"))) == ["one", "  two ", "three"]
-
-
-def test_parquet_gives_the_column_text(parquet):
-    source = parquet({"id": [1, 2, 3], "text": ["one", "", "two\nlines"]})
-    assert list(Texts(source)) == ["one", "", "two\nlines"]
-
-
 def test_parquet_may_hold_large_strings_in_several_row_groups(parquet):
     texts = [f"text {i}" for i in range(100)]
     source = parquet({"text": pa.array(texts, pa.large_string())}, row_group_size=7)
@@ -88,16 +74,6 @@ def test_texts_can_be_read_again(write, name, limit):
     assert list(texts) == first
 
 
-def test_parquet_can_be_read_again_and_limited(parquet):
-    texts = Texts(parquet({"text": ["one", "two", "three"]}), 2)
-    assert list(texts) == list(texts) == ["one", "two"]
-
-
-def test_two_readers_of_the_same_texts_do_not_disturb_each_other(write):
-    texts = Texts(write("a.txt", "one\ntwo\n"))
-    assert list(zip(texts, texts, strict=True)) == [("one", "one"), ("two", "two")]
-
-
 def test_texts_after_the_limit_are_not_looked_at(write):
     source = write("a.jsonl", '{"text": "one"}\nbroken\n')
     assert list(Texts(source, 1)) == ["one"]
@@ -122,12 +98,6 @@ def test_only_a_line_feed_ends_a_document(write):
     assert list(Texts(write("a.txt", f"{SEPARATORS}\nnext\n"))) == [SEPARATORS, "next"]
     raw = json.dumps({"text": SEPARATORS}, ensure_ascii=False)
     assert list(Texts(write("a.jsonl", f'{raw}\n{{"text": "next"}}\n'))) == [SEPARATORS, "next"]
-
-
-def test_a_line_may_be_very_long(write):
-    long = "word " * 2_000_000
-    assert list(Texts(write("a.txt", f"{long}\nshort\n"))) == [long, "short"]
-    assert list(Texts(write("a.jsonl", records(long, "short")))) == [long, "short"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
@@ -158,13 +128,6 @@ def test_count_stops_at_the_limit(write):
     assert Texts(source, 2).count() == 2
     with pytest.raises(TextsError, match="not UTF-8"):
         Texts(source).count()
-
-
-def test_texts_are_counted_once(write):
-    texts = Texts(write("a.txt", "one\ntwo\n"))
-    assert texts.count() == 2
-    Path(texts.source).write_text("one\n")
-    assert texts.count() == 2
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -261,11 +224,6 @@ def test_bytes_that_are_not_utf8_are_refused(write, name):
         list(Texts(write(name, line * 3 + b"caf\xe9\n")))
 
 
-def test_utf16_is_refused(write):
-    with pytest.raises(TextsError, match="not UTF-8"):
-        list(Texts(write("a.txt", "one\ntwo\n".encode("utf-16"))))
-
-
 @pytest.mark.parametrize("name", ["none.jsonl", "none.txt", "none.parquet", "no/where.txt"])
 def test_a_missing_file_is_refused_at_once(tmp_path, name):
     with pytest.raises(TextsError, match=f"there is no text file .*{name}"):
@@ -351,10 +309,6 @@ def test_parquet_strings_that_are_not_utf8_are_refused(parquet):
     texts = pa.array([b"one", b"caf\xe9"], pa.binary()).view(pa.string())
     with pytest.raises(TextsError, match=r"texts\.parquet, row 0"):
         list(Texts(parquet({"text": texts})))
-
-
-def test_a_parquet_file_without_rows_has_no_texts(parquet):
-    assert list(Texts(parquet({"text": pa.array([], pa.string())}))) == []
 
 
 @pytest.mark.parametrize("name", ["a[1].parquet", "a b#%20ä.parquet", "a?.parquet", "*.parquet"])
