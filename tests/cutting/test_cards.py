@@ -13,7 +13,6 @@ from shallower.cutting.source import Source, find_source, read_card
 from shallower.reporting.results import check_results, state_results
 from tests.conftest import tiny_llama
 from tests.cutting.card_tools import LICENSED, blocks_of_code, front, history, texts_of
-from tests.documents import documents
 
 DROPPED = [1, 3, 4]
 
@@ -301,18 +300,6 @@ def test_results_change_nothing_else_of_a_card(tmp_path, ends):
     # Where they stood between other keys, these stay.
     middle = "---\na: 1\nmodel-index:\n- name: x\n  results: []\n\n# of b\nb: 2\n---\n"
     assert without_results(middle) == "---\na: 1\n\n# of b\nb: 2\n---\n"
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default:the cut is not patched")
-def test_a_run_writes_the_losses_that_it_measured(source, words, tmp_path):
-    model, tokenizer = sh.load_model(source, dtype="float32")
-    done = sh.run(
-        model, tokenizer, documents(24), eval_texts=documents(8, seed=1), out=tmp_path / "out", n=1,
-        top=2, prompts=(),
-    )  # fmt: skip
-    card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
-    assert f"| held-out loss | {done.whole} → {done.recommended.loss} nats a token" in card
 
 
 def test_a_card_says_which_transformers_and_which_tools_it_takes():

@@ -196,14 +196,6 @@ def test_a_mixture_in_another_dtype_is_cut_in_memory(tmp_path, words):
     assert {path.name for path in planned.files if "*" not in path.name} <= names
 
 
-def test_a_cut_on_disk_is_verified(tmp_path, words):
-    model = mixture("qwen2_moe")
-    sh.save_model(model, words, tmp_path / "whole")
-    dropped = _without(some_experts(model), 2)
-    plan = sh.prune(tmp_path / "whole", [2], tmp_path / "cut", experts=dropped, verify=True)
-    assert plan.dropped == (2,)
-
-
 @pytest.mark.parametrize("name", mostly_slow(PLAIN, ["mixtral"]))
 def test_a_plain_mixture_is_cut_without_torch_and_in_little_memory(name, tmp_path):
     mixture(name).save_pretrained(tmp_path / "whole")
@@ -242,10 +234,3 @@ def test_a_plan_of_the_whole_does_not_cut_the_cut(whole_and_cut, tmp_path):
         with pytest.raises(sh.PlanError, match=r"the plan was made for whole .* cut is another"):
             taken()
     assert not (tmp_path / "out").exists()
-
-
-def test_scans_of_the_whole_and_of_the_cut_do_not_merge(whole_and_cut):
-    texts = ["w1 w2 w3", "w4 w5"]
-    first, other = (sh.scan(*sh.load_model(one, "float32"), texts) for one in whole_and_cut)
-    with pytest.raises(sh.ScanError, match="cannot merge scans of different models"):
-        sh.Scan.merge([first, other])

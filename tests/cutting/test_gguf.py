@@ -11,7 +11,6 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
 import shallower as sh
-from shallower._core import Gguf
 from tests.conftest import ROOT
 from tests.cutting.gguf_files import CUT, files_of_cut, write
 from tests.models.gguf_files import write_gguf
@@ -127,19 +126,6 @@ def check_cut(source, out, survivors, changed):
     check_like_llama_cpp(out)
 
 
-@pytest.mark.slow
-def test_the_real_model_is_cut(real, cut):
-    survivors = [layer for layer in range(30) if layer not in CUT]
-    changed = {
-        "llama.block_count": 22,
-        "general.name": "Smollm2 135M 8k Lc100K Mix1 Ep2 (22 layers)",
-        "general.size_label": "106M",
-    }
-    check_cut(real, cut, survivors, changed)
-    assert len(GGUFReader(cut).tensors) == 272 - 8 * 9
-    assert Gguf(cut).num_layers == 22
-
-
 def test_the_plan_lies_beside(real, cut):
     plan = sh.Plan.load(cut.with_name("cut.shallower_plan.json"))
     assert plan == sh.plan_prune(real, CUT, "cut.gguf").plan
@@ -162,20 +148,6 @@ def test_a_small_file_gives_the_logits_of_the_model_cut_in_memory(tmp_path):
             expected = whole(ids).logits
         assert torch.equal(loaded(ids).logits, expected)
     assert not torch.allclose(before, expected, atol=1e-2)
-
-
-@pytest.mark.slow
-def test_the_file_gives_the_logits_of_the_model_cut_in_memory(smol, cut):
-    model, tokenizer = smol
-    loaded, reloaded = sh.load_model(cut, dtype="float32")
-    assert len(loaded.model.layers) == loaded.config.num_hidden_layers == 22
-    text = "The quick brown fox jumps over the lazy dog, and then it does so again."
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    assert reloaded(text, return_tensors="pt")["input_ids"].tolist() == ids.tolist()
-    with torch.inference_mode():
-        with sh.without_layers(model, CUT):
-            expected = model(ids).logits
-        assert torch.equal(loaded(ids).logits, expected)
 
 
 def test_cutting_twice_is_cutting_once(cut, real, tmp_path):

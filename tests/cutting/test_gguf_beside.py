@@ -145,18 +145,6 @@ def test_a_folder_for_the_hub_holds_the_file_and_its_card(tmp_path, shallower):
         assert tree(out) == before
 
 
-def test_a_folder_for_the_hub_has_the_license_of_a_folder_with_a_card(tmp_path):
-    source = write(tmp_path / "tiny.gguf")
-    (tmp_path / "LICENSE").write_text("Do as you like.")
-    sh.prune(source, DROPPED, tmp_path / "a", as_gguf=True)
-    assert not (tmp_path / "a" / "LICENSE").exists()
-    (tmp_path / "README.md").write_text(LICENSED)
-    sh.prune(source, DROPPED, tmp_path / "b", as_gguf=True)
-    assert (tmp_path / "b" / "LICENSE").read_text() == "Do as you like."
-    sh.prune(source, DROPPED, tmp_path / "c.gguf", as_gguf=True)
-    assert (tmp_path / "c.README.md").is_file()
-
-
 def test_a_folder_for_the_hub_is_whole_or_not_at_all(tmp_path):
     (tmp_path / "files").mkdir()
     source = write(tmp_path / "files" / "tiny.gguf")

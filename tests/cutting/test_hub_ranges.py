@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
-import mmap
 import os
 import signal
 import subprocess
@@ -23,7 +21,7 @@ from shallower.cutting.checkpoint import PreparedCut
 from shallower.cutting.checkpoint_files import INDEX_FILE
 from shallower.cutting.exports import EXPORT_FILES
 from shallower.cutting.prune import plan_prune
-from shallower.storage import RECORD, sha256_of
+from shallower.storage import RECORD
 from shallower.store.records import NOT_VERIFIED
 from tests.cutting import embedders
 from tests.cutting.checkpoints import DROPPED, read_json, stored
@@ -252,12 +250,6 @@ def test_what_was_deleted_is_fetched_again(remote, local, tmp_path, monkeypatch,
     assert_same(tmp_path / "cut", local)
 
 
-def test_nothing_is_left_of_a_cut_that_is_refused(remote, tmp_path):
-    with pytest.raises(sh.LayersError):
-        plan_prune("me/tiny", [99], tmp_path / "cut")
-    assert nothing_left(tmp_path)
-
-
 def test_a_model_that_is_loaded_to_be_compared_is_fetched_whole(remote, source, tmp_path):
     whole = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     states = plan_prune("me/tiny", sh.ForStates([1]), tmp_path / "cut")
@@ -425,76 +417,3 @@ def test_killed_it_goes_on(remote, local, tmp_path, wanted):
     del found["shallower_record.json"]
     assert {name for name, data in tree(local).items() if found[name] != data} <= NAMED
     assert not [path for path in (tmp_path / "home" / "assets").rglob("*") if path.is_file()]
-
-
-LARGE = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16",
-    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192,
-    "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 4,
-}  # fmt: skip
-
-
-def large_checkpoint(folder):
-    """A Llama of 3.2 GB in nine files with a mark every 64 KiB, and else holes."""
-    width, inner, heads = 2048, 8192, 512
-    shapes = {
-        "input_layernorm": [width], "mlp.down_proj": [width, inner],
-        "mlp.gate_proj": [inner, width], "mlp.up_proj": [inner, width],
-        "post_attention_layernorm": [width], "self_attn.k_proj": [heads, width],
-        "self_attn.o_proj": [width, width], "self_attn.q_proj": [width, width],
-        "self_attn.v_proj": [heads, width],
-    }  # fmt: skip
-    files = [{"model.embed_tokens": [32000, width]}, {"lm_head": [32000, width]}]
-    files[1]["model.norm"] = [width]
-    for first in range(0, 24, 4):
-        layers = range(first, first + 4)
-        files.append({f"model.layers.{i}.{name}": shapes[name] for i in layers for name in shapes})
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LARGE))
-    places = {}
-    for number, tensors in enumerate(files, 1):
-        file, header, end = f"model-{number:05}-of-00009.safetensors", {}, 0
-        for name, shape in tensors.items():
-            size = 2 * math.prod(shape)
-            offsets = [end, end + size]
-            header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
-            places[f"{name}.weight"], end = file, end + size
-        text = json.dumps(header).encode()
-        with (folder / file).open("wb") as opened:
-            opened.write(len(text).to_bytes(8, "little") + text)
-            for place in range(0, end - 8, 1 << 16):
-                opened.seek(8 + len(text) + place)
-                opened.write((number << 40 | place).to_bytes(8, "little"))
-            opened.truncate(8 + len(text) + end)
-    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": places}))
-
-
-@pytest.mark.slow
-def test_five_layers_of_a_large_model_are_a_small_part(hub, tmp_path):
-    source, home, buffers = tmp_path / "tiny", tmp_path / "home", 4 * (32 << 20)
-    large_checkpoint(source)
-    hub.repos["me/tiny"] = {path.name: mapped(path) for path in source.iterdir()}
-    whole = sum(len(data) for data in hub.repos["me/tiny"].values())
-    assert whole > 3e9
-    child = prune_in_a_process(hub, home, "5:24", tmp_path / "cut")
-    while hub.num_sent < 3e8:
-        assert child.poll() is None
-        threading.Event().wait(0.01)
-    assert kill(child, home)
-    child = prune_in_a_process(hub, home, "5:24", tmp_path / "cut")
-    said = child.communicate()[1]
-    assert " of 0.9 GB are fetched" in said
-    sh.prune(source, range(5, 24), tmp_path / "local")
-    for path in (tmp_path / "local").iterdir():
-        if path.name not in NAMED:
-            assert sha256_of(path) == sha256_of(tmp_path / "cut" / path.name), path.name
-    stays = sum(path.stat().st_size for path in (tmp_path / "local").iterdir())
-    print(f"{hub.num_sent / 1e6:.1f} MB sent, {stays / 1e6:.1f} MB stay, of {whole / 1e6:.1f}")
-    assert hub.num_sent < stays + 10e6 + buffers
-    assert stays < whole / 3
-
-
-def mapped(path):
-    """A file as the hub sends it, which is not read before."""
-    with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

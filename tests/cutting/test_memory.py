@@ -3,7 +3,6 @@
 import itertools
 import json
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,15 +57,6 @@ def test_a_cut_is_the_model_with_its_layers_skipped(family, cut):
 def test_a_scattered_cut_comes_back_from_disk_by_stock_transformers(family, tmp_path):
     model = build(*(WITH_LISTS | OTHERS)[family])
     sh.drop_layers(model, CUTS["scattered"])
-    assert_stock_loads_the_same(model, tmp_path / "cut")
-
-
-@pytest.mark.parametrize("cut", mostly_slow(CUTS, ["first", "scattered"]))
-def test_a_cut_llama_comes_back_from_disk_by_stock_transformers(cut, tmp_path):
-    model = tiny_llama(initializer_range=0.2)
-    expected = skipping(model, CUTS[cut])
-    sh.drop_layers(model, CUTS[cut])
-    assert torch.equal(logits_of(model), expected)
     assert_stock_loads_the_same(model, tmp_path / "cut")
 
 
@@ -139,63 +129,13 @@ def test_what_is_saved_within_without_layers_is_the_cut_model(llama, tmp_path):
         assert_stock_loads_the_same(llama, tmp_path / "cut")
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [
-        range(6),
-        [],
-        [6],
-        [-1],
-        [1, 1],
-        [range(1, 3), 2],
-        [sh.Block(1, 4), sh.Block(3, 5)],
-        [True],
-        [0, False],
-        [1.0],
-        ["1"],
-        "1",
-        "",
-        b"1",
-        3,
-        None,
-        [None],
-        [[1, 2]],
-        [np.nan],
-        [sh.Block(5, 7)],
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("layers", [range(6), [], [6], [1, 1], [True], "1"], ids=repr)
 def test_layers_that_cannot_be_dropped_are_refused_and_nothing_changes(llama, layers):
     before, whole = portrait(llama), logits_of(llama)
     with pytest.raises(sh.LayersError):
         sh.drop_layers(llama, layers)
     assert portrait(llama) == before
     assert torch.equal(logits_of(llama), whole)
-
-
-@pytest.mark.parametrize(
-    "layers",
-    [
-        [2, 3],
-        [3, 2],
-        range(2, 4),
-        [range(2, 4)],
-        sh.Block(2, 4),
-        [sh.Block(2, 4)],
-        np.array([2, 3]),
-        {2, 3},
-        pytest.param(iter([2, 3]), id="iter"),
-        [range(3, 1, -1)],
-        torch.tensor([2, 3]),
-    ],
-    ids=repr,
-)
-def test_layers_are_named_in_many_ways(llama, layers):
-    expected = skipping(llama, [2, 3])
-    plan = sh.drop_layers(llama, layers)
-    assert plan.blocks == (sh.Block(2, 4),)
-    assert plan.survivors == (0, 1, 4, 5)
-    assert torch.equal(logits_of(llama), expected)
 
 
 def test_the_plan_is_of_the_uncut_model(llama):
@@ -312,14 +252,6 @@ def test_the_device_map_comes_back_after_without_layers(offloaded):
     with sh.without_layers(offloaded, [0, 2]):
         assert offloaded.hf_device_map != before
     assert offloaded.hf_device_map == before
-
-
-def test_a_model_loaded_onto_one_device_can_be_cut(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "whole")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", device_map={"": "cpu"}).eval()
-    expected = skipping(model, [2, 3])
-    sh.drop_layers(model, [2, 3])
-    assert torch.equal(logits_of(model), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])

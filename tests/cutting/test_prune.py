@@ -59,14 +59,6 @@ def test_a_plan_of_a_scan_is_told_by_the_door(place, plans, tmp_path, options):
     assert_told(plans[0], tmp_path / "cut")
 
 
-def test_a_plan_of_a_scan_is_told_in_memory(place, plans, tmp_path):
-    model, tokenizer = sh.load_model(place / "tiny", dtype="float32")
-    plan = sh.drop_layers(model, plans[0])
-    assert plan is plans[0]
-    sh.save_model(model, tokenizer, tmp_path / "cut", plan=plan)
-    assert_told(plans[0], tmp_path / "cut")
-
-
 def test_a_block_of_a_scan_is_told_as_its_plan_is(place, words, tmp_path):
     model, tokenizer = sh.load_model(place / "tiny", dtype="float32")
     scan = sh.scan(model, tokenizer, TEXTS)
@@ -85,13 +77,6 @@ def test_a_plan_of_a_scan_is_told_of_a_gguf_file(place, plans, tmp_path):
     sh.prune(source, plans[1], tmp_path / "folder", as_gguf=True)
     assert_told(plans[1], tmp_path / "folder")
     assert sh.plan_prune(source, plans[1], "a.gguf").plan is plans[1]
-
-
-def test_a_block_keeps_its_score_in_memory(place, plans):
-    model, _ = sh.load_model(place / "tiny", dtype="float32")
-    block = plans[0].blocks[0]
-    plan = sh.drop_layers(model, [block])
-    assert (plan.blocks[0].score, plan.blocks[0].stderr) == (block.score, block.stderr)
 
 
 def test_what_names_the_layers_can_be_many_things(place, plans, tmp_path):
