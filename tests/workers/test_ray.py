@@ -26,7 +26,7 @@ from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
 from shallower.values.memory import MemoryPlan
 from shallower.values.stage_settings import EvalSettings
-from shallower.workers import ray_workers, units
+from shallower.workers import ray_workers
 from shallower.workers.ray_workers import RayWorkers
 from shallower.workers.units import Ledger, drive
 from tests.conftest import tiny_llama, write_jsonl
@@ -97,15 +97,6 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path):
     found, _ = squares(tmp_path, kills_once="2")
     assert found == all_of(6)
     assert sorted(unit for unit, _ in done_in(tmp_path)) == [*"0122345"]
-
-
-@pytest.mark.slow  # as of local workers: it is the ledger's
-@pytest.mark.usefixtures("cluster")
-def test_what_fails_wherever_it_is_done_is_given_up(tmp_path):
-    found, ledger = squares(tmp_path, poison="2")
-    assert sorted(found) == [*"01345"]
-    assert [*ledger.given_up] == ["2"]
-    assert all("ValueError: poison (on worker" in error for error in ledger.given_up["2"])
 
 
 @pytest.mark.usefixtures("cluster")
@@ -229,23 +220,6 @@ def test_a_worker_that_no_node_has_room_for_is_refused_at_once(tmp_path, monkeyp
         RayWorkers(job_of(tmp_path), None, memory=small),
     ):
         pass
-
-
-@pytest.mark.slow  # as of local workers: it is the ledger's
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(
-    ("sick", "said"),
-    [
-        ("raises", "takes no more part: 3 in a row failed, the last by OSError: no space"),
-        ("stops", "has been at "),
-    ],
-)
-def test_one_that_is_sick_is_named_and_others_do_all(tmp_path, monkeypatch, capfd, sick, said):
-    monkeypatch.setattr(units, "LATE_SECONDS", 1.0)
-    found, ledger = squares(tmp_path, 20, sick=sick, at=2)
-    assert found == all_of(20)
-    assert ledger.given_up == {}
-    assert re.search(rf"worker \d+ on node \w+ {said}", capfd.readouterr().err)
 
 
 @pytest.mark.usefixtures("cluster")
