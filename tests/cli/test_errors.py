@@ -6,7 +6,6 @@ import shlex
 import pytest
 
 from tests.cli.documents import tree
-from tests.commands import SHALLOWER, in_a_process
 
 # Dry runs.
 DRY = [
@@ -132,20 +131,8 @@ def test_an_error_is_one_sentence_and_nothing_is_written(
     assert tree(folder) == before
 
 
-def test_a_hub_dataset_is_named_when_there_is_no_hub(folder, tiny):
-    done = in_a_process(
-        SHALLOWER, "scan", tiny, "--out", "out", "--texts", "no/such:train",
-        cwd=folder, env={"HF_HOME": str(folder / "hub")},
-    )  # fmt: skip
-    assert done.error.startswith("cannot read no/such:train: ")
-    assert not (folder / "out").exists()
-
-
-@pytest.mark.parametrize("columns", ["40", "80"])
-def test_a_path_in_a_message_is_not_broken_over_lines(
-    shallower, folder, tiny, jsonl, monkeypatch, columns
-):
-    monkeypatch.setenv("COLUMNS", columns)
+def test_a_path_in_a_message_is_not_broken_over_lines(shallower, folder, tiny, jsonl, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
     long = "/".join(["a folder with spaces in its name"] * 4)
     failed = shallower("scan", tiny, "--texts", f"{long}/none.txt", "--out", "out")
     assert f"error: there is no text file {long}/none.txt" in failed.err.splitlines()
