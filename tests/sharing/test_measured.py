@@ -13,6 +13,7 @@ from shallower.values.hashing import hash_of
 from shallower.values.identity import ModelIdentity
 from shallower.values.plan import Plan
 from shallower.values.shard import Shard, kind_of, read_shards
+from tests.values.damage import mistyped
 
 MODEL = ModelIdentity("tiny", "llama", 6, "float32", "ab" * 32)
 VERSIONS = {"shallower": "0.1.0", "torch": "2.0", "transformers": "5.0"}
@@ -156,8 +157,6 @@ def damage(parts, change):
     [
         ("shard", {"index": 3, "count": 3}),
         ("shard", {"index": 0, "count": 10**12}),
-        ("versions", []),
-        ("model", None),
         ("plan", {"num_layers": 10**12}),
         ("parts", {}),
         ("parts", {"tasks": {}}),
@@ -167,13 +166,10 @@ def damage(parts, change):
         ("parts.loss.counts", [3, 3, 0]),
         ("parts.loss.num_bytes", [1]),
         ("parts.loss.num_batches", 0),
-        ("parts.loss.num_batches", "4"),
         ("parts.loss.nats", {"base": [0, 1, 2]}),
         ("parts.loss.nats", {"base": [0, 1, 2], "cut": [0, 1, float("nan")]}),
-        ("parts.loss.nats", {"base": [0, 1, 2], "cut": [0, 1, "2"]}),
         ("parts.loss.settings", {"num_rejected": 0}),
         ("parts.loss.settings", {"num_rejected": 0, "vocab_size": 1}),
-        ("parts.perplexity.settings", {"context": 4, "bos": True, "num_rest": 0}),
     ],
 )
 def test_a_damaged_shard_is_named(parts, place, value):
@@ -189,6 +185,16 @@ def test_a_damaged_shard_is_named(parts, place, value):
         match=r"eval\.0-of-3\.json is damaged, or no shard of format shallower\.eval\.shard\.2: ",
     ):
         gather_evaluation([parts])
+
+
+def test_a_value_of_another_type_is_refused_wherever_it_stands(parts):
+    data = json.loads((parts / "eval.0-of-3.json").read_bytes())
+    data.update(machine={}, described={})  # which are taken as they are
+    del data["sha256"]
+    for one in mistyped(data):
+        (parts / "eval.0-of-3.json").write_text(json.dumps({**one, "sha256": hash_of(one)}))
+        with pytest.raises(ScanError):
+            gather_evaluation([parts])
 
 
 @pytest.mark.parametrize(
