@@ -142,22 +142,15 @@ def plan_prune(  # noqa: D417
     out: str | Path,
     *,
     experts: NamedExperts | None = None,
-    overwrite: bool = False,
-    dtype: Dtype | None = None,
-    max_shard_size: int | str | None = None,
-    device_map: DeviceMap = None,
-    gguf_file: str | None = None,
-    as_gguf: bool = False,
-    trust_remote_code: bool = False,
-    verify: bool = False,
     progress: BytesProgress | bool | None = None,
+    **options: Any,
 ) -> "PlannedPrune":
     """Plan what :func:`prune` would do, and write nothing.
 
     Args:
-        source, what, out, experts, overwrite, dtype, max_shard_size: as for :func:`prune`.
-        device_map, gguf_file, as_gguf, trust_remote_code, verify: as there, too.
+        source, what, out, experts: as for :func:`prune`.
         progress: whether to show what is fetched to plan, of a hub model.
+        **options: all other arguments of :func:`prune`.
 
     Returns:
         The planned work, its way and the files; ``run()`` carries it out.
@@ -166,25 +159,18 @@ def plan_prune(  # noqa: D417
         LayersError, ExpertsError, PlanError, ModelError, OutputError, MissingExtraError: as
             :func:`prune`, except what needs the weights.
     """
-    if dtype is not None:
-        check_dtype(dtype)
     local = Path(source).expanduser()
     request = Request(
         # A folder by its own name, also where it is named ``.`` or by a link.
         source=str(local.resolve() if local.is_dir() else source),
         named=str(source),
         out=Path(out),
-        overwrite=overwrite,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        device_map=device_map,
-        gguf_file=gguf_file,
-        as_gguf=as_gguf,
-        trust_remote_code=trust_remote_code,
-        verify=verify,
         show=False if callable(progress) else progress,
+        **options,
     )
-    reads: list[Path | None] = [Path(source, gguf_file or "")]
+    if request.dtype is not None:
+        check_dtype(request.dtype)
+    reads: list[Path | None] = [Path(source, request.gguf_file or "")]
     if isinstance(what, str | Path):
         reads.append(plan_file(what))
         what = load_plan(what)

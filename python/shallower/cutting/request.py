@@ -15,7 +15,7 @@ from ..values.plan import Plan
 from .checkpoint_files import is_checkpoint, stored_dtype
 from .gguf import read_metadata
 from .plans import made_for
-from .source import Source, find_source, hub_id
+from .source import UncutModel, find_source, hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,14 +32,14 @@ class Request:
     source: str
     named: str
     out: Path
-    overwrite: bool
-    dtype: Dtype | None
-    max_shard_size: int | str | None
-    device_map: DeviceMap
-    gguf_file: str | None
-    as_gguf: bool
-    trust_remote_code: bool
-    verify: bool
+    overwrite: bool = False
+    dtype: Dtype | None = None
+    max_shard_size: int | str | None = None
+    device_map: DeviceMap = None
+    gguf_file: str | None = None
+    as_gguf: bool = False
+    trust_remote_code: bool = False
+    verify: bool = False
     show: bool | None = None
 
     @property
@@ -60,7 +60,7 @@ class Request:
         return local_gguf(self.source, self.gguf_file, named=self.named)
 
     @property
-    def known(self) -> Source:
+    def known(self) -> UncutModel:
         """The source as the card describes it."""
         metadata = {}
         if self.gguf_file is not None or self.source.endswith(".gguf"):
