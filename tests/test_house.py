@@ -1,10 +1,12 @@
 """The house that ARCHITECTURE.md draws, enforced."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,21 @@ def test_the_list_of_modules_whose_names_are_exported():
         for value in (getattr(shallower, name) for name in shallower.__all__)
     } - {""}
     assert sorted(listed("exports")) == sorted(exporting)
+
+
+HOMONYMS = {"Step", "Subject", "Texts"}
+"""Names of classes in two files, by history: they may only become fewer."""
+
+
+def test_a_class_name_stands_in_one_file():
+    places = defaultdict(list)
+    for module, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places[node.name.lstrip("_")].append(own(module))
+    assert len(places) > 300
+    twice = {name: found for name, found in places.items() if len(set(found)) > 1}
+    assert sorted(twice) == sorted(HOMONYMS), twice
 
 
 def test_only_the_border_knows_pyo3():

@@ -61,7 +61,7 @@ def track(
         with _moving(_Silence()) as silence:
             yield silence
         return
-    if isinstance(around, _Part):
+    if isinstance(around, _PartOfWork):
         with _moving(_Within(around, description, total)) as within:
             yield within
         return
@@ -88,7 +88,7 @@ def part(most: float, note: str = "") -> Iterator[Advance]:
     one bar and one total. Without work around it, nothing is advanced.
     """
     around = _AROUND.get()
-    this: Advance = _Silence() if around is None else _Part(around, most)
+    this: Advance = _Silence() if around is None else _PartOfWork(around, most)
     this(0, note)
     try:
         with _moving(this if around is not None else None):
@@ -170,7 +170,7 @@ def _bars(console: "Console") -> Iterator["Progress"]:
         yield there
         return
 
-    class Row(ProgressColumn):
+    class BarRow(ProgressColumn):
         max_refresh = None
 
         def render(self, task: Task) -> Text:
@@ -188,7 +188,7 @@ def _bars(console: "Console") -> Iterator["Progress"]:
             )
 
     bars = Progress(
-        Row(table_column=Column(no_wrap=True)),
+        BarRow(table_column=Column(no_wrap=True)),
         console=console,
         refresh_per_second=4,
         speed_estimate_period=600,  # a step may take minutes
@@ -278,7 +278,7 @@ class _Silence:
         pass
 
 
-class _Part:
+class _PartOfWork:
     """A part of other work: so many steps of that, at most."""
 
     def __init__(self, advance: Advance, most: float) -> None:
@@ -293,7 +293,7 @@ class _Part:
 class _Within:
     """Work within a part of other work, which it advances by the share of it that is done."""
 
-    def __init__(self, around: _Part, name: str, total: float | None) -> None:
+    def __init__(self, around: _PartOfWork, name: str, total: float | None) -> None:
         self._around, self._name, self._each = around, name, around.left / (total or math.inf)
         around(0, name)
 

@@ -9,7 +9,7 @@ import typer
 
 import shallower as sh
 from shallower import cli
-from shallower.cli.options import Cut, Part, joined, takes
+from shallower.cli.options import Cut, Share, joined, takes
 from shallower.values.options import options_of
 from shallower.values.stage_settings import EvalSettings
 
@@ -107,12 +107,12 @@ def test_options_that_commands_have_together_are_one_value():
     made = []
 
     @joined
-    def command(*, cut: Cut, part: Part, top: int = 1):
+    def command(*, cut: Cut, part: Share, top: int = 1):
         made.append((cut, part, top))
 
     app = typer.Typer(add_completion=False)
     app.command()(command)
     words = ["--shard", "0/2", "--drop", "3", "--top", "2"]
     typer.main.get_command(app).main(words, standalone_mode=False)
-    assert made == [(Cut(drop="3"), Part(shard="0/2"), 2)]
+    assert made == [(Cut(drop="3"), Share(shard="0/2"), 2)]
     assert list(signature(command).parameters)[:2] == ["drop", "plan"]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from shallower.cutting.cards import exports
 from shallower.cutting.exports import CutFacts
-from shallower.cutting.source import Source
+from shallower.cutting.source import UncutModel
 
 LICENSED = """---
 license: other
@@ -44,7 +44,7 @@ def front(card):
 
 def texts_of(plan, source="a/tiny", **more):
     """The texts beside a cut of a model of the hub."""
-    source = source if isinstance(source, Source) else Source(source, hub=source)
+    source = source if isinstance(source, UncutModel) else UncutModel(source, hub=source)
     return exports(CutFacts(plan, source, **more))
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 import shallower as sh
 from shallower.cutting.cards import adapters_card, healed_card, state_loss
 from shallower.cutting.metadata import front_matter, loss_results, without_results
-from shallower.cutting.source import Source, find_source, read_card
+from shallower.cutting.source import UncutModel, find_source, read_card
 from shallower.reporting.results import check_results, state_results
 from tests.conftest import tiny_llama
 from tests.cutting.card_tools import LICENSED, blocks_of_code, front, history, texts_of
@@ -135,7 +135,7 @@ def test_a_license_is_not_invented(tmp_path):
         if text is not None:
             path.write_bytes(text if isinstance(text, bytes) else text.encode())
         inherited, below = read_card(path)
-        source = Source("tiny", inherited=inherited, text=below)
+        source = UncutModel("tiny", inherited=inherited, text=below)
         card = texts_of(plan, source)["README.md"]
         assert "license" not in front(card), text
         assert ("## The card of the source" in card) == (text is not None)
@@ -251,7 +251,7 @@ def test_results_are_of_the_model_that_has_the_card(llama, words, tmp_path):
         ("org/wiki", "loss_increase"),
     ]  # fmt: skip
     # A cut of this one inherits no result.
-    again = texts_of(plan, Source("x", inherited=read_card(path)[0]))["README.md"]
+    again = texts_of(plan, UncutModel("x", inherited=read_card(path)[0]))["README.md"]
     assert "model-index" not in front(again)
 
 

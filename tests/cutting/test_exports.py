@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import shallower as sh
 from shallower.cutting.exports import EXPORT_FILES
-from shallower.cutting.source import Source
+from shallower.cutting.source import UncutModel
 from shallower.values.layers import blocks_of
 from tests.conftest import tiny_llama
 from tests.cutting.card_tools import assert_same_weights, kept_by, stand_for, texts_of
@@ -36,10 +36,10 @@ def test_other_tools_are_told_the_same_layers(num_layers, drawn):
 def test_mergekit_is_told_a_hub_id_or_a_placeholder():
     plan = sh.Plan(6, (sh.Block(0, 1), sh.Block(3, 5)))
     for source, place in (
-        (Source("a/tiny", hub="a/tiny"), "a/tiny"),
-        (Source("tiny"), "SOURCE"),
-        (Source("tiny.gguf", gguf="tiny.gguf"), "SOURCE"),
-        (Source("tiny.gguf", hub="a/tiny-GGUF", gguf="tiny.gguf"), "SOURCE"),
+        (UncutModel("a/tiny", hub="a/tiny"), "a/tiny"),
+        (UncutModel("tiny"), "SOURCE"),
+        (UncutModel("tiny.gguf", gguf="tiny.gguf"), "SOURCE"),
+        (UncutModel("tiny.gguf", hub="a/tiny-GGUF", gguf="tiny.gguf"), "SOURCE"),
     ):
         text = texts_of(plan, source)["mergekit.yaml"]
         models = {part["sources"][0]["model"] for part in yaml.safe_load(text)["slices"]}

@@ -9,7 +9,7 @@ import yaml
 from gguf import GGUFValueType
 
 import shallower as sh
-from shallower.cutting.source import FILE_TYPES, Source, find_source, hub_id
+from shallower.cutting.source import FILE_TYPES, UncutModel, find_source, hub_id
 from tests.cutting.card_tools import LICENSED, blocks_of_code, front, hub, texts_of
 from tests.cutting.gguf_files import write
 
@@ -29,7 +29,7 @@ def test_a_hub_id_is_told_from_a_folder(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_gone_is_not_taken_for_a_hub_id(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
-    assert find_source("models/tiny") == Source("tiny")
+    assert find_source("models/tiny") == UncutModel("tiny")
     assert find_source("models/tiny", from_hub=True).hub == "models/tiny"
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "config.json").write_text("{}")
@@ -158,7 +158,7 @@ def test_every_quantisation_of_gguf_has_its_name():
 )
 def test_odd_names_break_nothing(name):
     plan = sh.Plan(6, (sh.Block(0, 1), sh.Block(3, 5)), versions={name: name})
-    source = Source(name, gguf=name)
+    source = UncutModel(name, gguf=name)
     texts = texts_of(plan, source, gguf=name + ".gguf")
     card = texts["README.md"]
     command, _serve, others = blocks_of_code(card, "sh")
@@ -172,7 +172,7 @@ def test_odd_names_break_nothing(name):
     assert f"# {inline} without layers [0, 1) [3, 5)\n" in card
     (row,) = re.findall(r"^\| made with \| (.*) \|$", card, re.MULTILINE)
     assert row.replace("\\|", "|") == " ".join(f"{name} {name}".split())
-    hub = Source(name, hub=name)
+    hub = UncutModel(name, hub=name)
     assert shlex.split(blocks_of_code(texts_of(plan, hub)["README.md"], "sh")[0])[2] == name
     config = yaml.safe_load(texts_of(plan, hub)["mergekit.yaml"])
     assert config["slices"][0]["sources"][0]["model"] == name

@@ -19,7 +19,7 @@ from shallower.patching.descent import (
     matrices,
     target_gradients,
 )
-from shallower.patching.states import StateSet, Stored
+from shallower.patching.states import Spool, StateSet
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow
@@ -43,7 +43,7 @@ def batches_of(words, texts, batch_size=4):
 def states_of(layerwise, batches, first=LAYERS[0]):
     """The states before a layer, and the whole model's last ones."""
     sample = layerwise.embed(batches[0])
-    last, start = (Stored(batches, sample.shape[-1], sample.dtype, on_disk=False) for _ in range(2))
+    last, start = (Spool(batches, sample.shape[-1], sample.dtype, on_disk=False) for _ in range(2))
     for index, batch in enumerate(batches):
         start[index] = layerwise.run(batch, layerwise.embed(batch), range(first))
         last[index] = layerwise.run(batch, start[index], range(first, len(layerwise)))

@@ -11,8 +11,8 @@ from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import find_writers
 from shallower.patching.states import (
     FARTHEST,
+    Spool,
     StateSet,
-    Stored,
     divide,
     missing_equations,
     missing_rows,
@@ -35,7 +35,7 @@ def missing(request, words):
     model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: out + added[: out.shape[1]])
     layerwise = Layerwise(model)
     batches = list(TokenBatches(words, TEXTS, Tokens(32, 5), min_tokens=2))
-    whole, cut = (Stored(batches, added.shape[1], torch.float32, on_disk=False) for _ in range(2))
+    whole, cut = (Spool(batches, added.shape[1], torch.float32, on_disk=False) for _ in range(2))
     plain, aims = [], []
     with torch.no_grad():
         for index, batch in enumerate(batches):

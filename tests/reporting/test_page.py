@@ -11,7 +11,7 @@ from shallower.reporting.stories.curve import curve_story
 from shallower.reporting.story import (
     Fact,
     Number,
-    Sample,
+    PromptSample,
     Section,
     Step,
     Story,
@@ -30,7 +30,7 @@ def story(word="plain"):
     )
     section = Section(
         word, (word,), (Fact(word, word, word),), (table,),
-        samples=(Sample(word, {word: word}),), commands=(word,),
+        samples=(PromptSample(word, {word: word}),), commands=(word,),
     )  # fmt: skip
     return Story(
         "run", word, word, (Strip(word, 4, (1, 2), word),),
@@ -69,7 +69,7 @@ def parsed(page):
 
 def test_a_sample_keeps_its_lines_in_markdown():
     code = "def f(x):\n    return x"
-    of_code = replace(story().sections[0], samples=(Sample("go on", {"cut": code}),))
+    of_code = replace(story().sections[0], samples=(PromptSample("go on", {"cut": code}),))
     text = to_markdown(replace(story(), sections=(of_code,)))
     assert ">     def f(x):\n>         return x\n" in text + "\n"
 

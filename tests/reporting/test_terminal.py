@@ -23,7 +23,7 @@ from shallower.reporting.stories.stages import (
 )
 from shallower.reporting.story import Number, Section, Story, Table, text_of
 from shallower.values.counts import with_error
-from shallower.values.gain import Measured
+from shallower.values.gain import MeasuredGain
 from shallower.values.layers import ranges
 from shallower.values.scores import Difference
 from tests.reporting.comparisons import comparison
@@ -290,8 +290,8 @@ def test_no_star_is_explained_where_none_is(printed):
 
 
 def test_a_range_with_1_in_it_is_too_noisy_for_a_ratio(printed):
-    noisy = Measured("a CPU", (3.0, 1.0, 1.0), (0.5, 0.9, 2.3), (1.0, 1.0, 1.0), (0.7, 0.9, 0.8),
-                     peak_before=10, peak_after=8)  # fmt: skip
+    noisy = MeasuredGain("a CPU", (3.0, 1.0, 1.0), (0.5, 0.9, 2.3), (1.0, 1.0, 1.0),
+                     (0.7, 0.9, 0.8), peak_before=10, peak_after=8)  # fmt: skip
     text = " ".join(printed(gain_table(replace(gain(), measured=noisy))).split())
     assert "measured here, prefill 1000 ms 900 ms too noisy [0.167, 2.300]" in text
     assert "measured here, token 1000 ms 800 ms 0.800 [0.700, 0.900]" in text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shallower import ScanError
-from shallower.sharing.measured import MeasuredShard, Part, evaluation_of
+from shallower.sharing.measured import MeasuredShard, Tally, evaluation_of
 from shallower.values.hashing import hash_of
 from shallower.values.identity import ModelIdentity
 from shallower.values.plan import Plan
@@ -28,7 +28,7 @@ ITEMS = ((0, 4, 6), (1, 3), (2, 5))
 def part(kind, items):
     """Losses of texts: a third of its index, and of the cut twice as much."""
     nats = np.array(items, np.float64) / 3
-    return Part(
+    return Tally(
         num_batches=4,
         batch_size=2,
         num_items=7,

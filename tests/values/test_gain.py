@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from hypothesis import given
 
-from shallower.values.gain import Forecast, Gain, Measured, Sizes
+from shallower.values.gain import Forecast, Gain, MeasuredGain, Sizes
 from tests.values.damage import damaged
 
 BEFORE = Sizes(32, 6_738_415_616, 13_476_831_744, 524_288, 1 << 30, 28 * 10**12, 10**10, 10**10, 5)
@@ -17,7 +17,7 @@ FORECAST = Forecast(
     prefill_before=0.1, prefill_after=0.075, decode_before=0.007, decode_after=0.0053,
     fits_before=False, fits_after=True,
 )  # fmt: skip
-MEASURED = Measured(
+MEASURED = MeasuredGain(
     "a CPU", (2.0, 4.0, 3.0), (1.0, 3.0, 1.8), (0.2, 0.2, 0.3), (0.1, 0.1, 0.3), 9, 8
 )
 

@@ -7,7 +7,7 @@ import typer
 
 from ..errors import TextsError
 from ..values.settings import CompareSettings
-from .options import Loading, Part, Way, read_texts, takes
+from .options import Loading, Share, Way, read_texts, takes
 from .output import called, carry_out, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def compare_command(
         typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and figures."),
     ] = None,
     loading: Loading,
-    part: Part,
+    part: Share,
     list_criteria: Annotated[
         bool, typer.Option("--list", help="List the criteria of --unit with their cost, and stop.")
     ] = False,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..values.settings import CurveSettings
-from .options import Out, Part, Source, TextsSource, WayOfParts, read_texts, takes
+from .options import Out, Share, Source, TextsSource, WayOfParts, read_texts, takes
 from .output import called, carry_out, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def curve_command(
     out: Out,
     settings: CurveSettings,
     source: Source,
-    part: Part,
+    part: Share,
     way: WayOfParts,
 ) -> None:
     """Measure what a model loses as more and more of its layers go.

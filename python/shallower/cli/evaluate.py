@@ -8,7 +8,7 @@ import typer
 
 from ..errors import PlanError, SettingsError
 from ..values.stage_settings import EvalSettings
-from .options import Cut, DeviceMemory, Part, Source, Way, takes
+from .options import Cut, DeviceMemory, Share, Source, Way, takes
 from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known, work_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def eval_command(
         bool,
         typer.Option("--card", help="Put the results on MODEL's card, into its model-index."),
     ] = False,
-    part: Part,
+    part: Share,
     way: Way,
 ) -> None:
     """Measure loss, perplexity, tasks and speech before and after a cut.

@@ -265,7 +265,7 @@ class Source(Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layers(Joined):
+class DroppedLayers(Joined):
     """The layers that are dropped."""
 
     drop: Annotated[
@@ -301,7 +301,7 @@ class Layers(Joined):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut(Layers):
+class Cut(DroppedLayers):
     """The layers that are dropped, and experts of those that stay."""
 
     drop_experts: Annotated[
@@ -352,7 +352,7 @@ class Cut(Layers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part(Joined):
+class Share(Joined):
     """Which part of a work is done here: a shard of it, or all of it by several processes."""
 
     shard: Annotated[

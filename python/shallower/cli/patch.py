@@ -17,7 +17,7 @@ from .options import (
     Answers,
     AnswerTokens,
     DeviceMemory,
-    Layers,
+    DroppedLayers,
     MaxTexts,
     NoAnswers,
     Out,
@@ -57,7 +57,7 @@ def patch_command(
     *,
     texts: TextsSource,
     out: Out,
-    layers: Layers,
+    layers: DroppedLayers,
     eval_texts: Annotated[
         str | None,
         typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choosing(Joined):
+class PlanOptions(Joined):
     """What goes, and by what it is chosen."""
 
     experts: Annotated[
@@ -93,7 +93,7 @@ def plan_command(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder to write the plan to.")
     ] = None,
-    choice: Choosing,
+    choice: PlanOptions,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..values.stage_settings import ScanSettings
-from .options import DeviceMemory, MaxTexts, Out, Part, Source, TextsSource, Way, read_texts, takes
+from .options import DeviceMemory, MaxTexts, Out, Share, Source, TextsSource, Way, read_texts, takes
 from .output import make_shard_of, say_dry_run, say_known, say_scan, work_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def scan_command(
     max_texts: MaxTexts = None,
     source: Source,
     device_memory: DeviceMemory = None,
-    part: Part,
+    part: Share,
     way: Way,
 ) -> None:
     """Compare all layers of a model on texts, in one pass.

@@ -33,7 +33,7 @@ from .metadata import (
     with_results,
     without_results,
 )
-from .source import CARD_FILE, FRONT_MATTER, PLACEHOLDER, Source
+from .source import CARD_FILE, FRONT_MATTER, PLACEHOLDER, UncutModel
 
 if TYPE_CHECKING:
     from ..values.loss import Loss
@@ -243,7 +243,7 @@ def _pruned(plan: Plan) -> list[str]:
     return [LAYERS_TAG] * bool(plan.blocks) + [EXPERTS_TAG] * (plan.experts is not None)
 
 
-def _described(source: Source) -> str:
+def _described(source: UncutModel) -> str:
     """The source in a sentence: its name, the quantisation of a GGUF file, its repository."""
     name = f"`{_inline(source.name)}`"
     if source.quantisation:
@@ -251,7 +251,7 @@ def _described(source: Source) -> str:
     return f"{name} of `{source.hub}`" if source.gguf and source.hub else name
 
 
-def _placeholder(source: Source) -> str:
+def _placeholder(source: UncutModel) -> str:
     if source.place != PLACEHOLDER:
         return ""
     what = "folder that holds" if source.gguf else "folder of"
@@ -386,7 +386,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("."{code})
 
 def adapters_card(
     plan: Plan,
-    cut: Source,
+    cut: UncutModel,
     *,
     rows: Sequence[tuple[str, str]],
     trust_remote_code: bool = False,

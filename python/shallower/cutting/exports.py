@@ -9,7 +9,7 @@ import yaml
 
 from ..values.layers import blocks_of
 from ..values.plan import Plan
-from .source import CARD_FILE, PLACEHOLDER, Source
+from .source import CARD_FILE, PLACEHOLDER, UncutModel
 
 if TYPE_CHECKING:
     from ..values.loss import Loss
@@ -47,7 +47,7 @@ class CutFacts:
     """
 
     plan: Plan
-    source: Source
+    source: UncutModel
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     losses: "tuple[Loss, ...] | None" = None

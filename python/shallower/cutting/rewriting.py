@@ -125,7 +125,7 @@ def rewrite(
                     _copy(source, target, start, stop=stop, path=path, report=report)
                     continue
                 position = start
-                for block in changes[tensor](_Reader(path, source, start)):
+                for block in changes[tensor](_InOrder(path, source, start)):
                     with memoryview(block).cast("B") as view:
                         target.write(view, position)
                         position += len(view)
@@ -157,7 +157,7 @@ def compare(
             raise ModelError(f"{made} was not written as it should be: it has another size")
         with _opened(path) as before, _opened(made) as after:
             for start, stop, tensor in stored.pieces(name, checks):
-                was, now = _Reader(path, before, start), _Reader(made, after, start)
+                was, now = _InOrder(path, before, start), _InOrder(made, after, start)
                 if tensor:
                     checks[tensor](was, now)
                     report(stop - start)
@@ -183,7 +183,7 @@ def _blocks(total: int) -> Iterator[int]:
         yield min(BLOCK_BYTES, total - start)
 
 
-class _Reader:
+class _InOrder:
     """Reads on from a place in an open file."""
 
     def __init__(self, path: Path, file: BufferedReader, position: int) -> None:
@@ -205,7 +205,7 @@ class _Reader:
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class _NewFile:
     path: Path
     file: FileIO
 
@@ -228,16 +228,16 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 
 
 @contextmanager
-def _created(path: Path) -> Iterator[_Target]:
+def _created(path: Path) -> Iterator[_NewFile]:
     """A new file: what is there was removed, a link itself too, so none is written through."""
     with raise_output_error(path):
         file = path.open("xb", buffering=0)
     with file:
-        yield _Target(path, file)
+        yield _NewFile(path, file)
 
 
 def _copy(
-    source: BufferedReader, target: _Target, start: int, *, stop: int, path: Path, report: Report
+    source: BufferedReader, target: _NewFile, start: int, *, stop: int, path: Path, report: Report
 ) -> None:
     """Copy bytes to the same place of another file, in the kernel where that is possible."""
     position = start
@@ -245,7 +245,7 @@ def _copy(
         count = min(BLOCK_BYTES, stop - position)
         done = _kernel_copy(source, target, position, count)
         if not done:
-            data = _Reader(path, source, position)(count)
+            data = _InOrder(path, source, position)(count)
             with memoryview(data) as view:
                 target.write(view, position)
             done = count
@@ -253,7 +253,7 @@ def _copy(
         report(done)
 
 
-def _kernel_copy(source: BufferedReader, target: _Target, position: int, count: int) -> int:
+def _kernel_copy(source: BufferedReader, target: _NewFile, position: int, count: int) -> int:
     """The bytes that the kernel copied; 0 where it does not."""
     copy_range = getattr(os, "copy_file_range", None)  # of Linux
     if copy_range is None:

@@ -35,7 +35,7 @@ from .cards import exports
 from .exports import CutFacts
 from .gguf import prepare_gguf, read_metadata
 from .in_model import without_layers
-from .source import Source, find_source
+from .source import UncutModel, find_source
 
 PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again."
 """The text on which a cut is compared with its source where no other is named."""
@@ -87,7 +87,7 @@ def save_cut(
     path: str | Path,
     *,
     plan: Plan,
-    source: Source | None = None,
+    source: UncutModel | None = None,
     gguf: Path | None = None,
     overwrite: bool = False,
     losses: tuple[Loss, ...] | None = None,
@@ -167,20 +167,20 @@ def _in_pieces(model: PreTrainedModel) -> dict[str, Any]:
     return {"max_shard_size": max(PIECE, *map(module_bytes, find_layers(model).modules))}
 
 
-def _source_of(model: PreTrainedModel, plan: Plan) -> Source:
+def _source_of(model: PreTrainedModel, plan: Plan) -> UncutModel:
     """The source that a model in memory names."""
     named, of_config = str(model.name_or_path), str(model.config.name_or_path)
     if not of_config.endswith(".gguf"):
         name = plan.model.name if plan.model else type(model).__name__
         return find_source(named or name)
     if named.endswith(".gguf"):  # its folder is not known any more
-        return Source(of_config, gguf=of_config)
+        return UncutModel(of_config, gguf=of_config)
     metadata = read_metadata(Path(named).expanduser() / of_config)
     return find_source(named, gguf_file=of_config, metadata=metadata)
 
 
 def _facts(
-    model: PreTrainedModel, plan: Plan, source: Source, losses: tuple[Loss, ...] | None
+    model: PreTrainedModel, plan: Plan, source: UncutModel, losses: tuple[Loss, ...] | None
 ) -> CutFacts:
     left = len(find_layers(model))
     if len(plan.survivors) != left:

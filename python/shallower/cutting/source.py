@@ -56,7 +56,7 @@ _REPOSITORY = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class UncutModel:
     """The uncut model, as far as a card speaks of it.
 
     Attributes:
@@ -112,7 +112,7 @@ def find_source(
     gguf_file: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     from_hub: bool = False,
-) -> Source:
+) -> UncutModel:
     """Find what a card says of a model, which was loaded from a folder, a hub id or a GGUF file.
 
     ``metadata`` are values of :data:`GGUF_KEYS`. ``from_hub``: a name in the form of a hub id is
@@ -133,7 +133,7 @@ def find_source(
     inherited, text = read_card(card) if card else ({}, "")
     # A folder of GGUF files may be of many models, and its license of any.
     owns_license = folder is not None and (gguf_file is None or bool(inherited))
-    return Source(
+    return UncutModel(
         name=Path(gguf_file).name if gguf_file else hub or path.resolve().name,
         hub=hub,
         gguf=gguf_file,

@@ -267,7 +267,7 @@ def _answered(
 
     lengths = batch.attention_mask.sum(axis=1)
     prompts = [row[:length] for row, length in zip(batch.input_ids, lengths, strict=True)]
-    processors: list[Any] = [count] if seed is None else [count, _Drawing(prompts, seed)]
+    processors: list[Any] = [count] if seed is None else [count, _Sampling(prompts, seed)]
     output = _generated(
         decoder,
         prompts,
@@ -299,7 +299,7 @@ def _in_passes(
 ) -> Iterator[list[Answer]]:
     """Answer prompts by passes over layers on disk; give what there is of all after each token."""
     forwards, rows = Forwards(decoder), [one.tolist() for one in prompts]
-    drawing = [None if seed is None else _Drawing([one], seed) for one in prompts]
+    drawing = [None if seed is None else _Sampling([one], seed) for one in prompts]
     size, going = fitting_tokens(decoder, tokens).texts, {*range(len(rows))}
     while going:
         for index, logits in _next_logits(forwards, {one: rows[one] for one in going}, size):
@@ -326,7 +326,7 @@ def _next_logits(
         yield from zip(batch.samples.tolist(), logits.float().split(1), strict=True)
 
 
-class _Drawing(LogitsProcessor):
+class _Sampling(LogitsProcessor):
     """Leaves of every row the token alone that its own random numbers draw.
 
     The inverse of the cumulative distribution in float64, in the order of the token ids.

@@ -19,7 +19,7 @@ from ..models.dtypes import (
 from ..models.place import check_place
 from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE, Device, find_device
-from ..values.gain import Gain, Measured, Sizes
+from ..values.gain import Gain, MeasuredGain, Sizes
 from ..values.layers import Layers
 from ..values.plan import Plan
 from ..values.provenance import versions
@@ -256,7 +256,7 @@ def _forecast(
     )
 
 
-def _measured(subject: _Subject, found: Gain, plan: Plan) -> Measured:
+def _measured(subject: _Subject, found: Gain, plan: Plan) -> MeasuredGain:
     """Time the model with and without what goes in turns."""
     from ..cutting.in_model import without_layers
     from ..savings.timing import time_in_turns

@@ -52,7 +52,7 @@ from .checks import (
 from .cut import plan_of_cut
 from .job import (
     TRAINING,
-    Job,
+    HealingJob,
     MeasuredLosses,
     copy_patched,
     describe_job,
@@ -174,7 +174,7 @@ def heal(
         trust_remote_code=trust_remote_code,
         answers=answers is not None,
     )
-    job = Job(
+    job = HealingJob(
         cut=path,
         plan=plan,
         recipe=resolved,
@@ -218,7 +218,7 @@ def _instead_of_texts(answers: Sequence[Answer] | None, from_patch: bool) -> str
 class _Healer:
     """A healing in progress, with one model at a time on a device, or a student and its teacher."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: HealingJob) -> None:
         self._job = job
         self._known_losses = job.known_losses()
         self._progress = job.progress if is_main_process() else False

@@ -53,7 +53,7 @@ _HASHED_TEXTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class HealingJob:
     """A healing as it was called, with its settings resolved.
 
     Attributes:
@@ -193,7 +193,7 @@ class MeasuredLosses:
 
 
 # The patched cut that the training starts from
-def patched_cut(job: Job, out: Path, dtype: str) -> Path:
+def patched_cut(job: HealingJob, out: Path, dtype: str) -> Path:
     """Patch a cut for its healing, in a hidden sibling of ``out``, unless an earlier run did.
 
     Only without a patch the original is loaded, in the cut's stored dtype, and restored afterwards.
@@ -231,7 +231,7 @@ def patched_cut(job: Job, out: Path, dtype: str) -> Path:
     return place
 
 
-def _patch_job(job: Job, original: str) -> str:
+def _patch_job(job: HealingJob, original: str) -> str:
     """The hash that tells this patch from any other; of endless texts, the first count."""
     digest = hashlib.sha256()
     for text in islice(job.texts, _HASHED_TEXTS):

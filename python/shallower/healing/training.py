@@ -29,7 +29,7 @@ from ..models.offload import is_offloaded
 from ..processes import num_processes
 from ..texts.quiet import hushed
 from ..texts.sequences import Sample, Samples, collate, mixed_order
-from ..values.healing import Measured, Step
+from ..values.healing import HeldOutLoss, OptimiserStep
 from ..values.loss import FIGURES, Loss
 from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
@@ -88,8 +88,8 @@ class Trained:
         recipe: the settings at the end, of which the size of a forward may have changed.
     """
 
-    steps: tuple[Step, ...]
-    held_out: tuple[Measured, ...]
+    steps: tuple[OptimiserStep, ...]
+    held_out: tuple[HeldOutLoss, ...]
     best_step: int
     checkpoint: Path
     tokens_per_second: float | None
@@ -315,12 +315,12 @@ class _Trainer(Trainer):
 def _trained(trainer: _Trainer, throughput: "Throughput") -> Trained:
     history: list[dict[str, Any]] = trainer.state.log_history
     steps = tuple(
-        Step(entry["step"], entry["loss"], entry["learning_rate"])
+        OptimiserStep(entry["step"], entry["loss"], entry["learning_rate"])
         for entry in history
         if "loss" in entry
     )
     held_out = tuple(
-        Measured(entry["step"], Loss(**{name: entry[f"held_out_{name}"] for name in FIGURES}))
+        HeldOutLoss(entry["step"], Loss(**{name: entry[f"held_out_{name}"] for name in FIGURES}))
         for entry in history
         if "eval_loss" in entry
     )

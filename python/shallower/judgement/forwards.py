@@ -12,7 +12,7 @@ from ..values.plan import Plan, gone_by
 from ..values.schema import of_type
 from ..values.scores import Scores
 from .judges.judge import LossJudge
-from .trials import Journal, cut_of, look_of, recall, recorded, sums_of
+from .trials import TrialJournal, cut_of, look_of, recall, recorded, sums_of
 
 
 def scores_by_forwards(
@@ -21,7 +21,7 @@ def scores_by_forwards(
     plan: Plan | None = None,
     *,
     looks: range | None = None,
-    journal: Journal | None = None,
+    journal: TrialJournal | None = None,
     name: str = "loss",
     progress: bool | None = None,
 ) -> tuple[Scores, int]:

@@ -19,8 +19,8 @@ from ..values.schema import of_type
 from ..values.scores import Scores
 from .trials import (
     AnyCut,
-    Journal,
     ResultStore,
+    TrialJournal,
     Trials,
     judge_inputs,
     layers_of,
@@ -45,7 +45,7 @@ class PatchedTrials:
     """
 
     def __init__(
-        self, trials: Trials, patch: QuickPatch, *, journal: Journal | None = None
+        self, trials: Trials, patch: QuickPatch, *, journal: TrialJournal | None = None
     ) -> None:
         self._trials, self.patch, self._journal = trials, patch, journal
         self._looked = defaultdict[Cut, dict[int, NDArray[np.float64]]](dict)

@@ -86,7 +86,7 @@ def layer_costs(
 def _layer_changes(subject: Subject) -> LayerChanges:
     model, batches = subject.layerwise, subject.batches
     model.check(batches[0].split(1)[0])
-    changes = [_Changes(batch) for batch in batches]
+    changes = [_ChangesByText(batch) for batch in batches]
     look_at_states(model, batches, lambda place, _state, states: changes[place].take(states))
     cosines, magnitudes = np.concatenate([one.sums for one in changes], axis=2)
     tokens = np.concatenate([batch.attention_mask.sum(axis=1) for batch in batches]) * 1.0
@@ -96,7 +96,7 @@ def _layer_changes(subject: Subject) -> LayerChanges:
     return LayerChanges(cosines[:, kept], magnitudes[:, kept], tokens[kept])
 
 
-class _Changes:
+class _ChangesByText:
     """What every layer changes in a batch, summed over the tokens of every text."""
 
     def __init__(self, batch: Batch) -> None:

@@ -30,7 +30,7 @@ AnyCut = Plan | Iterable[int]
 """A plan; or the layers that go, none for the whole model."""
 
 
-class Journal(Protocol):
+class TrialJournal(Protocol):
     """Records of trials that outlive the process."""
 
     def read(self) -> Sequence[dict[str, Any]]:
@@ -49,7 +49,7 @@ class ResultStore(Protocol):
     def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
         """Keep a result, whole or not at all."""
 
-    def journal(self, kind: str, inputs: Mapping[str, Any]) -> Journal | None:
+    def journal(self, kind: str, inputs: Mapping[str, Any]) -> TrialJournal | None:
         """Open a journal; None if nothing is kept."""
 
 
@@ -131,7 +131,7 @@ class Trials:
         model: Layerwise,
         judge: Judge,
         *,
-        journal: Journal | None = None,
+        journal: TrialJournal | None = None,
         memory: int | None = None,
         prepared: bool = False,
     ) -> None:
@@ -309,12 +309,12 @@ def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: st
     return Trials(model, judge, journal=trials_journal(judge, store=store, items=items))
 
 
-def trials_journal(judge: Judge, *, store: ResultStore, items: str) -> Journal | None:
+def trials_journal(judge: Judge, *, store: ResultStore, items: str) -> TrialJournal | None:
     """Open the records of cuts of a model as they are, judged on some items."""
     return store.journal("trials", {"state": "cut", "items": items, **judge_inputs(judge)})
 
 
-def recall(journal: Journal | None, take: Callable[[dict[str, Any]], None], what: str) -> None:
+def recall(journal: TrialJournal | None, take: Callable[[dict[str, Any]], None], what: str) -> None:
     """Read the records of a journal, if there is one.
 
     ``take`` raises KeyError, TypeError or ValueError for a record that is damaged, which becomes a

@@ -85,7 +85,7 @@ def _by_long_rows(dequantize: Callable[..., Any]) -> Callable[..., Any]:
 def _reader_class() -> Any:
     from gguf import GGUFReader, GGUFValueType
 
-    class Reader(GGUFReader):
+    class QuickReader(GGUFReader):
         """A reader that makes no array for every string of an array of strings."""
 
         @property
@@ -116,7 +116,7 @@ def _reader_class() -> Any:
                     return 12 + size, [*head, *items], places, types
             return super()._get_field_parts(orig_offs, raw_type)
 
-    return Reader
+    return QuickReader
 
 
 def _strings(view: memoryview, start: int, count: int) -> tuple[list[memoryview], int]:

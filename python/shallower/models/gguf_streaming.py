@@ -35,7 +35,7 @@ def layers_in_file() -> Iterator[LayerWeights]:
     weights = LayerWeights()
 
     def get_state_dict(quantizer: Any, file: str, model: PreTrainedModel) -> dict[str, Any]:
-        rules = (_Converted if quantizer.supported else _Processed)(quantizer, file, model)
+        rules = (_ConvertedFromGguf if quantizer.supported else _Processed)(quantizer, file, model)
         taken = weights.take(model, rules)
         hooks.callback(model.register_state_dict_post_hook(drop).remove)  # else they are missing
         return rules.state_dict(name for name in rules.tensors if name not in taken)
@@ -118,7 +118,7 @@ class _Processed(_InGguf):
         return parsed["tensors"]
 
 
-class _Converted(_InGguf, Converted):
+class _ConvertedFromGguf(_InGguf, Converted):
     """Weights by transformers' conversions."""
 
     def __init__(self, quantizer: Any, file: str, model: PreTrainedModel) -> None:

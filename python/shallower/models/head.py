@@ -32,8 +32,8 @@ _PICKED = (4, 2, 5, 0)
 """Tokens of the probe, in an order that no sequence has."""
 
 
-class _Reached(Exception):  # noqa: N818 - no error
-    """Raised to end a forward behind the inner model; carries the final states."""
+class ForwardEnded(Exception):  # noqa: N818 - no error
+    """Ends a forward; carries the states behind the last layer, or the inner model, that ran."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.states = states
@@ -125,12 +125,12 @@ class Head:
         run = runner.forward
 
         def stop(*args: Any, **kwargs: Any) -> Any:
-            raise _Reached(_first(run(*args, **kwargs)))
+            raise ForwardEnded(_first(run(*args, **kwargs)))
 
         try:
             with replaced(runner, stop):
                 forward(*args, **kwargs)
-        except _Reached as reached:
+        except ForwardEnded as reached:
             return reached.states
         raise ModelError(
             f"the forward of {type(self.decoder.model).__name__} did not run its layers"

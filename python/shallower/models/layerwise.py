@@ -20,16 +20,9 @@ from ..errors import ModelError
 from ..texts.batches import Batch
 from .architecture import evaluating, swapped
 from .decoder import Decoder
-from .head import Head, one_of_each, replaced
+from .head import ForwardEnded, Head, one_of_each, replaced
 from .offload import is_offloaded, read_to_cpu, reading_of, stored_bytes
 from .prefetch import Ahead
-
-
-class _Reached(Exception):  # noqa: N818 - no error
-    """Ends a forward; carries the states after the last of the layers that run."""
-
-    def __init__(self, states: torch.Tensor) -> None:
-        self.states = states
 
 
 @contextmanager
@@ -297,7 +290,7 @@ class Layerwise:
             with self._only(layers if run_last else (), states, stop=True):
                 self._forward(self._runner, batch)
             raise ModelError(f"{self._path}: the forward did not run the layers {list(layers)}")
-        except _Reached as reached:
+        except ForwardEnded as reached:
             check_states(batch, reached.states, layers[-1] + 1 if run_last else 0, path=self._path)
             return reached.states
         except torch.OutOfMemoryError:  # whose traceback would hold the tensors of what failed
@@ -361,7 +354,7 @@ class Layerwise:
                 output = work(*args, **kwargs)
                 output = output if isinstance(output, tuple) else (output,)
             if ends:
-                raise _Reached(output[0])
+                raise ForwardEnded(output[0])
             return output if self._is_tuple[index] else output[0]
 
         return forward

@@ -36,7 +36,7 @@ class Gathered:
         return found
 
 
-class Event(Protocol):
+class CopyEvent(Protocol):
     """The end of a copy."""
 
     def synchronize(self) -> object:
@@ -69,7 +69,7 @@ class SideStreams:
         """
         return tensor.pin_memory().to(device, non_blocking=True)
 
-    def receive(self, rows: torch.Tensor, target: torch.Tensor) -> Event:
+    def receive(self, rows: torch.Tensor, target: torch.Tensor) -> CopyEvent:
         """Copy rows off a CUDA device, once they are computed, while it computes what comes next.
 
         The caller keeps ``rows`` until the copy has ended: only then may the device use their
@@ -211,7 +211,7 @@ class HostCopy:
     """
 
     states: torch.Tensor
-    events: list[Event]
+    events: list[CopyEvent]
     sources: list[Gathered]
 
     def wait(self) -> torch.Tensor:

@@ -213,7 +213,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenMap:
     """A map that was chosen.
 
     Attributes:
@@ -234,7 +234,7 @@ def choose(
     *,
     first_weights: Sequence[float],
     start: float = FIRST_RIDGE,
-) -> Choice | None:
+) -> ChosenMap | None:
     """Choose the map with the least relative error on held-out tokens; None if none is finite.
 
     From ``start``, one of ``RIDGES``, the penalty descends to a least error with the first of the
@@ -262,7 +262,7 @@ def choose(
         return None
     if next(reversed(errors)) != (ridge, weight):
         last[:] = [fitted.solve(ridge, penalty, weight)]
-    return Choice(last[0], ridge, weight)
+    return ChosenMap(last[0], ridge, weight)
 
 
 def _nearest(ridge: float) -> int:

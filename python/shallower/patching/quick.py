@@ -31,8 +31,8 @@ from .changes import Changes
 from .least_squares import NormalEquations
 from .states import (
     FARTHEST,
+    Spool,
     StateSet,
-    Stored,
     missing_equations,
     no_layer_before,
     no_writer,
@@ -61,12 +61,12 @@ class QuickFits:
 
 
 @dataclass(slots=True)
-class _Part:
+class _Paired:
     """Batches, the whole model's states on them, one more than it has layers, and a cut's."""
 
     batches: Sequence[Batch]
-    whole: list[Stored]
-    cut: Stored
+    whole: list[Spool]
+    cut: Spool
 
 
 class QuickPatch:
@@ -90,7 +90,7 @@ class QuickPatch:
         self._writers: dict[int, Writer | None] = {}
 
     @cached_property
-    def _parts(self) -> list[_Part]:
+    def _parts(self) -> list[_Paired]:
         """The whole model's states on the texts to fit and on those held out, made once."""
         model = self._model
         model.check(self._probe)
@@ -102,11 +102,11 @@ class QuickPatch:
         if on_disk:
             check_temporary(taken + taken // (len(model) + 1))
 
-        def stored(part: Sequence[Batch]) -> Stored:
-            return Stored(part, width, dtype, on_disk=on_disk)
+        def stored(part: Sequence[Batch]) -> Spool:
+            return Spool(part, width, dtype, on_disk=on_disk)
 
         parts = [
-            _Part(part, [stored(part) for _ in range(len(model) + 1)], stored(part))
+            _Paired(part, [stored(part) for _ in range(len(model) + 1)], stored(part))
             for part in self._divided
         ]
         with torch.no_grad():
@@ -185,7 +185,7 @@ class QuickPatch:
                 changes.undo()
         return states
 
-    def _run_whole(self, parts: Sequence[_Part]) -> None:
+    def _run_whole(self, parts: Sequence[_Paired]) -> None:
         for part in parts:
             for index, batch in enumerate(part.batches):
                 part.whole[0][index] = self._model.embed(batch)
@@ -194,7 +194,7 @@ class QuickPatch:
                 self._advance(part, part.whole[layer], part.whole[layer + 1], layers=(layer,))
 
     def _advance(
-        self, part: _Part, before: Stored, after: Stored, *, layers: Sequence[int]
+        self, part: _Paired, before: Spool, after: Spool, *, layers: Sequence[int]
     ) -> None:
         for some in self._model.passes(layers):
             for index, batch in enumerate(part.batches):

@@ -22,11 +22,11 @@ from .changes import Changes
 from .checkpoint import PatchCheckpoint
 from .counts import SOLVING, STEPPING, PatchLayers
 from .descent import Descent, draw_steps, keep_best, kept_bytes, num_steps
-from .least_squares import FIRST_RIDGE, Choice, HeldOut, NormalEquations, choose
+from .least_squares import FIRST_RIDGE, ChosenMap, HeldOut, NormalEquations, choose
 from .states import (
     FILES,
+    Spool,
     StateSet,
-    Stored,
     missing_equations,
     missing_rows,
     no_writer,
@@ -74,8 +74,8 @@ class Solver:
         states = FILES * tokens * width * dtype.itemsize
         check_temporary(states + kept_bytes(filter(is_on_disk, left)))
 
-        def stored(batches: Sequence[Batch]) -> Stored:
-            return Stored(batches, width, dtype, on_disk=True)
+        def stored(batches: Sequence[Batch]) -> Spool:
+            return Spool(batches, width, dtype, on_disk=True)
 
         self.fitted, self.held_out = (
             StateSet(batches, stored(batches), stored(batches)) for batches in self._batches
@@ -174,7 +174,7 @@ class Solver:
 
     def _advance(
         self,
-        moved: Sequence[tuple[Sequence[Batch], Stored]],
+        moved: Sequence[tuple[Sequence[Batch], Spool]],
         layers: Sequence[int],
         indices: Sequence[int] | None = None,
     ) -> None:
@@ -272,14 +272,14 @@ class Solver:
         held_out: HeldOut,
         penalty: torch.Tensor,
         weights: Sequence[float],
-    ) -> Choice:
+    ) -> ChosenMap:
         chosen = choose(equations, held_out, penalty, first_weights=weights, start=self.ridge)
         if chosen is None:
             raise not_finite()
         return chosen
 
     def _loss(
-        self, layer: int, layers: Sequence[int] | None = None, states: Stored | None = None
+        self, layer: int, layers: Sequence[int] | None = None, states: Spool | None = None
     ) -> float:
         """The held-out loss, from the cut model's states before ``layer``."""
         if layers is None:

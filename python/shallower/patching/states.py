@@ -87,7 +87,7 @@ def _by_length(text: TokenisedText) -> tuple[int, str]:
     return len(text.ids), text.text
 
 
-class Stored:
+class Spool:
     """States of batches on the CPU, (B, T, D) a batch, in memory or in one temporary file."""
 
     def __init__(
@@ -107,9 +107,9 @@ class Stored:
         """Bytes of all states."""
         return sum(part.nbytes for part in self._parts)
 
-    def like(self) -> "Stored":
+    def like(self) -> "Spool":
         """Make room for other states of the same batches, in memory."""
-        return Stored(self._batches, self._width, self._parts[0].dtype, on_disk=False)
+        return Spool(self._batches, self._width, self._parts[0].dtype, on_disk=False)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._parts[index]
@@ -129,8 +129,8 @@ class StateSet:
     """
 
     batches: Sequence[Batch]
-    whole: Stored
-    cut: Stored
+    whole: Spool
+    cut: Spool
 
 
 def _first_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,7 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class PromptSample:
     """A prompt, and how the models go on.
 
     Attributes:
@@ -184,7 +184,7 @@ class Section:
     facts: tuple[Fact, ...] = ()
     tables: tuple[Table, ...] = ()
     drawings: tuple[Drawing, ...] = ()
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[PromptSample, ...] = ()
     commands: tuple[str, ...] = ()
 
 

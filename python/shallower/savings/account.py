@@ -347,11 +347,11 @@ def count(config: PretrainedConfig, dtype: str, *, context: int = 2048, batch: i
     """
     ways = str(config._attn_implementation), str(config._experts_implementation)
     content = config.to_json_string(use_diff=False)
-    return _count(_Subject((type(config), content, *ways), dtype, context, batch, config))
+    return _count(_Accounted((type(config), content, *ways), dtype, context, batch, config))
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class _Accounted:
     """What is counted: the content of a config, by which it is known again, and the config."""
 
     content: tuple[type, str, str, str]
@@ -362,7 +362,7 @@ class _Subject:
 
 
 @lru_cache(maxsize=64)
-def _count(subject: _Subject) -> Account:
+def _count(subject: _Accounted) -> Account:
     """Count once: a run needs the whole model again beside each of its cuts."""
     config, dtype, context = subject.config, subject.dtype, subject.context
     plain = plain_dtype(dtype)

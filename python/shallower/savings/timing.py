@@ -17,7 +17,7 @@ from ..memory.rehearsal import LiveBytes
 from ..models.architecture import evaluating
 from ..models.dtypes import QUANTISED
 from ..processes import first_processor
-from ..values.gain import Measured
+from ..values.gain import MeasuredGain
 from .account import cache_of
 from .devices import DEVICES, HERE, Device, known_as
 
@@ -222,7 +222,7 @@ def time_in_turns(
     *,
     context: int,
     batch: int,
-) -> Measured:
+) -> MeasuredGain:
     """Time a model whole and, within ``cut``, without layers, the order reversed each time."""
     ways: tuple[Callable[[], AbstractContextManager[object]], ...] = (nullcontext, cut)
     peaks: list[int] = []
@@ -237,7 +237,7 @@ def time_in_turns(
     prefill_before, prefill_after, decode_before, decode_after = (
         tuple(time[phase] for time in of_one) for phase in (0, 1) for of_one in times
     )
-    return Measured(
+    return MeasuredGain(
         title_of(model.device),
         prefill_before=prefill_before,
         prefill_after=prefill_after,

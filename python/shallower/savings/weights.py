@@ -9,7 +9,7 @@ _PLAIN = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class CheckpointSize:
     """The size of a checkpoint.
 
     Attributes:
@@ -36,13 +36,13 @@ def stored_bytes(place: Path) -> int | None:
     return sum(sizes) or None
 
 
-def count_weights(place: Path) -> Weights | None:
+def count_weights(place: Path) -> CheckpointSize | None:
     """Count the weights of a folder or a GGUF file; None where there are none that can be read."""
     from safetensors import SafetensorError, safe_open
 
     if place.suffix == ".gguf":
         size = stored_bytes(place)
-        return None if size is None else Weights(None, size)
+        return None if size is None else CheckpointSize(None, size)
     paths = sorted(place.glob("*.safetensors"))
     parameters, packed = 0, False
     try:
@@ -55,4 +55,4 @@ def count_weights(place: Path) -> Weights | None:
         num_bytes = sum(path.stat().st_size for path in paths)
     except (OSError, SafetensorError):
         return None
-    return Weights(None if packed else parameters, num_bytes) if paths else None
+    return CheckpointSize(None if packed else parameters, num_bytes) if paths else None

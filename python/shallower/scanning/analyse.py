@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatesError
-from .builder import Part, ScanBuilder, as_array
+from .builder import Chunk, ScanBuilder, as_array
 from .scan import Scan
 from .states_file import StatesFile
 
@@ -145,14 +145,14 @@ def sequence_numbers(sequences: ArrayLike, num_samples: int) -> NDArray[np.int64
     return numbers
 
 
-def array_parts(array: NDArray[Any], numbers: NDArray[np.int64] | None = None) -> Iterator[Part]:
+def array_parts(array: NDArray[Any], numbers: NDArray[np.int64] | None = None) -> Iterator[Chunk]:
     """Cut (samples, L+1, D) into parts that the core can read: one in place, or several copied."""
     in_place = array.flags.aligned and array.transpose(1, 0, 2).flags.c_contiguous
     step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
     for start in range(0, len(array), len(array) if in_place else step):
         stop = len(array) if in_place else min(start + step, len(array))
         states = array[start:stop]
-        yield Part(
+        yield Chunk(
             states.transpose(1, 0, 2) if in_place else np.require(states, requirements=["C", "A"]),
             np.arange(start, stop),
             steps=stop - start,

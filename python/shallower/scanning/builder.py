@@ -29,7 +29,7 @@ MANY_REJECTIONS = 10_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class Chunk:
     """Consecutive samples on their way into a scan: all sources yield the same parts.
 
     Attributes:
@@ -94,7 +94,7 @@ class ScanBuilder:
             self._cka = CkaBatches(num_states, cka_batch, self._threads)
 
     def take(
-        self, parts: Iterable[Part], advance: Callable[[int], object] = lambda _: None
+        self, parts: Iterable[Chunk], advance: Callable[[int], object] = lambda _: None
     ) -> None:
         """Add the parts of a source."""
         for part in parts:

@@ -27,7 +27,7 @@ from ..models.layerwise import Layerwise, check_states
 from ..models.transfers import Gathered, HostCopies, HostCopy
 from ..texts.batches import Batch
 from ..values.positions import Positions
-from .builder import Part
+from .builder import Chunk
 
 LAST = Positions()
 
@@ -82,7 +82,7 @@ def states_of(
     advance: Callable[[int], object] = lambda _: None,
     experts: ExpertHooks | None = None,
     apart: bool = False,
-) -> Iterator[Generator[Part, None, None]]:
+) -> Iterator[Generator[Chunk, None, None]]:
     """The states of windows of batches; of a model whose layers are streamed, of several at once.
 
     Each is to be closed before the next is asked for. ``experts`` as for :func:`stream`, and
@@ -108,7 +108,7 @@ def stream(
     copies: HostCopies | None = None,
     halving: Halving | None = None,
     experts: ExpertHooks | None = None,
-) -> Generator[Part, None, None]:
+) -> Generator[Chunk, None, None]:
     """Run batches through a model, and keep the states of the chosen tokens.
 
     A part is given while the next batch runs, so that two batches' states are in memory at most.
@@ -155,7 +155,7 @@ def stream_by_layer(
     *,
     experts: ExpertHooks | None = None,
     advance: Callable[[int], object] = lambda _: None,
-) -> Generator[Part, None, None]:
+) -> Generator[Chunk, None, None]:
     """Run batches through a model whose layers are streamed, each read once for all with room.
 
     Gives what :func:`stream` does, to the same bits on a CPU, when the last layer has run.
@@ -172,9 +172,9 @@ def _in_one_pass(
     *,
     experts: ExpertHooks | None,
     advance: Callable[[int], object],
-) -> Generator[Part, None, None]:
+) -> Generator[Chunk, None, None]:
     copies, size = HostCopies(), len(streamed.model) + 1
-    kept = [_Rows(batch, positions, size, copies) for batch in batches]
+    kept = [_ChosenRows(batch, positions, size, copies) for batch in batches]
 
     def look(place: int, state: int, states: torch.Tensor) -> None:
         kept[place].keep(state, states)
@@ -189,9 +189,11 @@ def _in_one_pass(
         yield _part(copies.start([*rows.gathered.values()]).wait(), rows.texts, 0, positions)
 
 
-def _part(states: torch.Tensor, texts: NDArray[np.int64], steps: int, positions: Positions) -> Part:
+def _part(
+    states: torch.Tensor, texts: NDArray[np.int64], steps: int, positions: Positions
+) -> Chunk:
     sequences = None if positions.one_a_text else texts
-    return Part(states, texts, steps, state_first=True, sequences=sequences)
+    return Chunk(states, texts, steps, state_first=True, sequences=sequences)
 
 
 def _positions(batch: Batch) -> dict[str, torch.Tensor]:
@@ -205,7 +207,7 @@ def _positions(batch: Batch) -> dict[str, torch.Tensor]:
     return {"position_ids": counted.clamp(min=0)}
 
 
-class _Rows:
+class _ChosenRows:
     """The rows of a batch's chosen tokens in its states, beside those of one device and dtype."""
 
     def __init__(
@@ -251,7 +253,7 @@ class _RowHooks:
 
     def __init__(self, layers: DecoderLayers, copies: HostCopies) -> None:
         self.layers, self.copies = layers, copies
-        self.rows: _Rows | None = None
+        self.rows: _ChosenRows | None = None
         self.handles: list[Any] = []
 
     def __enter__(self) -> "_RowHooks":
@@ -271,7 +273,7 @@ class _RowHooks:
         self, batch: Batch, positions: Positions, device: torch.device
     ) -> tuple[list[Gathered], NDArray[np.int64]]:
         """One forward of the base model; the (N, D) rows of the L+1 states, and their texts."""
-        rows = self.rows = _Rows(batch, positions, len(self.layers) + 1, self.copies)
+        rows = self.rows = _ChosenRows(batch, positions, len(self.layers) + 1, self.copies)
         inputs = {
             "input_ids": torch.from_numpy(batch.input_ids),
             "attention_mask": torch.from_numpy(batch.attention_mask),

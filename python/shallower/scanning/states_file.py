@@ -31,7 +31,7 @@ from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import Rejection
 from ..values.positions import Positions
 from ..values.schema import fields_of, of_type
-from .builder import Part
+from .builder import Chunk
 
 FORMAT = "shallower.states.1"
 """The key of a states file's metadata."""
@@ -159,7 +159,7 @@ class StatesFile:
 
     def parts(
         self, threads: int | None = None, sequences: NDArray[np.int64] | None = None
-    ) -> Generator[Part, None, None]:
+    ) -> Generator[Chunk, None, None]:
         """Read all samples in their order; one part is read while the last one is worked on.
 
         ``threads`` share a part, all by default; ``sequences`` are (samples,) int64. The next part
@@ -202,7 +202,7 @@ class StatesFile:
             return None
         return self._read(self._columns[name], np.empty(len(self), np.int64))
 
-    def _part(self, buffer: NDArray[Any], start: int, sequences: NDArray[np.int64] | None) -> Part:
+    def _part(self, buffer: NDArray[Any], start: int, sequences: NDArray[np.int64] | None) -> Chunk:
         samples = np.arange(start, min(start + len(buffer), len(self)))
         states = buffer[: len(samples)]
         offset = self._start + start * buffer[:1].nbytes
@@ -211,7 +211,7 @@ class StatesFile:
             os.posix_fadvise(self._file.fileno(), *ahead, os.POSIX_FADV_WILLNEED)
         if SAMPLES in self._columns:
             self._read(self._columns[SAMPLES] + start * 8, samples)
-        return Part(
+        return Chunk(
             self._read(offset, states),
             samples,
             steps=len(samples),

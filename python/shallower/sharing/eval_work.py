@@ -18,7 +18,7 @@ from ..values.plan import Plan
 from ..values.provenance import forward_versions
 from ..values.shard import Shard
 from ..values.stage_settings import EvalSettings
-from .measured import Evaluation, MeasuredShard, Part, evaluation_of
+from .measured import Evaluation, MeasuredShard, Tally, evaluation_of
 from .work import Batches, OpenedBatches
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class OpenedEval(OpenedBatches):
         )
         return done.to_bytes()
 
-    def _part(self, kind: str, shard: Shard) -> Part:
+    def _part(self, kind: str, shard: Shard) -> Tally:
         """What a shard has of one measure."""
         every, judge = self._all[kind], self._judges[kind]
         looks, nats = shard.of(len(judge.batches)), {}
@@ -101,7 +101,7 @@ class OpenedEval(OpenedBatches):
             scores, vocab_size = self._scores(kind, shard, plan)
             nats[side] = scores.sums[numbers]
         items, sizes = every.indices(looks), every.num_bytes
-        return Part(
+        return Tally(
             num_batches=len(every.batches),
             batch_size=every.batch_size,
             num_items=every.num_items,

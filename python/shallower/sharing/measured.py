@@ -28,7 +28,7 @@ LEAST = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Tally:
     """What a shard has of one measure.
 
     Attributes:
@@ -99,7 +99,7 @@ class MeasuredShard(JsonShard):
     model: ModelIdentity
     weights: str | None
     plan: Plan | None
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Tally]
 
     def __post_init__(self) -> None:
         for kind, part in self.parts.items():
@@ -174,7 +174,7 @@ def _in_order(items: Sequence[int], found: Sequence[Any]) -> NDArray[np.float64]
     return np.concatenate(found)[np.argsort(items)].astype(np.float64)
 
 
-def _value(part: Part, scores: Scores, num_bytes: NDArray[np.float64] | None) -> Loss | Perplexity:
+def _value(part: Tally, scores: Scores, num_bytes: NDArray[np.float64] | None) -> Loss | Perplexity:
     """The result of one side, of the scores of all texts or windows."""
     of = part.settings
     if "context" in of:

@@ -32,7 +32,7 @@ from ..values.shard import NAMES, Shard
 from ..workers.units import Ledger
 from .engines import memory_of
 from .json_shards import JsonShard
-from .work import Opened, Work
+from .work import Opened, SharedWork
 
 _STUDIES: dict[str, Any] = {one.KIND: one for one in (CompareStudy, CurveStudy)}
 
@@ -148,7 +148,7 @@ class OpenedStudy(Opened):
         return StudyShard(shard, self.described["job"], self.described, entries).to_bytes()
 
 
-class StudyWork(Work):
+class StudyWork(SharedWork):
     """A study: a unit is a part, whose measurements go into the store."""
 
     opens, content = OpenedStudy, StudyShard

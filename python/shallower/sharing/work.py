@@ -55,7 +55,7 @@ class Opened(ABC):
         return self.run(str(shard))
 
 
-class Work(ABC):
+class SharedWork(ABC):
     """A scan, an eval or a study, and who does which part of it.
 
     A kind supplies what stands here without a value; how it is ``described`` as plain JSON, without
@@ -175,7 +175,7 @@ class OpenedBatches(Opened):
         """Check the texts, load the model, and give what has ``common`` and ``texts_of``."""
 
 
-class Batches(Work):
+class Batches(SharedWork):
     """A scan or an eval: a unit is a shard of its batches, and lies in the folder as a file."""
 
     unit_names, is_exact, is_known = "shards", True, False

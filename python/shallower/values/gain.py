@@ -93,7 +93,7 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredGain:
     """What was measured on this machine, with and without the layers in turns.
 
     Attributes:
@@ -136,7 +136,7 @@ class Measured:
         }
 
     @classmethod
-    def from_json(cls, data: Any) -> "Measured":
+    def from_json(cls, data: Any) -> "MeasuredGain":
         """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
         measured = cls(**fields_of(cls, data))
         times: list[tuple[float, ...]] = [getattr(measured, name) for name in _TIMES]
@@ -183,7 +183,7 @@ class Gain:
     before: Sizes
     after: Sizes
     forecasts: tuple[Forecast, ...]
-    measured: Measured | None = None
+    measured: MeasuredGain | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     experts: DroppedExperts | None = None
 

@@ -19,7 +19,7 @@ _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, Sha
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class OptimiserStep:
     """One step of the optimiser: the loss before it, in nats a token, and its rate."""
 
     step: int
@@ -28,7 +28,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class HeldOutLoss:
     """The held-out loss after so many steps."""
 
     step: int
@@ -39,7 +39,7 @@ class Measured:
         return {"step": self.step, **self.loss.to_figures()}
 
     @classmethod
-    def from_json(cls, data: Any) -> "Measured":
+    def from_json(cls, data: Any) -> "HeldOutLoss":
         """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
         return cls(of_type(int, of_type(dict, data)["step"]), Loss.from_json(data))
 
@@ -105,8 +105,8 @@ class Healing:
     recipe: Resolved
     adapted: int
     texts: TextsIdentity
-    steps: tuple[Step, ...]
-    held_out: tuple[Measured, ...]
+    steps: tuple[OptimiserStep, ...]
+    held_out: tuple[HeldOutLoss, ...]
     best_step: int
     original: Loss | None = None
     cut: Loss | None = None

@@ -168,7 +168,7 @@ class Ledger:
         return sum(self._places[worker] in self._proven for worker in self._failures[unit])
 
 
-class Opened(Protocol):
+class OpenedJob(Protocol):
     """Work that a worker has opened: what it is of, and its units."""
 
     hello: Mapping[str, Any]
@@ -205,7 +205,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._opened: Opened | None = None
+        self._opened: OpenedJob | None = None
 
     def open(self) -> Message:
         """Open the work, or refuse it."""

@@ -1,7 +1,7 @@
 """The criteria. A new one is a class in one of these files, and its name in the list below."""
 
 from ..criterion import Criterion
-from .baselines import Deepest, Random, Taylor, Weights
+from .baselines import Deepest, Random, Taylor, WeightNorms
 from .experts import OF_EXPERTS
 from .layer_change import BlockInfluence, Magnitude, XMerge
 from .searches import Evolution, Exhaustive, Greedy, MaskRegression, OneShot
@@ -20,7 +20,7 @@ BUILT_IN: tuple[Criterion, ...] = (
     OneShot(),
     MaskRegression(),
     Taylor(),
-    Weights(),
+    WeightNorms(),
     Greedy(),
     Exhaustive(),
     Evolution(),

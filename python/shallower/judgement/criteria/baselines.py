@@ -100,7 +100,7 @@ class Taylor(Criterion):
         )
 
 
-class Weights(Criterion):
+class WeightNorms(Criterion):
     """wₗ over the mean w of its neighbours, w = √(‖W_attention‖² + ‖W_feed-forward‖²).
 
     Both are the last matrices of their part, in Frobenius norm, times the factor that the layer

@@ -5,7 +5,7 @@ from statistics import median
 
 from ...savings.devices import HERE
 from ...values.counts import counted
-from ...values.gain import Forecast, Gain, Measured
+from ...values.gain import Forecast, Gain, MeasuredGain
 from ..story import Table
 
 Row = tuple[str, str, str, str]
@@ -60,7 +60,7 @@ def _times(one: Forecast) -> Iterator[Row]:
         yield f"{one.title}, {phase}", before, after, f"{late / early:.3f}"
 
 
-def _measured(found: Measured) -> Iterator[Row]:
+def _measured(found: MeasuredGain) -> Iterator[Row]:
     for phase, early, late, ratio in (
         ("prefill", found.prefill_before, found.prefill_after, found.prefill_ratio),
         ("token", found.decode_before, found.decode_after, found.decode_ratio),

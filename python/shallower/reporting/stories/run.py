@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...errors import MetricError, ScanError
 from ...models.dtypes import QUANTISED
-from ...savings.weights import Weights, count_weights
+from ...savings.weights import CheckpointSize, count_weights
 from ...values.commands import command_line
 from ...values.costs import NUM_RESAMPLES
 from ...values.counts import counted
@@ -25,7 +25,7 @@ from ...values.recommendation import Recommended
 from ...values.scores import Estimate
 from ..charts.run import healing_chart, race_charts, scan_charts
 from ..results import Continuations, Run
-from ..story import Fact, Number, Sample, Section, Step, Story, Strip, Table
+from ..story import Fact, Number, PromptSample, Section, Step, Story, Strip, Table
 from ..words import (
     again,
     came_back,
@@ -365,9 +365,9 @@ class _RunStory:
         return differs(length, dtype, self._best.plan.versions)
 
 
-def _sample(one: Continuations) -> Sample:
+def _sample(one: Continuations) -> PromptSample:
     said = {name: text for name in _STATES if (text := getattr(one, name)) is not None}
-    return Sample(one.prompt, said)
+    return PromptSample(one.prompt, said)
 
 
 def _cost(best: Recommended) -> str:
@@ -386,7 +386,7 @@ def _apart(score: float, stderr: float, other: Estimate) -> bool:
     return math.isfinite(error) and abs(score - other.mean) > UNLIKE * error
 
 
-def _before_parameters(weights: Weights | None, best: Recommended) -> int:
+def _before_parameters(weights: CheckpointSize | None, best: Recommended) -> int:
     assert weights is not None
     assert weights.parameters is not None
     return round(weights.parameters / (1 - best.parameters_share))

@@ -3,7 +3,7 @@
 import re
 
 from ..charts.drawing import Drawing
-from ..story import Sample, Section, Story, Table, text_of
+from ..story import PromptSample, Section, Story, Table, text_of
 
 
 def to_markdown(story: Story) -> str:
@@ -54,7 +54,7 @@ def _drawing(drawing: Drawing) -> str:
     return f"![{_plain(drawing.title)}](figures/{drawing.name}.png)\n\n{_plain(drawing.text)}"
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: PromptSample) -> str:
     """A quoted prompt, and what is said as code, whose lines and indentation stay."""
     lines = [f"> **{_plain(sample.prompt)}**", ">"]
     for name, text in sample.continued.items():

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
-from ..story import Cell, Number, Sample, Section, Story, Table, text_of
+from ..story import Cell, Number, PromptSample, Section, Story, Table, text_of
 
 if TYPE_CHECKING:
     from rich import table as rich_table
@@ -90,7 +90,7 @@ def _summary(story: Story) -> Iterator[str]:
     yield story.sentence
 
 
-def _sample_lines(sample: Sample) -> Iterator[str]:
+def _sample_lines(sample: PromptSample) -> Iterator[str]:
     yield sample.prompt
     for name, text in sample.continued.items():
         yield f"  {name}: {text}"
