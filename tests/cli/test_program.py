@@ -67,16 +67,6 @@ def test_help_of_an_option_stands_alone(name):
         assert not re.match(r"(Of|Its?|Before|As|Adapt it)\b", text), (parameter.name, text)
 
 
-@pytest.mark.parametrize("name", ["eval", "compare", "plan", None])
-def test_help_fits_forty_columns(name, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    lines = in_this_process(*filter(None, [name]), "--help").out.splitlines()
-    words = ("--criteria angular", "--dtype <", "[")  # that have no space
-    lines = [line for line in lines if not line.strip().startswith(words)]
-    assert max(map(len, lines)) <= 40
-    assert "Options:" in lines
-
-
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_fits_eighty_columns(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

@@ -176,47 +176,7 @@ def parser(name: str) -> Any:
     for one in found.params:
         if one.param_type_name == "argument":  # its metavar says what it is
             setattr(one, "display_type_rich", lambda **_: "")  # noqa: B010
-    if _columns() < _TABULAR:
-        found.context_class = _narrow(found.context_class)
     return found
-
-
-def _narrow(context: Any) -> Any:
-    """A context whose help fits the terminal: click's is 50 columns wide at least, 30 of names."""
-
-    class Formatter(context.formatter_class):  # type: ignore[misc]
-        def __init__(self, **_: Any) -> None:
-            super().__init__(width=_columns() - 2)
-
-        def write_dl(self, rows: Any, *_: Any) -> None:
-            super().write_dl(rows, self.width // 4)
-
-    return type("Context", (context,), {"formatter_class": Formatter})
-
-
-_TABULAR = 60
-"""Columns from which on the help of an option stands beside its name."""
-
-
-def _columns() -> int:
-    """Columns of the terminal, as shutil counts them, which takes longer to import than help."""
-    told = os.environ.get("COLUMNS", "")
-    try:
-        return int(told) if told.isdecimal() and int(told) else os.get_terminal_size().columns
-    except OSError:
-        return 80
-
-
-def _fitted(text: str) -> str:
-    """The lines of a table of commands, broken between words where the terminal is narrower."""
-    width = _columns() - 1
-    if width >= 79:
-        return text
-    from textwrap import fill
-
-    return "".join(
-        f"{fill(line, max(width, 30), subsequent_indent=' ' * 8)}\n" for line in text.splitlines()
-    )
 
 
 def program() -> Any:
@@ -242,7 +202,7 @@ def _example(name: str) -> str:
     options = COMMANDS[name].example.replace(" ", "\xa0").replace("\xa0--", " --")
     lines = wrap(
         f"shallower {name} {options}",
-        min(68, _columns() - 6),
+        68,
         subsequent_indent="    ",
         break_on_hyphens=False,
         break_long_words=False,
@@ -266,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(__version__)
         raise SystemExit(0)
     if name in ("", *HELP):
-        print(_fitted(help_text() if name else FIRST), end="")
+        print(help_text() if name else FIRST, end="")
         raise SystemExit(0)
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
