@@ -84,7 +84,7 @@ def test_the_disk_is_what_the_checkpoint_takes(dry, shallower, tiny, texts, fold
 
 @pytest.mark.slow
 def test_more_work_takes_longer(dry, monkeypatch):
-    each = Work(layers=1e-3, heads=1e-3, layer_steps=2e-3, head_steps=2e-3, updates=0.1)
+    each = Work(layers=1e-3, heads=1e-3)
     monkeypatch.setattr(work, "measure_speed", lambda *_args, **_options: each)
     monkeypatch.setattr(work, "worked", lambda: 0.0)
 

@@ -5,7 +5,7 @@ import pytest
 
 from shallower.forecasts.speed import Work
 from shallower.forecasts.work import run
-from shallower.patching.counts import PatchLayers
+from shallower.patching.counts import SOLVING, STEPPING, PatchLayers
 
 
 def test_a_sum_is_one_after_the_other_and_a_multiple_is_together():
@@ -27,6 +27,6 @@ def test_the_layers_of_a_patch(dropped, walked, judged, rest, moved):
     found = PatchLayers.of(6, dropped)
     assert (found.walked, found.judged, found.rest, found.moved) == (walked, judged, rest, moved)
     on = {"fitted": 8, "held_out": 1, "descended": 8, "stepped": 16}
-    steps, solved = 3 * moved * 16, 6 * found.num_blocks * 9
+    steps, solved = STEPPING * moved * 16, SOLVING * found.num_blocks * 9
     assert found.times(**on) == walked * 9 + judged + 8 * rest + steps + solved
     assert found.passes(2) == (walked + judged + rest + 5 * moved) / 6

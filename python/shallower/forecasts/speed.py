@@ -17,7 +17,6 @@ from ..errors import ModelError, one_sentence
 from ..evaluation.answers import AT_ONCE
 from ..evaluation.loss import summed_losses
 from ..evaluation.speech import measures
-from ..experts.hooks import ExpertHooks
 from ..memory.device import available_bytes, main_device
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import Pass, disk_speed
@@ -28,8 +27,6 @@ from ..models.gguf_reading import dequantising
 from ..models.layerwise import Layerwise, token_rows
 from ..models.loading import layers_of
 from ..models.source import ModelSource
-from ..patching.changes import Changes
-from ..patching.descent import MovingMatrix, matrices, target_gradients
 from ..savings.timing import settle
 from ..texts.batches import Batch
 from ..values.estimates import Unknown
@@ -52,13 +49,8 @@ class Work:
     Attributes:
         layers: through a layer forward, times layers.
         heads: through the final norm and the head, to their losses.
-        layer_steps: through a layer forward and backward, times layers.
-        head_steps: through the head for both models of a descent, and back.
-        updates: steps of all matrices of a layer, times layers.
         decoded_layers: of answers to many prompts, one by one, times layers.
         decoded_heads: of them, through the head.
-        flops: of equations that are solved.
-        observed: as ``layers``, where statistics of their experts are gathered.
         compared: words whose distributions of two models are compared.
         loads: of the model, times models.
         passes: over all layers where they are on disk: how many, and the tokens whose states each
@@ -67,13 +59,8 @@ class Work:
 
     layers: float = 0
     heads: float = 0
-    layer_steps: float = 0
-    head_steps: float = 0
-    updates: float = 0
     decoded_layers: float = 0
     decoded_heads: float = 0
-    flops: float = 0
-    observed: float = 0
     compared: float = 0
     loads: float = 0
     passes: tuple[Pass, ...] = field(default=(), kw_only=True)
@@ -132,9 +119,8 @@ def measure_speed(source: ModelSource, *, texts: int, length: int, work: Work) -
     kinds = {one.name for one in fields(work) if getattr(work, one.name)}
     timing = _Timing(Layerwise(model), texts, length)
     found: dict[str, Any] = {name: timing.seconds(name) for name in kinds & {*_Timing.__dict__}}
-    found["flops"] = timing.seconds("layers") / (2 * num_parameters(timing.layer))
     found["loads"] = _loading(source, num_parameters(whole))
-    of_layers = {"layers", "observed", "layer_steps", "updates", "decoded_layers"}
+    of_layers = {"layers", "decoded_layers"}
     return Work(**{k: v * (mean if k in of_layers else 1.0) for k, v in found.items()})
 
 
@@ -156,7 +142,7 @@ class _Timing:
     """What takes time of a model of two layers: a method a kind of work, and what it does of it."""
 
     def __init__(self, model: Layerwise, texts: int, length: int) -> None:
-        self.model, self.layer = model, model.modules[-1]
+        self.model = model
         self._device = model.head.decoder.device
         one = _batch(1, length)
         states = model.embed(one)
@@ -165,8 +151,6 @@ class _Timing:
         self._states = model.embed(self._batch)
         self._rows = token_rows(self._batch, self._states)
         self._answering = model.embed(_batch(AT_ONCE, 1))
-        self._moving = [MovingMatrix(*found) for found in matrices(self.layer)]
-        self._changes = Changes()
 
     @torch.no_grad()
     def seconds(self, kind: str) -> float:
@@ -182,27 +166,8 @@ class _Timing:
     def layers(self) -> None:
         self.model.run(self._batch, self._states, (len(self.model) - 1,))
 
-    def observed(self) -> None:
-        with ExpertHooks(self.model.head.decoder) as hooks:
-            hooks.turn_to(self._batch)
-            self.layers()
-            hooks.turn_to(None)
-
     def heads(self) -> None:
         self._run_head(self._batch, self._states)
-
-    def layer_steps(self) -> None:
-        weights = [getattr(one.module, one.name) for one in self._moving]
-        trace = self.model.trace(self._batch, self._states, len(self.model) - 1, weights=weights)
-        trace.gradients(self._states.float())
-
-    def head_steps(self) -> None:
-        labels = torch.zeros(len(self._rows), dtype=torch.long, device=self._rows.device)
-        target_gradients(self.model.head, self._rows, self._rows, labels=labels, share=0.0)
-
-    def updates(self) -> None:
-        for one in self._moving:
-            one.step(getattr(one.module, one.name).float(), 0.0, self._changes)
 
     def decoded_layers(self) -> None:
         self.model.run(_batch(AT_ONCE, 1), self._answering, range(len(self.model)))
@@ -220,7 +185,7 @@ class _Timing:
             summed_losses(self.model.head, batch)
 
 
-_UNITS = {"updates": 1, "decoded_layers": AT_ONCE, "decoded_heads": AT_ONCE, "compared": 64}
+_UNITS = {"decoded_layers": AT_ONCE, "decoded_heads": AT_ONCE, "compared": 64}
 """How much a method of a timing does; the others do the tokens of its batch."""
 
 

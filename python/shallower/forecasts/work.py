@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from ..errors import TextsError
-from ..memory.rehearsal import build_empty
 from ..memory.streaming import Pass, StreamPlan, plan_stream
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
-from ..patching.counts import PatchLayers
-from ..patching.descent import STEP_TOKENS, draw_steps, num_steps
-from ..patching.memory import DEFAULT_PATCH_BATCH, writer_widths
+from ..patching.counts import STEPPING, PatchLayers
+from ..patching.descent import draw_steps, num_steps
+from ..patching.memory import DEFAULT_PATCH_BATCH
 from ..patching.patch import fitted_tokens
-from ..patching.quick import RIDGES
 from ..patching.states import divide
 from ..processes import slowed, worked
 from ..texts.batches import tokenise
@@ -35,8 +32,8 @@ from .speed import Work, measure_speed
 SAMPLED = 256
 """Texts that are tokenised to know how long all are."""
 
-SOLVES, QUICK_SOLVES = 12, 1 + len(RIDGES) / 2
-"""Systems of equations that a patch solves before each block, about, in full or quickly."""
+HEAD_STEP = 3
+"""Runs of the head that take as long as a step of training through it, about."""
 
 TOGETHER = 4
 """States of a text, of those that make room for passes of single ones, where cuts run together."""
@@ -131,45 +128,12 @@ def spoken(layers: int, whole: int, prompts: Lengths, *, num_tokens: int) -> Wor
     return written(layers, words) + runs
 
 
-def solved(model: nn.Module | None, *cuts: int, tokens: float, solves: float = SOLVES) -> Work:
-    """Count the equations before each block of cuts of so many layers; every second layer ends one.
-
-    None of no model.
-    """
-    if model is None:
-        return Work()
-    inputs, width = writer_widths(model)
-    flops = 2 * tokens * inputs * (inputs + width)
-    flops += solves * (inputs**3 / 3 + 2 * inputs**2 * width)
-    return Work(flops=flops * sum(n + 1 for n in cuts) / 2)
-
-
-def patched(
-    model: nn.Module | None,
-    layers: PatchLayers,
-    *,
-    fitted: float,
-    held: float,
-    steps: int,
-    each: float = STEP_TOKENS,
-) -> Work:
-    """Count a full patch on so many tokens, and so many held out; equations of a ``model`` alone.
-
-    States are of both models, losses are measured to choose by, and layers descend by ``steps`` of
-    so many tokens ``each``.
-    """
-    descended = steps * min(fitted, each)
-    walked = Work(layers.walked + 3 * layers.num_blocks) * (fitted + held)
-    losses = Work(layers.judged, 4 + layers.num_blocks) * held
-    descent = Work(
-        layers=layers.rest * fitted,
-        layer_steps=descended * layers.moved,
-        head_steps=descended,
-        updates=float(steps * layers.moved),
-        passes=(CHECKED, (layers.passes(steps), 0)),
-    )
-    equations = solved(model, 2 * layers.num_blocks - 1, tokens=2 * (fitted + held))
-    return walked + losses + descent + equations
+def patched(layers: PatchLayers, *, fitted: float, held: float, steps: int, each: float) -> Work:
+    """Count a full patch on so many tokens, and so many held out, by steps of ``each`` tokens."""
+    stepped = steps * min(fitted, each)
+    run = layers.times(fitted=fitted, held_out=held, descended=fitted, stepped=stepped)
+    heads = (4 + layers.num_blocks) * held + HEAD_STEP * stepped
+    return Work(run, heads, passes=(CHECKED, (layers.passes(steps), 0)))
 
 
 def trained(recipe: Resolved, left: int, whole: int, *, length: float, held: float) -> Work:
@@ -180,14 +144,8 @@ def trained(recipe: Resolved, left: int, whole: int, *, length: float, held: flo
     tokens = recipe.steps * GLOBAL_BATCH * (recipe.max_length if recipe.packing else length)
     teacher = Work(whole, 1) * (tokens * recipe.has_teacher)
     evaluated = (recipe.steps // recipe.eval_every + 2) * held
-    steps = Work(layer_steps=tokens * left, head_steps=tokens)
+    steps = Work(STEPPING * left, HEAD_STEP) * tokens
     return teacher + steps + Work(left, 1) * evaluated
-
-
-def middle(num_layers: int, n: int) -> range:
-    """The block of so many layers in the middle, about."""
-    begin = max(1, (num_layers - n) // 2)
-    return range(begin, begin + n)
 
 
 def of_patch(
@@ -205,7 +163,6 @@ def of_patch(
     TextsError for too few texts.
     """
     source = source.resolved()
-    model = build_empty(source.read_config(), plain_dtype(source.dtype))
     tokenizer, layers = source.load_tokenizer(), source.count_layers()
     most = num_tokens or fitted_tokens(not torch.cuda.is_available())
     batches = divide(tokenizer, texts, tokens=tokens, num_tokens=most)
@@ -213,7 +170,6 @@ def of_patch(
     drawn, steps = draw_steps(batches[0]), num_steps(batches[0])
     stepped = sum(batches[0][index].attention_mask.sum() for step in drawn for index in step)
     work = patched(
-        model,
         PatchLayers.of(layers, dropped),
         fitted=fitted.sum(),
         held=held.sum(),

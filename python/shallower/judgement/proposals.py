@@ -67,6 +67,12 @@ class Proposals:
             names.append(name)
 
 
+def block_layers(num_layers: int, n: int) -> int:
+    """Count the layers that are left by all contiguous blocks of ``n``, together."""
+    left = num_layers - n
+    return (left + 1) * left
+
+
 def proposing_texts(subject: Subject) -> Subject:
     """The subject on the texts that criteria look at to propose."""
     batches = evenly(subject.batches, PROPOSING_TEXTS)

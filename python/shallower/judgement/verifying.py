@@ -29,6 +29,7 @@ from .proposals import (
     Cut,
     Proposals,
     all_costs,
+    block_layers,
     contiguous,
     exchanges,
     propose,
@@ -266,8 +267,7 @@ class _Verification:
     @property
     def exhaustive(self) -> int:
         """Layers that every contiguous block of this size takes, without any that are shared."""
-        left = self.subject.num_layers - self.n
-        return (left + 1) * left * sum(self._look_sizes)
+        return block_layers(self.subject.num_layers, self.n) * sum(self._look_sizes)
 
     @property
     def _first_looks(self) -> int:

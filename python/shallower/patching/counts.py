@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..values.layers import blocks_of
 
-SOLVING, STEPPING = 6, 3
+SOLVING, STEPPING = 6, 3.3
 """Layers that run in the time in which one layer's matrices are solved on the same batches, and in
 which it takes a step, about."""
 

@@ -16,21 +16,18 @@ from ..forecasts.forecast import Stage, forecast_source, memory_forecast
 from ..forecasts.speed import Work, device_of, told
 from ..forecasts.work import (
     CHECKED,
-    QUICK_SOLVES,
     Counted,
     forecast,
-    middle,
     patched,
     plan_passes,
     run,
-    solved,
     spoken,
     trained,
     written,
 )
 from ..judgement.criterion import Search
 from ..judgement.held_out_cuts import TRUTH_ITEMS
-from ..judgement.proposals import PROPOSING_TEXTS
+from ..judgement.proposals import PROPOSING_TEXTS, block_layers
 from ..judgement.verifying import PATCH_TEXTS
 from ..memory.rehearsal import build_empty
 from ..memory.streaming import StreamPlan
@@ -39,8 +36,8 @@ from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..models.unsaved import unsaved
-from ..patching.counts import PatchLayers
-from ..patching.descent import most_steps
+from ..patching.counts import SOLVING, PatchLayers
+from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import patch_tokens
 from ..patching.states import MAX_HELD_OUT
 from ..storage import free_bytes, temporary
@@ -185,10 +182,9 @@ class _Model:
     def counted(self) -> Counted:
         """Count what is sure to be done, at least: races and searches take more."""
         work = Work(passes=(CHECKED,))
-        ways = {RunSettings: self._of_run, CurveSettings: self._of_curve}
         for name in self.study.splits:
             self.texts = _Texts(self.study, self.source.load_tokenizer(), name, self._at_once)
-            work = sum(ways.get(type(self.settings), self._of_comparison)(), work)
+            work = sum(self._fixed(), work)
         length = float(self.texts.report.mean())
         return Counted(self.source, work, self._at_once, length)
 
@@ -196,132 +192,130 @@ class _Model:
         """What is read of a model whose layers are streamed from disk, at least, about."""
         return replace(plan_passes(self.source, self.counted.work.passes), at_least=True)
 
-    def _of_run(self) -> Iterator[Work]:
-        settings, sizes = self.settings, self._sizes
-        n = min(sizes)
-        yield self._scan(SCAN_TEXTS) + self._losses(0, n)
-        raced = sizes if settings.target.is_none else [n]
-        yield from self._raced(raced)
-        models = [self.layers] + [self.layers - n] * (1 + bool(self._patch_tokens))
-        if self._recipe is not None:
-            models.append(self.layers - n)
-            yield self._healed(n)
-        yield from self._spoken(models)
-        if self._answers is not None and self._answers.is_for(self.texts.tokenizer):
-            most = min(self._patch_tokens, self.texts.fit.sum())
-            answers = self._answers if settings.heal else self._answers.within(most)
-            yield written(self.layers, answers.num_written)
-        if self._patch_tokens:
-            yield self._patched(n)
-        if not settings.plan_only:  # the checkpoint is saved, loaded and compared
-            yield Work(loads=2, passes=((2, 0),))
-
-    def _of_curve(self) -> Iterator[Work]:
-        settings = self.settings
-        yield self._losses(0)  # and all cuts in one pass
-        if {*SCANNED} & {*settings.strategies}:
-            yield self._scan(len(self.texts.fit))
-        yield from self._raced(settings.n if "recommended" in settings.strategies else ())
-        for n in self._cuts(settings.strategies):
-            for state in settings.states:
-                if state == "cut" or settings.quick_patch:
-                    yield self._losses(n, passes=0) + self._quick(n) * (state != "cut")
-                else:
-                    yield self._patched(n)
-                if state == "healed":
-                    yield self._healed(n)
-                yield from self._spoken([self.layers - n])
-        yield from self._spoken([self.layers])
-
-    def _of_comparison(self) -> Iterator[Work]:
-        study = self.study
-        assert isinstance(study, CompareStudy)
-        fit, whole = float(self.texts.fit.sum()), self.layers
-        if study.by_experts:
-            yield Work(observed=whole * fit, passes=((2, fit),))
-            yield self._losses(*[0] * (1 + len(study.settings.n)))
+    def _fixed(self) -> Iterator[Work]:
+        """The whole model and its scan; the races as far as each goes; and all rows."""
+        settings, texts = self.settings, self.texts
+        whole, fit = self.layers, float(texts.fit.sum())
+        if getattr(self.study, "by_experts", False):
+            yield Work(2 * whole * fit, passes=((2, fit),)) + self._losses(0)  # experts run twice
+            yield self._losses(*[0] * len(settings.n))
             return
-        if study.settings.truth:
-            yield run(self.texts.report[:TRUTH_ITEMS], whole * (whole + 1) / 2, whole + 1, passes=1)
-        yield self._losses(0) + self._scan(len(self.texts.fit)) * 2  # the second for quick patches
-        names = [one.name for one in study.criteria]
-        for n in self._cuts(names):
-            yield self._losses(n, n, passes=0) + self._quick(n, len(self.texts.fit))
-        for one in study.criteria:
-            if isinstance(one, Search) and one.judged:
-                for n in study.settings.n:
-                    yield self._screened(n, passes=0)
+        yield self._losses(0) + self._scan
+        yield from self._spoken(whole)
+        yield from self._raced()
+        for n, state in self._rows():
+            yield self._losses(n, passes=0) + self._made(n, state)
+            if state != "quick" or isinstance(settings, CurveSettings):
+                yield from self._spoken(whole - n)
+        if getattr(settings, "truth", False):
+            yield run(texts.report[:TRUTH_ITEMS], whole * (whole + 1) / 2, whole + 1, passes=1)
+        if self._answers is not None and self._answers.is_for(texts.tokenizer):
+            most = min(self._patch_tokens, fit)
+            answers = self._answers if settings.heal else self._answers.within(most)
+            yield written(whole, answers.num_written)
+        if isinstance(settings, RunSettings) and not settings.plan_only:
+            yield Work(loads=2, passes=((2, 0),))  # the checkpoint is saved, loaded and compared
+
+    def _rows(self) -> list[tuple[int, str]]:
+        """The sizes and states that are measured, whichever cuts coincide."""
+        settings = self.settings
+        if isinstance(settings, RunSettings):
+            found = [
+                "cut",
+                *["patched"] * bool(self._patch_tokens),
+                *["healed"] * bool(settings.heal),
+            ]
+            return [(min(self._sizes), state) for state in found]
+        names, quick = self._names, True
+        states: Sequence[str] = ("cut", "patched")
+        if isinstance(settings, CurveSettings):
+            quick, states = settings.quick_patch, settings.states
+        alone = {"deepest", "random"} & {*names}
+        cuts = len(alone) + (len(names) > len(alone))
+        made = ["quick" if quick and state == "patched" else state for state in states]
+        return [(n, state) for n in self._sizes if n for _ in range(cuts) for state in made]
 
     # The parts of it.
-    def _cuts(self, names: Sequence[str]) -> list[int]:
-        """The sizes of cuts that differ whatever the model is: most ways may choose alike."""
-        alone = {"deepest", "random"} & {*names}
-        return [n for n in self._sizes if n for _ in range(len(alone) + (len(names) > len(alone)))]
+    @property
+    def _names(self) -> list[str]:
+        """What chooses cuts of a table."""
+        if isinstance(self.study, CompareStudy):
+            return [one.name for one in self.study.criteria]
+        return list(getattr(self.settings, "strategies", ()))
 
     @property
     def _at_once(self) -> int:
         """Texts of a forward."""
         return self.forward.micro_batch
 
-    @property
-    def _fitted(self) -> float:
-        """The tokens that a full patch fits, of which every eighth text is held out."""
-        return min(self._patch_tokens, 7 / 8 * self.texts.fit.sum())
-
     def _losses(self, *cuts: int, passes: int = 1) -> Work:
         """The losses of cuts of so many layers on the test texts."""
         left = sum(self.layers - n for n in cuts)
         return run(self.texts.report, left, len(cuts), passes=passes)
 
-    def _scan(self, most: int) -> Work:
-        return run(self.texts.fit[:most], self.layers, passes=1)
+    @property
+    def _scan(self) -> Work:
+        """The scan of a run or of a curve that looks at it; a comparison has two such passes."""
+        if isinstance(self.settings, CurveSettings) and not {*SCANNED} & {*self._names}:
+            return Work()
+        most = SCAN_TEXTS if isinstance(self.settings, RunSettings) else None
+        scan = run(self.texts.fit[:most], self.layers, passes=1)
+        return scan * 2 if isinstance(self.study, CompareStudy) else scan
 
-    def _quick(self, n: int, texts: int = PATCH_TEXTS) -> Work:
-        """A quick patch, behind the states of the whole model."""
-        fit = self.texts.fit[:texts]
-        equations = solved(self.empty, n, tokens=fit.sum(), solves=QUICK_SOLVES)
-        return equations + run(fit, n)
+    def _made(self, n: int, state: str) -> Work:
+        """What makes a state of a cut of so many layers: a block in the middle."""
+        texts, fitted = self.texts, min(self._patch_tokens, 7 / 8 * self.texts.fit.sum())
+        if state == "quick":
+            return self._quick(n, None if isinstance(self.study, CompareStudy) else PATCH_TEXTS)
+        if state == "patched":
+            begin = max(1, (self.layers - n) // 2)
+            layers = PatchLayers.of(self.layers, range(begin, begin + n))
+            held, steps = min(MAX_HELD_OUT, texts.fit.sum() / 8), most_steps(fitted)
+            return patched(layers, fitted=fitted, held=held, steps=steps, each=STEP_TOKENS)
+        if state == "healed" and self._recipe is not None:
+            from ..healing.checks import auto_dtype, facts
 
-    def _patched(self, n: int) -> Work:
-        """A full patch of a block in the middle, and its loss."""
-        layers = PatchLayers.of(self.layers, middle(self.layers, n))
-        held, steps = min(MAX_HELD_OUT, self.texts.fit.sum() / 8), most_steps(self._fitted)
-        work = patched(self.empty, layers, fitted=self._fitted, held=held, steps=steps)
-        return work + self._losses(n)
+            recipe = self._recipe.resolve(facts(self.config, self.layers), auto=auto_dtype())
+            length, held = min(recipe.max_length, texts.fit.mean()), float(texts.choose.sum())
+            return trained(recipe, self.layers - n, self.layers, length=length, held=held)
+        return Work()
 
-    def _healed(self, n: int) -> Work:
-        """A training of all layers that are left, its evaluations, and the loss."""
-        from ..healing.checks import auto_dtype, facts
+    def _quick(self, n: int, texts: int | None) -> Work:
+        """A quick patch, behind the states of the whole model; it solves half as much as a full."""
+        return run(self.texts.fit[:texts], n + SOLVING / 2)
 
-        assert self._recipe is not None
-        recipe = self._recipe.resolve(facts(self.config, self.layers), auto=auto_dtype())
-        length, held = min(recipe.max_length, self.texts.fit.mean()), self.texts.choose.sum()
-        of = trained(recipe, self.layers - n, self.layers, length=length, held=float(held))
-        return of + self._losses(n)
-
-    def _spoken(self, models: Sequence[int]) -> Iterator[Work]:
-        """How models of so many layers speak; they are judged by the whole one."""
+    def _spoken(self, left: int) -> Iterator[Work]:
+        """How a model of so many layers speaks, judged by the whole one."""
         if self.study.prompts and not self.source.waits_on_disk:
             ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
             prompts = np.array([len(one) for one in ids])
-            for left in models:
-                yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
+            yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
 
-    def _raced(self, sizes: Sequence[int]) -> Iterator[Work]:
-        """What proposes, and of each race all blocks on the first texts, the best patched."""
-        if not sizes:
+    def _raced(self) -> Iterator[Work]:
+        """What proposes, and of each race all blocks on the first texts, the best patched.
+
+        A search of a comparison judges as many.
+        """
+        if isinstance(self.study, CompareStudy):
+            searches = [one for one in self.study.criteria if isinstance(one, Search)]
+            for n in [n for one in searches if one.judged for n in self.settings.n]:
+                yield self._screened(n, passes=0)
             return
-        fit, top = self.texts.fit[:PATCH_TEXTS], self.settings.top
+        sizes, top = self._sizes, self.settings.top
+        if isinstance(self.settings, RunSettings) and not self.settings.target.is_none:
+            sizes = [min(sizes)]
+        if isinstance(self.settings, CurveSettings) and "recommended" not in self._names:
+            return
+        patches = self.settings.after == "patch"
+        fit = self.texts.fit[:PATCH_TEXTS]
         proposing = run(self.texts.fit[:PROPOSING_TEXTS], 2 * self.layers)
         yield proposing + Work(passes=(CHECKED, (3, fit.sum())))
-        patches = self.settings.after == "patch"
         if patches:
             yield run(fit, self.layers)
-        for n in sizes:
-            yield self._screened(n) + self._quick(n) * (top * patches)
+        for n in filter(None, sizes):
+            yield self._screened(n) + self._quick(n, PATCH_TEXTS) * (top * patches)
 
     def _screened(self, n: int, passes: int = 1) -> Work:
         """Every block of a size on the first texts; what lies before it is run once."""
-        left = self.layers - n
-        first = self.texts.judged[: self._at_once]
-        return run(first, left * (left + 1) / 2, left + 1, passes=passes)
+        first, blocks = self.texts.judged[: self._at_once], self.layers - n + 1
+        return run(first, block_layers(self.layers, n) / 2, blocks, passes=passes)

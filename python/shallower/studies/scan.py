@@ -163,8 +163,8 @@ class ScanJob(ScanSettings):
 
         tokenizer = self.source.load_tokenizer()
         lengths = lengths_of(tokenizer, self.texts, self.tokens.max_length)
-        tokens = float(lengths.sum()) * self.source.count_layers()
-        work = Work(observed=tokens) if self.experts else Work(tokens)
+        times = self.source.count_layers() * (1 + self.experts)  # hooks run the experts again
+        work = Work(float(lengths.sum()) * times)
         return forecast(Counted(self.source, work, texts, lengths.mean()))
 
     def reading(self, model: "PreTrainedModel") -> "Reading | None":
