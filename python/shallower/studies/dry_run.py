@@ -197,8 +197,8 @@ class _Model:
         settings, texts = self.settings, self.texts
         whole, fit = self.layers, float(texts.fit.sum())
         if getattr(self.study, "by_experts", False):
-            yield Work(2 * whole * fit, passes=((2, fit),)) + self._losses(0)  # experts run twice
-            yield self._losses(*[0] * len(settings.n))
+            yield Work(2 * whole * fit, passes=((2, fit),))  # hooks run the experts again
+            yield self._losses(*[0] * (1 + len(settings.n)))
             return
         yield self._losses(0) + self._scan
         yield from self._spoken(whole)
