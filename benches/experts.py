@@ -124,7 +124,7 @@ def main():
         if row.experts is None:
             continue
         own = sets[row.experts]
-        assert abs(own.nats - row.cut.loss.mean) < 1e-4, (row, own)
+        assert abs(own.nats - row.standing.loss.mean) < 1e-4, (row, own)
         less = own.minus(sets[best])
         rows.append(
             {

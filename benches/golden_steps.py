@@ -105,12 +105,12 @@ STEPS = {
         values=("compare-kl/*.csv",),
     ),
     "curve": Step(
-        f"curve small {FEW} --n 2,4 --strategies recommended,similarity,deepest --top 2 "
+        f"curve small {FEW} --n 2,4 --criteria recommended,angular,deepest --top 2 "
         f"--states cut,patched --tasks words --tasks-dir tasks --max-items 8 --out curve",
         values=("curve/*.csv",),
     ),
     "curve-healed": Step(
-        f"curve small {FEW} --n 3 --strategies best_plan,greedy --quick-patch --heal-steps 2 "
+        f"curve small {FEW} --n 3 --criteria best_plan,greedy --patch quick --heal-steps 2 "
         "--states cut,patched,healed --out curve-healed",
         values=("curve-healed/*.csv",),
     ),

@@ -79,7 +79,7 @@ def duel(report, verified, rivals):
            "layer_forwards": verified.layer_forwards, "seconds": verified.seconds,
            "said": verified.sentence()}  # fmt: skip
     for way, state in (("none", "cut"), ("patch", "patched")):
-        known = [(getattr(r, state).loss.mean, r) for r in rivals if getattr(r, state) is not None]
+        known = [(r.standing.loss.mean, r) for r in rivals if r.state == state and r.standing]
         _, best = min(known, key=lambda one: one[0])
         ours, theirs = (report[way].scores(cut) for cut in (verified.plan.dropped, best.dropped))
         more = ours.minus(theirs)

@@ -12,7 +12,7 @@ from playwright.sync_api import sync_playwright
 from tests.conftest import ROOT
 
 GALLERY = ROOT / "docs" / "gallery"
-KINDS = ("run", "comparison", "curve", "sweep")
+KINDS = ("run", "comparison", "curve", "models")
 LARGEST = 300_000
 """Bytes of a page at most, beside which a repository stays small."""
 

@@ -12,14 +12,14 @@ import torch
 import transformers.models.llama.modeling_llama
 import typer.main
 
-from shallower.cli import compare, curve, heal, prune, run, scan
+from shallower.cli import compare, heal, prune, run, scan
 from shallower.healing import heal as healing
 from shallower.judgement import verifying
 from shallower.patching import patch
 from shallower.runs import report
 
 __all__ = [
-    "PIL", "compare", "curve", "heal", "healing", "matplotlib", "patch", "peft", "prune",
+    "PIL", "compare", "heal", "healing", "matplotlib", "patch", "peft", "prune",
     "pydantic", "report", "run", "scan", "scipy", "transformers", "typer", "verifying",
 ]  # fmt: skip
 

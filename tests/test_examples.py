@@ -39,7 +39,10 @@ SHELL = [
 ]
 
 NOT_RUN = {
-    "docs/gallery.md": ["shallower run", "shallower compare", "shallower curve"],
+    "docs/gallery.md": [
+        "shallower run", "shallower compare", "shallower curve", "shallower prune",
+        "shallower compare",
+    ],
     "docs/how-to/elsewhere.md": [
         "vllm", "python convert_hf_to_gguf.py", "llama-cli", "vllm", "llama-cli",
         "ollama", "ollama",
@@ -51,7 +54,9 @@ NOT_RUN = {
     "docs/how-to/prune-heal-quantise.md": [
         "python convert_hf_to_gguf.py", "llama-quantize", "vllm", "shallower eval",
     ],
-    "docs/how-to/share-the-work.md": ["srun shallower scan", "srun shallower eval"],
+    "docs/how-to/share-the-work.md": [
+        "srun shallower scan", "srun shallower eval", "srun shallower compare",
+    ],
     "docs/how-to/vllm.md": ["vllm", "curl"],
 }  # fmt: skip
 """How the commands begin that are shown and not run: there is no vLLM, llama.cpp or SLURM here,
@@ -70,15 +75,15 @@ def how_to(*names):
 SLOW = how_to(
     "add-a-criterion", "choose-by-your-task", "compare", "curve", "eval", "experts", "gain", "gguf",
     "heal", "heal-a-7b", "memory", "patch", "prune-heal-quantise", "run", "scan-a-70b",
-    "share-the-work", "sweep", "vllm",
+    "share-the-work", "vllm",
 ) | {
     "docs/how-much-is-20-percent.md",
     "answer_prompts", "compare", "curve", "evaluate_loss", "evaluate_speech", "heal",
-    "load_model", "memory_forecast", "patch", "report", "run", "sweep",
+    "load_model", "memory_forecast", "patch", "report", "run",
 }  # fmt: skip
 
 SHORTER = {"README.md", "report", "run"} | how_to(
-    "choose-by-your-task", "compare", "curve", "prune-heal-quantise", "run", "sweep"
+    "choose-by-your-task", "compare", "curve", "prune-heal-quantise", "run"
 )
 """Examples that measure many cuts, and do not tell of how many layers: they get 10 of the 30."""
 STUDIES = {"run", "report", "curve", "compare"}

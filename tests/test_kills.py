@@ -27,7 +27,7 @@ COMMANDS = {
     "run": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl",
     "run --heal": f"run {ON_TEXTS} --n 2 --top 2 --speech asked.jsonl --texts many.jsonl "
     "--max-texts 60 --heal --heal-steps 4",
-    "curve": f"curve {ON_TEXTS} --n 1,2 --strategies similarity,deepest",
+    "curve": f"curve {ON_TEXTS} --n 1,2 --criteria angular,deepest",
     "compare": f"compare {ON_TEXTS} --n 1,2 --criteria angular,greedy,one_shot",
     "heal": HEAL + "out",
     "heal --objective kd": HEAL + "out --objective kd --original tiny",

@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from .patching.saving import save_patched as save_patched
     from .reporting.charts.heat_map import save_heat_map as save_heat_map
     from .runs.report import report as report
-    from .runs.sweep import sweep as sweep
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
@@ -69,7 +68,6 @@ if TYPE_CHECKING:
     from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import BootstrappedStart as BootstrappedStart
     from .values.costs import Costs as Costs
-    from .values.curve import Curve as Curve
     from .values.experts import DroppedExperts as DroppedExperts
     from .values.gain import Gain as Gain
     from .values.healing import Healing as Healing
@@ -91,7 +89,6 @@ if TYPE_CHECKING:
     from .values.speech import Speech as Speech
     from .values.stage_settings import PatchSettings as PatchSettings
     from .values.stage_settings import ScanSettings as ScanSettings
-    from .values.sweep import Sweep as Sweep
     from .values.task_scores import TaskScores as TaskScores
     from .values.until import Until as Until
     from .values.verification import Verified as Verified
@@ -125,7 +122,6 @@ _NAMES = {
     "patching.saving": "save_patched",
     "reporting.charts.heat_map": "save_heat_map",
     "runs.report": "report",
-    "runs.sweep": "sweep",
     "scanning.analyse": "analyse_states",
     "scanning.model": "scan",
     "scanning.scan": "Scan",
@@ -136,7 +132,6 @@ _NAMES = {
     "values.answers": "Answer",
     "values.comparison": "CriteriaComparison",
     "values.costs": "BootstrappedStart Costs",
-    "values.curve": "Curve",
     "values.experts": "DroppedExperts",
     "values.gain": "Gain",
     "values.healing": "Healing",
@@ -152,7 +147,6 @@ _NAMES = {
     "values.settings": "CompareSettings CurveSettings RunSettings",
     "values.speech": "Speech",
     "values.stage_settings": "PatchSettings ScanSettings",
-    "values.sweep": "Sweep",
     "values.task_scores": "TaskScores",
     "values.until": "Until",
     "values.verification": "Verified",

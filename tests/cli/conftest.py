@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 import shallower as sh
 from shallower import Scan
@@ -95,3 +96,17 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(report, "find_spec", lambda _: None)
     warnings.filterwarnings("ignore", "the page has no figures")  # for this test, as pytest resets
     monkeypatch.setattr(heat_map, "save_heat_map", lambda _, path, *_title: path.write_text("map"))
+
+
+@pytest.fixture
+def layers_run():
+    """What decoder layers run on, (B, T), but probes of a few tokens."""
+    seen = []
+
+    def note(module, args, _output):
+        if type(module).__name__ == "LlamaDecoderLayer" and args[0].shape[1] > 3:
+            seen.append(tuple(args[0].shape[:2]))
+
+    handle = register_module_forward_hook(note)
+    yield seen
+    handle.remove()

@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-from torch.nn.modules.module import register_module_forward_hook
 
 from shallower import Block, ModelSource
 from shallower.evaluation import loss as losses
@@ -13,24 +12,11 @@ from shallower.studies.evaluate import EvalJob, measures_of
 from shallower.values.stage_settings import EvalSettings
 from tests.conftest import write_jsonl
 from tests.documents import documents
+from tests.evaluation.task_folders import CHOICE, choices, write_rows, write_tasks
 
 pytestmark = pytest.mark.filterwarnings(
     "default:the cut is not patched", "default:.*samples rejected"
 )
-
-
-@pytest.fixture
-def layers_run():
-    """What decoder layers run on, (B, T), but probes of a few tokens."""
-    seen = []
-
-    def note(module, args, _output):
-        if type(module).__name__ == "LlamaDecoderLayer" and args[0].shape[1] > 3:
-            seen.append(tuple(args[0].shape[:2]))
-
-    handle = register_module_forward_hook(note)
-    yield seen
-    handle.remove()
 
 
 @pytest.fixture
@@ -71,12 +57,12 @@ def test_a_study_finds_what_eval_measured(shallower, tiny, texts, held_out, monk
     found = shallower(*command, "--json").json
     monkeypatch.setattr("shallower.judgement.judges.judge.summed_losses", lambda *_: 1 / 0)
     curve = ["curve", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", held_out, "--n", "3"]
-    done = shallower(*curve, "--strategies", "deepest", "--states", "cut", "--out", "out", "--json")
+    done = shallower(*curve, "--criteria", "deepest", "--states", "cut", "--out", "out", "--json")
     assert done.status == 0, done.err
-    whole, cut = done.json["points"]
-    assert whole["loss"]["nats"] == found["base"]["nats"]
+    (cut,) = done.json["rows"]
+    assert done.json["whole"]["nats"] == found["base"]["nats"]
     assert cut["dropped"] == [2, 3, 4]
-    assert cut["loss"]["nats"] == found["cut"]["nats"]
+    assert cut["loss"] == found["cut"]["nats"]
 
 
 def test_a_cut_that_is_measured_beside_a_cached_model_is_of_the_whole_one(
@@ -94,6 +80,43 @@ def test_a_cut_that_is_measured_beside_a_cached_model_is_of_the_whole_one(
     sides = job.known()["loss"]
     assert sides["cut"].model == sides["base"].model
     assert sides["cut"].model.num_layers == 6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_scores_on_tasks_are_found_by_curve_and_by_eval(
+    shallower, folder, tiny, texts, held_out, layers_run, monkeypatch
+):
+    pytest.importorskip("lm_eval")
+    tasks = write_tasks(folder / "tasks", CHOICE)
+    write_rows(tasks / "pick.jsonl", choices(8))
+    asked = ["--tasks", "pick", "--tasks-dir", tasks, "--max-items", "3", "--json"]
+    curve = ["curve", tiny, "--texts", texts / "texts.jsonl", "--eval-texts", held_out, "--n", "3"]
+    curve += ["--criteria", "deepest", "--states", "cut", *asked]
+    done = shallower(*curve, "--out", "out")
+    assert done.status == 0, done.err
+    points = [one["tasks"] for one in (*done.json["models"], *done.json["rows"])]
+    layers_run.clear()
+    found = shallower("eval", tiny, *asked, "--drop", "2:5")
+    assert found.status == 0, found.err
+    assert layers_run == []
+    (main, *_) = (one for one in found.json["tasks"] if one["metric"] == points[0][0]["metric"])
+    sides = [main["base"], main["cut"]]
+    assert sides == [{name: one[name] for name in sides[0]} for (one,) in points]
+    for place, content in (("utils.py", "value = 1"), ("pick.jsonl", None)):
+        before = (tasks / place).read_text() if content is None else None
+        (tasks / place).write_text(content or before.replace('"answer": 1', '"answer": 0'))
+        layers_run.clear()
+        assert shallower("eval", tiny, *asked, "--drop", "2:5").status == 0
+        assert layers_run, f"{place} was changed"
+        (tasks / place).unlink() if before is None else (tasks / place).write_text(before)
+    monkeypatch.setenv("SHALLOWER_CACHE", str(folder / "other"))
+    assert shallower("eval", tiny, *asked, "--drop", "2:5").json == found.json
+    assert layers_run
+    monkeypatch.setattr("shallower.evaluation.tasks.ChosenTasks.evaluate", lambda *_, **__: 1 / 0)
+    again = shallower(*curve, "--out", "again")
+    assert again.status == 0, again.err
+    assert [one["tasks"] for one in (*again.json["models"], *again.json["rows"])] == points
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])

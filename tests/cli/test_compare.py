@@ -1,4 +1,4 @@
-"""The command `compare`."""
+"""The commands `compare` and `curve`, which are one study with other defaults."""
 
 import json
 
@@ -10,8 +10,8 @@ from tests.cli.documents import tree
 pytestmark = pytest.mark.usefixtures("warm")
 
 KEYS = {
-    "model", "criterion", "n", "dropped", "loss", "stderr", "patched", "regret", "seconds",
-    "layer_forwards",
+    "model", "criterion", "n", "state", "dropped", "loss", "stderr", "difference", "regret",
+    "seconds", "layer_forwards",
 }  # fmt: skip
 
 
@@ -22,17 +22,45 @@ def asked(tiny, texts):
     return ["compare", tiny, *files, "--n", "1,2", "--criteria", "angular,deepest"]
 
 
-def test_compare_prints_a_row_for_every_criterion_and_size(shallower, folder, asked):
+def test_compare_prints_a_row_for_every_state_criterion_and_size(shallower, folder, asked):
     done = shallower(*asked, "--json")
     assert done.status == 0
     rows = done.json["rows"]
-    assert [(row["criterion"], row["n"]) for row in rows] == [
-        ("angular", 1), ("angular", 2), ("deepest", 1), ("deepest", 2),
-    ]  # fmt: skip
+    assert [(row["state"], row["criterion"], row["n"]) for row in rows] == [
+        (state, criterion, n)
+        for state in ("cut", "patched")
+        for criterion in ("angular", "deepest")
+        for n in (1, 2)
+    ]
     assert all(row.keys() >= KEYS for row in rows)
     assert done.json["whole"].keys() >= {"loss", "stderr"}
     assert rows[2]["dropped"] == [4]
     assert tree(folder) == {}
+
+
+def test_a_curve_leaves_a_comparison_and_says_it(shallower, folder, asked, monkeypatch):
+    command = ["curve", *asked[1:], "--patch", "quick", "--out", "out"]
+    done = shallower(*command, "--json")
+    assert done.status == 0, done.err
+    written = {"comparison.csv", "comparison.json", "report.html", "report.md"}
+    assert {f"out/{name}" for name in written} < set(tree(folder))
+    stored = json.loads(
+        (folder / "out" / "comparison.json").read_text(), parse_constant=pytest.fail
+    )
+    beside = {name: stored.pop(name) for name in ("job", "command")}
+    assert done.json == {**stored, "out": "out", "page": "out/report.html"}
+    assert beside["command"].startswith("shallower curve ")
+    curve = sh.CriteriaComparison.from_json(stored)
+    assert [(row.n, row.state) for row in curve.rows if row.criterion == "deepest"] == [
+        (1, "cut"), (2, "cut"), (1, "patched"), (2, "patched"),
+    ]  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    again = shallower(*command)
+    assert "cached, measured" in again.err
+    assert max(map(len, again.out.splitlines())) <= 80
+    before = tree(folder)
+    assert "out/comparison.json exists already" in shallower(*command, "--seed", "1").error
+    assert tree(folder) == before
 
 
 @pytest.mark.usefixtures("cold", "undrawn")
@@ -76,37 +104,19 @@ def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
     assert "exists already" in shallower(*asked, "--seed", "1", "--out", "out").error
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
-def test_compare_goes_on_with_a_model_that_is_not_there(shallower, folder, asked):
-    for _ in range(2):
-        assert shallower(*asked, folder / "gone", "--out", "out").status == 1
-
-
 def test_compare_lists_the_criteria(shallower):
     shown = shallower("compare", "--list").out
     rows = shallower("compare", "--list", "--json").json
-    assert [row["name"] for row in rows] == list(sh.criteria)
+    assert [row["name"] for row in rows] == [*sh.criteria, "best_plan", "recommended"]
     assert all(row["summary"].endswith(".") and row["cost"].endswith(".") for row in rows)
     assert all(name in shown for name in sh.criteria)
-
-
-def test_compare_goes_on_where_one_model_fails(shallower, folder, asked, models):
-    done = shallower(*asked, models / "deeper", folder / "gone", "--json")
-    assert done.status == 1
-    assert [model["num_layers"] for model in done.json["models"]] == [6, 8]
-    (failed,) = done.json["failures"].items()
-    assert failed[0].endswith("gone")
-    assert "gone" in failed[1]
-    shown = shallower(*asked, models / "deeper", folder / "gone")
-    assert shown.status == 1
-    assert "gone" in shown.out
 
 
 def test_compare_takes_calibration_texts_as_an_axis(shallower, asked, texts):
     done = shallower(*asked, "--texts", texts / "texts.txt", "--json")
     sources = {str(texts / "texts.jsonl"), str(texts / "texts.txt")}
     assert {row["texts"] for row in done.json["rows"]} == sources
+    assert done.json["models"][0]["starts"].keys() == sources
     assert "named twice" in shallower(*asked, "--texts", texts / "texts.jsonl").error
 
 
@@ -132,9 +142,11 @@ def test_compare_judges_by_the_words_of_the_whole_model(shallower, folder, asked
     speech = ["--judge", "speech", "--prompts", "asked.jsonl"]
     done = shallower(*asked, *speech, "--json")
     assert (done.json["judge"], done.json["splits"]["choose"]) == ("speech", 6)
-    assert all(row["score"] > 0 for row in done.json["rows"])
+    assert all(row["score"] > 0 for row in done.json["rows"] if row["state"] == "cut")
     beside = shallower(*asked, "--speech", "--prompts", "asked.jsonl", "--json")
-    assert all(row["acceptance"] is not None for row in beside.json["rows"])
+    rows = beside.json["rows"]
+    assert all(row["failed"] or row["speech"]["acceptance"] is not None for row in rows)
+    assert not all(row["failed"] for row in rows)
     shown = shallower(*asked, *speech)
     assert "speech, the divergence from the whole model on its own words, nats a" in shown.out
     assert "divergence" in shown.out
@@ -165,8 +177,12 @@ def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked)
         (["--prompts", "x.jsonl"], "only the judge speech takes them, and"),
         (["--judge", "speech", "--prompts", "x.jsonl"], "no file of prompts x.jsonl"),
         (["--judge", "speech", "--options", "x.jsonl"], "no other judge takes one"),
-        (["--n", "0"], "'0'"),
         (["--n", "6"], "6"),
+        (["--n=-1"], "cannot read '-1'"),
+        (["--n", "0"], "expected sizes, as 1,2,4, got none"),
+        (["--states", "mended"], "unknown state 'mended': expected some of cut, patched, healed"),
+        (["--heal-steps", "3"], "--heal-steps without --states healed"),
+        (["--patch-tokens", "0"], "'--patch-tokens'"),
         (["--seed", "-1"], "--seed"),
         (["--max-texts", "11"], "too few calibration and selection texts: 11"),
         (["--max-eval-texts", "1"], "too few test texts"),

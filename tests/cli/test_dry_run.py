@@ -22,7 +22,7 @@ from tests.conftest import mostly_slow, tiny_llama
 STUDIES = {
     "run": ("--n", 2),
     "run --heal": ("--n", 2, "--heal", "--heal-steps", 4),
-    "curve": ("--n", "1,2", "--strategies", "recommended,similarity,greedy"),
+    "curve": ("--n", "1,2", "--criteria", "recommended,angular,greedy"),
     "compare": ("--n", "1,2"),
 }
 
@@ -92,7 +92,7 @@ def test_more_work_takes_longer(dry, monkeypatch):
         return dry(study, "--json", *more).json["time"]["seconds"]
 
     assert seconds("curve", "--n", "1") < seconds("curve", "--n", "1,2")
-    assert seconds("curve", "--quick-patch") < seconds("curve")
+    assert seconds("curve", "--patch", "quick") < seconds("curve")
     assert seconds("compare", "--criteria", "angular") < seconds("compare")
     assert seconds("run", "--plan-only") < seconds("run") < seconds("run --heal")
     assert seconds("run --heal", "--heal-steps", "8") > seconds("run --heal")
@@ -211,7 +211,7 @@ def test_temporary_files_are_counted_and_refused_before_a_model_is_loaded(
     calls = {
         "patch": ("--drop", "1"),
         "run": ("--n", 1),
-        "curve": ("--n", "1", "--states", "cut,patched", "--strategies", "deepest"),
+        "curve": ("--n", "1", "--states", "cut,patched", "--criteria", "deepest"),
     }
     (folder / "small").mkdir()
 

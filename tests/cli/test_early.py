@@ -75,7 +75,7 @@ EARLY = [
     (RUN + "{texts} --heal-steps 2", "--heal-steps without --heal"),
     (RUN + "{held} --out taken", "taken/results.json exists already"),
     (RUN + "{held} --out healed --heal", "healed/healed exists already"),
-    ("curve {tiny} --out out --texts {texts}", "Missing option '--eval-texts'"),
+    ("curve {tiny} --out out --texts {texts}", "--eval-texts is missing: name a test set"),
     (CURVE + "{texts} --n=-1", "cannot read '-1'"),
     (CURVE + "{texts} --states mended", "unknown state 'mended'"),
     (CURVE + "{texts} --heal-steps 2", "--heal-steps without --states healed"),

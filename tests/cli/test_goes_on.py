@@ -6,7 +6,6 @@ import pytest
 
 from shallower.scanning import model as scanning
 from shallower.studies.compare_rows import _Choosing
-from shallower.studies.curve import CurveStudy
 from shallower.studies.recommending import Recommending
 from tests.conftest import edited, mostly_slow, tiny_llama
 
@@ -78,13 +77,6 @@ def test_a_scan_does_not_go_on_with_other_weights(
     assert shallower(*command[: -1 - len(options)], "new", *options).status == 0
     of = [(folder / name / "scan.safetensors").read_bytes() for name in ("out", "new")]
     assert of[0] == of[1]
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_curve_says_how_many_points_are_there(cut_short, asked):
-    command = ("curve", *asked, "--n", "1,2", "--strategies", "deepest", "--states", "cut")
-    said = cut_short(command, CurveStudy, "write_curve", 2)
-    assert said == "resuming: 2 of 3 points are there"
 
 
 @pytest.mark.usefixtures("undrawn")

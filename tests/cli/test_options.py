@@ -24,8 +24,8 @@ COMMANDS = {
 }
 ONLY_PYTHON = {
     "run": {"num_choosing"},
-    "curve": {"num_choosing", "heal"},
-    "compare": {"num_choosing"},
+    "curve": {"num_choosing", "num_patching", "heal"},
+    "compare": {"num_choosing", "num_patching", "heal"},
     "heal": set(),
     "scan": set(),
     "patch": set(),
@@ -67,9 +67,9 @@ def parsed(kind, *words):
         sh.RunSettings(target_memory="12GB", heal=True, heal_steps=7, answers=True, share=0.25),
         sh.RunSettings(fraction=0.25, answers=False, prompts="p.jsonl", threads=1, plan_only=True),
         sh.RunSettings(max_loss=0.1, answers="a.jsonl", seed=3, max_length=8),
-        sh.CurveSettings(n=(3, 5), strategies=("deepest",), states=("healed",), heal_steps=9),
-        sh.CurveSettings(tasks=("boolq", "own"), tasks_dir="t", data="d", prompts=None, pass_at=2),
-        sh.CurveSettings(quick_patch=True, patch_tokens=9, prompts="p.jsonl", num_shots=0),
+        sh.CurveSettings(n=(3, 5), criteria=("deepest",), states=("healed",), heal_steps=9),
+        sh.CurveSettings(tasks=("boolq", "own"), tasks_dir="t", data="d", pass_at=2),
+        sh.CurveSettings(patch="quick", patch_tokens=9, prompts="p.jsonl", speech=True),
         sh.CompareSettings(n=[3], criteria=("deepest", "cka"), judge="kl", device_memory="4GB"),
         sh.CompareSettings(judge="options", options="o.jsonl", max_texts=5, max_eval_texts=6),
         sh.CompareSettings(unit="experts", judge="speech", prompts="p.jsonl"),
@@ -91,11 +91,11 @@ def test_the_words_of_settings_make_them_again(settings):
 
 
 @pytest.mark.parametrize(
-    ("words", "prompts"),
-    [((), ()), (["--speech="], None), (["--speech", "p"], Path("p"))],
+    ("words", "answers"),
+    [((), None), (["--answers="], True), (["--answers", "p"], Path("p"))],
 )
-def test_an_option_may_stand_without_a_word(words, prompts):
-    assert parsed(sh.CurveSettings, *words).prompts == prompts
+def test_an_option_may_stand_without_a_word(words, answers):
+    assert parsed(sh.RunSettings, *words).answers == answers
 
 
 def test_an_option_that_is_taken_away_is_not_there():

@@ -60,7 +60,7 @@ RESULTS = {
     "scan": "scan.safetensors",
     "analyse": "scan.safetensors",
     "run": "results.json",
-    "curve": "curve.json",
+    "curve": "comparison.json",
     "compare": "comparison.json",
     "eval": "eval.json",
 }
@@ -211,7 +211,7 @@ def test_what_lies_beside_the_files_of_a_command_stays(made, shallower, tmp_path
         "plan all/scans/scan.safetensors --n 2",
         f"eval all/model {texts} --max-texts 9 --no-cache",
         f"compare all/model {texts} {few} --criteria deepest --no-cache",
-        f"curve all/model {texts} {few} --strategies deepest --states cut --no-cache",
+        f"curve all/model {texts} {few} --criteria deepest --states cut --no-cache",
     ):
         for _ in range(1 if command.startswith(("compare", "curve")) else 2):
             done = shallower(*command.split(), "--out", tmp_path / "out", "--overwrite")

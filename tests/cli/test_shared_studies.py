@@ -11,7 +11,9 @@ import pytest
 
 from shallower.store.store import Store, open_store
 from shallower.values.hashing import hash_of
+from tests.cli.documents import documents
 from tests.commands import SHALLOWER, in_a_process
+from tests.conftest import write_jsonl
 
 
 @pytest.fixture
@@ -29,9 +31,9 @@ def compared(asked, *criteria):
 
 
 def without_time(found):
-    """A comparison or a curve without what a clock says."""
-    rows = [{**row, "seconds": 0} for row in found.get("rows", found.get("points"))]
-    return {**found, "rows": rows, "points": [], "page": "", "out": ""}
+    """A comparison without what a clock says."""
+    rows = [{**row, "seconds": 0, "choice_seconds": 0} for row in found["rows"]]
+    return {**found, "rows": rows, "page": "", "out": ""}
 
 
 def elsewhere(monkeypatch, folder, name):
@@ -69,20 +71,34 @@ def test_shards_of_a_comparison_are_gathered_to_the_whole(shallower, folder, ask
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_shards_of_a_curve_are_gathered_to_the_whole(shallower, folder, asked, monkeypatch):
-    command = ["curve", *asked, *FEW, "--strategies", "similarity,deepest"]
-    command += ["--states", "cut", "--json"]
+def test_shards_of_a_file_of_options_are_gathered_to_the_whole(
+    shallower, folder, texts, models, monkeypatch
+):
+    """Two models on two calibration texts, of a curve: an array of jobs has one command."""
+    write_jsonl(folder / "more.jsonl", documents(24, seed=5))
+    places = {
+        "models": [models / "tiny", models / "deeper"],
+        "texts": [texts / "texts.jsonl", "more.jsonl"],
+        "eval-texts": [texts / "held_out.jsonl"],
+    }
+    lines = [f"{key}: [{', '.join(map(str, value))}]\n" for key, value in places.items()]
+    few = "n: [1, 2]\nmax-length: 16\ncriteria: [angular, deepest]\nstates: [cut]\n"
+    (folder / "study.yaml").write_text("".join(lines) + few)
+    command = ["curve", "--config", "study.yaml", "--json"]
     whole = shallower(*command, "--out", "whole").json
     for index in range(2):
         elsewhere(monkeypatch, folder, index)
         done = shallower(*command, "--out", "shards", "--shard", f"{index}/2")
-        assert done.json["num_parts"] == 5, done.err
+        assert done.json["num_parts"] == 12, done.err
     elsewhere(monkeypatch, folder, "gathering")
     monkeypatch.setattr("shallower.judgement.judges.judge.summed_losses", lambda *_: 1 / 0)
     done = shallower("gather", "shards", "--out", "out", "--json")
     assert without_time(done.json) == without_time(whole)
-    scans = [folder / name / "scan.safetensors" for name in ("out", "whole")]
-    assert scans[0].read_bytes() == scans[1].read_bytes()
+    scans = [sorted((folder / name / "scans").iterdir()) for name in ("out", "whole")]
+    assert len(scans[0]) == 4
+    for gathered, at_once in zip(*scans, strict=True):
+        assert gathered.name == at_once.name
+        assert gathered.read_bytes() == at_once.read_bytes()
 
 
 def test_gather_refuses_what_is_missing_changed_or_of_other_work(shallower, folder, asked):
@@ -196,7 +212,7 @@ def test_a_killed_driver_goes_on_with_the_parts_that_are_missing(folder, asked, 
     """It is killed as soon as a part is done; what one process finds comes of it."""
     options = ["--criteria", "angular,greedy,exhaustive"]
     if command == "curve":
-        options = ["--strategies", "recommended,deepest", "--patch-tokens", "256"]
+        options = ["--criteria", "recommended,deepest", "--patch-tokens", "256"]
     words = [command, *asked, *options, "--json"]
     alone = {"SHALLOWER_CACHE": str(folder / "alone")}
     whole = in_a_process(SHALLOWER, *words, "--out", folder / "whole", env=alone)

@@ -38,7 +38,7 @@ KINDS = {
         SMALL + "--eval-texts held.jsonl --n 1 --criteria deepest", "1 of 2 parts", "--seed 1"
     ),
     "curve": Kind(
-        SMALL + "--eval-texts held.jsonl --n 1 --strategies deepest --states cut",
+        SMALL + "--eval-texts held.jsonl --n 1 --criteria deepest --states cut",
         "1 of 2 parts",
         "--seed 1",
     ),

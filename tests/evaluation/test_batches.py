@@ -7,8 +7,7 @@ import shallower as sh
 from shallower import TextsError
 from shallower.evaluation import loss as losses
 from shallower.evaluation.batches import batches_of_texts, batches_of_windows
-from shallower.judgement.forwards import scores_by_forwards
-from shallower.judgement.judges.judge import LossJudge
+from shallower.evaluation.loss import scores_of
 from shallower.models.decoder import Decoder
 from shallower.values.shard import Shard
 from shallower.values.tokens import Tokens
@@ -31,10 +30,10 @@ def forwards(monkeypatch):
 
 def parts_of(model, every, count):
     """The nats by text of all shards, one after the other."""
-    judge, sums = LossJudge(every.numbered), np.full(every.num_items, np.nan)
+    sums = np.full(every.num_items, np.nan)
     for index in range(count):
         looks = Shard(index, count).of(len(every.batches))
-        mine, _ = scores_by_forwards(Decoder.of(model), judge, looks=looks, progress=False)
+        mine, _ = scores_of(Decoder.of(model), every, looks=looks, progress=False)
         there = np.isfinite(mine.sums)
         assert there.sum() == sum(len(every.batches[look]) for look in looks)
         sums[there] = mine.sums[there]

@@ -9,7 +9,9 @@ import torch
 from tokenizers import normalizers
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.models.llama import modeling_llama
 
 import shallower as sh
@@ -137,6 +139,14 @@ def swapped(model):
     model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp)
 
 
+class Own(torch.Tensor):
+    """A tensor whose functions may be any."""
+
+
+def of_own_tensors(model):
+    model.model.norm.weight = nn.Parameter(torch.ones(32).as_subclass(Own))
+
+
 def parametrized(model):
     parametrize.register_parametrization(model.lm_head, "weight", nn.Tanh())
 
@@ -157,6 +167,12 @@ def parametrized(model):
         (lambda model: model.model.layers[3].train(), True),
         (swapped, True),
         (parametrized, False),
+        (
+            lambda model: setattr(
+                model.model.norm, "weight", nn.Parameter(torch.ones(32).as_subclass(Own))
+            ),
+            False,
+        ),
         (lambda model: setattr(model, "__class__", type("Own", (type(model),), {})), False),
     ],
 )
@@ -202,6 +218,18 @@ def test_a_tokenizer_is_known_by_all_that_it_does(words):
         assert structure_of(other) not in (expected, None)
     other.encode = lambda _text: [1]
     assert structure_of(other) is None
+
+
+def test_a_tokenizer_of_replaced_code_is_not_known(words, monkeypatch):
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", scaled)
+    assert structure_of(words) is None
+
+
+@pytest.mark.parametrize("mode", [TorchFunctionMode, TorchDispatchMode])
+def test_a_model_in_memory_is_not_known_within_a_mode_of_torch(llama, mode):
+    with mode():
+        assert structure_of(llama) is None
+    assert structure_of(llama) is not None
 
 
 def test_a_model_in_memory_is_not_known_while_all_modules_have_a_hook(llama):

@@ -100,6 +100,7 @@ def test_every_private_name_in_use_is_listed():
 
 SUFFIXES = {
     "_adapter_list",
+    "_patched",
     "_token_id",
     "_token_ids",
     "_command",

@@ -1,4 +1,4 @@
-"""Runs and curves as they might be found, some of their words hostile; nothing is real."""
+"""Runs as they might be found, some of their words hostile; nothing is real."""
 
 import json
 from dataclasses import replace
@@ -7,12 +7,10 @@ import numpy as np
 
 from shallower import Block, Loss, ModelIdentity, Plan, Scan, analyse_states
 from shallower.reporting.results import Continuations, Run
-from shallower.values.curve import Curve, CurvePoint
 from shallower.values.identity import TextsIdentity
 from shallower.values.recommendation import Recommended
 from shallower.values.scores import Scores
 from shallower.values.target import Target
-from shallower.values.task_scores import TaskScores
 from shallower.values.verification import Candidate, Verified
 from tests.values.speeches import made
 
@@ -77,41 +75,6 @@ def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", 
     scanned.save(folder / "scan.safetensors")
     done.save()
     return done
-
-
-def scores(task, chance, mean):
-    values = (np.random.default_rng(3).random(200) < mean).astype(float)
-    items = tuple(map(str, range(200)))
-    return TaskScores(task, "acc", items, Scores(values, np.ones(200)), 5, chance)
-
-
-def point(n, strategy, state, num_layers=32):
-    share = {"cut": 1.0, "patched": 0.45, "healed": 0.2}[state]
-    more = share * (0.02 * n + max(0, n - 9) * (0.9 if state == "cut" else 0.3))
-    last = num_layers - (1 if strategy == "deepest" else 4)
-    tasks = (
-        scores("mmlu", 0.25, 0.62 if n < 11 else 0.25 + 0.02 * len(state)),
-        scores("boolq", 0.5, 0.5),
-    )
-    return CurvePoint(
-        n, strategy if n else "whole", state, tuple(range(last - n, last)), n / num_layers,
-        0.9 * n / num_layers, loss(more * (1.5 if strategy == "deepest" else 1), 128_256), tasks,
-        3.0 * n, time_share=0.85 * n / num_layers,
-    )  # fmt: skip
-
-
-def curve(model="Llama-3-8B"):
-    """Two strategies by three states and four sizes, two tasks, and a point that failed."""
-    points = [point(0, "whole", "cut")]
-    for strategy in ("similarity", "deepest"):
-        for state in ("cut", "patched", "healed"):
-            points += [point(n, strategy, state) for n in (4, 8, 12, 16)]
-    points.append(CurvePoint(20, "deepest", "patched", tuple(range(11, 31)), 0.6, 0.5, None,
-                             failed=f"no layer could be fitted {HOSTILE}"))  # fmt: skip
-    splits = {"fit": 64, "choose": 16, "report": 40}
-    asked = {"n": [4, 8, 12, 16], "strategies": ["similarity", "deepest"],
-             "states": ["cut", "patched", "healed"], "parameters": 8_030_261_248}  # fmt: skip
-    return Curve(model, 32, tuple(points), splits, "bfloat16", 128, VERSIONS, asked)
 
 
 def write(folder, name, value, **more):

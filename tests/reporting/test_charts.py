@@ -1,17 +1,15 @@
 """Charts and heat maps of a page: marks lie on what they tell, files are the same each time."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from shallower import MissingExtraError
-from shallower.reporting.charts.curve import curve_charts
 from shallower.reporting.charts.heat_map import heat_maps
 from shallower.reporting.charts.plots import Axis, Line, Point, dot_chart, line_chart
-from tests.reporting.stories import curve, scan
+from tests.reporting.stories import scan
 
 WORDS = {"title": "title", "text": "text", "x": Axis("x"), "y": Axis("y", is_share=True)}
 
@@ -72,16 +70,6 @@ def test_levels_are_named_where_fewer_points_are():
     drawing = line_chart("levels", [line([0.4, 0.3, 0.24])], **WORDS, references=levels)
     sides = {text.get_text(): text.get_ha() for text in drawing.figure.axes[0].texts}
     assert sides == {"whole model": "right", "chance": "left"}
-
-
-@pytest.mark.parametrize(("factors", "is_one"), [((0.8, 0.8), True), ((0.8, 0.5), False)])
-def test_parameters_have_a_figure_where_layers_are_of_several_sizes(factors, is_one):
-    points = [
-        replace(one, parameters_share=one.layers_share * factors[one.n > 8])
-        for one in curve().points
-    ]
-    names = [one.name for one in curve_charts(replace(curve(), points=tuple(points)))]
-    assert ("loss_over_size" not in names) == is_one
 
 
 def test_rows_of_points_are_where_their_marks_are(tmp_path):

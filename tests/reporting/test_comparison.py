@@ -1,40 +1,59 @@
-"""The tables and the CSV of criteria that were compared."""
+"""The words and tables of a comparison, of many criteria and of few in every state."""
 
-import csv
 import math
 import re
 from dataclasses import replace
 
 import pytest
 
-from shallower import OutputError
-from shallower.reporting.stories.comparison import comparison_story, criteria_table
-from shallower.reporting.writers.csv import write_comparison
+from shallower.judgement.choosing_size import knee
+from shallower.reporting.stories.comparison import comparison_story
+from shallower.reporting.stories.cuts import criteria_table
+from shallower.reporting.story import Number
 from shallower.values.comparison import CriteriaComparison
 from shallower.values.layers import ranges
-from shallower.values.scores import Estimate, Standing
-from tests.reporting.comparisons import COSTS, SIZES, compared, comparison, rows_of
-
-
-def blocks(text):
-    """The lines of each table for one n, by model and n, in order."""
-    found, model = {}, None
-    for line in text.splitlines():
-        if match := re.match(r"(\S+): criteria against true loss", line):
-            model = match[1]
-        if match := re.match(r"n = (\d+):", line):
-            found[model, int(match[1])] = lines = []
-        elif model and found and line.strip():
-            lines.append(line)
-    return found
-
+from shallower.values.scores import UNKNOWN, Difference, Estimate, Standing
+from tests.reporting.comparisons import (
+    COSTS,
+    QUICK,
+    UNPATCHED,
+    compared,
+    comparison,
+    curve,
+    rows_of,
+    standing,
+)
 
 FAILURES = {"no/such-model": "cannot load no/such-model: [Errno 2] it is [not] there"}
+TITLES = {"cut": "Layers less, as bare cuts", "patched": "Layers less, after a quick patch"}
+
+
+def tables(story):
+    """The tables of a story by their titles, those of one model alone."""
+    return {table.title: table for section in story.sections for table in section.tables}
+
+
+def cells(found, title, **options):
+    """The cells of a table as text, by size and criterion, in order."""
+    table = tables(comparison_story(found, drawn=False, **options))[title]
+    return {
+        (int(row[0].text), row[1]): dict(zip(table.head, map(text_of, row), strict=True))
+        for row in table.rows
+    }
+
+
+def text_of(cell):
+    return cell.text if isinstance(cell, Number) else cell.replace("\xa0", " ")
+
+
+def one_of(rows, **more):
+    return CriteriaComparison((compared(),), tuple(rows), settings=QUICK, **more)
 
 
 @pytest.fixture(scope="module")
 def whole():
-    return comparison(failures=FAILURES)
+    """One model, eighteen criteria, five sizes, two states."""
+    return comparison((compared(),), failures=FAILURES)
 
 
 @pytest.fixture
@@ -47,204 +66,136 @@ def shown(printed):
     return show
 
 
-def test_everything_fits_80_columns(whole, shown):
-    text = shown(whole)
+# Tables
+@pytest.mark.parametrize("name", ["whole", "curve", "kl", "options"])
+def test_everything_fits_80_columns(whole, shown, name):
+    right = replace(compared(), accuracy=0.512, chance=0.25)
+    rows = tuple(replace(row, accuracy=0.437) for row in whole.rows)
+    found = {
+        "whole": whole, "curve": curve(), "kl": replace(whole, judge="kl"),
+        "options": replace(whole, judge="options", unit="nats", models=(right,), rows=rows),
+    }[name]  # fmt: skip
+    text = shown(found)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    for row in whole.rows:
+    for row in found.rows:
         assert row.criterion in text
-        loss = row.cut.loss.mean
-        assert f" {loss:.3f} " in text or f" {loss:.2f} " in text
-        if row.patched is not None:
-            regret = row.patched.regret
-            assert f"{regret.mean:.3f} ± {regret.stderr:.3f}" in text
+        if row.standing is not None:
+            loss = row.standing.loss.mean
+            assert f" {loss:.3f} " in text or f" {loss:.2f} " in text
+    if name == "options":
+        assert "Accuracy of the whole model 51.2 %; chance 25.0 %" in text
+        assert text.count("43.7 %") == sum(row.state == "cut" for row in rows if row.standing)
 
 
-def test_every_model_and_size_is_a_block_sorted_by_regret(whole, shown):
-    found = blocks(shown(whole, 300))
-    assert list(found) == [(m.name, n) for m in whole.models for n in SIZES]
-    for (model, n), lines in found.items():
-        rows = [row for row in whole.rows if (row.model, row.n) == (model, n)]
-        patched = [row for row in rows if row.patched is not None]
-        bare = [row for row in rows if row.patched is None]
-        rows = sorted(patched, key=lambda row: row.patched.regret.mean)
-        rows += sorted(bare, key=lambda row: row.cut.regret.mean)
-        start = next(place for place, line in enumerate(lines) if "─" in line) + 1
-        names = [line.split()[0] for line in lines[start:] if line[0] != " "][: len(rows)]
-        assert names == [row.criterion for row in rows]
+def test_every_state_is_a_table_sorted_by_size_and_regret(whole):
+    for state, title in TITLES.items():
+        title += "" if state == "cut" else " (one matrix a block)"
+        rows = [row for row in whole.rows if row.state == state and row.standing]
+        rows.sort(key=lambda row: (row.n, row.standing.regret.mean))
+        found = cells(whole, title)
+        assert [*found] == [(row.n, row.criterion) for row in rows]
+        for row, line in zip(rows, found.values(), strict=True):
+            stands = row.standing
+            digits = 3 if stands.loss.mean < 9.9995 else 2
+            assert line["loss"].startswith(f"{stands.loss.mean:.{digits}f} ± ")
+            assert line["of ln V"] == f"{stands.loss.mean / math.log(49152):.2f}"
+            more = stands.difference
+            assert line["more than whole"] == f"{more.mean:+.3f} ± {more.stderr:.3f}"
+            digits = 3 if stands.regret.mean < 9.9995 else 2
+            assert line["regret"].startswith(f"{stands.regret.mean:.{digits}f} ± ")
+            best = stands.regret.mean == 0
+            assert line["verdict"] == ("best" if best else "tie" if stands.tied else "")
+            assert line["drop"] == ranges(row.dropped)
 
 
-def test_a_row_says_everything(whole, shown):
-    found = blocks(shown(whole, 300))
-    for row in whole.rows:
-        line = next(line for line in found[row.model, row.n] if line.split()[0] == row.criterion)
-        for value in (row.cut.loss.mean, row.cut.regret.mean):
-            assert f" {value:.{3 if value < 9.9995 else 2}f} " in line
-        if row.patched is None:
-            assert " – " in line
-            assert "best" not in line
-            continue
-        loss, regret = row.patched.loss, row.patched.regret
-        assert f" {loss.mean:.3f} " in line
-        assert f"{regret.mean:.3f} ± {regret.stderr:.3f}" in line
-        assert ("tie" in line) == (row.patched.tied and regret.mean > 0)
-        assert ("best" in line) == (regret.mean == 0)
+def test_what_failed_is_in_a_table_of_its_own_with_the_reason(whole, shown):
+    """And is no row of dashes elsewhere."""
+    failed = tables(comparison_story(curve(), drawn=False))["What could not be measured"]
+    ((n, *rest),) = failed.rows
+    assert (n.text, *rest[:2]) == ("20", "deepest", "patched")
+    assert rest[2].startswith("no layer could be fitted <script>")
+    assert not any(n == 20 for n, _ in cells(curve(), "mmlu, " + _after("patched")))
+    assert f"4 random patched {UNPATCHED}" in " ".join(shown(whole).split())
+    assert (4, "random") in cells(whole, TITLES["cut"])
+    assert (4, "random") not in cells(whole, f"{TITLES['patched']} (one matrix a block)")
 
 
-# By which state cuts are ranked
-def turned(**more):
-    """Two criteria of which the second is the best as cut, and the first after the patch."""
-    pair = [row for row in rows_of(compared(), sizes=(4,)) if row.criterion in ("greedy", "taylor")]
-    known = {
-        "taylor": {"cut": standing(4.9, (1.3, 0.02), (0.3, 0.04)),
-                   "patched": standing(3.9, (0.3, 0.01), (0.0, 0.0))},
-        "greedy": {"cut": standing(4.6, (1.0, 0.02), (0.0, 0.0)),
-                   "patched": standing(4.1, (0.5, 0.01), (0.2, 0.03))},
+def _after(state):
+    """The rest of the title of the scores in a state."""
+    when = {"cut": "as bare cuts", "patched": "after a full patch on at most 16,384 tokens"}[state]
+    return f"{when}: acc in %, whole model 64.0 ± 3.4"
+
+
+def test_ties_with_the_whole_model_are_named(whole):
+    same = standing(3.6, (0.01, 0.01), (0.0, 0.0))
+    rows = [replace(row, standing=same) if row.criterion == "greedy" and row.n < 3 else row
+            for row in whole.rows]  # fmt: skip
+    found = tables(comparison_story(one_of(rows), drawn=False))[TITLES["cut"]]
+    assert found.note.endswith("Ties with the whole model: greedy 1, greedy 2.")
+
+
+def test_tasks_are_shown_beside_chance_and_the_whole():
+    found = cells(curve(), f"mmlu, {_after('cut')}")
+    assert [*found] == [(n, name) for n in (4, 8, 12, 16) for name in ("angular", "deepest")]
+    assert found[4, "deepest"] == {
+        "n": "4", "criterion": "deepest", "drop": "[27, 31)", "score": "62.5 ± 3.4",
+        "difference": "-1.5 ± 0.9", "verdict": "tie",
     }  # fmt: skip
-    rows = tuple(replace(row, **{**known[row.criterion], **more}) for row in pair)
-    return CriteriaComparison((compared(),), rows)
+    assert found[12, "angular"]["verdict"] == "at chance"
+    note = tables(comparison_story(curve(), drawn=False))[f"mmlu, {_after('cut')}"].note
+    assert note.startswith("200 items with 5 solved examples; chance 25.0; ")
 
 
-def standing(loss, difference, regret):
-    return Standing(Estimate(loss, 0.05), Estimate(*difference), Estimate(*regret))
-
-
-def test_cuts_are_ranked_after_the_patch_where_there_is_one(shown):
-    story = comparison_story(turned(), drawn=False)
-    assert story.sentence.startswith(
-        "With 4 of 30 layers gone, taylor loses least after a quick patch: without layers "
-    )
-    assert "the loss is 0.30 ± 0.01 nats a token more than whole" in story.sentence
-    assert "greedy comes last, 0.20 ± 0.03 nats a token behind." in story.sentence
-    assert story.sentence.endswith(
-        "As bare cuts the order is another one: greedy loses least, 1.00 ± 0.02 more than whole, "
-        "and taylor is 0.30 ± 0.04 nats a token behind."
-    )
-    assert [strip.name for strip in story.strips] == ["SmolLM2-135M without 4 layers, by taylor"]
-    assert [(step.name, step.loss.bare, step.more) for step in story.steps[1:]] == [
-        ("n = 4, patched", "3.900", "+0.300 ± 0.010")
+def test_speech_is_shown_in_every_state():
+    titles = [
+        title for title in tables(comparison_story(curve(), drawn=False)) if "Speech" in title
     ]
-    assert "1.35 times the perplexity of the whole model after a quick patch" in story.cost
-    lines = blocks(shown(turned()))["SmolLM2-135M", 4]
-    names = [line.split()[0] for line in lines]
-    assert names.index("taylor") < names.index("greedy")
-
-
-def test_what_cannot_be_patched_is_named_beside_the_ranking():
-    found = turned()
-    (bare,) = rows_of(compared(), criteria=("deepest",), sizes=(4,))
-    bare = replace(bare, patched=None, unpatched="there is no layer before the block")
-    story = comparison_story(replace(found, rows=(*found.rows, bare)), drawn=False)
-    said = (
-        "greedy comes last, 0.20 ± 0.03 nats a token behind; the cut of deepest cannot be patched"
-    )
-    assert said in story.sentence
-
-
-def test_the_same_order_in_both_states_is_said_with_its_ties():
-    found = turned()
-    rows = tuple(
-        replace(row, cut=replace(row.cut, regret=Estimate(regret, 0.1)))
-        for row in found.rows
-        for regret in [0.0 if row.criterion == "taylor" else 0.1]
-    )
-    story = comparison_story(replace(found, rows=rows), drawn=False)
-    said = "As bare cuts the same layers cost least; greedy cannot be told from them."
-    assert story.sentence.endswith(said)
-
-
-@pytest.mark.parametrize("judge", ["kl", "options"])
-def test_another_judge_ranks_bare_cuts_and_says_so(judge):
-    story = comparison_story(replace(turned(), judge=judge, unit="nats"), drawn=False)
-    assert f"greedy is best by {judge} as a bare cut: without layers" in story.sentence
-    unit = "nats of divergence" if judge == "kl" else "nats"
-    assert f"taylor comes last, 0.30 ± 0.04 {unit} behind." in story.sentence
-    assert story.sentence.endswith(
-        "After a quick patch the order is another one: taylor loses least, 0.30 ± 0.01 more than "
-        "whole, and greedy is 0.20 ± 0.03 nats a token behind."
-    )
-    assert "as a bare cut" in story.cost
-    assert story.steps[1].name == "n = 4"
-
-
-def test_the_judge_of_speech_is_said_in_plain_words(shown):
-    found = replace(turned(), judge="speech", unit="nats a token")
-    story = comparison_story(found, drawn=False)
-    said = "greedy diverges least from the whole model on its own words as a bare cut: without"
-    assert said in story.sentence
-    assert "taylor comes last, 0.30 ± 0.04 nats a token of divergence behind." in story.sentence
-    text = " ".join(shown(found, 300).split())
-    assert "Judge: speech, the divergence from the whole model on its own words, nats a" in text
-    assert " loss divergence regret " in text
-
-
-def test_a_cut_that_is_better_than_the_whole_has_no_bar_and_no_minus():
-    better = standing(3.5, (-0.092, 0.01), (0.0, 0.0))
-    story = comparison_story(turned(cut=better, patched=better), drawn=False)
-    assert "the loss is 0.09 ± 0.01 nats a token less than whole" in story.sentence
-    assert {step.share for step in story.steps} == {0}
-
-
-def test_cuts_that_were_not_patched_are_ranked_as_bare_cuts():
-    story = comparison_story(turned(patched=None), drawn=False)
-    assert "greedy loses least as a bare cut" in story.sentence
-    assert story.sentence.endswith("No row says how they compare after a patch.")
+    assert len(titles) == 3
+    row = curve().rows[0]
+    line = cells(curve(), titles[0])[row.n, row.criterion]
+    found = row.speech.of("acceptance")
+    assert f"{100 * found.mean:.1f} ± {100 * found.stderr:.1f}" in line.values()
+    loops = {way: {name: replace(of, sums=2.0 * of.weights) if name == "repetition" else of
+                   for name, of in scores.items()}
+             for way, scores in row.speech.scores.items()}  # fmt: skip
+    rows = [replace(one, speech=replace(one.speech, scores=loops)) if one is row else one
+            for one in (row, *curve().rows[1:])]  # fmt: skip
+    verdicts = [
+        line["verdict"] for line in cells(replace(curve(), rows=tuple(rows)), titles[0]).values()
+    ]
+    assert verdicts == ["repeats itself", *[""] * 7]
 
 
 @pytest.mark.parametrize("judge", ["loss", "kl"])
 def test_a_narrow_terminal_keeps_criteria_and_layers(whole, shown, judge):
-    text = shown(replace(whole, judge=judge, models=whole.models[:1]), 40)
+    text = shown(replace(whole, judge=judge), 40)
     assert max(map(len, text.splitlines())) <= 40
-    for lines in blocks(text).values():
-        criteria = {line.split()[0] for line in lines}
-        assert criteria >= set(COSTS)
-        found = re.findall(r"\[\d+, \d+\)", "\n".join(lines))
-        assert len(found) >= len(COSTS)
-        assert "\n".join(lines).count("[") >= len(COSTS)
+    assert all(re.search(rf"^ ?\d+ +{name}", text, re.MULTILINE) for name in COSTS)
     for row in whole.rows:
-        if row.model == whole.models[0].name:
-            assert all(one in text for one in re.findall(r"\[\d+, \d+\)", ranges(row.dropped)))
-
-
-def test_layers_are_ranges(shown):
-    row = replace(rows_of(compared())[0], dropped=(1, 3, 4, 5, 9))
-    text = shown(CriteriaComparison((compared(),), (row,)))
-    assert all(f" {one} " in text for one in ("[1, 2)", "[3, 6)", "[9, 10)"))
+        assert all(one in text for one in re.findall(r"\[\d+, \d+\)", ranges(row.dropped)))
 
 
 def test_it_says_what_was_measured_on_what(whole, shown):
     text = " ".join(shown(whole, 300).split())
-    assert (
-        "The loss of the whole model is 3.592 ± 0.021 nats a token, 0.333 of ln V, on 16,384"
-        in text
-    )
+    loss = "The loss of the whole model is 3.592 ± 0.021 nats a token, 0.333 of ln V, on 16,384"
+    assert loss in text
     assert "16,384 tokens of 64 texts; V = 49,152. It has 30 layers." in text
     assert "Judge: loss, nats a token; texts: 40 calibration, 24 selection, 64 test." in text
-    assert "n = 8: 27 % of the layers, 21 % of the parameters" in text
+    assert text.startswith("18 criteria on SmolLM2-135M")
 
 
-def test_parameters_that_differ_are_a_range(shown):
-    rows = rows_of(compared(), sizes=(4,))
-    rows[0] = replace(rows[0], parameters_share=0.05)
-    assert "5–11 % of the parameters" in shown(CriteriaComparison((compared(),), tuple(rows)))
-
-
-def test_failures_are_warnings_with_the_reason(whole, shown):
-    lines = shown(replace(whole, skipped={"taylor": "has no gradients"}), 300).splitlines()
-    (name, why), *_ = FAILURES.items()
-    assert f"warning: {name} could not be compared: {why}" in lines
-    assert "warning: taylor could not choose: has no gradients" in lines
-
-
-def test_models_that_all_failed_are_shown(shown):
-    text = shown(CriteriaComparison((), (), failures=FAILURES), 300)
-    assert "no/such-model could not be compared" in text
-    assert text.endswith("No criterion could be compared.\n")
+def test_what_is_recommended_says_by_what(whole):
+    said = "What is recommended was chosen by losses after a quick patch."
+    named = [replace(row, criterion="recommended") for row in rows_of(compared(), sizes=(1,))]
+    for found, there in ((whole, False), (one_of(named[:1]), True)):
+        story = comparison_story(found, drawn=False)
+        assert any(said in section.lines for section in story.sections) == there
+    assert story.title == "1 criterion on SmolLM2-135M"
 
 
 def test_taus_are_sorted_and_only_where_there_are_any(whole, shown):
-    one = replace(whole, models=whole.models[:1])
-    part = shown(one, 120).split("The order of single layers")[1].split("Kendall")[0]
+    part = shown(whole, 120).split("The order of single layers")[1].split("Kendall")[0]
     found = re.findall(r"^ (\w+) +([+-]\d\.\d\d) *$", part, re.MULTILINE)
     assert {name for name, _ in found} == set(COSTS) - {
         "greedy", "exhaustive", "evolution", "random",
@@ -258,71 +209,50 @@ def test_taus_are_sorted_and_only_where_there_are_any(whole, shown):
     assert "order of single" not in shown(replace(whole, rows=none))
 
 
-def test_several_calibration_texts_have_parts_of_their_own(shown):
-    rows = (*rows_of(compared()), *rows_of(compared(), "wikipedia"))
-    text = shown(CriteriaComparison((compared(),), rows))
-    assert max(map(len, text.splitlines())) <= 80
-    assert re.findall(r"SmolLM2-135M, chosen on (\w+): criteria", text) == ["c4", "wikipedia"]
-    assert len(re.findall(r"^n = 1:", text, re.MULTILINE)) == 2
-    assert len(re.findall(r"^ angular +[+-]\d\.\d\d *$", text, re.MULTILINE)) == 2
+def test_another_judge_has_its_score_beside_the_loss_of_bare_cuts(whole, shown):
+    rows = tuple(replace(row, score=Estimate(0.1 * row.n, 0.0123)) for row in whole.rows)
+    found = replace(whole, rows=rows, judge="kl")
+    assert "Judge: kl, the divergence from the whole model's next-token" in shown(found)
+    for (n, _), line in cells(found, TITLES["cut"]).items():
+        assert line["divergence"] == f"{0.1 * n:.3f} ± 0.012"
+        assert line["loss"]
+    patched = next(iter(cells(found, f"{TITLES['patched']} (one matrix a block)").values()))
+    assert "divergence" not in patched
 
 
-def test_another_judge_has_its_score_beside_the_loss(shown):
-    rows = tuple(
-        replace(row, score=Estimate(0.1 * row.cut.loss.mean, 0.0123)) for row in rows_of(compared())
-    )
-    text = shown(CriteriaComparison((compared(),), rows, judge="kl", unit="nats a token"))
-    assert "Judge: kl, the divergence from the whole model's next-token" in text
-    assert max(map(len, text.splitlines())) <= 80
-    for row in rows:
-        loss = row.cut.loss.mean
-        assert f"{row.score.mean:.3f} ± 0.012" in text
-        assert f"{loss:.3f}" in text or f"{loss:.2f}" in text
-
-
-def test_the_judge_of_options_shows_accuracy_and_chance(shown):
-    rows = tuple(replace(row, accuracy=0.437) for row in rows_of(compared()))
-    model = replace(compared(), accuracy=0.512, chance=0.25)
-    text = shown(CriteriaComparison((model,), rows, judge="options", unit="nats"))
-    assert max(map(len, text.splitlines())) <= 80
-    assert "Accuracy of the whole model 51.2 %; chance 25.0 %" in text
-    assert text.count("43.7 %") == len(rows)
-
-
-def test_what_is_not_known_is_a_dash_and_comes_last(shown):
-    nan = math.nan
-    rows = rows_of(compared(), sizes=(4,))
-    unknown = standing(nan, (nan, nan), (nan, nan))
-    rows[0] = replace(rows[0], cut=unknown, patched=None)
-    text = shown(CriteriaComparison((compared(),), tuple(rows)))
-    assert "nan" not in text
-    lines = blocks(text)["SmolLM2-135M", 4]
-    last = next(line for line in reversed(lines) if re.search(r"( s|min)$", line.rstrip()))
-    assert last.split()[0] == rows[0].criterion
-    assert last.count("–") >= 2
+def test_what_is_not_known_is_a_dash_and_comes_last(whole, shown):
+    unknown = Standing(UNKNOWN, UNKNOWN)
+    rows = [replace(row, standing=unknown) if row.criterion == "angular" else row
+            for row in whole.rows if row.n == 4]  # fmt: skip
+    assert "nan" not in shown(one_of(rows))
+    found = cells(one_of(rows), TITLES["cut"])
+    assert [*found][-1] == (4, "angular")
+    line = found[4, "angular"]
+    assert [line[name] for name in ("loss", "of ln V", "more than whole", "regret", "verdict")] == [
+        "–", "–", "–", "–", "",
+    ]  # fmt: skip
 
 
 def test_names_are_not_markup(shown):
-    row = replace(rows_of(compared())[0], criterion="my[bold]own")
     model = replace(compared(), name="m[red]")
-    row = replace(row, model="m[red]")
+    row = replace(rows_of(compared())[0], criterion="my[bold]own", model="m[red]")
     text = shown(CriteriaComparison((model,), (row,)))
     assert "my[bold]own" in text
-    assert "m[red]:" in text
+    assert "m[red]: what it loses" in text
 
 
 @pytest.mark.parametrize(
     ("forwards", "seconds", "expected"),
     [
         (0, 0.04, "0 0.0 s"), (999, 9.94, "999 9.9 s"), (1000, 9.96, "1k 10 s"),
-        (12_345, 99.4, "12.3k 99 s"), (999_499, 100, "999k 2 min"), (999_500, 5969, "1M 99 min"),
+        (12_345, 99.6, "12.3k 2 min"), (999_499, 119, "999k 2 min"), (999_500, 5969, "1M 99 min"),
         (4_560_000, 7200, "4.56M 2.0 h"), (2_000_000_000_000, 1e6, "2,000G 277.8 h"),
     ],
 )  # fmt: skip
-def test_costs_are_read_by_people(shown, forwards, seconds, expected):
-    row = replace(rows_of(compared())[0], layer_forwards=forwards, seconds=seconds)
-    text = shown(CriteriaComparison((compared(),), (row,)))
-    assert re.sub(r" +", " ", text).count(f" {expected}") == 1
+def test_costs_are_read_by_people(forwards, seconds, expected):
+    row = replace(rows_of(compared())[0], layer_forwards=forwards, choice_seconds=seconds)
+    (line,) = cells(one_of([row]), TITLES["cut"]).values()
+    assert f"{line['layer forwards']} {line['choice']}" == expected
 
 
 def test_the_table_of_criteria_has_their_words(printed):
@@ -330,47 +260,187 @@ def test_the_table_of_criteria_has_their_words(printed):
     assert re.search(r"odd +Odd first\. +Nothing\.", text)
 
 
-# CSV
-def test_every_row_is_a_line_with_all_fields(whole, tmp_path):
-    write_comparison(whole, tmp_path / "comparison.csv")
-    with (tmp_path / "comparison.csv").open(newline="", encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
-    assert list(found[0]) == [
-        "model", "texts", "criterion", "n", "dropped", "loss", "stderr", "difference",
-        "difference_stderr", "patched", "patched_stderr", "regret", "regret_stderr", "tied", "tau",
-        "layers_share", "parameters_share", "seconds", "layer_forwards", "score", "score_stderr",
-        "accuracy", "unpatched", "patched_difference", "patched_difference_stderr",
-        "patched_regret", "patched_regret_stderr", "patched_tied", "acceptance",
-        "acceptance_stderr", "repetition", "repetition_stderr", "experts",
+# The sentence: which cut is shown, and by which state cuts are ranked
+def turned(**standings):
+    """Two criteria of which the second is the best as cut, and the first after the patch."""
+    known = {
+        ("taylor", "cut"): standing(4.9, (1.3, 0.02), (0.3, 0.04)),
+        ("taylor", "patched"): standing(3.9, (0.3, 0.01), (0.0, 0.0)),
+        ("greedy", "cut"): standing(4.6, (1.0, 0.02), (0.0, 0.0)),
+        ("greedy", "patched"): standing(4.1, (0.5, 0.01), (0.2, 0.03)),
+    }
+    pair = rows_of(compared(), criteria=("greedy", "taylor"), sizes=(4,))
+    rows = [replace(row, standing=standings.get(row.state, known[row.criterion, row.state]))
+            for row in pair]  # fmt: skip
+    return one_of(rows)
+
+
+def test_cuts_are_ranked_after_the_patch_where_there_is_one():
+    story = comparison_story(turned(), drawn=False)
+    assert story.sentence.startswith(
+        "With 4 of 30 layers gone, taylor loses least after a quick patch (one matrix a block): "
+        "without layers "
+    )
+    assert "the loss is 0.30 ± 0.01 nats a token more than whole" in story.sentence
+    assert "greedy comes last, 0.20 ± 0.03 nats a token behind." in story.sentence
+    assert story.sentence.endswith(
+        "As bare cuts the order is another one: greedy loses least, 1.00 ± 0.02 more than whole, "
+        "and taylor is 0.30 ± 0.04 nats a token behind."
+    )
+    assert [strip.name for strip in story.strips] == ["SmolLM2-135M without 4 layers, by taylor"]
+    assert [(step.name, step.loss.text, step.more, step.chosen) for step in story.steps] == [
+        ("whole", "3.592 ± 0.021", "", False),
+        ("cut", "4.900 ± 0.050", "+1.300 ± 0.020", False),
+        ("quick patch", "3.900 ± 0.050", "+0.300 ± 0.010", True),
+    ]
+    assert "1.35 times the perplexity of the whole model after a quick patch" in story.cost
+    assert story.cost.endswith("As a bare cut its loss is 4.900 ± 0.050 nats a token.")
+
+
+def test_a_size_without_any_cut_does_not_undo_the_ranking():
+    """Nor does a criterion that cannot be patched, which is named."""
+    (bare, patched) = rows_of(compared(), criteria=("deepest",), sizes=(4,))
+    why = {"standing": None, "failed": UNPATCHED}
+    more = (bare, replace(patched, **why), replace(bare, n=9, **why), replace(patched, n=9, **why))
+    found = turned()
+    story = comparison_story(replace(found, rows=(*found.rows, *more)), drawn=False)
+    said = (
+        "greedy comes last, 0.20 ± 0.03 nats a token behind; the cut of deepest cannot be patched."
+    )
+    assert said in story.sentence
+
+
+def test_the_same_order_in_both_states_is_said_with_its_ties():
+    rows = tuple(
+        replace(row, standing=replace(row.standing, regret=Estimate(regret, 0.1)))
+        if row.state == "cut" else row
+        for row in turned().rows
+        for regret in [0.0 if row.criterion == "taylor" else 0.1]
+    )  # fmt: skip
+    story = comparison_story(one_of(rows), drawn=False)
+    said = "As bare cuts the same layers cost least; greedy cannot be told from them."
+    assert story.sentence.endswith(said)
+
+
+@pytest.mark.parametrize("judge", ["kl", "options", "speech"])
+def test_another_judge_ranks_bare_cuts_and_says_so(shown, judge):
+    found = replace(turned(), judge=judge, unit="nats")
+    story = comparison_story(found, drawn=False)
+    leads = f"is best by {judge}"
+    if judge == "speech":
+        leads = "diverges least from the whole model on its own words"
+        said = "Judge: speech, the divergence from the whole model on its own words, nats"
+        assert said in " ".join(shown(found, 300).split())
+    assert f"greedy {leads} as a bare cut: without layers" in story.sentence
+    unit = "nats" if judge == "options" else "nats of divergence"
+    assert f"taylor comes last, 0.30 ± 0.04 {unit} behind." in story.sentence
+    assert story.sentence.endswith(
+        "After a quick patch (one matrix a block) the order is another one: taylor loses least, "
+        "0.30 ± 0.01 more than whole, and greedy is 0.20 ± 0.03 nats a token behind."
+    )
+    assert "as a bare cut" in story.cost
+    assert [step.name for step in story.steps if step.chosen] == ["cut"]
+
+
+def test_what_is_not_lost_has_no_bar_and_no_minus():
+    """Of negative differences one had a full bar: it is negative as a share of a negative most."""
+    better = standing(3.5, (-0.092, 0.01), (0.0, 0.0))
+    story = comparison_story(turned(cut=better, patched=better), drawn=False)
+    assert "the loss is 0.09 ± 0.01 nats a token less than whole" in story.sentence
+    assert [step.share for step in story.steps] == [0, 0, 0]
+    worse = standing(3.792, (0.2, 0.01), (0.0, 0.0)), standing(3.692, (0.1, 0.01), (0.0, 0.0))
+    story = comparison_story(turned(cut=worse[0], patched=worse[1]), drawn=False)
+    assert [step.share for step in story.steps] == pytest.approx([0, 1, 0.5])
+
+
+def test_cuts_that_were_not_patched_are_ranked_as_bare_cuts():
+    bare = [row for row in turned().rows if row.state == "cut"]
+    story = comparison_story(one_of(bare), drawn=False)
+    assert "greedy loses least as a bare cut" in story.sentence
+    assert "taylor comes last, 0.30 ± 0.04 nats a token behind." in story.sentence
+    assert "patch" not in story.sentence
+
+
+@pytest.mark.parametrize(
+    ("settings", "long", "short"),
+    [
+        ({"patch": "quick"}, "quick patch (one matrix a block)", "quick patch"),
+        ({"patch": "full", "patch_tokens": 16_384}, "full patch on at most 16,384 tokens",
+         "full patch"),
+    ],
+)  # fmt: skip
+def test_the_patch_is_named_wherever_its_losses_are(settings, long, short):
+    found = replace(curve(sizes=(4, 8)), settings=settings)
+    rows = [row for row in found.rows if row.criterion == "angular" and row.state != "healed"]
+    story = comparison_story(replace(found, rows=tuple(rows)))
+    assert f"chosen by angular, after a {long}, the loss is" in story.sentence
+    assert f"after a {long}, 12 % of its layers" in story.cost
+    assert [step.name for step in story.steps] == ["whole", "cut", short]
+    assert len(tables(story)[f"Layers less, after a {long}"].rows) == 2
+    for drawing in story.drawings:
+        legend = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+        assert f"angular, {short}" in legend
+    healed = comparison_story(found, drawn=False)
+    (differs,) = (one for one in healed.sections if "Why" in one.title)
+    assert any(f"What is healed has a {long} first." in line for line in differs.lines)
+
+
+@pytest.mark.parametrize("worse", [0.1, 0.9])
+def test_the_headline_is_of_the_knee(worse):
+    """As `run` finds it, on the line through the best cuts."""
+    lost = {2: 0.05, 4: worse, 8: 1.0}
+    (row, _) = rows_of(compared(), criteria=("greedy",), sizes=(1,))
+    best = [replace(row, n=n, dropped=tuple(range(n)),
+                    standing=standing(3 + more, (more, 0.0), (0.0, 0.0)))
+            for n, more in lost.items()]  # fmt: skip
+    others = [replace(one, criterion="deepest", dropped=tuple(range(9, 9 + one.n)),
+                      standing=standing(6.0, (3.0, 0.1), (3.0 - lost[one.n], 0.1)))
+              for one in best]  # fmt: skip
+    found = knee({n: Difference(value, 0.0, 4) for n, value in lost.items()})
+    said = comparison_story(one_of([*others, *best]), drawn=False).sentence
+    assert said.startswith(f"With {found.n} of 30 layers gone, greedy loses least")
+    alone = comparison_story(one_of(best), drawn=False).sentence
+    assert alone.startswith(f"Without layers [0, {found.n})")
+
+
+def test_a_curve_says_up_to_where_its_tasks_hold():
+    story = comparison_story(curve(), drawn=False)
+    assert story.sentence.startswith("With 8 of 32 layers gone, angular loses least healed after")
+    assert "mmlu holds up to 25 % of layers" in story.sentence
+    assert "boolq holds up to 50 % of layers" in story.sentence
+    assert any("boolq is at chance already" in warning for warning in story.warnings)
+    assert [(step.name, step.chosen) for step in story.steps] == [
+        ("whole", False), ("cut", False), ("full patch", False), ("healed", True),
     ]  # fmt: skip
-    assert len(found) == len(whole.rows)
-    for line, row in zip(found, whole.rows, strict=True):
-        assert tuple(map(int, line["dropped"].split())) == row.dropped
-        assert float(line["loss"]) == row.cut.loss.mean
-        assert line["patched"] == ("" if row.patched is None else repr(row.patched.loss.mean))
-        assert line["tied"] == str(row.cut.tied).lower()
-        assert line["patched_tied"] == str(bool(row.patched and row.patched.tied)).lower()
-        assert (line["model"], line["criterion"], int(line["n"])) == (
-            row.model, row.criterion, row.n,
-        )  # fmt: skip
+    shown = next(row for row in curve().rows if (row.n, row.state) == (8, "healed"))
+    assert story.steps[-1].loss.value == shown.standing.loss.mean
+    saved = {fact.name: fact.value.value for fact in story.savings}
+    assert saved["a token's time, as forecast for an A100"] == shown.time_share
 
 
-def test_what_is_not_finite_is_an_empty_cell(tmp_path):
-    unknown = standing(math.nan, (0.1, 0.01), (math.inf, 0.01))
-    row = replace(rows_of(compared())[0], cut=unknown, model='a,"b"\nc')
-    write_comparison(CriteriaComparison((), (row,)), tmp_path / "a.csv")
-    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
-        (line,) = csv.DictReader(file)
-    assert (line["loss"], line["regret"], line["model"]) == ("", "", 'a,"b"\nc')
+# What could not be compared
+def test_failures_are_warnings_with_the_reason(whole, shown):
+    found = replace(whole, skipped={"taylor": "has no gradients"}, ended=False)
+    lines = shown(found, 300).splitlines()
+    (name, why), *_ = FAILURES.items()
+    assert f"warning: {name} could not be compared: {why}" in lines
+    assert "warning: taylor could not choose: has no gradients" in lines
+    warnings = comparison_story(found, drawn=False).warnings
+    assert warnings[0].startswith("the comparison is incomplete: 180 rows are measured; the same")
+    assert not any("incomplete" in one for one in comparison_story(whole, drawn=False).warnings)
 
 
-def test_a_comparison_without_rows_has_a_header(tmp_path):
-    write_comparison(CriteriaComparison((), ()), tmp_path / "a.csv")
-    assert (tmp_path / "a.csv").read_text().startswith("model,texts,criterion,n,dropped,loss,")
-    assert len((tmp_path / "a.csv").read_text().splitlines()) == 1
+def test_models_that_all_failed_are_shown(shown):
+    text = shown(CriteriaComparison((), (), failures=FAILURES), 300)
+    assert text.startswith("The layers of no/such-model")
+    assert "no/such-model could not be compared" in text
+    assert text.endswith("No criterion could be compared.\n")
 
 
-def test_a_place_that_cannot_be_written_is_named(whole, tmp_path):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(OutputError):
-        write_comparison(whole, tmp_path / "file" / "a.csv")
+def test_cuts_that_could_not_be_made_are_told():
+    failed = [
+        replace(row, standing=None, tasks=(), speech=None, failed="no") for row in curve().rows
+    ]
+    story = comparison_story(replace(curve(), rows=tuple(failed)))
+    assert story.sentence == "No criterion could be compared."
+    assert not story.drawings

@@ -1,7 +1,6 @@
 """The figures of a comparison: the front by its definition, and pictures that can be read."""
 
 import math
-import sys
 import warnings
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -13,67 +12,72 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from shallower import MissingExtraError, OutputError
 from shallower.reporting.charts.comparison import (
-    cost_charts,
-    draw_comparison,
     group_charts,
     groups_of,
-    loss_charts,
     styles_of,
 )
 from shallower.reporting.charts.plots import pareto_front
 from shallower.values.comparison import CriteriaComparison
 from shallower.values.scores import UNKNOWN
-from tests.reporting.comparisons import COSTS, compared, comparison, rows_of
+from tests.reporting.comparisons import COSTS, QUICK, compared, comparison, curve, rows_of
 
-FILES = [
-    f"{name}.{kind}"
-    for name in ("loss_over_dropped", "loss_over_dropped_patched", "regret_over_cost")
-    for kind in ("svg", "png")
-]
+NAMES = [
+    "criteria_against_loss", "loss_over_layers", "loss_over_layers_patched", "regret_over_cost",
+]  # fmt: skip
 
 
-def draw(found, folder):
-    """The pictures' paths by name; a warning of matplotlib fails the test."""
-    folder.mkdir(exist_ok=True)
+def charts(found, place=0):
+    """The figures of a model by their names; a warning of matplotlib fails the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return {path.name: path for path in draw_comparison(found, folder)}
+        return {one.name: one for one in group_charts(groups_of(found)[place], place)}
+
+
+def one_of(rows, model=None, **more):
+    return CriteriaComparison((model or compared(),), tuple(rows), settings=QUICK, **more)
 
 
 @pytest.fixture(scope="module")
 def small():
     """One model, six criteria, two sizes."""
-    model = compared()
     criteria = ("angular", "cosine", "one_shot", "greedy", "weights", "random")
-    return CriteriaComparison((model,), tuple(rows_of(model, criteria=criteria, sizes=(1, 8))))
+    return one_of(rows_of(compared(), criteria=criteria, sizes=(1, 8)))
 
 
 @pytest.fixture(scope="module")
-def drawn(small, tmp_path_factory):
-    """Its pictures' paths by name."""
-    return draw(small, tmp_path_factory.mktemp("drawn") / "small")
+def drawn(small):
+    """Its figures by name."""
+    return charts(small)
 
 
-def charts(found):
-    """The figures of the first model: losses as cut and patched, and regret over cost."""
-    group = groups_of(found)[0]
-    return [*loss_charts(group, 0), *cost_charts(group, 0)]
+@pytest.fixture(scope="module")
+def saved(drawn, tmp_path_factory):
+    """The folder of its figures as SVG and PNG."""
+    return save(drawn, tmp_path_factory.mktemp("saved"))
 
 
-def with_loss(row, loss):
-    """A row with another loss of the bare cut."""
-    return replace(row, cut=replace(row.cut, loss=replace(row.cut.loss, mean=loss)))
+def save(drawings, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in drawings.values():
+            one.save(folder)
+    return folder
 
 
-def with_regret(row, regret):
-    """A row with another regret of the bare cut."""
-    return replace(row, cut=replace(row.cut, regret=replace(row.cut.regret, mean=regret)))
+def changed(row, **means):
+    """A row with another mean of its loss, difference or regret."""
+    stands = {name: replace(getattr(row.standing, name), mean=mean) for name, mean in means.items()}
+    return replace(row, standing=replace(row.standing, **stands))
 
 
 def axes_of(drawing):
     return drawing.figure.axes[0]
+
+
+def legend_of(drawing):
+    (legend,) = drawing.figure.legends
+    return [text.get_text() for text in legend.get_texts()]
 
 
 # The front
@@ -102,12 +106,11 @@ def test_the_front_is_what_nothing_beats(points):
 
 
 # The pictures
-def test_all_figures_are_drawn_as_svg_and_png(drawn):
-    assert list(drawn) == FILES
-    folder = drawn[FILES[0]].parent
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-    for name in FILES[1::2]:
-        pixels = imread(drawn[name])
+def test_all_figures_are_drawn_as_svg_and_png(saved):
+    files = {f"{name}.{kind}" for name in NAMES for kind in ("svg", "png")}
+    assert {path.name for path in saved.iterdir()} == files
+    for name in NAMES[1:]:
+        pixels = imread(saved / f"{name}.png")
         assert pixels.shape[1] == (1011 if matplotlib.__version_info__ < (3, 11) else 1012)
         assert (pixels[0, :, :3] > 0.99).all()
         colours = (pixels[..., :3] * 255).round().astype(int) @ [1 << 16, 1 << 8, 1]
@@ -117,31 +120,30 @@ def test_all_figures_are_drawn_as_svg_and_png(drawn):
             assert near.sum() > 50
 
 
-def test_the_same_comparison_gives_the_same_bytes(small, drawn, tmp_path):
+def test_the_same_comparison_gives_the_same_bytes(small, saved, tmp_path):
     """And leaves the settings of matplotlib as they were."""
     before = dict(matplotlib.rcParams)
-    again = draw(small, tmp_path)
+    save(charts(small), tmp_path)
     assert dict(matplotlib.rcParams) == before
-    for name in FILES:
-        assert drawn[name].read_bytes() == again[name].read_bytes()
+    for path in saved.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
-def test_svgs_say_in_words_what_they_show(drawn):
-    for name in FILES[::2]:
-        text = drawn[name].read_text()
+def test_svgs_say_in_words_what_they_show(saved):
+    for name, said in zip(NAMES, ("truly loses", "Loss divided by", "quick patch", "Mean regret"),
+                          strict=True):  # fmt: skip
+        text = (saved / f"{name}.svg").read_text()
         ET.fromstring(text)
-        assert "nats" in text or "regret" in text
+        assert said in text
         assert "<dc:date>" not in text
-    assert "Loss in nats a token over the share of layers" in drawn[FILES[0]].read_text()
-    assert "Mean regret of each criterion" in drawn[FILES[4]].read_text()
 
 
 def test_every_criterion_is_named_once_in_the_legend():
-    for drawing in charts(comparison((compared(),))):
-        (legend,) = drawing.figure.legends
-        names = {text.get_text() for text in legend.get_texts()}
-        assert names - {"value above axis"} == set(COSTS)
-        assert len(legend.get_texts()) == len(names)
+    drawings = charts(comparison((compared(),)))
+    for name in NAMES[1:]:
+        names = [one for one in legend_of(drawings[name]) if one != "value above axis"]
+        assert set(names) == set(COSTS) - ({"random"} if name == NAMES[3] else set())
+        assert len(names) == len(set(names))
 
 
 def test_no_two_criteria_look_alike():
@@ -150,146 +152,167 @@ def test_no_two_criteria_look_alike():
     assert len(set(styles_of([*(f"own_{i}" for i in range(10)), "angular"]).values())) == 11
 
 
-def test_losses_are_drawn_over_the_share_of_layers(small):
-    rows = [row for row in small.rows if row.criterion == "greedy"]
-    for drawing, state in zip(charts(small), ("cut", "patched"), strict=False):
-        losses = [getattr(row, state).loss for row in rows]
-        wanted = [[row.layers_share, one.mean] for row, one in zip(rows, losses, strict=True)]
-        drawn = [line.get_xydata() for line in axes_of(drawing).lines]
-        assert any(np.array_equal(data, wanted) for data in drawn)
-        whole = small.models[0].whole.nats
-        assert any(set(line.get_ydata()) == {whole} for line in axes_of(drawing).lines)
-        stderrs = {one.stderr for one in losses}
-        numbers = [row[-1] for row in drawing.numbers if row[0] == "greedy"]
-        assert all(any(f"± {stderr:.3f}" in one for stderr in stderrs) for one in numbers)
+@pytest.mark.parametrize(
+    "criteria",
+    [("angular", "block_influence", "greedy"), ("cka", "cosine"),
+     ("recommended", "angular", "deepest"), ("best_plan", "angular", "recommended")],
+)  # fmt: skip
+def test_few_criteria_have_colours_of_their_own(criteria):
+    colours = [colour for colour, _ in styles_of(criteria).values()]
+    assert len(set(colours)) == len(criteria)
+
+
+# What lies where
+def test_losses_are_drawn_over_the_share_of_layers(small, drawn):
+    whole = small.models[0].whole
+    for name, state in zip(NAMES[1:3], ("cut", "patched"), strict=True):
+        rows = [row for row in small.rows if (row.criterion, row.state) == ("greedy", state)]
+        wanted = [(0.0, whole.normalized)]
+        wanted += [(row.layers_share, row.standing.loss.mean / math.log(49152)) for row in rows]
+        lines = axes_of(drawn[name]).lines
+        assert any(np.allclose(line.get_xydata(), wanted) for line in lines
+                   if line.get_xydata().shape == (3, 2))  # fmt: skip
+        assert any(set(line.get_ydata()) == {whole.normalized} for line in lines)
+        stderrs = [row.standing.loss.stderr / math.log(49152) for row in rows]
+        numbers = [row[-1] for row in drawn[name].numbers if row[0] == "greedy"]
+        assert [one.split(" ± ")[1] for one in numbers[1:]] == [f"{one:.3f}" for one in stderrs]
 
 
 def test_losses_above_a_guess_are_triangles():
-    model = compared()
-    guess = math.log(model.whole.vocab_size)
-    rows = rows_of(model, criteria=("angular", "random"), sizes=(1, 8))
-    rows = [with_loss(row, 40.0 if row.n == 8 else 4.0) for row in rows]
-    rows[-1] = with_loss(rows[-1], math.inf)
-    axes = axes_of(charts(CriteriaComparison((model,), tuple(rows)))[0])
-    assert axes.get_ylim()[1] == guess
-    at_the_edge = [
-        line for line in axes.lines if line.get_marker() == "^" and len(line.get_xdata())
-    ]
-    assert sum(np.isclose(line.get_ydata(), guess).sum() for line in at_the_edge) == 2
+    rows = rows_of(compared(), criteria=("angular", "random"), sizes=(1, 8))
+    rows = [changed(row, loss=40.0 if row.n == 8 else 4.0) for row in rows]
+    rows[0] = changed(rows[0], loss=math.inf)
+    drawing = charts(one_of(rows))["loss_over_layers"]
+    axes = axes_of(drawing)
+    assert axes.get_ylim()[1] <= 1
+    labels = [text for text in axes.texts if text.get_text() == f"{40 / math.log(49152):.3f}"]
+    assert labels
+    assert all(one.xy[1] == axes.get_ylim()[1] for one in labels)
+    assert legend_of(drawing).count("value above axis") == 1
+    assert "A triangle at the upper edge" in drawing.text
+    line = next(one for one in axes.lines if one.get_label() == "random, cut")
+    assert line.get_ydata()[-1] == 40 / math.log(49152)  # leaves by the upper edge, where it goes
 
 
 def test_a_cut_that_is_better_than_the_whole_model_is_in_sight():
     rows = rows_of(compared(), criteria=("angular",))
-    rows[0] = with_loss(rows[0], 2.5)
-    axes = axes_of(charts(CriteriaComparison((compared(),), tuple(rows)))[0])
-    assert axes.get_ylim()[0] < 2.5
+    rows[0] = changed(rows[0], loss=2.5)
+    axes = axes_of(charts(one_of(rows))["loss_over_layers"])
+    assert axes.get_ylim()[0] < 2.5 / math.log(49152)
+
+
+def test_states_of_few_criteria_are_in_one_figure_by_their_style():
+    drawings = charts(curve())
+    assert list(drawings) == [
+        "criteria_against_loss", "loss_over_layers", "loss_over_time", "task_0", "task_1",
+        "acceptance", "regret_over_cost",
+    ]  # fmt: skip
+    for name in [*drawings][1:-1]:
+        lines = {line.get_label(): line for line in axes_of(drawings[name]).lines}
+        styles = {"cut": (4, 2), "full patch": None, "healed": (1.2, 1.6)}
+        for criterion in ("angular", "deepest"):
+            drawn = [lines[f"{criterion}, {state}"] for state in styles]
+            dashes = [line._unscaled_dash_pattern[1] for line in drawn]
+            assert dashes == [*styles.values()]
+            assert len({line.get_color() for line in drawn}) == 1
+    assert axes_of(drawings["task_0"]).texts[0].get_text() == "whole model"
+
+
+@pytest.mark.parametrize(("factors", "is_one"), [((0.8, 0.8), True), ((0.8, 0.5), False)])
+def test_parameters_have_a_figure_where_layers_are_of_several_sizes(factors, is_one):
+    rows = [
+        replace(one, parameters_share=one.layers_share * factors[one.n > 8]) for one in curve().rows
+    ]
+    names = charts(replace(curve(), rows=tuple(rows)))
+    assert ("loss_over_parameters" not in names) == is_one
 
 
 def test_a_criterion_that_was_never_patched_has_no_line():
-    rows = tuple(
-        replace(row, patched=None) if row.criterion == "random" else row
-        for row in rows_of(compared(), criteria=("angular", "random"))
-    )
-    patched = charts(CriteriaComparison((compared(),), rows))[1]
-    assert {row[0] for row in patched.numbers} == {"angular"}
+    rows = [
+        replace(row, standing=None, failed="no")
+        if (row.criterion, row.state) == ("random", "patched") else row
+        for row in rows_of(compared(), criteria=[*[*COSTS][:4], "random"])
+    ]  # fmt: skip
+    patched = charts(one_of(rows))["loss_over_layers_patched"]
+    assert {row[0] for row in patched.numbers} == {*[*COSTS][:4]}
 
 
+# The order
 def test_the_front_is_named():
     found = comparison()
-    for group in groups_of(found):
-        (drawing,) = cost_charts(group, 0)
+    for place, group in enumerate(groups_of(found)):
+        drawing = charts(found, place)[f"regret_over_cost{'_2' if place else ''}"]
         named = {name for text in axes_of(drawing).texts for name in text.get_text().split(", ")}
         front = pareto_front(group.means())
         assert named == set(front)
         assert [row[0] for row in drawing.numbers if row[3] == "yes"] == front[::-1]
 
 
-def test_points_are_means_over_all_sizes(small):
-    axes = axes_of(charts(small)[2])
-    drawn = [tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xydata()) == 1]
+def test_points_are_means_over_all_sizes(small, drawn):
+    axes = axes_of(drawn["regret_over_cost"])
+    points = [tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xydata()) == 1]
     for criterion in ("greedy", "weights"):
-        rows = [row for row in small.rows if row.criterion == criterion]
+        rows = [row for row in small.rows if (row.criterion, row.state) == (criterion, "patched")]
         mean = (
             sum(row.layer_forwards for row in rows) / 2,
-            sum(row.patched.regret.mean for row in rows) / 2,
+            sum(row.standing.regret.mean for row in rows) / 2,
         )
-        assert mean in drawn
-    assert min(x for x, _ in drawn) == 0
+        assert mean in points
+    assert min(x for x, _ in points) == 0
     assert axes.get_xlim()[0] < 0
 
 
 def test_figures_are_ranked_as_the_headline(small):
     """By the regret after the patch; by that of the judge where another one judges."""
-    turned = tuple(with_regret(row, 9 - row.patched.regret.mean) for row in small.rows)
-    ranked = ("loss", "after a quick patch", ""), ("kl", "as bare cuts", " of divergence")
-    for judge, state, of in ranked:
-        group = groups_of(replace(small, rows=turned, judge=judge))[0]
-        means = {
-            name: sum(row.patched.regret.mean for row in group.of(name))
-            for name in group.by_regret()
-        }
+    regrets = {(row.criterion, row.n): row.standing.regret.mean
+               for row in small.rows if row.state == "patched"}  # fmt: skip
+    rows = [changed(row, regret=9 - regrets[row.criterion, row.n]) if row.state == "cut" else row
+            for row in small.rows]  # fmt: skip
+    when = "after a quick patch (one matrix a block)"
+    for judge, state, words, of in (
+        ("loss", "patched", when, ""), ("kl", "cut", "as bare cuts", " of divergence"),
+    ):  # fmt: skip
+        found = replace(small, rows=tuple(rows), judge=judge)
+        group = groups_of(found)[0]
+        means = {name: sum(regrets[name, n] for n in (1, 8)) for name in group.by_regret()}
         assert sorted(means, key=means.get, reverse=judge == "kl") == list(means)
-        dots, *_, costs = group_charts(group, 0)
-        assert dots.title.startswith(f"What each criterion's choice truly loses {state}")
-        assert costs.head[2] == f"regret {state}, nats a token{of}"
-        for row in small.rows:
-            shown = (row.patched if judge == "loss" else row.cut).difference.mean
-            (told,) = [cells[-1] for cells in dots.numbers
-                       if cells[:2] == (row.criterion, f"n = {row.n}")]  # fmt: skip
-            assert told.startswith(f"{shown:.3f} ± ")
+        dots, *_, costs = charts(found).values()
+        assert dots.title.startswith(f"What each criterion's choice truly loses {words}")
+        assert costs.head[2] == f"regret, nats a token{of}"
+        assert costs.title.startswith(f"Mean regret {words} over n = 1, 8, ")
+        told = {row[:2]: row[-1] for row in dots.numbers}
+        for row in rows:
+            if row.state == state:
+                shown = f"{row.standing.difference.mean:.3f} ± "
+                assert told[row.criterion, f"n = {row.n}"].startswith(shown)
 
 
 def test_a_criterion_without_all_sizes_has_no_mean(small):
-    rows = [r for r in small.rows if (r.criterion, r.n) != ("greedy", 8)]
-    drawing = charts(replace(small, rows=tuple(rows)))[2]
+    rows = [row for row in small.rows if (row.criterion, row.n) != ("greedy", 8)]
+    drawing = charts(replace(small, rows=tuple(rows)))["regret_over_cost"]
     assert "greedy" not in {row[0] for row in drawing.numbers}
-    nothing = [
-        replace(with_regret(row, math.nan), patched=replace(row.patched, regret=UNKNOWN))
-        for row in small.rows
-    ]
-    assert len(charts(replace(small, rows=tuple(nothing)))) == 2
+    unknown = [replace(row, standing=replace(row.standing, regret=UNKNOWN)) for row in small.rows]
+    assert "regret_over_cost" not in charts(replace(small, rows=tuple(unknown)))
 
 
-def test_several_calibration_texts_have_figures_of_their_own(tmp_path, monkeypatch):
-    """Of which the words alone are written."""
-    place = "shallower.reporting.charts.drawing.render"
-    monkeypatch.setattr(place, lambda _figure, _kind, *, title, text: f"{title}: {text}".encode())
-    model = compared()
-    few = {"criteria": ("angular",), "sizes": (1, 4)}
-    rows = (*rows_of(model, **few), *rows_of(model, "wikipedia", **few))
-    found = draw(CriteriaComparison((model,), rows), tmp_path)
-    more = [f"{name.split('.')[0]}_2.{name.split('.')[1]}" for name in FILES]
-    assert list(found) == [*FILES, *more]
-    assert "chosen on wikipedia" in found["regret_over_cost_2.svg"].read_text()
+def test_several_calibration_texts_have_figures_of_their_own():
+    few = {"criteria": ("angular", "cka"), "sizes": (1, 4)}
+    rows = (*rows_of(compared(), **few), *rows_of(compared(), "wikipedia", **few))
+    first, second = (charts(one_of(rows), place) for place in (0, 1))
+    assert list(second) == [f"{name}_2" for name in first]
+    assert "chosen on wikipedia" in second["regret_over_cost_2"].title
 
 
 @pytest.mark.parametrize("sizes", [(1,), pytest.param((1, 2), marks=pytest.mark.slow)])
-def test_a_single_criterion_can_be_drawn_and_names_are_no_formulas(tmp_path, sizes):
+def test_a_single_criterion_is_only_a_line_and_names_are_no_formulas(tmp_path, sizes):
     """What stands between dollars would be set as mathematics."""
     model = compared("a$\\frac{b$")
     rows = rows_of(model, criteria=("deepest",), sizes=sizes)
-    rows = tuple(replace(row, criterion="own$^{$") for row in rows)
-    assert list(draw(CriteriaComparison((model,), rows), tmp_path)) == FILES
+    drawings = charts(one_of([replace(row, criterion="own$^{$") for row in rows], model))
+    assert list(drawings) == ["loss_over_layers"]
+    assert (save(drawings, tmp_path) / "loss_over_layers.svg").is_file()
 
 
-def test_nothing_compared_is_nothing_drawn(tmp_path):
-    assert draw(CriteriaComparison((), (), failures={"a": "why"}), tmp_path) == {}
-    assert draw(CriteriaComparison((compared(),), ()), tmp_path) == {}
-
-
-def test_a_place_that_cannot_be_written_is_named(small, tmp_path):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(OutputError):
-        draw_comparison(small, tmp_path / "file")
-
-
-def test_without_matplotlib_the_extra_is_named(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match=r"shallower\[figures\]"):
-        draw_comparison(small, tmp_path)
-
-
-@pytest.mark.parametrize("criteria", [("angular", "block_influence", "greedy"), ("cka", "cosine")])
-def test_few_criteria_have_colours_of_their_own(criteria):
-    colours = [colour for colour, _ in styles_of(criteria).values()]
-    assert len(set(colours)) == len(criteria)
+def test_nothing_compared_is_nothing_drawn():
+    assert groups_of(CriteriaComparison((), (), failures={"a": "why"})) == []
+    assert groups_of(one_of(())) == []

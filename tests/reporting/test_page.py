@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from shallower.reporting.stories.curve import curve_story
+from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.story import (
     Fact,
     Number,
@@ -21,7 +21,8 @@ from shallower.reporting.story import (
 )
 from shallower.reporting.writers.markdown import to_markdown
 from shallower.reporting.writers.page import to_html
-from tests.reporting.stories import HOSTILE, curve
+from tests.reporting.comparisons import curve
+from tests.reporting.stories import HOSTILE
 
 
 def story(word="plain"):
@@ -91,7 +92,7 @@ def test_hostile_words_make_no_element():
 @pytest.fixture(scope="module")
 def told():
     """The story of a curve of a hostile model, and its page."""
-    story = curve_story(curve(model=HOSTILE))
+    story = comparison_story(curve(HOSTILE))
     return story, to_html(story)
 
 
@@ -149,6 +150,8 @@ def test_figures_have_the_colours_and_fonts_of_the_page(told):
 def test_what_json_has_not_is_null_and_what_is_long_is_left_out():
     data = story().to_json()["data"]
     assert data == {"words": "plain", "x": None}
+    spoken = {"acceptance": 0.5, "by_prompt": {"scores": [0.5]}}
+    assert without_items([spoken]) == [{"acceptance": 0.5}]
     healing = {"recipe": {"steps": 60}, "steps": [{"step": 0, "loss": 4.0}] * 60}
     assert without_items(healing) == {"recipe": {"steps": 60}}
 

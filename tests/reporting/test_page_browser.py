@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from shallower.runs.report import report
-from tests.reporting.comparisons import compared, comparison
-from tests.reporting.stories import HOSTILE, curve, made_run, write
+from tests.reporting.comparisons import compared, comparison, curve
+from tests.reporting.stories import HOSTILE, made_run, write
+from tests.reporting.test_models import several
 
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and os.environ.get("CI") != "true":
@@ -37,7 +38,8 @@ def pages(tmp_path_factory):
     made_run(folder / "run")
     made_run(folder / "hostile", 18, name=HOSTILE, prompt=HOSTILE)
     write(folder / "comparison", "comparison.json", comparison(models=(compared(),)))
-    write(folder / "curve", "curve.json", curve(), command="shallower curve MODEL --out CURVE")
+    write(folder / "curve", "comparison.json", curve(), command="shallower curve MODEL --out CURVE")
+    write(folder / "several", "comparison.json", several())
     return {path.name: report(path) for path in folder.iterdir()}
 
 
@@ -64,13 +66,13 @@ def opened(browser, pages):
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 
-@pytest.mark.parametrize("kind", ["run", "comparison", "curve"])
+@pytest.mark.parametrize("kind", ["run", "comparison", "curve", "several"])
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
 def test_a_page_can_be_read(opened, kind, width, scheme):
     page = opened(kind, width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     figures = page.locator(".drawing svg").all()
-    assert len(figures) >= {"run": 5, "comparison": 2, "curve": 3}[kind]
+    assert len(figures) >= {"run": 5, "comparison": 2, "curve": 3, "several": 9}[kind]
     for figure in figures:
         box = figure.bounding_box()
         assert box["width"] > 250
@@ -88,7 +90,7 @@ def test_a_page_can_be_read(opened, kind, width, scheme):
     assert ((paper, ink) == dark) == (scheme == "dark")
 
 
-@pytest.mark.parametrize("kind", ["run", "comparison", "curve"])
+@pytest.mark.parametrize("kind", ["run", "comparison", "curve", "several"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(opened, kind, scheme):
     page = opened(kind, 375 if scheme == "dark" else 1280, color_scheme=scheme)
@@ -183,7 +185,7 @@ def test_bars_of_the_cost_have_one_length_and_say_what_they_show(opened):
         assert "extra loss" in page.locator(".unit").inner_text()
 
 
-@pytest.mark.parametrize("kind", ["run", "comparison", "curve"])
+@pytest.mark.parametrize("kind", ["run", "comparison", "curve", "several"])
 def test_numbers_stand_below_one_another(opened, kind):
     page = opened(kind)
     page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from shallower import Block, Plan, RejectedSamplesWarning, analyse_states
 from shallower.reporting.stories import stages
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.reporting.stories.curve import curve_story
 from shallower.reporting.stories.evaluation import evaluation_parts
 from shallower.reporting.stories.gain import gain_table
 from shallower.reporting.stories.stages import (
@@ -26,8 +25,8 @@ from shallower.values.counts import with_error
 from shallower.values.gain import MeasuredGain
 from shallower.values.layers import ranges
 from shallower.values.scores import Difference
-from tests.reporting.comparisons import comparison
-from tests.reporting.stories import curve, loss, made_run
+from tests.reporting.comparisons import compared, comparison, curve
+from tests.reporting.stories import loss, made_run
 from tests.values.test_gain import gain
 from tests.values.test_verification import GIVEN_UP, LOSER, LOST_EARLY, TIE, WINNER, verified
 
@@ -102,8 +101,9 @@ def test_layers_are_broken_between_ranges_only(printed):
 def every_table(folder):
     """The main table of every command that has one."""
     run = made_run(folder)
-    curve_of = curve_story(curve(), command="", drawn=False)
-    compared_of = comparison_story(comparison(), command="", drawn=False)
+    curve_of = comparison_story(curve(), drawn=False)
+    compared_of = comparison_story(comparison((compared(),)), drawn=False)
+    several_of = comparison_story(comparison(), drawn=False)
     return {
         "scan": scan_table(run.scan),
         "race": candidates_table(run.recommended.verified),
@@ -111,13 +111,14 @@ def every_table(folder):
         "plan": plan_table(Plan(30, (Block(2, 4, 0.25, 0.125), Block(7, 8)), metric="angular")),
         "curve": next(table for part in curve_of.sections for table in part.tables),
         "compare": next(table for part in compared_of.sections for table in part.tables),
+        "several": several_of.sections[0].tables[1],
     }
 
 
 @pytest.mark.parametrize("width", [40, 60])
 @pytest.mark.parametrize(
     "name",
-    ["scan", "race", "gain", "plan", "curve", "compare"],
+    ["scan", "race", "gain", "plan", "curve", "compare", "several"],
 )
 def test_a_narrow_terminal_shows_layers_and_numbers_whole(printed, tmp_path, name, width):
     table = every_table(tmp_path)[name]

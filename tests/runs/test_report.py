@@ -16,15 +16,14 @@ import shallower as sh
 from shallower import OutputError
 from shallower.reporting.results import Run
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.reporting.stories.curve import curve_story
 from shallower.reporting.stories.run import UNFINISHED, run_story
 from shallower.reporting.words import layer_words
 from shallower.runs import report as reports
 from shallower.runs.report import read_story, report
 from shallower.savings.weights import count_weights
 from shallower.values.scores import Difference
-from tests.reporting.comparisons import comparison
-from tests.reporting.stories import curve, loss, made_run, write
+from tests.reporting.comparisons import comparison, curve
+from tests.reporting.stories import loss, made_run, write
 
 
 @pytest.fixture(scope="module")
@@ -118,41 +117,23 @@ def test_without_matplotlib_a_page_with_figures_stays(made, tmp_path, monkeypatc
     assert page.read_bytes() == before
 
 
-# Curves and comparisons.
-def test_a_curve_is_told_where_it_holds(tmp_path):
-    write(tmp_path, "curve.json", curve(), command="shallower curve X")
-    story = read_story(tmp_path, drawn=True)
-    assert story.kind == "curve"
-    assert story.sentence.startswith("Without layers [20, 28), 25 % of layers, chosen by sim")
-    assert "mmlu holds up to 25 % of layers" in story.sentence
-    assert "boolq holds up to 50 % of layers" in story.sentence
-    assert any("boolq is at chance already" in warning for warning in story.warnings)
-    assert any(warning.startswith("n = 20, deepest, patched: ") for warning in story.warnings)
-    names = [drawing.name for drawing in story.drawings]
-    assert names == ["loss_over_layers", "loss_over_time", "task_0", "task_1"]
+# Comparisons.
+@pytest.mark.parametrize(("found", "what"), [(comparison, "compare"), (curve, "curve")])
+def test_a_comparison_is_read_from_its_file(tmp_path, found, what):
+    command = f"shallower {what} X"
+    write(tmp_path, "comparison.json", found(), command=command)
+    story = read_story(tmp_path, drawn=False)
+    assert story.kind == "comparison"
+    told = comparison_story(found(), command=command, folder=tmp_path.name, drawn=False)
+    assert replace(story, data={}) == replace(told, data={})
     (again,) = (section for section in story.sections if section.title == "Make it again")
-    assert again.commands[0] == "shallower curve X"
-    shown = curve().line("similarity", "healed")[2]
-    assert story.steps[-1].loss.value == shown.loss.nats
-    saved = {fact.name: fact.value.value for fact in story.savings}
-    assert saved["a token's time, as forecast for an A100"] == shown.time_share
-
-
-def test_a_curve_of_nothing_but_the_whole_model_is_told():
-    one = curve()
-    story = curve_story(replace(one, points=one.points[:1]))
-    assert story.sentence == "No cut of this model could be measured."
-    assert story.drawings == ()
+    assert again.commands[0] == command
 
 
 def test_what_has_not_ended_says_so_first(made):
     done, _ = made
     assert UNFINISHED not in told(done).warnings
     assert told(replace(done, marks={})).warnings[0] == UNFINISHED
-    one = curve()
-    assert not any("not ended" in warning for warning in curve_story(one).warnings)
-    part = curve_story(replace(one, points=one.points[:7]))
-    assert part.warnings[0].startswith("the curve has not ended: 6 of 24 points are measured")
 
 
 @pytest.mark.parametrize(
@@ -182,48 +163,17 @@ def test_what_is_left_is_a_saving_only_where_it_is_less(tmp_path, source, left, 
         assert f"shallower prune {source[0]} --drop 12:16 --as-gguf" in found[0]
 
 
-def test_a_curve_of_cuts_that_could_not_be_made_is_told():
-    one = curve()
-    failed = [replace(point, loss=None, tasks=(), failed="no") for point in one.points[1:]]
-    story = curve_story(replace(one, points=(one.whole, *failed)))
-    assert not any(drawing.name.startswith("task") for drawing in story.drawings)
-
-
 def test_a_small_model_is_named_on_every_page():
-    small, one, two = {"parameters": 134_515_008}, curve(), comparison()
-    models = tuple(replace(model, **small, dtype="bfloat16") for model in two.models)
-    two = replace(two, models=models, max_length=256, versions={"torch": "2.15.0"})
-    for story in (curve_story(replace(one, settings=small)), comparison_story(two, drawn=False)):
-        assert any("the model is small, 135 million" in warning for warning in story.warnings)
-    assert not any("is small" in warning for warning in curve_story(one).warnings)
+    small, found = {"parameters": 134_515_008}, comparison()
+    models = tuple(replace(model, **small, dtype="bfloat16") for model in found.models)
+    found = replace(found, models=models, max_length=256, versions={"torch": "2.15.0"})
+    story = comparison_story(found, drawn=False)
+    assert any("the model is small, 135 million" in warning for warning in story.warnings)
+    large = comparison_story(curve(), drawn=False)
+    assert not any("is small" in warning for warning in large.warnings)
     facts = [fact.value for section in story.sections for fact in section.facts]
     assert {"bfloat16", "2.15.0"} <= {fact for fact in facts if isinstance(fact, str)}
     assert any("at most 256 tokens" in line for line in story.sections[-1].lines)
-
-
-def test_a_comparison_is_told_by_its_best_and_its_ties(tmp_path):
-    compared = comparison(failures={"lost": "no such model"})
-    write(tmp_path, "comparison.json", compared)
-    story = read_story(tmp_path, drawn=True)
-    assert story.kind == "comparison"
-    model = compared.models[0]
-    rows = [row for row in compared.rows if (row.model, row.n) == (model.name, 12)]
-    patched = [row for row in rows if row.patched is not None]
-    best, *_, worst = sorted(patched, key=lambda row: row.patched.regret.mean)
-    assert story.sentence.startswith(
-        f"With 12 of 30 layers gone, {best.criterion} loses least after a quick patch"
-    )
-    assert f"{worst.criterion} comes last" in story.sentence
-    assert story.warnings[0] == "lost could not be compared: no such model"
-    assert len(story.strips) == 2
-    assert story.strips[0].dropped == best.dropped
-    saved = {fact.name: fact.value.value for fact in story.savings}
-    assert saved == {"layers": best.layers_share, "parameters": best.parameters_share}
-
-
-def test_a_comparison_of_nothing_is_told():
-    story = comparison_story(comparison(models=(), failures={"lost": "no such model"}))
-    assert story.sentence == "No criterion could be compared."
 
 
 # Warnings.
@@ -319,10 +269,10 @@ def test_a_folder_without_results_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the page has no figures")
-@pytest.mark.parametrize("name", ["curve.json", "README.md"])
+@pytest.mark.parametrize("name", ["comparison.json", "README.md"])
 def test_results_and_words_of_others_are_not_replaced(tmp_path, monkeypatch, name):
     monkeypatch.setattr(reports, "find_spec", lambda _: None)  # without figures
-    write(tmp_path, "curve.json", curve())
+    write(tmp_path, "comparison.json", curve())
     (tmp_path / "README.md").write_text("A card.")
     before = (tmp_path / name).read_bytes()
     with pytest.raises(OutputError, match=rf"{name} is there already, and no page has written it"):
@@ -332,7 +282,7 @@ def test_results_and_words_of_others_are_not_replaced(tmp_path, monkeypatch, nam
     assert report(tmp_path) == report(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["results.json", "comparison.json", "curve.json", "gain.json"])
+@pytest.mark.parametrize("name", ["results.json", "comparison.json", "gain.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"format": 1}', b"\xff\xfe", b"[" * 9000])
 def test_what_is_damaged_is_named_in_one_sentence(tmp_path, name, content):
     if name == "gain.json":

@@ -12,6 +12,7 @@ from shallower.cli.output import called, remember_call
 from shallower.reporting.results import Run
 from shallower.reporting.words import out_of
 from shallower.runs.report import read_story
+from shallower.values.settings import CompareSettings, CurveSettings, RunSettings
 from tests import examples
 from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.card_tools import blocks_of_code, cut_by, one_line
@@ -118,7 +119,7 @@ def test_the_pages_of_a_curve_and_a_comparison_end_in_their_numbers(elsewhere, t
     texts = ["--texts", TEXTS, "--eval-texts", EVAL_TEXTS, "--no-cache"]
     texts += ["--dtype", "float32", "--max-length", "12"]
     for command, options, name in (
-        ("curve", ["--n", "1,2", "--strategies", "deepest", "--quick-patch"], "curve.json"),
+        ("curve", ["--n", "1,2", "--criteria", "deepest", "--patch", "quick"], "comparison.json"),
         ("compare", ["--n", "1,2", "--criteria", "deepest,angular"], "comparison.json"),
     ):
         done = shallower(command, MODEL, *texts, *options, "--out", tmp_path / f"die {command}")
@@ -129,36 +130,10 @@ def test_the_pages_of_a_curve_and_a_comparison_end_in_their_numbers(elsewhere, t
             for folder in (tmp_path, elsewhere)
         )
         for values in (first, again):
-            for row in values.get("points", values.get("rows")):
-                row.pop("seconds")
+            for row in values["rows"]:
+                row |= {"seconds": 0, "choice_seconds": 0}
             values.pop("job")
         assert again == first
-
-
-def write_sweep():
-    """The file of a sweep with one cheap job."""
-    keys = {"models": f"[{MODEL}]", "texts": TEXTS, "eval_texts": EVAL_TEXTS}
-    keys |= {"criteria": "[deepest]", "n": "[1]", "max_length": "12"}
-    sweep = "".join(f"{key}: {value}\n" for key, value in keys.items())
-    Path("viele auf einmal.yaml").write_text(sweep, encoding="utf-8")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("elsewhere")
-def test_the_page_of_a_sweep_ends_in_its_numbers(tmp_path, shallower):
-    write_sweep()
-    first = tmp_path / "ihre Läufe"
-    done = shallower("sweep", "viele auf einmal.yaml", "--out", first)
-    assert done.status == 0, done.err
-    commands = commands_of(first)
-    assert [command.split()[1] for command in commands] == ["sweep", "report"]
-    for command in commands:
-        cut_by(command, shallower)
-        made = [json.loads((one / "report.json").read_text()) for one in (first, Path(first.name))]
-        assert made[0]["sentence"] == made[1]["sentence"]
-        assert made[0]["facts"] == made[1]["facts"]
-        for page in Path(first.name).glob("report.*"):
-            page.unlink()
 
 
 def test_what_is_printed_besides_names_places_for_a_shell(elsewhere, tmp_path, shallower):
@@ -169,11 +144,6 @@ def test_what_is_printed_besides_names_places_for_a_shell(elsewhere, tmp_path, s
     (elsewhere / "meine Läufe" / "adapter_config.json").write_text("{}")
     done = shallower("scan", "meine Läufe", "--texts", TEXTS, "--out", "out")
     assert "which shallower merge 'meine Läufe' --out MERGED makes a model of" in done.error
-    write_sweep()
-    done = shallower("sweep", "viele auf einmal.yaml", "--out", "ihre Läufe", "--print-commands")
-    assert done.status == 0, done.err
-    for command in done.out.splitlines():
-        cut_by(f"{command} --dry-run", shallower)
 
 
 def test_a_place_that_is_the_current_folder_is_printed_by_its_name(places, monkeypatch):
@@ -193,3 +163,21 @@ def test_a_place_below_the_current_folder_is_printed_as_it_was_typed():
     assert out_of(called(), "made") == "runs/smol"
     assert out_of("shallower run smol --out=runs/smol", "made") == "runs/smol"
     assert out_of("", "made") == "made"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (RunSettings(), ""),
+        (RunSettings(n=4, heal=True, heal_steps=9), "--heal-steps 9 --n 4 --heal"),
+        (RunSettings(target_latency=0.8, prompts=["a"]), "--target-latency 0.8"),
+        (RunSettings(prompts="far/away/asked.jsonl"), "--speech asked.jsonl"),
+        (RunSettings(prompts=Path("asked.jsonl"), seed=2), "--seed 2 --speech asked.jsonl"),
+        (RunSettings(prompts=[]), "--no-speech"),
+        (RunSettings(target_memory="12GB", num_choosing=8), "--target-memory 12000000000"),
+        (CurveSettings(n=[2, 4], patch="quick"), "--n 2,4 --patch quick"),
+        (CompareSettings(criteria=["deepest", "cka"]), "--criteria deepest,cka"),
+    ],
+)  # fmt: skip
+def test_settings_are_written_as_options(settings, words):
+    assert " ".join(settings.to_words()) == words

@@ -69,11 +69,11 @@ def of_whole(bars, name):
 def test_a_curve_has_a_bar_for_all_of_its_points(bars, learned, words, tmp_path):
     sh.curve(
         learned, words, TEXTS, **TAKEN, out=tmp_path / "curve", n=[1, 2, 0], patch_tokens=512,
-        top=1, strategies=["recommended", "one_shot"],
+        top=1, criteria=["recommended", "one_shot"], speech=True,
     )  # fmt: skip
     curve = of_whole(bars, "curve")
-    assert curve.total == curve.reached_by[-1] == 2 + 2 * 2 * (1 + 2)
-    for begun in ("choose 2 layers by recommended", "one_shot, n = 1, patched", "load"):
+    assert curve.total == curve.reached_by[-1] == 2 + 2 * (1 + 2 * 2)
+    for begun in ("choose by recommended", "one_shot, n = 1, patched", "load"):
         assert any(note.startswith(begun) for note in curve.notes), begun
     steps = [bar for bar in bars if bar is not curve]
     assert_moving(steps, [bar.description for bar in steps if not ends(bar, WITHOUT_TOTAL)])
@@ -88,8 +88,8 @@ def ends(bar, names):
 
 def test_the_bar_of_a_curve_is_beside_those_of_a_healing(bars, learned, words, tmp_path):
     sh.curve(
-        learned, words, TEXTS, **TAKEN | {"prompts": []}, out=tmp_path / "curve", n=[1],
-        strategies=["deepest"], states=["healed"], heal=QUICK,
+        learned, words, TEXTS, **TAKEN | {"prompts": None}, out=tmp_path / "curve", n=[1],
+        criteria=["deepest"], states=["healed"], heal=QUICK,
     )  # fmt: skip
     assert of_whole(bars, "curve").total == 2 + 2
     names = [bar.description for bar in bars]
@@ -101,7 +101,7 @@ def test_a_comparison_counts_its_choices_and_cuts(bars, learned, words, tmp_path
         learned, words, TEXTS, **TAKEN, out=tmp_path / "compare", n=[2],
         criteria=["one_shot", "exhaustive"], speech=True,
     )  # fmt: skip
-    assert of_whole(bars, "compare").total == 2 + 2 * (1 + 1)
+    assert of_whole(bars, "compare").total == 2 + 2 * (1 + 2)
     judged = [bar for bar in bars if bar.description == "exhaustive, n = 2, layers run"]
     assert len({*judged[0].reached_by}) > 3
     assert any(bar.description.startswith("generate, cut") for bar in bars)

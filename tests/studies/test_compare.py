@@ -17,9 +17,10 @@ from shallower.errors import CriterionError, LayersError, ModelError, OutputErro
 from shallower.memory import budget
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
+from shallower.scanning.scan import Scan
 from shallower.texts.batches import TokenBatches
 from shallower.texts.splits import three_splits
-from shallower.values.comparison import CriteriaComparison
+from shallower.values.comparison import CriteriaComparison, scan_place
 from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import assert_same, documents, state_of
@@ -41,6 +42,11 @@ class Odd(sh.Criterion):
         return sh.Costs.of_layers(values, metric=self.name)
 
 
+def of_state(done, state="cut"):
+    """The rows of a state."""
+    return [row for row in done.rows if row.state == state]
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_llama(5)
@@ -59,10 +65,14 @@ def compared(model, words):
 
 # What is reported.
 def test_every_criterion_has_a_row_for_every_size(compared):
-    assert [(row.criterion, row.n) for row in compared.rows] == [
-        (name, n) for name in [*sh.criteria, "odd"] for n in (1, 3)
+    assert [(row.state, row.criterion, row.n) for row in compared.rows] == [
+        (state, name, n)
+        for state in ("cut", "patched")
+        for name in [*sh.criteria, "odd"]
+        for n in (1, 3)
     ]
     assert compared.skipped == compared.failures == {}
+    assert compared.ended
 
 
 def test_a_row_has_the_loss_of_the_cut_on_the_texts_that_report(compared, model, words):
@@ -71,15 +81,15 @@ def test_a_row_has_the_loss_of_the_cut_on_the_texts_that_report(compared, model,
     assert of_model.whole.nats == pytest.approx(whole.nats, rel=1e-6)
     assert of_model.whole.stderr == pytest.approx(whole.stderr, rel=1e-4)
     losses = {}
-    for row in compared.rows:
+    for row in of_state(compared):
         assert len(row.dropped) == row.n
         if row.dropped not in losses:
             with sh.without_layers(model, row.dropped):
                 losses[row.dropped] = sh.evaluate_loss(model, words, HELD_OUT)
         loss = losses[row.dropped]
-        assert row.cut.loss.mean == pytest.approx(loss.nats, rel=1e-6)
-        assert row.cut.loss.stderr == pytest.approx(loss.stderr, rel=1e-4)
-        assert row.cut.difference.mean == pytest.approx(loss.nats - whole.nats, abs=1e-6)
+        assert row.standing.loss.mean == pytest.approx(loss.nats, rel=1e-6)
+        assert row.standing.loss.stderr == pytest.approx(loss.stderr, rel=1e-4)
+        assert row.standing.difference.mean == pytest.approx(loss.nats - whole.nats, abs=1e-6)
 
 
 def test_the_error_of_a_difference_is_paired(compared, model, words):
@@ -98,19 +108,19 @@ def test_the_error_of_a_difference_is_paired(compared, model, words):
     sums = np.array([(a.nats - b.nats) * a.num_tokens for a, b in zip(cut, whole, strict=True)])
     mean, size = sums.sum() / counts.sum(), len(sums)
     squares = ((sums - mean * counts) ** 2).sum() * size / (size - 1)
-    stderr = row.cut.difference.stderr
+    stderr = row.standing.difference.stderr
     assert stderr == pytest.approx(math.sqrt(squares) / counts.sum(), rel=1e-4)
 
 
 def test_regret_is_over_the_best_row_of_its_size(compared):
     for n in (1, 3):
-        rows = [row for row in compared.rows if row.n == n]
-        best = min(rows, key=lambda row: row.cut.loss.mean)
+        rows = [row for row in of_state(compared) if row.n == n]
+        best = min(rows, key=lambda row: row.standing.loss.mean)
         for row in rows:
-            loss, regret = row.cut.loss.mean, row.cut.regret
-            assert regret.mean == pytest.approx(loss - best.cut.loss.mean, abs=1e-9)
+            loss, regret = row.standing.loss.mean, row.standing.regret
+            assert regret.mean == pytest.approx(loss - best.standing.loss.mean, abs=1e-9)
             assert regret.stderr == 0 if row.dropped == best.dropped else regret.stderr > 0
-        assert best.cut.tied
+        assert best.standing.tied
 
 
 def test_shares_are_of_layers_and_of_parameters(compared, model):
@@ -154,18 +164,18 @@ def test_tau_compares_with_the_true_losses_of_single_layers(compared, model, wor
 
 
 def test_a_patched_loss_is_that_of_the_patched_model(compared, model, words):
-    patched = [row for row in compared.rows if 0 not in row.dropped]
+    patched = [row for row in of_state(compared, "patched") if 0 not in row.dropped]
     assert patched
     fit = three_splits(TEXTS, HELD_OUT).fit
     patch = QuickPatch(Layerwise(model), list(TokenBatches(words, fit, Tokens(256, 8))))
     for row in {row.dropped: row for row in patched}.values():
         with patch.patched(sh.Plan.of(5, row.dropped)), sh.without_layers(model, row.dropped):
             loss = sh.evaluate_loss(model, words, HELD_OUT)
-        assert row.patched.loss.mean == pytest.approx(loss.nats, rel=1e-6)
-        assert row.patched.loss.stderr == pytest.approx(loss.stderr, rel=1e-4)
-        assert row.unpatched is None
-    without = [row for row in compared.rows if 0 in row.dropped]
-    assert all(row.patched is None and "no layer before" in row.unpatched for row in without)
+        assert row.standing.loss.mean == pytest.approx(loss.nats, rel=1e-6)
+        assert row.standing.loss.stderr == pytest.approx(loss.stderr, rel=1e-4)
+        assert row.failed is None
+    without = [row for row in of_state(compared, "patched") if 0 in row.dropped]
+    assert all(row.standing is None and "no layer before" in row.failed for row in without)
 
 
 def by_text(model, words, dropped, patch=None):
@@ -188,7 +198,7 @@ def paired(first, second, counts):
 
 
 @pytest.mark.parametrize(
-    ("state", "n"), mostly_slow(product(["bare", "patched"], [1, 3]), [("patched", 3)])
+    ("state", "n"), mostly_slow(product(["cut", "patched"], [1, 3]), [("patched", 3)])
 )
 def test_regret_is_paired_by_text_in_both_states(compared, model, words, state, n):
     """The slow twin: every cut anew, text by text, in float64."""
@@ -196,12 +206,12 @@ def test_regret_is_paired_by_text_in_both_states(compared, model, words, state, 
     quick = QuickPatch(Layerwise(model), list(TokenBatches(words, fit, Tokens(256, 8))))
     patch = quick if state == "patched" else None
     whole, counts = by_text(model, words, ())
-    rows = [row for row in compared.rows if row.n == n and (not patch or 0 not in row.dropped)]
+    rows = [row for row in of_state(compared, state) if row.n == n and row.standing]
     cuts = {row.dropped for row in rows}
     sums = {dropped: by_text(model, words, dropped, patch)[0] for dropped in cuts}
     best = min(sums, key=lambda dropped: sum(sums[dropped]))
     for row in rows:
-        standing = row.patched if patch else row.cut
+        standing = row.standing
         regret, stderr = paired(sums[row.dropped], sums[best], counts)
         assert standing.regret.mean == pytest.approx(regret, abs=1e-6)
         assert standing.regret.stderr == pytest.approx(stderr, rel=1e-3, abs=1e-7)
@@ -209,27 +219,24 @@ def test_regret_is_paired_by_text_in_both_states(compared, model, words, state, 
         lost, stderr = paired(sums[row.dropped], whole, counts)
         assert standing.difference.mean == pytest.approx(lost, abs=1e-6)
         assert standing.difference.stderr == pytest.approx(stderr, rel=1e-3)
-    standings = [(row.dropped, row.patched if patch else row.cut) for row in rows]
-    assert [dropped for dropped, one in standings if one.regret.mean == 0
-            ].count(best) == sum(row.dropped == best for row in rows)  # fmt: skip
-    unpatched = [row for row in compared.rows if 0 in row.dropped]
-    assert all(row.patched is None and not row.to_json()["patched_tied"] for row in unpatched)
+    leaders = [row.dropped for row in rows if row.standing.regret.mean == 0]
+    assert leaders.count(best) == sum(row.dropped == best for row in rows)
 
 
 def test_a_patched_regret_is_over_the_best_of_all_calibration_texts(model, words):
     texts = {"one": TEXTS, "two": documents(24, seed=5)}
     asked = {"n": [2], "criteria": ["deepest"], "cache": False}
-    rows = sh.compare(model, words, texts, HELD_OUT, **asked).rows
-    losses = [row.patched.loss.mean for row in rows]
+    rows = of_state(sh.compare(model, words, texts, HELD_OUT, **asked), "patched")
+    losses = [row.standing.loss.mean for row in rows]
     assert len({*losses}) == 2  # the same layers, patched by other texts
     for row, loss in zip(rows, losses, strict=True):
-        assert row.patched.regret.mean == pytest.approx(loss - min(losses), abs=1e-9)
-        assert (row.patched.regret.stderr == 0) == (loss == min(losses))
+        assert row.standing.regret.mean == pytest.approx(loss - min(losses), abs=1e-9)
+        assert (row.standing.regret.stderr == 0) == (loss == min(losses))
 
 
 def test_work_is_counted_for_each_criterion_by_itself(compared, model, words):
     alone = sh.compare(model, words, TEXTS, HELD_OUT, n=[3], criteria=["greedy"], cache=False)
-    (row,) = [row for row in compared.rows if (row.criterion, row.n) == ("greedy", 3)]
+    (row,) = [row for row in of_state(compared) if (row.criterion, row.n) == ("greedy", 3)]
     assert alone.rows[0].layer_forwards == row.layer_forwards > 0
     free = {"deepest", "random", "odd"}
     assert {row.criterion for row in compared.rows if not row.layer_forwards} == free
@@ -239,14 +246,15 @@ def test_without_memory_for_states_the_choices_are_the_same(compared, model, wor
     monkeypatch.setattr(budget, "SHARE", 0.0)
     asked = {"n": [3], "criteria": ["greedy"], "cache": False}
     done = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-    (row,) = [row for row in compared.rows if (row.criterion, row.n) == ("greedy", 3)]
-    assert (done.rows[0].dropped, done.rows[0].cut.loss) == (row.dropped, row.cut.loss)
+    (row,) = [row for row in of_state(compared) if (row.criterion, row.n) == ("greedy", 3)]
+    assert (done.rows[0].dropped, done.rows[0].standing.loss) == (row.dropped, row.standing.loss)
 
 
 def test_calibration_texts_choose_each_for_itself(model, words):
     texts = {"one": TEXTS, "two": documents(24, seed=5)}
     done = sh.compare(model, words, texts, HELD_OUT, n=[2], criteria=["angular"], cache=False)
-    assert [row.texts for row in done.rows] == ["one", "two"]
+    assert [row.texts for row in of_state(done)] == ["one", "two"]
+    assert [*done.models[0].starts] == ["one", "two"]
 
 
 def test_other_judges_choose_and_report(model, words, tmp_path):
@@ -257,7 +265,7 @@ def test_other_judges_choose_and_report(model, words, tmp_path):
     file = tmp_path / "items.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in items))
     asked = {"n": [2], "criteria": ["one_shot"], "cache": False}
-    (row,) = sh.compare(model, words, TEXTS, HELD_OUT, judge="kl", **asked).rows
+    (row,) = of_state(sh.compare(model, words, TEXTS, HELD_OUT, judge="kl", **asked))
     assert row.score.mean > 0
     assert row.accuracy is None
     done = sh.compare(model, words, TEXTS, HELD_OUT, judge="options", options=file, **asked)
@@ -267,21 +275,51 @@ def test_other_judges_choose_and_report(model, words, tmp_path):
 
 
 # What is written.
-def test_a_comparison_is_written_as_json_csv_and_figures(model, words, tmp_path):
+def test_a_comparison_is_written_as_json_and_csv(model, words, tmp_path):
     out = tmp_path / "out"
     done = sh.compare(model, words, TEXTS, HELD_OUT, n=[1, 2], criteria=FEW, out=out)
-    assert {path.name for path in out.iterdir()} >= {
-        "comparison.json", "comparison.csv", "loss_over_dropped.svg", "regret_over_cost.svg",
-    }  # fmt: skip
+    assert {path.name for path in out.iterdir()} == {"comparison.json", "comparison.csv"}
     data = json.loads((out / "comparison.json").read_text(), parse_constant=pytest.fail)
-    assert CriteriaComparison.from_json(data).rows == done.rows
+    assert CriteriaComparison.from_json(data) == done
+    assert data["command"].startswith("shallower compare MODEL --texts TEXTS --eval-texts ")
     assert data["whole"]["loss"] == done.models[0].whole.nats
     with (out / "comparison.csv").open() as file:
-        assert [row["criterion"] for row in csv.DictReader(file)] == [
-            row.criterion for row in done.rows
-        ]
+        whole, *rows = csv.DictReader(file)
+    assert (whole["criterion"], whole["n"], whole["dropped"]) == ("whole", "0", "")
+    for row, written in zip(done.rows, rows, strict=True):
+        named = {name: written[name] for name in ("criterion", "state", "dropped", "loss")}
+        assert named == {
+            "criterion": row.criterion, "state": row.state,
+            "dropped": " ".join(map(str, row.dropped)),
+            "loss": "" if row.standing is None else str(row.standing.loss.mean),
+        }  # fmt: skip
     with pytest.raises(OutputError, match="overwrite"):
         sh.compare(model, words, TEXTS, HELD_OUT, n=[1], criteria=FEW, out=out)
+
+
+def test_without_a_judge_layers_are_compared_in_one_pass(model, words, tmp_path):
+    out, calls = tmp_path / "out", []
+    hook = model.model.layers[0].register_forward_hook(lambda *a: calls.append(len(a[1][0])))
+    asked = {"n": [1, 2], "judge": "none", "out": out}
+    done = sh.compare(model, words, {"one": TEXTS, "two": documents(24, seed=5)}, **asked)
+    hook.remove()
+    assert (done.rows, done.models[0].whole) == ((), None)
+    for name, starts in done.models[0].starts.items():
+        scanned = Scan.load(out / scan_place(done.models[0].name, name))
+        assert scanned.num_samples == done.splits["fit"]
+        for start in starts:
+            assert start.start == scanned.best_block(start.n).start
+            resampled = scanned.bootstrap(1000)[start.n]
+            assert start.probability == resampled.probability
+            places = np.arange(len(resampled.distribution))
+            drawn = np.random.default_rng(0).choice(places, 200_000, p=resampled.distribution)
+            assert start.spread == pytest.approx(drawn.std(), abs=0.02)
+    probes = 3  # texts by which the parts of the model are found
+    assert sum(calls) == 2 * done.splits["fit"] + probes
+    again = sh.compare(
+        model, words, {"one": TEXTS, "two": documents(24, seed=5)}, **{**asked, "overwrite": True}
+    )
+    assert again.models == done.models
 
 
 # Criteria that fail.
@@ -316,7 +354,7 @@ class NoCosts(Odd):
 def test_a_criterion_that_fails_is_named_and_the_others_go_on(model, words):
     broken = [Raises(), TooMany(), OfAnother(), NoCosts()]
     done = sh.compare(model, words, TEXTS, HELD_OUT, n=[1], criteria=[*broken, Odd()], cache=False)
-    assert [row.criterion for row in done.rows] == ["odd"]
+    assert {row.criterion for row in done.rows} == {"odd"}
     said = {name.split(",")[0]: why for name, why in done.skipped.items()}
     assert said.keys() == {criterion.name for criterion in broken}
     assert said["raises"] == "ValueError: no such thing"
@@ -337,7 +375,7 @@ def test_the_failure_of_one_of_several_models_is_recorded(words, tmp_path):
     assert [model.name for model in done.models] == [str(places[0]), str(places[2])]
     assert list(done.failures) == [str(places[1])]
     assert "gone" in done.failures[str(places[1])]
-    assert [row.model for row in done.rows] == [str(places[0]), str(places[2])]
+    assert [row.model for row in of_state(done)] == [str(places[0]), str(places[2])]
 
 
 def test_the_only_model_that_cannot_be_loaded_is_an_error(tmp_path):
@@ -358,7 +396,7 @@ def test_a_size_that_the_model_cannot_lose_is_refused(model, words):
         ({"criteria": ["angles"]}, CriterionError, "angles"),
         ({"criteria": []}, CriterionError, "expected"),
         ({"n": []}, LayersError, "--n"),
-        ({"n": [0]}, LayersError, "at least 1"),
+        ({"n": [0]}, LayersError, "expected sizes"),
         ({"judge": "taste"}, CriterionError, "taste"),
         ({"judge": "options"}, CriterionError, "--options"),
         ({"options": "x.jsonl"}, CriterionError, "--judge options"),
@@ -368,11 +406,19 @@ def test_a_size_that_the_model_cannot_lose_is_refused(model, words):
         ({"n": 2}, LayersError, "as 1,2,4"),
         ({"seed": -1}, LayersError, "seed"),
         ({"max_eval_texts": 0}, TextsError, "at least 1"),
+        ({"eval_texts": None}, TextsError, "--eval-texts is missing"),
+        ({"states": ["mended"]}, sh.PatchError, "'mended': expected some of cut, patched, healed"),
+        ({"states": ["healed"], "heal_steps": 1}, sh.RecipeError, "needs a folder"),
+        ({"patch": "slow"}, sh.PatchError, "expected quick or full"),
+        ({"patch_tokens": 0}, LayersError, "patch_tokens = 0: expected a whole number"),
+        ({"heal_steps": 3}, sh.RecipeError, "--heal-steps without --states healed"),
+        ({"heal": sh.Recipe()}, sh.RecipeError, "without the state healed"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(model, words, asked, error, named):
+    given = {"eval_texts": HELD_OUT, "n": [1], "criteria": FEW, **asked}
     with pytest.raises(error, match=named):
-        sh.compare(model, words, TEXTS, HELD_OUT, **{"n": [1], "criteria": FEW, **asked})
+        sh.compare(model, words, TEXTS, **given)
 
 
 def test_too_few_texts_for_three_sets_are_refused(model, words):
@@ -405,8 +451,8 @@ def test_a_place_is_a_model_that_is_loaded(place, words):
 
 def test_numbers_of_numpy_are_sizes(model, words):
     sizes = np.array([2, 1])
-    rows = sh.compare(model, words, TEXTS, HELD_OUT, n=sizes, criteria=["deepest"]).rows
-    assert [row.n for row in rows] == [1, 2]
+    done = sh.compare(model, words, TEXTS, HELD_OUT, n=sizes, criteria=["deepest"])
+    assert [row.n for row in of_state(done)] == [1, 2]
 
 
 def test_texts_that_report_choose_nothing():
@@ -424,10 +470,13 @@ def test_the_real_model(smol, data):
         *smol, texts, held_out, n=[8], criteria=["angular", "exhaustive", "deepest"],
         max_eval_texts=16, cache=False,
     )  # fmt: skip
-    by_name = {row.criterion: row for row in done.rows}
-    losses = [by_name[name].cut.loss.mean for name in ("exhaustive", "angular", "deepest")]
+    by_name, patched = (
+        {row.criterion: row.standing.loss.mean for row in of_state(done, state)}
+        for state in ("cut", "patched")
+    )
+    losses = [by_name[name] for name in ("exhaustive", "angular", "deepest")]
     assert losses == sorted({*losses})
-    assert all(row.patched.loss.mean < row.cut.loss.mean for row in done.rows)
+    assert all(patched[name] < by_name[name] for name in by_name)
 
 
 # What is shown of the work.
@@ -441,11 +490,11 @@ def test_the_whole_and_each_step_have_a_bar(model, words, monkeypatch, capfd):
     done = [(int(one[1]), int(one[2])) for one in shown if one]
     assert done == sorted(done)
     # The model is loaded and measured, layer by layer too; each way chooses, and its cuts follow.
-    assert {total for _, total in done} == {1 + 1 + 1 + len(chosen) * (1 + 2)}
+    assert {total for _, total in done} == {1 + 1 + 1 + len(chosen) * (1 + 2 * 2)}
     assert done[-1][0] >= done[-1][1] - 1
-    for note in ("true losses", "choose by angular", "losses of odd, n = 1"):
+    for note in ("true losses", "choose by angular", "odd, n = 1, patched"):
         assert any(f", {note}" in line for line in lines), note
     searching = {line for line in lines if ", exhaustive, n = 3, layers run " in line}
     assert len(searching) > 3
     ended = [line for line in lines if re.fullmatch(r"0:00:0\d +\d+% .*", line)]
-    assert "losses of cuts" in {line.split("% ")[1] for line in ended}
+    assert "measure cut" in {line.split("% ")[1] for line in ended}

@@ -1,4 +1,4 @@
-"""Tasks on the points of a curve."""
+"""Tasks on the cuts of a comparison."""
 
 import json
 from functools import partial
@@ -7,8 +7,8 @@ from importlib.metadata import version
 import pytest
 
 import shallower as sh
-from shallower.reporting.stories.curve import curve_story
-from shallower.studies.curve_points import CurvePoints
+from shallower.reporting.stories.comparison import comparison_story
+from shallower.studies import compare_rows
 from shallower.values import provenance
 from tests.healing.cuts import documents as progressions
 
@@ -18,7 +18,7 @@ from shallower.evaluation.tasks import evaluate_tasks
 TEXTS, REPORT = progressions(120, 5), progressions(12, 1)
 TAKEN = {
     "eval_texts": REPORT, "max_length": 16, "n": [2], "patch_tokens": 512,
-    "strategies": ["deepest"], "tasks": ["next"],
+    "criteria": ["deepest"], "tasks": ["next"],
 }  # fmt: skip
 TASK = """\
 task: next
@@ -80,9 +80,9 @@ def folder(tmp_path):
 
 def test_every_point_has_the_main_measure_of_every_task(learned, words, tmp_path, folder):
     curve = sh.curve(learned, words, TEXTS, **TAKEN, tasks_dir=folder, out=tmp_path / "out")
-    assert curve.tasks == ("next",)
-    assert {point.task("next").metric for point in curve.points} == {"acc_norm"}
-    whole, cut, patched = (point.task("next").by_item.sums.tolist() for point in curve.points)
+    measured = (*curve.models, *curve.rows)
+    assert {task.metric for one in measured for task in one.tasks} == {"acc_norm"}
+    whole, cut, patched = (one.task("next").by_item.sums.tolist() for one in measured)
 
     def plain():
         return evaluate_tasks(learned, words, ["next"], tasks_dir=folder)[0].by_item.sums.tolist()
@@ -91,23 +91,23 @@ def test_every_point_has_the_main_measure_of_every_task(learned, words, tmp_path
     with sh.without_layers(learned, [1, 2]):
         assert cut == plain()
     assert len(patched) == 16
-    story = curve_story(curve, drawn=False)
+    story = comparison_story(curve, drawn=False)
     titles = [table.title for section in story.sections for table in section.tables]
-    assert titles[2].startswith("next, as cut: acc_norm in %, whole model ")
-    header, *rows = (tmp_path / "out" / "curve.csv").read_text().splitlines()
+    assert titles[2].startswith("next, as bare cuts: acc_norm in %, whole model ")
+    header, *rows = (tmp_path / "out" / "comparison.csv").read_text().splitlines()
     assert header.endswith("next,next_stderr,next_difference,next_difference_stderr")
-    assert float(rows[0].split(",")[-4]) == curve.whole.task("next").mean
+    assert float(rows[0].split(",")[-4]) == curve.models[0].task("next").mean
 
 
 def test_other_items_are_another_curve(learned, words, tmp_path, folder, monkeypatch):
     options = {**TAKEN, "states": ["cut"], "tasks_dir": folder, "out": tmp_path / "out"}
     first = sh.curve(learned, words, TEXTS, **options)
     with monkeypatch.context() as patched:
-        patched.setattr(CurvePoints, "__init__", lambda *_args, **_options: 1 / 0)
+        patched.setattr(compare_rows, "open_measuring", lambda *_args, **_options: 1 / 0)
         assert sh.curve(learned, words, TEXTS, **options) == first
     items = (folder / "next.jsonl").read_text().splitlines()
     (folder / "next.jsonl").write_text("\n".join(items[1:]) + "\n")
-    with pytest.raises(sh.OutputError, match=r"curve\.json exists already"):
+    with pytest.raises(sh.OutputError, match=r"comparison\.json exists already"):
         sh.curve(learned, words, TEXTS, **options)
 
 
@@ -117,13 +117,13 @@ def test_another_lm_eval_is_another_curve_and_is_told(
     options = {**TAKEN, "states": ["cut"], "tasks_dir": folder, "out": tmp_path / "out"}
     curve = sh.curve(learned, words, TEXTS, **options)
     assert curve.versions["lm_eval"] == version("lm_eval")
-    page = curve_story(curve, drawn=False)
+    page = comparison_story(curve, drawn=False)
     assert any(f"lm-eval: version {version('lm_eval')}" in x for x in page.sections[-1].lines)
     known = provenance._version
     monkeypatch.setattr(
         provenance, "_version", lambda name: "9" if name == "lm_eval" else known(name)
     )
-    with pytest.raises(sh.OutputError, match=r"curve\.json exists already"):
+    with pytest.raises(sh.OutputError, match=r"comparison\.json exists already"):
         sh.curve(learned, words, TEXTS, **options)
 
 
@@ -139,13 +139,13 @@ def test_sampled_answers_are_a_task_of_their_own(learned, words, tmp_path, folde
     (folder / "said.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     options = {**TAKEN, "states": ["cut"], "tasks_dir": folder, "tasks": ["said", "next"]}
     curve = sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out", pass_at=3)
-    assert curve.tasks == ("said", "said sampled", "next")
-    for point in curve.points:
-        assert point.task("said sampled").metric == "pass@3"
+    for one in (*curve.models, *curve.rows):
+        assert [task.task for task in one.tasks] == ["said", "said sampled", "next"]
+        assert one.task("said sampled").metric == "pass@3"
     expected = evaluate_tasks(learned, words, ["said"], tasks_dir=folder, pass_at=3)
-    assert curve.whole.task("said sampled").mean == expected[-1].mean
+    assert curve.models[0].task("said sampled").mean == expected[-1].mean
     assert len({round(one.mean, 3) for one in expected}) > 1
-    with pytest.raises(sh.OutputError, match=r"curve\.json exists already"):
+    with pytest.raises(sh.OutputError, match=r"comparison\.json exists already"):
         sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out", pass_at=2)
 
 

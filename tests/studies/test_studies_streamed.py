@@ -8,7 +8,7 @@ import pytest
 import shallower as sh
 from shallower.models.offload import reading_of
 from shallower.patching import descent
-from shallower.values.files import COMPARISON_TABLE, CURVE_FILE, CURVE_TABLE, SCAN_FILE
+from shallower.values.files import COMPARISON_FILE, COMPARISON_TABLE
 from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.documents import documents
 from tests.examples import sentences
@@ -32,7 +32,16 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(descent, "STEPS", 2)
 
 
-LEFT = ("seconds", "command", "job", "name", "model", "versions", "layer_forwards")
+LEFT = (
+    "seconds",
+    "choice_seconds",
+    "command",
+    "job",
+    "name",
+    "model",
+    "versions",
+    "layer_forwards",
+)
 """What names a study, and what it took: a model on disk is checked layer by layer."""
 
 
@@ -56,11 +65,9 @@ def curves(place, out, *, texts=TEXTS, **options):
     for name, model in (("a", streamed), ("b", whole)):
         options = {**CURVE, "progress": False, "eval_texts": REPORT, **options}
         sh.curve(model, tokenizer, texts, out=out / name, **options)
-        found.append(plain(json.loads((out / name / CURVE_FILE).read_text())))
+        found.append(plain(json.loads((out / name / COMPARISON_FILE).read_text())))
     assert found[0] == found[1]
-    assert rows(out / "a" / CURVE_TABLE) == rows(out / "b" / CURVE_TABLE)
-    if (out / "b" / SCAN_FILE).exists():
-        assert (out / "a" / SCAN_FILE).read_bytes() == (out / "b" / SCAN_FILE).read_bytes()
+    assert rows(out / "a" / COMPARISON_TABLE) == rows(out / "b" / COMPARISON_TABLE)
     return streamed, found[0]
 
 
@@ -78,9 +85,9 @@ def compared(place, out, **options):
 
 
 def test_a_streamed_curve_has_the_same_points(folder, tmp_path):
-    streamed, curve = curves(folder, tmp_path, quick_patch=True, strategies=["deepest"])
-    assert [point["state"] for point in curve["points"][:3]] == ["cut", "cut", "patched"]
-    assert not any(point["failed"] for point in curve["points"])
+    streamed, curve = curves(folder, tmp_path, patch="quick", criteria=["deepest"])
+    assert [row["state"] for row in curve["rows"]] == ["cut", "cut", "patched", "patched"]
+    assert not any(row["failed"] for row in curve["rows"])
     assert all(p.is_meta for p in streamed.model.layers.parameters())
 
 
@@ -88,22 +95,22 @@ def test_a_streamed_curve_has_the_same_points(folder, tmp_path):
 def test_a_streamed_curve_of_full_patches_has_the_same_points(learned, words, tmp_path):
     place = stored(tmp_path / "learned", copy.deepcopy(learned), words)
     texts = {"texts": sentences(80, seed=1), "eval_texts": sentences(16, seed=2)}
-    _, curve = curves(place, tmp_path, strategies=["similarity", "deepest"], **texts)
-    patched = [point for point in curve["points"] if point["state"] == "patched"]
+    _, curve = curves(place, tmp_path, criteria=["angular", "deepest"], **texts)
+    patched = [row for row in curve["rows"] if row["state"] == "patched"]
     assert len(patched) == 4
-    assert not all(point["failed"] for point in patched)
+    assert not all(row["failed"] for row in patched)
 
 
 @pytest.mark.slow
 def test_a_streamed_curve_of_what_is_verified_has_the_same_points(folder, tmp_path):
-    strategies = ["recommended", "best_plan", "one_shot"]
-    curves(folder, tmp_path, quick_patch=True, strategies=strategies)
+    criteria = ["recommended", "best_plan", "one_shot"]
+    curves(folder, tmp_path, patch="quick", criteria=criteria)
 
 
 @pytest.mark.parametrize("judge", mostly_slow(["loss", "kl"], ["kl"]))
 def test_a_streamed_comparison_has_the_same_rows(folder, tmp_path, judge):
     _, done = compared(folder, tmp_path, criteria=["angular", "deepest"], judge=judge)
-    assert len(done.rows) == 4
+    assert len(done.rows) == 8
 
 
 @pytest.mark.slow
@@ -127,7 +134,7 @@ def test_only_what_needs_gradients_is_skipped(folder, words):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_layer_gives_the_same_figures(family, tmp_path, words):
     place = stored(tmp_path / family, random_model(family), words)
-    curves(place, tmp_path / "curve", strategies=["similarity", "deepest"], n=[1])
+    curves(place, tmp_path / "curve", criteria=["angular", "deepest"], n=[1])
     compared(place, tmp_path / "comparison", criteria=["angular", "deepest"])
 
 
@@ -137,7 +144,7 @@ def test_more_cuts_are_no_more_passes(folder, tmp_path):
     passes = {"curve": [], "comparison": []}
     for n in ([1], [1, 2, 3]):
         streamed, _, tokenizer = both(folder)
-        options = {"quick_patch": True, "strategies": ["deepest"], "n": n, "eval_texts": REPORT}
+        options = {"patch": "quick", "criteria": ["deepest"], "n": n, "eval_texts": REPORT}
         sh.curve(streamed, tokenizer, TEXTS, out=tmp_path / f"{len(n)}", **{**CURVE, **options})
         passes["curve"].append(reading_of(streamed).bytes_read)
         streamed, _, tokenizer = both(folder)
@@ -149,7 +156,7 @@ def test_more_cuts_are_no_more_passes(folder, tmp_path):
 
 
 COMMANDS = {
-    "curve": ["--patch-tokens", "512", "--strategies", "similarity,greedy,weights", "--top", "2"],
+    "curve": ["--patch-tokens", "512", "--criteria", "angular,greedy,weights", "--top", "2"],
     "compare": ["--criteria", ",".join([*FEW, "exhaustive", "reachable"])],
 }
 
@@ -180,8 +187,9 @@ def test_a_dry_run_says_what_a_command_reads_at_least(folder, tmp_path, shallowe
 
 def test_what_reads_all_layers_at_every_step_is_refused(folder, tmp_path, shallower):
     texts = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
-    common = ["curve", folder, "--texts", texts, "--eval-texts", texts, "--stream"]
-    common += ["--out", tmp_path / "out"]
+    report = write_jsonl(tmp_path / "report.jsonl", REPORT)
+    common = ["curve", folder, "--texts", texts, "--eval-texts", report, "--stream"]
+    common += ["--n", "1", "--out", tmp_path / "out"]
     for more, way_out in (
         (["--states", "cut,healed"], "leave out the state healed (states, --states)"),
         (["--tasks", "arc_easy"], "leave out tasks (tasks, --tasks)"),
@@ -196,8 +204,8 @@ def test_what_reads_all_layers_at_every_step_is_refused(folder, tmp_path, shallo
 
 def test_the_command_that_makes_a_study_again_streams(folder, tmp_path):
     streamed, whole, tokenizer = both(folder)
-    options = {**CURVE, "strategies": ["deepest"], "n": [1], "states": ["cut"]}
+    options = {**CURVE, "criteria": ["deepest"], "n": [1], "states": ["cut"]}
     for name, model in (("a", streamed), ("b", whole)):
         sh.curve(model, tokenizer, TEXTS, eval_texts=REPORT, out=tmp_path / name, **options)
-        command = json.loads((tmp_path / name / CURVE_FILE).read_text())["command"]
+        command = json.loads((tmp_path / name / COMPARISON_FILE).read_text())["command"]
         assert command.startswith("shallower curve MODEL --stream") == (name == "a")

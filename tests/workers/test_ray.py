@@ -321,21 +321,3 @@ def test_a_cluster_of_our_own_asks_for_a_token(tmp_path, monkeypatch, given, mod
     monkeypatch.syspath_prepend(tmp_path)
     ray_workers._join()
     assert sys.modules["ray"].FOUND["RAY_AUTH_MODE"] == mode
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_a_cluster_carries_out_the_jobs_of_a_sweep(tmp_path, words, monkeypatch):
-    tiny_llama().save_pretrained(tmp_path / "tiny")
-    words.save_pretrained(tmp_path / "tiny")
-    monkeypatch.chdir(tmp_path)
-    for name, seed in (("texts", 0), ("held_out", 1)):
-        write_jsonl(tmp_path / f"{name}.jsonl", documents(24, seed=seed))
-    file = tmp_path / "sweep.yaml"
-    file.write_text(
-        "models: [tiny]\ntexts: texts.jsonl\neval_texts: held_out.jsonl\n"
-        "criteria: [angular, deepest]\nn: [1]\nmax_length: 16\n"
-    )
-    done = shallower.sweep(file, tmp_path / "out", on="ray", progress=False)
-    assert [job.state for job in done.jobs] == ["done", "done"]
-    assert shallower.sweep(file, tmp_path / "out").is_complete

@@ -20,10 +20,12 @@ COMMANDS = {
     "eval": f"eval tiny {TEXTS} 2 --drop 1:3",
     "eval experts": f"eval mixture {TEXTS} 2 --drop-experts {EXPERTS}",
     "compare": f"compare tiny {TEXTS} 4 --eval-texts held.jsonl --n 1,2 --criteria angular,greedy",
+    "compare models": f"compare tiny mixture {TEXTS} 4 --eval-texts held.jsonl --n 1 "
+    "--criteria angular,deepest",
     "compare experts": f"compare mixture {TEXTS} 4 --eval-texts held.jsonl --unit experts --n 2 "
     "--criteria frequency,reap,layers",
     "curve": f"curve tiny {TEXTS} 4 --eval-texts held.jsonl --n 1,2 --states cut "
-    "--strategies deepest,similarity",
+    "--criteria deepest,angular",
 }
 
 

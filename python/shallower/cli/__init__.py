@@ -57,15 +57,10 @@ COMMANDS = {
         "--criteria angular,block_influence,greedy --out comparisons/smol",
     ),
     "curve": Command(
-        "curve",
+        "compare",
         "Measure what a model loses as more and more of its layers go.",
-        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 0,1,2,4,8 "
-        "--strategies similarity,deepest --out curves/smol",
-    ),
-    "sweep": Command(
-        "sweep",
-        "Compare criteria on models, texts and sizes from one file.",
-        "sweep.yaml --out sweeps/smol",
+        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 1,2,4,8 "
+        "--criteria angular,deepest --out curves/smol",
     ),
     "prune": Command(
         "prune",
@@ -115,7 +110,7 @@ COMMANDS = {
     ),
     "report": Command(
         "report",
-        "Write the page of a run, a comparison, a curve or a sweep.",
+        "Write the page of a run or a comparison.",
         "runs/smol",
     ),
     "cache": Command(
@@ -335,7 +330,7 @@ INTERRUPTED = 130
 """The status of a program that Ctrl-C ended, as shells and typer have it."""
 
 GOING_ON = (
-    "scan", "eval", "compare", "curve", "sweep", "prune", "patch", "heal", "run", "demo",
+    "scan", "eval", "compare", "curve", "prune", "patch", "heal", "run", "demo",
     "reproduce",
 )  # fmt: skip
 """The commands that go on where they were."""

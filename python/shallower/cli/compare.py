@@ -1,13 +1,15 @@
-"""``shallower compare``. Its options are the fields of ``values/settings.py``."""
+"""``shallower compare`` and ``curve``. Their options are the fields of ``values/settings.py``."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import TextsError
-from ..values.settings import CompareSettings
-from .options import Loading, Share, Way, read_texts, takes
+from ..values.settings import CompareSettings, CurveSettings
+from .config import Config
+from .options import Joined, Loading, Share, Way, read_texts, takes
 from .output import called, carry_out, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
@@ -15,35 +17,46 @@ if TYPE_CHECKING:
     from ..values.comparison import CriteriaComparison
 
 
-@takes(CompareSettings)
-def compare_command(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="MODEL", help="Local folders, hub ids, or .gguf files, compared in this order."
-        ),
-    ] = None,
-    *,
+@dataclass(frozen=True, kw_only=True)
+class Sets(Joined):
+    """The texts of a comparison, where it is written, and a file of its options."""
+
     texts: Annotated[
         list[str] | None,
         typer.Option(
             "--texts",
             metavar="TEXTS",
-            help="Calibration texts, as for scan; a part of them fits, a part chooses. Given more "
-            "than once, each chooses for itself.",
+            help="Calibration texts, as for scan; they are split into a calibration and a "
+            "selection set. Repeat the option to compare text sources.",
         ),
-    ] = None,
+    ] = None
     eval_texts: Annotated[
         str | None,
         typer.Option(
             metavar="TEXTS", help="Held-out texts for every loss that is reported, as --texts."
         ),
-    ] = None,
-    settings: CompareSettings,
+    ] = None
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and figures."),
-    ] = None,
+        typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and a page."),
+    ] = None
+    config: Config = None
+
+
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL", help="Local folders, hub ids, or .gguf files, compared in this order."
+    ),
+]
+
+
+@takes(CompareSettings)
+def compare_command(
+    models: Models = None,
+    *,
+    sets: Sets,
+    settings: CompareSettings,
     loading: Loading,
     part: Share,
     list_criteria: Annotated[
@@ -53,21 +66,50 @@ def compare_command(
 ) -> int:
     """Compare criteria by what they remove and what that costs.
 
-    Every loss is measured on --eval-texts, which no criterion sees. The exit status is 1 if one
-    of several models could not be compared.
+    Every reported number comes from --eval-texts, which no criterion sees. The exit status is 1 if
+    one of several models could not be compared.
     """
     if list_criteria:
         return _list(way.as_json, of_experts=settings.unit == "experts")
-    from ..studies.compare import CompareStudy
+    return _compare(models, sets, settings, loading, part, way)
 
-    named, held_out = _read(texts, eval_texts)
+
+@takes(CurveSettings)
+def curve_command(
+    models: Models = None,
+    *,
+    sets: Sets,
+    settings: CurveSettings,
+    loading: Loading,
+    part: Share,
+    way: Way,
+) -> int:
+    """Measure what a model loses as more and more of its layers go.
+
+    As shallower compare, with more texts, full patches, and few criteria.
+    """
+    return _compare(models, sets, settings, loading, part, way)
+
+
+def _compare(
+    models: list[str] | None,
+    sets: Sets,
+    settings: CompareSettings,
+    loading: Loading,
+    part: Share,
+    way: Way,
+) -> int:
+    from ..studies.compare import CompareStudy
+    from ..studies.curve import CurveStudy
+
+    named, held_out = _read(sets.texts, sets.eval_texts)
     sources, shared = [loading.of(model) for model in models or ()], part.read()
-    study = CompareStudy(
+    study = (CurveStudy if isinstance(settings, CurveSettings) else CompareStudy)(
         models=sources,
         texts=named,
         eval_texts=held_out,
         settings=settings,
-        out=out,
+        out=sets.out,
         overwrite=way.overwrite,
         store=way.open_store(),
         command=called(),
@@ -81,11 +123,8 @@ def compare_command(
 
 def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, Any], Any]:
     """Open all texts; those of calibration by the names of their files."""
-    if not texts or eval_texts is None:
-        missing = "--eval-texts" if texts else "--texts"
-        raise TextsError(
-            f"{missing} is missing: calibration texts (--texts) and a test set (--eval-texts)"
-        )
+    if not texts:
+        raise TextsError("--texts is missing: name calibration texts (--texts)")
     places = [Path(source).resolve() if Path(source).exists() else source for source in texts]
     if len(set(places)) < len(places):
         raise TextsError(f"calibration texts are named twice: {', '.join(texts)} (--texts)")
@@ -94,7 +133,7 @@ def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, An
     for source, stem in zip(texts, stems, strict=True):
         name = stem if stems.count(stem) == 1 else _shown(source)
         named[name] = read_texts(source)
-    return named, read_texts(eval_texts)
+    return named, None if eval_texts is None else read_texts(eval_texts)
 
 
 def _shown(name: str) -> str:
@@ -103,14 +142,19 @@ def _shown(name: str) -> str:
 
 
 def _described(study: "CompareStudy") -> dict[str, Any]:
-    names = study.settings.criteria
-    return {
-        "compare": ", ".join(map(str, study.models)),
+    settings = study.settings
+    names = settings.criteria
+    shown = {
+        study.KIND: ", ".join(map(str, study.models)),
         "texts": ", ".join(study.splits),
-        "n": list(study.settings.n),
+        "n": list(settings.n),
         "criteria": "all" if names is None else ",".join(map(str, names)),
-        "judge": study.settings.judge,
+        "states": ", ".join(settings.states),
+        "judge": settings.judge,
+        "tasks": ", ".join(settings.tasks),
+        "speech": f"{len(study.prompts)} prompts" if study.prompts else "",
     }
+    return {name: value for name, value in shown.items() if value}
 
 
 def say_comparison(comparison: "CriteriaComparison", study: "CompareStudy", as_json: bool) -> int:
@@ -127,7 +171,8 @@ def say_comparison(comparison: "CriteriaComparison", study: "CompareStudy", as_j
         what = f"{len(study.found)} results of this comparison: "
         say_known(max(study.found), what=what)
     if as_json:
-        print_json({**comparison.to_json(), **study.read})
+        places = {} if page is None else {"out": str(study.out), "page": str(page)}
+        print_json({**comparison.to_json(), **study.read, **places})
     else:
         show(story or comparison_story(comparison, drawn=False))
         show(*() if page is None else (f"wrote {study.out}", f"page: {page}"))
@@ -135,16 +180,16 @@ def say_comparison(comparison: "CriteriaComparison", study: "CompareStudy", as_j
 
 
 def _list(as_json: bool, *, of_experts: bool) -> int:
-    from ..judgement.criteria import criteria, expert_criteria
+    from ..judgement.criteria import NAMED, criteria, expert_criteria
 
     rows = [
         {"name": criterion.name, "summary": criterion.summary, "cost": criterion.cost}
-        for criterion in (expert_criteria if of_experts else criteria).values()
+        for criterion in (expert_criteria if of_experts else {**criteria, **NAMED}).values()
     ]
     if as_json:
         print_json(rows)
         return 0
-    from ..reporting.stories.comparison import criteria_table
+    from ..reporting.stories.cuts import criteria_table
 
     show(criteria_table(rows))
     return 0

@@ -36,7 +36,6 @@ def gather_command(
     """
     from ..sharing.share import gather
     from .compare import say_comparison
-    from .curve import say_curve
 
     kind, found = gather(parts, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
     if kind == "scan":
@@ -47,10 +46,7 @@ def gather_command(
         _say_eval(*found, out=out, as_json=as_json)
         return 0
     study, done = found
-    if kind == "compare":
-        return say_comparison(done, study, as_json)
-    say_curve(done, study, as_json)
-    return 0
+    return say_comparison(done, study, as_json)
 
 
 def _say_eval(found: "Evaluation", is_kept: bool, *, out: Path, as_json: bool) -> None:

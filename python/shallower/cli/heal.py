@@ -1,6 +1,7 @@
 """``shallower heal``, whose options are the fields of ``values/recipe.py``; ``shallower merge``."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,7 +97,7 @@ def heal_command(
     whole = None if original is None else replace(cut, path=original)
     models, saved = {"cut": cut, "original": whole}, {"merge": merge, "from_patch": from_patch}
     output = output_of(
-        way.open_store() if num_processes() == 1 else Store(None),
+        store := way.open_store() if num_processes() == 1 else Store(None),
         "heal",
         out,
         models=models,
@@ -121,6 +122,7 @@ def heal_command(
         cut, recipe, device_memory, as_json=way.as_json, answers=wanted, out=out, **saved
     )
     from ..healing.heal import heal
+    from ..store.given_models import ModelStore
 
     done = heal(
         model,
@@ -134,6 +136,7 @@ def heal_command(
         from_patch=from_patch,
         overwrite=way.overwrite,
         trust_remote_code=trust_remote_code,
+        stores=partial(ModelStore.of, cache=store),
     )
     if is_main_process():
         output.keep({})

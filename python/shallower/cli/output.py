@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..sharing.study_work import StudyShard
     from ..store.done import Output
     from ..studies.compare import CompareStudy
-    from ..studies.curve import CurveStudy
     from ..studies.study import Study
     from ..values.plan import Plan
     from ..values.shard import Shard
@@ -196,7 +195,7 @@ def make_shard_of(work: "AnyWork", as_json: bool) -> None:
         say_known(made, place)
 
 
-def carry_out(study: "CompareStudy | CurveStudy", part: dict[str, Any], as_json: bool) -> Any:
+def carry_out(study: "CompareStudy", part: dict[str, Any], as_json: bool) -> Any:
     """Make a study, or let workers share it; of a shard print what it has, and give None."""
     work = work_of(study.KIND, study, part)
     if work is None:

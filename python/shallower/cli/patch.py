@@ -133,6 +133,7 @@ def patch_command(
         return
     place = _placed(place, plan_memory, wanted.dropped)
     from ..patching.saving import patch_to_folder
+    from ..store.given_models import ModelStore
 
     loaded = place.load()
     done, measured = patch_to_folder(
@@ -151,6 +152,8 @@ def patch_command(
         ),
         settings=settings,
         overwrite=way.overwrite,
+        source=place,
+        stores=partial(ModelStore.of, cache=way.open_store()),
     )
     losses = plain(measured, "to_record")
     _say(output.keep({"patch": done.to_json(), "losses": losses}), place, out, way.as_json)

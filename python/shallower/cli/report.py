@@ -12,7 +12,7 @@ from .output import print_json, show
 def report_command(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="Folder of a run, a comparison, a curve or a sweep."),
+        typer.Argument(metavar="DIR", help="Folder of a run or a comparison."),
     ],
     *,
     out: Annotated[
@@ -21,7 +21,7 @@ def report_command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the page of a run, a comparison, a curve or a sweep.
+    """Write the page of a run or a comparison.
 
     One HTML file that needs no network; Markdown and JSON beside it, and the figures as SVG and
     PNG in figures/, where matplotlib is installed. What is there is replaced.

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -25,9 +26,12 @@ from ..progress import track
 from ..texts.batches import Batch, TokenBatches
 from ..texts.sources import own_texts
 from ..values.loss import Loss, TextLoss
+from ..values.plan import Plan, gone_by
+from ..values.schema import of_type
 from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
-from .batches import batches_of_texts, nothing_to_predict
+from .batches import AllBatches, batches_of_texts, nothing_to_predict
+from .kept import ResultStore, cut_of, look_of, loss_journal, recall, recorded, sums_of
 
 Share = TypeVar("Share")
 
@@ -96,27 +100,71 @@ def measure_loss(
     texts: Iterable[str],
     *,
     tokens: Tokens,
+    plan: Plan | None = None,
+    store: ResultStore | None = None,
     progress: bool | None = None,
     description: str = "loss",
     shared: bool = False,
 ) -> Loss:
     """Measure the loss as :func:`evaluate_loss` does, of a model that is known already.
 
-    ``shared``: the processes of torch.distributed's group, if there is one, share the batches. All
-    of them must call this with the same model and texts, and get the same loss or error.
+    It is without what ``plan`` drops. Batches that ``store`` has of the whole model are not run
+    again. ``shared``: the processes of torch.distributed's group, if there is one, share the
+    batches. All of them must call this with the same model and texts, and get the same loss or
+    error.
     """
     every = batches_of_texts(tokenizer, texts, fitting_tokens(decoder, tokens))
     rank, size = rank_and_size(shared)
 
     def measure() -> tuple[NDArray[np.float64], int]:
         mine = range(len(every.batches))[rank::size]
-        return nats_of(decoder, every.numbered, mine, description=description, progress=progress)
+        how: Any = {"looks": mine, "store": store, "name": description, "progress": progress}
+        scores, vocab_size = scores_of(decoder, every, plan, **how)
+        return scores.sums, vocab_size
 
     (sums, vocab_size), *others = gathered(measure, size)
     for more, _ in others:
         sums = np.where(np.isnan(sums), more, sums)
     every.warn_of_rejected()
     return every.loss(Scores(sums, every.weights), vocab_size)
+
+
+def scores_of(
+    decoder: Decoder,
+    every: AllBatches,
+    plan: Plan | None = None,
+    *,
+    looks: range | None = None,
+    store: ResultStore | None = None,
+    name: str = "loss",
+    progress: bool | None = None,
+) -> tuple[Scores, int]:
+    """Measure the batches that the store lacks, of a model that is without what a plan drops.
+
+    All of them, or ``looks`` alone. Returns the scores and the size of the vocabulary. Raises
+    CacheError, and as :func:`shallower.evaluate_loss`.
+    """
+    gone, known, sizes = gone_by(plan or ()), dict[int, NDArray[np.float64]](), [0]
+    num_layers = len(decoder) if plan is None else plan.num_layers
+    journal = None if store is None else loss_journal(store, every)
+    started = time.perf_counter()
+
+    def take(record: dict[str, Any]) -> None:
+        if cut_of(record, num_layers) == gone:
+            look = look_of(record, len(every.batches))
+            known[look] = sums_of(record, len(every.batches[look]))
+            sizes.append(of_type(int, record["vocab_size"]))
+
+    def keep(look: int, sums: NDArray[np.float64], size: int) -> None:
+        nonlocal started
+        took, started = time.perf_counter() - started, time.perf_counter()
+        if journal is not None:
+            journal.append(recorded(gone, look, sums=sums, seconds=took, vocab_size=size))
+
+    recall(journal, take, "trials")
+    how: Any = {"known": known, "keep": keep, "description": name, "progress": progress}
+    sums, size = nats_of(decoder, every.numbered, looks, **how)
+    return Scores(sums, every.weights), size or max(sizes)
 
 
 def nats_of(

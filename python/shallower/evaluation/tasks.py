@@ -20,7 +20,7 @@ from ..texts.quiet import hushed
 from ..values.hashing import hash_of
 from ..values.provenance import LM_EVAL, versions
 from ..values.scores import Scores
-from ..values.settings import CurveSettings
+from ..values.settings import CompareSettings
 from ..values.stage_settings import EvalSettings
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize
@@ -120,7 +120,7 @@ class ChosenTasks:
     seed: int
 
     @classmethod
-    def of(cls, tasks: Sequence[str], settings: EvalSettings | CurveSettings) -> "ChosenTasks":
+    def of(cls, tasks: Sequence[str], settings: EvalSettings | CompareSettings) -> "ChosenTasks":
         """Load tasks and draw their items; see :func:`evaluate_tasks`."""
         max_items, seed = settings.max_items, settings.seed
         for name, least, value in (

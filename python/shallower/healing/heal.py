@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
+from ..evaluation.kept import Stores, UnsavedResults, unkept
 from ..evaluation.loss import measure_loss, require_predictable
 from ..memory.device import free_memory
 from ..merging.merge import write_curve, write_merged
@@ -84,6 +85,7 @@ def heal(
     overwrite: bool = False,
     progress: bool | None = None,
     trust_remote_code: bool = False,
+    stores: Stores = unkept,
 ) -> Healing:
     """Heal a cut by training low-rank adapters, as the paper does (2403.17887, appendix A).
 
@@ -118,6 +120,7 @@ def heal(
         progress: whether to show bars with ETA on standard error; by default if that is a
             terminal.
         trust_remote_code: run code that comes with the models.
+        stores: gives the cached results of a model; by default nothing is cached.
 
     Returns:
         The record that is in ``healing.json``.
@@ -184,6 +187,7 @@ def heal(
         original=source_model,
         merge=merge,
         losses=losses,
+        stores=stores,
         progress=progress,
         trust_remote_code=trust_remote_code,
         # What the user left to us, and what changes nothing but rounding.
@@ -193,7 +197,9 @@ def heal(
     if from_patch:
         require_one_process()
         job = replace(job, patched=patched_cut(job, out, dtype))
-    done = _Healer(job).heal(out, overwrite)
+    done = _Healer(job, kept := UnsavedResults()).heal(out, overwrite)
+    if done.merge is not None:
+        kept.keep(stores, replace(cut, path=out), done.merge.dtype)
     if job.patched is not None:
         shutil.rmtree(job.patched, ignore_errors=True)
         if done.best_step == 0:
@@ -218,8 +224,8 @@ def _instead_of_texts(answers: Sequence[Answer] | None, from_patch: bool) -> str
 class _Healer:
     """A healing in progress, with one model at a time on a device, or a student and its teacher."""
 
-    def __init__(self, job: HealingJob) -> None:
-        self._job = job
+    def __init__(self, job: HealingJob, kept: UnsavedResults) -> None:
+        self._job, self._kept = job, kept
         self._known_losses = job.known_losses()
         self._progress = job.progress if is_main_process() else False
 
@@ -380,7 +386,8 @@ class _Healer:
     def _measure_original(self) -> Loss:
         assert self._job.original is not None
         model, tokenizer = self._job.original.load(self._job.recipe.dtype)
-        return self._loss(Decoder.of(model), tokenizer, "loss, uncut")
+        store = self._job.original_store
+        return self._loss(Decoder.of(model), tokenizer, "loss, uncut", store=store)
 
     def _measure_unpatched(self) -> Loss:
         job = self._job
@@ -388,10 +395,11 @@ class _Healer:
         model, tokenizer = job.original.load(job.recipe.dtype)
         decoder = Decoder.of(model)
         with without_layers(model, job.plan), computing(job.recipe, decoder.device):
-            return self._loss(decoder, tokenizer, "loss, unpatched")
+            how: Any = {"plan": job.plan, "store": job.original_store}
+            return self._loss(decoder, tokenizer, "loss, unpatched", **how)
 
-    def _loss(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, description: str) -> Loss:
-        """The held-out loss, shared among the processes."""
+    def _loss(self, decoder: Decoder, tokenizer: Any, description: str, **of: Any) -> Loss:
+        """The held-out loss, shared among the processes; ``of`` is for :func:`measure_loss`."""
         recipe = self._job.recipe
         return measure_loss(
             decoder,
@@ -401,6 +409,7 @@ class _Healer:
             progress=self._progress,
             description=description,
             shared=True,
+            **of,
         )
 
     def _describe(self, healing: Healing, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -454,6 +463,7 @@ class _Healer:
                     trained=logits,
                     progress=self._progress,
                     trust_remote_code=job.trust_remote_code,
+                    kept=self._kept,
                 )
                 healing = write_merged(folder, merging)
             else:

@@ -19,9 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from ..cutting.cards import adapters_card
 from ..cutting.source import CARD_FILE, find_source
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
+from ..evaluation.kept import ResultStore, Stores
 from ..merging.adapter_config import CONFIG_FILE, read_adapter_config
 from ..merging.merge import copy_beside, copy_files, healing_rows
 from ..merging.stored_adapters import WEIGHTS_FILE
+from ..models.dtypes import QUANTISED
 from ..models.identity import stored_digest
 from ..models.unsaved import warn_unsaved
 from ..patching.patch import with_patch
@@ -38,7 +40,7 @@ from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.plan import Plan
 from ..values.recipe import Resolved
-from .loaded_models import OriginalModel
+from .loaded_models import OriginalModel, placed
 from .ranks import agree
 
 TRAINING = "training"
@@ -66,6 +68,7 @@ class HealingJob:
         original: the uncut model, if it is named.
         merge: fold the adapters into the cut.
         losses: the losses of the uncut model and of the cut that are known already.
+        stores: gives the cached results of a model.
         progress: whether to show bars; by default if standard error is a terminal.
         trust_remote_code: run code that comes with the models.
         adjustable: names of the settings that may be changed where memory is short.
@@ -81,6 +84,7 @@ class HealingJob:
     original: OriginalModel | None
     merge: bool
     losses: tuple[Loss | None, Loss | None]
+    stores: Stores
     progress: bool | None
     trust_remote_code: bool
     adjustable: Collection[str]
@@ -102,6 +106,13 @@ class HealingJob:
     def is_patched(self) -> bool:
         """Whether the model that is trained was patched, for this healing or before."""
         return (Path(self.model).expanduser() / PATCH_FILE).is_file()
+
+    @property
+    def original_store(self) -> ResultStore | None:
+        """The results of the uncut model; none if quantised, as it then computes otherwise."""
+        if self.original is None or self.recipe.dtype in QUANTISED:
+            return None
+        return self.stores(placed(self.original.name, self.recipe.dtype, self.trust_remote_code))
 
     @property
     def original_key(self) -> str:

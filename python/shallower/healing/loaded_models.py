@@ -21,11 +21,15 @@ def load_placed(
         ModelError, MissingExtraError: as :func:`shallower.load_model`.
         ProcessesError: there are more processes than GPUs.
     """
-    device_map: Any = own_device_map()
-    source = ModelSource(path, dtype, device_map, trust_remote_code=trust_remote_code)
-    model, tokenizer = source.load(progress)
+    model, tokenizer = placed(path, dtype, trust_remote_code).load(progress)
     keep_unpacked(model)
     return model, tokenizer
+
+
+def placed(path: str, dtype: Any, trust_remote_code: bool) -> ModelSource:
+    """The source of a model on the device of this process; raises as :func:`load_placed`."""
+    device_map: Any = own_device_map()
+    return ModelSource(path, dtype, device_map, trust_remote_code=trust_remote_code)
 
 
 class LoadedOnce:

@@ -1,28 +1,26 @@
 """HeldOutCuts: cuts of one model on the test texts, which no criterion has seen."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.batches import batches_of_texts
-from ..evaluation.loss import fitting_tokens, out_of_domain_texts
+from ..evaluation.kept import ResultStore
+from ..evaluation.loss import measure_loss, out_of_domain_texts
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
 from ..texts.sources import OWN_TOKENS
 from ..values.comparison import ComparedModel
-from ..values.hashing import hash_of
 from ..values.loss import Loss
 from ..values.plan import Plan
 from ..values.scores import Scores
 from ..values.tokens import Tokens
-from .forwards import scores_by_forwards
 from .judges.judge import Judge, LossJudge
 from .patched_trials import PatchedTrials, kept_patched
-from .trials import ResultStore, kept_trials, trials_journal
+from .trials import kept_trials
 
 TRUTH_ITEMS = 32
 """Texts on which the true losses without single layers are measured, at most."""
@@ -58,18 +56,21 @@ class HeldOutCuts:
         if judge is not losses:
             self.scores = kept_trials(model, judge, store=store, items=texts)
 
+    def described(self, name: str) -> ComparedModel:
+        """Describe the whole model, which has that name, without a measurement."""
+        decoder = self.model.head.decoder
+        of: Any = {"dtype": decoder.identity.dtype, "parameters": num_parameters(decoder.model)}
+        return ComparedModel(name, len(self.model), None, **of)
+
     def compared(self, name: str) -> ComparedModel:
         """Measure the whole model, which has that name."""
-        judge, decoder = self.scores.judge, self.model.head.decoder
-        return ComparedModel(
-            name,
-            len(self.model),
-            self.loss(self.losses.scores(())),
-            self._single_layers or (),
+        judge = self.scores.judge
+        return replace(
+            self.described(name),
+            whole=self.loss(self.losses.scores(())),
+            single_layers=self._single_layers or (),
             chance=judge.chance,
             accuracy=judge.accuracy(self.scores.scores(()).sums),
-            dtype=decoder.identity.dtype,
-            parameters=num_parameters(decoder.model),
         )
 
     def loss(self, scores: Scores) -> Loss:
@@ -116,8 +117,6 @@ def out_of_domain(
     texts, decoder = out_of_domain_texts(tokenizer, tokens.max_length), Decoder.of(model)
     if not texts:
         return {}
-    batches = batches_of_texts(tokenizer, texts, fitting_tokens(decoder, tokens), count_bytes=False)
-    judge, items = LossJudge(batches.numbered), hash_of([texts, asdict(tokens)])
-    journal = store and trials_journal(judge, store=store, items=items)
-    how: Any = {"journal": journal, "name": "loss out of domain", "progress": progress}
-    return {**losses, state: batches.loss(*scores_by_forwards(decoder, judge, plan, **how))}
+    how: Any = {"tokens": tokens, "plan": plan, "store": store, "progress": progress}
+    loss = measure_loss(decoder, tokenizer, texts, description="loss out of domain", **how)
+    return {**losses, state: replace(loss, bytes_by_text=None)}

@@ -10,6 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ModelError, PatchError
+from ..evaluation.kept import (
+    ResultStore,
+    TrialJournal,
+    layers_of,
+    look_of,
+    recall,
+    seconds_of,
+    sums_of,
+)
 from ..memory.prefix_cache import Place
 from ..patching.quick import QuickPatch, out_of_memory
 from ..values.layers import blocks_of
@@ -17,18 +26,7 @@ from ..values.patch import check_patchable
 from ..values.plan import Plan
 from ..values.schema import of_type
 from ..values.scores import Scores
-from .trials import (
-    AnyCut,
-    ResultStore,
-    TrialJournal,
-    Trials,
-    judge_inputs,
-    layers_of,
-    look_of,
-    recall,
-    seconds_of,
-    sums_of,
-)
+from .trials import AnyCut, Trials, judge_inputs
 
 Cut = frozenset[int]
 

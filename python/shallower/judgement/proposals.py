@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CacheError, CostsError, OutputError, one_sentence
+from ..evaluation.kept import ResultStore
 from ..values.costs import Costs
 from ..values.layers import blocks_of
 from .criteria.layer_change import BlockInfluence, Magnitude, XMerge
@@ -15,7 +16,6 @@ from .criterion import Criterion
 from .stored_costs import recalled_costs, recorded_costs
 from .subject import Subject
 from .token_states import PROBED, evenly
-from .trials import ResultStore
 
 Cut = frozenset[int]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CriterionError
+from ..evaluation.kept import ResultStore
 from ..values.costs import Costs
 from ..values.layers import layer_count
 from ..values.plan import Plan
@@ -17,7 +18,6 @@ from .criteria import is_built_in
 from .criteria.experts import OfExperts
 from .criterion import Criterion
 from .subject import Subject
-from .trials import ResultStore
 
 
 @dataclass(slots=True)

@@ -1,13 +1,12 @@
 """Trials: cuts judged by skipping layers, never by copying or reloading the model."""
 
-import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +14,22 @@ from numpy.typing import NDArray
 
 from ..cutting.in_model import without_layers
 from ..errors import CacheError, LayersError, ModelError, PlanError
+from ..evaluation.kept import (
+    ResultStore,
+    TrialJournal,
+    cut_journal,
+    cut_of,
+    look_of,
+    recall,
+    recorded,
+    seconds_of,
+    sums_of,
+)
 from ..memory.prefix_cache import Place, Prefixes
 from ..models.architecture import swapped
 from ..models.layerwise import Layerwise
 from ..values.layers import layer_count
 from ..values.plan import Gone, Plan, gone_by
-from ..values.schema import of_type
 from ..values.scores import Scores
 from .judges.judge import Judge
 
@@ -28,29 +37,6 @@ Value = TypeVar("Value")
 
 AnyCut = Plan | Iterable[int]
 """A plan; or the layers that go, none for the whole model."""
-
-
-class TrialJournal(Protocol):
-    """Records of trials that outlive the process."""
-
-    def read(self) -> Sequence[dict[str, Any]]:
-        """Give all records that were appended, by this process or one before it."""
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a record, which is there whole after any death, or not at all."""
-
-
-class ResultStore(Protocol):
-    """Results of one model that outlive the process."""
-
-    def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Give what was put under the same kind and inputs; None if there is nothing."""
-
-    def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
-        """Keep a result, whole or not at all."""
-
-    def journal(self, kind: str, inputs: Mapping[str, Any]) -> TrialJournal | None:
-        """Open a journal; None if nothing is kept."""
 
 
 @dataclass(slots=True)
@@ -306,28 +292,7 @@ def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: st
 
     ``items`` identifies those of the judge.
     """
-    return Trials(model, judge, journal=trials_journal(judge, store=store, items=items))
-
-
-def trials_journal(judge: Judge, *, store: ResultStore, items: str) -> TrialJournal | None:
-    """Open the records of cuts of a model as they are, judged on some items."""
-    return store.journal("trials", {"state": "cut", "items": items, **judge_inputs(judge)})
-
-
-def recall(journal: TrialJournal | None, take: Callable[[dict[str, Any]], None], what: str) -> None:
-    """Read the records of a journal, if there is one.
-
-    ``take`` raises KeyError, TypeError or ValueError for a record that is damaged, which becomes a
-    CacheError that names it.
-    """
-    for number, record in enumerate(() if journal is None else journal.read()):
-        try:
-            take(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CacheError(
-                f"record {number} of the cached {what} is damaged ({error}): "
-                f"remove them (shallower cache --clear), or make them anew (--no-cache)"
-            ) from error
+    return Trials(model, judge, journal=cut_journal(store, items, judge_inputs(judge)))
 
 
 def recalled(read: Callable[[dict[str, Any]], Value], known: dict[str, Any], what: str) -> Value:
@@ -344,55 +309,3 @@ def recalled(read: Callable[[dict[str, Any]], Value], known: dict[str, Any], wha
 def has_experts(gone: Gone) -> bool:
     """Whether experts are of what goes."""
     return any(isinstance(one, tuple) for one in gone)
-
-
-def recorded(
-    gone: Gone, look: int, *, sums: NDArray[np.float64], seconds: float, vocab_size: int
-) -> dict[str, Any]:
-    """Give a trial as its record, what goes as :func:`cut_of` reads it."""
-    layers = sorted(one for one in gone if isinstance(one, int))
-    experts = sorted(one for one in gone if isinstance(one, tuple))
-    found = {"look": look, "sums": sums.tolist(), "seconds": seconds, "vocab_size": vocab_size}
-    return {"dropped": layers, **({"experts": experts} if experts else {}), **found}
-
-
-def layers_of(record: Any, num_layers: int) -> frozenset[int]:
-    """Read the layers that a record drops; ValueError for what is none."""
-    layers = [of_type(int, layer) for layer in of_type(list, of_type(dict, record)["dropped"])]
-    if layers != sorted(set(layers) & set(range(num_layers))):
-        raise ValueError(f"layers {layers} of {num_layers}")
-    return frozenset(layers)
-
-
-def cut_of(record: Any, num_layers: int) -> Gone:
-    """Read what a record drops; ValueError for what is none."""
-    layers = layers_of(record, num_layers)
-    pairs = of_type(list, record.get("experts", []))
-    experts = ((of_type(int, layer), of_type(int, expert)) for layer, expert in pairs)
-    return frozenset([*layers, *experts])
-
-
-def look_of(record: dict[str, Any], num_looks: int) -> int:
-    """Read the batch of a record; ValueError for what is none."""
-    index = of_type(int, record["look"])
-    if not 0 <= index < num_looks:
-        raise ValueError(f"look {index} of {num_looks}")
-    return index
-
-
-def seconds_of(record: dict[str, Any]) -> float:
-    """Read how long a record took; ValueError for what is no time."""
-    seconds = of_type(float, record["seconds"])
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"it took {seconds} seconds")
-    return seconds
-
-
-def sums_of(record: dict[str, Any], num_items: int) -> NDArray[np.float64]:
-    """Read the scores of a record, (B,); ValueError for others than are expected."""
-    sums = [of_type(float, value) for value in of_type(list, record["sums"])]
-    if len(sums) != num_items:
-        raise ValueError(f"{len(sums)} scores of {num_items} items")
-    if not all(map(math.isfinite, sums)):
-        raise ValueError("a score is not finite")
-    return np.array(sums)

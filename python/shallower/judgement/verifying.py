@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import LayersError, ModelError, PatchError, PlanError, TextsError
+from ..evaluation.kept import ResultStore
 from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -38,7 +39,7 @@ from .proposals import (
 from .racing import ALPHA, lost
 from .subject import Subject
 from .token_states import evenly
-from .trials import AnyCut, Count, ResultStore, Trials, judge_inputs, kept_trials, recalled
+from .trials import AnyCut, Count, Trials, judge_inputs, kept_trials, recalled
 
 PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over the calibration texts."""

@@ -7,7 +7,7 @@ the name, dtype and shape of its weight, so headers and index stay.
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from ..cutting.checkpoint_files import INDEX_FILE, is_checkpoint
 from ..cutting.rewriting import StoredCheckpoint, compare, rewrite
 from ..errors import ModelError, why
-from ..evaluation.loss import evaluate_loss
+from ..evaluation.kept import UnsavedResults
+from ..evaluation.loss import measure_loss
 from ..memory.placement import place_for
 from ..models.architecture import find_layers, input_device
 from ..models.decoder import Decoder
@@ -32,6 +33,7 @@ from ..values.files import PLAN_FILE
 from ..values.healing import Healing, Merge
 from ..values.memory import format_size
 from ..values.recipe import Resolved
+from ..values.tokens import Tokens
 from .in_memory import TOLERANCE, adapted_logits, another_model, merge_in_memory, probe_logits
 from .low_rank import Deviations, LowRank
 from .stored_adapters import low_rank_changes
@@ -68,6 +70,7 @@ class Merging:
             (1, T, V) float32.
         progress: whether to show a bar on standard error; by default if that is a terminal.
         trust_remote_code: run code that comes with the model.
+        kept: receives the loss of the merged model.
     """
 
     base: str
@@ -77,6 +80,7 @@ class Merging:
     trained: torch.Tensor | None = None
     progress: bool | None = None
     trust_remote_code: bool = False
+    kept: UnsavedResults = field(default_factory=UnsavedResults)
 
     def into(self, folder: Path) -> Merge:
         """Fill an empty folder with the merged checkpoint, and check it.
@@ -202,12 +206,13 @@ class Merging:
         """With the held-out loss of the model as it is stored, which ``eval`` measures alike."""
         if not self.held_out:
             return merge
-        loss = evaluate_loss(
-            Decoder.of(model),
+        decoder = Decoder.of(model)
+        loss = measure_loss(
+            decoder,
             tokenizer,
             self.held_out,
-            max_length=self.healing.recipe.max_length,
-            batch_size=self.healing.recipe.batch_size,
+            tokens=Tokens(self.healing.recipe.max_length),
+            store=self.kept if decoder.device.type == _device().type else None,
             progress=self.progress,
             description="loss, merged",
         )

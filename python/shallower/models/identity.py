@@ -20,7 +20,7 @@ from .architecture import DecoderLayers, find_layers, require_weights, text_conf
 from .experts import num_experts
 from .fingerprint import Shape, fingerprint
 from .offload import stored_weight
-from .structure import structure_of
+from .structure import is_plain, structure_of
 
 
 def identify(model: PreTrainedModel, layers: DecoderLayers | None = None) -> ModelIdentity:
@@ -92,7 +92,7 @@ def weights_hash(model: PreTrainedModel, *, reads: bool = False) -> str | None:
     hooks or code as :func:`structure_of`.
     """
     structure = structure_of(model)
-    if structure is None:
+    if structure is None or not all(map(is_plain, model.parameters())):
         return None
     digest = hashlib.sha256(structure.encode())
     tensors = {**dict(model.named_buffers()), **model.state_dict()}

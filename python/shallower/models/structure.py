@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook
 from tokenizers import AddedToken, Tokenizer
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..values.hashing import hash_of
 
@@ -30,7 +33,8 @@ _PACKAGES = {
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device)
 _KEPT_OF_CLASSES = (FunctionType, bool, int, float)
 _OF_LAYERS = re.compile(
-    r"torch\.nn\.modules\.(?!container).*|transformers\.(activations|models\..*modeling_\w+)"
+    r"torch\.nn\.modules\.(?!container).*|"
+    r"transformers\.(activations|tokenization_\w+|models\..*(modeling|tokenization)_\w+)"
 )
 _WITHOUT_EFFECT = {
     *("name_or_path", "_name_or_path", "warnings_issued", "deprecation_warnings"),
@@ -46,12 +50,22 @@ def structure_of(thing: Any) -> str | None:
     That is so if code of the user has a part in it: a hook, a method, a module or a function.
     """
     values = _Values()
-    if any(vars(torch.nn.modules.module)[name] for name in _HOOKS_OF_ALL):
+    if any(vars(torch.nn.modules.module)[name] for name in _HOOKS_OF_ALL) or _modes():
         return None
     try:
         return hash_of([*map(values, (thing, *_ATTENTION)), values.code()])
     except (_UnknownError, RecursionError):
         return None
+
+
+def _modes() -> bool:
+    """Whether code of the user takes part in all functions or operators of torch."""
+    return bool(_get_current_function_mode_stack() or _get_current_dispatch_mode_stack())
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a class of known packages, which says how it is computed with."""
+    return type(tensor).__module__.partition(".")[0] in _PACKAGES
 
 
 _HOOKS_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -134,10 +148,12 @@ class _Values:
         return f"{home}.{path}"
 
     def code(self) -> Any:
-        """The functions and methods of the modules that define layers, as they are now."""
+        """The functions and methods that define layers and tokenizers, as they are now."""
         found = []
         for home in ["torch.nn.functional", *filter(_OF_LAYERS.fullmatch, self._modules)]:
             for name, one in vars(sys.modules[home]).items():
+                if "tokenization" in home and not _is_tokenizer(one):
+                    continue
                 if isinstance(one, FunctionType):
                     found.append([home, name, self(one)])
                 elif isinstance(one, type) and one.__module__ == home:
@@ -145,6 +161,10 @@ class _Values:
                     kept = [key for key in parts if isinstance(parts[key], _KEPT_OF_CLASSES)]
                     found.append([home, name, [[key, self(parts[key])] for key in kept]])
         return found
+
+
+def _is_tokenizer(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, PreTrainedTokenizerBase)
 
 
 def _check(home: str) -> None:

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,10 +14,11 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut
 from ..cutting.source import CARD_FILE
 from ..errors import PatchError, raise_output_error
-from ..evaluation.loss import evaluate_loss, out_of_domain_texts, require_predictable
+from ..evaluation.kept import ResultStore, Stores, UnsavedResults, unkept
+from ..evaluation.loss import measure_loss, out_of_domain_texts, require_predictable
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
-from ..models.source import place_of
+from ..models.source import ModelSource, place_of
 from ..models.unsaved import warn_unsaved
 from ..progress import track
 from ..reporting.words import by_choice, came_back
@@ -32,6 +34,7 @@ from ..values.patch import Patch, check_patchable
 from ..values.plan import Plan
 from ..values.scores import Estimate
 from ..values.stage_settings import PatchSettings
+from ..values.tokens import Tokens
 from .patch import patch
 
 _KEPT = "patching"
@@ -151,12 +154,15 @@ def patch_to_folder(
     settings: PatchSettings | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    source: ModelSource | None = None,
+    stores: Stores = unkept,
 ) -> tuple[Patch, dict[str, dict[str, Loss]]]:
     """Patch a model in place, save it, and measure it on text that no choice was made on.
 
     ``texts`` and ``answers`` are as for :func:`shallower.patch`; without ``eval_texts`` nothing
     is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``, by the
-    texts that they are of. One that was cut short goes on where it was. Raises as
+    texts that they are of. One that was cut short goes on where it was. Of a model that was loaded
+    from ``source`` they are looked up in ``stores`` and kept there. Raises as
     :func:`shallower.patch`, and OutputError if ``out`` is in use or cannot be written to.
     """
     settings = settings or PatchSettings()
@@ -175,14 +181,17 @@ def patch_to_folder(
     lengths = {TEST_SET: settings.max_length, OUT_OF_DOMAIN: min(settings.max_length, OWN_TOKENS)}
     measured: dict[str, dict[str, Loss]] = {place: {} for place, some in held_out.items() if some}
 
-    def measure(name: str) -> None:
+    of_model, of_patched = None if source is None else stores(source), UnsavedResults()
+
+    def measure(name: str, store: ResultStore | None, dropped: Plan | None = None) -> None:
         for place in measured:
-            measured[place][name] = evaluate_loss(
+            measured[place][name] = measure_loss(
                 decoder,
                 tokenizer,
                 held_out[place],
-                max_length=lengths[place],
-                batch_size=settings.batch_size,
+                tokens=Tokens(lengths[place]),  # as eval measures by default
+                plan=dropped,
+                store=store,
                 progress=progress,
                 description=f"loss, {name}, {place}",
             )
@@ -193,9 +202,9 @@ def patch_to_folder(
         with raise_output_error(Path(out)):
             _keep_alone(kept)
         check_room(Path(out), module_bytes(model) - gone)
-        measure("whole")
+        measure("whole", of_model)
         with without_layers(model, plan.blocks):
-            measure("cut")
+            measure("cut", of_model, plan)
         try:
             done = patch(
                 model,
@@ -210,7 +219,7 @@ def patch_to_folder(
         except PatchError:  # it would end so again
             shutil.rmtree(kept, ignore_errors=True)
             raise
-        measure("patched")
+        measure("patched", of_patched)
         with track("save the patched model", show=progress):
             save_patched(
                 model,
@@ -227,6 +236,9 @@ def patch_to_folder(
                 file.replace(folder / file.name)
             made.rmdir()
             shutil.rmtree(kept, ignore_errors=True)
+    if source is not None:
+        saved = replace(source, path=out, gguf_file=None)
+        of_patched.keep(stores, saved, decoder.identity.dtype)
     return done, measured
 
 

@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ..cutting.metadata import card_text, with_results
 from ..errors import OutputError, ShallowerError, raise_output_error, why
 from ..storage import claimed, holds, rewrite, sha256_of, write_file
-from ..values.comparison import CriteriaComparison
-from ..values.curve import Curve
 from ..values.files import (
     CHECKPOINT_FOLDER,
     CHECKPOINT_GGUF,
-    COMPARISON_FILE,
-    CURVE_FILE,
     EVAL_FILE,
     HEALED_FOLDER,
     RESULTS_FILE,
     SCAN_FILE,
-    SWEEP_FILE,
 )
 from ..values.healing import Healing
 from ..values.layers import layer_count
@@ -31,7 +26,6 @@ from ..values.plan import Plan
 from ..values.recommendation import Recommended
 from ..values.schema import of_type
 from ..values.speech import Speech
-from ..values.sweep import JobKind, Sweep, SweepJob
 from ..values.target import Target
 from .stories.evaluation import Values, evaluation_record
 from .words import compared, costs, domain_learned
@@ -251,31 +245,6 @@ class Run:
         write_file(self.out / RESULTS_FILE, content.encode())
 
 
-JOB_FILES: dict[JobKind, str] = {
-    "compare": COMPARISON_FILE,
-    "scan": SCAN_FILE,
-    "curve": CURVE_FILE,
-}
-"""The file of the results of a job of a sweep, by its command."""
-
-
-def read_job(out: Path, job: SweepJob) -> "CriteriaComparison | Curve | Scan | None":
-    """Read a sweep job's results; None if missing, damaged, or of an unfinished curve."""
-    from ..scanning.scan import Scan
-
-    place = out / job.folder / JOB_FILES[job.kind]
-    try:
-        if job.kind == "scan":
-            return Scan.load(place)
-        values = json.loads(place.read_bytes())
-        if job.kind == "compare":
-            return CriteriaComparison.from_json(values)
-        curve = Curve.from_json(values)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ShallowerError):
-        return None
-    return curve if len(curve.points) > curve.num_wanted else None
-
-
 def write_evaluation(
     out: Path, values: Values, dtype: str, *, plan: Plan | None, overwrite: bool = True
 ) -> None:
@@ -285,15 +254,6 @@ def write_evaluation(
     if not holds(place, content):
         with claimed(place, overwrite):
             write_file(place, content)
-
-
-def is_sweep(out: Path) -> bool:
-    """Whether a folder has the record of a sweep."""
-    try:
-        Sweep.from_json(json.loads((out / SWEEP_FILE).read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return True
 
 
 def weights_mark(folder: Path) -> str:

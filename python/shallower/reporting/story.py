@@ -249,8 +249,8 @@ def _fact(fact: Fact) -> dict[str, Any]:
     return {"name": fact.name, "shown": text_of(fact.value), **known, "source": fact.source}
 
 
-BY_ITEM = ("by_text", "by_item", "items", "marks", "job")
-"""Values that are as many as texts, or that distinguish one machine's work from another's."""
+BY_ITEM = ("by_text", "by_item", "by_prompt", "items", "marks", "job")
+"""Values that are as many as texts or prompts, or distinguish one machine's work from another's."""
 
 
 def without_items(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Over whole studies: sweeps of many, the page of a folder (``report``), and the demo."""
+"""Over whole studies: the page of a folder (``report``), and the demo."""

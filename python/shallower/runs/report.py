@@ -1,4 +1,4 @@
-"""Reports: the page of whatever a folder holds, a run, a comparison, a curve or a sweep."""
+"""Reports: the page of whatever a folder holds, a run or a comparison."""
 
 import json
 import warnings
@@ -6,32 +6,31 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError, OutputError, ShallowerError, why
 from ..progress import track
 from ..reporting.results import Run
 from ..reporting.story import Story
 from ..reporting.writers.page import shows_figures, write_page
-from ..values.comparison import CriteriaComparison
-from ..values.curve import Curve
+from ..values.comparison import CriteriaComparison, scan_place
 from ..values.files import (
     COMPARISON_FILE,
-    CURVE_FILE,
     GAIN_FILE,
     REPORT_FILE,
     RESULTS_FILE,
-    SWEEP_FILE,
 )
 from ..values.gain import Gain
 from ..values.schema import of_type
-from ..values.sweep import Sweep
+
+if TYPE_CHECKING:
+    from ..scanning.scan import Scan
 
 
 def report(
     folder: str | Path, out: str | Path | None = None, *, progress: bool | None = None
 ) -> Path:
-    """Write the page of a run, of a comparison, of a curve or of a sweep.
+    """Write the page of a run or of a comparison.
 
     The page is one HTML file that needs no network: what was cut, how sure that is, what
     it costs and gains, figures, every number with where it is from, and the commands to make it
@@ -40,7 +39,7 @@ def report(
     but a page with figures not by one without.
 
     Args:
-        folder: what :func:`run`, :func:`compare`, :func:`curve` or :func:`sweep` has written.
+        folder: what :func:`run`, :func:`compare` or :func:`curve` has written.
         out: the place of the page; ``report.html`` in the folder by default.
         progress: True for a bar on standard error, False for silence; by default a bar on a
             terminal, and lines in a log.
@@ -111,28 +110,34 @@ def _read_results(folder: Path) -> Callable[..., Story]:
                 f"on where it was"
             )
         return partial(run_story, done, gain=_gain(folder))
-    if (folder / CURVE_FILE).is_file():
-        from ..reporting.stories.curve import curve_story
-
-        data = _read(folder / CURVE_FILE)
-        curve = _parsed(Curve, data, folder / CURVE_FILE)
-        return partial(curve_story, curve, command=str(data.get("command", "")), folder=name)
     if (folder / COMPARISON_FILE).is_file():
         from ..reporting.stories.comparison import comparison_story
 
         data = _read(folder / COMPARISON_FILE)
         comparison = _parsed(CriteriaComparison, data, folder / COMPARISON_FILE)
         command = str(data.get("command", ""))
-        return partial(comparison_story, comparison, command=command, folder=name)
-    if (folder / SWEEP_FILE).is_file():
-        from ..reporting.stories.sweep import sweep_story
-
-        sweep = _parsed(Sweep, _read(folder / SWEEP_FILE), folder / SWEEP_FILE)
-        return partial(sweep_story, sweep, folder)
+        scans = read_scans(folder, comparison)
+        how: Any = {"command": command, "folder": name, "scans": scans}
+        return partial(comparison_story, comparison, **how)
     raise OutputError(
-        f"{folder} holds no results: expected the folder of a run ({RESULTS_FILE}), of a curve "
-        f"({CURVE_FILE}), of a comparison ({COMPARISON_FILE}) or of a sweep ({SWEEP_FILE})"
+        f"{folder} holds no results: expected the folder of a run ({RESULTS_FILE}) or of a "
+        f"comparison ({COMPARISON_FILE})"
     )
+
+
+def read_scans(folder: Path, comparison: CriteriaComparison) -> "dict[str, Scan]":
+    """Read the scans of a comparison that are there, by the titles of model and texts."""
+    from ..reporting.charts.models import titled_starts
+    from ..scanning.scan import Scan
+
+    titles = iter([title for title, _, _ in titled_starts(comparison.models)])
+    found = {}
+    for model in comparison.models:
+        for texts in model.starts:
+            title, place = next(titles), folder / scan_place(model.name, texts)
+            if place.is_file():
+                found[title] = Scan.load(place)
+    return found
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -36,8 +36,6 @@ class OpenedEval(OpenedBatches):
 
     def open(self, source: ModelSource) -> "OpenedEval":
         """Check the texts, and load the model."""
-        from ..judgement.judges.judge import LossJudge
-        from ..judgement.trials import trials_journal
         from ..models.decoder import Decoder
 
         job: Any = self.job or _job_of(self.described, self.store)
@@ -48,12 +46,7 @@ class OpenedEval(OpenedBatches):
         if job.plan:
             job.plan.check_model(self._decoder.identity)
         self._all = {one.kind: one.batches(tokenizer, job.fitted(one)) for one in job.measures}
-        self._judges = {kind: LossJudge(one.numbered) for kind, one in self._all.items()}
-        store = ModelStore.of(source, self.store)
-        self._journals = {
-            one.kind: trials_journal(self._judges[one.kind], store=store, items=one.items)
-            for one in job.measures
-        }
+        self._kept = ModelStore.of(source, self.store)
         return self
 
     @property
@@ -94,9 +87,9 @@ class OpenedEval(OpenedBatches):
 
     def _part(self, kind: str, shard: Shard) -> Tally:
         """What a shard has of one measure."""
-        every, judge = self._all[kind], self._judges[kind]
-        looks, nats = shard.of(len(judge.batches)), {}
-        numbers = sorted(number for look in looks for number in judge.items[look].tolist())
+        every, nats = self._all[kind], {}
+        looks = shard.of(len(every.batches))
+        numbers = sorted(number for look in looks for number in every.numbered[look].samples)
         for side, plan in self._sides.items():
             scores, vocab_size = self._scores(kind, shard, plan)
             nats[side] = scores.sums[numbers]
@@ -108,7 +101,7 @@ class OpenedEval(OpenedBatches):
             fingerprint=every.fingerprint,
             settings={**every.settings, **({"vocab_size": vocab_size} if kind == "loss" else {})},
             items=tuple(items),
-            counts=tuple(map(int, judge.weights[numbers])),
+            counts=tuple(map(int, every.weights[numbers])),
             num_bytes=None if sizes is None else tuple(sizes[item] for item in items),
             nats=nats,
         )
@@ -116,16 +109,16 @@ class OpenedEval(OpenedBatches):
     def _scores(self, kind: str, shard: Shard, plan: Plan | None) -> "tuple[Scores, int]":
         """The scores of a shard without what a plan drops, and the size of the vocabulary."""
         from ..cutting.in_model import without_layers
-        from ..judgement.forwards import scores_by_forwards
+        from ..evaluation.loss import scores_of
 
-        judge, cut = self._judges[kind], f"without {plan.words}, " if plan else ""
+        every, cut = self._all[kind], f"without {plan.words}, " if plan else ""
         with without_layers(self._decoder.model, plan) if plan else nullcontext():
-            return scores_by_forwards(
+            return scores_of(
                 self._decoder,
-                judge,
+                every,
                 plan,
-                looks=shard.of(len(judge.batches)),
-                journal=self._journals[kind],
+                looks=shard.of(len(every.batches)),
+                store=self._kept,
                 name=f"{kind} {cut}shard {shard}",
                 progress=self.progress,
             )

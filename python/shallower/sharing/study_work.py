@@ -9,15 +9,22 @@ the study, because all of its settings decide them.
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 from weakref import finalize
 
-from ..errors import CacheError, ProcessesError, ScanError, SettingsError
+from ..errors import (
+    CacheError,
+    OutputError,
+    ProcessesError,
+    ScanError,
+    SettingsError,
+    one_sentence,
+)
 from ..models.source import ModelSource
 from ..progress import part, track
 from ..storage import absolute
@@ -46,14 +53,16 @@ class StudyShard(JsonShard):
         job: a hash of all that the study depends on.
         described: the study, from which a process makes it again.
         entries: what the store of the parts has.
+        failed: why parts of several models could not be measured.
     """
 
-    FORMAT = "shallower.study.shard.1"
+    FORMAT = "shallower.study.shard.2"
 
     shard: Shard
     job: str
     described: Mapping[str, Any]
     entries: Mapping[str, Any]
+    failed: Mapping[str, str]
 
     def __post_init__(self) -> None:
         for name in ("kind", "models", "places", "texts", "settings", "identities", "units"):
@@ -80,11 +89,12 @@ def opened(
         ModelSource(**{**given, "path": given["path"] if as_named else place})
         for given, place in zip(described["models"], described["places"], strict=True)
     ]
-    *texts, (_, eval_texts) = [(name, Texts(place, n)) for name, place, n in described["texts"]]
+    texts = {name: Texts(place, n) for name, place, n in described["texts"]}
+    eval_texts = texts.pop("", None)
     kind = _STUDIES[described["kind"]]
     study: Study[Any] = kind(
         models=models,
-        texts=dict(texts),
+        texts=texts,
         eval_texts=eval_texts,
         settings=kind.SETTINGS(**described["settings"]),
         store=store,
@@ -140,12 +150,25 @@ class OpenedStudy(Opened):
     def shard(self, shard: Shard) -> bytes:
         """Measure every N-th part."""
         mine = self.described["units"][shard.index :: shard.count]
+        failed: dict[str, str] = {}
         with track(f"{self._study.KIND}, shard {shard}", len(mine), self.progress):
             for unit in mine:
-                with part(1, unit), track(unit):
+                with part(1, unit), track(unit), self._others_go_on(unit, failed):
                     self.run(unit)
-        entries = self.store.give({})
-        return StudyShard(shard, self.described["job"], self.described, entries).to_bytes()
+        entries, job = self.store.give({}), self.described["job"]
+        return StudyShard(shard, job, self.described, entries, failed).to_bytes()
+
+    @contextmanager
+    def _others_go_on(self, unit: str, failed: dict[str, str]) -> Iterator[None]:
+        """Note why a part of one of several models has failed; the others go on."""
+        try:
+            yield
+        except (CacheError, OutputError):
+            raise
+        except Exception as error:
+            if len(self._study.models) == 1:
+                raise
+            failed[unit] = one_sentence(error)
 
 
 class StudyWork(SharedWork):
@@ -172,7 +195,8 @@ class StudyWork(SharedWork):
     def described(self) -> dict[str, Any]:
         """The study as it is opened, with the store of workers on this machine."""
         study, models = self.job, self.models
-        named = [*study.named_texts.items(), ("", study.eval_texts)]
+        named = [*study.named_texts.items()]
+        named += [] if study.eval_texts is None else [("", study.eval_texts)]
         texts = [(name, one) for name, one in named if isinstance(one, Texts)]
         if len(models) < len(study.models) or len(texts) < len(named):
             raise ProcessesError("workers read models and texts themselves: name files or datasets")
@@ -260,7 +284,9 @@ class StudyWork(SharedWork):
                 store.offer(one.entries)
             except CacheError as error:
                 raise ScanError(f"shard {one.shard}: {error}") from error
-        if lacking := [str(part) for part in study.parts() if not is_known(study, part)]:
+        failed = {name for one in shards for name in one.failed}
+        lacking = [str(part) for part in study.parts() if not is_known(study, part)]
+        if lacking := [name for name in lacking if name not in failed]:
             raise ProcessesError(
                 f"the shards have no measurement of {', '.join(lacking[:3])}: delete them, and "
                 f"make them anew ({cls.kind} --shard)"
@@ -273,20 +299,20 @@ class CompareWork(StudyWork):
 
     kind, results = CompareStudy.KIND, CompareStudy.RESULTS
 
-
-class CurveWork(StudyWork):
-    """A curve."""
-
-    kind, results = CurveStudy.KIND, CurveStudy.RESULTS
-
     def prepare(self) -> None:
         """Refuse healings of a shard, which shards do not have and ``gather`` would leave out."""
         super().prepare()
         if self.shard is not None and "healed" in self.job.settings.states:
             raise SettingsError(
-                "a shard heals no cut: leave out healed (states, --states), or share the curve by "
+                "a shard heals no cut: leave out healed (states, --states), or share the work by "
                 "workers (--workers)"
             )
+
+
+class CurveWork(CompareWork):
+    """A comparison with the settings of a curve."""
+
+    kind = CurveStudy.KIND
 
 
 def _plain(value: Any) -> Any:

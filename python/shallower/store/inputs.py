@@ -349,7 +349,7 @@ def check_machine(driver: Mapping[str, Any]) -> None:
             raise ProcessesError(
                 f"the processors here are not those that the study began on, so that last bits "
                 f"would differ ({name}: {has or 'none'} and {wanted or 'none'}): use like "
-                f"machines, or share whole studies (shallower sweep)"
+                f"machines, or carry out whole studies on each (shallower compare)"
             )
 
 

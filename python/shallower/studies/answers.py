@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from ..judgement.trials import ResultStore
+    from ..evaluation.kept import ResultStore
     from ..models.decoder import Decoder
 
 AT_ONCE = 32

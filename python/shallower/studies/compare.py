@@ -1,6 +1,5 @@
 """Criteria compared by benchmark, on one model or several, into a folder."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -11,9 +10,10 @@ from ..errors import (
     CacheError,
     CriterionError,
     ExpertsError,
-    MissingExtraError,
     ModelError,
     OutputError,
+    RecipeError,
+    TextsError,
     one_sentence,
 )
 from ..models.source import ModelSource
@@ -27,10 +27,10 @@ from ..values.experts import check_counts
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.hashing import hash_of
 from ..values.layers import check_sizes
-from ..values.provenance import versions
 from ..values.settings import CompareSettings
 from .items import Items, items_fingerprint, judged_items
 from .study import SINGLE_LAYERS, WHOLE, Part, Study, Unit
+from .tasks import StudyTasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def compare(
     model: "PreTrainedModel | ModelSource | str | Path | Sequence[ModelSource | str | Path]",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     texts: "Iterable[str] | Mapping[str, Iterable[str]]" = (),
-    eval_texts: Iterable[str] = (),
+    eval_texts: Iterable[str] | None = None,
     *,
     settings: CompareSettings | None = None,
     out: str | Path | None = None,
@@ -54,14 +54,13 @@ def compare(
 ) -> CriteriaComparison:
     """Compare criteria by what they remove and what that costs.
 
-    The calibration texts are divided into calibration and selection texts; the held-out
-    texts give every loss that is reported, and no criterion sees them. Every choice is
-    measured before and after a quick patch (the last matrix of the feed-forward before each
-    block, solved anew). Each criterion is charged what it costs by itself, although nothing is
-    done twice.
+    Texts are divided into calibration and selection texts; every reported number comes from the
+    test set, which no criterion sees. Every choice is measured in each of ``states``: as it is
+    cut, patched, and healed. Measures are the loss, and tasks and speech on demand. Each criterion
+    is charged what it costs by itself, although nothing is done twice.
 
-    What was measured is kept in the cache, also of a comparison that was cut short, and is not
-    measured again.
+    Results are cached as they are measured, also those of a comparison that was cut short. A cut
+    that cannot be patched or measured is a row that says why.
 
     Args:
         model: a causal language model of transformers; or the source or the place that it is
@@ -70,24 +69,30 @@ def compare(
             are measured in the same passes.
         tokenizer: the tokenizer of a model in memory.
         texts: calibration texts; or several such by name, each of which chooses for itself.
-        eval_texts: held-out texts. Calibration texts that are among them are left out.
+        eval_texts: held-out texts. Calibration texts that are among them are left out. The judge
+            ``none`` needs none.
         settings: the settings; by default those of :class:`CompareSettings`.
-        out: a folder for ``comparison.json``, ``comparison.csv`` and the figures.
+        out: a folder for ``comparison.json``, written before each next step, and
+            ``comparison.csv``.
         cache: keep what is measured, and reuse cached results.
         overwrite: replace what is in ``out``.
         progress: bars with ETA on standard error; by default if that is a terminal.
         options: settings by keyword, as ``n=[2]``: any field of :class:`CompareSettings`.
 
     Returns:
-        A row for every model, calibration text, criterion and ``n``.
+        A row for every model, calibration text, state, criterion and ``n``.
 
     Raises:
         SettingsError: there is no such setting.
         CriterionError: a criterion or judge that does not exist, or is named twice.
         LayersError: a size that the model cannot lose.
-        TextsError: too few texts for three sets, too few items or prompts, or broken ones.
-        ModelError: the one model that there is cannot be loaded or run; or, by the judge
-            ``speech``, cannot generate text, or has its layers on disk.
+        PatchError: there is no such state or patch.
+        RecipeError: ``heal_steps`` without the state ``healed``, or settings that do not fit.
+        TextsError: too few texts for three sets, too few items or prompts, or broken ones; no such
+            task.
+        ModelError: the one model that there is cannot be loaded or run; or its layers are
+            streamed, and there are tasks, speech or the state ``healed``.
+        MissingExtraError: the state ``healed`` without peft, or tasks without lm-eval.
         OutputError: ``out`` holds another comparison, or cannot be written to.
         CacheError: what the cache holds is damaged.
         ProcessesError: this is one of several processes, as torchrun starts them.
@@ -96,8 +101,9 @@ def compare(
         >>> done = sh.compare(
         ...     model, tokenizer, texts, held_out, n=[2], criteria=["angular", "deepest"]
         ... )
-        >>> [(row.criterion, row.n, len(row.dropped)) for row in done.rows]
-        [('angular', 2, 2), ('deepest', 2, 2)]
+        >>> [(row.criterion, row.n, row.state) for row in done.rows]
+        [('angular', 2, 'cut'), ('deepest', 2, 'cut'), ('angular', 2, 'patched'),
+         ('deepest', 2, 'patched')]
     """
     refuse_several("comparisons are")
     study = CompareStudy(
@@ -129,6 +135,8 @@ class CompareStudy(Study[CompareSettings]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.eval_texts is None and self.settings.judge != "none":
+            raise TextsError("--eval-texts is missing: name a test set (eval_texts, --eval-texts)")
         if not self.models:
             raise ModelError("there is no model to compare criteria on: name one or several")
         names = [str(model) for model in self.models]
@@ -136,18 +144,46 @@ class CompareStudy(Study[CompareSettings]):
             raise ModelError(f"a model is named twice: {', '.join(names)}")
         if len(names) == 1 and not self.by_experts:
             check_sizes(self.settings.n, self.model.count_layers())
+        self._refuse_streams()
         _ = self.splits, self.items
         if self.entry is None:
             _ = self.criteria
         self.check()
 
-    def check_kind(self) -> None:
-        """Refuse what cannot be, before anything is loaded; of several models the others go on."""
+    def _refuse_streams(self) -> None:
+        """Refuse what reads all layers at every step, of layers that are streamed."""
+        settings = self.settings
+        if settings.tasks:
+            self.refuse_on_disk("a task, for every few items", "leave out tasks (tasks, --tasks)")
+        if "healed" in settings.states:
+            way_out = "leave out the state healed (states, --states), and heal a cut of it"
+            self.refuse_on_disk("a training, at every step", way_out)
         if self.prompts:
             way_out = "leave out how the cuts speak (speech, --speech)"
             self.refuse_on_disk("every token of an answer", way_out)
+
+    def check_kind(self) -> None:
+        """Refuse what cannot be, before anything is loaded; of several models the others go on."""
+        if "healed" in self.settings.states:
+            self._check_healing()
         if len(self.models) == 1 and self.entry is None and self.by_experts:
             check_counts(self.settings.n, self.model.count_experts())
+
+    def _check_healing(self) -> None:
+        """Refuse healings that cannot be, before anything is loaded."""
+        from ..healing.checks import require_peft
+
+        require_peft()
+        if self.out is None:
+            raise RecipeError("the state healed needs a folder: name one (out, --out)")
+        if self.settings.heal is not None:
+            here = all(isinstance(model, ModelSource) for model in self.models)
+            self.settings.heal.check(original=here)
+
+    @cached_property
+    def tasks(self) -> StudyTasks:
+        """The tasks that every cut is measured on."""
+        return StudyTasks(self.settings)
 
     @property
     def by_experts(self) -> bool:
@@ -158,11 +194,11 @@ class CompareStudy(Study[CompareSettings]):
     def items(self) -> tuple[Items, Items]:
         """The selection and test items, of the judges ``options`` and ``speech``."""
         of = self.settings
-        return judged_items(of.judge, options=of.options, prompts=of.prompts, seed=of.seed)
+        return judged_items(self.judges[0], options=of.options, prompts=of.prompts, seed=of.seed)
 
     @cached_property
     def prompts(self) -> Sequence[Prompt]:
-        """The prompts on which bare cuts speak; the test prompts of the judge ``speech``."""
+        """The prompts on which cuts speak; the test prompts of the judge ``speech``."""
         if not self.settings.speech:
             return ()
         if self.settings.judge == "speech":
@@ -170,18 +206,29 @@ class CompareStudy(Study[CompareSettings]):
         return super().prompts
 
     def more_inputs(self) -> dict[str, Any]:
-        """The prompts on which cuts speak."""
-        return {"prompts": prompts_fingerprint(self.prompts)}
+        """The items of the tasks, the prompts, and the texts that are trained on."""
+        healed = "healed" in self.settings.states
+        return {
+            "tasks": self.tasks.identity,
+            "prompts": prompts_fingerprint(self.prompts),
+            "trained_on": self.trained_on() if healed else None,
+        }
+
+    def shared_settings(self) -> CompareSettings:
+        """The settings without what is trained, which is known by the whole study alone."""
+        states = tuple(state for state in self.settings.states if state != "healed") or ("cut",)
+        return replace(self.settings, states=states, heal=None, heal_steps=None)
 
     @property
     def judges(self) -> tuple[str, str]:
-        """The judge that is asked for chooses and scores."""
-        return self.settings.judge, self.settings.judge
+        """The judge that is asked for chooses and scores; by ``none`` neither is done."""
+        judge = "loss" if self.settings.judge == "none" else self.settings.judge
+        return judge, judge
 
     @cached_property
     def fitted(self) -> dict[str, str]:
         """Hashes of the calibration and selection texts and the selection items, by name."""
-        items = items_fingerprint(self.settings.judge, self.items[0])
+        items = items_fingerprint(self.judges[0], self.items[0])
         tokens = asdict(self.settings.tokens)
         return {
             name: hash_of([splits.fit, splits.choose, tokens, items])
@@ -192,23 +239,25 @@ class CompareStudy(Study[CompareSettings]):
     def reported(self) -> str:
         """A hash of the texts and of the test items."""
         tokens = asdict(self.settings.tokens)
-        items = items_fingerprint(self.settings.judge, self.items[1])
+        items = items_fingerprint(self.judges[0], self.items[1])
         return hash_of([self.split.report, tokens, items])
 
     @cached_property
     def criteria(self) -> "tuple[Criterion, ...]":
         """The criteria that take part."""
-        from ..judgement.criteria import criteria, expert_criteria
+        from ..judgement.criteria import NAMED, criteria, expert_criteria
         from ..judgement.criterion import Criterion
         from ..judgement.judges import JUDGES
 
         judge, given = self.settings.judge, self.settings.criteria
-        if judge not in JUDGES:
+        if judge not in (*JUDGES, "none"):
             raise CriterionError(
-                f"unknown judge {judge!r}: expected one of {', '.join(JUDGES)} (judge, --judge)"
+                f"unknown judge {judge!r}: expected one of {', '.join(JUDGES)} or none "
+                f"(judge, --judge)"
             )
         table = expert_criteria if self.by_experts else criteria
         wanted = [*table] if given is None else [*given]
+        table = table if self.by_experts else {**table, **NAMED}
         strange = (one for one in wanted if self.by_experts or isinstance(one, str))
         unknown = [one for one in strange if one not in table]
         if unknown or not wanted:
@@ -231,15 +280,10 @@ class CompareStudy(Study[CompareSettings]):
     def units(self) -> list[Unit]:
         """List the choices of every criterion, by model and texts."""
         return [
-            self.unit(
-                one.name,
-                n,
-                "cut" if self.by_experts else "cut and patched",
-                model=str(model),
-                texts=texts,
-            )
+            self.unit(one.name, n, state, model=str(model), texts=texts)
             for model in self.models
             for texts in self.splits
+            for state in self.settings.states
             for one in self.criteria
             for n in self.settings.n
         ]
@@ -247,13 +291,18 @@ class CompareStudy(Study[CompareSettings]):
     def parts(self) -> list[Part[CompareSettings]]:
         """List the whole models, and the criteria on each with all their sizes: searches first."""
         from ..judgement.criterion import has_costs
+        from .starts import wants_scans
 
-        (first, *_), settings = self.splits, self.settings
-        truth = settings.truth and any(map(has_costs, self.criteria))
-        of_none = [WHOLE, SINGLE_LAYERS][: 1 + truth]
+        (first, *_), settings = self.splits, self.shared_settings()
         bare = replace(settings, criteria=())
+        whole = self.splits if wants_scans(self) else (first,)
+        found = [Part(WHOLE, str(model), texts, bare) for model in self.models for texts in whole]
+        if settings.judge == "none":
+            return found
+        truth = settings.truth and any(map(has_costs, self.criteria))
         return [
-            *(Part(what, str(model), first, bare) for what in of_none for model in self.models),
+            *found,
+            *(Part(SINGLE_LAYERS, str(model), first, bare) for model in self.models if truth),
             *(
                 Part(one.name, str(model), texts, replace(settings, criteria=(one.name,)))
                 for one in sorted(self.criteria, key=has_costs)
@@ -298,8 +347,11 @@ class CompareStudy(Study[CompareSettings]):
 
     def _measure(self) -> CriteriaComparison:
         settings = self.settings
-        each = len(self.criteria) * (1 + len(settings.n)) + 1 + settings.truth
-        with whole("compare", len(self.models) * (1 + len(self.splits) * each), self.progress):
+        from .starts import wants_scans
+
+        each = len(self.criteria) * (1 + len(settings.n) * len(settings.states))
+        each = (each + 1 + settings.truth) * (settings.judge != "none") + wants_scans(self)
+        with whole(self.KIND, len(self.models) * (1 + len(self.splits) * each), self.progress):
             return self._measured()
 
     def _measured(self) -> CriteriaComparison:
@@ -307,7 +359,7 @@ class CompareStudy(Study[CompareSettings]):
         failures: dict[str, str] = {}
         for model in self.models:
             try:
-                outcomes.append(self._measure_one(model))
+                outcomes.append(self._measure_one(model, outcomes, failures))
             except (CacheError, OutputError):
                 raise
             except Exception as error:
@@ -315,22 +367,35 @@ class CompareStudy(Study[CompareSettings]):
                     raise
                 failures[str(model)] = one_sentence(error)
             if model is not self.models[-1]:
-                self.write_comparison(self._joined(outcomes, failures))
+                self.write_comparison(self._joined(outcomes, failures, ended=False))
         comparison = self._joined(outcomes, failures)
         if not failures and all(outcome.is_complete for outcome in outcomes):
             self.store.put(self.KIND, self.inputs, comparison.to_json())
         return comparison
 
-    def _measure_one(self, model: ModelSource | InMemory) -> "Outcome":
+    def _measure_one(
+        self,
+        model: ModelSource | InMemory,
+        before: "Sequence[Outcome]",
+        failures: Mapping[str, str],
+    ) -> "Outcome":
         from ..memory.budget import limit
         from .compare_rows import compare_on
 
         store = ModelStore(self.store, self.of_models[str(model)], self.found)
         with limit(self.settings.device_memory):
-            return compare_on(self, model, criteria=self.criteria, store=store)
+            return compare_on(
+                self,
+                model,
+                criteria=self.criteria,
+                store=store,
+                write=lambda found: self.write_comparison(
+                    self._joined([*before, found], failures, ended=False)
+                ),
+            )
 
     def _joined(
-        self, outcomes: "Sequence[Outcome]", failures: Mapping[str, str]
+        self, outcomes: "Sequence[Outcome]", failures: Mapping[str, str], *, ended: bool = True
     ) -> CriteriaComparison:
         """What is known so far."""
         from ..judgement.judges import JUDGES
@@ -346,25 +411,37 @@ class CompareStudy(Study[CompareSettings]):
                 for name, why in outcome.skipped.items()
             },
             judge=self.settings.judge,
-            unit=JUDGES[self.settings.judge].unit,
+            unit=JUDGES[self.judges[0]].unit,
             splits=dict(outcomes[0].splits) if outcomes else {},
             max_length=self.settings.max_length,
-            versions=versions(),
+            versions=self.tasks.versions,
+            settings=self._shown(),
+            ended=ended,
         )
 
+    def _shown(self) -> dict[str, Any]:
+        """The settings that are shown beside the figures."""
+        settings = self.settings
+        return {
+            "n": list(settings.n),
+            "criteria": [criterion.name for criterion in self.criteria],
+            "states": list(settings.states),
+            "patch": settings.patch if {*settings.states} != {"cut"} else None,
+            "patch_tokens": settings.patch_tokens if settings.patch == "full" else None,
+            "heal_steps": settings.heal_steps,
+            "tasks": self.tasks.to_json(),
+            "top": settings.top,
+            "seed": settings.seed,
+        }
+
     def write_comparison(self, comparison: CriteriaComparison) -> None:
-        """Write the comparison as far as it is known, its table and its figures."""
+        """Write the comparison as far as it is known, and its table."""
         if self.out is None:
             return
-        from ..reporting.charts.comparison import draw_comparison
         from ..reporting.writers.csv import write_comparison
 
         self.write(comparison.to_json())
         write_comparison(comparison, self.out / COMPARISON_TABLE)
-        try:
-            draw_comparison(comparison, self.out)
-        except MissingExtraError as error:
-            warnings.warn(str(error), stacklevel=2)
 
 
 def _read(entry: Entry) -> CriteriaComparison:

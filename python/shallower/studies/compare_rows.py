@@ -1,46 +1,65 @@
 """The rows of a comparison on one model that is loaded: what each criterion drops, and its cost."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..errors import (
     CacheError,
     OutputError,
-    PatchError,
     ShallowerError,
     TextsError,
     one_sentence,
 )
+from ..evaluation.kept import ResultStore
+from ..forecasts.gain import GAIN_DEVICE, gain
+from ..judgement.criteria import RecommendedPlan
 from ..judgement.criteria.experts import EverySet
+from ..judgement.criteria.similarity import shared_scan
 from ..judgement.criterion import Criterion, has_costs
 from ..judgement.judges.judge import Judge
-from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.stored_costs import Took, stored_choice, stored_costs
 from ..judgement.subject import Subject
-from ..judgement.trials import ResultStore, Trials, judge_inputs, kept_trials
+from ..judgement.trials import Trials, judge_inputs, kept_trials, recalled
 from ..memory.budget import limit
 from ..models.decoder import Decoder
 from ..models.experts import find_experts
 from ..models.source import ModelSource
-from ..patching.quick import QuickPatch
 from ..progress import say_goes_on, stage, track
+from ..scanning.scan_file import scan_bytes
+from ..storage import write_file
 from ..store.given_models import InMemory
-from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
-from ..values.comparison import ComparedModel, Row
+from ..values.comparison import (
+    ComparedModel,
+    MeasuredRow,
+    Row,
+    Start,
+    scan_place,
+    with_regrets,
+)
 from ..values.experts import check_counts
 from ..values.layers import check_sizes
-from ..values.plan import Plan
+from ..values.loss import Loss
+from ..values.plan import Gone, Plan
+from ..values.recipe import Recipe
+from ..values.schema import plain, read
 from ..values.scores import Estimate, Scores, Standing
-from ..values.settings import CompareSettings
+from ..values.settings import CompareSettings, State
 from .measuring import Measuring
+from .starts import starts_of, wants_scans
 from .study import SINGLE_LAYERS, WHOLE, Part, Study
+from .tasks import StudyTasks
+from .verified_plans import VerifiedPlans
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,35 +88,75 @@ def compare_on(
     *,
     criteria: Sequence[Criterion],
     store: ResultStore,
+    write: Callable[[Outcome], None],
 ) -> Outcome:
     """Compare criteria on one model, and give the rows with their regret.
 
-    Raises LayersError, ExpertsError (impossible size), ModelError (layers do not run one by one, no
-    routed experts, loss not finite) and TextsError (no text of two tokens).
+    ``write`` gets those known so far before each next measurement. Raises LayersError, ExpertsError
+    (impossible size), ModelError (layers do not run one by one, no routed experts, loss not
+    finite), RecipeError (it cannot be healed) and TextsError (no text of two tokens).
     """
     with stage("load the model"):
-        measuring = Measuring(study, *study.load(model), store=store)
+        measuring = open_measuring(study, model, store=store)
     num_experts = _check_sizes(study.settings, measuring.decoder)
-    measured: list[Measured] = []
+    measured: list[MeasuredRow] = []
     skipped: dict[str, str] = {}
     counts: dict[str, int] = {}
+    starts: dict[str, tuple[Start, ...]] = {}
     is_complete = True
+
+    def outcome(compared: _Choosing) -> Outcome:
+        return Outcome(
+            replace(compared.whole_model(str(model)), num_experts=num_experts, starts=dict(starts)),
+            tuple(with_regrets(measured)),
+            skipped,
+            {**counts, "report": measuring.judge.num_items},
+            is_complete and compared.is_complete and not skipped,
+        )
+
     for texts in study.splits:
         compared = _Choosing(study, measuring, store, criteria, model=str(model), texts=texts)
         compared.say_goes_on()
-        measured += compared.measured(compared.choices())
+        counts = counts or compared.counts  # those of the first texts
+        if wants_scans(study):
+            with stage("scan"):
+                starts[texts] = compared.starts()
+        if study.settings.judge == "none":
+            found = outcome(compared)
+            continue
+        choices = compared.choices()
         several = f" on {texts}" if len(study.splits) > 1 else ""
         skipped |= {f"{key}{several}": why for key, why in compared.skipped.items()}
-        is_complete &= compared.is_complete
-        if not counts:  # those of the first texts
-            counts = compared.counts
-    return Outcome(
-        replace(measuring.held_out.compared(str(model)), num_experts=num_experts),
-        tuple(with_regrets(measured)),
-        skipped,
-        {**counts, "report": measuring.judge.num_items},
-        is_complete and not skipped,
-    )
+        for one in compared.measured(choices):
+            measured.append(one)
+            write(outcome(compared))
+        found = outcome(compared)
+        is_complete = found.is_complete
+    return found
+
+
+def open_measuring(
+    study: Study[CompareSettings], model: ModelSource | InMemory, *, store: ResultStore
+) -> Measuring:
+    """Load a model of a study to measure its cuts; what it is trained by is refused before."""
+    tasks = StudyTasks(study.settings)
+    _ = study.splits, tasks.identity  # what is wrong there is said before the loading
+    loaded, tokenizer = study.load(model)
+    recipe = _recipe(study, loaded, tokenizer)
+    return Measuring(study, loaded, tokenizer, store=store, tasks=tasks, recipe=recipe)
+
+
+def _recipe(study: Study[CompareSettings], model: Any, tokenizer: Any) -> Recipe | None:
+    """The settings of a healing, which is refused before any work where it cannot be."""
+    settings = study.settings
+    if "healed" not in settings.states:
+        return None
+    from ..healing.checks import require_healable
+    from .healing_stage import choose_recipe
+
+    recipe = settings.heal or choose_recipe(model, settings.heal_steps, settings.seed)
+    require_healable(model, tokenizer, study.training_texts(), recipe=recipe)
+    return recipe
 
 
 def _check_sizes(settings: CompareSettings, decoder: Decoder) -> int | None:
@@ -121,18 +180,12 @@ class _Choice:
     tau: float | None
 
 
-Measured = tuple[Row, Mapping[str, Scores]]
-"""A row without regrets, and by state what it is ranked by: the judge's scores of the bare cut, and
-the losses of the patched one.
-"""
-
-
 @dataclass
 class _Choosing:
     """Criteria on one model and calibration texts of one name.
 
     ``skipped`` holds the criteria that cannot choose here, and why; filled as they are tried.
-    ``is_complete`` turns false where a cut was not patched for want of memory.
+    ``is_complete`` turns false where a failure, as for want of memory, may not recur.
     """
 
     study: Study[CompareSettings]
@@ -145,28 +198,46 @@ class _Choosing:
     is_complete: bool = True
 
     def __post_init__(self) -> None:
-        study, measuring, settings = self.study, self.measuring, self.study.settings
-        split, fitted = measuring.texts[self.texts], study.fitted[self.texts]
-        read = TokenBatches(measuring.tokenizer, split.fit, measuring.tokens, min_tokens=2)
-        batches = list(read)
-        judge = measuring.judges.choosing(split.choose)
-        layerwise = measuring.held_out.model
+        measuring, settings = self.measuring, self.study.settings
+        self.on = on = measuring.calibrated(self.texts)
+        judge = measuring.judges.choosing(on.split.choose)
         self.subject = Subject(
             measuring.decoder,
-            batches,
-            kept_trials(layerwise, judge, store=self.store, items=fitted),
+            on.batches,
+            kept_trials(measuring.held_out.model, judge, store=self.store, items=on.fitted),
             settings.n,
-            texts=(read.identity,),
+            texts=(on.identity,),
             seed=settings.seed,
         )
-        self.patched: PatchedTrials | None = None  # behind experts that go nothing is patched
-        if settings.unit == "layers":
-            patch = QuickPatch(layerwise, batches)
-            self.patched = measuring.held_out.after(patch, fitted=fitted)
-        on = {"fitted": fitted, "seed": settings.seed, "unit": settings.unit}
-        self._chosen_on = {**on, **judge_inputs(judge)}
+        where = {"fitted": on.fitted, "seed": settings.seed, "unit": settings.unit}
+        self._chosen_on = {**where, **judge_inputs(judge)}
         self.counts = {"fit": self.subject.num_texts, "choose": judge.num_items}
+        self._time_shares: dict[Gone, float | None] = {}
         _require_enough(self.subject, measuring.judge)
+
+    @cached_property
+    def plans(self) -> VerifiedPlans:
+        """The verified plan of every size."""
+        return self.measuring.plans(lambda: shared_scan(self.subject), self.texts)
+
+    def starts(self) -> tuple[Start, ...]:
+        """Where the most alike blocks start; the scan is put below the folder of the study."""
+        known = self.store.get("scan", self._scanned_on)
+        if known is None:
+            with self.subject.counting():
+                scan = shared_scan(self.subject)
+            content = b64encode(scan_bytes(scan.contents)).decode()
+            known = {"starts": plain(starts_of(scan)), "content": content}
+            self.store.put("scan", self._scanned_on, known)
+        if self.study.out is not None:
+            place = self.study.folder / scan_place(self.model, self.texts)
+            write_file(place, b64decode(known["content"]))
+        return recalled(partial(read, tuple[Start, ...]), known["starts"], "a scan")
+
+    @property
+    def _scanned_on(self) -> dict[str, Any]:
+        """What a scan depends on beside the model."""
+        return {"fitted": self.on.fitted, "batch_size": self.measuring.tokens.batch_size}
 
     def say_goes_on(self) -> None:
         """Say what is known of a comparison that was cut short."""
@@ -213,15 +284,19 @@ class _Choosing:
         for criterion in self.criteria:
             with stage(f"choose by {criterion.name}"):
                 found += self._chosen(criterion)
-        return found if self.patched else sorted(found, key=lambda one: one.n)
+        if self.study.settings.unit == "layers":
+            return found
+        return sorted(found, key=lambda one: one.n)
 
     def _chosen(self, criterion: Criterion) -> Iterator[_Choice]:
         """Let a criterion choose for every size that it can."""
         tau, own, name = None, Took(), criterion.name
-        with self._bar(name), self._others_go_on(name):
+        has_bar = isinstance(criterion, RecommendedPlan)
+        with nullcontext() if has_bar else self._bar(name), self._others_go_on(name):
             tau, own = self._measured(criterion)
         for n in self._sizes(criterion):
-            with self._bar(f"{name}, n = {n}"), self._others_go_on(f"{name}, n = {n}"):
+            bar = nullcontext() if has_bar else self._bar(f"{name}, n = {n}")
+            with bar, self._others_go_on(f"{name}, n = {n}"):
                 if name not in self.skipped:
                     yield _Choice(criterion, n, *self._choice(criterion, n, own), tau)
 
@@ -247,6 +322,12 @@ class _Choosing:
         return kendall_tau(costs.blocks.diagonal(1), truth), work
 
     def _choice(self, criterion: Criterion, n: int, own: Took) -> tuple[Plan, Took]:
+        if isinstance(criterion, RecommendedPlan):
+            with self.subject.counting():  # of the scan, which others share
+                verified = self.plans.verify(n)
+            plan = verified.plan
+            self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
+            return plan, Took(verified.layer_forwards, verified.seconds)
         inputs = self._inputs(criterion)
         plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
         self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
@@ -256,57 +337,81 @@ class _Choosing:
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
         return {"criterion": criterion.name, **self._chosen_on}
 
-    def measured(self, choices: Sequence[_Choice]) -> Iterator[Measured]:
-        """Measure what was chosen, on the test texts."""
-        measuring, held_out = self.measuring, self.measuring.held_out
+    def measured(self, choices: Sequence[_Choice]) -> Iterator[MeasuredRow]:
+        """Measure what was chosen in every state, on the test texts."""
+        measuring, settings = self.measuring, self.study.settings
+        quick = settings.patch == "quick" and "patched" in settings.states
         with stage("measure the whole model"):
-            measuring.judge_together([choice.plan for choice in choices], self.patched)
-            whole = measuring.scores(None, "cut")
-        for choice in choices:
-            plan = choice.plan
-            with stage(f"losses of {choice.criterion.name}, n = {choice.n}", "losses of cuts"):
-                judged, losses, patched, unpatched = self._scores(plan)
-                speech = self._speech(plan)
-            row = Row(
-                model=self.model,
-                texts=self.texts,
-                criterion=choice.criterion.name,
-                n=choice.n,
-                dropped=plan.dropped,
-                cut=Standing.of(losses, whole),
-                patched=None if patched is None else Standing.of(patched, whole),
-                tau=choice.tau,
-                layers_share=len(plan.dropped) / len(measuring.decoder),
-                parameters_share=measuring.parameters_share(plan),
-                seconds=choice.work.seconds,
-                layer_forwards=choice.work.layer_forwards,
-                score=Estimate.of(judged),
-                accuracy=held_out.scores.judge.accuracy(judged.sums),
-                unpatched=unpatched,
-                experts=None if plan.experts is None else str(plan.experts),
-                **speech,
-            )
-            yield row, {"cut": judged} if patched is None else {"cut": judged, "patched": patched}
+            plans = [choice.plan for choice in choices]
+            measuring.judge_together(plans, self.on.patched if quick else None)
+            measuring.measure(None, "cut", self.on)
+        for state, choice in product(settings.states, choices):
+            name = f"{choice.criterion.name}, n = {choice.n}, {state}"
+            with stage(name, f"measure {state}"):
+                row, scores = self._measured_in(self._row(choice, state), choice.plan)
+            yield row, scores
 
-    def _scores(self, plan: Plan) -> tuple[Scores, Scores, Scores | None, str | None]:
-        """Scores of a bare cut by its judge, its losses, and those after a patch, or why none."""
-        measuring = self.measuring
-        judged, losses = measuring.held_out.scores.scores(plan), measuring.scores(plan, "cut")
-        if self.patched is None:
-            return judged, losses, None, None
+    def _row(self, choice: _Choice, state: State) -> Row:
+        """The row of a choice before it is measured in a state."""
+        plan, measuring = choice.plan, self.measuring
+        return Row(
+            model=self.model,
+            texts=self.texts,
+            criterion=choice.criterion.name,
+            n=choice.n,
+            state=state,
+            dropped=plan.dropped,
+            standing=None,
+            tau=choice.tau,
+            layers_share=len(plan.dropped) / len(measuring.decoder),
+            parameters_share=measuring.parameters_share(plan),
+            time_share=self._time_share(plan),
+            layer_forwards=choice.work.layer_forwards,
+            choice_seconds=choice.work.seconds,
+            experts=None if plan.experts is None else str(plan.experts),
+        )
+
+    def _measured_in(self, row: Row, plan: Plan) -> MeasuredRow:
+        """Measure a cut in the state of its row; what cannot be says so in ``failed``."""
         try:
-            return judged, losses, measuring.scores(plan, "quick", patched=self.patched), None
-        except PatchError as error:
-            self.is_complete &= stays(error)
-            return judged, losses, None, str(error)
+            found = self.measuring.measure(plan, row.state, self.on)
+            whole = self.measuring.measure(None, "cut", self.on).loss
+            losses, judged = _by_text(found.loss), self._judged(plan) if row.state == "cut" else {}
+        except (CacheError, OutputError):
+            raise
+        except Exception as error:
+            lacks = isinstance(error.__cause__, torch.OutOfMemoryError)
+            self.is_complete &= isinstance(error, ShallowerError) and not lacks
+            return replace(row, failed=one_sentence(error)), None
+        standing = Standing.of(losses, _by_text(whole))
+        more: Any = {"tasks": found.tasks, "speech": found.speech, "seconds": found.seconds}
+        scores = judged.pop("scores", losses)
+        return replace(row, standing=standing, **more, **judged), scores
 
-    def _speech(self, plan: Plan) -> dict[str, Estimate]:
-        """How a bare cut speaks, by the names of a row's fields; nothing where it is not asked."""
-        measuring = self.measuring
-        speech = measuring.measure(plan, "cut").speech if measuring.speaks else None
-        if speech is None:
-            return {}
-        return {name: Estimate.of(speech.of(name)) for name in ("acceptance", "repetition")}
+    def _judged(self, plan: Plan) -> dict[str, Any]:
+        """Score a bare cut by its judge: the scores, and the fields of a row."""
+        trials = self.measuring.held_out.scores
+        scores = trials.scores(plan)
+        accuracy = trials.judge.accuracy(scores.sums)
+        return {"scores": scores, "score": Estimate.of(scores), "accuracy": accuracy}
+
+    def _time_share(self, plan: Plan) -> float | None:
+        """The share of a token's time that is saved; None where no config can tell it."""
+        if plan.gone not in self._time_shares:
+            try:
+                found = gain(self.measuring.model, plan, device=GAIN_DEVICE).on(GAIN_DEVICE)
+                self._time_shares[plan.gone] = 1 - found.decode_ratio
+            except ShallowerError:
+                self._time_shares[plan.gone] = None
+        return self._time_shares[plan.gone]
+
+    def whole_model(self, name: str) -> ComparedModel:
+        """The whole model, which has that name; by the judge ``none`` it is not measured."""
+        if self.study.settings.judge == "none":
+            return self.measuring.held_out.described(name)
+        whole = self.measuring.measure(None, "cut", self.on)
+        compared = self.measuring.held_out.compared(name)
+        return replace(compared, tasks=whole.tasks, speech=whole.speech)
 
     def make(self, criterion: Criterion) -> None:
         """Measure into the store what the rows of a criterion take; as much as it can be."""
@@ -316,9 +421,14 @@ class _Choosing:
         for n in self._sizes(criterion):
             with self._others_go_on(f"{criterion.name}, n = {n}"):
                 if criterion.name not in self.skipped:
-                    plan, _ = self._choice(criterion, n, Took())
-                    self._scores(plan)
-                    self._speech(plan)
+                    choice = _Choice(criterion, n, *self._choice(criterion, n, Took()), None)
+                    for state in self.study.settings.states:
+                        self._measured_in(self._row(choice, state), choice.plan)
+
+
+def _by_text(loss: Loss) -> Scores:
+    assert loss.by_text is not None
+    return loss.by_text
 
 
 class PartsMaker:
@@ -334,12 +444,13 @@ class PartsMaker:
         """Measure a part."""
         with limit(self._study.settings.device_memory):
             opened = self._opened(part)
-            held_out = opened.measuring.held_out
             if part.what == WHOLE:
-                held_out.compared(part.model)
+                opened.whole_model(part.model)
+                if wants_scans(self._study):
+                    opened.starts()
             elif part.what == SINGLE_LAYERS:
                 with suppress(ShallowerError):  # every criterion that needs them says why
-                    held_out.single_layers()
+                    opened.measuring.held_out.single_layers()
             else:
                 opened.make(self._criteria[part.what])
 
@@ -350,17 +461,11 @@ class PartsMaker:
             self._open.clear()
             study, store = self._study, self._study.model_store(self._models[part.model])
             if not same:
-                loaded = study.load(self._models[part.model])
-                same = [Measuring(study, *loaded, store=store)]
+                same = [open_measuring(study, self._models[part.model], store=store)]
             _check_sizes(study.settings, same[0].decoder)
-            self._open[key] = _Choosing(
-                study,
-                same[0],
-                store,
-                list(self._criteria.values()),
-                model=part.model,
-                texts=part.texts,
-            )
+            criteria = list(self._criteria.values())
+            model, texts = key
+            self._open[key] = _Choosing(study, same[0], store, criteria, model=model, texts=texts)
         return self._open[key]
 
 
@@ -391,20 +496,3 @@ def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float
         return None
     tau = float(kendalltau(costs[known], truth[known]).statistic)
     return tau if math.isfinite(tau) else None
-
-
-def with_regrets(measured: Sequence[Measured]) -> Iterator[Row]:
-    """Compare every row of one model with the least mean of its size in each state, paired."""
-    best: dict[tuple[int, str], Scores] = {}
-    for row, scores in measured:
-        for state, one in scores.items():
-            key = row.n, state
-            if key not in best or one.mean < best[key].mean:
-                best[key] = one
-    for row, scores in measured:
-        regrets = {state: one.minus(best[row.n, state]) for state, one in scores.items()}
-        standings = {
-            state: replace(getattr(row, state), regret=Estimate.of(regret))
-            for state, regret in regrets.items()
-        }
-        yield replace(row, **standings)

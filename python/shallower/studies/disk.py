@@ -4,7 +4,7 @@ from typing import Any
 
 from ..models.source import ModelSource
 from ..values.files import CHECKPOINT_FOLDER, SMALL
-from ..values.settings import CurveSettings, RunSettings
+from ..values.settings import CompareSettings, RunSettings
 
 
 def study_bytes(study: Any) -> int:
@@ -41,7 +41,7 @@ def temporary_of(study: Any) -> int:
 
 def patches(settings: Any) -> bool:
     """Whether cuts are patched in full."""
-    if isinstance(settings, CurveSettings):
+    if isinstance(settings, CompareSettings):
         return settings.patch == "full" and {*settings.states} != {"cut"}
     return isinstance(settings, RunSettings) and settings.patch and not settings.plan_only
 
@@ -49,7 +49,7 @@ def patches(settings: Any) -> bool:
 def _checkpoints(study: Any) -> int:
     """How many checkpoints lie in the folder at once that are not there yet."""
     settings = study.settings
-    if isinstance(settings, CurveSettings):  # a cut and the healed one, while that is measured
+    if isinstance(settings, CompareSettings):  # a cut and the healed one, while that is measured
         return 2 * ("healed" in settings.states)
     if not isinstance(settings, RunSettings):
         return 0

@@ -3,7 +3,7 @@
 The settings give the work; a layer with random weights gives the speed (``forecasts.speed``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, cached_property
 from operator import attrgetter
@@ -25,6 +25,7 @@ from ..forecasts.work import (
     trained,
     written,
 )
+from ..judgement.criteria import RECOMMENDED, SCANNED
 from ..judgement.criterion import Search
 from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.proposals import PROPOSING_TEXTS, block_layers
@@ -43,11 +44,10 @@ from ..patching.states import MAX_HELD_OUT
 from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
-from ..values.curve import SCANNED
 from ..values.estimates import Disk, Divided
 from ..values.memory import MemoryPlan
 from ..values.recipe import Recipe
-from ..values.settings import CurveSettings, RunSettings
+from ..values.settings import CompareSettings, RunSettings
 from ..values.speech import WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
@@ -155,7 +155,7 @@ class _Model:
         """Tokens that a full patch fits; 0 where there is none."""
         if not patches(self.settings):
             return 0
-        if isinstance(self.settings, CurveSettings):
+        if isinstance(self.settings, CompareSettings):
             return self.settings.patch_tokens
         return patch_tokens(num_parameters(self.empty), on_cpu=self.on_cpu)
 
@@ -200,13 +200,15 @@ class _Model:
             yield Work(2 * whole * fit, passes=((2, fit),))  # hooks run the experts again
             yield self._losses(*[0] * (1 + len(settings.n)))
             return
-        yield self._losses(0) + self._scan
+        yield self._scan
+        if getattr(settings, "judge", "loss") == "none":
+            return
+        yield self._losses(0)
         yield from self._spoken(whole)
         yield from self._raced()
         for n, state in self._rows():
             yield self._losses(n, passes=0) + self._made(n, state)
-            if state != "quick" or isinstance(settings, CurveSettings):
-                yield from self._spoken(whole - n)
+            yield from self._spoken(whole - n)
         if getattr(settings, "truth", False):
             yield run(texts.report[:TRUTH_ITEMS], whole * (whole + 1) / 2, whole + 1, passes=1)
         if self._answers is not None and self._answers.is_for(texts.tokenizer):
@@ -226,22 +228,25 @@ class _Model:
                 *["healed"] * bool(settings.heal),
             ]
             return [(min(self._sizes), state) for state in found]
-        names, quick = self._names, True
-        states: Sequence[str] = ("cut", "patched")
-        if isinstance(settings, CurveSettings):
-            quick, states = settings.quick_patch, settings.states
+        names, quick = self._names, settings.patch == "quick"
         alone = {"deepest", "random"} & {*names}
         cuts = len(alone) + (len(names) > len(alone))
-        made = ["quick" if quick and state == "patched" else state for state in states]
+        made = ["quick" if quick and state == "patched" else state for state in settings.states]
         return [(n, state) for n in self._sizes if n for _ in range(cuts) for state in made]
 
     # The parts of it.
-    @property
+    @cached_property
     def _names(self) -> list[str]:
-        """What chooses cuts of a table."""
-        if isinstance(self.study, CompareStudy):
-            return [one.name for one in self.study.criteria]
-        return list(getattr(self.settings, "strategies", ()))
+        """The criteria of a table; none of a run."""
+        study = self.study
+        if not isinstance(study, CompareStudy) or study.settings.judge == "none":
+            return []
+        return [one.name for one in study.criteria]
+
+    @property
+    def _races(self) -> bool:
+        """Whether proposals are raced."""
+        return isinstance(self.settings, RunSettings) or RECOMMENDED in self._names
 
     @property
     def _at_once(self) -> int:
@@ -255,18 +260,21 @@ class _Model:
 
     @property
     def _scan(self) -> Work:
-        """The scan of a run or of a curve that looks at it; a comparison has two such passes."""
-        if isinstance(self.settings, CurveSettings) and not {*SCANNED} & {*self._names}:
-            return Work()
-        most = SCAN_TEXTS if isinstance(self.settings, RunSettings) else None
-        scan = run(self.texts.fit[:most], self.layers, passes=1)
-        return scan * 2 if isinstance(self.study, CompareStudy) else scan
+        """The scan of a run, or of a table; and the states that quick patches of one solve on."""
+        settings, fit = self.settings, self.texts.fit
+        if isinstance(settings, RunSettings):
+            return run(fit[:SCAN_TEXTS], self.layers, passes=1)
+        is_scanned = settings.judge == "none" or {*SCANNED} & {*self._names}
+        scan = run(fit, self.layers, passes=1) if is_scanned else Work()
+        if settings.patch == "full" or "patched" not in settings.states:
+            return scan
+        return scan + run(fit[: settings.num_patching], self.layers, passes=1)
 
     def _made(self, n: int, state: str) -> Work:
         """What makes a state of a cut of so many layers: a block in the middle."""
         texts, fitted = self.texts, min(self._patch_tokens, 7 / 8 * self.texts.fit.sum())
         if state == "quick":
-            return self._quick(n, None if isinstance(self.study, CompareStudy) else PATCH_TEXTS)
+            return self._quick(n, self.settings.num_patching)
         if state == "patched":
             begin = max(1, (self.layers - n) // 2)
             layers = PatchLayers.of(self.layers, range(begin, begin + n))
@@ -296,16 +304,15 @@ class _Model:
 
         A search of a comparison judges as many.
         """
-        if isinstance(self.study, CompareStudy):
-            searches = [one for one in self.study.criteria if isinstance(one, Search)]
-            for n in [n for one in searches if one.judged for n in self.settings.n]:
-                yield self._screened(n, passes=0)
+        searches = getattr(self.study, "criteria", ()) if self._names else ()
+        for one in searches:
+            if isinstance(one, Search) and one.judged:
+                yield sum((self._screened(n, passes=0) for n in self.settings.n), Work())
+        if not self._races:
             return
         sizes, top = self._sizes, self.settings.top
         if isinstance(self.settings, RunSettings) and not self.settings.target.is_none:
             sizes = [min(sizes)]
-        if isinstance(self.settings, CurveSettings) and "recommended" not in self._names:
-            return
         patches = self.settings.after == "patch"
         fit = self.texts.fit[:PATCH_TEXTS]
         proposing = run(self.texts.fit[:PROPOSING_TEXTS], 2 * self.layers)

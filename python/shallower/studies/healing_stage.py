@@ -3,32 +3,31 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cutting.cards import state_loss
 from ..cutting.source import CARD_FILE
 from ..errors import ModelError
-from ..evaluation.batches import batches_of_texts
-from ..evaluation.loss import fitting_tokens
+from ..evaluation.kept import UnsavedResults
+from ..evaluation.loss import measure_loss
 from ..evaluation.speech import Spoken
 from ..healing.checks import require_healable
 from ..healing.heal import heal
-from ..judgement.forwards import scores_by_forwards
 from ..judgement.held_out_cuts import out_of_domain
-from ..judgement.judges.judge import LossJudge
 from ..memory.device import free_memory
 from ..models.decoder import Decoder
 from ..models.identity import stored_digest, stored_dtype
 from ..models.source import ModelSource
 from ..reporting.results import Run
+from ..store.given_models import ModelStore
 from ..values.answers import Answer
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recipe import Recipe
 from ..values.settings import RunSettings
-from .losses import keep_scores
 from .speaking import StudySpeech
 from .study import Study
 
@@ -143,18 +142,8 @@ class HealingStage:
         self, source: ModelSource, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
     ) -> Loss:
         """The loss of the healed model, measured and cached as those of the run."""
-        study, decoder = self.study, Decoder.of(model)
-        tokens = fitting_tokens(decoder, study.settings.tokens)
-        texts = batches_of_texts(tokenizer, study.split.report, tokens, count_bytes=False)
-        judge = LossJudge(texts.numbered)
-        scores, size = scores_by_forwards(decoder, judge, progress=study.progress)
-        keep_scores(
-            scores,
-            judge,
-            source=source,
-            dtype=decoder.identity.dtype,
-            vocab_size=size,
-            items=study.reported,
-            store=study.store,
-        )
-        return texts.loss(scores, size)
+        study, decoder, kept = self.study, Decoder.of(model), UnsavedResults()
+        how: Any = {"tokens": study.settings.tokens, "store": kept, "progress": study.progress}
+        loss = measure_loss(decoder, tokenizer, study.split.report, **how)
+        kept.keep(partial(ModelStore.of, cache=study.store), source, decoder.identity.dtype)
+        return replace(loss, bytes_by_text=None)

@@ -5,10 +5,10 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from ..evaluation.kept import ResultStore
 from ..evaluation.loss import fitting_tokens
 from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge
-from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
 from ..progress import track
 from ..texts.batches import TokenisedText

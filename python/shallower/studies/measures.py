@@ -11,7 +11,7 @@ from ..errors import ProcessesError, SettingsError
 from ..evaluation.task_files import check_names, files_in, files_of
 from ..models.source import ModelSource
 from ..storage import absolute
-from ..store.inputs import hash_of_files, items_of, model_inputs, texts_content
+from ..store.inputs import hash_of_files, model_inputs, texts_content
 from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
 from ..texts.sources import Texts, read_whole
@@ -21,7 +21,7 @@ from ..values.options import parse_names
 from ..values.perplexity import Perplexity
 from ..values.plan import Plan, key_of
 from ..values.schema import plain
-from ..values.settings import CurveSettings
+from ..values.settings import CompareSettings
 from ..values.speech import Speech
 from ..values.stage_settings import EvalSettings
 from ..values.task_scores import TaskScores
@@ -34,11 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..evaluation.batches import AllBatches
+    from ..evaluation.kept import ResultStore
     from ..evaluation.tasks import ChosenTasks
     from ..forecasts.speed import Work
-    from ..judgement.trials import ResultStore
     from ..models.decoder import Decoder
-    from ..values.scores import Scores
 
     Loaded = tuple[Decoder, PreTrainedTokenizerBase]
 
@@ -96,11 +95,6 @@ class Measure(ABC, Generic[T]):
     @abstractmethod
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
         """Name all that it depends on beside the model; None where that is not known."""
-
-    @cached_property
-    def items(self) -> str:
-        """Identify the items that are measured, for what is kept batch by batch."""
-        return hash_of(self.inputs(Store(None)))
 
     def described(self) -> dict[str, Any]:
         """Give the settings by which other processes make it.
@@ -194,11 +188,6 @@ class LossOfTexts(Measure[Loss]):
         texts = texts_content(self.texts, store)
         return texts and {"texts": texts, "tokens": asdict(self.tokens)}
 
-    @cached_property
-    def items(self) -> str:
-        """Identify the texts by their content, however they were given."""
-        return str(items_of(self.texts, self.tokens, Store(None)))
-
     def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
         """Yield the token ids of every text."""
         from ..texts.batches import tokenise
@@ -209,9 +198,10 @@ class LossOfTexts(Measure[Loss]):
         self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
     ) -> Loss:
         """Measure the batches that were not measured before, by any command."""
-        texts, scores, size = _scored(self, loaded, tokens=tokens, plan=plan, store=store)
-        texts.warn_of_rejected()
-        return texts.loss(scores, size)
+        from ..evaluation.loss import measure_loss
+
+        how: Any = {"tokens": tokens, "plan": plan, "store": store}
+        return measure_loss(*loaded, self.texts, description=_bar("loss", plan), **how)
 
     def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
         """Divide the texts."""
@@ -267,8 +257,12 @@ class PerplexityOfText(Measure[Perplexity]):
         self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
     ) -> Perplexity:
         """Measure the batches of windows that were not measured before."""
-        windows, scores, _ = _scored(self, loaded, tokens=tokens, plan=plan, store=store)
-        return windows.perplexity(scores)
+        from ..evaluation.loss import fitting_tokens, scores_of
+
+        decoder, tokenizer = loaded
+        windows, name = self.batches(tokenizer, fitting_tokens(decoder, tokens)), self.kind
+        how: Any = {"plan": plan, "store": store, "name": _bar(name, plan)}
+        return windows.perplexity(scores_of(decoder, windows, **how)[0])
 
     def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
         """Divide the windows."""
@@ -288,7 +282,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
     """
 
     names: Sequence[str]
-    settings: EvalSettings | CurveSettings
+    settings: EvalSettings | CompareSettings
     progress: bool | None = None
     kind = option = "tasks"
     item, apart = "item", "share them by naming one task a command"
@@ -437,27 +431,6 @@ class SpeechOnPrompts(Measure[Speech]):
     def complete(self, value: Any, decoder: "Decoder") -> Speech:
         """Let the whole model judge what was said."""
         return self._reference.judged(value, decoder)
-
-
-def _scored(
-    measure: LossOfTexts | PerplexityOfText,
-    loaded: "Loaded",
-    *,
-    tokens: Tokens,
-    plan: Plan | None,
-    store: "ResultStore",
-) -> "tuple[AllBatches, Scores, int]":
-    """All items, their nats and the size of the vocabulary; each batch is cached by itself."""
-    from ..evaluation.loss import fitting_tokens
-    from ..judgement.forwards import scores_by_forwards
-    from ..judgement.judges.judge import LossJudge
-    from ..judgement.trials import trials_journal
-
-    decoder, tokenizer = loaded
-    batches = measure.batches(tokenizer, fitting_tokens(decoder, tokens))
-    judge, name = LossJudge(batches.numbered), _bar(measure.kind, plan)
-    journal = trials_journal(judge, store=store, items=measure.items)
-    return batches, *scores_by_forwards(decoder, judge, plan, journal=journal, name=name)
 
 
 def _bar(what: str, plan: Plan | None) -> str:

@@ -1,7 +1,4 @@
-"""Measuring: the cuts of one model in their states, on the test texts, each once.
-
-``run``'s table, ``curve``'s points and ``compare``'s rows are cuts that are measured here.
-"""
+"""Measuring: the cuts of one model in their states, on the test texts, each once."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +6,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,41 +14,41 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.batches import batches_of_texts
+from ..evaluation.kept import ResultStore, UnsavedResults
 from ..evaluation.loss import fitting_tokens
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge
 from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.subject import parameters_share
-from ..judgement.trials import AnyCut, ResultStore, Trials, recalled
+from ..judgement.token_states import evenly
+from ..judgement.trials import AnyCut, Trials, recalled
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..models.source import ModelSource
 from ..patching.patch import with_patch
+from ..patching.quick import QuickPatch
 from ..progress import track
 from ..scanning.scan import Scan
-from ..texts.batches import tokenise
+from ..store.given_models import ModelStore
+from ..texts.batches import Batch, TokenBatches, tokenise
 from ..texts.prompts import prompts_fingerprint
 from ..texts.splits import TokenisedSplits
 from ..values.hashing import hash_of
+from ..values.identity import TextsIdentity
 from ..values.loss import Loss
 from ..values.plan import Gone, Plan, gone_by, key_of
 from ..values.recipe import Recipe
 from ..values.schema import plain_fields, read
 from ..values.scores import Scores
-from ..values.settings import CurveSettings
+from ..values.settings import CompareSettings, State
 from ..values.speech import Speech
 from ..values.task_scores import TaskScores
 from .judging import Judges
-from .losses import keep_scores
 from .speaking import StudySpeech
 from .study import Study
 from .tasks import StudyTasks
-from .verified_plans import VerifiedPlans
-
-Measurable = Literal["cut", "quick", "patched", "healed"]
-"""States of a cut: as it is; after a quick patch of one matrix a block; after a full patch; and
-trained on, patched first where it can be."""
+from .verified_plans import VERIFYING_TEXTS, VerifiedPlans
 
 HEALING_FOLDER = ".healing"
 """What is being healed below the folder of a study; it is gone when it is measured."""
@@ -73,6 +70,29 @@ class Measured:
         return plain_fields(self, "to_record")
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration texts of one name, and the quick patch that is solved on some of them.
+
+    Attributes:
+        name: of the texts in the study.
+        split: the texts, tokenised.
+        fitted: a hash of them, and of the selection texts.
+        batches: all of them that have two tokens.
+        identity: of these texts.
+        patch: the quick patch.
+        patched: cuts after it, judged on the test texts.
+    """
+
+    name: str
+    split: TokenisedSplits
+    fitted: str
+    batches: Sequence[Batch]
+    identity: TextsIdentity
+    patch: QuickPatch
+    patched: PatchedTrials
+
+
 class Measuring:
     """The measurements of one model of a study that is loaded.
 
@@ -80,7 +100,8 @@ class Measuring:
         decoder: the whole model, which is as before afterwards.
         tokens: length of texts, and how many make one forward.
         texts: the texts of the study, tokenised once, by their name.
-        judge: the loss on the test texts.
+        test_set: the test texts as batches.
+        judge: the loss on them.
         judges: makes judges of the selection set.
         held_out: cuts as they are and after a quick patch, from states that they share.
         num_rejected: test texts with fewer than two tokens.
@@ -98,37 +119,34 @@ class Measuring:
         tokenizer: PreTrainedTokenizerBase,
         *,
         store: ResultStore,
-        scanned: Callable[[], Scan] | None = None,
         tasks: StudyTasks | None = None,
         recipe: Recipe | None = None,
     ) -> None:
-        self._study, self._store, self._scanned, self._recipe = study, store, scanned, recipe
-        self.model, self.tokenizer, self._tasks = (
-            model,
-            tokenizer,
-            tasks or StudyTasks(CurveSettings()),
-        )
+        self._study, self._store, self._recipe = study, store, recipe
+        self.model, self.tokenizer = model, tokenizer
+        self._tasks = tasks or StudyTasks(CompareSettings())
         self.decoder = Decoder.of(model)
         self.decoder.identity  # noqa: B018 - as the model is before anything is cut
         self.tokens = fitting_tokens(self.decoder, study.settings.tokens)
         self.texts = self._tokenised()
         self.report = next(iter(self.texts.values())).report
-        test_set = batches_of_texts(tokenizer, self.report, self.tokens, count_bytes=False)
-        self.judge = LossJudge(test_set.numbered)
+        self.test_set = batches_of_texts(tokenizer, self.report, self.tokens, count_bytes=False)
+        self.judge = LossJudge(self.test_set.numbered)
         self.num_rejected = len(self.report) - self.judge.num_items
         self.judges = Judges(study, self.decoder, tokenizer, tokens=self.tokens, store=store)
         layerwise = Layerwise(self.decoder)
-        layerwise.check(self.judge.batches[0])
+        if getattr(study.settings, "judge", "loss") != "none":
+            layerwise.check(self.judge.batches[0])
         self.held_out = HeldOutCuts(
             layerwise,
             self.judge,
             self.judge if study.judges[1] == "loss" else self.judges.reporting(self.report),
             store=store,
-            texts=study.reported,
+            texts=self.test_set.fingerprint,
             num_rejected=self.num_rejected,
         )
         self.speaks = StudySpeech.is_possible(study, self.decoder, tokenizer)
-        self._measured: dict[tuple[Gone, Measurable], Measured] = {}
+        self._measured: dict[tuple[Gone, State, str], Measured] = {}
         self._shares: dict[Gone, float] = {}  # of the seconds of cuts judged together
 
     def _tokenised(self) -> dict[str, TokenisedSplits]:
@@ -148,20 +166,33 @@ class Measuring:
         """The tokenised texts of a study on one kind of texts."""
         return next(iter(self.texts.values()))
 
-    @cached_property
-    def plans(self) -> VerifiedPlans:
-        """The verified plan of every size, and the quick patch that they are raced after."""
-        assert self._scanned is not None
+    def plans(self, scanned: Callable[[], Scan], texts: str = "") -> VerifiedPlans:
+        """The verified plan of every size; ``scanned`` gives the scan of their calibration texts.
+
+        Those of one name, the first by default.
+        """
         return VerifiedPlans(
             self._study,
             self.decoder,
             self.tokenizer,
-            self.split,
-            scanned=self._scanned,
+            self.texts[texts or next(iter(self.texts))],
+            fitted=self._study.fitted[texts or next(iter(self.texts))],
+            scanned=scanned,
             judges=self.judges,
             tokens=self.tokens,
             store=self._store,
         )
+
+    def calibrated(self, name: str) -> Calibration:
+        """Open the calibration texts of one name."""
+        split, fitted = self.texts[name], self._study.fitted[name]
+        opened = TokenBatches(self.tokenizer, split.fit, self.tokens, min_tokens=2)
+        few = TokenBatches(self.tokenizer, split.fit[:VERIFYING_TEXTS], self.tokens, min_tokens=2)
+        num_texts = self._study.settings.num_patching
+        patch = QuickPatch(self.held_out.model, evenly(list(few), num_texts))
+        patched = self.held_out.after(patch, fitted=fitted)
+        batches = list(opened)
+        return Calibration(name, split, fitted, batches, opened.identity, patch, patched)
 
     def judge_together(self, plans: Sequence[Plan], patched: PatchedTrials | None = None) -> None:
         """Judge the whole model and cuts at once, where each layer is read from disk for all.
@@ -177,11 +208,6 @@ class Measuring:
         share = (clock() - started) / max(1, len(plans))
         self._shares = {plan.gone: share for plan in plans}
 
-    @cached_property
-    def patched(self) -> PatchedTrials:
-        """Cuts after the quick patch of the verified plans."""
-        return self.held_out.after(self.plans.verifier.patch, fitted=self.plans.fitted)
-
     def _loss(self, name: str, trials: Trials, cut: AnyCut) -> Scores:
         """Judge test texts, batch by batch in a bar of their own."""
         trials.judge_together([cut])
@@ -195,37 +221,30 @@ class Measuring:
         """Measure the loss of the whole model, and show how far that is."""
         return self.loss_of_cut(None)
 
-    def scores(
-        self,
-        plan: Plan | None,
-        state: Literal["cut", "quick"],
-        *,
-        patched: PatchedTrials | None = None,
-    ) -> Scores:
-        """Loss of a cut by text; of the whole model for None.
+    def scores(self, plan: Plan | None) -> Scores:
+        """Loss of a bare cut by text; of the whole model for None.
 
-        ``patched`` replaces those of the verified plans. PatchError where it cannot be patched,
         ModelError for a loss that is not finite.
         """
-        if state == "cut" or plan is None:
-            name = f"loss without {plan.words}" if plan else "loss, whole"
-            return self._loss(name, self.held_out.losses, plan or ())
-        return (patched or self.patched).scores(plan)
+        name = f"loss without {plan.words}" if plan else "loss, whole"
+        return self._loss(name, self.held_out.losses, plan or ())
 
     def loss_of_cut(self, plan: Plan | None) -> Loss:
         """Measure the loss of a bare cut alone, without tasks or speech."""
-        return self.held_out.loss(self.scores(plan, "cut"))
+        return self.held_out.loss(self.scores(plan))
 
-    def measure(self, plan: Plan | None, state: Measurable) -> Measured:
+    def measure(self, plan: Plan | None, state: State, on: Calibration) -> Measured:
         """Measure a cut in one of its states, or look it up; the whole model for None.
+
+        ``on`` are the texts that the patch and the healing are made from.
 
         Raises PatchError, CacheError (damaged store), and ModelError or TextsError for a loss that
         is not finite or a task that cannot be done.
         """
         gone, clock = gone_by(plan or ()), self.held_out.losses.clock
-        key = gone, state
+        key = gone, state, on.name
         if key not in self._measured:
-            inputs = self._inputs(plan, state)
+            inputs = self._inputs(plan, state, on)
             known = inputs and self._store.get("measurement", inputs)
             if known and "why" in known:
                 raise PatchError(str(known["why"]))
@@ -234,7 +253,7 @@ class Measuring:
             else:
                 started = clock()
                 try:
-                    found = self._measure(plan, state)
+                    found = self._measure(plan, state, on)
                 except PatchError as error:
                     if inputs and stays(error):
                         self._store.put("measurement", inputs, {"why": str(error)})
@@ -246,34 +265,36 @@ class Measuring:
             self._measured[key] = found
         return self._measured[key]
 
-    def _inputs(self, plan: Plan | None, state: Measurable) -> dict[str, Any] | None:
+    def _inputs(self, plan: Plan | None, state: State, on: Calibration) -> dict[str, Any] | None:
         """All that a measurement depends on beside the model; None where that is not known."""
         settings, job = self._study.settings, self._study.job
         if state == "healed":  # what is trained on is known by the study alone
-            return None if job is None else {**key_of(plan), "state": state, "job": job}
-        made = {} if state in ("cut", "quick") else {"patch_tokens": settings.patch_tokens}
+            trained = {"state": state, "job": job, "fitted": on.fitted}
+            return None if job is None else {**key_of(plan), **trained}
+        made = {"patch_tokens": settings.patch_tokens} if settings.patch == "full" else {}
+        made |= on.patch.settings if settings.patch == "quick" else {}
         return {
             **key_of(plan),
             "state": state,
-            **made,
-            "fitted": next(iter(self._study.fitted.values())),
+            **(made if state == "patched" else {}),
+            "fitted": on.fitted,
             "items": self._study.reported,
             "tasks": self._tasks.identity,
             "seed": settings.seed,
             "prompts": prompts_fingerprint(self._study.prompts),
         }
 
-    def _measure(self, plan: Plan | None, state: Measurable) -> Measured:
-        is_told_by_loss = not self._tasks.settings.tasks and self.speech is None
-        if state in ("cut", "quick") and is_told_by_loss:
-            return Measured(self.held_out.loss(self.scores(plan, state)))
+    def _measure(self, plan: Plan | None, state: State, on: Calibration) -> Measured:
+        is_quick = state == "patched" and self._study.settings.patch == "quick"
+        if is_quick and plan and not self._tasks.settings.tasks and self.speech is None:
+            return Measured(self.held_out.loss(on.patched.scores(plan)))
         if state == "cut" or plan is None:
             loss = self.loss_of_cut(plan)
             with without_layers(self.model, plan) if plan else nullcontext():
                 tasks = self._tasks.scores((self.model, self.tokenizer), plan, store=self._store)
             return Measured(loss, tasks, speech=self._speech_of_cut(plan))
         with ExitStack() as stack:
-            model, tokenizer = stack.enter_context(self._in_state(plan, state))
+            model, tokenizer = stack.enter_context(self._in_state(plan, state, on))
             found = Measured(self.loss_now(model), self._tasks.scores((model, tokenizer)))
             said = None if self.speech is None else self.speech.hear(model, state)
         if self.speech is None or said is None:
@@ -306,14 +327,11 @@ class Measuring:
         """Keep a loss as that of a checkpoint, which makes what was measured to the bit."""
         source = self._study.model
         if isinstance(source, ModelSource) and loss.by_text is not None:
-            keep_scores(
-                loss.by_text,
-                self.judge,
-                source=replace(source, path=place, gguf_file=None),
-                dtype=self.decoder.identity.dtype,
-                vocab_size=loss.vocab_size,
-                items=self._study.reported,
-                store=self._study.store,
+            kept = UnsavedResults()
+            kept.add(self.test_set, loss.by_text, loss.vocab_size)
+            saved = replace(source, path=place, gguf_file=None)
+            kept.keep(
+                partial(ModelStore.of, cache=self._study.store), saved, self.decoder.identity.dtype
             )
 
     def plan(self, dropped: Sequence[int]) -> Plan:
@@ -331,21 +349,21 @@ class Measuring:
 
     @contextmanager
     def _in_state(
-        self, plan: Plan, state: Measurable
+        self, plan: Plan, state: State, on: Calibration
     ) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         """The cut model in a state, for as long as the body runs."""
         if state == "healed":
-            with self._healed(plan) as healed:
+            with self._healed(plan, on) as healed:
                 yield healed
-        elif state == "quick":
-            with self.plans.verifier.patch.patched(plan), without_layers(self.model, plan.dropped):
+        elif self._study.settings.patch == "quick":
+            with on.patch.patched(plan), without_layers(self.model, plan.dropped):
                 yield self.model, self.tokenizer
         else:
             with with_patch(
                 self.model,
                 self.tokenizer,
                 plan,
-                texts=self.split.fit,
+                texts=on.split.fit,
                 max_length=self.tokens.max_length,
                 num_tokens=self._study.settings.patch_tokens,
                 progress=self._study.progress,
@@ -353,26 +371,29 @@ class Measuring:
                 yield self.model, self.tokenizer
 
     @contextmanager
-    def _healed(self, plan: Plan) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    def _healed(
+        self, plan: Plan, on: Calibration
+    ) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         """The cut, patched where it can be, and trained on; its folder is gone afterwards."""
         from ..healing.heal import heal  # with the packages of a training, which take seconds
 
         study, recipe = self._study, self._recipe
         assert recipe is not None
-        folder = study.folder / HEALING_FOLDER / hash_of([study.job, list(plan.dropped)])[:16]
+        mark = hash_of([study.job, on.name, list(plan.dropped)])[:16]
+        folder = study.folder / HEALING_FOLDER / mark
         cut, healed = folder / "cut", folder / "healed"
         if study.job is None:
             shutil.rmtree(folder, ignore_errors=True)  # nobody knows of what it is
         if not healed.exists():
             if not cut.exists():
-                self._save(plan, cut)
+                self._save(plan, cut, on)
             name, trusted = study.origin
             heal(
                 cut,
-                study.training_texts(),
+                study.training_texts(on.name),
                 healed,
                 recipe=recipe,
-                eval_texts=study.split.choose,
+                eval_texts=study.splits[on.name].choose,
                 original=None if recipe.objective == "lm" else name,
                 merge=True,
                 progress=study.progress,
@@ -384,11 +405,10 @@ class Measuring:
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()
 
-    def _save(self, plan: Plan, path: Path) -> None:
+    def _save(self, plan: Plan, path: Path, on: Calibration) -> None:
         """Save the cut, patched where it can be."""
-        state: Measurable = "quick" if self._study.settings.quick_patch else "patched"
         try:
-            with self._in_state(plan, state):
+            with self._in_state(plan, "patched", on):
                 save_model(self.model, self.tokenizer, path, plan=plan)
         except PatchError:
             with without_layers(self.model, plan.dropped):

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
+from ..evaluation.kept import ResultStore
+from ..evaluation.loss import nats_of
 from ..evaluation.speech import Spoken
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.choosing_size import SizeChoice
-from ..judgement.forwards import scores_by_forwards
 from ..judgement.held_out_cuts import out_of_domain
 from ..judgement.judges.judge import LossJudge
-from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..patching.patch import patch_tokens, with_patch
@@ -47,7 +47,7 @@ from ..values.files import (
 from ..values.patch import Patch
 from ..values.plan import Plan
 from ..values.recommendation import Recommended
-from ..values.scores import Difference
+from ..values.scores import Difference, Scores
 from ..values.settings import RunSettings
 from .answers import WantedAnswers
 from .measuring import Measuring
@@ -83,10 +83,8 @@ class Recommending:
         self._model, self._tokenizer, self._target = model, tokenizer, study.settings.target
         self._store, self._wanted_answers, self._gguf = store, answers, gguf
         with track("tokenise the texts", show=study.progress):
-            self._measuring = measuring = Measuring(
-                study, model, tokenizer, store=store, scanned=lambda: self._scan
-            )
-            self._decoder, self._plans = measuring.decoder, measuring.plans
+            self._measuring = measuring = Measuring(study, model, tokenizer, store=store)
+            self._decoder, self._plans = measuring.decoder, measuring.plans(lambda: self._scan)
         if answers is not None and not self._settings.heal:
             most = patch_tokens(measuring.num_parameters, on_cpu=self._on_cpu)
             fitted = sum(len(text.ids) for text in measuring.split.fit)
@@ -393,5 +391,6 @@ class Recommending:
         verifier = self._plans.verifier
         judge = verifier.trials.judge
         assert isinstance(judge, LossJudge)
-        now, _ = scores_by_forwards(Decoder.of(self._model), judge, progress=False)
-        return now.minus(verifier.scores((), after="none"))
+        how: Any = {"description": "loss", "progress": False}
+        sums, _ = nats_of(Decoder.of(self._model), judge.batches, **how)
+        return Scores(sums, judge.weights).minus(verifier.scores((), after="none"))

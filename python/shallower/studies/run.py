@@ -38,7 +38,7 @@ from .study import NUM_PROMPTS, Study, Unit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..judgement.trials import ResultStore
+    from ..evaluation.kept import ResultStore
     from .healing_stage import HealingStage
 
 RUN_FILES = (CHECKPOINT_FOLDER, SCAN_FILE, PLAN_FILE, GAIN_FILE, HEAT_MAP_FILE, RESULTS_FILE)

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, TextsError
 from ..evaluation.answers import check_at_hand, check_prompts
+from ..evaluation.kept import ResultStore
 from ..evaluation.speech import SPEECH_TOKENS, Reference, Speaking, Spoken
-from ..judgement.trials import ResultStore
 from ..models.decoder import Decoder
 from ..reporting.results import Continuations
 from ..texts.prompts import Prompt, prompt_ids

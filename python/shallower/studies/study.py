@@ -308,10 +308,14 @@ class Study(Generic[Settings]):
             return read_prompts(limit=NUM_PROMPTS)
         return given_prompts(given) if isinstance(given, Path) or given else ()
 
-    def training_texts(self) -> ReadOnce:
-        """All but the selection and test texts, as many as a training takes."""
-        read = next(iter(self._read.values()))
-        return ReadOnce(self.split.training(islice(read, self.settings.max_texts, None)))
+    def training_texts(self, name: str = "") -> ReadOnce:
+        """All but the selection and test texts, as many as a training takes; by default the first.
+
+        Calibration texts of a study on several have a ``name``.
+        """
+        name = name or next(iter(self._read))
+        more = islice(self._read[name], self.settings.max_texts, None)
+        return ReadOnce(self.splits[name].training(more))
 
     @cached_property
     def again(self) -> str:
@@ -377,9 +381,11 @@ class Study(Generic[Settings]):
 
     def trained_on(self) -> Any:
         """The identity of the texts of a healing, as far as that is known."""
-        if not isinstance(self.texts, Texts | Sized):
+        named = self.named_texts.values()
+        if not all(isinstance(texts, Texts | Sized) for texts in named):
             return None  # an iterator can be read once, and need not end
-        return texts_inputs(self.texts, self.store) or str(getattr(self.texts, "source", None))
+        sources = ((texts, str(getattr(texts, "source", None))) for texts in named)
+        return [texts_inputs(texts, self.store) or source for texts, source in sources]
 
     @cached_property
     def inputs(self) -> dict[str, Any] | None:
@@ -417,11 +423,6 @@ class Study(Generic[Settings]):
             "n": n,
             **self._chooses_by(),
         }
-
-    def known_choice(self, strategy: str, n: int) -> list[int] | None:
-        """The layers that a strategy chose before, by any study; None if none did."""
-        found = self.store.get("choice_of_study", self.choice_inputs(strategy, n))
-        return None if found is None else list(found["dropped"])
 
     def keep_choice(self, strategy: str, n: int, plan: Plan, **on: str) -> None:
         """Keep what a strategy chose."""

@@ -8,21 +8,21 @@ from ..store.given_models import ModelStore
 from ..store.store import Store
 from ..values.plan import Plan
 from ..values.provenance import LM_EVAL, versions
-from ..values.settings import CurveSettings
+from ..values.settings import CompareSettings
 from ..values.task_scores import TaskScores
 from .measures import ScoresOnTasks
 
 if TYPE_CHECKING:
-    from ..judgement.trials import ResultStore
+    from ..evaluation.kept import ResultStore
 
 _NOWHERE = ModelStore(Store(None), None, [])
 
 
 @dataclass(frozen=True)
 class StudyTasks:
-    """The tasks of a curve that its cuts are measured on, loaded when they are first needed."""
+    """The tasks that the cuts of a study are measured on, loaded when they are first needed."""
 
-    settings: CurveSettings
+    settings: CompareSettings
 
     @cached_property
     def measure(self) -> ScoresOnTasks:

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError
+from ..evaluation.kept import ResultStore
 from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
-from ..judgement.trials import ResultStore
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
@@ -41,6 +41,7 @@ class VerifiedPlans:
         tokenizer: PreTrainedTokenizerBase,
         splits: TokenisedSplits,
         *,
+        fitted: str,
         scanned: Callable[[], Scan],
         judges: Judges,
         tokens: Tokens,
@@ -48,7 +49,7 @@ class VerifiedPlans:
     ) -> None:
         self._decoder, self._scanned, self._settings = decoder, scanned, study.settings
         self._judges, self._choose = judges, splits.choose
-        self.fitted = next(iter(study.fitted.values()))
+        self.fitted = fitted
         self._verifier_of = partial(
             verifier_of,
             decoder,

@@ -1,20 +1,33 @@
-"""CriteriaComparison: what each criterion removes, and what that costs, row by row."""
+"""CriteriaComparison: what criteria remove, and what that costs, row by row in each state."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .counts import counted
+from .hashing import hash_of
 from .identity import title_of
 from .layers import ranges
 from .loss import Loss
-from .schema import alike, estimated, fields_of, fields_of_flat, flat, of_type, plain_fields
-from .scores import Estimate, Standing
+from .schema import (
+    alike,
+    estimated,
+    fields_of,
+    fields_of_flat,
+    flat,
+    of_type,
+    plain,
+    plain_fields,
+)
+from .scores import Estimate, Scores, Standing
+from .settings import STATES, State
+from .speech import Speech
+from .task_scores import TaskScores
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A cut that a criterion chose, and what the model loses by it.
+    """A cut that a criterion chose, in one state, and what the model loses by it.
 
     All losses are on the test set, which no criterion has seen. ``None`` is what could
     not be measured, or does not exist.
@@ -24,42 +37,48 @@ class Row:
         texts: name of the calibration texts, which the criterion and the patch looked at.
         criterion: name of the criterion.
         n: layers that go; of experts those of each layer.
+        state: ``cut``, ``patched`` or ``healed``.
         dropped: the indices of the layers.
-        cut: the bare cut, its regret by the judge.
-        patched: the cut after the quick patch, its regret by its loss, whatever the judge.
+        standing: the loss, in nats a token; its paired differences to the whole model, and to the
+            best cut of the same size and state: of bare cuts by the judge, else by the loss.
         tau: Kendall's τ-b of the criterion's costs of single layers with the true losses without
             them.
         layers_share: ``n`` as a share of all layers.
         parameters_share: the parameters that go as a share of all.
-        seconds: wall time that the choice took here, where what is shared is made once.
+        time_share: the time of a token that is saved as a share of the whole model's, as it is
+            forecast for an A100.
         layer_forwards: layers run, times texts, that the choice takes by itself.
+        choice_seconds: wall time that the choice took here, where what is shared is made once.
+        seconds: wall time of the patch or the healing, and of the measurements.
         score: what the judge says of the bare cut on test items; its loss for the judge ``loss``.
         accuracy: share of right answers, of the judge ``options``.
-        unpatched: why there is no ``patched``.
-        acceptance: share of the whole model's own words that the bare cut would accept, where
-            speech was measured.
-        repetition: share of repeated 4-grams in its own words, likewise.
+        failed: why there is no loss.
         experts: those that go, as ``--drop-experts`` has them; None for layers.
+        tasks: scores by task, the main measure of each; those of sampled answers are a task of
+            their own, as ``gsm8k sampled``.
+        speech: how it speaks beside the whole model.
     """
 
     model: str
     texts: str
     criterion: str
     n: int
+    state: State
     dropped: tuple[int, ...]
-    cut: Standing
-    patched: Standing | None
+    standing: Standing | None
     tau: float | None
     layers_share: float
     parameters_share: float
-    seconds: float
-    layer_forwards: int
-    score: Estimate
+    time_share: float | None = None
+    layer_forwards: int = 0
+    choice_seconds: float = 0.0
+    seconds: float = 0.0
+    score: Estimate | None = None
     accuracy: float | None = None
-    unpatched: str | None = None
-    acceptance: Estimate | None = None
-    repetition: Estimate | None = None
+    failed: str | None = None
     experts: str | None = None
+    tasks: tuple[TaskScores, ...] = ()
+    speech: Speech | None = None
 
     @property
     def words(self) -> str:
@@ -68,35 +87,59 @@ class Row:
             return ranges(self.dropped)
         return f"{counted(self.n, 'expert')} a layer"
 
+    def task(self, name: str) -> TaskScores | None:
+        """Find the scores of a task; None where it was not done."""
+        return next((scores for scores in self.tasks if scores.task == name), None)
+
     def to_json(self) -> dict[str, Any]:
-        """Give the columns of the row as plain JSON values; what is not finite is None."""
-        tied = self.patched is not None and self.patched.tied
-        return {**flat(self, COLUMNS), "patched_tied": tied}
+        """Give the columns of the row, its tasks and its speech; what is not finite is None."""
+        return {**flat(self, COLUMNS), **_measures(self)}
 
     @classmethod
     def from_json(cls, data: Any) -> "Row":
-        """Read what :meth:`to_json` gave; raises KeyError, TypeError."""
-        return cls(**fields_of_flat(cls, data, COLUMNS))
+        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
+        return cls(**fields_of_flat(cls, data, {**COLUMNS, **alike("tasks", "speech")}))
 
 
 COLUMNS = {
-    **alike("model", "texts", "criterion", "n", "dropped"),
-    **estimated("loss", "cut.loss", "stderr"),
-    **estimated("difference", "cut.difference"),
-    **estimated("patched", "patched.loss"),
-    **estimated("regret", "cut.regret"),
-    "tied": "cut.tied",
-    **alike("tau", "layers_share", "parameters_share", "seconds", "layer_forwards"),
+    **alike("model", "texts", "criterion", "n", "state", "dropped"),
+    **estimated("loss", "standing.loss", "stderr"),
+    **estimated("difference", "standing.difference"),
+    **estimated("regret", "standing.regret"),
+    "tied": "standing.tied",
+    **alike("tau", "layers_share", "parameters_share", "time_share"),
+    **alike("layer_forwards", "choice_seconds", "seconds"),
     **estimated("score"),
-    **alike("accuracy", "unpatched"),
-    **estimated("patched_difference", "patched.difference"),
-    **estimated("patched_regret", "patched.regret"),
-    "patched_tied": "patched.tied",
-    **estimated("acceptance"),
-    **estimated("repetition"),
-    **alike("experts"),
+    **alike("accuracy", "failed", "experts"),
 }
 """The columns of a row, in JSON and CSV."""
+
+
+def _measures(found: "Row | ComparedModel") -> dict[str, Any]:
+    """The scores on tasks and the speech of a row or a whole model, from which they are read."""
+    return {name: plain(getattr(found, name), "to_record") for name in ("tasks", "speech")}
+
+
+def scan_place(model: str, texts: str) -> str:
+    """The place of the scan of a model on calibration texts, below the folder of a comparison."""
+    return f"scans/{hash_of([model, texts])[:12]}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The best start of a block of one size, and how it moves when texts are drawn again.
+
+    Attributes:
+        n: layers of the block.
+        start: l*(n), of the least angular distance.
+        probability: the share of resamples in which it is the same; None without samples.
+        spread: the standard deviation of the start over resamples, in layers; None likewise.
+    """
+
+    n: int
+    start: int
+    probability: float | None
+    spread: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +149,35 @@ class ComparedModel:
     Attributes:
         name: of the model.
         num_layers: L.
-        whole: the loss of the whole model on the test set.
+        whole: the loss of the whole model on the test set; None by the judge ``none``.
         single_layers: the true losses without each single layer, (L,), nats a token.
         chance: accuracy of a guess, of the judge ``options``.
         accuracy: that of the whole model.
         dtype: of its weights; empty where it is not known.
         parameters: their number; None where it is not known.
         num_experts: routed experts of a layer, of a comparison of experts; None for one of layers.
+        tasks: scores by task, as those of a row.
+        speech: how it speaks beside itself, where that was measured.
+        starts: by the name of calibration texts, where its most alike blocks start; of one of
+            several models or texts, and by the judge ``none``.
     """
 
     name: str
     num_layers: int
-    whole: Loss
+    whole: Loss | None
     single_layers: tuple[float, ...] = ()
     chance: float | None = None
     accuracy: float | None = None
     dtype: str = ""
     parameters: int | None = None
     num_experts: int | None = None
+    tasks: tuple[TaskScores, ...] = ()
+    speech: Speech | None = None
+    starts: Mapping[str, tuple[Start, ...]] = field(default_factory=dict)
+
+    def task(self, name: str) -> TaskScores | None:
+        """Find the scores of a task; None where it was not done."""
+        return next((scores for scores in self.tasks if scores.task == name), None)
 
     @property
     def title(self) -> str:
@@ -132,7 +186,7 @@ class ComparedModel:
 
     def to_json(self) -> dict[str, Any]:
         """Give the model as plain JSON values."""
-        return plain_fields(self)
+        return {**plain_fields(self), **_measures(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +195,7 @@ class CriteriaComparison:
 
     Attributes:
         models: the models that were compared, in order.
-        rows: every choice, by model, texts, criterion and n.
+        rows: every choice, by model, texts, state, criterion and n.
         failures: the models that could not be compared, and why.
         skipped: the criteria that could not choose, and why.
         judge: name of the judge that chose.
@@ -149,6 +203,9 @@ class CriteriaComparison:
         splits: the number of calibration, selection and test texts.
         max_length: tokens of a text, at most.
         versions: of the packages that made the figures.
+        settings: those that are shown beside the figures, as ``patch`` (``full`` or ``quick``) and
+            ``patch_tokens``, the tokens that a full patch was fitted on.
+        ended: whether all rows that can be are there.
     """
 
     models: tuple[ComparedModel, ...]
@@ -160,12 +217,24 @@ class CriteriaComparison:
     splits: Mapping[str, int] = field(default_factory=dict)
     max_length: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    ended: bool = True
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states that were measured, in the order in which a cut comes into them."""
+        return tuple(state for state in STATES if any(row.state == state for row in self.rows))
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """The criteria, in the order of the rows."""
+        return tuple(dict.fromkeys(row.criterion for row in self.rows))
 
     @classmethod
     def from_json(cls, data: Any) -> "CriteriaComparison":
         """Read what :meth:`to_json` gave; raises ValueError, KeyError, TypeError."""
-        if of_type(dict, data).get("format") != "shallower.comparison" or data["version"] != 1:
-            raise ValueError("expected format shallower.comparison version 1")
+        if of_type(dict, data).get("format") != "shallower.comparison" or data["version"] != 2:
+            raise ValueError("expected format shallower.comparison version 2")
         return cls(**fields_of(cls, data))
 
     def to_json(self) -> dict[str, Any]:
@@ -173,8 +242,27 @@ class CriteriaComparison:
         whole = self.models[0].whole if self.models else None
         return {
             "format": "shallower.comparison",
-            "version": 1,
+            "version": 2,
             "rows": [],  # before the rest
             "whole": whole and {"loss": whole.nats, **whole.to_json()},
             **plain_fields(self),
         }
+
+
+MeasuredRow = tuple[Row, Scores | None]
+"""A row without regret, and the scores that rank it: a bare cut's by the judge, else losses."""
+
+
+def with_regrets(measured: Sequence[MeasuredRow]) -> Iterator[Row]:
+    """Compare every row of one model with the least mean of its size and state, paired."""
+    best: dict[tuple[int, State], Scores] = {}
+    for row, scores in measured:
+        key = row.n, row.state
+        if scores is not None and (key not in best or scores.mean < best[key].mean):
+            best[key] = scores
+    for row, scores in measured:
+        if scores is None or row.standing is None:
+            yield row
+            continue
+        regret = Estimate.of(scores.minus(best[row.n, row.state]))
+        yield replace(row, standing=replace(row.standing, regret=regret))

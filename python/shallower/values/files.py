@@ -24,16 +24,9 @@ GAIN_FILE = "gain.json"
 HEALED_FOLDER = "healed"
 """The healed model below the folder of a run."""
 
-CURVE_FILE = "curve.json"
-CURVE_TABLE = "curve.csv"
-"""A curve over the layers that go, and its table."""
-
 COMPARISON_FILE = "comparison.json"
 COMPARISON_TABLE = "comparison.csv"
-"""A comparison of criteria and its table; beside them lie its figures."""
-
-SWEEP_FILE = "sweep.json"
-"""The jobs of a sweep; what they found lies below ``jobs``."""
+"""A comparison of criteria and its table."""
 
 SMALL = 1 << 21
 """Bytes of results, figures and a page, about."""
@@ -45,7 +38,7 @@ HEAT_MAP_FILE = "heat_map.png"
 """The map of a scan."""
 
 _OF_MODELS = (PLAN_FILE, PATCH_FILE, HEALING_FILE, HEALING_FIGURE, EVAL_FILE, GAIN_FILE)
-_OF_STUDIES = (CURVE_FILE, CURVE_TABLE, COMPARISON_FILE, COMPARISON_TABLE, RESULTS_FILE)
+_OF_STUDIES = (COMPARISON_FILE, COMPARISON_TABLE, RESULTS_FILE)
 _PAGES = (HEAT_MAP_FILE, REPORT_FILE, "report.md", "report.json")
 OF_ONE_MODEL = frozenset((*_OF_MODELS, *_OF_STUDIES, *_PAGES))
 """Files that tell of one model, and of none that is made from it."""

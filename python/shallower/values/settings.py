@@ -247,33 +247,50 @@ class RunSettings(RacingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveSettings(RacingSettings):
-    """Settings of :func:`shallower.curve`.
+class CompareSettings(RacingSettings):
+    """Settings of :func:`shallower.compare`.
 
-    A strategy is ``recommended``, the verified plan of every size, as by :func:`shallower.run`;
-    ``similarity``, the most similar block; ``best_plan``, the most similar blocks together;
-    ``deepest``, the deepest layers but the last; or any criterion by its name. What is healed is
-    patched first where it can be. ``prompts`` are as for :func:`shallower.evaluate_speech`, and
-    None is 24 prompts of our own.
+    Criteria are names of the table ``shallower.criteria``, or criteria of your own; ``best_plan``,
+    the blocks most alike together; or ``recommended``, the verified plan of every size, as by
+    :func:`shallower.run`. What is healed is patched first where it can be. ``prompts`` are as for
+    :func:`shallower.evaluate_speech`.
 
     Raises:
         LayersError, CriterionError, PatchError, RecipeError, TextsError: a setting that is out of
             range, is named twice or contradicts another.
     """
 
+    max_texts: int = 80
+    max_eval_texts: int = 64
+    num_choosing: int = 16
+    num_patching: int = 64
+    """Calibration texts that a quick patch is solved on, at most."""
     n: Sequence[int] = option(
-        (0, 1, 2, 4, 8),
-        "Layers that go; 0, the whole model, is always measured.",
+        (1, 2, 4, 8),
+        "Layers that go, as 1,2,4,8; 0, the whole model, is always measured.",
         "SIZES",
         read=partial(parse_sizes, least=0),
         before="settings",
     )
-    strategies: Sequence[str] = option(
-        ("recommended", "similarity", "deepest"),
-        "Strategies, comma-separated: recommended, similarity, best_plan, deepest, or any "
-        "criterion (shallower compare --list).",
-        "NAMES",
-        read=parse_names,
+    criteria: Sequence[Any] | None = option(
+        None, "Criteria, comma-separated; all by default (see --list).", "NAMES", read=parse_names
+    )
+    unit: Literal["layers", "experts"] = option(
+        "layers",
+        "What goes: layers, or experts, --n of each layer that has any, by criteria of experts, "
+        "beside the block of layers whose share of the parameters is nearest.",
+    )
+    judge: Literal["loss", "kl", "options", "speech", "none"] = option(
+        "loss",
+        "Judge of a cut: loss, of the next token; kl and speech, divergence from the whole model, "
+        "on texts or on its own words; options, margin of the right option. By none no cut is "
+        "measured, and layers are compared.",
+    )
+    options: str | Path | None = option(
+        None,
+        "JSON lines with context, options and answer (an index), for --judge options; one half for "
+        "the selection, the other for the report.",
+        "FILE",
     )
     states: Sequence[State] = option(
         ("cut", "patched"),
@@ -281,8 +298,16 @@ class CurveSettings(RacingSettings):
         "NAMES",
         read=parse_names,
     )
-    quick_patch: bool = option(False, "Patch by one matrix a block, in seconds.")
+    patch: Literal["quick", "full"] = option(
+        "quick",
+        "Patch of a cut. quick: one matrix a block, in seconds; full: all layers behind it.",
+    )
     patch_tokens: int = option(16_384, "Tokens that a full patch is fitted on.", "N", least=1)
+    heal: Recipe | None = None
+    """Settings of the healing of each cut; by default ours in the dtype of the model."""
+    heal_steps: int | None = option(
+        None, "Steps of each healing, 16 sequences each; 5,000 by default.", "N", least=1
+    )
     tasks: Sequence[str] = option(
         (), "Tasks beside the loss, comma-separated.", "NAMES", read=parse_names
     )
@@ -295,95 +320,6 @@ class CurveSettings(RacingSettings):
     pass_at: int | None = option(
         None, "Also sample K answers where text is asked for: pass@K.", "K", least=1
     )
-    heal: Recipe | None = None
-    """Settings of the healing of each cut; by default ours in the dtype of the model."""
-    prompts: Prompts = option(
-        (),
-        "Also how it speaks beside the whole model, on prompts: a .jsonl file with prompt or "
-        "messages; without one 24 of our own.",
-        "[PROMPTS]",
-        name="speech",
-        alone=None,
-    )
-    heal_steps: int | None = option(
-        None, "Steps of each healing, 16 sequences each; 5,000 by default.", "N", least=1
-    )
-    top: int = option(4, "Proposals of every criterion, for recommended.", "K", least=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "n", tuple(n for n in _sizes(self.n, least=0) if n))
-        object.__setattr__(self, "prompts", _prompts(self.prompts))
-        for name in ("strategies", "states", "tasks"):
-            object.__setattr__(self, name, distinct_names(name, getattr(self, name)))
-        self._take_places("tasks_dir", "data")
-        self._check_least("patch_tokens", 1)
-        unknown: list[str] = [name for name in self.states if name not in STATES]
-        if unknown or not self.states:
-            raise PatchError(
-                f"unknown state {', '.join(map(repr, unknown))}: expected some of "
-                f"{', '.join(STATES)} (states, --states)"
-            )
-        states = tuple(name for name in STATES if name in self.states)
-        object.__setattr__(self, "states", states)
-        if self.heal is not None and self.heal_steps is not None:
-            raise RecipeError("heal_steps beside heal: settings of your own have their own steps")
-        if "healed" not in states and (self.heal is not None or self.heal_steps is not None):
-            raise RecipeError(
-                "heal_steps without the state healed (--heal-steps without --states healed): "
-                "name what is to be measured"
-            )
-
-    @property
-    def patch(self) -> str | None:
-        """The patch that is measured: ``quick`` or ``full``; None where none is."""
-        if set(self.states) == {"cut"}:
-            return None
-        return "quick" if self.quick_patch else "full"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareSettings(StudySettings):
-    """Settings of :func:`shallower.compare`.
-
-    Criteria are names of the table ``shallower.criteria``, or criteria of your own. ``prompts`` are
-    as for :func:`shallower.evaluate_speech`.
-
-    Raises:
-        LayersError, CriterionError, TextsError: a setting that is out of range, is named twice or
-            contradicts another.
-    """
-
-    max_texts: int = 80
-    max_eval_texts: int = 64
-    num_choosing: int = 16
-    n: Sequence[int] = option(
-        (1, 2, 4, 8),
-        "Block sizes to measure, as 1,2,4,8.",
-        "SIZES",
-        read=parse_sizes,
-        before="settings",
-    )
-    criteria: Sequence[Any] | None = option(
-        None, "Criteria, comma-separated; all by default (see --list).", "NAMES", read=parse_names
-    )
-    unit: Literal["layers", "experts"] = option(
-        "layers",
-        "What goes: layers, or experts, --n of each layer that has any, by criteria of experts, "
-        "beside the block of layers whose share of the parameters is nearest.",
-    )
-    judge: Literal["loss", "kl", "options", "speech"] = option(
-        "loss",
-        "Judge of a cut. loss: of the next token. kl: divergence from the whole model's next-token "
-        "distributions. options: the right option's margin over the others. speech: divergence "
-        "from the whole model on its own words.",
-    )
-    options: str | Path | None = option(
-        None,
-        "JSON lines with context, options and answer (an index), for --judge options; one half for "
-        "the selection, the other for the report.",
-        "FILE",
-    )
     prompts: Prompts = option(
         None,
         "JSON lines with prompt or messages, of the judge speech; one half chooses, the other half "
@@ -392,13 +328,14 @@ class CompareSettings(StudySettings):
     )
     speech: bool = option(
         False,
-        "Also how the bare cuts speak, on the half of the prompts that reports; beside another "
+        "Also how the cuts speak, on the half of the prompts that reports; beside another "
         "judge on --prompts, or 24 of our own.",
     )
     truth: bool = option(
         False,
         "Also the true losses without single layers, and Kendall's tau of all costs with them.",
     )
+    top: int = option(4, "Proposals of every criterion, for recommended.", "K", least=1)
     device_memory: int | str | None = option(
         None,
         "Memory to plan with, as 16GB or 80GiB, of a card that need not be here; by default what "
@@ -408,18 +345,17 @@ class CompareSettings(StudySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "n", _sizes(self.n, least=1))
+        object.__setattr__(self, "n", tuple(n for n in _sizes(self.n, least=0) if n))
         if self.unit not in ("layers", "experts"):
             raise CriterionError(f"unit {self.unit!r}: expected layers or experts (unit, --unit)")
-        if self.unit == "experts" and self.speech:
-            raise CriterionError(
-                "compare does not measure speech without experts: use shallower "
-                "eval --plan PLAN --speech (speech)"
-            )
-        self._take_places("options")
+        for name in ("states", "tasks"):
+            object.__setattr__(self, name, distinct_names(name, getattr(self, name)))
+        self._take_places("options", "tasks_dir", "data")
         object.__setattr__(self, "prompts", _prompts(self.prompts))
         if not self.n:
             raise LayersError("expected sizes, as 1,2,4, got none (n, --n)")
+        self._check_states()
+        self._check_experts()
         if isinstance(self.criteria, str):
             raise CriterionError(f"criteria must be a sequence of names, got {self.criteria!r}")
         if self.criteria is not None:
@@ -435,6 +371,55 @@ class CompareSettings(StudySettings):
                 f"prompts beside the judge {self.judge}: only the judge speech takes them, and "
                 f"speech (--judge speech, --speech, or no --prompts)"
             )
+
+    def _check_states(self) -> None:
+        self._check_least("patch_tokens", 1)
+        unknown: list[str] = [name for name in self.states if name not in STATES]
+        if unknown or not self.states:
+            raise PatchError(
+                f"unknown state {', '.join(map(repr, unknown))}: expected some of "
+                f"{', '.join(STATES)} (states, --states)"
+            )
+        states = tuple(name for name in STATES if name in self.states)
+        object.__setattr__(self, "states", states)
+        if self.patch not in ("quick", "full"):
+            raise PatchError(f"patch {self.patch!r}: expected quick or full (patch, --patch)")
+        if self.heal is not None and self.heal_steps is not None:
+            raise RecipeError("heal_steps beside heal: settings of your own have their own steps")
+        if "healed" not in states and (self.heal is not None or self.heal_steps is not None):
+            raise RecipeError(
+                "heal_steps without the state healed (--heal-steps without --states healed): "
+                "name what is to be measured"
+            )
+
+    def _check_experts(self) -> None:
+        """Experts are compared as bare cuts alone: nothing is patched behind them."""
+        if self.unit == "layers":
+            return
+        if self.states not in (("cut",), ("cut", "patched")) or self.tasks or self.speech:
+            raise CriterionError(
+                "experts are compared by the losses of bare cuts: leave out states, tasks and "
+                "speech, and measure a cut of them by shallower eval --plan PLAN (unit)"
+            )
+        object.__setattr__(self, "states", ("cut",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveSettings(CompareSettings):
+    """Settings of :func:`shallower.curve`: more texts, few criteria and full patches."""
+
+    max_texts: int = 1024
+    max_eval_texts: int = 256
+    num_choosing: int = 96
+    num_patching: int = 24
+    criteria: Sequence[Any] | None = option(
+        ("recommended", "angular", "deepest"),
+        "Criteria, comma-separated, of those of shallower compare --list.",
+        "NAMES",
+        read=parse_names,
+        before="unit",
+    )
+    patch: Literal["quick", "full"] = "full"
 
 
 def _plain(value: Any) -> Any:

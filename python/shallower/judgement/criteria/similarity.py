@@ -1,6 +1,6 @@
 """Criteria of blocks: how alike the states at both ends of a block are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
@@ -12,12 +12,14 @@ from ...errors import CriterionError
 from ...experts.hooks import ExpertHooks
 from ...models.layerwise import rows
 from ...models.residual_writers import find_writers
+from ...progress import track
 from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
 from ...scanning.hidden_states import states_of
 from ...scanning.scan import Scan
 from ...values.costs import Costs
 from ...values.counts import counted
+from ...values.plan import Plan
 from ...values.positions import Positions
 from ..criterion import Criterion
 from ..kept_states import kept_states
@@ -51,6 +53,22 @@ class Angular(Scanned):
 
     name = "angular"
     summary = "Mean angle between the states at both ends of a block, at the last token."
+
+
+class BestPlan(Scanned):
+    """The blocks whose angular distances have the least sum, of any number of blocks."""
+
+    name = "best_plan"
+    summary = "Least sum of angular distances over any number of blocks."
+
+    def costs(self, subject: Subject) -> Costs:
+        """Read the angular distances."""
+        return shared_scan(subject).costs("angular")
+
+    def plans(self, subject: Subject) -> Mapping[int, Plan]:
+        """Choose blocks together for each of ``subject.sizes``."""
+        scanned = shared_scan(subject)
+        return {n: scanned.best_plan(n, n) for n in subject.sizes}
 
 
 class Cosine(Scanned):
@@ -123,10 +141,12 @@ def _scan(subject: Subject, experts: bool) -> Scan:
         positions=positions,
         cka_batch=-(-count // minibatches) if count >= MIN_BATCH and not experts else None,
         experts=hooks.statistics if hooks else None,
+        keep_samples=not experts,
     )
     (found,) = states_of(subject.decoder, [[*subject.batches]], positions, experts=hooks)
-    with hooks or nullcontext(), closing(found) as parts:
-        builder.take(parts)
+    bar = track("scan", count)
+    with hooks or nullcontext(), closing(found) as parts, bar as advance:
+        builder.take(parts, advance)
     return builder.finish(subject.texts)
 
 

@@ -1,14 +1,29 @@
 """Figures of criteria that were compared: true losses, loss over what goes, regret over cost."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from itertools import product
+from typing import Any, Literal
 
 from ...values.comparison import ComparedModel, CriteriaComparison, Row
 from ...values.scores import Standing
-from .drawing import SERIES, Drawing, require_matplotlib
-from .plots import Axis, Line, Point, dot_chart, front_chart, in_sight, line_chart, series_colour
+from ...values.settings import STATES, State
+from ...values.speech import Speech
+from ..words import patch_words, patched_name
+from .drawing import SERIES, Drawing
+from .plots import (
+    Axis,
+    Line,
+    Point,
+    dot_chart,
+    front_chart,
+    in_sight,
+    is_one_figure,
+    line_chart,
+    series_colour,
+)
 
 Styles = Mapping[str, tuple[str, str]]
 """Colour and marker by criterion."""
@@ -20,6 +35,7 @@ _STYLES = {
     "magnitude": ("orange", "o"), "xmerge": ("orange", "s"), "weights": ("orange", "^"),
     "one_shot": ("pink", "o"), "mask_regression": ("pink", "s"), "taylor": ("pink", "^"),
     "greedy": ("violet", "o"), "exhaustive": ("violet", "s"), "evolution": ("violet", "^"),
+    "recommended": ("ink", "*"), "best_plan": ("blue", "P"),
     "deepest": ("ink", "o"), "random": ("ink", "X"), "layers": ("ink", "D"),
     "frequency": ("blue", "o"), "soft-frequency": ("blue", "s"),
     "ean": ("orange", "o"), "man": ("orange", "s"), "msan": ("orange", "^"),
@@ -43,54 +59,79 @@ class Group:
     Attributes:
         model: the whole model.
         title: of its figures and tables.
-        rows: every choice.
-        by_patch: whether the cuts are ranked after the quick patch, as everyone uses them who
-            patches, and not as bare cuts: the judge is the loss, and of every size one was patched.
-        unit: of a regret.
+        rows: every choice in every state.
+        settings: those of the comparison that are shown.
+        judge: name of the judge that chose.
+        state: by which cuts are ranked: the last that every size has, as that one is used in the
+            end; of another judge than the loss that of bare cuts, which alone are judged by it.
+        unit: of a regret in that state.
     """
 
     model: ComparedModel
     title: str
     rows: Sequence[Row]
-    by_patch: bool
+    settings: Mapping[str, Any]
+    judge: str
+    state: State
     unit: str
 
     @property
     def when(self) -> str:
         """The state by which the cuts are ranked, in words."""
-        return "after a quick patch" if self.by_patch else "as bare cuts"
+        return self.words(self.state)
 
-    def standing(self, row: Row) -> Standing | None:
-        """How a cut stands in the state by which cuts are ranked; None where it is not known."""
-        found = row.patched if self.by_patch else row.cut
-        return found if found is not None and found.is_ranked else None
+    def words(self, state: State, *, one: bool = False) -> str:
+        """Say in which state cuts are, or ``one`` is, and after which patch."""
+        patch, bare = patch_words(self.settings), "as a bare cut" if one else "as bare cuts"
+        return {"cut": bare, "patched": f"after a {patch}",
+                "healed": f"healed after a {patch}"}[state]  # fmt: skip
 
-    def ranked(self, n: int, *, by_patch: bool | None = None) -> list[tuple[Row, Standing]]:
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes of which some cut has a loss, ascending."""
+        return sorted({row.n for row in self.rows if row.standing is not None})
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states that some row has a loss in."""
+        measured = {row.state for row in self.rows if row.standing is not None}
+        return tuple(state for state in STATES if state in measured)
+
+    def ranked(self, n: int, state: State | None = None) -> list[tuple[Row, Standing]]:
         """The cuts of a size whose standing is known, of least regret first.
 
         In the state by which cuts are ranked, or in one that is named.
         """
-        wanted = self if by_patch is None else replace(self, by_patch=by_patch)
-        of_size = [row for row in self.rows if row.n == n]
-        known = [(row, one) for row in of_size if (one := wanted.standing(row)) is not None]
+        of_size = [row for row in self.rows if (row.n, row.state) == (n, state or self.state)]
+        known = [(row, row.standing) for row in of_size if row.standing and row.standing.is_ranked]
         return sorted(known, key=lambda one: one[1].regret.mean)
 
-    def of(self, criterion: str) -> list[Row]:
-        """The rows of a criterion, by the number of layers."""
-        rows = [row for row in self.rows if row.criterion == criterion]
+    def best(self, state: State | None = None) -> list[tuple[Row, Standing]]:
+        """The best cut of every size in a state, where one was measured."""
+        return [ranked[0] for n in self.sizes if (ranked := self.ranked(n, state))]
+
+    def line(self, criterion: str, state: State) -> list[Row]:
+        """The rows of a criterion in a state, by the number of layers."""
+        rows = [row for row in self.rows if (row.criterion, row.state) == (criterion, state)]
         return sorted(rows, key=lambda row: row.n)
 
     def standings(self, criterion: str) -> list[Standing]:
-        """How its cuts stand, where that is known."""
-        return [one for row in self.of(criterion) if (one := self.standing(row)) is not None]
+        """How its cuts stand in the state by which cuts are ranked, where that is known."""
+        rows = self.line(criterion, self.state)
+        return [row.standing for row in rows if row.standing and row.standing.is_ranked]
+
+    @property
+    def criteria(self) -> list[str]:
+        """The criteria, in the order of the rows."""
+        return [*dict.fromkeys(row.criterion for row in self.rows)]
 
     def means(self) -> dict[str, tuple[float, float]]:
         """By criterion the means of layer-forwards and of regret, where all sizes are known."""
-        sizes = {row.n for row in self.rows}
         found = {}
-        for criterion in dict.fromkeys(row.criterion for row in self.rows):
-            rows, known = self.of(criterion), self.standings(criterion)
-            if {row.n for row in rows} == sizes and len(known) == len(rows):
+        for criterion in self.criteria:
+            rows = [row for row in self.line(criterion, self.state) if row.n in self.sizes]
+            known = self.standings(criterion)
+            if {row.n for row in rows} == {*self.sizes} and len(known) == len(rows):
                 cost = sum(row.layer_forwards for row in rows) / len(rows)
                 found[criterion] = cost, sum(one.regret.mean for one in known) / len(rows)
         return found
@@ -98,8 +139,7 @@ class Group:
     def by_regret(self) -> list[str]:
         """The criteria by their mean regret; those that have none last."""
         means = self.means()
-        names = dict.fromkeys(row.criterion for row in self.rows)
-        return sorted(names, key=lambda name: means[name][1] if name in means else math.inf)
+        return sorted(self.criteria, key=lambda name: means[name][1] if name in means else math.inf)
 
 
 def groups_of(comparison: CriteriaComparison) -> list[Group]:
@@ -111,12 +151,19 @@ def groups_of(comparison: CriteriaComparison) -> list[Group]:
         for texts in dict.fromkeys(row.texts for row in of_model):
             title = f"{model.title}, chosen on {texts}" if several else model.title
             rows = [row for row in of_model if row.texts == texts]
-            sizes = {row.n for row in rows}
-            patched = {row.n for row in rows if row.patched and row.patched.is_ranked}
-            by_patch = comparison.judge == "loss" and patched == sizes
+            state = _ranked_by(rows) if comparison.judge == "loss" else "cut"
             of = " of divergence" if comparison.judge in DIVERGENCES else ""
-            found.append(Group(model, title, rows, by_patch, f"{comparison.unit}{of}"))
+            unit, judge = f"{comparison.unit}{of}", comparison.judge
+            found.append(Group(model, title, rows, comparison.settings, judge, state, unit))
     return found
+
+
+def _ranked_by(rows: Sequence[Row]) -> State:
+    """The last state in which every size that was measured has a cut."""
+    ranked = [(row.state, row.n) for row in rows if row.standing and row.standing.is_ranked]
+    sizes = {n for _, n in ranked}
+    complete = [state for state in STATES if {n for one, n in ranked if one == state} == sizes]
+    return complete[-1] if complete else "cut"
 
 
 def styles_of(criteria: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -132,72 +179,182 @@ def styles_of(criteria: Sequence[str]) -> dict[str, tuple[str, str]]:
     return known | {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
 
 
-def draw_comparison(comparison: CriteriaComparison, folder: str | Path) -> list[Path]:
-    """Write losses over what is dropped, and regret over cost, into the folder of a comparison.
-
-    Each is an SVG and a PNG, of the second model or text on with its number behind the name; the
-    same comparison gives the same bytes. Where no model was compared there are none.
-    """
-    require_matplotlib("drawing a comparison")
-    written = []
-    for place, group in enumerate(groups_of(comparison)):
-        for drawing in (*loss_charts(group, place), *cost_charts(group, place)):
-            written += drawing.save(Path(folder))
-    return written
-
-
 def group_charts(group: Group, place: int) -> list[Drawing]:
     """Draw all figures of one model and text; their names end in its place from the second on."""
-    return [
-        _true_losses(group, place),
-        *loss_charts(group, place),
-        *cost_charts(group, place),
-    ]
+    if not group.states:
+        return []
+    drawings = [_true_losses(group)] if len(group.criteria) > 1 else []
+    drawings += [*_loss_charts(group), *_task_charts(group), *_speech_charts(group)]
+    drawings += _cost_charts(group) if len(group.criteria) > 1 else []
+    return [replace(one, name=_named(one.name, place)) for one in drawings]
 
 
-def loss_charts(group: Group, place: int) -> list[Drawing]:
-    """Draw losses as cut, and after a quick patch, over the share of layers."""
-    styles, model = styles_of([row.criterion for row in group.rows]), group.model
-    what = "layers" if model.num_experts is None else "parameters"
-    guess = math.log(model.whole.vocab_size)
-    most = guess if model.whole.nats < guess else math.inf
-    states = (
-        ("loss_over_dropped", "as cut", "before a patch", False),
-        ("loss_over_dropped_patched", "after a quick patch", "after a quick patch", True),
-    )
-    found = []
-    for name, title, when, patched in states:
-        lines = [_line(group, criterion, styles, patched) for criterion in group.by_regret()]
-        lines = [line for line in lines if line.points]
-        if lines:
+def _named(name: str, place: int) -> str:
+    return f"{name}_{place + 1}" if place else name
+
+
+STATE_STYLES: dict[str, Literal["solid", "dashed", "dotted"]] = {
+    "cut": "dashed",
+    "patched": "solid",
+    "healed": "dotted",
+}
+
+_SIZES = (
+    ("layers", "dropped", "layers_share"),
+    ("parameters", "dropped", "parameters_share"),
+    ("a token's time", "saved, as forecast for an A100", "time_share"),
+)
+"""What losses are drawn over: what goes, how, and where its share is known."""
+
+MOST_TOGETHER = 4
+"""Criteria whose states are drawn in one figure; more have a figure for every state."""
+
+Placed = Callable[[Row], Point | None]
+"""Where a cut stands in a figure; None where it is not known there."""
+
+
+def _lines(group: Group, states: Sequence[State], placed: Placed, whole: Point) -> list[Line]:
+    """A line for every criterion and state that has a point, from the whole model on."""
+    styles, found = styles_of(group.criteria), []
+    for criterion, state in product(group.by_regret(), states):
+        points = [one for row in group.line(criterion, state) if (one := placed(row)) is not None]
+        if not points:
+            continue
+        colour, marker = styles[criterion]
+        name = patched_name(group.settings) if state == "patched" else state
+        label = criterion if len(states) == 1 else f"{criterion}, {name}"
+        found.append(Line(label, (whole, *points), colour, STATE_STYLES[state], marker))
+    return found
+
+
+def _together(group: Group) -> list[tuple[str, tuple[State, ...], str]]:
+    """The states that are drawn in one figure: an ending of its name, the states, their words."""
+    if len(group.criteria) <= MOST_TOGETHER:
+        return [("", group.states, "dashed as cut, solid patched, dotted healed")]
+    ends = {"cut": "", "patched": "_patched", "healed": "_healed"}
+    return [(ends[state], (state,), group.words(state)) for state in group.states]
+
+
+def _loss_charts(group: Group) -> list[Drawing]:
+    """Draw losses over the shares of layers, of parameters if they are others, and of time."""
+    whole, found = group.model.whole, []
+    assert whole is not None
+    most = 1.0 if whole.normalized < 1 else math.inf
+    measured = [row for row in group.rows if row.standing]
+    for what, verb, share in _SIZES[1:] if group.model.num_experts else _SIZES:
+        if any(getattr(row, share) is None for row in measured):
+            continue
+        pairs = ((row.layers_share, row.parameters_share) for row in measured)
+        if share == "parameters_share" and group.model.num_experts is None and is_one_figure(pairs):
+            continue
+        for end, states, when in _together(group):
+            lines = _lines(
+                group,
+                states,
+                lambda row, share=share: _loss_point(row, share, whole.vocab_size),  # type: ignore[misc]
+                Point(0.0, whole.normalized, whole.normalized_stderr, "whole model"),
+            )
+            if not lines:
+                continue
             found.append(
                 line_chart(
-                    _named(name, place),
+                    f"loss_over_{share.removesuffix('_share')}{end}",
                     lines,
-                    title=f"Loss over the share of {what}, {title}: {group.title}",
-                    text=f"Loss in nats a token over the share of {what} that a criterion drops, "
-                    f"{when}, with bands of one standard error. Each line is a criterion, those "
-                    f"of least mean regret {group.when} named first.",
-                    x=Axis(f"{what} dropped", is_share=True),
-                    y=Axis("loss, nats a token"),
-                    references=[(model.whole.nats, "whole model")],
-                    most=in_sight(lines, model.whole.nats, most),
+                    title=f"Loss over the share of {what} {verb}: {group.title}",
+                    text=f"Loss divided by ln V, so that 1 is a uniform guess, {when}, with bands "
+                    f"of one standard error. Each line is a criterion, those of least mean regret "
+                    f"{group.when} named first.",
+                    x=Axis(f"{what} {verb}", is_share=True),
+                    y=Axis("loss / ln V"),
+                    most=in_sight(lines, whole.normalized, most),
+                    references=[(whole.normalized, "whole model")],
                 )
             )
     return found
 
 
-def cost_charts(group: Group, place: int) -> list[Drawing]:
+def _task_charts(group: Group) -> list[Drawing]:
+    drawings = []
+    for place, task in enumerate(group.model.tasks):
+        first = Point(0.0, task.mean, task.stderr, "whole model")
+        for end, states, when in _together(group):
+            lines = _lines(group, states, partial(_task_point, task.task), first)
+            if not lines:  # no cut could be made or scored
+                continue
+            references = [(task.mean, "whole model")]
+            references += [] if task.chance is None else [(task.chance, "chance")]
+            drawings.append(
+                line_chart(
+                    f"task_{place}{end}",
+                    lines,
+                    title=f"{task.task}, {task.metric}, over the share of layers that go",
+                    text="Mean over items with bands of one standard error; dotted level lines "
+                    f"are the whole model and chance; {when}.",
+                    x=Axis("layers dropped", is_share=True),
+                    y=Axis(f"{task.task}, {task.metric}", is_share=True),
+                    references=references,
+                )
+            )
+    return drawings
+
+
+def _speech_charts(group: Group) -> list[Drawing]:
+    if group.model.speech is None:
+        return []
+    first = _mean_point(0.0, group.model.speech, "whole model")
+    drawings = []
+    for end, states, when in _together(group):
+        if lines := _lines(group, states, _speech_point, first):
+            drawings.append(
+                line_chart(
+                    f"acceptance{end}",
+                    lines,
+                    title="Acceptance over the share of layers that go",
+                    text="The share of its own words that the whole model would accept from a cut, "
+                    f"by speculative decoding, with bands of one standard error; {when}.",
+                    x=Axis("layers dropped", is_share=True),
+                    y=Axis("acceptance", is_share=True),
+                )
+            )
+    return drawings
+
+
+def _loss_point(row: Row, share: str, vocab_size: int) -> Point | None:
+    if row.standing is None or not math.isfinite(row.standing.loss.mean):
+        return None
+    loss, size = row.standing.loss, math.log(vocab_size)
+    return Point(getattr(row, share), loss.mean / size, loss.stderr / size, f"without {row.words}")
+
+
+def _task_point(name: str, row: Row) -> Point | None:
+    scores = row.task(name)
+    if scores is None:
+        return None
+    return Point(row.layers_share, scores.mean, scores.stderr, f"without {row.words}")
+
+
+def _speech_point(row: Row) -> Point | None:
+    if row.speech is None:
+        return None
+    return _mean_point(row.layers_share, row.speech, f"without {row.words}")
+
+
+def _mean_point(share: float, speech: Speech, name: str) -> Point:
+    found = speech.of("acceptance")
+    return Point(share, found.mean, found.stderr, name)
+
+
+def _cost_charts(group: Group) -> list[Drawing]:
     """Draw mean regret over what a choice costs, with the Pareto front; nothing where no criterion
     has chosen for all sizes.
     """
     points = group.means()
     if not points:
         return []
-    sizes = ", ".join(str(n) for n in sorted({row.n for row in group.rows}))
+    sizes = ", ".join(map(str, group.sizes))
     return [
         front_chart(
-            _named("regret_over_cost", place),
+            "regret_over_cost",
             points,
             styles_of(list(points)),
             title=f"Mean regret {group.when} over n = {sizes}, against its cost: {group.title}",
@@ -205,31 +362,15 @@ def cost_charts(group: Group, place: int) -> list[Drawing]:
             f"layer-forwards that its choices cost. A line joins those that no other beats in "
             f"both; a criterion without a regret of every size is left out.",
             x=Axis("cost of a choice, layer-forwards", digits=0),
-            y=Axis(f"regret {group.when}, {group.unit}"),
+            y=Axis(f"regret, {group.unit}"),
         )
     ]
 
 
-def _named(name: str, place: int) -> str:
-    return f"{name}_{place + 1}" if place else name
-
-
-def _line(group: Group, criterion: str, styles: Styles, patched: bool) -> Line:
-    points = []
-    for row in group.of(criterion):
-        standing = row.patched if patched else row.cut
-        if standing is not None and not math.isnan(standing.loss.mean):
-            share = row.layers_share if group.model.num_experts is None else row.parameters_share
-            found = standing.loss
-            points.append(Point(share, found.mean, found.stderr, f"without {row.words}"))
-    colour, marker = styles[criterion]
-    return Line(criterion, tuple(points), colour, "solid" if patched else "dashed", marker)
-
-
-def _true_losses(group: Group, place: int) -> Drawing:
+def _true_losses(group: Group) -> Drawing:
     """Draw a row for each criterion, a point for each size: what its choice loses."""
     names, series = group.by_regret(), []
-    for number, n in enumerate(sorted({row.n for row in group.rows})):
+    for number, n in enumerate(group.sizes):
         points = tuple(
             Point(
                 names.index(row.criterion),
@@ -242,7 +383,7 @@ def _true_losses(group: Group, place: int) -> Drawing:
         )
         series.append(Line(f"n = {n}", points, series_colour(number)))
     return dot_chart(
-        _named("criteria_against_loss", place),
+        "criteria_against_loss",
         names,
         series,
         title=f"What each criterion's choice truly loses {group.when}: {group.title}",

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from ...scanning.scan import Scan
 from ...values.commands import command_line
 from ...values.comparison import ComparedModel, CriteriaComparison, Row
+from ...values.counts import counted
 from ...values.estimates import splits_words
 from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
-from ...values.scores import Estimate, Standing
-from ..charts.comparison import DIVERGENCES, Group, group_charts, groups_of
-from ..story import Cell, Fact, Number, Section, Step, Story, Strip, Table
+from ...values.scores import Standing
+from ...values.settings import State
+from ..charts.comparison import Group, group_charts, groups_of
+from ..charts.models import titled_starts
+from ..story import Fact, Number, Section, Step, Story, Strip
 from ..words import (
-    BEST_OF_SEVERAL,
     again,
     compared,
     differs,
@@ -22,9 +25,25 @@ from ..words import (
     loss_fact,
     made_by,
     out_of,
-    range_cell,
+    patch_words,
+    patched_name,
     small_model,
     whole_words,
+)
+from .cuts import (
+    failures_tables,
+    losses_table,
+    scores_table,
+    speech_of_cuts,
+    taus_tables,
+    whole_of,
+)
+from .models import (
+    bears_section,
+    data_of_models,
+    models_sentence,
+    regrets_section,
+    starts_section,
 )
 
 
@@ -34,20 +53,26 @@ def comparison_story(
     command: str = "",
     folder: str = "COMPARISON",
     drawn: bool = True,
+    scans: Mapping[str, Scan] | None = None,
 ) -> Story:
-    """Make the story of a comparison; ``command`` is its command line, ``drawn`` with figures."""
+    """Make the story of a comparison; ``command`` is its command line, ``drawn`` with figures.
+
+    ``scans`` are those of its models and texts, by their titles.
+    """
     groups = groups_of(comparison)
-    first = groups[0] if groups else None
+    first = groups[0] if len(groups) == 1 or (groups and not _of_layers(groups)) else None
+    shown = None if first is None else _shown(first)
     return Story(
         "comparison",
         _title(comparison),
-        _sentence(comparison, first),
+        _headline(comparison, groups, shown),
         strips=_strips(groups),
-        steps=() if first is None else _steps(first),
-        cost="" if first is None else _cost(first),
-        savings=() if first is None else _savings(first),
+        steps=() if first is None else _steps(first, shown),
+        cost="" if first is None else _cost(first, shown),
+        savings=_savings(shown),
         warnings=tuple(_warnings(comparison)),
         sections=(
+            *_several(comparison, groups, scans or {}, drawn),
             *(_group(group, place, comparison, drawn) for place, group in enumerate(groups)),
             _settings(comparison),
             _numbers(comparison),
@@ -56,16 +81,57 @@ def comparison_story(
                 comparison.max_length,
                 _dtypes(comparison),
                 comparison.versions,
-                own=(_own(groups),),
+                own=(_own(groups),) if groups else (),
             ),
         ),
-        data=comparison.to_json(),
+        data={**comparison.to_json(), **(data_of_models(groups) if len(groups) > 1 else {})},
     )
 
 
+def _several(
+    comparison: CriteriaComparison,
+    groups: Sequence[Group],
+    scans: Mapping[str, Scan],
+    drawn: bool,
+) -> list[Section]:
+    """Say how models and texts differ, where there are several, and where layers are alike."""
+    found = [bears_section(groups, drawn)] if _of_layers(groups) and len(groups) > 1 else []
+    if any(model.starts for model in comparison.models):
+        sizes = comparison.settings.get("n", ())
+        found.append(starts_section(comparison.models, sizes, scans=scans, drawn=drawn))
+    if len(groups) > 1 and any(len(group.criteria) > 1 for group in groups):
+        found.append(regrets_section(groups, drawn))
+    return found
+
+
+def _of_layers(groups: Sequence[Group]) -> bool:
+    return all(group.model.num_experts is None for group in groups)
+
+
+Shown = tuple[Row, Standing] | None
+"""The cut that comes first, and how it stands."""
+
+
+def _shown(group: Group) -> Shown:
+    """The best cut at the knee, in the state by which cuts are ranked.
+
+    The knee is the size farthest below the line between the ends; the least size where none is.
+    """
+    best = {row.n: (row, standing) for row, standing in group.best()}
+    lost = {n: standing.difference.mean for n, (_, standing) in best.items()}
+    end = max(lost, default=0)
+    below = {n: lost[end] * n / end - lost[n] for n in lost if n < end}
+    size = max(below, key=lambda n: (below[n], -n), default=end)
+    return best.get(size if below.get(size, 0) > 0 else min(best, default=0))
+
+
 def _own(groups: Sequence[Group]) -> str:
-    if groups and groups[0].model.num_experts is not None:
+    if groups[0].model.num_experts is not None:
         return "Nothing is patched or healed behind experts that go; a healing brings back more."
+    if "healed" in groups[0].states:
+        return f"What is healed has a {patch_words(groups[0].settings)} first."
+    if groups[0].settings.get("patch") == "full":
+        return "A healing brings back more than a patch."
     return "Patches are quick ones, one matrix a block; a full patch or a healing brings back more."
 
 
@@ -74,33 +140,69 @@ def _dtypes(comparison: CriteriaComparison) -> str | None:
 
 
 def _title(comparison: CriteriaComparison) -> str:
-    criteria = len({row.criterion for row in comparison.rows})
-    return f"{criteria} criteria on {', '.join(model.title for model in comparison.models)}"
+    names = ", ".join([model.title for model in comparison.models] or comparison.failures)
+    number = len(comparison.criteria)
+    what = f"{counted(number, 'criterion', 'criteria')} on" if number else "The layers of"
+    return f"{what} {names}"
 
 
-def _best(group: Group) -> list[tuple[Row, Standing]]:
-    """The best choice of each size."""
-    sizes = sorted({row.n for row in group.rows})
-    return [ranked[0] for n in sizes if (ranked := group.ranked(n))]
+def _headline(comparison: CriteriaComparison, groups: Sequence[Group], shown: Shown) -> str:
+    """Say what several models bear, where the layers of a scan are alike, or who is the best."""
+    if len(groups) > 1 and _of_layers(groups):
+        return models_sentence(groups)
+    if groups and shown is not None:
+        return _sentence(comparison, groups[0], shown)
+    if comparison.judge == "none" and comparison.models:
+        return _alike(comparison)
+    return "No criterion could be compared."
 
 
-def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
+def _alike(comparison: CriteriaComparison) -> str:
+    """Say where the block of the largest size starts in each model."""
+    size = max(comparison.settings.get("n", (1,)))
+    places = [
+        f"{title} [{start.start}, {start.start + start.n})"
+        for title, _, starts in titled_starts(comparison.models)
+        for start in starts
+        if start.n == size
+    ]
+    return f"The {layer_count(size)} whose ends are most alike: {'; '.join(places)}."
+
+
+def _sentence(comparison: CriteriaComparison, group: Group, shown: tuple[Row, Standing]) -> str:
     """Say whose cut is the best in the state by which cuts are ranked, and who in the other."""
-    ranked = [] if group is None else group.ranked(max(row.n for row in group.rows))
-    if group is None or not ranked:
-        return "No criterion could be compared."
-    (best, standing), total = ranked[0], group.model.num_layers
+    parts = [_alone(group, *shown) if len(group.criteria) == 1 else _race(comparison, group, shown)]
+    parts += [_holds(group, shown[0], task.task) for task in group.model.tasks]
+    text = f"{'; '.join(parts)}."
+    if len(group.criteria) == 1 or len(group.states) == 1 or group.model.num_experts is not None:
+        return text
+    return f"{text} {_in_the_other_state(group, shown[0])}".strip()
+
+
+def _alone(group: Group, row: Row, standing: Standing) -> str:
+    """Say what the cut of the one criterion loses."""
+    when = group.words(row.state, one=True)
+    return (
+        f"Without layers {ranges(row.dropped)}, {Number.share(row.layers_share).text} of layers, "
+        f"chosen by {row.criterion}, {when}, the loss is {compared(standing.difference)} "
+        f"than whole ({whole_of(group).nats:.2f} → {standing.loss.mean:.2f})"
+    )
+
+
+def _race(comparison: CriteriaComparison, group: Group, shown: tuple[Row, Standing]) -> str:
+    """Say which criterion is the best at a size, which are ties, and which comes last."""
+    (best, standing), experts = shown, group.model.num_experts
+    ranked = group.ranked(best.n)
     goes = best.dropped, best.experts
     same = [row.criterion for row, _ in ranked[1:] if (row.dropped, row.experts) == goes]
     tied = [row.criterion for row, one in ranked[1:] if one.tied and row.criterion not in same]
     leads = _leads(comparison, [best.criterion, *same])
-    when = group.when if group.by_patch or same else "as a bare cut"
-    experts = group.model.num_experts
-    gone = f"With {best.n} of {total} layers gone"
+    gone = f"With {best.n} of {group.model.num_layers} layers gone"
     if experts is not None:
         cuts = dict.fromkeys(_gone(row, experts) for row in group.rows if row.n == best.n)
         gone = f"With {' or '.join(cuts)} gone"
     without = f"without layers {ranges(best.dropped)} " if best.dropped else ""
+    when = group.words(best.state, one=not same)
     text = (
         f"{gone}, {leads} {when}: {without}the loss is {compared(standing.difference)} than whole"
     )
@@ -112,12 +214,28 @@ def _sentence(comparison: CriteriaComparison, group: Group | None) -> str:
         text += (
             f"; {worst.criterion} comes last, {compared(last.regret, f' {group.unit}', 'behind')}"
         )
-    if experts is not None:
-        return f"{text}."
-    bare = [row.criterion for row in group.rows if row.n == best.n and row.unpatched]
-    if group.by_patch and bare:
-        text += f"; the {'cuts' if len(bare) > 1 else 'cut'} of {_listed(bare)} cannot be patched"
-    return f"{text}. {_in_the_other_state(group, best)}".strip()
+    here = [row for row in group.rows if (row.n, row.state) == (best.n, group.state)]
+    failed = [row.criterion for row in here if row.failed]
+    if group.state != "cut" and failed:
+        which = "cuts" if len(failed) > 1 else "cut"
+        text += f"; the {which} of {_listed(failed)} cannot be {group.state}"
+    return text
+
+
+def _holds(group: Group, shown: Row, task: str) -> str:
+    """Say up to which cut a score is no worse than the whole model's, errors allowed."""
+    whole, last = group.model.task(task), None
+    for row in group.line(shown.criterion, shown.state):
+        scores = row.task(task)
+        if scores is None or whole is None:
+            continue
+        lost = scores.minus(whole)
+        if lost.mean < 0 and not lost.tied:
+            break
+        last = row
+    if last is None:
+        return f"{task} falls with the first layers that go"
+    return f"{task} holds up to {Number.share(last.layers_share).text} of layers"
 
 
 def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
@@ -132,14 +250,15 @@ def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
 
 
 def _in_the_other_state(group: Group, best: Row) -> str:
-    """Say whether the order of the largest size is another one as bare cuts, or after the patch.
+    """Say whether the order of a size is another one as bare cuts, or after the patch.
 
     ``best`` is the first in the state by which cuts are ranked.
     """
-    others = group.ranked(best.n, by_patch=not group.by_patch)
-    where = "As bare cuts" if group.by_patch else "After a quick patch"
+    state: State = "patched" if group.state == "cut" else "cut"
+    others, where = group.ranked(best.n, state), group.words(state)
+    where = where[0].upper() + where[1:]
     if not others:
-        return "No row says how they compare after a patch."
+        return ""
     leader, standing = others[0]
     if leader.dropped == best.dropped:
         here = [row.criterion for row, _ in group.ranked(best.n)]
@@ -152,7 +271,7 @@ def _in_the_other_state(group: Group, best: Row) -> str:
     text = f"{where} the order is another one: {leader.criterion} loses least, "
     text += f"{compared(standing.difference, unit='')} than whole"
     if own is None:
-        return f"{text}, and {best.criterion} could not be patched."
+        return f"{text}, and {best.criterion} has no such cut."
     tie = ", a tie" if own.tied else ""
     return f"{text}, and {best.criterion} is {compared(own.regret, more='behind')}{tie}."
 
@@ -174,70 +293,82 @@ def _listed(names: Sequence[str]) -> str:
 def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
     return tuple(
         Strip(
-            f"{group.title} without {layer_count(len(row.dropped))}, by {row.criterion}",
+            f"{group.title} without {layer_count(len(shown[0].dropped))}, by {shown[0].criterion}",
             group.model.num_layers,
-            row.dropped,
-            layer_words(row.dropped),
+            shown[0].dropped,
+            layer_words(shown[0].dropped),
         )
         for group in groups[:3]
-        for row, _ in _best(group)[-1:]
-        if row.dropped
+        if (shown := _shown(group)) and shown[0].dropped
     )
 
 
-def _steps(group: Group) -> tuple[Step, ...]:
-    best, whole = _best(group), group.model.whole
-    most = max([0.0, *(one.difference.mean for _, one in best)]) or 1.0
+def _steps(group: Group, shown: Shown) -> tuple[Step, ...]:
+    """The whole model, and the cut that comes first in each of its states."""
+    whole = whole_of(group)
     steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
-    for row, one in best:
+    if shown is None:
+        return tuple(steps)
+    rows = [row for row in group.rows if (row.criterion, row.n) == _named(shown[0])]
+    found = [(row, row.standing) for row in rows if row.standing is not None]
+    most = max([0.0, *(one.difference.mean for _, one in found)]) or 1.0
+    for row, one in found:
         more = Number.estimate(one.difference, sign=True).text
+        name = patched_name(group.settings) if row.state == "patched" else row.state
         share = max(0.0, one.difference.mean / most)
-        name = f"n = {row.n}{', patched' if group.by_patch else ''}"
-        steps.append(Step(name, Number.estimate(one.loss), more, share, row is best[-1][0]))
+        steps.append(Step(name, Number.estimate(one.loss), more, share, row is shown[0]))
     return tuple(steps)
 
 
-def _cost(group: Group) -> str:
-    best = _best(group)
-    if not best:
+def _named(row: Row) -> tuple[str, int]:
+    return row.criterion, row.n
+
+
+def _cost(group: Group, shown: Shown) -> str:
+    if shown is None:
         return ""
-    row, one = best[-1]
-    ratio = math.exp(min(700.0, one.difference.mean))
-    other = ""
-    experts = group.model.num_experts
+    row, one = shown
+    ratio, experts = math.exp(min(700.0, one.difference.mean)), group.model.num_experts
     if experts is not None:
         return (
             f"The best cut, of {_gone(row, experts)}, has {ratio:.2f} times the perplexity of the "
             f"whole model as a bare cut."
         )
-    if group.by_patch:
-        other = f" As a bare cut its loss is {Number.estimate(row.cut.loss).text} nats a token."
-    elif row.patched is not None:
-        loss = Number.estimate(row.patched.loss).text
-        other = f" A quick patch brings it to {loss} nats a token."
+    other = ""
+    beside = (each for each in group.rows if _named(each) == _named(row) and each is not row)
+    for each in beside:
+        if each.standing is not None:
+            loss = Number.estimate(each.standing.loss).text
+            when = group.words(each.state, one=True)
+            other += f" {when[0].upper()}{when[1:]} its loss is {loss} nats a token."
     return (
         f"The best cut of {layer_count(row.n)} has {ratio:.2f} times the perplexity of the whole "
-        f"model {'after a quick patch' if group.by_patch else 'as a bare cut'}, "
-        f"{100 * row.layers_share:.0f} % of its layers and "
-        f"{100 * row.parameters_share:.0f} % of its parameters gone.{other}"
+        f"model {group.words(row.state, one=True)}, {100 * row.layers_share:.0f} % of its layers "
+        f"and {100 * row.parameters_share:.0f} % of its parameters gone.{other}"
     )
 
 
-def _savings(group: Group) -> tuple[Fact, ...]:
-    return tuple(
-        Fact(name, Number.share(share), f"{COMPARISON_FILE}: rows, {row.criterion}, n = {row.n}")
-        for row, _ in _best(group)[-1:]
-        for name, share in (("layers", row.layers_share), ("parameters", row.parameters_share))
-        if share
-    )
+def _savings(shown: Shown) -> tuple[Fact, ...]:
+    if shown is None:
+        return ()
+    row, _ = shown
+    shares = {"layers": row.layers_share, "parameters": row.parameters_share}
+    shares |= {"a token's time, as forecast for an A100": row.time_share or 0.0}
+    where = f"{COMPARISON_FILE}: rows, {row.criterion}, n = {row.n}"
+    return tuple(Fact(name, Number.share(share), where) for name, share in shares.items() if share)
 
 
 def _warnings(comparison: CriteriaComparison) -> list[str]:
-    found = [f"{name} could not be compared: {why}" for name, why in comparison.failures.items()]
+    found = [
+        f"the comparison is incomplete: {len(comparison.rows)} rows are measured; the same command "
+        f"resumes it"
+    ] * (not comparison.ended)
+    found += [f"{name} could not be compared: {why}" for name, why in comparison.failures.items()]
     found += [f"{name} could not choose: {why}" for name, why in comparison.skipped.items()]
-    for model in comparison.models:
-        found += small_model(model.parameters)
-    found += few_texts(min([model.whole.num_texts for model in comparison.models] or [0]))
+    sizes = [model.parameters for model in comparison.models if model.parameters is not None]
+    found += small_model(min(sizes, default=None))
+    counts = [model.whole.num_texts for model in comparison.models if model.whole]
+    found += few_texts(min(counts)) if counts else []
     for model in comparison.models:
         if (
             model.accuracy is not None
@@ -248,31 +379,51 @@ def _warnings(comparison: CriteriaComparison) -> list[str]:
                 f"{model.title} answers {100 * model.accuracy:.0f} % of the items, no better than "
                 f"a guess: what criteria lose there says nothing"
             )
+        found += [
+            f"{task.task} is at chance already with all layers ({task}): what is lost there says "
+            f"nothing"
+            for task in model.tasks
+            if task.at_chance
+        ]
     return found
 
 
 def _settings(comparison: CriteriaComparison) -> Section:
     place = COMPARISON_FILE
+    sizes = sorted({row.n for row in comparison.rows}) or comparison.settings.get("n", ())
     facts = (
         Fact("models", ", ".join(model.title for model in comparison.models), f"{place}: models"),
         Fact("dtype", _dtypes(comparison) or "not known", f"{place}: models"),
         Fact("judge", judge_words(comparison.judge, comparison.unit), f"{place}: judge"),
         Fact("texts", splits_words(comparison.splits), f"{place}: splits"),
-        Fact(
-            "sizes",
-            ", ".join(str(n) for n in sorted({row.n for row in comparison.rows})),
-            f"{place}: rows",
-        ),
+        Fact("sizes", ", ".join(map(str, sizes)), f"{place}: rows"),
+        Fact("criteria", ", ".join(comparison.criteria) or "none", f"{place}: rows"),
+        Fact("tokens of a text", f"at most {comparison.max_length:,}", f"{place}: max_length"),
+        *_more_settings(comparison),
     )
     line = "Every loss is of the test set, which no criterion has seen."
-    return Section("Settings", (line,), facts)
+    return Section("Settings", (line,) if comparison.rows else (), facts)
+
+
+def _more_settings(comparison: CriteriaComparison) -> list[Fact]:
+    """The patch, the tasks and the prompts, where there are some."""
+    place, settings = f"{COMPARISON_FILE}: settings", comparison.settings
+    found = []
+    if settings.get("patch"):
+        found.append(Fact("patch", patch_words(settings), place))
+    for model in comparison.models[:1]:
+        if model.tasks:
+            found.append(Fact("tasks", ", ".join(one.task for one in model.tasks), place))
+        if model.speech is not None:
+            found.append(Fact("prompts of speech", f"{model.speech.num_prompts:,}", place))
+    return found
 
 
 def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool) -> Section:
     model = group.model
     experts = f", {model.num_experts} experts a router" if model.num_experts else ""
     lines = [
-        f"{whole_words(model.whole)} It has {model.num_layers} layers{experts}.",
+        f"{whole_words(whole_of(group))} It has {model.num_layers} layers{experts}.",
         f"Judge: {judge_words(comparison.judge, comparison.unit)}; texts: "
         f"{splits_words(comparison.splits)}.",
     ]
@@ -280,185 +431,35 @@ def _group(group: Group, place: int, comparison: CriteriaComparison, drawn: bool
         chance = "" if model.chance is None else f"; chance {Number.share(model.chance, 1).text}"
         right = Number.share(model.accuracy, 1).text
         lines.append(f"Accuracy of the whole model {right}{chance}.")
-    sizes = sorted({row.n for row in group.rows})
-    make = _choices if model.num_experts is None else _expert_choices
-    tables = [make(comparison, group, n) for n in sizes]
-    drawings = group_charts(group, place) if drawn else []
+    if "recommended" in group.criteria:
+        lines.append("What is recommended was chosen by losses after a quick patch.")
+    tables = [losses_table(group, state) for state in group.states]
+    tables += [scores_table(group, task, state) for task in model.tasks for state in group.states]
+    if model.speech is not None:
+        tables += [speech_of_cuts(group, model.speech, state) for state in group.states]
     return Section(
-        f"{group.title}: criteria against true loss",
+        f"{group.title}: what it loses by each cut",
         tuple(lines),
-        tables=(*tables, *_spoken(group), *_taus(group)),
-        drawings=tuple(drawings),
+        tables=(*tables, *taus_tables(group), *failures_tables(group)),
+        drawings=tuple(group_charts(group, place) if drawn else []),
     )
-
-
-def _choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
-    """Tabulate what the criteria drop of one model by regret, those without one last."""
-    ranked = [row for row, _ in group.ranked(n)]
-    others = [row for row in group.rows if row.n == n and group.standing(row) is None]
-    rows = [*ranked, *sorted(others, key=lambda row: (not row.cut.is_ranked, row.cut.regret.mean))]
-    shares = sorted({round(100 * row.parameters_share) for row in rows})
-    share = "–".join(dict.fromkeys(str(value) for value in (shares[0], shares[-1])))
-    judged = _judged(comparison, rows)
-    cut, patched = ("cut", "") if group.by_patch else ("", "patched")
-    head = ["criterion", "drop", "loss", "regret", cut, "patch", "patch regret", patched,
-            "layer forwards", "time"]  # fmt: skip
-    if judged:
-        diverges = judged == "score" and comparison.judge in DIVERGENCES
-        head.insert(3, "divergence" if diverges else judged)
-    state = "after the quick patch" if group.by_patch else "bare cuts"
-    return Table(
-        f"n = {n}: {100 * rows[0].layers_share:.0f} % of the layers, {share} % of the parameters",
-        tuple(head),
-        tuple(_cells(row, judged, *_patched_cells(row.patched)) for row in rows),
-        f"Loss, as cut and after a quick patch, in nats a token; regret in {group.unit}, "
-        f"of patched cuts in nats a token, each paired with the best of its kind. Order, best and "
-        f"tie: {state}. {BEST_OF_SEVERAL} Each criterion is charged what it costs by itself.",
-        bare=("patch", *(["loss", "regret"] if group.by_patch else ["loss"] if judged else [])),
-        wide=("cut",)
-        if group.by_patch
-        else ("patched", "patch regret", *(["time"] if judged else [])),
-    )
-
-
-def _expert_choices(comparison: CriteriaComparison, group: Group, n: int) -> Table:
-    """Tabulate which experts the criteria drop of one model, by regret as bare cuts."""
-    judged = _judged(comparison, group.rows)
-    head = ["criterion", "drop", "loss", "regret", "", "parameters", "layer forwards", "time"]
-    if judged:
-        head.insert(3, judged)
-    return Table(
-        f"n = {n}: {_experts(n, group.model.num_experts or 0)}",
-        tuple(head),
-        tuple(
-            _cells(row, judged, Number.share(row.parameters_share, 1)) for row, _ in group.ranked(n)
-        ),
-        f"Loss in nats a token, regret in {group.unit}, paired with the best; parameters that go "
-        f"as a share of all. layers: of the blocks of least angular distance the one whose share "
-        f"is nearest; exhaustive: the best of all sets by the judge on the selection set.",
-    )
-
-
-def _judged(comparison: CriteriaComparison, rows: Sequence[Row]) -> str:
-    """What a table shows of the judge beside the loss; empty where that is the judge."""
-    if any(row.accuracy is not None for row in rows):
-        return "accuracy"
-    return "" if comparison.judge == "loss" else "score"
-
-
-def _cells(row: Row, judged: str, *beside: Cell) -> tuple[Cell, ...]:
-    """The cells of a choice: what goes, what the bare cut loses, what is beside that, the cost."""
-    by_judge = {"score": [_narrow(row.score)], "accuracy": [Number.share(row.accuracy, 1)]}
-    return (
-        row.criterion,
-        _dropped(row),
-        _narrow(row.cut.loss),
-        *by_judge.get(judged, []),
-        _narrow(row.cut.regret),
-        _verdict(row.cut),
-        *beside,
-        Number(_count(row.layer_forwards), row.layer_forwards),
-        Number(_duration(row.seconds), row.seconds),
-    )
-
-
-MOST_NAMED = 24
-"""Characters of the experts that a table names; all are in the JSON and the CSV."""
-
-
-def _dropped(row: Row) -> Cell:
-    if row.experts is None:
-        return range_cell(row.dropped)
-    fits = len(row.experts) <= MOST_NAMED
-    return row.experts if fits else f"{row.experts[:MOST_NAMED]}…"
-
-
-def _spoken(group: Group) -> list[Table]:
-    """Tabulate how the bare cuts speak, those that would be accepted most first."""
-    known = [row for row in group.rows if row.acceptance is not None]
-    known.sort(key=lambda row: (row.n, -row.acceptance.mean if row.acceptance else 0.0))
-    rows = tuple(
-        (
-            Number.count(row.n),
-            row.criterion,
-            range_cell(row.dropped),
-            Number.estimate(row.acceptance, 1, scale=100),
-            Number.estimate(row.repetition, 1, scale=100),
-        )
-        for row in known
-    )
-    head = ("n", "criterion", "drop", "acceptance, %", "repeated, %")
-    note = (
-        "Acceptance: of the whole model's own words, by speculative decoding; repeated: of the "
-        "4-grams of the cut's own. Bare cuts; errors are over prompts."
-    )
-    return [Table("How the cuts speak", head, rows, note, is_grouped=True)] if rows else []
-
-
-def _patched_cells(patched: Standing | None) -> tuple[Cell, ...]:
-    loss, regret = (None, None) if patched is None else (patched.loss, patched.regret)
-    return _narrow(loss), _narrow(regret), _verdict(patched)
-
-
-def _verdict(standing: Standing | None) -> str:
-    if standing is None:
-        return ""
-    return "best" if standing.regret.mean == 0 else "tie" if standing.tied else ""
-
-
-def _narrow(found: Estimate | None) -> Number:
-    """Write a figure with its error in 13 characters up to 99."""
-    return Number.estimate(found, 3 if found is None or abs(found.mean) < 9.9995 else 2)
-
-
-def _taus(group: Group) -> list[Table]:
-    """Tabulate how well criteria order single layers; nothing where none does."""
-    taus = {row.criterion: row.tau for row in group.rows if row.tau is not None}
-    if not taus:
-        return []
-    rows = tuple(
-        (name, Number.of(tau, digits=2, sign=True))
-        for name, tau in sorted(taus.items(), key=lambda item: -item[1])
-    )
-    note = "Kendall's τ of the costs of single layers with the losses without them."
-    return [Table("The order of single layers", ("criterion", "τ"), rows, note)]
-
-
-def criteria_table(criteria: Sequence[Mapping[str, str]]) -> Table:
-    """Tabulate criteria, each with its ``name``, ``summary`` and ``cost``."""
-    rows = tuple((one["name"], one["summary"], one["cost"]) for one in criteria)
-    return Table("Criteria", ("criterion", "what it goes by", "what it costs"), rows)
-
-
-def _count(number: int) -> str:
-    """Write ``840``, ``12.3k``, ``4.56M``: three digits at least."""
-    if number < 1000:
-        return str(number)
-    unit, size = next(
-        (unit, size)
-        for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9))
-        if number < 999.5 * size or unit == "G"
-    )
-    return f"{number / size:.3g}{unit}" if number < 999.5e9 else f"{number / size:,.0f}{unit}"
-
-
-def _duration(seconds: float) -> str:
-    """Write ``0.3 s``, ``47 s``, ``12 min``, ``3.4 h``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if seconds < 99.5 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _numbers(comparison: CriteriaComparison) -> Section:
     def facts(model: ComparedModel) -> list[Fact]:
         place = f"{COMPARISON_FILE}: models, {model.title}"
-        found = [loss_fact(f"{model.title}, whole", model.whole, place)]
+        found = [loss_fact(f"{model.title}, whole", model.whole, place)] if model.whole else []
         if model.accuracy is not None:
             found.append(Fact(f"{model.title}, accuracy", Number.share(model.accuracy, 1), place))
+        found += [
+            Fact(
+                f"{model.title}, {task.task}, {task.metric}",
+                Number(str(task), task.mean),
+                f"{place}; {counted(len(task.items), 'item')} with "
+                f"{counted(task.num_shots, 'solved example')}",
+            )
+            for task in model.tasks
+        ]
         return found
 
     line = (

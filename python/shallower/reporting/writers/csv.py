@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...storage import write_file
-from ...values.comparison import COLUMNS, CriteriaComparison
-from ...values.curve import Curve, CurvePoint
+from ...values.comparison import COLUMNS, ComparedModel, CriteriaComparison, Row
 from ...values.schema import finite
 from ...values.scores import Estimate, Scores
 from ...values.speech import MEASURES
@@ -16,17 +15,46 @@ from ...values.task_scores import TaskScores
 
 
 def write_comparison(comparison: CriteriaComparison, path: str | Path) -> None:
-    """Write the rows of a comparison, as they are in its JSON."""
-    rows = ({**row.to_json(), "dropped": _indices(row.dropped)} for row in comparison.rows)
-    _write(path, list(COLUMNS), (row.values() for row in rows))
+    """Write the whole models and the rows of a comparison, as they are in its JSON.
 
-
-def write_curve(curve: Curve, path: str | Path) -> None:
-    """Write the points of a curve; behind the losses are four columns for every task, and two for
-    every measure of speech, as ``speech_acceptance``.
+    Behind their columns are four for every task, and two for every measure of speech, as
+    ``speech_acceptance``.
     """
-    rows = [_curve_row(curve, point) for point in curve.points]
-    _write(path, list(rows[0]), (row.values() for row in rows))
+    models = {model.name: model for model in comparison.models}
+    named = dict.fromkeys(scores.task for model in models.values() for scores in model.tasks)
+    spoken = MEASURES if any(model.speech is not None for model in models.values()) else ()
+    rows = [_whole(model, named, spoken) for model in models.values()]
+    rows += [_row(row, models[row.model], named, spoken) for row in comparison.rows]
+    _write(path, list(rows[0]) if rows else list(COLUMNS), (row.values() for row in rows))
+
+
+def _whole(model: ComparedModel, tasks: Iterable[str], spoken: Iterable[str]) -> dict[str, Any]:
+    of: dict[str, Any] = {"model": model.name, "criterion": "whole", "n": 0, "state": "cut"}
+    loss = model.whole and {"loss": model.whole.nats, "stderr": finite(model.whole.stderr)}
+    of |= {"layers_share": 0.0, **(loss or {})}
+    return {**dict.fromkeys(COLUMNS), **of, **_measures(model, model, tasks, spoken)}
+
+
+def _row(
+    row: Row, whole: ComparedModel, tasks: Iterable[str], spoken: Iterable[str]
+) -> dict[str, Any]:
+    columns = {name: value for name, value in row.to_json().items() if name in COLUMNS}
+    return {**columns, "dropped": _indices(row.dropped), **_measures(row, whole, tasks, spoken)}
+
+
+def _measures(
+    found: Row | ComparedModel, whole: ComparedModel, tasks: Iterable[str], spoken: Iterable[str]
+) -> dict[str, Any]:
+    """The cells of the tasks and of the speech of a row."""
+    cells: dict[str, Any] = {}
+    for name in tasks:
+        scores, beside = found.task(name), whole.task(name)
+        less = None if scores is None or beside is None else scores.minus(beside)
+        cells |= {**_estimate(name, scores), **_estimate(f"{name}_difference", less)}
+    for name in spoken:
+        means = None if found.speech is None else found.speech.of(name)
+        cells |= _estimate(f"speech_{name}", means)
+    return cells
 
 
 def _write(path: str | Path, names: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -41,33 +69,6 @@ def _write(path: str | Path, names: Sequence[str], rows: Iterable[Iterable[Any]]
 def _indices(layers: Sequence[int]) -> str:
     """All indices in one cell."""
     return " ".join(map(str, layers))
-
-
-def _curve_row(curve: Curve, point: CurvePoint) -> dict[str, Any]:
-    loss, lost = point.loss, curve.lost(point)
-    found = {
-        "n": point.n,
-        "strategy": point.strategy,
-        "state": point.state,
-        "dropped": _indices(point.dropped),
-        "layers_share": point.layers_share,
-        "parameters_share": point.parameters_share if point.dropped or not point.n else None,
-        "time_share": point.time_share,
-        "loss": loss and loss.nats,
-        "stderr": loss and loss.stderr,
-        "of_ln_vocabulary": loss and loss.normalized,
-        **_estimate("lost", lost),
-        "seconds": point.seconds,
-        "failed": point.failed,
-    }
-    for name in curve.tasks:
-        scores, whole = point.task(name), curve.whole.task(name)
-        less = None if scores is None or whole is None else scores.minus(whole)
-        found |= {**_estimate(name, scores), **_estimate(f"{name}_difference", less)}
-    for name in MEASURES if curve.whole.speech is not None else ():
-        means = None if point.speech is None else point.speech.of(name)
-        found |= _estimate(f"speech_{name}", means)
-    return found
 
 
 def _estimate(name: str, found: Estimate | Scores | TaskScores | None) -> dict[str, float | None]:

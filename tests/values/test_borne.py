@@ -1,11 +1,11 @@
-"""Which share of its layers a model bears at a loss, and the record of a sweep."""
+"""Which share of its layers a model bears at a loss."""
 
 import math
 
 import pytest
 
+from shallower.values.borne import LOSSES, BestCut, borne, share_borne
 from shallower.values.scores import Estimate
-from shallower.values.sweep import BestCut, Sweep, SweepJob, borne, share_borne
 
 
 def cuts(*losses, stderr=0.05):
@@ -32,8 +32,15 @@ def test_a_model_bears_what_stays_below_the_loss(losses, loss, share):
     assert share_borne(cuts(*losses), loss) == pytest.approx(share)
 
 
+def at(loss, *losses, stderr=0.05):
+    """The share that is borne at one of the losses."""
+    found = borne(cuts(*losses, stderr=stderr))
+    assert [one.loss for one in found] == [*LOSSES]
+    return found[LOSSES.index(loss)]
+
+
 def test_the_error_is_of_lines_that_are_one_standard_error_higher_and_lower():
-    low, end = borne(cuts(0.1, 0.5, stderr=0.1), (0.1, 0.5))
+    low, end = (at(loss, 0.1, 0.5, stderr=0.1) for loss in (0.1, 0.5))
     assert (low.low, low.share) == (pytest.approx(0.05), pytest.approx(0.1))
     assert low.high == pytest.approx(0.1 + 0.1 * 0.1 / 0.4)
     assert low.stderr == pytest.approx((low.high - low.low) / 2)
@@ -41,25 +48,10 @@ def test_the_error_is_of_lines_that_are_one_standard_error_higher_and_lower():
     assert (end.share, end.high, end.most) == (0.2, 0.2, 0.2)
     assert math.isnan(end.stderr)
     assert str(end) == "≥ 20.0 % (17.5 to ≥ 20.0), 2 of 10 layers"
-    (all_of_it,) = borne(cuts(0.1), (0.5,))
-    assert str(all_of_it) == "≥ 10.0 %, 1 of 10 layers"
+    assert str(at(0.5, 0.1)) == "≥ 10.0 %, 1 of 10 layers"
 
 
 def test_less_than_one_layer_is_no_share_that_can_go():
-    (less, more) = borne(cuts(0.2, 0.4), (0.19, 0.3))
-    assert (less.share, str(less)) == (pytest.approx(0.095), "less than 1 of 10 layers")
+    less, more = at(0.1, 0.2, 0.4), at(0.2, 0.1, 0.3)
+    assert (less.share, str(less)) == (pytest.approx(0.05), "less than 1 of 10 layers")
     assert str(more) == "15.0 % (12.5 to 17.5), 1 of 10 layers"
-
-
-def test_a_record_is_read_as_it_was_written():
-    jobs = (
-        SweepJob("a", "scan", "m", "t", ("scan", "a b"), "failed", "no room", 1.5),
-        SweepJob("b", "compare", "m", "t", ("compare", "m"), "done"),
-    )
-    sweep = Sweep("sweep.yaml", jobs, (0.1,), ("cut", "healed"))
-    written = sweep.to_json()
-    assert Sweep.from_json(written) == sweep
-    assert written["jobs"][0]["command"] == "shallower scan 'a b'"
-    assert (written["complete"], [job.name for job in sweep.failed]) == (False, ["a"])
-    with pytest.raises(ValueError, match="version 1"):
-        Sweep.from_json({**written, "version": 2})
