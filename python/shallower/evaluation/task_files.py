@@ -1,6 +1,8 @@
 """Tasks found by name: in a folder of the user's, among ours, and in lm-eval."""
 
+import ast
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -93,9 +95,47 @@ def check_names(
 
 
 def files_in(folder: str | Path) -> list[Path]:
-    """List the files of a folder of tasks, but compiled code."""
+    """List the files of a folder of tasks, but compiled code, and own modules that they import.
+
+    LookupError for an import that is not found.
+    """
     files = (path for path in Path(folder).glob("**/*") if path.is_file())
-    return sorted(path for path in files if "__pycache__" not in path.parts)
+    found = dict.fromkeys(sorted(path for path in files if "__pycache__" not in path.parts))
+    here, left = {path.stem for path in found}, [path for path in found if path.suffix == ".py"]
+    while left:
+        for name in _imported(left.pop()) - here:
+            more = [path for path in _files_of_module(name) if path not in found]
+            found |= dict.fromkeys(more)
+            left += more
+    return list(found)
+
+
+def _imported(file: Path) -> set[str]:
+    """The modules, but Python's own, that a file imports."""
+    try:
+        nodes = [*ast.walk(ast.parse(file.read_bytes()))]
+    except (OSError, SyntaxError, ValueError, RecursionError):  # its own import says what is wrong
+        return set()
+    names = {one.name for node in nodes if isinstance(node, ast.Import) for one in node.names}
+    names |= {str(one.module) for one in nodes if isinstance(one, ast.ImportFrom) and not one.level}
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+
+
+def _files_of_module(name: str) -> list[Path]:
+    """The files of a module of the user's, none of an installed one; LookupError where it is not.
+
+    What is installed has a version.
+    """
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise LookupError(name)
+    place = Path(spec.origin)
+    if {"site-packages", "dist-packages"} & {*place.parts} or name == __package__.partition(".")[0]:
+        return []
+    return sorted(place.parent.glob("**/*.py")) if place.name == "__init__.py" else [place]
 
 
 def files_of(
@@ -113,7 +153,11 @@ def files_of(
     known: set[str] = set()
     wanted = set(names)
     for folder in _folders(there, tasks_dir):
-        for path in files_in(folder):
+        try:
+            files = files_in(folder)
+        except LookupError:
+            return None
+        for path in files:
             found[path] = None
             content = None if path.suffix not in ("", ".yaml") else _content(path)
             if not isinstance(content, dict):

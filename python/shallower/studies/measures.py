@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from uuid import uuid4
 
 from ..errors import ProcessesError, SettingsError
 from ..evaluation.task_files import check_names, files_in, files_of
@@ -316,9 +317,16 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
 
     @cached_property
     def identity(self) -> str:
-        """A hash of the tasks with their items, and of the files given: they may have code."""
-        files = files_in(self.settings.tasks_dir) if self.settings.tasks_dir else []
-        return hash_of([self.chosen.identity, hash_of_files(files, Store(None))])
+        """A hash of the tasks with their items, and of the files given: they may have code.
+
+        One of its own where that imports what is not found.
+        """
+        chosen, folder = self.chosen.identity, self.settings.tasks_dir
+        try:
+            files = files_in(folder) if folder else []
+        except LookupError:
+            return uuid4().hex
+        return hash_of([chosen, hash_of_files(files, Store(None))])
 
     @cached_property
     def chosen(self) -> "ChosenTasks":
