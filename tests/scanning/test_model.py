@@ -10,7 +10,7 @@ import shallower as sh
 from shallower import _reference
 from tests.conftest import edited, mostly_slow, tiny_llama
 from tests.documents import HELD_OUT
-from tests.scanning.batches import Embedded, interrupted, plain_states
+from tests.scanning.batches import embeddings, interrupted, plain_states
 
 
 def oracle(model, tokenizer, texts, max_length=256):
@@ -149,9 +149,9 @@ def test_a_resumed_scan_has_the_bits_of_an_uninterrupted_one(
 def test_a_resumed_scan_does_not_run_again_what_is_done(llama, words, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         sh.scan(llama, words, interrupted(MANY, 70), batch_size=2, checkpoint=tmp_path / "partial")
-    with Embedded() as embedded:
+    with embeddings() as found:
         sh.scan(llama, words, MANY, batch_size=2, checkpoint=tmp_path / "partial")
-    assert embedded.times == -(-(len(MANY) - 64) // 2)
+    assert len(found) == -(-(len(MANY) - 64) // 2)
 
 
 @pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")
