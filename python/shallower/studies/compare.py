@@ -1,5 +1,6 @@
 """Criteria compared by benchmark, on one model or several, into a folder."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from ..errors import (
     ModelError,
     OutputError,
     RecipeError,
+    ShallowerError,
     TextsError,
     one_sentence,
 )
@@ -27,7 +29,7 @@ from ..values.experts import check_counts
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.hashing import hash_of
 from ..values.layers import check_sizes
-from ..values.settings import CompareSettings
+from ..values.settings import CRITERIA, EXPERT_CRITERIA, CompareSettings
 from .items import Items, items_fingerprint, judged_items
 from .study import SINGLE_LAYERS, WHOLE, Part, Study, Unit
 from .tasks import StudyTasks
@@ -144,6 +146,7 @@ class CompareStudy(Study[CompareSettings]):
             raise ModelError(f"a model is named twice: {', '.join(names)}")
         if len(names) == 1 and not self.by_experts:
             check_sizes(self.settings.n, self.model.count_layers())
+        self._check_names()
         self._refuse_streams()
         _ = self.splits, self.items
         if self.entry is None:
@@ -261,12 +264,7 @@ class CompareStudy(Study[CompareSettings]):
         strange = (one for one in wanted if self.by_experts or isinstance(one, str))
         unknown = [one for one in strange if one not in table]
         if unknown or not wanted:
-            error, of = (ExpertsError, " of experts") if self.by_experts else (CriterionError, "")
-            raise error(
-                f"unknown criterion{of} {', '.join(map(repr, unknown))}: expected some of "
-                f"{', '.join(table)} (criteria, --criteria)",
-                see=None if self.by_experts else "criterion",
-            )
+            raise self._unknown(unknown, table)
         chosen = tuple(table[name] if isinstance(name, str) else name for name in wanted)
         for criterion in chosen:
             name = getattr(criterion, "name", None)
@@ -276,6 +274,23 @@ class CompareStudy(Study[CompareSettings]):
                     f"shallower.Criterion, with a name"
                 )
         return chosen
+
+    def _check_names(self) -> None:
+        """Refuse a name that is no criterion before torch is imported, and a table with it."""
+        if "shallower.judgement.criteria" in sys.modules:
+            return
+        names = EXPERT_CRITERIA if self.by_experts else CRITERIA
+        given = (one for one in self.settings.criteria or () if isinstance(one, str))
+        if unknown := [name for name in given if name not in names]:
+            raise self._unknown(unknown, names)
+
+    def _unknown(self, unknown: Sequence[Any], names: Iterable[str]) -> ShallowerError:
+        error, of = (ExpertsError, " of experts") if self.by_experts else (CriterionError, "")
+        return error(
+            f"unknown criterion{of} {', '.join(map(repr, unknown))}: expected some of "
+            f"{', '.join(names)} (criteria, --criteria)",
+            see=None if self.by_experts else "criterion",
+        )
 
     def units(self) -> list[Unit]:
         """List the choices of every criterion, by model and texts."""

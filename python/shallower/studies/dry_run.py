@@ -26,6 +26,7 @@ from ..forecasts.work import (
     written,
 )
 from ..judgement.criteria import RECOMMENDED, SCANNED
+from ..judgement.criteria.searches import OneShot
 from ..judgement.criterion import Search
 from ..judgement.held_out_cuts import TRUTH_ITEMS
 from ..judgement.proposals import PROPOSING_TEXTS, block_layers
@@ -210,7 +211,7 @@ class _Model:
             yield self._losses(n, passes=0) + self._made(n, state)
             yield from self._spoken(whole - n)
         if getattr(settings, "truth", False):
-            yield run(texts.report[:TRUTH_ITEMS], whole * (whole + 1) / 2, whole + 1, passes=1)
+            yield self._singles(texts.report[:TRUTH_ITEMS], passes=1)
         if self._answers is not None and self._answers.is_for(texts.tokenizer):
             most = min(self._patch_tokens, fit)
             answers = self._answers if settings.heal else self._answers.within(most)
@@ -304,6 +305,8 @@ class _Model:
 
         A search of a comparison judges as many.
         """
+        if OneShot.name in self._names:
+            yield self._singles(self.texts.judged)
         searches = getattr(self.study, "criteria", ()) if self._names else ()
         for one in searches:
             if isinstance(one, Search) and one.judged:
@@ -321,6 +324,10 @@ class _Model:
             yield run(fit, self.layers)
         for n in filter(None, sizes):
             yield self._screened(n) + self._quick(n, PATCH_TEXTS) * (top * patches)
+
+    def _singles(self, lengths: Any, passes: int = 0) -> Work:
+        """Every cut of a single layer; what lies before it is run once."""
+        return run(lengths, block_layers(self.layers, 1) / 2, self.layers + 1, passes=passes)
 
     def _screened(self, n: int, passes: int = 1) -> Work:
         """Every block of a size on the first texts; what lies before it is run once."""

@@ -27,6 +27,17 @@ STATES: tuple[State, ...] = get_args(State)
 RacedBy = Literal["loss", "speech"]
 """The judges by which a run races proposals."""
 
+CRITERIA = (
+    "angular", "cosine", "relative_l2", "cka", "linear_map", "reachable", "block_influence",
+    "magnitude", "xmerge", "one_shot", "mask_regression", "taylor", "weights", "greedy",
+    "exhaustive", "evolution", "deepest", "random", "best_plan", "recommended",
+)  # fmt: skip
+EXPERT_CRITERIA = (
+    "frequency", "soft-frequency", "ean", "man", "msan", "reap", "easy-ep", "reconstruction",
+    "aimer", "random", "exhaustive", "layers",
+)  # fmt: skip
+"""The criteria of this package, by which a name is refused without torch."""
+
 _WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "prompts", "answers"}
 """Settings that change no result, but by what is read, which is known by content."""
 
