@@ -14,7 +14,6 @@ import pytest
 import shallower as sh
 from shallower import progress
 from shallower.errors import CriterionError, LayersError, ModelError, OutputError, TextsError
-from shallower.judgement.criteria import NAMED, expert_criteria
 from shallower.memory import budget
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
@@ -22,7 +21,6 @@ from shallower.scanning.scan import Scan
 from shallower.texts.batches import TokenBatches
 from shallower.texts.splits import three_splits
 from shallower.values.comparison import CriteriaComparison, scan_place
-from shallower.values.settings import CRITERIA, EXPERT_CRITERIA
 from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import assert_same, documents, state_of
@@ -63,11 +61,6 @@ def compared(model, words):
     )  # fmt: skip
     assert_same(before, state_of(model))
     return done
-
-
-def test_names_of_criteria_are_refused_without_their_table():
-    assert (*sh.criteria, *NAMED) == CRITERIA
-    assert tuple(expert_criteria) == EXPERT_CRITERIA
 
 
 # What is reported.
