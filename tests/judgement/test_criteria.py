@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from shallower.errors import CriterionError, ModelError, RejectedSamplesWarning, StatesError
-from shallower.judgement.criteria import criteria
+from shallower.judgement.criteria import NAMED, criteria, expert_criteria
 from shallower.judgement.criteria.baselines import NUM_TEXTS
+from shallower.values.settings import CRITERIA, EXPERT_CRITERIA
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import TEXTS, documents
 from tests.families import random_model
@@ -221,3 +222,8 @@ def test_families_that_say_less_than_others(words, family, refused, missing):
         single = np.diag(criteria[name].costs(subject).blocks, 1)
         assert np.isfinite(single[1:]).all() == (name not in missing)
         assert np.isfinite(single).any()
+
+
+def test_the_names_that_are_known_without_torch_are_those_of_the_tables():
+    assert (*criteria, *NAMED) == CRITERIA
+    assert tuple(expert_criteria) == EXPERT_CRITERIA
