@@ -165,7 +165,7 @@ def test_a_cell_says_the_distance_of_its_block(opened):
 def test_tables_are_sorted_by_a_click(opened):
     page = opened("comparison")
     table = page.locator("table.sortable").filter(has_text="layer forwards").first
-    column = "table => [...table.tBodies[0].rows].map(row => Number(row.cells[2].dataset.value))"
+    column = "table => [...table.tBodies[0].rows].map(row => Number(row.cells[3].dataset.value))"
     before = table.evaluate(column)
     button = table.get_by_role("button", name="loss", exact=True)
     button.click()
