@@ -237,6 +237,32 @@ def test_a_healing_that_was_made_is_not_made_again(learned, words, tmp_path, mon
     assert not (tmp_path / "out" / ".healing").exists()
 
 
+@pytest.mark.slow
+def test_a_healing_of_a_model_that_is_not_known_is_made_again(
+    learned, words, tmp_path, monkeypatch
+):
+    learned.model.norm.register_forward_hook(lambda *_: None)
+    options = {**TAKEN, "n": [2], "criteria": ["deepest"], "heal": QUICK, "states": ["healed"]}
+    options |= {"out": tmp_path / "out", "overwrite": True}
+    texts = progressions(MANY, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(Measuring, "loss_now", _killed)
+        with pytest.raises(Killed):
+            sh.curve(learned, words, texts, **options)
+    assert any((tmp_path / "out" / ".healing").iterdir())
+    monkeypatch.setattr("shallower.healing.heal.heal", _killed)
+    with pytest.raises(Killed):
+        sh.curve(learned, words, texts, **options)
+
+
+def test_an_unknown_model_resumes_nothing(learned, words, tmp_path):
+    learned.model.norm.register_forward_hook(lambda *_: None)
+    options = {**TAKEN, "n": [1], "criteria": ["deepest"], "states": ["cut"]}
+    sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out")
+    with pytest.raises(sh.OutputError, match=r"comparison\.json exists already"):
+        sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out")
+
+
 def _killed(*_args, **_options):
     raise Killed
 

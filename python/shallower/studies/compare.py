@@ -333,13 +333,16 @@ class CompareStudy(Study[CompareSettings]):
         return PartsMaker(self, self.criteria)
 
     def is_stock(self) -> bool:
-        """Whether all criteria are of this package; a model that is not known has no results."""
+        """Whether all criteria are of this package, and the one model is known; of several those
+        that are not have no results.
+        """
         from ..judgement.criteria import BUILT_IN, criteria, is_built_in
 
         names = [criterion.name for criterion in BUILT_IN]
         is_named = self.by_experts or self.settings.criteria is not None
         whole = is_named or [*criteria] == names
-        return whole and all(map(is_built_in, self.criteria))
+        is_known = len(self.models) > 1 or super().is_stock()
+        return is_known and whole and all(map(is_built_in, self.criteria))
 
     def _chooses_by(self) -> dict[str, Any]:
         return {**super()._chooses_by(), "fit": "all", "unit": self.settings.unit}
