@@ -151,6 +151,20 @@ def one_sentence(error: Exception) -> str:
     return kind + why(error)
 
 
+@contextmanager
+def others_go_on(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Note why one of several works has failed, maybe in code from outside; the others go on.
+
+    Of a damaged store, or a folder that cannot be written to, all would fail.
+    """
+    try:
+        yield
+    except (CacheError, OutputError):
+        raise
+    except Exception as error:
+        failed[name] = one_sentence(error)
+
+
 MOST_WORDS = 400
 """Letters of another package's error that are told; it may show whole files or configs."""
 

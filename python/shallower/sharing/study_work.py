@@ -9,8 +9,8 @@ the study, because all of its settings decide them.
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,11 +19,10 @@ from weakref import finalize
 
 from ..errors import (
     CacheError,
-    OutputError,
     ProcessesError,
     ScanError,
     SettingsError,
-    one_sentence,
+    others_go_on,
 )
 from ..models.source import ModelSource
 from ..progress import part, track
@@ -151,24 +150,14 @@ class OpenedStudy(Opened):
         """Measure every N-th part."""
         mine = self.described["units"][shard.index :: shard.count]
         failed: dict[str, str] = {}
+        is_one = len(self._study.models) == 1
         with track(f"{self._study.KIND}, shard {shard}", len(mine), self.progress):
             for unit in mine:
-                with part(1, unit), track(unit), self._others_go_on(unit, failed):
+                alone = nullcontext() if is_one else others_go_on(unit, failed)
+                with part(1, unit), track(unit), alone:
                     self.run(unit)
         entries, job = self.store.give({}), self.described["job"]
         return StudyShard(shard, job, self.described, entries, failed).to_bytes()
-
-    @contextmanager
-    def _others_go_on(self, unit: str, failed: dict[str, str]) -> Iterator[None]:
-        """Note why a part of one of several models has failed; the others go on."""
-        try:
-            yield
-        except (CacheError, OutputError):
-            raise
-        except Exception as error:
-            if len(self._study.models) == 1:
-                raise
-            failed[unit] = one_sentence(error)
 
 
 class StudyWork(SharedWork):

@@ -2,21 +2,20 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import (
-    CacheError,
     CriterionError,
     ExpertsError,
     ModelError,
-    OutputError,
     RecipeError,
     ShallowerError,
     TextsError,
-    one_sentence,
+    others_go_on,
 )
 from ..models.source import ModelSource
 from ..processes import refuse_several
@@ -330,7 +329,7 @@ class CompareStudy(Study[CompareSettings]):
         """Give the function that measures a part."""
         from .compare_rows import PartsMaker
 
-        return PartsMaker(self, self.criteria)
+        return PartsMaker(self, self.criteria, self.tasks)
 
     def is_stock(self) -> bool:
         """Whether all criteria are of this package, and the one model is known; of several those
@@ -364,9 +363,9 @@ class CompareStudy(Study[CompareSettings]):
         return comparison
 
     def _measure(self) -> CriteriaComparison:
-        settings = self.settings
         from .starts import wants_scans
 
+        settings = self.settings
         each = len(self.criteria) * (1 + len(settings.n) * len(settings.states))
         each = (each + 1 + settings.truth) * (settings.judge != "none") + wants_scans(self)
         with whole(self.KIND, len(self.models) * (1 + len(self.splits) * each), self.progress):
@@ -376,14 +375,9 @@ class CompareStudy(Study[CompareSettings]):
         outcomes: list[Outcome] = []
         failures: dict[str, str] = {}
         for model in self.models:
-            try:
+            is_one = len(self.models) == 1
+            with nullcontext() if is_one else others_go_on(str(model), failures):
                 outcomes.append(self._measure_one(model, outcomes, failures))
-            except (CacheError, OutputError):
-                raise
-            except Exception as error:
-                if len(self.models) == 1:
-                    raise
-                failures[str(model)] = one_sentence(error)
             if model is not self.models[-1]:
                 self.write_comparison(self._joined(outcomes, failures, ended=False))
         comparison = self._joined(outcomes, failures)
@@ -406,6 +400,7 @@ class CompareStudy(Study[CompareSettings]):
                 self,
                 model,
                 criteria=self.criteria,
+                tasks=self.tasks,
                 store=store,
                 write=lambda found: self.write_comparison(
                     self._joined([*before, found], failures, ended=False)

@@ -19,6 +19,7 @@ from ..errors import (
     ShallowerError,
     TextsError,
     one_sentence,
+    others_go_on,
 )
 from ..evaluation.kept import ResultStore
 from ..forecasts.gain import GAIN_DEVICE, gain
@@ -55,7 +56,7 @@ from ..values.recipe import Recipe
 from ..values.schema import plain, read
 from ..values.scores import Estimate, Scores, Standing
 from ..values.settings import CompareSettings, State
-from .measuring import Measuring
+from .measuring import Measured, Measuring
 from .starts import starts_of, wants_scans
 from .study import SINGLE_LAYERS, WHOLE, Part, Study
 from .tasks import StudyTasks
@@ -87,6 +88,7 @@ def compare_on(
     model: ModelSource | InMemory,
     *,
     criteria: Sequence[Criterion],
+    tasks: StudyTasks,
     store: ResultStore,
     write: Callable[[Outcome], None],
 ) -> Outcome:
@@ -97,7 +99,7 @@ def compare_on(
     finite), RecipeError (it cannot be healed) and TextsError (no text of two tokens).
     """
     with stage("load the model"):
-        measuring = open_measuring(study, model, store=store)
+        measuring = open_measuring(study, model, tasks=tasks, store=store)
     num_experts = _check_sizes(study.settings, measuring.decoder)
     measured: list[MeasuredRow] = []
     skipped: dict[str, str] = {}
@@ -136,10 +138,13 @@ def compare_on(
 
 
 def open_measuring(
-    study: Study[CompareSettings], model: ModelSource | InMemory, *, store: ResultStore
+    study: Study[CompareSettings],
+    model: ModelSource | InMemory,
+    *,
+    tasks: StudyTasks,
+    store: ResultStore,
 ) -> Measuring:
     """Load a model of a study to measure its cuts; what it is trained by is refused before."""
-    tasks = StudyTasks(study.settings)
     _ = study.splits, tasks.identity  # what is wrong there is said before the loading
     loaded, tokenizer = study.load(model)
     recipe = _recipe(study, loaded, tokenizer)
@@ -291,24 +296,13 @@ class _Choosing:
     def _chosen(self, criterion: Criterion) -> Iterator[_Choice]:
         """Let a criterion choose for every size that it can."""
         tau, own, name = None, Took(), criterion.name
-        has_bar = isinstance(criterion, RecommendedPlan)
-        with nullcontext() if has_bar else self._bar(name), self._others_go_on(name):
+        bar = nullcontext if isinstance(criterion, RecommendedPlan) else self._bar  # it has its own
+        with bar(name), others_go_on(name, self.skipped):
             tau, own = self._measured(criterion)
         for n in self._sizes(criterion):
-            bar = nullcontext() if has_bar else self._bar(f"{name}, n = {n}")
-            with bar, self._others_go_on(f"{name}, n = {n}"):
+            with bar(f"{name}, n = {n}"), others_go_on(f"{name}, n = {n}", self.skipped):
                 if name not in self.skipped:
                     yield _Choice(criterion, n, *self._choice(criterion, n, own), tau)
-
-    @contextmanager
-    def _others_go_on(self, name: str) -> Iterator[None]:
-        """Note why a criterion, maybe one from outside, has failed; the others go on."""
-        try:
-            yield
-        except (CacheError, OutputError):
-            raise
-        except Exception as error:
-            self.skipped[name] = one_sentence(error)
 
     def _measured(self, criterion: Criterion) -> tuple[float | None, Took]:
         """Kendall's τ-b of layer costs with true losses, where that is asked for; the work."""
@@ -325,14 +319,14 @@ class _Choosing:
         if isinstance(criterion, RecommendedPlan):
             with self.subject.counting():  # of the scan, which others share
                 verified = self.plans.verify(n)
-            plan = verified.plan
-            self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
-            return plan, Took(verified.layer_forwards, verified.seconds)
-        inputs = self._inputs(criterion)
-        plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
+            plan, took = verified.plan, Took(verified.layer_forwards, verified.seconds)
+        else:
+            inputs = self._inputs(criterion)
+            plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
+            layer_forwards = own.layer_forwards or work.layer_forwards  # costs serve all sizes
+            took = Took(layer_forwards, own.seconds + work.seconds)
         self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
-        layer_forwards = own.layer_forwards or work.layer_forwards  # costs serve all sizes
-        return plan, Took(layer_forwards, own.seconds + work.seconds)
+        return plan, took
 
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
         return {"criterion": criterion.name, **self._chosen_on}
@@ -374,9 +368,9 @@ class _Choosing:
     def _measured_in(self, row: Row, plan: Plan) -> MeasuredRow:
         """Measure a cut in the state of its row; what cannot be says so in ``failed``."""
         try:
-            found = self.measuring.measure(plan, row.state, self.on)
+            found, judged = self._measure(plan, row.state)
             whole = self.measuring.measure(None, "cut", self.on).loss
-            losses, judged = _by_text(found.loss), self._judged(plan) if row.state == "cut" else {}
+            losses = _by_text(found.loss)
         except (CacheError, OutputError):
             raise
         except Exception as error:
@@ -387,6 +381,11 @@ class _Choosing:
         more: Any = {"tasks": found.tasks, "speech": found.speech, "seconds": found.seconds}
         scores = judged.pop("scores", losses)
         return replace(row, standing=standing, **more, **judged), scores
+
+    def _measure(self, plan: Plan, state: State) -> tuple[Measured, dict[str, Any]]:
+        """Measure a cut in a state; a bare one is judged, too."""
+        found = self.measuring.measure(plan, state, self.on)
+        return found, self._judged(plan) if state == "cut" else {}
 
     def _judged(self, plan: Plan) -> dict[str, Any]:
         """Score a bare cut by its judge: the scores, and the fields of a row."""
@@ -416,14 +415,15 @@ class _Choosing:
     def make(self, criterion: Criterion) -> None:
         """Measure into the store what the rows of a criterion take; as much as it can be."""
         if has_costs(criterion):
-            with self._others_go_on(criterion.name):
+            with others_go_on(criterion.name, self.skipped):
                 stored_costs(criterion, self.subject, self.store, inputs=self._inputs(criterion))
         for n in self._sizes(criterion):
-            with self._others_go_on(f"{criterion.name}, n = {n}"):
+            with others_go_on(f"{criterion.name}, n = {n}", self.skipped):
                 if criterion.name not in self.skipped:
-                    choice = _Choice(criterion, n, *self._choice(criterion, n, Took()), None)
+                    plan, _ = self._choice(criterion, n, Took())
                     for state in self.study.settings.states:
-                        self._measured_in(self._row(choice, state), choice.plan)
+                        with others_go_on(f"{criterion.name}, n = {n}, {state}", self.skipped):
+                            self._measure(plan, state)
 
 
 def _by_text(loss: Loss) -> Scores:
@@ -434,8 +434,10 @@ def _by_text(loss: Loss) -> Scores:
 class PartsMaker:
     """Measures parts of a comparison into the store; the model of the last one stays loaded."""
 
-    def __init__(self, study: Study[CompareSettings], criteria: Sequence[Criterion]) -> None:
-        self._study = study
+    def __init__(
+        self, study: Study[CompareSettings], criteria: Sequence[Criterion], tasks: StudyTasks
+    ) -> None:
+        self._study, self._tasks = study, tasks
         self._criteria = {criterion.name: criterion for criterion in criteria}
         self._models = {str(model): model for model in study.models}
         self._open: dict[tuple[str, str], _Choosing] = {}
@@ -461,11 +463,11 @@ class PartsMaker:
             self._open.clear()
             study, store = self._study, self._study.model_store(self._models[part.model])
             if not same:
-                same = [open_measuring(study, self._models[part.model], store=store)]
+                model: Any = self._models[part.model]
+                same = [open_measuring(study, model, tasks=self._tasks, store=store)]
             _check_sizes(study.settings, same[0].decoder)
             criteria = list(self._criteria.values())
-            model, texts = key
-            self._open[key] = _Choosing(study, same[0], store, criteria, model=model, texts=texts)
+            self._open[key] = _Choosing(study, same[0], store, criteria, *key)
         return self._open[key]
 
 

@@ -171,12 +171,13 @@ class Measuring:
 
         Those of one name, the first by default.
         """
+        name = texts or next(iter(self.texts))
         return VerifiedPlans(
             self._study,
             self.decoder,
             self.tokenizer,
-            self.texts[texts or next(iter(self.texts))],
-            fitted=self._study.fitted[texts or next(iter(self.texts))],
+            self.texts[name],
+            fitted=self._study.fitted[name],
             scanned=scanned,
             judges=self.judges,
             tokens=self.tokens,

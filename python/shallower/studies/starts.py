@@ -13,7 +13,7 @@ from .study import Study
 
 
 def wants_scans(study: Study[CompareSettings]) -> bool:
-    """Whether layers are compared for a page of several models or texts, or for nothing else."""
+    """Whether layers are compared: for a page of several models or texts, or nothing else."""
     several = len(study.models) * len(study.named_texts) > 1
     return study.settings.unit == "layers" and (several or study.settings.judge == "none")
 

@@ -106,9 +106,9 @@ class Group:
         known = [(row, row.standing) for row in of_size if row.standing and row.standing.is_ranked]
         return sorted(known, key=lambda one: one[1].regret.mean)
 
-    def best(self, state: State | None = None) -> list[tuple[Row, Standing]]:
-        """The best cut of every size in a state, where one was measured."""
-        return [ranked[0] for n in self.sizes if (ranked := self.ranked(n, state))]
+    def best(self) -> list[tuple[Row, Standing]]:
+        """The best cut of every size, where one was measured."""
+        return [ranked[0] for n in self.sizes if (ranked := self.ranked(n))]
 
     def line(self, criterion: str, state: State) -> list[Row]:
         """The rows of a criterion in a state, by the number of layers."""

@@ -359,10 +359,10 @@ def _savings(shown: Shown) -> tuple[Fact, ...]:
 
 
 def _warnings(comparison: CriteriaComparison) -> list[str]:
-    found = [
-        f"the comparison is incomplete: {len(comparison.rows)} rows are measured; the same command "
-        f"resumes it"
-    ] * (not comparison.ended)
+    found = []
+    if not comparison.ended:
+        rows = f"{len(comparison.rows)} rows are measured"
+        found.append(f"the comparison is incomplete: {rows}; the same command resumes it")
     found += [f"{name} could not be compared: {why}" for name, why in comparison.failures.items()]
     found += [f"{name} could not choose: {why}" for name, why in comparison.skipped.items()]
     sizes = [model.parameters for model in comparison.models if model.parameters is not None]

@@ -6,7 +6,6 @@ from typing import Any
 from ...scanning.scan import Scan
 from ...values.borne import LOSSES, Borne, borne
 from ...values.comparison import ComparedModel
-from ...values.layers import ranges
 from ...values.schema import plain
 from ..charts.comparison import Group
 from ..charts.models import (
@@ -19,7 +18,7 @@ from ..charts.models import (
     titled_starts,
 )
 from ..story import Cell, Number, Section, Table
-from ..words import BEST_OF_SEVERAL
+from ..words import BEST_OF_SEVERAL, range_cell
 
 
 def data_of_models(groups: Sequence[Group]) -> dict[str, Any]:
@@ -70,12 +69,11 @@ def _layers(one: Borne) -> str:
 
 def bears_section(groups: Sequence[Group], drawn: bool) -> Section:
     """Say which share of its layers each model bears, and by which cuts."""
-    bears = [one for cuts in all_cuts(groups) for one in borne(cuts)]
-    rows: list[tuple[Cell, ...]] = []
-    for cuts in all_cuts(groups):
-        own = [one for one in bears if (one.model, one.state) == (cuts[0].model, cuts[0].state)]
-        shares = (Number(str(one), one.share) for one in own)
-        rows.append((cuts[0].model, cuts[0].state, *shares))
+    best = all_cuts(groups)
+    rows: list[tuple[Cell, ...]] = [
+        (of[0].model, of[0].state, *(Number(str(one), one.share) for one in borne(of)))
+        for of in best
+    ]
     head = ("model", "state", *(f"at {loss:g} nats" for loss in LOSSES))
     note = (
         "The share of layers at which the line through the best cut of every size first exceeds "
@@ -88,12 +86,12 @@ def bears_section(groups: Sequence[Group], drawn: bool) -> Section:
             cut.model,
             cut.state,
             Number.share(cut.share, 1),
-            ranges(cut.dropped).replace(", ", ",\xa0"),
+            range_cell(cut.dropped),
             Number.estimate(cut.lost, sign=True),
             cut.criterion,
         )
-        for cuts in all_cuts(groups)
-        for cut in cuts
+        for of in best
+        for cut in of
     ]
     tables = [
         Table("The share of its layers that each model bears", head, tuple(rows), note),
