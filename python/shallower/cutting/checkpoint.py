@@ -1,11 +1,11 @@
 """Cutting layers and experts out of a checkpoint on disk, without loading its weights.
 
-The config is shortened as for a cut in memory: for the families of :mod:`.plain` from
-its JSON alone, in little memory; for others a model is built on the meta device and the cut is
-checked on it, which loads torch. The tensors of the layers and experts that stay get their new
-numbers and are copied from file to file by the core, whatever they hold: quantised weights stay
-as they are, bit by bit. Of stacks of experts it copies the ranges of bytes that stay.
-What is read of the weights can be fetched just before, for files that hold their headers alone.
+The config is shortened as for a cut in memory. For the families of :mod:`.plain` its JSON suffices;
+for others a model is built on the meta device and the cut is checked on it, which loads torch. The
+core copies the tensors of the layers and experts that stay from file to file, under their new
+numbers. It never looks at values, so quantised weights stay as they are, bit by bit. Of stacks of
+experts it copies the ranges of bytes that stay. Where a file holds its header alone, the bytes to
+be copied can be fetched just before.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Experts removed from a model in memory, checked against the one that a stock loader builds.
 
-Which tensors hold a part for every expert is found by comparison: a fresh model is built on the
-meta device from the config with fewer experts, and wherever its shapes are smaller the experts lie
-along that axis: stacked weights, rows of a router, biases of its choice. Anything else that differs
-is refused, and the model stays as it was.
+Tensors that hold a part for every expert are found by comparison with a fresh model, built on the
+meta device from a config with fewer experts. Wherever its shapes are smaller, the experts lie along
+that axis: stacked weights, rows of a router, biases of its choice. Anything else that differs is
+refused, and the model stays as it was.
 """
 
 import copy

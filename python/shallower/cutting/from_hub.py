@@ -1,10 +1,10 @@
 """A model of the hub, cut by the ranges of its files of weights that stay.
 
-Every file of weights has a stand-in: of its length and with its header, and else a hole. A cut is
-planned by the stand-ins as by a local folder; then the ranges that it copies are fetched into them.
-They lie among the hub's assets, one folder a cut, with a journal of what has come: the same cut
-goes on from there. What comes must have the place, length and etag that were asked for. The hub's
-SHA-256 is of a whole file: what is fetched in part is as good as its server.
+Each weight file is replaced by a sparse file of the same length and header. A cut is planned by
+these as by a local folder; then the ranges that it copies are fetched into them. They lie among the
+hub's assets, one folder a cut, with a journal of what was fetched, so that the same cut resumes
+there. A reply must have the place, length and etag of its request. The hub's SHA-256 is of a whole
+file: what is fetched in part is as good as its server.
 """
 
 import json

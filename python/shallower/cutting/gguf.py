@@ -1,7 +1,7 @@
 """Cutting layers and experts out of a GGUF file; sees the core, and neither torch nor gguf.
 
-Nothing is dequantised or loaded: the tensors that stay keep their bytes, and of the metadata
-only what speaks of layers, experts, size and name changes. What it cannot describe is refused
+Nothing is dequantised or loaded: the tensors that stay keep their bytes. Metadata changes only
+where it is about layers, experts, size or name. What it cannot describe is refused
 (``rust/gguf/rules.rs``). The card is ``NAME.README.md`` beside the file, or ``README.md`` in a
 folder of its own (``as_gguf``): the caller decides, whatever the folder holds.
 """

@@ -76,7 +76,7 @@ def prune(
         source: a local folder, a hub id, or a ``.gguf`` file.
         what: a plan, the path of a saved one or of its folder, or blocks, ranges or indices to
             drop, 0-based; ``()`` if only ``experts`` go. Or :class:`ForStates`, which drops all
-            layers that some hidden states do not need: these are then compared with those of the
+            layers that some hidden states do not need. These states are compared with those of the
             whole model, to the bit, after a stock reload. A cut that differs is not kept.
         out: a folder that does not exist yet, or is empty; or a ``.gguf`` file, which only a GGUF
             file is cut into.

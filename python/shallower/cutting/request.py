@@ -1,4 +1,4 @@
-"""What is asked of a cut: its arguments but the layers, and what follows from them."""
+"""The arguments of a cut but its layers, and what follows from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

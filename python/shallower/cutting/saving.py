@@ -55,8 +55,8 @@ def save_model(
 ) -> None:
     """Save a standard checkpoint, whole or not at all, that stock transformers loads.
 
-    With a plan, the plan itself, a model card, the source's license and what mergekit and
-    llama.cpp need for the same cut lie beside the weights (``exports.EXPORT_FILES``).
+    With a plan, the folder also holds the plan, a model card, the source's license, and the same
+    cut for mergekit and llama.cpp (``exports.EXPORT_FILES``).
 
     Args:
         model: cut or not; a 4-bit model becomes a standard 4-bit checkpoint.

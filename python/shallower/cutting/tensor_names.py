@@ -1,8 +1,8 @@
 """Layers and experts in the files of a checkpoint: in the names of tensors, and in the config.
 
-Plain names and JSON values; it knows no torch and opens no file. Quantisation configs differ
-from tool to tool, but all name modules in lists or as keys: a name that counts a layer or an
-expert is renumbered wherever it stands, and goes if that goes.
+Plain names and JSON values; it loads no torch and opens no file. Quantisation configs differ from
+tool to tool, but all name modules in lists or as keys. A name that counts a layer or an expert is
+renumbered wherever it stands, and goes if that goes.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Any model without weights, and its cut as a stock loader builds it from the shortened config.
 
-Built on the meta device: classes, shapes and plain attributes must be the same before a cut is
-made, so that no stock loader builds another network than the one in memory.
+Both are built on the meta device. A cut is made only if classes, shapes and plain attributes are
+the same. So no stock loader builds another network than the one in memory.
 """
 
 import copy

@@ -1,10 +1,10 @@
 """What every expert of a model does to the tokens that it is sent, seen while the model runs.
 
-By hooks on the modules that hold a layer's experts, which are given the states, the experts that
-the router has chosen and the weights that multiply their outputs: nothing of a router is computed
-again. The outputs of single experts are those of the same module for one expert a token, with a
-weight of one, so no family's experts are written a second time; the model's own forward, and so
-its states, are as without the hooks. It takes the time of the experts twice.
+Hooks on the modules that hold a layer's experts are given the states, the experts that the router
+has chosen, and their weights. So nothing of a router is computed again. The outputs of single
+experts are computed by the same module, for one expert a token with a weight of one. So no family's
+experts are written a second time. The model's own forward, and so its states, are as without the
+hooks. It takes the time of the experts twice.
 """
 
 import math

@@ -54,8 +54,8 @@ def memory_forecast(
 ) -> MemoryPlan:
     """Plan the memory of a stage without a model, for a device that need not be here.
 
-    The model is built from its config without weights, and the stage's own forward, loss and
-    backward run on it, on tensors that have shapes alone.
+    The model is built from its config without weights. The stage's own forward, loss and backward
+    run on it, on tensors that have shapes alone.
 
     Args:
         config: of transformers; or the folder or hub id of a model or of a cut.

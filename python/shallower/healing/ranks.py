@@ -1,7 +1,7 @@
 """The processes that train together: their group, and what all of them agree on.
 
-The main process decides what depends on files, clocks or free memory, so that none waits for a step
-that another does not take. Each has one GPU with the whole model; nothing else is shared yet.
+The main process decides whatever depends on files, clocks or free memory, so that all processes
+take the same steps. Each has one GPU with the whole model; nothing else is shared yet.
 """
 
 import itertools

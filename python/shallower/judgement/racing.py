@@ -1,6 +1,6 @@
 """Races: of several cuts the best one, without judging all of them on all items.
 
-A few texts give a poor estimate of one variance, but many cuts on the same texts give a good one of
+A few texts give a poor estimate of one variance; many cuts on the same texts give a good one of
 what their variances have in common. So variances are moderated (:func:`lost`).
 """
 

@@ -76,7 +76,7 @@ class Count:
 
 
 class Clock:
-    """Wall time, in which what is recalled takes as long as it did when it was measured."""
+    """A clock that adds the recorded time of cached results."""
 
     def __init__(self) -> None:
         self._recalled = 0.0

@@ -91,8 +91,8 @@ class Prefixes:
         """Run several cuts on batches, one layer after the other for all of them.
 
         A job of :meth:`Layerwise.in_step`. States that cuts share are made once; ``take`` receives
-        each place as soon as its states are there. In memory no layer is waited for, so that a cut
-        runs all that it has left in one forward, and its states stay on the device.
+        each place as soon as its states are there. In memory, a cut runs all its remaining layers
+        in one forward pass, and its states stay on the device.
         """
         done, states = self._begin(places)
         while True:

@@ -1,7 +1,7 @@
 """GGUF files parsed once for transformers, with long rows; the results are the same to the bit.
 
-Transformers parses a file three times, copies every string of its vocabulary, remakes the table of
-tensor names for every module, and dequantises 16 rows at a time.
+Transformers parses a file three times and copies every string of its vocabulary. It remakes the
+table of tensor names for every module, and dequantises 16 rows at a time.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Layers that wait in a GGUF file, each weight made as transformers makes it, when it is needed.
+"""Layers streamed from a GGUF file: each weight is made as by transformers, when it is needed.
 
 Transformers loads all else, by processors of tensors or, for newer architectures, conversions.
 """

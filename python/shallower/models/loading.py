@@ -73,10 +73,10 @@ def load_model(
         dtype: of the weights. ``auto`` is bfloat16 on CUDA and on CPUs that multiply it (AMX,
             AVX512-BF16, SVE-BF16), and float32 elsewhere. ``nf4`` (double quantisation, bfloat16
             compute) and ``int8`` are by bitsandbytes, on CPU and CUDA alike.
-        device_map: as transformers takes it, such as ``cpu``. ``None`` is every GPU where there
-            is CUDA, and the CPU elsewhere. ``stream`` streams the layers from disk, in safetensors
-            or in a GGUF file, from which they are dequantised: scans, losses, races and patches
-            read each once for all that it has to run.
+        device_map: as transformers takes it, such as ``cpu``. ``None`` is every GPU where there is
+            CUDA, and the CPU elsewhere. ``stream`` streams the layers from disk, from safetensors
+            or, dequantised, from a GGUF file. Scans, losses, races and patches read each layer once
+            for all that it has to run.
         gguf_file: the file's name in the folder or hub repository. Its weights are
             dequantised, then kept in ``dtype``.
         trust_remote_code: run code that comes with the model.
@@ -346,8 +346,8 @@ def _call(load: Any, source: str, **options: Any) -> Any:
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY in str(error):
             raise ModelError(
-                f"there is not enough memory to load {_name(source, options)}: let its layers wait "
-                f"on disk (device_map, --stream), quantise its weights (dtype, --dtype nf4), or "
+                f"there is not enough memory to load {_name(source, options)}: stream its layers "
+                f"from disk (device_map, --stream), quantise its weights (dtype, --dtype nf4), or "
                 f"spread them over more devices (device_map, --device-map)",
                 see="streaming",
             ) from error

@@ -1,4 +1,4 @@
-"""Weights that wait on the CPU or on disk, and are on the meta device except in their forward.
+"""Offloaded weights: on the CPU or on disk, and on the meta device except in their forward.
 
 Accelerate's hooks bring them from a map of stored tensors; to change a weight, change that. Changed
 weights of a model on disk are mapped from nameless files, which the system evicts under pressure.

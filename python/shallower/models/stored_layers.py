@@ -1,4 +1,4 @@
-"""Layers that wait in files, each weight made as transformers makes it, when it is needed.
+"""Layers streamed from files: each weight is made as by transformers, when it is needed.
 
 What it joins of stored tensors, as experts, is joined in memory at each read.
 """

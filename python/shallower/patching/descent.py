@@ -2,14 +2,17 @@
 
 The loss is the cross-entropy of the cut model's distributions with a mixture of those of the whole
 model and the text's next tokens. Its gradient is taken backwards through the cut, layer after
-layer, so that only one layer's gradients are held at a time. So is its graph: the layer runs anew
-from the states before it, but on a CPU whose memory has room for the graphs of more. Every matrix
-takes steps of Adam (1412.6980) with second moments of rows and columns alone (Adafactor,
-1804.04235), each a share of the root mean square of its own entries: one rate does for matrices of
-any width. Moves are kept beside the old values, so that steps below a dtype's grain add up.
+layer, so that only one layer's gradients are held at a time. The same holds for the graph: a layer
+runs anew from the states before it. On a CPU whose memory has room, the graphs of more layers are
+kept.
 
-Where the layers are streamed, each step reads them forwards once and backwards once, and all that
-is kept of a matrix lies in temporary files.
+Every matrix takes steps of Adam (1412.6980), with second moments of rows and columns alone
+(Adafactor, 1804.04235). A step is a share of the root mean square of the matrix's entries, so that
+one rate does for matrices of any width. Moves are kept beside the old values, so that steps below a
+dtype's grain add up.
+
+Where the layers are streamed, each step reads them forwards once and backwards once. All that is
+kept of a matrix then lies in temporary files.
 """
 
 import math

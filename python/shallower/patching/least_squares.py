@@ -1,10 +1,10 @@
 """Linear maps by least squares, from sums over tokens: memory grows with the widths alone.
 
-Beside the sums, one Gram matrix and one cross product, a solution takes one copy of both: the
-copy of the Gram matrix is factored in place, that of the cross product becomes the map.
+The sums are one Gram matrix and one cross product, and a solution takes one copy of both. The copy
+of the Gram matrix is factored in place; that of the cross product becomes the map.
 
-How much a map may change, and how much first tokens count, is chosen on held-out tokens by the
-equations and the errors on some thousand kept rows: no layer runs, and no loss is measured.
+How much a map may change, and how much first tokens count, is chosen on held-out tokens. The
+equations and the errors on some thousand kept rows suffice: no layer runs, and no loss is measured.
 """
 
 import math

@@ -1,9 +1,8 @@
 """A patch quick enough to be made for every cut that is compared: one matrix a block.
 
-The last matrix of the feed-forward before each block is solved anew, as by :func:`shallower.patch`,
-so that the stream jumps to x^(stop) of the whole model. What is left out is what takes time there:
-no loss is measured to choose by, nothing behind the cut is solved, and the whole model runs once
-for all cuts.
+The last matrix of the feed-forward before each block is solved anew (:func:`shallower.patch`): the
+stream jumps to x^(stop) of the whole model. What takes time there is left out: no loss is measured
+to choose by, and nothing behind the cut is solved. The whole model runs once for all cuts.
 """
 
 import math

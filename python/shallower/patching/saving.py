@@ -58,8 +58,8 @@ def save_patched(
 ) -> None:
     """Save a patched model as a standard checkpoint.
 
-    As by :func:`shallower.save_model`, with ``shallower_patch.json`` and a card that tells of
-    the patch beside the weights.
+    As by :func:`shallower.save_model`; ``shallower_patch.json`` and a card that describes the patch
+    lie beside the weights.
 
     Args:
         model: the model as :func:`shallower.patch` left it.

@@ -1,4 +1,4 @@
-"""How the models of a study speak beside the whole one, and samples of what they say."""
+"""The text that the models of a study generate beside the whole one, and samples of it."""
 
 import warnings
 from collections.abc import Mapping, Sequence

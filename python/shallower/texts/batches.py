@@ -1,10 +1,10 @@
 """Texts to padded batches of token ids, in constant memory.
 
 Texts are read once. A window of batches is tokenised, sorted by length and cut into batches,
-longest first; only the token ids of a text are kept, at most ``max_length``. Batches are padded
-on the right, with token 0, which every vocabulary has: in a causal model no token sees what
-follows it, so the states of a text are those it has alone, whatever the tokenizer's padding side
-and pad token.
+longest first; only the token ids of a text are kept, at most ``max_length``. Batches are padded on
+the right, with token 0, which every vocabulary has. In a causal model no token sees what follows
+it. So the states of a text are those it has alone, whatever the tokenizer's padding side and pad
+token.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Prompts, and answers to them: what a model is let to speak about, and what it said."""
+"""Prompts, and the answers that a model generates to them."""
 
 import hashlib
 import json

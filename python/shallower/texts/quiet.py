@@ -1,4 +1,4 @@
-"""Other packages' bars and notes, off while ours are shown; what the hub's client waits for."""
+"""Other packages' bars and notes, off while ours are shown; the pauses of the hub's client."""
 
 import logging
 import re
@@ -67,7 +67,9 @@ class _Waits(logging.Handler):
         if wait := re.search(r"(?:Waiting|Retrying in) ([\d.]+)s", text):
             seconds = float(wait[1])
             if seconds > MOST_WAIT:
-                raise TimeoutError(f"{heard.why}, and asks to wait {seconds:.0f} s: try again then")
+                raise TimeoutError(
+                    f"{heard.why}, and the next request may come in {seconds:.0f} s: try again then"
+                )
             say(f"{heard.why}: asking again in {seconds:.0f} s")
         elif url := re.search(r"(https?://[^/\s]+)", text):
             status = re.search(r"HTTP Error (\d+)", text)

@@ -287,10 +287,10 @@ class Costs:
     ) -> dict[int, BootstrappedStart]:
         """How stable the best start is under other samples, for every ``n`` in ``1 .. L-1``.
 
-        As many samples as there are get drawn from them with replacement, and the best start of
-        their mean is found, ``num_resamples`` times (Efron, Annals of Statistics 7, 1979). The
-        answer depends on the samples' values and the seed (0 to 2**64 - 1) alone, not on threads or
-        the order of samples. ScanError: there are no samples, or a single one; a number is out of
+        As many samples as there are get drawn with replacement, ``num_resamples`` times. Each time
+        the best start of their mean is found (Efron, Annals of Statistics 7, 1979). The answer
+        depends on the samples' values and the seed (0 to 2**64 - 1) alone, not on threads or the
+        order of samples. ScanError: there are no samples, or a single one; a number is out of
         range; a sample's value is NaN or infinite. ThreadsError: ``threads`` is out of range.
         """
         if self.samples is None:

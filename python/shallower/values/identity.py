@@ -11,8 +11,8 @@ from .positions import Positions
 class ModelIdentity:
     """Identity of a model, kept by scans and plans so that a plan is not used on another one.
 
-    ``fingerprint`` covers the shape, the number of experts too, and the one-dimensional weights
-    (norms and biases, which no quantiser touches) rounded to bfloat16: the same for every dtype
+    ``fingerprint`` covers the shape, the number of experts, and the one-dimensional weights (norms
+    and biases, which no quantiser touches) rounded to bfloat16. So it is the same for every dtype
     that the model is loaded in.
     """
 

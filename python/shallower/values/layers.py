@@ -21,10 +21,10 @@ from .schema import finite, of_type
 class Block:
     """The layers ``start .. stop-1``, 0-based and half-open.
 
-    ``score`` is the mean distance between the states x^(start) and x^(stop), the pair that
-    removing the block joins, or its cost by another criterion; ``stderr`` is its standard error;
-    ``criterion`` is known of a block that was chosen as the best. They do not count in
-    comparisons: ``Block(11, 19) == scan.best_block(8)`` compares the range alone.
+    ``score`` is the mean distance between the states x^(start) and x^(stop), which removing the
+    block joins, or its cost by another criterion; ``stderr`` is its standard error; ``criterion``
+    is known of a block that was chosen as the best. They do not count in comparisons: ``Block(11,
+    19) == scan.best_block(8)`` compares the range alone.
     """
 
     start: int
