@@ -1,8 +1,8 @@
 """Experts removed from a model in memory, checked against the one that a stock loader builds.
 
-Tensors that hold a part for every expert are found by comparison with a fresh model, built on the
-meta device from a config with fewer experts. Wherever its shapes are smaller, the experts lie along
-that axis: stacked weights, rows of a router, biases of its choice. Anything else that differs is
+Tensors that hold a part for every expert are found by comparison with a fresh model on the meta
+device, whose config has fewer experts. Wherever its shapes are smaller, the experts lie along that
+axis: stacked weights, rows of a router, biases of its choice. Anything else that differs is
 refused, and the model stays as it was.
 """
 
