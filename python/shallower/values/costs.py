@@ -75,10 +75,10 @@ class Costs:
         texts: tuple[TextsIdentity, ...] = (),
         positions: Positions | None = None,
     ) -> None:
-        """Join the values of one criterion; PlanError if there is no such strategy.
+        """Join the values of one criterion; ``search`` has the same costs in whole numbers.
 
-        ``search`` are the same costs in whole numbers; ``more_is_better`` says that ``samples`` are
-        similarities, not costs. All else is as the attributes.
+        ``more_is_better``: ``samples`` are similarities, not costs. Raises PlanError for no
+        strategy.
         """
         if strategy not in STRATEGIES:
             raise PlanError(f"unknown strategy {strategy!r}: expected {', '.join(STRATEGIES)}")

@@ -83,15 +83,10 @@ class Until:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """When a scan was sure of the best block of each size.
+    """When a scan was sure of the best block of each size."""
 
-    Attributes:
-        until: what was asked for, its sizes named.
-        texts: by size the texts after which it was sure, and stayed so; None while it is not.
-    """
-
-    until: Until
-    texts: tuple[int | None, ...]
+    until: Until  # with sizes named
+    texts: tuple[int | None, ...]  # by size, after which it was sure, and stayed so; None: not yet
 
     @property
     def by_size(self) -> dict[int, int | None]:
