@@ -73,11 +73,7 @@ class Taylor(Criterion):
     )
 
     def costs(self, subject: Subject) -> Costs:
-        """Differentiate the loss.
-
-        A CriterionError refuses weights without a gradient, which are quantised or wait off their
-        device; a ModelError says that a gradient is not finite.
-        """
+        """Differentiate the loss; CriterionError for weights without a gradient."""
         matrices = [
             {weight: None for weight in layer.parameters() if weight.ndim > 1}
             for layer in subject.decoder.layers.modules
