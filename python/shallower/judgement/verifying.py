@@ -57,7 +57,7 @@ SEEDS = 3
 """Cuts that the search begins from, the best first."""
 
 MOST = 0.24
-"""The share of them that a race takes at most, by estimate; a quarter is the bound."""
+"""The share of exhaustive judging that a race takes at most, by estimate; the bound is 1/4."""
 
 _By = Trials | PatchedTrials
 

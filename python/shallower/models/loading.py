@@ -254,10 +254,7 @@ def loader_with_head(config: PretrainedConfig) -> Any:
 def empty_model(
     folder: str | Path, trust_remote_code: bool = False, *, images: bool = False
 ) -> PreTrainedModel:
-    """Build a folder's model without weights, on ``meta``; ModelError as :func:`load_model`.
-
-    ``images``: also one that no stock loader builds as a causal model alone.
-    """
+    """Build a folder's model without weights, on ``meta``; with ``images`` also one of these."""
     source, _ = locate(folder, None)
     options = {"trust_remote_code": trust_remote_code}
     config = _call(AutoConfig.from_pretrained, source, **options)
@@ -279,11 +276,10 @@ def load_weights(
     options: dict[str, Any] | None = None,
     kind: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """Load a whole checkpoint by stock transformers.
+    """Load a whole checkpoint by stock transformers; ModelError where weights are missing.
 
-    ModelError if that fails, or weights are missing. ``dtype`` is of what ``config`` does not
-    quantise; ``options`` go to ``from_pretrained`` of ``kind``. Without a device map plain weights
-    go to the CPU.
+    ``dtype`` is of what ``config`` does not quantise; ``options`` go to ``from_pretrained`` of
+    ``kind``. Without a device map plain weights go to the CPU.
     """
     options = options or {}
     if config is not None:

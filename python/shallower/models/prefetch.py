@@ -86,10 +86,7 @@ class Ahead:
         self._coming = coming
 
     def resident(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Keep the weights of a module on its device in the body, those that were fetched at once.
-
-        What computes from here on waits until they are there.
-        """
+        """Keep a module's weights on its device in the body; computing begins after them."""
         coming = self._take()
         return resident(module, coming.weights if coming and coming.is_for(module) else {})
 

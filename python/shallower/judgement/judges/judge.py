@@ -51,10 +51,7 @@ class Judge(ABC):
         """
 
     def accuracy(self, sums: NDArray[np.float64]) -> float | None:
-        """The share that a cut gets right of the items whose sums, (S,), are not NaN.
-
-        None where nothing is right or wrong.
-        """
+        """The share of right items among those whose sums, (S,), are not NaN; None if none are."""
         return None
 
 
