@@ -256,10 +256,7 @@ def _digits(one: float, other: float) -> int:
 
 
 def unknown(chosen: ScanChoice) -> list[str]:
-    """Name the experts that no token was sent to, and say what becomes of them.
-
-    What was left out is counted, too; nothing is said where there is neither.
-    """
+    """Name the experts that no token was sent to, what becomes of them, and what was left out."""
     left_out = [_left_out(chosen.left_out)] if chosen.left_out else []
     if not chosen.unrouted:
         return left_out
