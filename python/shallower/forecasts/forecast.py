@@ -223,11 +223,7 @@ def forecast_source(
     num_tokens: int | None = None,
     processes: int = 1,
 ) -> MemoryPlan:
-    """Plan a stage's memory for a model by its place, as :func:`memory_forecast`.
-
-    ``auto`` is this machine's or the given card's dtype. ModelError for an unreadable config or a
-    bad ``device_memory``.
-    """
+    """Plan a stage's memory for a model by its place; ``auto`` is the dtype of the card."""
     dtype = source.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device_memory is not None else source.resolved().dtype

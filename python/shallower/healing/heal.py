@@ -229,10 +229,7 @@ class _Healer:
         self._progress = job.progress if is_main_process() else False
 
     def heal(self, out: Path, overwrite: bool) -> Healing:
-        """Heal into a folder: of several processes all train, and the main one writes.
-
-        The record is given as it is written; in the other processes as it was before that.
-        """
+        """Heal into a folder: all processes train, and the main one writes and has the record."""
         job = self._job
         cut = LoadedOnce(job.model, trust_remote_code=job.trust_remote_code, progress=job.progress)
         with ExitStack() as stack:

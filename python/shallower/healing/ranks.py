@@ -25,8 +25,7 @@ from ..processes import is_main_process, local_rank, num_processes
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
-"""How long processes wait for one another, as while the main one measures or writes. One that ends
-is not waited for: torchrun then ends all others."""
+"""How long processes wait for a main one that measures or writes; torchrun ends them with it."""
 
 SECONDS_TO_BE_ENDED = 10.0
 
@@ -42,7 +41,7 @@ def together() -> Iterator[None]:
     """Join the processes that train for the body, and part again; of one process, do nothing.
 
     All of them must leave the body by the same way. What is written afterwards, one writes alone,
-    and the others need not wait for it. ProcessesError if another process ended.
+    and the others need not wait for it.
     """
     if num_processes() == 1 or distributed.is_initialized():
         yield
@@ -101,10 +100,7 @@ def agree(decide: Callable[[], T]) -> T:
 
 
 def own_device_map() -> dict[str, int] | None:
-    """Give this process the GPU of its number on its machine, as a device map.
-
-    None (CPU) without CUDA. ProcessesError for more processes than GPUs.
-    """
+    """The GPU of this process by its number on its machine, as a device map; None without CUDA."""
     if not torch.cuda.is_available():
         return None
     index = local_rank() if num_processes() > 1 else 0

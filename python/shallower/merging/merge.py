@@ -87,11 +87,7 @@ def merge(
 
 
 def write_merged(folder: Path, merging: Merging) -> Healing:
-    """Fill a folder with a merged checkpoint; returns the record with its comparison, unwritten.
-
-    Raises ModelError if the adapters are another model's, or the result differs, and OutputError or
-    OSError if a file cannot be written.
-    """
+    """Fill a folder with a merged checkpoint; give the record with its comparison, unwritten."""
     base = merging.base
     healing = replace(merging.healing, merge=merging.into(folder))
     copy_beside(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))

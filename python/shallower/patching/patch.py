@@ -143,10 +143,7 @@ def _solved(
     checkpoint: str | Path | None = None,
     **options: Any,
 ) -> Iterator[tuple[Patch, Changes]]:
-    """Solve the matrices of a model that keeps all of its layers.
-
-    Yields the patch and the weights that changed: unless the body commits, the old ones return.
-    """
+    """Solve a model's matrices, and yield the patch and its changes; they stay if committed."""
     settings = PatchSettings.of(settings, options)
     tokens, share = settings.tokens, settings.share
     plan = _plan_of(model, layers)
@@ -202,9 +199,9 @@ def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
 
 
 def patch_tokens(parameters: int, *, on_cpu: bool) -> int:
-    """Say how many tokens the patch of a run fits: ``PATCH_TOKENS``.
+    """The tokens that the patch of a run fits: ``PATCH_TOKENS``, or fewer on a CPU.
 
-    On a CPU there are fewer for more than some 150 million parameters, but at least a sixth.
+    There it is less for more than some 150 million parameters, but at least a sixth.
     """
     if not on_cpu:
         return PATCH_TOKENS

@@ -47,16 +47,10 @@ HELD = 4
 
 @dataclass(frozen=True, slots=True)
 class QuickFits:
-    """What a quick patch has changed.
+    """What a quick patch has changed."""
 
-    Attributes:
-        layers: the layers whose last matrix was solved, ascending.
-        ridges: the penalty of each, as a share of its inputs' mean square on the texts that it
-            was chosen on.
-    """
-
-    layers: tuple[int, ...]
-    ridges: tuple[float, ...]
+    layers: tuple[int, ...]  # whose last matrix was solved, ascending
+    ridges: tuple[float, ...]  # of each, as a share of its inputs' mean square
 
 
 @dataclass(slots=True)
@@ -73,7 +67,7 @@ class QuickPatch:
 
     The whole model runs once, at the first patch. Its states, ``(L+1)·tokens·D`` values in its
     dtype, lie in ``room`` bytes of memory, by default what the budget has left, or in a temporary
-    file. TextsError for fewer than two texts.
+    file.
     """
 
     def __init__(
@@ -133,17 +127,7 @@ class QuickPatch:
 
     @contextmanager
     def patched(self, plan: Plan) -> Iterator[QuickFits]:
-        """Patch the model inside the ``with`` statement; it keeps all of its layers.
-
-        The body leaves out the layers that the plan drops. Afterwards every weight is what it
-        was, bit for bit.
-
-        Raises:
-            PatchError: there is no layer before a block; the one that is there does not write by
-                a plain linear map; states are not finite; or there is not enough memory.
-            PlanError: the plan is for another number of layers.
-            ModelError: the layers cannot be run one by one.
-        """
+        """Patch the model, bit for bit as before after the body, which leaves out the layers."""
         changes = Changes()
         try:
             try:
@@ -167,8 +151,8 @@ class QuickPatch:
         """Run a patched cut on batches layer by layer, as a job of :meth:`Layerwise.in_step`.
 
         ``starts`` gives the states of the batches before the first layer that changes. Returns
-        those behind the last layer. A weight is what it was before the next layer is asked for, so
-        that other cuts may use the same ones. Raises as :meth:`patched`.
+        those behind the last layer. A weight is what it was before the next layer is requested, so
+        that other cuts may use the same ones.
         """
         first, _ = _solved(plan)
         changes, states = Changes(), list[torch.Tensor]()

@@ -31,10 +31,9 @@ _SWITCHES = (
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Keep other packages' bars and notes off standard error in the body.
+    """Keep other packages' bars and notes off standard error in the body, in all threads.
 
-    Those of all threads are off, bars by the packages' own switches: of packages imported before.
-    What the hub's client waits for is said in a line, and TimeoutError raised if it is too long.
+    The hub client's pauses are reported in a line, and TimeoutError raised if one is too long.
     """
     with warnings.catch_warnings(), _THEIRS:
         warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")

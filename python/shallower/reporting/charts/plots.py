@@ -271,10 +271,7 @@ def front_chart(
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Find the points that no other beats in one figure without losing in the other.
-
-    Less is better in both. The names come by the first figure; of points that are the same, all.
-    """
+    """Find points that no other beats in one figure without losing in the other, by the first."""
     front = [
         name
         for name, (cost, regret) in points.items()
