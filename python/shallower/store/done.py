@@ -46,7 +46,7 @@ class Output:
 
     def find(self) -> Entry | None:
         """Look for what this command printed, as what it left is here; None to carry it out."""
-        entry = self.store.find("output", self._place)
+        entry = self.store.find("files", self._place)
         if entry is None or not self._is_intact(entry.value) or self._job is None:
             return None
         if entry.value.get("job") != self._job:
@@ -61,7 +61,7 @@ class Output:
             except OSError:  # somebody has taken it away already
                 return value
             found = {"job": self._job, "marks": marks, "value": value}
-            self.store.put("output", self._place, found)
+            self.store.put("files", self._place, found)
         return value
 
     @cached_property

@@ -30,7 +30,7 @@ from ..values.hashing import hash_of
 from ..values.layers import check_sizes
 from ..values.settings import CRITERIA, EXPERT_CRITERIA, CompareSettings
 from .items import Items, items_fingerprint, judged_items
-from .study import SINGLE_LAYERS, WHOLE, Part, Study, Unit
+from .study import SINGLE_LAYERS, WHOLE, Part, Study
 from .tasks import StudyTasks
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class CompareStudy(Study[CompareSettings]):
     @cached_property
     def tasks(self) -> StudyTasks:
         """The tasks that every cut is measured on."""
-        return StudyTasks(self.settings)
+        return StudyTasks(self.settings, self.store)
 
     @property
     def by_experts(self) -> bool:
@@ -208,10 +208,10 @@ class CompareStudy(Study[CompareSettings]):
         return super().prompts
 
     def more_inputs(self) -> dict[str, Any]:
-        """The items of the tasks, the prompts, and the texts that are trained on."""
+        """The tasks, the prompts, and the texts that are trained on."""
         healed = "healed" in self.settings.states
         return {
-            "tasks": self.tasks.identity,
+            "tasks": self.tasks.key,
             "prompts": prompts_fingerprint(self.prompts),
             "trained_on": self.trained_on() if healed else None,
         }
@@ -291,8 +291,8 @@ class CompareStudy(Study[CompareSettings]):
             see=None if self.by_experts else "criterion",
         )
 
-    def units(self) -> list[Unit]:
-        """List the choices of every criterion, by model and texts."""
+    def units(self) -> list[str]:
+        """Name the choices of every criterion, by model and texts."""
         return [
             self.unit(one.name, n, state, model=str(model), texts=texts)
             for model in self.models
@@ -342,9 +342,6 @@ class CompareStudy(Study[CompareSettings]):
         whole = is_named or [*criteria] == names
         is_known = len(self.models) > 1 or super().is_stock()
         return is_known and whole and all(map(is_built_in, self.criteria))
-
-    def _chooses_by(self) -> dict[str, Any]:
-        return {**super()._chooses_by(), "fit": "all", "unit": self.settings.unit}
 
     @cached_property
     def entry(self) -> Entry | None:

@@ -21,7 +21,7 @@ from ..errors import (
     one_sentence,
     others_go_on,
 )
-from ..evaluation.kept import ResultStore
+from ..evaluation.kept import ResultStore, recalled
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.criteria import RecommendedPlan
 from ..judgement.criteria.experts import EverySet
@@ -30,7 +30,7 @@ from ..judgement.criterion import Criterion, has_costs
 from ..judgement.judges.judge import Judge
 from ..judgement.stored_costs import Took, stored_choice, stored_costs
 from ..judgement.subject import Subject
-from ..judgement.trials import Trials, judge_inputs, kept_trials, recalled
+from ..judgement.trials import Trials, judge_inputs, kept_trials
 from ..memory.budget import limit
 from ..models.decoder import Decoder
 from ..models.experts import find_experts
@@ -145,7 +145,8 @@ def open_measuring(
     store: ResultStore,
 ) -> Measuring:
     """Load a model of a study to measure its cuts; what it is trained by is refused before."""
-    _ = study.splits, tasks.identity  # what is wrong there is said before the loading
+    _ = study.splits  # what is wrong there, and with the tasks, is said before the loading
+    tasks.check()
     loaded, tokenizer = study.load(model)
     recipe = _recipe(study, loaded, tokenizer)
     return Measuring(study, loaded, tokenizer, store=store, tasks=tasks, recipe=recipe)
@@ -246,13 +247,8 @@ class _Choosing:
 
     def say_goes_on(self) -> None:
         """Say what is known of a comparison that was cut short."""
-        sizes, on = self.study.settings.n, {"model": self.model, "texts": self.texts}
-        names = [criterion.name for criterion in self.criteria]
-        units = [self.study.unit(name, n, "cut", **on) for name in names for n in sizes]
-        known, judged = sum(unit.known for unit in units), self.subject.trials.num_recalled
-        if known or judged:
-            where = f"{known} of {len(units)} choices and {judged:,} trials of cuts are cached"
-            say_goes_on(where, self.study.progress)
+        if judged := self.subject.trials.num_recalled:
+            say_goes_on(f"{judged:,} trials of cuts are cached", self.study.progress)
 
     def _sizes(self, criterion: Criterion) -> Sequence[int]:
         """The sizes that a criterion chooses; by default not those with many sets to try."""
@@ -325,7 +321,6 @@ class _Choosing:
             plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
             layer_forwards = own.layer_forwards or work.layer_forwards  # costs serve all sizes
             took = Took(layer_forwards, own.seconds + work.seconds)
-        self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
         return plan, took
 
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from uuid import uuid4
 
 from ..errors import ProcessesError, SettingsError
+from ..evaluation.kept import recalled
 from ..evaluation.task_files import check_names, files_in, files_of
 from ..models.source import ModelSource
 from ..storage import absolute
@@ -17,6 +18,7 @@ from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
 from ..texts.sources import Texts, read_whole
 from ..values.hashing import hash_of
+from ..values.identity import ModelIdentity
 from ..values.loss import Loss
 from ..values.options import parse_names
 from ..values.perplexity import Perplexity
@@ -113,6 +115,11 @@ class Measure(ABC, Generic[T]):
         place = absolute(getattr(self.asked, self.option))
         return {self.option: place} | {name: getattr(self.asked, name) for name in self.shared}
 
+    def key(self, store: Store) -> dict[str, Any] | None:
+        """Give what its results in the store are found by, beside the model and the cut."""
+        inputs = self.inputs(store)
+        return None if inputs is None else {"measure": self.kind, **inputs}
+
     def prepare(self) -> None:
         """Find out what is wrong with it before a model is loaded."""
 
@@ -127,12 +134,36 @@ class Measure(ABC, Generic[T]):
 
     @abstractmethod
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> Any:
         """Measure a model without what a plan drops; the whole one has none.
 
         ``store`` has results of the whole one.
         """
+
+    def kept(
+        self,
+        loaded: "Loaded",
+        store: "ResultStore | None",
+        key: Mapping[str, Any] | None,
+        *,
+        tokens: Tokens,
+        plan: Plan | None,
+    ) -> T:
+        """Measure a model, unless ``store`` has what was measured under the same key and plan."""
+        if store is None or key is None:
+            found: T = self.measure(loaded, tokens=tokens, plan=plan, store=store)
+            return found
+        inputs = {**key, **key_of(plan)}
+        if (known := store.get("measurement", inputs)) is not None:
+            return recalled(self.read, known, "a measurement")
+        found = self.measure(loaded, tokens=tokens, plan=plan, store=store)
+        store.put("measurement", inputs, self.entry(found, loaded[0].identity))
+        return found
+
+    def entry(self, value: T, model: ModelIdentity) -> dict[str, Any]:
+        """Give a result of a model, or of a cut of it, as the store has it."""
+        return {**self.record(value), "model": asdict(model)}
 
     def complete(self, value: Any, decoder: "Decoder") -> T:
         """Complete what was measured, when the whole model is there."""
@@ -196,7 +227,7 @@ class LossOfTexts(Measure[Loss]):
         yield from (one.ids for one in tokenise(tokenizer, self.texts, self.tokens.max_length))
 
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> Loss:
         """Measure the batches that were not measured before, by any command."""
         from ..evaluation.loss import measure_loss
@@ -255,7 +286,7 @@ class PerplexityOfText(Measure[Perplexity]):
         yield from (ids for _, ids in windows)
 
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> Perplexity:
         """Measure the batches of windows that were not measured before."""
         from ..evaluation.loss import fitting_tokens, scores_of
@@ -299,12 +330,16 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         return Tokens(PROMPT_TOKENS, self.settings.batch_size)
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Identify task files and their data by content; None for tasks from elsewhere."""
+        """Identify tasks by the content of their files and data, or by their items where they are
+        from elsewhere.
+        """
         given, drawn = self.settings, ("max_items", "num_shots", "pass_at", "seed")
+        if store.folder is None:
+            return None
         files = files_of(self.names, tasks_dir=given.tasks_dir, data=given.data)
+        if files is None:
+            return {"items": self.identity, "batch_size": given.batch_size}
         try:
-            if store.folder is None or files is None:
-                return None
             return {
                 "tasks": list(self.names),
                 "files": hash_of_files(files, store),
@@ -341,19 +376,11 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         self.chosen  # noqa: B018 - it is kept
 
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> tuple[TaskScores, ...]:
-        """Score the model, unless any command has."""
-        from ..judgement.trials import recalled
-
-        size = tokens.batch_size
-        inputs = {**key_of(plan), "tasks": self.identity, "batch_size": size}
-        if (known := store.get("scores", inputs)) is not None:
-            return recalled(self.read, known, "scores")
+        """Score the model."""
         bar: Any = {"progress": self.progress, "description": _bar("tasks", plan)}
-        found = self.chosen.evaluate(*loaded, batch_size=size, **bar)
-        store.put("scores", inputs, self.record(found))
-        return found
+        return self.chosen.evaluate(*loaded, batch_size=tokens.batch_size, **bar)
 
     def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
         """Read scores."""
@@ -430,7 +457,7 @@ class SpeechOnPrompts(Measure[Speech]):
         self._reference = Reference.of(speaking, decoder, KeptAnswers(store).write)
 
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> Any:
         """Compare a model with the whole one, and let it speak."""
         whole = loaded[0] if self.whole is None and plan is None else None

@@ -14,14 +14,14 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.batches import batches_of_texts
-from ..evaluation.kept import ResultStore, UnsavedResults
+from ..evaluation.kept import ResultStore, UnsavedResults, recalled
 from ..evaluation.loss import fitting_tokens
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge
 from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.subject import parameters_share
 from ..judgement.token_states import evenly
-from ..judgement.trials import AnyCut, Trials, recalled
+from ..judgement.trials import AnyCut, Trials
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -280,7 +280,7 @@ class Measuring:
             **(made if state == "patched" else {}),
             "fitted": on.fitted,
             "items": self._study.reported,
-            "tasks": self._tasks.identity,
+            "tasks": self._tasks.key,
             "seed": settings.seed,
             "prompts": prompts_fingerprint(self._study.prompts),
         }
@@ -292,11 +292,13 @@ class Measuring:
         if state == "cut" or plan is None:
             loss = self.loss_of_cut(plan)
             with without_layers(self.model, plan) if plan else nullcontext():
-                tasks = self._tasks.scores((self.model, self.tokenizer), plan, store=self._store)
+                tasks = self._tasks.scores((self.decoder, self.tokenizer), plan, store=self._store)
             return Measured(loss, tasks, speech=self._speech_of_cut(plan))
         with ExitStack() as stack:
             model, tokenizer = stack.enter_context(self._in_state(plan, state, on))
-            found = Measured(self.loss_now(model), self._tasks.scores((model, tokenizer)))
+            found = Measured(
+                self.loss_now(model), self._tasks.scores((Decoder.of(model), tokenizer))
+            )
             said = None if self.speech is None else self.speech.hear(model, state)
         if self.speech is None or said is None:
             return found

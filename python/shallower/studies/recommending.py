@@ -219,7 +219,6 @@ class Recommending:
         with stage(f"race cuts of {choice.n}", "race cuts"):
             verified, measuring = self._plans.verify(choice.n), self._measuring
         plan = verified.plan
-        self._study.keep_choice("recommended", choice.n, plan)
         self._write_plan(plan)
         with stage("measure the cut"):
             cut, worse = measuring.loss_of_cut(plan), None

@@ -1,10 +1,9 @@
 """The tasks of a study: loaded once, known by their items, and the main measure of each."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..store.given_models import ModelStore
 from ..store.store import Store
 from ..values.plan import Plan
 from ..values.provenance import LM_EVAL, versions
@@ -14,8 +13,7 @@ from .measures import ScoresOnTasks
 
 if TYPE_CHECKING:
     from ..evaluation.kept import ResultStore
-
-_NOWHERE = ModelStore(Store(None), None, [])
+    from .measures import Loaded
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,7 @@ class StudyTasks:
     """The tasks that the cuts of a study are measured on, loaded when they are first needed."""
 
     settings: CompareSettings
+    store: Store = field(default_factory=lambda: Store(None))
 
     @cached_property
     def measure(self) -> ScoresOnTasks:
@@ -34,19 +33,27 @@ class StudyTasks:
         """Of the packages that make losses and, where there are tasks, scores."""
         return versions(LM_EVAL) if self.settings.tasks else versions()
 
-    @property
-    def identity(self) -> str | None:
+    @cached_property
+    def key(self) -> dict[str, Any] | None:
         """What the scores depend on beside the model; None where there are no tasks."""
-        return self.measure.identity if self.settings.tasks else None
+        return self.measure.key(self.store) if self.settings.tasks else None
+
+    def check(self) -> None:
+        """Load the tasks, and find out what is wrong with them."""
+        if self.settings.tasks:
+            self.measure.prepare()
 
     def scores(
-        self, loaded: Any, plan: Plan | None = None, *, store: "ResultStore" = _NOWHERE
+        self, loaded: "Loaded", plan: Plan | None = None, *, store: "ResultStore | None" = None
     ) -> tuple[TaskScores, ...]:
-        """Score a model and its tokenizer, or find a bare cut's scores; sampled answers behind."""
+        """Score a model and its tokenizer; sampled answers behind.
+
+        Of the whole model and a bare cut ``store`` has the scores that any command measured.
+        """
         main: dict[str, TaskScores] = {}
         if self.settings.tasks:
-            of: Any = {"tokens": self.measure.tokens, "plan": plan, "store": store}
-            for one in self.measure.measure(loaded, **of):
+            of: Any = {"tokens": self.measure.tokens, "plan": plan}
+            for one in self.measure.kept(loaded, store, self.key, **of):
                 main.setdefault(one.task, one)
                 if one.metric == f"pass@{self.settings.pass_at}":
                     name = f"{one.task} sampled"
