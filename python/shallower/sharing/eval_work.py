@@ -15,7 +15,7 @@ from ..store.inputs import machine
 from ..store.store import Store, open_store
 from ..studies.evaluate import EvalJob, Result, Results, measures_of
 from ..values.files import EVAL_FILE
-from ..values.plan import Plan, key_of
+from ..values.plan import Plan
 from ..values.provenance import forward_versions
 from ..values.shard import Shard
 from ..values.stage_settings import EvalSettings
@@ -197,6 +197,5 @@ def _keep(found: Evaluation, job: EvalJob) -> bool:
     kept = replace(kept, model={**(kept.model or {}), "machine": found.machine})
     for measure in job.measures:
         for side, value in found.values[measure.kind].items():
-            inputs = {**(keys[measure.kind] or {}), **key_of(job.sides[side])}
-            kept.put("measurement", inputs, measure.entry(value, found.of.model))
+            measure.keep(kept, keys[measure.kind], job.sides[side], value, found.of.model)
     return True

@@ -27,7 +27,8 @@ from ..values.plan import Plan, key_of
 from ..values.schema import read
 from ..values.stage_settings import EvalSettings
 from ..values.tokens import Tokens
-from .measures import LossOfTexts, Measure, PerplexityOfText, ScoresOnTasks, SpeechOnPrompts
+from .measures import LossOfTexts, Measure, PerplexityOfText, ScoresOnTasks
+from .speaking import SpeechOnPrompts
 
 if TYPE_CHECKING:
     from ..forecasts.work import Counted
@@ -155,8 +156,7 @@ class EvalJob:
         self, measure: Measure[Any], plan: Plan | None, value: Any, model: ModelIdentity
     ) -> Result:
         """Keep a result that was just measured; ``model`` is the whole one."""
-        if (key := self.keys[measure.kind]) is not None:
-            self.kept.put("measurement", {**key, **key_of(plan)}, measure.entry(value, model))
+        measure.keep(self.kept, self.keys[measure.kind], plan, value, model)
         return Result(value, model)
 
     @cached_property

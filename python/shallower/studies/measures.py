@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +14,8 @@ from ..evaluation.kept import recalled
 from ..evaluation.task_files import check_names, files_in, files_of
 from ..models.source import ModelSource
 from ..storage import absolute
-from ..store.inputs import hash_of_files, model_inputs, texts_content
+from ..store.inputs import hash_of_files, texts_content
 from ..store.store import Store
-from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
 from ..texts.sources import Texts, read_whole
 from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
@@ -25,11 +25,9 @@ from ..values.perplexity import Perplexity
 from ..values.plan import Plan, key_of
 from ..values.schema import plain
 from ..values.settings import CompareSettings
-from ..values.speech import Speech
 from ..values.stage_settings import EvalSettings
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize, Tokens
-from .answers import KeptAnswers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,9 +46,6 @@ T = TypeVar("T")
 
 PROMPT_TOKENS = 2048
 """Tokens of a task's prompt that memory is planned for."""
-
-SPEECH_PROMPT_TOKENS = 448
-"""Tokens of a prompt that a model goes on from, that memory is planned for."""
 
 
 class Measure(ABC, Generic[T]):
@@ -150,20 +145,32 @@ class Measure(ABC, Generic[T]):
         tokens: Tokens,
         plan: Plan | None,
     ) -> T:
-        """Measure a model, unless ``store`` has what was measured under the same key and plan."""
-        if store is None or key is None:
-            found: T = self.measure(loaded, tokens=tokens, plan=plan, store=store)
-            return found
-        inputs = {**key, **key_of(plan)}
-        if (known := store.get("measurement", inputs)) is not None:
-            return recalled(self.read, known, "a measurement")
-        found = self.measure(loaded, tokens=tokens, plan=plan, store=store)
-        store.put("measurement", inputs, self.entry(found, loaded[0].identity))
-        return found
+        """Measure a model without what a plan drops, unless ``store`` has that under ``key``."""
+        from ..cutting.in_model import without_layers
 
-    def entry(self, value: T, model: ModelIdentity) -> dict[str, Any]:
-        """Give a result of a model, or of a cut of it, as the store has it."""
-        return {**self.record(value), "model": asdict(model)}
+        decoder = loaded[0]
+        known = store.get("measurement", {**key, **key_of(plan)}) if store and key else None
+        if known is not None:
+            return recalled(self.read, known, "a measurement")
+        if store is not None:
+            self.meet(loaded, tokens=tokens, store=store)
+        with without_layers(decoder.model, plan) if plan else nullcontext():
+            value = self.measure(loaded, tokens=tokens, plan=plan, store=store)
+        return self.keep(store, key, plan, self.complete(value, decoder), decoder.identity)
+
+    def keep(
+        self,
+        store: "ResultStore | None",
+        key: Mapping[str, Any] | None,
+        plan: Plan | None,
+        value: T,
+        model: ModelIdentity,
+    ) -> T:
+        """Keep a result of a model without what a plan drops; ``model`` is the whole one."""
+        if store is not None and key is not None:
+            entry = {**self.record(value), "model": asdict(model)}
+            store.put("measurement", {**key, **key_of(plan)}, entry)
+        return value
 
     def complete(self, value: Any, decoder: "Decoder") -> T:
         """Complete what was measured, when the whole model is there."""
@@ -233,7 +240,7 @@ class LossOfTexts(Measure[Loss]):
         from ..evaluation.loss import measure_loss
 
         how: Any = {"tokens": tokens, "plan": plan, "store": store}
-        return measure_loss(*loaded, self.texts, description=_bar("loss", plan), **how)
+        return measure_loss(*loaded, self.texts, description=bar_of("loss", plan), **how)
 
     def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
         """Divide the texts."""
@@ -293,7 +300,7 @@ class PerplexityOfText(Measure[Perplexity]):
 
         decoder, tokenizer = loaded
         windows, name = self.batches(tokenizer, fitting_tokens(decoder, tokens)), self.kind
-        how: Any = {"plan": plan, "store": store, "name": _bar(name, plan)}
+        how: Any = {"plan": plan, "store": store, "name": bar_of(name, plan)}
         return windows.perplexity(scores_of(decoder, windows, **how)[0])
 
     def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
@@ -379,7 +386,7 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> tuple[TaskScores, ...]:
         """Score the model."""
-        bar: Any = {"progress": self.progress, "description": _bar("tasks", plan)}
+        bar: Any = {"progress": self.progress, "description": bar_of("tasks", plan)}
         return self.chosen.evaluate(*loaded, batch_size=tokens.batch_size, **bar)
 
     def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
@@ -387,87 +394,6 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         return tuple(TaskScores.from_json(one) for one in record["tasks"])
 
 
-@dataclass
-class SpeechOnPrompts(Measure[Speech]):
-    """How a model speaks beside the whole one.
-
-    Attributes:
-        prompts: what both go on from.
-        num_tokens: tokens of an answer at most.
-        seed: of what is drawn.
-        batch_size: texts in one forward.
-        whole: the whole model where it is another checkpoint; by default what is measured without
-            layers.
-        source: the file that the prompts were read from, if it is one.
-    """
-
-    prompts: Sequence[Prompt]
-    num_tokens: int = 64
-    seed: int = 0
-    batch_size: BatchSize = "auto"
-    whole: ModelSource | None = None
-    source: str | None = None
-    kind = option = "speech"
-    item = "prompt"
-    result = Speech
-    needs_whole = True
-
-    @classmethod
-    def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
-        """Read the prompts, or ours."""
-        place, num_tokens = what or None, settings.speech_tokens
-        prompts, size = read_prompts(place), settings.batch_size
-        return cls(prompts, num_tokens, settings.seed, size, source=place)
-
-    @property
-    def tokens(self) -> Tokens:  # type: ignore[override]
-        """The length of a prompt with its answer that memory is planned for."""
-        return Tokens(SPEECH_PROMPT_TOKENS + self.num_tokens, self.batch_size)
-
-    def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Identify the prompts by their content, and the other checkpoint."""
-        whole = None if self.whole is None else model_inputs(self.whole, store)
-        if self.whole is not None and whole is None:
-            return None
-        return {
-            "prompts": prompts_fingerprint(self.prompts),
-            "num_tokens": self.num_tokens,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "whole": whole,
-        }
-
-    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
-        """Yield the token ids of every prompt."""
-        yield from prompt_ids(tokenizer, self.prompts)
-
-    def work(self, lengths: "NDArray[np.int64]", *, layers: int, whole: int) -> "Work":
-        """Count what both say, and what both run on it."""
-        from ..forecasts.work import spoken
-
-        return spoken(layers, whole, lengths, num_tokens=self.num_tokens)
-
-    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
-        """Let the whole model speak, and keep its states at its words."""
-        from ..evaluation.speech import Reference, Speaking
-
-        decoder, tokenizer = loaded
-        ids = [*self.token_ids(tokenizer)]
-        speaking = Speaking(tokenizer, ids, self.num_tokens, self.seed, tokens.batch_size)
-        self._reference = Reference.of(speaking, decoder, KeptAnswers(store).write)
-
-    def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
-    ) -> Any:
-        """Compare a model with the whole one, and let it speak."""
-        whole = loaded[0] if self.whole is None and plan is None else None
-        return self._reference.compare(loaded[0], whole, name=_bar("model", plan))
-
-    def complete(self, value: Any, decoder: "Decoder") -> Speech:
-        """Let the whole model judge what was said."""
-        return self._reference.judged(value, decoder)
-
-
-def _bar(what: str, plan: Plan | None) -> str:
+def bar_of(what: str, plan: Plan | None) -> str:
     """Name a bar of a measure."""
     return what if plan is None else f"{what} without {plan.words}"

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from ..values.settings import CompareSettings, State
 from ..values.speech import Speech
 from ..values.task_scores import TaskScores
 from .judging import Judges
-from .speaking import StudySpeech
+from .speaking import SpeechOnPrompts, speech_of
 from .study import Study
 from .tasks import StudyTasks
 from .verified_plans import VERIFYING_TEXTS, VerifiedPlans
@@ -105,7 +105,6 @@ class Measuring:
         judges: makes judges of the selection set.
         held_out: cuts as they are and after a quick patch, from states that they share.
         num_rejected: test texts with fewer than two tokens.
-        speaks: whether it is measured how cuts speak.
 
     Raises:
         TextsError: no test text has two tokens; or a prompt cannot be answered.
@@ -145,7 +144,7 @@ class Measuring:
             texts=self.test_set.fingerprint,
             num_rejected=self.num_rejected,
         )
-        self.speaks = StudySpeech.is_possible(study, self.decoder, tokenizer)
+        self._speech = speech_of(study, self.decoder, tokenizer)
         self._measured: dict[tuple[Gone, State, str], Measured] = {}
         self._shares: dict[Gone, float] = {}  # of the seconds of cuts judged together
 
@@ -287,39 +286,40 @@ class Measuring:
 
     def _measure(self, plan: Plan | None, state: State, on: Calibration) -> Measured:
         is_quick = state == "patched" and self._study.settings.patch == "quick"
-        if is_quick and plan and not self._tasks.settings.tasks and self.speech is None:
+        if is_quick and plan and not self._tasks.settings.tasks and self._speech is None:
             return Measured(self.held_out.loss(on.patched.scores(plan)))
         if state == "cut" or plan is None:
-            loss = self.loss_of_cut(plan)
-            with without_layers(self.model, plan) if plan else nullcontext():
-                tasks = self._tasks.scores((self.decoder, self.tokenizer), plan, store=self._store)
-            return Measured(loss, tasks, speech=self._speech_of_cut(plan))
-        with ExitStack() as stack:
-            model, tokenizer = stack.enter_context(self._in_state(plan, state, on))
-            found = Measured(
-                self.loss_now(model), self._tasks.scores((Decoder.of(model), tokenizer))
-            )
-            said = None if self.speech is None else self.speech.hear(model, state)
-        if self.speech is None or said is None:
+            loss, loaded = self.loss_of_cut(plan), (self.decoder, self.tokenizer)
+            tasks = self._tasks.scores(loaded, plan, store=self._store)
+            return Measured(loss, tasks, speech=self.speech_of_cut(plan))
+        speech = self.speech
+        with self._in_state(plan, state, on) as (model, tokenizer):
+            decoder = Decoder.of(model)
+            found = Measured(self.loss_now(model), self._tasks.scores((decoder, tokenizer)))
+            said = None if speech is None else speech.compare(decoder, state)
+        if speech is None or said is None:
             return found
-        return replace(found, speech=self.speech.judged(said, self.model))
+        return replace(found, speech=speech.complete(said, self.decoder))
 
     @cached_property
-    def speech(self) -> StudySpeech | None:
-        """How the whole model speaks; None where no speech is measured."""
-        if not self.speaks:
-            return None
-        return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
+    def speech(self) -> SpeechOnPrompts | None:
+        """Speech beside the whole model, which has answered; None where no speech is measured."""
+        if self._speech is not None:
+            loaded, tokens = (self.decoder, self.tokenizer), self._speech.tokens
+            self._speech.meet(loaded, tokens=tokens, store=self._store)
+        return self._speech
 
-    def _speech_of_cut(self, plan: Plan | None) -> Speech | None:
+    @cached_property
+    def speech_of_whole(self) -> Speech | None:
+        """How the whole model speaks; None where no speech is measured."""
+        return self.speech_of_cut(None)
+
+    def speech_of_cut(self, plan: Plan | None) -> Speech | None:
         """How a bare cut or the whole model speaks; None where no speech is measured."""
-        if self.speech is None:
+        if (speech := self._speech) is None:
             return None
-        if plan is None:
-            return self.speech.whole
-        with without_layers(self.model, plan):
-            said = self.speech.hear(self.model, f"cut without {plan.words}")
-        return self.speech.judged(said, self.model)
+        loaded, key = (self.decoder, self.tokenizer), speech.key(self._study.store)
+        return speech.kept(loaded, self._store, key, tokens=speech.tokens, plan=plan)
 
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""
