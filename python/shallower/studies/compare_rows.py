@@ -56,10 +56,10 @@ from ..values.recipe import Recipe
 from ..values.schema import plain, read
 from ..values.scores import Estimate, Scores, Standing
 from ..values.settings import CompareSettings, State
+from .measures import ScoresOnTasks
 from .measuring import Measured, Measuring
 from .starts import starts_of, wants_scans
 from .study import SINGLE_LAYERS, WHOLE, Part, Study
-from .tasks import StudyTasks
 from .verified_plans import VerifiedPlans
 
 
@@ -88,7 +88,7 @@ def compare_on(
     model: ModelSource | InMemory,
     *,
     criteria: Sequence[Criterion],
-    tasks: StudyTasks,
+    tasks: ScoresOnTasks | None,
     store: ResultStore,
     write: Callable[[Outcome], None],
 ) -> Outcome:
@@ -141,12 +141,13 @@ def open_measuring(
     study: Study[CompareSettings],
     model: ModelSource | InMemory,
     *,
-    tasks: StudyTasks,
+    tasks: ScoresOnTasks | None,
     store: ResultStore,
 ) -> Measuring:
     """Load a model of a study to measure its cuts; what it is trained by is refused before."""
     _ = study.splits  # what is wrong there, and with the tasks, is said before the loading
-    tasks.check()
+    if tasks is not None:
+        tasks.prepare()
     loaded, tokenizer = study.load(model)
     recipe = _recipe(study, loaded, tokenizer)
     return Measuring(study, loaded, tokenizer, store=store, tasks=tasks, recipe=recipe)
@@ -430,7 +431,10 @@ class PartsMaker:
     """Measures parts of a comparison into the store; the model of the last one stays loaded."""
 
     def __init__(
-        self, study: Study[CompareSettings], criteria: Sequence[Criterion], tasks: StudyTasks
+        self,
+        study: Study[CompareSettings],
+        criteria: Sequence[Criterion],
+        tasks: ScoresOnTasks | None,
     ) -> None:
         self._study, self._tasks = study, tasks
         self._criteria = {criterion.name: criterion for criterion in criteria}

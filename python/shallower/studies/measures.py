@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -388,6 +388,16 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         """Score the model."""
         bar: Any = {"progress": self.progress, "description": bar_of("tasks", plan)}
         return self.chosen.evaluate(*loaded, batch_size=tokens.batch_size, **bar)
+
+    def main(self, scores: Sequence[TaskScores]) -> tuple[TaskScores, ...]:
+        """Select the main score of each task; those of sampled answers come behind."""
+        found: dict[str, TaskScores] = {}
+        for one in scores:
+            found.setdefault(one.task, one)
+            if one.metric == f"pass@{self.settings.pass_at}":
+                name = f"{one.task} sampled"
+                found[name] = replace(one, task=name)
+        return tuple(found.values())
 
     def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
         """Read scores."""

@@ -41,13 +41,13 @@ from ..values.plan import Gone, Plan, gone_by, key_of
 from ..values.recipe import Recipe
 from ..values.schema import plain_fields, read
 from ..values.scores import Scores
-from ..values.settings import CompareSettings, State
+from ..values.settings import State
 from ..values.speech import Speech
 from ..values.task_scores import TaskScores
 from .judging import Judges
+from .measures import ScoresOnTasks
 from .speaking import SpeechOnPrompts, speech_of
 from .study import Study
-from .tasks import StudyTasks
 from .verified_plans import VERIFYING_TEXTS, VerifiedPlans
 
 HEALING_FOLDER = ".healing"
@@ -118,12 +118,13 @@ class Measuring:
         tokenizer: PreTrainedTokenizerBase,
         *,
         store: ResultStore,
-        tasks: StudyTasks | None = None,
+        tasks: ScoresOnTasks | None = None,
         recipe: Recipe | None = None,
     ) -> None:
         self._study, self._store, self._recipe = study, store, recipe
         self.model, self.tokenizer = model, tokenizer
-        self._tasks = tasks or StudyTasks(CompareSettings())
+        self._tasks = tasks
+        self._tasks_key = None if tasks is None else tasks.key(study.store)
         self.decoder = Decoder.of(model)
         self.decoder.identity  # noqa: B018 - as the model is before anything is cut
         self.tokens = fitting_tokens(self.decoder, study.settings.tokens)
@@ -279,27 +280,41 @@ class Measuring:
             **(made if state == "patched" else {}),
             "fitted": on.fitted,
             "items": self._study.reported,
-            "tasks": self._tasks.key,
+            "tasks": self._tasks_key,
             "seed": settings.seed,
             "prompts": prompts_fingerprint(self._study.prompts),
         }
 
     def _measure(self, plan: Plan | None, state: State, on: Calibration) -> Measured:
         is_quick = state == "patched" and self._study.settings.patch == "quick"
-        if is_quick and plan and not self._tasks.settings.tasks and self._speech is None:
+        if is_quick and plan and self._tasks is None and self._speech is None:
             return Measured(self.held_out.loss(on.patched.scores(plan)))
         if state == "cut" or plan is None:
-            loss, loaded = self.loss_of_cut(plan), (self.decoder, self.tokenizer)
-            tasks = self._tasks.scores(loaded, plan, store=self._store)
+            loss = self.loss_of_cut(plan)
+            tasks = self._scores(self.decoder, self.tokenizer, store=self._store, plan=plan)
             return Measured(loss, tasks, speech=self.speech_of_cut(plan))
         speech = self.speech
         with self._in_state(plan, state, on) as (model, tokenizer):
             decoder = Decoder.of(model)
-            found = Measured(self.loss_now(model), self._tasks.scores((decoder, tokenizer)))
+            found = Measured(self.loss_now(model), self._scores(decoder, tokenizer))
             said = None if speech is None else speech.compare(decoder, state)
         if speech is None or said is None:
             return found
         return replace(found, speech=speech.complete(said, self.decoder))
+
+    def _scores(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        store: ResultStore | None = None,
+        plan: Plan | None = None,
+    ) -> tuple[TaskScores, ...]:
+        """The main scores on the tasks, if there are any; ``store`` has those of bare cuts."""
+        if (tasks := self._tasks) is None:
+            return ()
+        how: Any = {"tokens": tasks.tokens, "plan": plan}
+        return tasks.main(tasks.kept((decoder, tokenizer), store, self._tasks_key, **how))
 
     @cached_property
     def speech(self) -> SpeechOnPrompts | None:
