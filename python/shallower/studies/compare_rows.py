@@ -67,13 +67,8 @@ from .verified_plans import VerifiedPlans
 class Outcome:
     """What a comparison found on one model.
 
-    Attributes:
-        model: the whole model.
-        rows: every choice.
-        skipped: by criterion, and calibration text where there are several, why it could not
-            choose.
-        splits: the number of calibration, selection and test texts: those of two tokens at least.
-        is_complete: whether nothing was skipped or left out.
+    ``skipped`` says by criterion why it could not choose; ``splits`` counts the calibration,
+    selection and test texts of two tokens at least; ``is_complete`` says that nothing was left out.
     """
 
     model: ComparedModel

@@ -78,21 +78,10 @@ Results = Mapping[str, Mapping[str, Result]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalJob:
-    """The measures of a model before and after a cut.
+    """The measures of a model before and after a cut; of experts, the blocks may be none.
 
-    Attributes:
-        source: the model.
-        measures: what it is measured by, of different kinds; at least one.
-        layers: the plan or the blocks that are cut; None for none.
-        experts: which experts go of the layers that stay; the blocks may be none then.
-        device_memory: the memory that may be used, as ``16GB``; what is free by default.
-        store: where results are looked for and kept.
-        out: the folder for ``eval.json``, if there is to be one.
-        overwrite: replace what is there.
-        readings: what was read of each model whose layers are streamed from disk.
-
-    Raises:
-        OutputError: ``out`` holds what is read, or another process writes there.
+    ``readings`` is what was read of streamed layers, by model. OutputError: ``out`` holds
+    what is read, or another process writes there.
     """
 
     source: ModelSource
@@ -372,12 +361,7 @@ class EvalJob:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPair:
-    """Two checkpoints of one tokenizer by the same measures, loaded one after the other.
-
-    Attributes:
-        model: that which is compared.
-        against: that which it is compared with, which is loaded first.
-    """
+    """Two checkpoints of one tokenizer by the same measures; ``against`` is loaded first."""
 
     model: EvalJob
     against: EvalJob

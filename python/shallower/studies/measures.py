@@ -51,19 +51,10 @@ PROMPT_TOKENS = 2048
 class Measure(ABC, Generic[T]):
     """A measure of a model, whose results are kept.
 
-    Attributes:
-        kind: its name, also that of the entries in the store.
-        option: the field of :class:`EvalSettings` that asks for it.
-        item: what results are paired by.
-        result: the class of its results.
-        shared: the settings that its shards depend on beside that option; where its items do not
-            fall into shards, None.
-        apart: the way out then.
-        asked: the settings that asked for it, if any did.
-        tokens: how texts become batches.
-        source: the file that is read, if it is one and known.
-        needs_whole: whether what was measured is completed by the whole model.
-        whole: that one, where it is another checkpoint than what is measured.
+    ``option`` is the field of :class:`EvalSettings` that asks for it, ``item`` what results are paired
+    by. ``shared`` are the settings of its shards beside that option; where its items do not fall into
+    shards it is None, and ``apart`` the way out. ``whole`` is the whole model where that is another
+    checkpoint than what is measured.
     """
 
     kind: str
@@ -201,13 +192,7 @@ class Measure(ABC, Generic[T]):
 
 @dataclass
 class LossOfTexts(Measure[Loss]):
-    """The next-token loss on texts.
-
-    Attributes:
-        texts: held-out texts, which can be read again.
-        tokens: how they become batches.
-        source: the file or dataset that they are read from.
-    """
+    """The next-token loss on held-out texts, which can be read again."""
 
     texts: Texts | list[str]
     tokens: Tokens = field(default_factory=Tokens)
@@ -251,15 +236,7 @@ class LossOfTexts(Measure[Loss]):
 
 @dataclass
 class PerplexityOfText(Measure[Perplexity]):
-    """The perplexity of one text, in windows.
-
-    Attributes:
-        text: the text.
-        context: tokens of a window.
-        bos: whether every window begins with the beginning-of-text token.
-        batch_size: windows in one forward.
-        source: the file that it was read from.
-    """
+    """The perplexity of one text, in windows of ``context`` tokens."""
 
     text: str
     context: int = 2048
@@ -312,13 +289,7 @@ class PerplexityOfText(Measure[Perplexity]):
 
 @dataclass
 class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
-    """The scores on tasks of lm-eval.
-
-    Attributes:
-        names: of the tasks.
-        settings: where they lie, and what is drawn of them.
-        progress: a bar; by default if standard error is a terminal.
-    """
+    """The scores on tasks of lm-eval."""
 
     names: Sequence[str]
     settings: EvalSettings | CompareSettings

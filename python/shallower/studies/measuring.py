@@ -74,14 +74,7 @@ class Measured:
 class Calibration:
     """Calibration texts of one name, and the quick patch that is solved on some of them.
 
-    Attributes:
-        name: of the texts in the study.
-        split: the texts, tokenised.
-        fitted: a hash of them, and of the selection texts.
-        batches: all of them that have two tokens.
-        identity: of these texts.
-        patch: the quick patch.
-        patched: cuts after it, judged on the test texts.
+    ``fitted`` is a hash of them and of the selection texts; ``batches`` are those of two tokens.
     """
 
     name: str
@@ -94,21 +87,10 @@ class Calibration:
 
 
 class Measuring:
-    """The measurements of one model of a study that is loaded.
+    """The measurements of one loaded model of a study; afterwards the model is as before.
 
-    Attributes:
-        decoder: the whole model, which is as before afterwards.
-        tokens: length of texts, and how many make one forward.
-        texts: the texts of the study, tokenised once, by their name.
-        test_set: the test texts as batches.
-        judge: the loss on them.
-        judges: makes judges of the selection set.
-        held_out: cuts as they are and after a quick patch, from states that they share.
-        num_rejected: test texts with fewer than two tokens.
-
-    Raises:
-        TextsError: no test text has two tokens; or a prompt cannot be answered.
-        ModelError: the layers of the model cannot be run one by one; or it cannot speak, and is to.
+    TextsError: no test text has two tokens, or a prompt cannot be answered. ModelError: the layers
+    cannot be run one by one; or the model cannot speak, and is to.
     """
 
     def __init__(

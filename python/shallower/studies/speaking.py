@@ -42,16 +42,8 @@ NUM_SAMPLES = 4
 class SpeechOnPrompts(Measure[Speech]):
     """How a model speaks beside the whole one; no model is held.
 
-    Attributes:
-        prompts: what both go on from.
-        num_tokens: tokens of an answer at most.
-        seed: of what is drawn.
-        batch_size: texts in one forward.
-        whole: the whole model where it is another checkpoint; by default what is measured without
-            layers.
-        source: the file that the prompts were read from, if it is one.
-        progress: bars; by default if standard error is a terminal.
-        reference: the words of the whole model, and its states at them, when they are known.
+    ``whole`` is the whole model where that is another checkpoint; ``reference`` are its words, and
+    its states at them.
     """
 
     prompts: Sequence[Prompt]

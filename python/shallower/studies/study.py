@@ -55,11 +55,7 @@ WHOLE, SINGLE_LAYERS = "whole model", "true losses without single layers"
 class Part(Generic[Settings]):
     """Measurements of a study that one worker makes, and keeps in a store.
 
-    Attributes:
-        what: what is measured, in words.
-        model: the name of the model.
-        texts: the name of the calibration texts.
-        settings: those of the study, without what other parts measure.
+    Its settings are those of the study without what other parts measure.
     """
 
     what: str
@@ -75,22 +71,10 @@ class Part(Generic[Settings]):
 class Study(Generic[Settings]):
     """Settings, models and texts, checked when the value is made.
 
-    Attributes:
-        models: the models, or their sources.
-        texts: calibration texts, read once; or several such by name.
-        eval_texts: test texts; None to take every fourth of ``texts``.
-        settings: of the study.
-        out: the folder to write to; None to write nothing.
-        overwrite: replace what is in ``out``.
-        store: of cached results.
-        command: the words of the command line, without places; empty for a call from Python.
-        progress: bars with ETA on standard error; by default if that is a terminal.
-        identities: of the models, in the store of the process that this one measures for.
-        readings: what was read of each model whose layers are streamed from disk.
-
-    Raises:
-        TextsError: texts that are not text.
-        OutputError: ``out`` is, holds or lies in what is read.
+    Without ``eval_texts`` every fourth of ``texts`` is of the test set. ``command`` has the words of
+    the command line, without places; ``identities`` are of the models in the store of the process that
+    this one measures for; ``readings`` is what was read of each model whose layers are streamed.
+    TextsError: texts that are not text. OutputError: ``out`` is, holds or lies in what is read.
     """
 
     KIND: ClassVar[str]
