@@ -29,13 +29,9 @@ SMALL_BYTES = 16 << 20
 class Output:
     """The output of a command, and what the store knows of it.
 
-    Attributes:
-        store: where it is remembered.
-        command: by name.
-        out: the folder or file that it writes.
-        inputs: gives all that the output depends on, as JSON values, or None where that cannot be
-            known; called once, and only if something is remembered of this place.
-        names: the files and folders in ``out`` that are the output; all of ``out`` by default.
+    ``inputs`` gives all that it depends on, as JSON values, or None where that cannot be known; it
+    is called once, and only if something is kept of this place. ``names`` are the files and folders
+    in ``out`` that are the output; all of ``out`` by default.
     """
 
     store: Store

@@ -51,10 +51,10 @@ PROMPT_TOKENS = 2048
 class Measure(ABC, Generic[T]):
     """A measure of a model, whose results are kept.
 
-    ``option`` is the field of :class:`EvalSettings` that asks for it, ``item`` what results are paired
-    by. ``shared`` are the settings of its shards beside that option; where its items do not fall into
-    shards it is None, and ``apart`` the way out. ``whole`` is the whole model where that is another
-    checkpoint than what is measured.
+    ``option`` is the field of :class:`EvalSettings` that asks for it, ``item`` what results are
+    paired by. ``shared`` are the settings of its shards beside that option; where its items do not
+    fall into shards it is None, and ``apart`` the way out. ``whole`` is the whole model where that
+    is another checkpoint than what is measured.
     """
 
     kind: str

@@ -71,10 +71,11 @@ class Part(Generic[Settings]):
 class Study(Generic[Settings]):
     """Settings, models and texts, checked when the value is made.
 
-    Without ``eval_texts`` every fourth of ``texts`` is of the test set. ``command`` has the words of
-    the command line, without places; ``identities`` are of the models in the store of the process that
-    this one measures for; ``readings`` is what was read of each model whose layers are streamed.
-    TextsError: texts that are not text. OutputError: ``out`` is, holds or lies in what is read.
+    Without ``eval_texts`` every fourth of ``texts`` is of the test set. ``command`` has the words
+    of the command line, without places; ``identities`` are of the models in the store of the
+    process that this one measures for; ``readings`` is what was read of each model whose layers are
+    streamed. TextsError: texts that are not text. OutputError: ``out`` is, holds or lies in what is
+    read.
     """
 
     KIND: ClassVar[str]
