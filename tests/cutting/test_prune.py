@@ -195,7 +195,7 @@ def test_the_door_has_three_places_and_the_words_of_the_command(shallower):
     parameters = inspect.signature(sh.prune).parameters
     by_place = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert by_place == ["source", "what", "out"]
-    shown = shallower("prune", "--help").out
+    shown = shallower("prune", "--help-all").out
     for name in set(parameters) - {*by_place, "progress"}:
         option = {"experts": "drop_experts"}.get(name, name).replace("_", "-")
         assert re.search(rf"--{option}\b", shown), name
