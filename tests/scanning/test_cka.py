@@ -197,21 +197,12 @@ def struck(content, word, value):
     [
         lambda content: b"",
         lambda content: content[:-8],
-        lambda content: content + bytes(8),
-        lambda content: struck(content, 0, 7),  # the mark
-        lambda content: struck(content, 1, 4),  # states
-        lambda content: struck(content, 2, 3),  # samples of a minibatch
-        lambda content: struck(content, 3, 0),  # minibatches
-        lambda content: struck(content, 3, 2**64 - 1),
-        lambda content: struck(content, 4, 31),  # samples
-        lambda content: struck(content, 4, 2**64 - 1),
-        lambda content: struck(content, 5, 2**63),  # a digit
+        lambda content: struck(content, 3, 2**64 - 1),  # minibatches
         lambda content: analyse_states(walk(30, 4), cka_batch=8).contents.cka.to_bytes(),
         lambda content: analyse_states(walk(32), cka_batch=8).contents.cka.to_bytes(),
     ],
-    ids=["gone", "shorter", "longer", "mark", "states", "batch", "batches", "many batches",
-         "samples", "many samples", "digit", "other states", "other samples"],
-)  # fmt: skip
+    ids=["gone", "shorter", "many batches", "other states", "other samples"],
+)
 def test_damaged_sums_are_refused(damage, tmp_path):
     scan = analyse_states(walk(30), cka_batch=8)
     damaged = Damaged(damage(scan.contents.cka.to_bytes()))

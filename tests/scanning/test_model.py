@@ -155,15 +155,6 @@ def test_a_resumed_scan_does_not_run_again_what_is_done(llama, words, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")
-def test_a_scan_that_is_done_counts_its_rejections_once(llama, words, tmp_path):
-    texts = [*TEXTS, "", "w1"]
-    for _ in range(2):
-        scanned = sh.scan(llama, words, texts, checkpoint=tmp_path / "partial")
-        assert (scanned.num_samples, scanned.num_rejected) == (24, 1)
-        assert len(scanned.rejections) == 1
-
-
-@pytest.mark.filterwarnings("ignore::shallower.RejectedSamplesWarning")
 def test_a_checkpoint_of_all_texts_counts_its_rejections_once(llama, words, tmp_path, monkeypatch):
     monkeypatch.setattr("shallower.scanning.model.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     texts = [*TEXTS, "", "w1"]
@@ -206,14 +197,6 @@ def test_a_checkpoint_of_merged_scans_is_refused(llama, words, tmp_path):
     sh.Scan.merge(parts).save(tmp_path / "merged")
     with pytest.raises(sh.ScanError, match="delete it"):
         sh.scan(llama, words, TEXTS, checkpoint=tmp_path / "merged")
-
-
-def test_a_damaged_checkpoint_is_refused(llama, words, tmp_path):
-    checkpoint = tmp_path / "partial"
-    sh.scan(llama, words, TEXTS, checkpoint=checkpoint)
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
-    with pytest.raises(sh.ScanError, match="truncated"):
-        sh.scan(llama, words, TEXTS, checkpoint=checkpoint)
 
 
 def test_a_checkpoint_of_the_first_texts_goes_on_to_more(llama, words, tmp_path):

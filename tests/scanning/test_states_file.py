@@ -141,16 +141,6 @@ def test_what_the_file_remembers_goes_into_the_scan(tmp_path):
     assert found.plan(2).model == origin.model
 
 
-@pytest.mark.filterwarnings("default::shallower.RejectedSamplesWarning")
-def test_a_file_of_nothing_but_rejections_keeps_the_first_names_only(tmp_path):
-    states = walk(5000, 2, 2)
-    states[:-1] = np.nan
-    path = write(tmp_path / "states.npy", states)
-    found = analyse_states(path)
-    assert (found.num_samples, found.num_rejected) == (1, 4999)
-    assert [rejection.sample for rejection in found.rejections] == list(range(100))
-
-
 @pytest.mark.usefixtures("_small_buffers")
 def test_sequences_in_a_file_cluster_its_errors(tmp_path):
     states, numbers = walk(), np.repeat([5, 3, 9, -1, 7], [1, 9, 2, 10, 1])
