@@ -98,21 +98,6 @@ def test_the_states_are_those_of_the_whole_model(tmp_path, name, states):
     assert_lossless(tmp_path / "cut", inputs, states)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "llama", "mistral"])
-def test_only_the_last_state_is_behind_the_final_norm(name):
-    """Why the layer behind the last state stays."""
-    model = build(*SHAPES[name])
-    inputs, states = inputs_of_layers(model), states_of(model)
-    assert len(states) == 7
-    assert all(map(torch.equal, states[:6], inputs[:6]))
-    with torch.no_grad():
-        behind = find_layers(model).modules[5]
-        outputs = []
-        behind.register_forward_hook(lambda *given: outputs.append(given[-1]))
-        assert torch.equal(states_of(model)[6], model.model.norm(outputs[0]))
-    assert not torch.equal(states[6], outputs[0])
-
-
 REFUSED = {
     (-2,): r"state -2 counts from the end, where layers go: expected states from 0 on \(of 6 ",
     (1, 7): r"the model has no state 7: its 6 layers have the states 0 \.\. 6",

@@ -88,16 +88,6 @@ def test_a_gguf_that_fails_midway_leaves_all_as_it_was(tmp_path, overwrite):
 
 
 # The logits of a cut GGUF file.
-def test_a_cut_gguf_is_verified(tmp_path, shallower):
-    source, out = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
-    words = ("prune", source, "--drop", "1", "--verify", "--out")
-    assert 0 <= shallower(*words, out, "--json").json["max_logits_difference"] <= 1e-5
-    done = shallower(*words, tmp_path / "again.gguf")
-    assert done.status == 0, done.err
-    assert "logits differ by at most" in done.out
-    assert (tmp_path / "again.gguf").read_bytes() == out.read_bytes()
-
-
 def test_a_gguf_of_other_layers_is_told_from_the_cut(tmp_path):
     source, out = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
     model, tokenizer = sh.load_model(source, "float32")

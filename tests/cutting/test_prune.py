@@ -13,8 +13,7 @@ from shallower.cutting.request import Request
 from shallower.models import loading
 from shallower.storage import RECORD
 from tests.conftest import tiny_llama
-from tests.cutting.card_tools import assert_same_weights
-from tests.folders import tree, without_result_record
+from tests.folders import tree
 from tests.models.gguf_files import write_gguf
 
 TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
@@ -201,11 +200,3 @@ def test_the_door_has_three_places_and_the_words_of_the_command(shallower):
         assert re.search(rf"--{option}\b", shown), name
     asked = {one.name for one in fields(Request)}
     assert set(parameters) - {"what", "experts", "progress"} <= asked
-
-
-def test_the_door_gives_what_the_command_gives(place, tmp_path, shallower):
-    sh.prune(place / "tiny", [range(1, 3)], tmp_path / "python", dtype="bfloat16")
-    words = ("prune", place / "tiny", "--drop", "1:3", "--dtype", "bfloat16")
-    assert shallower(*words, "--out", tmp_path / "command").status == 0
-    assert_same_weights(tmp_path / "python", tmp_path / "command")
-    assert tree(tmp_path / "python") == without_result_record(tree(tmp_path / "command"))
