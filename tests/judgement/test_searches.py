@@ -1,6 +1,5 @@
 """Searches over sets of layers, against plain ones by models that are really cut."""
 
-import json
 from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
@@ -101,12 +100,6 @@ def test_sizes_that_cannot_be_are_refused(subject, name, n):
         criteria[name].plans(of_sizes(subject, n))
 
 
-def test_greedy_is_nested(subject):
-    plans = criteria["greedy"].plans(of_sizes(subject, 1, 2, 3, 4))
-    for n in (1, 2, 3):
-        assert set(plans[n].dropped) < set(plans[n + 1].dropped)
-
-
 def test_a_block_that_was_found_has_its_score(subject):
     for name in ("exhaustive", "greedy"):
         block = criteria[name].plans(of_sizes(subject, 1))[1].blocks[0]
@@ -148,12 +141,6 @@ def test_a_search_that_was_killed_goes_on_to_the_same_plan_and_cost(subject, nam
         rest = Memory(whole[:kept])
         assert search(rest) == expected
         assert sorted(map(key_of, rest)) == sorted(map(key_of, whole))
-
-
-def test_evolution_depends_on_its_seed_alone(subject):
-    fresh = toy.make_subject(subject.decoder.model, WORDS, TEXTS, batch_size=10)
-    first, second = (criteria["evolution"].plans(of_sizes(s, 3))[3] for s in (subject, fresh))
-    assert first == second
 
 
 def test_mutations_exchange_a_few_layers():
@@ -317,25 +304,6 @@ def test_what_changes_least_is_found_by_the_divergence_too(known, name):
 
 
 # The real model.
-@pytest.mark.slow
-def test_a_real_model_loses_what_plain_searches_choose(smol, data):
-    model, tokenizer = smol
-    lines = (data / "text" / "c4_eval.jsonl").read_text(encoding="utf-8").splitlines()[:6]
-    texts = [json.loads(line)["text"] for line in lines]
-
-    def loss(dropped):
-        with sh.without_layers(model, sorted(dropped)):
-            return sh.evaluate_loss(model, tokenizer, texts, max_length=64, progress=False).nats
-
-    subject = toy.make_subject(model, tokenizer, texts, sizes=(8,), max_length=64, batch_size=2)
-    blocks = [range(start, start + 8) for start in range(23)]
-    assert criteria["exhaustive"].plans(subject)[8].dropped == tuple(min(blocks, key=loss))
-    gone = ()
-    for n in (1, 2):
-        gone = min(((*gone, layer) for layer in range(30) if layer not in gone), key=loss)
-        assert criteria["greedy"].plans(of_sizes(subject, n))[n].dropped == tuple(sorted(gone))
-
-
 class Looked:
     """Trials of random scores, of which the items are counted that each cut is judged on."""
 

@@ -198,15 +198,6 @@ def test_a_search_is_counted_by_itself_whatever_ran_before_it():
     assert late.layer_forwards == alone.layer_forwards == 5 * sum(SIZES)
 
 
-def test_outside_a_search_nothing_is_counted(model):
-    trials = make(model)
-    trials.scores((3,))
-    with trials.counted() as count:
-        pass
-    assert count.layer_forwards == 0
-    assert trials.count is None
-
-
 def test_layers_that_are_not_there_are_refused(model):
     trials = make(model)
     with pytest.raises(LayersError, match="no layer 6: its 6 layers are"):
