@@ -13,8 +13,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
     FineGrainedFP8Config,
 )
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
@@ -28,7 +26,8 @@ from shallower.models.quantised import quantisation
 from shallower.storage import RECORD
 from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json, stored
-from tests.cutting.tiny_models import GATED, HEADS, OTHERS, WINDOWS, WITH_LISTS, build, logits_of
+from tests.cutting.tiny_models import HEADS, WINDOWS, logits_of
+from tests.families import random_model
 from tests.folders import tree
 
 
@@ -65,11 +64,15 @@ def test_a_cut_on_disk_is_the_cut_in_memory(source, tmp_path, size):
     assert [path.name for path in tmp_path.iterdir() if path.name[0] == "."] == []
 
 
-@pytest.mark.parametrize(
-    "family", mostly_slow([*WITH_LISTS, *OTHERS], ["gemma3", "gpt-oss", "gpt2", "qwen2-moe"])
-)
+FAMILIES = (
+    "gemma3_text", "gpt_oss, two kinds", "gpt2", "qwen2_moe", "qwen2", "qwen3", "gemma2, two kinds",
+    "smollm3, some without RoPE", "mistral, windowed", "opt", "phi", "bloom", "falcon",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, FAMILIES[:4]))
 def test_families_are_cut_on_disk_as_in_memory(family, tmp_path):
-    model = build(*(WITH_LISTS | OTHERS)[family])
+    model = random_model(family)
     model.save_pretrained(tmp_path / "source")
     plan = sh.prune(tmp_path / "source", [0, 2, 5], tmp_path / "disk")
     memory = sh.drop_layers(model, [0, 2, 5])
@@ -79,7 +82,7 @@ def test_families_are_cut_on_disk_as_in_memory(family, tmp_path):
     assert plan.model.fingerprint == memory.model.fingerprint
     before, after = (read_json(tmp_path / at / "config.json") for at in ("source", "disk"))
     changed = {key for key in before | after if before.get(key) != after.get(key)}
-    per_layer = {"layer_types", "no_rope_layers", "max_window_layers"}
+    per_layer = {"layer_types", "no_rope_layers", "max_window_layers", "mlp_only_layers"}
     assert changed <= {"num_hidden_layers", "n_layer"} | per_layer
     assert after.get("layer_types") == read_json(tmp_path / "memory" / "config.json").get(
         "layer_types"
@@ -88,9 +91,8 @@ def test_families_are_cut_on_disk_as_in_memory(family, tmp_path):
 
 @pytest.mark.parametrize("dtype", mostly_slow(["nf4", "int8"], ["nf4"]))
 def test_quantised_checkpoints_of_bitsandbytes_stay_bit_by_bit(words, tmp_path, dtype):
-    model_class, config_class, options = OTHERS["mistral"]
-    sizes = {"hidden_size": 64, "intermediate_size": 128}
-    build(model_class, config_class, {**options, **sizes}).save_pretrained(tmp_path / "plain")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    plain_checkpoint("mistral", tmp_path / "plain", **sizes)
     words.save_pretrained(tmp_path / "plain")
     whole, tokenizer = sh.load_model(tmp_path / "plain", dtype=dtype)
     sh.save_model(whole, tokenizer, tmp_path / "source")
@@ -318,7 +320,7 @@ def test_names_that_are_no_unicode_are_those_of_a_model_too(copied, tmp_path):
 
 
 def test_a_cut_that_the_config_cannot_describe_is_refused(tmp_path):
-    model = build(DiffLlamaForCausalLM, DiffLlamaConfig, GATED)
+    model = random_model("diffllama")
     model.save_pretrained(tmp_path / "source")
     (tmp_path / "out").mkdir()
     words = "cannot describe this cut"

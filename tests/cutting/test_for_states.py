@@ -25,11 +25,10 @@ from shallower.healing.cut import plan_of_cut
 from shallower.models.architecture import find_layers
 from tests.cutting.checkpoints import edit_json, read_json
 from tests.cutting.mixtures import mixture
-from tests.cutting.tiny_models import GATED, HEADS, OTHERS, WITH_LISTS, build
+from tests.cutting.tiny_models import GATED, GEMMA3, HEADS, MISTRAL, QWEN3, build
 from tests.folders import tree
 from tests.models.gguf_files import write_gguf
 
-QWEN3, GEMMA3, MISTRAL = WITH_LISTS["qwen3"], WITH_LISTS["gemma3"], OTHERS["mistral"]
 SHAPES = {
     "qwen3": QWEN3,
     "qwen3 without a head": (Qwen3Model, *QWEN3[1:]),

@@ -1,7 +1,5 @@
 """Cuts in memory against forwards that skip the layers."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,11 +9,10 @@ from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
 import shallower as sh
 from shallower.healing.recomputation import recompute_activations
 from shallower.models.identity import identify
-from tests.conftest import mostly_slow, tiny_llama
+from tests.conftest import tiny_llama
 from tests.cutting.tiny_models import (
     GATED,
-    OTHERS,
-    WITH_LISTS,
+    QWEN3,
     assert_stock_loads_the_same,
     build,
     logits_of,
@@ -24,27 +21,6 @@ from tests.cutting.tiny_models import (
     reload,
     skipping,
 )
-
-CUTS = {"middle": [2, 3], "first": [0, 1], "deepest but last": [3, 4], "scattered": [0, 2, 5]}
-
-
-def of_day(families):
-    """Each with each cut, by day one cut of each, and each cut of one."""
-    every = list(itertools.product(families, CUTS))
-    quick = [one for one in every if one[1] == "scattered" or one[0] == "smollm3"]
-    return mostly_slow(every, quick)
-
-
-@pytest.mark.parametrize(("family", "cut"), of_day([*WITH_LISTS, *OTHERS]))
-def test_a_cut_is_the_model_with_its_layers_skipped(family, cut):
-    model = build(*(WITH_LISTS | OTHERS)[family])
-    expected = skipping(model, CUTS[cut])
-    whole = logits_of(model)
-    plan = sh.drop_layers(model, CUTS[cut])
-    assert plan.dropped == tuple(CUTS[cut])
-    assert torch.equal(logits_of(model), expected)
-    assert (expected - whole).abs().max() > 1e-3
-    assert numbers_in(model) == [{i} for i in range(6 - len(CUTS[cut]))] or family == "opt"
 
 
 @settings(max_examples=settings.default.max_examples // 3)
@@ -61,7 +37,7 @@ def test_without_layers_is_the_skipped_model_and_then_the_old_one(llama_with_lis
 
 @pytest.fixture(scope="module")
 def llama_with_lists():
-    return build(*WITH_LISTS["qwen3"])
+    return build(*QWEN3)
 
 
 def test_without_layers_restores_when_the_body_raises(llama_with_lists):
