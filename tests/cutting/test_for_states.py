@@ -199,22 +199,17 @@ def test_what_no_state_depends_on_may_differ(tmp_path, monkeypatch):
 
 
 # The other ways to cut.
-def test_a_model_in_memory(tmp_path, words):
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"device_map": "stream"}], ids=str)
+def test_a_model_that_is_loaded(tmp_path, words, options):
+    """In memory or, where it does not fit there, layer by layer."""
     model = saved("llama", tmp_path / "whole")
     words.save_pretrained(tmp_path / "whole")
-    sh.prune(tmp_path / "whole", sh.ForStates([2]), tmp_path / "cut", dtype="bfloat16")
-    whole = LlamaForCausalLM.from_pretrained(tmp_path / "whole", dtype="bfloat16")
+    sh.prune(tmp_path / "whole", sh.ForStates([2]), tmp_path / "cut", **options)
+    dtype = options.get("dtype", "float32")
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype)
     assert_lossless(tmp_path / "cut", inputs_of_layers(whole), [2])
     plan = sh.drop_layers(model, sh.ForStates([2]))
     assert (plan.states, plan.survivors) == ((2,), (0, 1, 2))
-
-
-def test_layers_that_wait_on_disk(tmp_path, words):
-    """A model that does not fit into memory is compared, too."""
-    model = saved("llama", tmp_path / "whole")
-    words.save_pretrained(tmp_path / "whole")
-    sh.prune(tmp_path / "whole", sh.ForStates([2]), tmp_path / "cut", device_map="stream")
-    assert_lossless(tmp_path / "cut", inputs_of_layers(model), [2])
 
 
 @pytest.mark.parametrize("as_gguf", [False, True])

@@ -135,20 +135,6 @@ def test_a_cut_of_a_model_in_training_with_checkpointing_leaves_its_modes(llama)
     assert torch.equal(logits_of(llama), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_saved_as_it_is(llama, dtype, tmp_path):
-    llama.save_pretrained(tmp_path / "whole")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype).eval()
-    sh.drop_layers(model, [2, 3])
-    sh.save_model(model, None, tmp_path / "cut")
-    reloaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "cut", dtype="auto", output_loading_info=True
-    )
-    assert not any(info.values())
-    assert reloaded.dtype == dtype
-    assert torch.equal(logits_of(reloaded), logits_of(model))
-
-
 def spread(path, **places):
     names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
     names += [f"model.layers.{i}" for i in range(6)]

@@ -60,26 +60,6 @@ def test_a_plan_of_a_scan_is_told_by_the_door(place, plans, tmp_path, options):
     assert_told(plans[0], tmp_path / "cut")
 
 
-def test_a_block_of_a_scan_is_told_as_its_plan_is(place, words, tmp_path):
-    model, tokenizer = sh.load_model(place / "tiny", dtype="float32")
-    scan = sh.scan(model, tokenizer, TEXTS)
-    plan = sh.drop_layers(model, [scan.best_block(2)])
-    assert plan == scan.plan(2)
-    sh.save_model(model, tokenizer, tmp_path / "memory", plan=plan)
-    sh.prune(place / "tiny", [scan.best_block(2)], tmp_path / "disk")
-    for folder in ("memory", "disk"):
-        assert_told(plan, tmp_path / folder)
-
-
-def test_a_plan_of_a_scan_is_told_of_a_gguf_file(place, plans, tmp_path):
-    source = place / "files" / "tiny.gguf"
-    sh.prune(source, plans[1], tmp_path / "cut.gguf")
-    assert_told(plans[1], tmp_path, "cut.README.md", "cut.shallower_plan.json")
-    sh.prune(source, plans[1], tmp_path / "folder", as_gguf=True)
-    assert_told(plans[1], tmp_path / "folder")
-    assert sh.plan_prune(source, plans[1], "a.gguf").plan is plans[1]
-
-
 def test_what_names_the_layers_can_be_many_things(place, plans, tmp_path):
     plan = plans[0]
     plan.save(tmp_path / "plan.json")

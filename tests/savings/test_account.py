@@ -177,13 +177,6 @@ def test_quantised_weights_are_read_as_they_are_stored(dtype):
     assert read[0] - read[1] == pytest.approx(less, rel=1e-3)
 
 
-def test_the_config_stays_as_it_is():
-    config = small_config("llama")
-    before = copy.deepcopy(config.to_dict())
-    count(config, "float32", context=4)
-    assert config.to_dict() == before
-
-
 def test_positions_that_were_not_learned_are_refused():
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
     assert count(config, "float32", context=31).parameters

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -70,16 +68,6 @@ def test_rejected_samples_are_not_kept():
     good = kept(np.delete(states, [3, 11], axis=0))
     assert np.array_equal(scan.samples(), good.samples())
     assert shares(scan) == shares(good)
-
-
-def test_a_scan_comes_back_with_its_samples():
-    scan = kept(walk(30))
-    with TemporaryDirectory() as folder:
-        scan.save(Path(folder) / "scan")
-        back = Scan.load(Path(folder) / "scan")
-    for metric in BOTH:
-        assert np.array_equal(back.samples(metric), scan.samples(metric))
-    assert shares(back) == shares(scan)
 
 
 def test_a_scan_without_samples_says_how_to_get_them(tmp_path):

@@ -47,16 +47,6 @@ def test_a_scan_is_that_of_a_float64_oracle(llama, words, side, batch_size):
         assert scanned.best_block(n).start == _reference.best_start(angular, n)
 
 
-def test_a_scan_of_no_texts_is_refused(llama, words):
-    with pytest.raises(sh.TextsError, match="no texts"):
-        sh.scan(llama, words, iter([]))
-
-
-def test_a_scan_of_empty_texts_alone_is_refused(llama, words):
-    with pytest.raises(sh.StatesError, match="2 of 2 samples rejected: sample 0: empty text"):
-        sh.scan(llama, words, ["", ""])
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_layer_that_gives_no_numbers_is_named(llama, words, value):
     with torch.no_grad():
@@ -207,8 +197,16 @@ def test_a_checkpoint_of_the_first_texts_goes_on_to_more(llama, words, tmp_path)
     assert bits(more) == bits(whole)
 
 
-@pytest.mark.parametrize("texts", [[], ["", ""]])
-def test_a_scan_that_finds_nothing_leaves_no_checkpoint(llama, words, tmp_path, texts):
-    with pytest.raises((sh.TextsError, sh.StatesError)):
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ([], sh.TextsError, "no texts"),
+        (["", ""], sh.StatesError, "2 of 2 samples rejected: sample 0: empty text"),
+    ],
+)
+def test_a_scan_of_nothing_is_refused_and_leaves_no_checkpoint(
+    llama, words, tmp_path, texts, error, message
+):
+    with pytest.raises(error, match=message):
         sh.scan(llama, words, texts, checkpoint=tmp_path / "partial")
     assert list(tmp_path.iterdir()) == []

@@ -43,15 +43,6 @@ def test_norms_too_far_apart_for_the_sums_are_rejected():
     assert scan.mean("norm_ratio")[0, 1] == 2
 
 
-def test_the_mean_is_of_angles_and_not_the_angle_of_the_mean():
-    states = np.array([[[1.0, 0], [1, 0]], [[1, 0], [0, 1]], [[1, 0], [-1, 0]]])
-    scan = analyse_states(states, BOTH)
-    assert scan.mean()[0, 1] == 0.5
-    assert scan.mean("cosine")[0, 1] == 0
-    assert scan.variance()[0, 1] == 0.25
-    assert scan.variance("cosine")[0, 1] == 1
-
-
 @given(batches())
 def test_equal_and_opposite_directions_are_exact(values):
     first = values[:, :1]
@@ -61,20 +52,6 @@ def test_equal_and_opposite_directions_are_exact(values):
     cosine = np.outer(side, side)
     assert np.array_equal(scan.mean("cosine"), cosine)
     assert np.array_equal(scan.mean(), (1 - cosine) / 2)
-
-
-@given(batches())
-def test_the_mean_is_symmetric_and_in_range(values):
-    scan = analyse_states(values, BOTH)
-    for metric, diagonal, least in (("angular", 0, 0), ("cosine", 1, -1)):
-        mean = scan.mean(metric)
-        assert mean.dtype == np.float64
-        assert mean.flags.writeable
-        assert np.array_equal(mean, mean.T)
-        assert np.array_equal(np.diagonal(mean), np.full(len(mean), diagonal))
-        assert mean.min() >= least
-        assert mean.max() <= 1
-        assert np.array_equal(scan.stderr(metric), scan.stderr(metric).T, equal_nan=True)
 
 
 def test_one_sample_has_no_standard_error():

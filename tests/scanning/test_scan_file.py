@@ -16,7 +16,6 @@ from shallower import (
     OutputError,
     PlanError,
     RejectedSamplesWarning,
-    Rejection,
     Scan,
     ScanError,
 )
@@ -81,19 +80,6 @@ def test_a_scan_comes_back_to_the_bit(values, metrics):
     assert stored(back) == stored(scan)
     assert (back.metrics, back.num_layers) == (metrics, values.shape[1] - 1)
     assert (back.model, back.texts) == (model_of(back.num_layers), (TEXTS,))
-
-
-def test_rejections_come_back(scan_file):
-    back = Scan.load(scan_file)
-    assert (back.num_samples, back.num_rejected) == (5, 1)
-    assert back.rejections == (Rejection(2, "state 1 is a zero vector"),)
-
-
-def test_a_scan_replaces_the_file_that_was_there(scan_file):
-    scan = scan_of(random_states((3, 5, 8), 1))
-    scan.save(scan_file)
-    assert Scan.load(scan_file).num_layers == 4
-    assert list(scan_file.parent.iterdir()) == [scan_file]
 
 
 @pytest.mark.parametrize("name", ["scan/below", "", "x" * 300])
