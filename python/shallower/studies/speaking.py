@@ -1,4 +1,4 @@
-"""Speech as a measure: what a model generates beside the whole one, on prompts; and samples of it."""
+"""Speech as a measure: what a model generates beside the whole one, on prompts, with samples."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
