@@ -16,9 +16,9 @@ from shallower.patching.patch import patch
 from shallower.patching.saving import patch_to_folder
 from shallower.patching.solver import Solver
 from shallower.processes import partial_folder
-from tests.cli.documents import tree
 from tests.conftest import mostly_slow
 from tests.examples import sentences
+from tests.folders import tree
 
 TEXTS = sentences(24, seed=1)
 BLOCKS = [range(2, 3), range(4, 5)]
