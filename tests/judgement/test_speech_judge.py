@@ -9,7 +9,7 @@ import torch
 import shallower as sh
 from shallower.errors import TextsError
 from shallower.evaluation.answers import write_answers
-from shallower.judgement.judges.judge import KLJudge, LossJudge, judged_batches
+from shallower.judgement.judges.judge import LossJudge, judged_batches
 from shallower.judgement.judges.speech import SpeechJudge
 from shallower.judgement.racing import race
 from shallower.judgement.trials import Trials, judge_inputs
@@ -17,7 +17,6 @@ from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.texts.splits import Splits
-from shallower.values.answers import Answer
 from shallower.values.plan import Plan
 from shallower.values.tokens import Tokens
 from shallower.values.verification import Verified
@@ -90,16 +89,6 @@ def test_prompts_are_looked_at_in_their_order_with_both_answers(said):
         assert batch.samples.tolist() == [item for item in items for _ in range(2)]
 
 
-def test_with_one_token_given_it_is_the_judge_of_texts(sharp, words):
-    texts = documents(7)
-    ids = [words(text)["input_ids"][:12] for text in texts]
-    said = [(Answer((first,), tuple(rest), False),) for first, *rest in ids]
-    judge = KLJudge(judged_batches(words, texts, Tokens(12, 3)))
-    speech = SpeechJudge(said, tokens=Tokens(12, 3))
-    assert (measured(speech, sharp, DROPPED) == measured(judge, sharp, DROPPED)).all()
-    assert (speech.weights == judge.weights).all()
-
-
 def test_other_words_are_other_items(said):
     judge, other = (SpeechJudge(some, tokens=Tokens(64, 8)) for some in (said, said[1:]))
     other_last = [*said[:-1], (said[-1][0], said[-1][0])]
@@ -156,7 +145,7 @@ def test_proposals_are_raced_by_it(sharp, said, words, after):
 def test_a_race_that_is_known_runs_nothing(sharp, said, words, monkeypatch):
     store = MemoryStore()
     first = verifier(sharp, words, said, store=store).verify(2)
-    store.results = {key: one for key, one in store.results.items() if key[0] != "verified"}
+    store.results = {key: one for key, one in store.results.items() if key[0] != "choice"}
     monkeypatch.setattr(Trials, "measure_states", lambda *_: pytest.fail("again"))
     again = verifier(sharp, words, said, store=store).verify(2)
     assert again.to_json() | {"seconds": 0} == first.to_json() | {"seconds": 0}
