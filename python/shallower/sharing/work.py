@@ -183,7 +183,7 @@ class Batches(SharedWork):
     def prepare(self) -> None:
         """Set the shards; each of a model that is streamed reads all of it."""
         source = self.job.source
-        count = (self.workers or NUM_STREAMED) if source.waits_on_disk else NUM_SHARDS
+        count = (self.workers or NUM_STREAMED) if source.is_streamed else NUM_SHARDS
         self.shards = [Shard(index, count) for index in range(count)]
         self.models, self.units = [source], list(map(str, self.shards))
 

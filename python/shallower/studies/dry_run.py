@@ -84,7 +84,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
         described |= {"not_saved": lost} if (lost := unsaved(whole)) else {}
     if patches(study.settings):
         ways["temporary"] = lambda: Disk(temporary_of(study), free_bytes(temporary()))
-    if any(model.waits_on_disk for model in study.models):
+    if any(model.is_streamed for model in study.models):
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")
         )
@@ -294,7 +294,7 @@ class _Model:
 
     def _spoken(self, left: int) -> Iterator[Work]:
         """How a model of so many layers speaks, judged by the whole one."""
-        if self.study.prompts and not self.source.waits_on_disk:
+        if self.study.prompts and not self.source.is_streamed:
             ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
             prompts = np.array([len(one) for one in ids])
             yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)

@@ -231,7 +231,7 @@ class EvalJob:
         from ..forecasts.work import CHECKED, plan_passes
 
         speech = [one for one in self.measures if isinstance(one, SpeechOnPrompts)]
-        if not speech or not self.source.waits_on_disk:
+        if not speech or not self.source.is_streamed:
             return {}
         passes = [CHECKED, (len(self.measures) * len(self.sides), 0)]
         for one in speech:  # each token of both ways, those words, and their judgement
@@ -345,7 +345,7 @@ class EvalJob:
 
         free_memory()
         model, tokenizer = source.load()
-        if source.waits_on_disk:
+        if source.is_streamed:
             self.readings.append(reading_of(model))
         return Decoder.of(model), tokenizer
 

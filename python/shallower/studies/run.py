@@ -235,7 +235,7 @@ class RunStudy(Study[RunSettings]):
     def _asks_no_answers(self) -> bool:
         """Whether no answers are learned from, or every token of them would read all layers."""
         learns = self.settings.patch and not self.settings.plan_only
-        return not learns or any(model.waits_on_disk for model in self.models)
+        return not learns or any(model.is_streamed for model in self.models)
 
     @staticmethod
     def _job_in(values: Any) -> Any:

@@ -171,7 +171,7 @@ class ScanJob(ScanSettings):
         """What was read of a model whose layers are streamed from disk; None of one in memory."""
         from ..models.offload import reading_of
 
-        return reading_of(model) if self.source.waits_on_disk else None
+        return reading_of(model) if self.source.is_streamed else None
 
     def memory(self, source: ModelSource, processes: int = 1) -> MemoryPlan:
         """Forecast what a forward takes; ``processes`` as :func:`memory_forecast`."""
