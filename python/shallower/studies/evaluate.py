@@ -45,7 +45,7 @@ MEASURES: Sequence[type[Measure[Any]]] = (
 """What can be measured, in the order in which it is printed."""
 
 
-def asked_of(settings: EvalSettings) -> dict[str, Any]:
+def items_in(settings: EvalSettings) -> dict[str, Any]:
     """What is to be measured: by the options of measures what they are of."""
     found = {one.option: getattr(settings, one.option) for one in MEASURES}
     return {option: what for option, what in found.items() if what not in (None, False)}
@@ -53,12 +53,12 @@ def asked_of(settings: EvalSettings) -> dict[str, Any]:
 
 def measures_of(settings: EvalSettings, *, is_shared: bool) -> list[Measure[Any]]:
     """Make the measures that are asked for; TextsError if there is none."""
-    asked = asked_of(settings)
+    asked = items_in(settings)
     if not asked:
         *others, last = (f"--{one.option}" for one in MEASURES)
         raise TextsError(f"name what to measure: {', '.join(others)} or {last}")
     wanted = [one for one in MEASURES if one.option in asked]
-    return [one.asked_by(settings, is_shared=is_shared) for one in wanted]
+    return [one.of_settings(settings, is_shared=is_shared) for one in wanted]
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Measure(ABC, Generic[T]):
         """Make it of its option; what other processes read too, where it is shared, is named."""
 
     @classmethod
-    def asked_by(cls, settings: EvalSettings, *, is_shared: bool) -> Self:
+    def of_settings(cls, settings: EvalSettings, *, is_shared: bool) -> Self:
         """Make it as settings ask for it."""
         made = cls.of(getattr(settings, cls.option), settings, is_shared=is_shared)
         made.asked = settings
