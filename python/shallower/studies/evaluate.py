@@ -286,7 +286,7 @@ class EvalJob:
         missing = [one for one in self.measures if len(found[one.kind]) < len(self.sides)]
         for measure in missing:
             if measure.whole is not None:
-                self._meet(measure, self._loaded(measure.whole), measure.whole)
+                self._take_reference(measure, self._loaded(measure.whole), measure.whole)
         identity, waiting = self._measured(missing, found)
         for measure, side, value in waiting:
             assert measure.whole is not None
@@ -312,7 +312,7 @@ class EvalJob:
                 pass  # refused, if it is, before anything is measured
         for measure in missing:
             if measure.whole is None:
-                self._meet(measure, loaded, self.source)
+                self._take_reference(measure, loaded, self.source)
         waiting = []  # until all layers are back, or the other model is loaded
         for side, plan in self.sides.items():
             with without_layers(decoder.model, plan) if plan else nullcontext():
@@ -332,10 +332,10 @@ class EvalJob:
                 found[measure.kind][side] = kept
         return identity, [one for one in waiting if one[0].whole is not None]
 
-    def _meet(self, measure: Measure[Any], loaded: "Loaded", source: ModelSource) -> None:
+    def _take_reference(self, measure: Measure[Any], loaded: "Loaded", source: ModelSource) -> None:
         """Let a measure see the whole model, which ``source`` names."""
         store = ModelStore.of(source, self.store)
-        measure.meet(loaded, tokens=self.fitted(measure), store=store)
+        measure.take_reference(loaded, tokens=self.fitted(measure), store=store)
 
     def _loaded(self, source: ModelSource) -> "Loaded":
         """A model and its tokenizer; the memory of one before it is free."""

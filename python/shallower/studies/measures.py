@@ -115,7 +115,7 @@ class Measure(ABC, Generic[T]):
         """
         yield from ()
 
-    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
+    def take_reference(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """See the whole model before anything is measured; ``store`` has that one's results."""
 
     @abstractmethod
@@ -144,7 +144,7 @@ class Measure(ABC, Generic[T]):
         if known is not None:
             return recalled(self.read, known, "a measurement")
         if store is not None:
-            self.meet(loaded, tokens=tokens, store=store)
+            self.take_reference(loaded, tokens=tokens, store=store)
         with without_layers(decoder.model, plan) if plan else nullcontext():
             value = self.measure(loaded, tokens=tokens, plan=plan, store=store)
         return self.keep(store, key, plan, self.complete(value, decoder), decoder.identity)

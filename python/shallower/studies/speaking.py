@@ -110,7 +110,7 @@ class SpeechOnPrompts(Measure[Speech]):
         ids, size = prompt_ids(tokenizer, self.prompts), batch_size or self.batch_size
         return Speaking(tokenizer, ids, self.num_tokens, self.seed, size, self.progress)
 
-    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
+    def take_reference(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """Let the whole model speak, and keep its states at its words."""
         from ..evaluation.speech import Reference
 
