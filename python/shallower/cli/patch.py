@@ -287,7 +287,7 @@ def _planned(
     **more: Any,
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
-    from ..forecasts.speed import told
+    from ..forecasts.speed import or_unknown
     from ..forecasts.work import forecast, of_patch, plan_passes
     from ..memory.checkpoints import left_bytes
     from ..models.unsaved import unsaved
@@ -297,13 +297,13 @@ def _planned(
     counted = cache(lambda: of_patch(place, dropped, texts, **more))
     planned: dict[str, Any] = {}
     if place.is_streamed:
-        planned["stream"] = told(lambda: plan_passes(place, counted().work.passes))
+        planned["stream"] = or_unknown(lambda: plan_passes(place, counted().work.passes))
     planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
     planned["temporary"] = Disk(needed, free_bytes(temporary()))
     if lost := unsaved(place):
         planned["not_saved"] = lost
     if is_here:
-        planned["time"] = told(lambda: forecast(counted()))
+        planned["time"] = or_unknown(lambda: forecast(counted()))
     return planned
 
 

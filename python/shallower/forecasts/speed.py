@@ -72,7 +72,7 @@ class Work:
         return [getattr(self, one.name) for one in fields(self)[:-1]]
 
 
-def told(way: Callable[[], Any]) -> Any:
+def or_unknown(way: Callable[[], Any]) -> Any:
     """What something takes; or why that cannot be told, whatever a family does without weights."""
     try:
         return way()

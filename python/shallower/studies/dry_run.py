@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
-from ..forecasts.speed import Work, device_of, told
+from ..forecasts.speed import Work, device_of, or_unknown
 from ..forecasts.work import (
     CHECKED,
     Counted,
@@ -88,7 +88,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")
         )
-    return {**described, **{name: told(way) for name, way in ways.items()}}
+    return {**described, **{name: or_unknown(way) for name, way in ways.items()}}
 
 
 def _peak(plan: MemoryPlan) -> int:

@@ -198,12 +198,12 @@ class EvalJob:
         The time is that of ``others``, too, which are measured after it.
         """
         from ..forecasts.forecast import memory_facts
-        from ..forecasts.speed import told
+        from ..forecasts.speed import or_unknown
 
         plan = memory or self.memory(self.source)
         described = {**memory_facts(self.source, plan), **self._stream()}
         if self.device_memory is None:  # else it is of a card that is not here
-            described["time"] = told(lambda: self._time(plan.micro_batch, others))
+            described["time"] = or_unknown(lambda: self._time(plan.micro_batch, others))
         return described
 
     def counted(self, texts: int) -> "Counted":

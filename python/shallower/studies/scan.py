@@ -125,7 +125,7 @@ class ScanJob(ScanSettings):
         ModelError: the config does not say how many layers the model has.
         """
         from ..forecasts.forecast import memory_facts
-        from ..forecasts.speed import told
+        from ..forecasts.speed import or_unknown
 
         num_layers, plan = self.source.count_layers(), memory or self.memory(self.source)
         described = {
@@ -137,11 +137,11 @@ class ScanJob(ScanSettings):
             **memory_facts(self.source, plan),
         }
         if self.device_memory is None:  # else it is of a card that is not here
-            described["time"] = told(lambda: self._time(plan.micro_batch))
+            described["time"] = or_unknown(lambda: self._time(plan.micro_batch))
         if self.stops is not None:
             described["until"] = str(self.stops.of(num_layers))
         if self.source.device_map == STREAM:
-            described["stream"] = told(self._planned)
+            described["stream"] = or_unknown(self._planned)
         return {**described, "write": [str(self.file)]}
 
     def _planned(self) -> "StreamPlan":
