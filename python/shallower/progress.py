@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 25.0
 """Between two lines of a log about long work, so that there is one every half minute."""
 
-SECONDS_TO_BE_TOLD = 10.0
+SECONDS_TO_BE_SHOWN = 10.0
 """What work within other work must take, or the log keep silent, until its end is a line."""
 
 BytesProgress = Callable[[int, int], object]
@@ -57,7 +57,7 @@ def track(
             yield within
         return
     if show is None and not _can_redraw():
-        with _LOG.told(_Lines(description, total)) as lines, _moving(lines):
+        with _LOG.showing(_Lines(description, total)) as lines, _moving(lines):
             yield lines
         return
     from rich.console import Console
@@ -99,7 +99,7 @@ def whole(name: str, num_stages: int, show: bool | None = None) -> Iterator[None
         finally:
             _WHOLE.reset(before)
     total = sum(took.values())
-    if show is not False and total >= SECONDS_TO_BE_TOLD:
+    if show is not False and total >= SECONDS_TO_BE_SHOWN:
         for kind, seconds in sorted(took.items(), key=lambda one: -one[1]):
             print(f"{_clock(seconds)} {seconds / total:4.0%} {kind}", file=sys.stderr, flush=True)
 
@@ -354,7 +354,7 @@ class _Log:
         self._ended: Event | None = None
 
     @contextmanager
-    def told(self, work: _Lines) -> Iterator[_Lines]:
+    def showing(self, work: _Lines) -> Iterator[_Lines]:
         """Tell of work as it begins and ends, and meanwhile now and then."""
         with self._lock:
             self._works.append(work)
@@ -377,7 +377,7 @@ class _Log:
     def _say_end(self, work: _Lines) -> None:
         now = time.monotonic()
         took = now - work.began
-        if not self._works or min(took, now - self._said) >= SECONDS_TO_BE_TOLD:
+        if not self._works or min(took, now - self._said) >= SECONDS_TO_BE_SHOWN:
             self._say(f"{work.description} done", _clock(took))
 
     def _watch(self, ended: Event) -> None:
