@@ -160,7 +160,7 @@ class RayWorkers(Engine):
             return []
         done, _ = ray.wait(list(self._waiting), num_returns=1, timeout=SECONDS)
         self._look_for_room(bool(done))
-        return [self._heard(reference) for reference in done]
+        return [self._event_of(reference) for reference in done]
 
     def _look_for_room(self, is_placed: bool) -> None:
         """Say that no worker has a place yet, and wait for one no longer than is said."""
@@ -183,7 +183,7 @@ class RayWorkers(Engine):
             until = datetime.now() + timedelta(seconds=ROOM_SECONDS - waited)
             print(f"{where}; waiting until {until:%H:%M:%S}", file=sys.stderr, flush=True)
 
-    def _heard(self, reference: Any) -> Event:
+    def _event_of(self, reference: Any) -> Event:
         import ray
         from ray.exceptions import RayError
 
