@@ -142,13 +142,13 @@ def check_apart(path: str | Path, inputs: Iterable[object]) -> None:
     """
     path = Path(path)
     for given in filter(None, map(str, filter(None, inputs))):
-        if how := _meets(path, given):
+        if how := _overlap(path, given):
             raise OutputError(
                 f"cannot write {path}: it {how} {given}, which is read: choose another place"
             )
 
 
-def _meets(path: Path, given: str) -> str | None:
+def _overlap(path: Path, given: str) -> str | None:
     """How a place meets one that is read, in words; None where they lie apart."""
     try:
         read = Path(given).expanduser().resolve(strict=True)
