@@ -117,7 +117,7 @@ def memory_limits() -> list[tuple[int, int]]:
     return found
 
 
-def asked_threads() -> int | None:
+def requested_threads() -> int | None:
     """The threads of a process that ``OMP_NUM_THREADS`` names; None where it names none."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return (int(asked) if asked.isdecimal() else 0) or None

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import MissingExtraError, ProcessesError, ShallowerError, why
-from ..processes import asked_threads, processors
+from ..processes import requested_threads, processors
 from ..values.memory import MemoryPlan, needed_device
 from .units import SECONDS, Engine, Event, Job, Message, Worker
 
@@ -102,7 +102,7 @@ class RayWorkers(Engine):
             else (int(node.get("CPU", 0)), 1)
             for node in nodes
         ]
-        self._needs["CPU"] = asked_threads() or threads_of(shares, self.count)
+        self._needs["CPU"] = requested_threads() or threads_of(shares, self.count)
 
     @property
     def nobody(self) -> ShallowerError:
