@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import ProcessesError
 from ..models.dtypes import STREAM, DeviceMap
 from ..models.source import ModelSource
-from ..processes import requested_threads, processors
+from ..processes import processors, requested_threads
 from ..progress import say_goes_on, track
 from ..values.memory import MemoryPlan, format_size, needed_device, usable
 from ..workers.local_workers import LocalWorkers, Seat

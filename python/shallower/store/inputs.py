@@ -26,7 +26,7 @@ from ..merging.adapter_config import CONFIG_FILE as ADAPTERS_FILE
 from ..merging.adapter_config import remembered_base
 from ..models.place import of_hub
 from ..models.source import ModelSource
-from ..processes import requested_threads, first_processor, processors
+from ..processes import first_processor, processors, requested_threads
 from ..progress import track
 from ..storage import RECORD, RESULT_RECORD, sha256_of
 from ..texts.hub import hub_absence, hub_files

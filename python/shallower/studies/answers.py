@@ -72,7 +72,7 @@ class KeptAnswers:
         description: str = "answers",
     ) -> list[Answer]:
         """Answer prompts as :func:`write_answers`; CacheError where the store is damaged."""
-        from ..evaluation.answers import check_prompts, check_generates, ends_of, write_answers
+        from ..evaluation.answers import check_generates, check_prompts, ends_of, write_answers
 
         check_generates(decoder)
         check_prompts(decoder, prompts, num_tokens)

@@ -63,7 +63,7 @@ class Measure(ABC, Generic[T]):
     result: Any
     shared: Sequence[str] | None = None
     apart: str = "measure it apart"
-    settings: EvalSettings | None = None
+    named_by: EvalSettings | None = None
     needs_whole: bool = False
     tokens: Tokens = Tokens()
     source: str | None = None
@@ -78,7 +78,7 @@ class Measure(ABC, Generic[T]):
     def of_settings(cls, settings: EvalSettings, *, is_shared: bool) -> Self:
         """Make it as settings ask for it."""
         made = cls.of(getattr(settings, cls.option), settings, is_shared=is_shared)
-        made.settings = settings
+        made.named_by = settings
         return made
 
     @abstractmethod
@@ -96,10 +96,10 @@ class Measure(ABC, Generic[T]):
                 f"--{self.option} is measured by one process: leave out --shard, --workers and "
                 f"--on, and {self.apart}"
             )
-        if self.settings is None:
+        if self.named_by is None:
             raise ProcessesError("workers read texts themselves: name a file or a dataset")
-        place = absolute(getattr(self.settings, self.option))
-        return {self.option: place} | {name: getattr(self.settings, name) for name in self.shared}
+        place = absolute(getattr(self.named_by, self.option))
+        return {self.option: place} | {name: getattr(self.named_by, name) for name in self.shared}
 
     def key(self, store: Store) -> dict[str, Any] | None:
         """Give what its results in the store are found by, beside the model and the cut."""

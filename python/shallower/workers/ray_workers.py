@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import MissingExtraError, ProcessesError, ShallowerError, why
-from ..processes import requested_threads, processors
+from ..processes import processors, requested_threads
 from ..values.memory import MemoryPlan, needed_device
 from .units import SECONDS, Engine, Event, Job, Message, Worker
 
