@@ -197,5 +197,6 @@ def _keep(found: Evaluation, job: EvalJob) -> bool:
     kept = replace(kept, model={**(kept.model or {}), "machine": found.machine})
     for measure in job.measures:
         for side, value in found.values[measure.kind].items():
-            measure.keep(kept, keys[measure.kind], job.sides[side], value, found.of.model)
+            of: Any = {"plan": job.sides[side], "model": found.of.model}
+            measure.keep(kept, keys[measure.kind], value, **of)
     return True

@@ -141,12 +141,10 @@ class EvalJob:
         identity = recalled(lambda known: read(ModelIdentity, known["model"]), entry.value, _ENTRY)
         return Result(recalled(measure.read, entry.value, _ENTRY), identity, entry.made)
 
-    def keep(
-        self, measure: Measure[Any], plan: Plan | None, value: Any, model: ModelIdentity
-    ) -> Result:
+    def keep(self, measure: Measure[Any], side: str, value: Any, *, model: ModelIdentity) -> Result:
         """Keep a result that was just measured; ``model`` is the whole one."""
-        measure.keep(self.kept, self.keys[measure.kind], plan, value, model)
-        return Result(value, model)
+        key, plan = self.keys[measure.kind], self.sides[side]
+        return Result(measure.keep(self.kept, key, value, plan=plan, model=model), model)
 
     @cached_property
     def whole(self) -> dict[str, Result | None]:
@@ -291,7 +289,7 @@ class EvalJob:
         for measure, side, value in waiting:
             assert measure.whole is not None
             completed = measure.complete(value, self._loaded(measure.whole)[0])
-            found[measure.kind][side] = self.keep(measure, self.sides[side], completed, identity)
+            found[measure.kind][side] = self.keep(measure, side, completed, model=identity)
         return {kind: {side: some[side] for side in self.sides} for kind, some in found.items()}
 
     @property
@@ -324,11 +322,11 @@ class EvalJob:
                     if measure.needs_whole:
                         waiting.append((measure, side, value))
                     else:
-                        found[measure.kind][side] = self.keep(measure, plan, value, identity)
+                        found[measure.kind][side] = self.keep(measure, side, value, model=identity)
         for measure, side, value in waiting:
             if measure.whole is None:
                 completed = measure.complete(value, decoder)
-                kept = self.keep(measure, self.sides[side], completed, identity)
+                kept = self.keep(measure, side, completed, model=identity)
                 found[measure.kind][side] = kept
         return identity, [one for one in waiting if one[0].whole is not None]
 

@@ -147,14 +147,16 @@ class Measure(ABC, Generic[T]):
             self.take_reference(loaded, tokens=tokens, store=store)
         with without_layers(decoder.model, plan) if plan else nullcontext():
             value = self.measure(loaded, tokens=tokens, plan=plan, store=store)
-        return self.keep(store, key, plan, self.complete(value, decoder), decoder.identity)
+        found = self.complete(value, decoder)
+        return self.keep(store, key, found, plan=plan, model=decoder.identity)
 
     def keep(
         self,
         store: "ResultStore | None",
         key: Mapping[str, Any] | None,
-        plan: Plan | None,
         value: T,
+        *,
+        plan: Plan | None,
         model: ModelIdentity,
     ) -> T:
         """Keep a result of a model without what a plan drops; ``model`` is the whole one."""
