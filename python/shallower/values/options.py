@@ -23,28 +23,17 @@ Group = Literal["basic", "target", "repair", "measures", "memory", "sharing", "o
 
 @dataclass(frozen=True)
 class Option:
-    """An option of the command line, beside the type and the default of its field.
+    """An option of the command line, beside the type and the default of its field."""
 
-    Attributes:
-        sentence: its help.
-        metavar: stands for its value in the help.
-        group: the group of the help that it stands in, behind those declared before it.
-        name: its name, with underscores; by default that of the field.
-        least: the smallest number.
-        read: makes the value of a word.
-        alone: the value of the option without a word; ``...`` where there must be one.
-        off: the help of ``--no-NAME``, and the value of the field by it.
-    """
-
-    sentence: str
-    metavar: str | None = None
-    group: Group = "basic"
+    sentence: str  # its help
+    metavar: str | None = None  # for its value in the help
+    group: Group = "basic"  # of the help, behind those declared before it
     _: KW_ONLY
-    name: str = ""
-    least: int | None = None
-    read: Callable[[str], Any] | None = None
-    alone: Any = ...
-    off: tuple[str, Any] | None = None
+    name: str = ""  # with underscores; by default that of the field
+    least: int | None = None  # the smallest number
+    read: Callable[[str], Any] | None = None  # makes the value of a word
+    alone: Any = ...  # the value without a word; `...` where there must be one
+    off: tuple[str, Any] | None = None  # the help of `--no-NAME`, and the value by it
 
     def words(self, value: Any) -> dict[str, Any]:
         """Give the option of a value by its name; none where only Python can set the value."""
@@ -80,8 +69,7 @@ sharing, output = _Declared("sharing"), _Declared("output")
 def options_of(kind: type) -> dict[str, Option]:
     """The options of settings, by their fields, in the order of the help.
 
-    A field that a class declares anew stands where it does so; without an option it keeps that of
-    its base.
+    A field that a class declares anew stands there; without an option it keeps that of its base.
     """
     found: dict[str, Option] = {}
     for base in reversed(kind.__mro__[:-1]):
@@ -133,10 +121,7 @@ class Settings:
         return Tokens(self.max_length, self.batch_size)
 
     def to_words(self) -> list[str]:
-        """Give the settings that are not the defaults as options of the command line.
-
-        What only Python can set is left out.
-        """
+        """Give the settings that are not the defaults as options, without those of Python alone."""
         default, options = type(self)(), options_of(type(self))
         changed: dict[str, Any] = {}
         for name in (one.name for one in fields(self) if one.name in options):

@@ -24,18 +24,10 @@ PLURAL = ("inputs", "measures", "settings", "texts", "versions", "weights")
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of ``count`` equal parts of a work, counted from 0.
-
-    Attributes:
-        index: its number, 0 to ``count`` - 1.
-        count: parts in all, 1 to 100,000.
-
-    Raises:
-        ScanError: there is no such part.
-    """
+    """One of ``count`` equal parts of a work, counted from 0; ScanError if there is none."""
 
     index: int
-    count: int
+    count: int  # 1 to 100,000
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MOST_SHARDS:
@@ -51,7 +43,7 @@ class Shard:
         """Read ``3/64``, or ``auto``: the place of this process among those of its job.
 
         ``auto`` is RANK of WORLD_SIZE, as torchrun sets them, or SLURM_ARRAY_TASK_ID of an array
-        that begins at 0 and has no gaps. ScanError: it is neither, or out of range.
+        that begins at 0 and has no gaps.
         """
         if text == "auto":
             return cls._of_job(environment)
@@ -88,23 +80,14 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ShardOfScan:
-    """A shard of a scan, and what it must have in common with the others.
-
-    Attributes:
-        shard: which of them it is.
-        num_batches: batches of all texts.
-        num_done: batches of the shard that are in it; fewer than all where it was interrupted.
-        batch_size: texts in one forward.
-        versions: of the packages that made it.
-        job: a hash of all that the scan depends on; None where that is not known.
-    """
+    """A shard of a scan, and what it must have in common with the others."""
 
     shard: Shard
-    num_batches: int
-    num_done: int
-    batch_size: int
+    num_batches: int  # of all texts
+    num_done: int  # of the shard; fewer than all where it was interrupted
+    batch_size: int  # texts in one forward
     versions: dict[str, str]
-    job: str | None = None
+    job: str | None = None  # a hash of all that the scan depends on; None where that is not known
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_done <= len(self.shard.of(self.num_batches)):
@@ -153,10 +136,7 @@ Content = TypeVar("Content", bound=ShardContent)
 
 
 def kind_of(parts: Iterable[Path]) -> str:
-    """Tell of what the shards are that are given, or lie in folders: of a kind of ``SUFFIXES``.
-
-    ScanError: of several.
-    """
+    """The one kind of ``SUFFIXES`` that shards have, which are given or lie in folders."""
     found = {
         kind
         for part in parts
@@ -199,11 +179,7 @@ def _inside(folder: Path, kind: str) -> list[Path]:
 def read_shards(
     parts: Iterable[str | Path], load: Callable[[Path], Content], kind: str
 ) -> list[Content]:
-    """Read all shards of a work, in their order, from files or folders in any order.
-
-    A shard that is there twice counts once. ScanError: shards are missing, incomplete or of
-    different works, or what ``load`` raises.
-    """
+    """Read all shards of a work, in their order, from files or folders; twice counts once."""
     found: dict[Shard, tuple[Path, Content]] = {}
     for path in shard_files(parts, kind):
         one = load(path)

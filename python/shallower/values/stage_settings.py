@@ -11,6 +11,7 @@ from .layers import layer_number, parse_sizes
 from .options import THREADS, Settings, parse_names
 from .positions import Positions
 from .recipe import SHARE, check_share
+from .speech import SPEECH_TOKENS
 from .tokens import BatchSize
 from .until import DEFAULT_TOLERANCE, Until
 
@@ -22,9 +23,9 @@ class ScanSettings(Settings):
     No text's values depend on ``batch_size`` but for rounding. Of positions, a text that has fewer
     tokens gives all of its own; they follow from the seed and the index of the text alone. The
     first token, which can be among ``random`` and ``all``, has massive activations in most models.
-    A batch's states take (L+1) D values a token in memory. ``until`` may also be an
-    :class:`Until`; the scan is then that of the texts so far, :attr:`Scan.settled` says which sizes
-    were sure, and when, and the values of single samples are kept meanwhile.
+    A batch's states take (L+1) D values a token in memory. ``until`` may also be an :class:`Until`:
+    the scan is then that of the texts so far, and keeps the values of single samples meanwhile.
+    :attr:`Scan.settled` says which sizes were sure, and when.
 
     Raises:
         TextsError, PositionsError, SettingsError: a number that is out of range, no positions, or
@@ -186,7 +187,7 @@ class EvalSettings(TaskSettings):
         "[PROMPTS]",
     )
     speech_tokens: int = option.measures(
-        64, "Tokens of an answer of --speech at most.", "N", least=1
+        SPEECH_TOKENS, "Tokens of an answer of --speech at most.", "N", least=1
     )
     context: int = option.measures(2048, "Tokens of a window of --perplexity.", "N", least=2)
     bos: bool = option.measures(False, "Begin each window with the beginning-of-text token.")
