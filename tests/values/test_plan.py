@@ -253,16 +253,8 @@ def test_whatever_names_layers_makes_a_plan():
     assert Plan.of(12, (i for i in [5, 2, 3])).blocks == (Block(2, 4), Block(5, 6))
     assert Plan.of(12, [range(2, 4), 4, Block(7, 9)]).blocks == (Block(2, 5), Block(7, 9))
     assert Plan.of(12, Block(7, 9)) == replace(Plan(12, (Block(7, 9),)), versions=ANY)
-    for layers, message in (
-        ([12], "no layer 12"),
-        ([1, range(3)], "named twice"),
-        ([], "no layer is named"),
-        (range(12), "at least one must stay"),
-        ("3", "does not name layers"),
-        (3, "does not name layers"),
-    ):
-        with pytest.raises(LayersError, match=message):
-            Plan.of(12, layers)
+    with pytest.raises(LayersError, match="no layer 12"):
+        Plan.of(12, [12])
 
 
 def test_a_plan_of_blocks_keeps_their_scores():
