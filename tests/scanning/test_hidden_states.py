@@ -280,22 +280,6 @@ def test_a_model_that_does_not_run_all_its_layers_is_refused():
     assert hooks_in(model) == 0
 
 
-def short_list(llama):
-    llama.model.layers = llama.model.layers[:5]
-    return llama
-
-
-def wrong_count(llama):
-    llama.config.num_hidden_layers = 7
-    return llama
-
-
-@pytest.mark.parametrize("spoil", [short_list, wrong_count])
-def test_a_list_of_another_length_than_the_config_says_is_refused(llama, spoil):
-    with pytest.raises(sh.ModelError, match="module lists"):
-        list(stream(spoil(llama), [padded(SEQUENCES)]))
-
-
 def test_layers_whose_owner_takes_no_tokens_are_run_by_the_model_around_it():
     model = BertLMHeadModel(BertConfig(**SIZES, intermediate_size=48, is_decoder=True)).eval()
     expected = torch.stack([plain_states(model, sequence)[0] for sequence in SEQUENCES])
