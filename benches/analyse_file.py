@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shallower import Scan, _reference, analyse_states
+from shallower import Scan, analyse_states
 from shallower._core import tier
 from shallower.scanning.builder import ScanBuilder
 from shallower.scanning.states_file import BUFFER_BYTES, DTYPES, StatesFile
@@ -49,6 +49,9 @@ print(json.dumps([taken, int(peak) / 1024, "torch" in sys.modules]))
 """
 LAUNCHER = """
 import json, os, sys, time
+
+sys.path.append(str(Path(__file__).parents[1]))
+from tests import reference  # noqa: E402 - the oracle of the tests
 began = time.perf_counter()
 pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=[
     (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)])
@@ -170,7 +173,7 @@ def measure(options, root):
     path, out = root / "states.safetensors", root / "out"
     make(path, base, num_samples, options.dtype)
     total = path.stat().st_size
-    mean, _ = _reference.mean_and_stderr(widened(base[:CHECKED]), "angular")
+    mean, _ = reference.mean_and_stderr(widened(base[:CHECKED]), "angular")
     assert np.abs(analyse_states(base[:CHECKED]).mean() - mean).max() < 1e-7
     expected, engine = in_memory(base, num_samples, options.threads)
     analyse(path, root / "scan", options.threads)

@@ -19,12 +19,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import shallower as sh
-from shallower.runs import demo
 from shallower.scanning.scan_file import scan_bytes
 from shallower.scanning.shards import gather
 from shallower.sharing.engines import workers_of
 from shallower.sharing.scan_work import ScanWork
 from shallower.sharing.share import OPENER
+from shallower.studies import demo
 from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
 from shallower.values.shard import Shard

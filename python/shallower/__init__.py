@@ -56,42 +56,42 @@ if TYPE_CHECKING:
     from .patching.patch import patch as patch
     from .patching.saving import save_patched as save_patched
     from .reporting.charts.heat_map import save_heat_map as save_heat_map
-    from .runs.report import report as report
+    from .reporting.report import report as report
+    from .results.comparison import CriteriaComparison as CriteriaComparison
+    from .results.gain import Gain as Gain
+    from .results.healing import Healing as Healing
+    from .results.loss import Loss as Loss
+    from .results.patch import Patch as Patch
+    from .results.perplexity import Perplexity as Perplexity
+    from .results.speech import Speech as Speech
+    from .results.task_scores import TaskScores as TaskScores
+    from .results.verification import Verified as Verified
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
     from .scanning.shards import gather as gather
+    from .settings.recipe import Recipe as Recipe
+    from .settings.stages import PatchSettings as PatchSettings
+    from .settings.stages import ScanSettings as ScanSettings
+    from .settings.studies import CompareSettings as CompareSettings
+    from .settings.studies import CurveSettings as CurveSettings
+    from .settings.studies import RunSettings as RunSettings
+    from .settings.until import Until as Until
     from .studies.compare import compare as compare
     from .studies.curve import curve as curve
     from .studies.run import run as run
     from .values.answers import Answer as Answer
-    from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import BootstrappedStart as BootstrappedStart
     from .values.costs import Costs as Costs
     from .values.experts import DroppedExperts as DroppedExperts
-    from .values.gain import Gain as Gain
-    from .values.healing import Healing as Healing
     from .values.identity import ModelIdentity as ModelIdentity
     from .values.identity import TextsIdentity as TextsIdentity
     from .values.layers import Block as Block
     from .values.layers import deepest_block as deepest_block
-    from .values.loss import Loss as Loss
     from .values.memory import MemoryPlan as MemoryPlan
-    from .values.patch import Patch as Patch
-    from .values.perplexity import Perplexity as Perplexity
     from .values.plan import Plan as Plan
     from .values.plan import Rejection as Rejection
     from .values.positions import Positions as Positions
-    from .values.recipe import Recipe as Recipe
-    from .values.settings import CompareSettings as CompareSettings
-    from .values.settings import CurveSettings as CurveSettings
-    from .values.settings import RunSettings as RunSettings
-    from .values.speech import Speech as Speech
-    from .values.stage_settings import PatchSettings as PatchSettings
-    from .values.stage_settings import ScanSettings as ScanSettings
-    from .values.task_scores import TaskScores as TaskScores
-    from .values.until import Until as Until
-    from .values.verification import Verified as Verified
 
 _NAMES = {
     "_core": "__version__",
@@ -121,7 +121,7 @@ _NAMES = {
     "patching.patch": "patch",
     "patching.saving": "save_patched",
     "reporting.charts.heat_map": "save_heat_map",
-    "runs.report": "report",
+    "reporting.report": "report",
     "scanning.analyse": "analyse_states",
     "scanning.model": "scan",
     "scanning.scan": "Scan",
@@ -130,26 +130,26 @@ _NAMES = {
     "studies.curve": "curve",
     "studies.run": "run",
     "values.answers": "Answer",
-    "values.comparison": "CriteriaComparison",
+    "results.comparison": "CriteriaComparison",
     "values.costs": "BootstrappedStart Costs",
     "values.experts": "DroppedExperts",
-    "values.gain": "Gain",
-    "values.healing": "Healing",
+    "results.gain": "Gain",
+    "results.healing": "Healing",
     "values.identity": "ModelIdentity TextsIdentity",
     "values.layers": "Block deepest_block",
-    "values.loss": "Loss",
+    "results.loss": "Loss",
     "values.memory": "MemoryPlan",
-    "values.patch": "Patch",
-    "values.perplexity": "Perplexity",
+    "results.patch": "Patch",
+    "results.perplexity": "Perplexity",
     "values.plan": "Plan Rejection",
     "values.positions": "Positions",
-    "values.recipe": "Recipe",
-    "values.settings": "CompareSettings CurveSettings RunSettings",
-    "values.speech": "Speech",
-    "values.stage_settings": "PatchSettings ScanSettings",
-    "values.task_scores": "TaskScores",
-    "values.until": "Until",
-    "values.verification": "Verified",
+    "settings.recipe": "Recipe",
+    "settings.studies": "CompareSettings CurveSettings RunSettings",
+    "results.speech": "Speech",
+    "settings.stages": "PatchSettings ScanSettings",
+    "results.task_scores": "TaskScores",
+    "settings.until": "Until",
+    "results.verification": "Verified",
 }
 """The public names of each module that they are imported from; their types are imported above."""
 

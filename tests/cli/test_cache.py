@@ -8,8 +8,8 @@ import pytest
 
 import shallower as sh
 from shallower.models import loading
+from shallower.settings.recipe import Recipe
 from shallower.texts.sources import Texts
-from shallower.values.recipe import Recipe
 from tests.commands import in_a_process
 from tests.conftest import mostly_slow, write_jsonl
 from tests.documents import documents

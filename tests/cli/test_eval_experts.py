@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
+from shallower.results.speech import MEASURES, ON_WORDS
 from shallower.values.experts import DroppedExperts
 from shallower.values.layers import Block, blocks_of
-from shallower.values.speech import MEASURES, ON_WORDS
 from tests.conftest import mostly_slow, word_tokenizer
 from tests.cutting.mixtures import mixture, some_experts
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.values.speech import MEASURES
+from shallower.results.speech import MEASURES
 
 PROMPTS = ["w1 w2 w3", "w4", "w7 w8 w9 w10 w11"]
 

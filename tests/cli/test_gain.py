@@ -1,7 +1,7 @@
 """``shallower gain``."""
 
 import shallower as sh
-from shallower.values.gain import Gain
+from shallower.results.gain import Gain
 
 
 def test_a_table_of_what_a_cut_saves(shallower, tiny):

@@ -13,6 +13,7 @@ import pytest
 import shallower as sh
 from shallower import ModelSource, ProcessesError
 from shallower.scanning.shards import ScannedShard
+from shallower.settings.stages import EvalSettings
 from shallower.sharing.eval_work import EvalWork
 from shallower.sharing.scan_work import ScanWork
 from shallower.sharing.share import open_work
@@ -21,7 +22,6 @@ from shallower.store.store import open_store
 from shallower.studies.evaluate import EvalJob, measures_of
 from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
-from shallower.values.stage_settings import EvalSettings
 from tests.commands import SHALLOWER, in_a_process, in_this_process
 from tests.conftest import edited, tiny_llama, write_jsonl
 from tests.documents import documents

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import shallower as sh
-from shallower.runs import demo
+from shallower.studies import demo
 from tests.conftest import tiny_llama
 from tests.cutting.card_tools import assert_same_weights, stand_for, ways
 from tests.cutting.gguf_files import CUT

@@ -18,9 +18,9 @@ from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.head import Head
+from shallower.settings.presets import ModelFacts
+from shallower.settings.recipe import Recipe
 from shallower.values.plan import Plan
-from shallower.values.presets import ModelFacts
-from shallower.values.recipe import Recipe
 from tests.devices.batches import inputs
 from tests.devices.conftest import STAGES, on_devices
 from tests.devices.stage import WIDTH, Stage, devices_of

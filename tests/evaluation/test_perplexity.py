@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 import shallower as sh
 from shallower.errors import TextsError
+from shallower.results.perplexity import Perplexity
 from shallower.texts.sources import read_whole
-from shallower.values.perplexity import Perplexity
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import TEXTS
 from tests.evaluation.answering import log_softmax, plain_logits

@@ -16,8 +16,8 @@ from shallower.evaluation import speech as module
 from shallower.evaluation.speech import Reference, Speaking
 from shallower.models.decoder import Decoder
 from shallower.models.offload import reading_of, stored_bytes
+from shallower.results.speech import MEASURES, OF_OWN, OF_WHOLE, ON_WORDS, WAYS, Speech
 from shallower.texts.prompts import given_prompts, prompt_ids
-from shallower.values.speech import MEASURES, OF_OWN, OF_WHOLE, ON_WORDS, WAYS, Speech
 from tests.conftest import mostly_slow, tiny_llama, word_tokenizer
 from tests.evaluation.answering import log_softmax, plain_answer, plain_logits
 

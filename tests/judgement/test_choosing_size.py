@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from shallower import PlanError
 from shallower.judgement.choosing_size import choose_size, curve_sizes, knee
-from shallower.values.scores import Difference
-from shallower.values.target import Target
+from shallower.results.scores import Difference
+from shallower.settings.target import Target
 
 
 class Model:

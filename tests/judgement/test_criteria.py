@@ -9,7 +9,7 @@ import torch
 from shallower.errors import CriterionError, ModelError, RejectedSamplesWarning, StatesError
 from shallower.judgement.criteria import NAMED, criteria, expert_criteria
 from shallower.judgement.criteria.baselines import NUM_TEXTS
-from shallower.values.settings import CRITERIA, EXPERT_CRITERIA
+from shallower.settings.studies import CRITERIA, EXPERT_CRITERIA
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import TEXTS, documents
 from tests.families import random_model

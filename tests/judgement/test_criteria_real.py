@@ -7,7 +7,7 @@ import pytest
 
 import shallower as sh
 from shallower.judgement.criteria import criteria
-from shallower.runs import demo
+from shallower.studies import demo
 from tests.judgement import twins
 from tests.judgement.toy import make_subject
 

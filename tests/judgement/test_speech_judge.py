@@ -16,10 +16,10 @@ from shallower.judgement.trials import Trials, judge_inputs
 from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
+from shallower.results.verification import Verified
 from shallower.texts.splits import Splits
 from shallower.values.plan import Plan
 from shallower.values.tokens import Tokens
-from shallower.values.verification import Verified
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import documents
 from tests.judgement.test_judges import cut, log_probabilities, measured, rows

@@ -13,7 +13,7 @@ import shallower as sh
 from shallower.models import loading
 from shallower.models.gguf_reading import faster_gguf
 from shallower.models.loading import load_model
-from shallower.runs import demo
+from shallower.studies import demo
 from tests.models.gguf_files import write_gguf, written
 
 VALUES = {

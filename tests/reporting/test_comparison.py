@@ -10,9 +10,9 @@ from shallower.judgement.choosing_size import knee
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.cuts import criteria_table
 from shallower.reporting.story import Number
-from shallower.values.comparison import CriteriaComparison
+from shallower.results.comparison import CriteriaComparison
+from shallower.results.scores import UNKNOWN, Difference, Estimate, Standing
 from shallower.values.layers import ranges
-from shallower.values.scores import UNKNOWN, Difference, Estimate, Standing
 from tests.reporting.comparisons import (
     COSTS,
     QUICK,

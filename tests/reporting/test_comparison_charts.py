@@ -18,8 +18,8 @@ from shallower.reporting.charts.comparison import (
     styles_of,
 )
 from shallower.reporting.charts.plots import pareto_front
-from shallower.values.comparison import CriteriaComparison
-from shallower.values.scores import UNKNOWN
+from shallower.results.comparison import CriteriaComparison
+from shallower.results.scores import UNKNOWN
 from tests.reporting.comparisons import COSTS, QUICK, compared, comparison, curve, rows_of
 
 NAMES = [

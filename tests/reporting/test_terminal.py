@@ -21,10 +21,10 @@ from shallower.reporting.stories.stages import (
     scan_table,
 )
 from shallower.reporting.story import Number, Section, Story, Table, text_of
+from shallower.results.gain import MeasuredGain
+from shallower.results.scores import Difference
 from shallower.values.counts import with_error
-from shallower.values.gain import MeasuredGain
 from shallower.values.layers import ranges
-from shallower.values.scores import Difference
 from tests.reporting.comparisons import compared, comparison, curve
 from tests.reporting.stories import loss, made_run
 from tests.values.test_gain import gain

@@ -13,11 +13,11 @@ from shallower import (
     RejectedSamplesWarning,
     Scan,
     ScanError,
-    _reference,
     analyse_states,
 )
 from shallower._core import Threads
 from shallower._core import bootstrap as core_bootstrap
+from tests import reference
 from tests.scanning.ticks import ticks_beside
 
 BOTH = ("angular", "cosine")
@@ -53,7 +53,7 @@ def test_the_values_of_samples_are_kept_in_their_order(num_samples, num_states, 
     for metric in BOTH:
         values = scan.samples(metric)
         assert values.dtype == np.float32
-        expected = np.stack([_reference.METRICS[metric](s)[first, second] for s in states])
+        expected = np.stack([reference.METRICS[metric](s)[first, second] for s in states])
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-7)
         mean = scan.mean(metric)[first, second]
         np.testing.assert_allclose(values.mean(axis=0, dtype=float), mean, rtol=0, atol=1e-7)
@@ -111,7 +111,7 @@ def test_the_bootstrap_equals_its_slow_twin(data):
     seed, count = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(1, 300))
     for metric in BOTH:
         found = scan.bootstrap(count, seed, metric=metric)
-        expected = _reference.bootstrap(
+        expected = reference.bootstrap(
             scan.samples(metric), count, seed, similarity=metric == "cosine"
         )
         assert list(found) == list(range(1, scan.num_layers))
@@ -128,7 +128,7 @@ def test_many_samples_equal_the_slow_twin(num_samples):
     scan = kept(states)
     for metric in BOTH:
         found = scan.bootstrap(130, 5, metric=metric)
-        expected = _reference.bootstrap(scan.samples(metric), 130, 5, similarity=metric == "cosine")
+        expected = reference.bootstrap(scan.samples(metric), 130, 5, similarity=metric == "cosine")
         for n, wins in zip(found, expected, strict=True):
             assert np.array_equal(found[n].distribution, wins / 130)
 
@@ -136,11 +136,11 @@ def test_many_samples_equal_the_slow_twin(num_samples):
 @given(st.integers(0, 2**32), st.integers(20, 200))
 def test_starts_that_differ_in_their_last_bits_are_told_apart(seed, num_samples):
     rng = np.random.default_rng(seed)
-    reference, rival = rng.random((2, num_samples)).astype(np.float32)
-    values = np.stack([reference, rival, rival, rival, reference, rival], axis=1)
+    ours, rival = rng.random((2, num_samples)).astype(np.float32)
+    values = np.stack([ours, rival, rival, rival, ours, rival], axis=1)
     values[:, [1, 2, 3, 5]] += 2.0**-20 * rng.integers(-1, 2, (num_samples, 4)).astype(np.float32)
     found = core_bootstrap(values, 4, 200, seed, Threads())
-    expected = _reference.bootstrap(values, 200, seed, similarity=False)
+    expected = reference.bootstrap(values, 200, seed, similarity=False)
     assert [list(wins) for wins in expected] == found
 
 
@@ -150,7 +150,7 @@ def test_a_start_that_only_the_rarest_draws_make_the_best_is_found():
     worse = np.array([-0.72] + [1] * 11) / 16
     values = np.full((12, 3), 0.5, dtype=np.float32)
     values[:, 2] += worse
-    drawn = np.array([_reference.resample(12, 1, index) for index in range(100_000)])
+    drawn = np.array([reference.resample(12, 1, index) for index in range(100_000)])
     expected = int(((drawn == 0).sum(axis=1) >= 7).sum())
     assert expected > 0
     assert core_bootstrap(values, 3, 100_000, 1, Threads()) == [[100_000 - expected, expected]]
@@ -198,7 +198,7 @@ def test_a_sure_start_is_sure_and_equal_starts_go_to_the_first():
 def test_samples_are_drawn_evenly():
     counts = np.zeros(7)
     for index in range(3000):
-        counts += np.bincount(_reference.resample(7, 11, index), minlength=7)
+        counts += np.bincount(reference.resample(7, 11, index), minlength=7)
     chi_squared = ((counts - 3000) ** 2 / 3000).sum()
     assert chi_squared < 30
 

@@ -14,10 +14,10 @@ from shallower import (
     Scan,
     ScanError,
     StatesError,
-    _reference,
     analyse_states,
 )
 from shallower.scanning.builder import ScanBuilder
+from tests import reference
 
 
 def walk(num_samples, num_states=5, width=33, seed=0, massive=False):
@@ -40,7 +40,7 @@ def cka(states, batch=8, threads=None):
 def test_equals_the_slow_twin(num_samples, num_states, width, batch, seed, massive):
     states = walk(num_samples, num_states, width, seed, massive)
     found = cka(states, batch)
-    np.testing.assert_allclose(found, _reference.cka(states, batch), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(found, reference.cka(states, batch), rtol=0, atol=1e-9)
     assert np.array_equal(found, found.T)
     assert np.array_equal(np.diagonal(found), np.ones(num_states))
     assert np.abs(found).max() <= 1
@@ -49,7 +49,7 @@ def test_equals_the_slow_twin(num_samples, num_states, width, batch, seed, massi
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_dtype_is_read(dtype):
     states = torch.from_numpy(walk(30)).to(getattr(torch, dtype))
-    expected = _reference.cka(states.double().numpy(), 8)
+    expected = reference.cka(states.double().numpy(), 8)
     np.testing.assert_allclose(cka(states), expected, rtol=0, atol=1e-9)
     bits = states.view(torch.uint16) if dtype == "bfloat16" else states
     assert np.array_equal(cka(bits.numpy()), cka(states))
@@ -58,7 +58,7 @@ def test_every_dtype_is_read(dtype):
 def test_one_batch_is_the_unbiased_estimate_over_all_samples():
     states = walk(20)
     grams = [states[:, layer] @ states[:, layer].T for layer in range(5)]
-    hsic = np.array([[_reference.hsic(a, b) for b in grams] for a in grams])
+    hsic = np.array([[reference.hsic(a, b) for b in grams] for a in grams])
     norms = np.sqrt(np.diagonal(hsic))
     np.testing.assert_allclose(cka(states, 20), hsic / norms / norms[:, None], rtol=0, atol=1e-9)
 

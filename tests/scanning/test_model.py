@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower import _reference
+from tests import reference
 from tests.conftest import edited, mostly_slow, tiny_llama
 from tests.documents import HELD_OUT
 from tests.scanning.batches import embeddings, interrupted, plain_states
@@ -39,12 +39,12 @@ def test_a_scan_is_that_of_a_float64_oracle(llama, words, side, batch_size):
     scanned = sh.scan(llama, tokenizer, TEXTS, max_length=8, batch_size=batch_size)
     assert scanned.num_samples == len(TEXTS)
     for metric in ("angular", "cosine"):
-        mean, stderr = _reference.mean_and_stderr(states, metric)
+        mean, stderr = reference.mean_and_stderr(states, metric)
         np.testing.assert_allclose(scanned.mean(metric), mean, atol=2e-7, rtol=0)
         np.testing.assert_allclose(scanned.stderr(metric), stderr, atol=2e-7, rtol=0)
-    angular = _reference.mean_and_stderr(states, "angular")[0]
+    angular = reference.mean_and_stderr(states, "angular")[0]
     for n in range(1, 6):
-        assert scanned.best_block(n).start == _reference.best_start(angular, n)
+        assert scanned.best_block(n).start == reference.best_start(angular, n)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,9 +8,9 @@ from shallower import (
     LayersError,
     MetricError,
     RejectedSamplesWarning,
-    _reference,
     analyse_states,
 )
+from tests import reference
 from tests.scanning.samples import (
     BOTH,
     MODEL,
@@ -81,7 +81,7 @@ def test_the_best_block_joins_the_pair_that_was_scored(values):
         cost = -mean if metric == "cosine" else mean
         for n in range(1, scan.num_layers):
             block = scan.best_block(n, metric)
-            assert block.start == _reference.best_start(cost, n)
+            assert block.start == reference.best_start(cost, n)
             assert len(block) == n
             joined = mean[block.start, block.stop]
             assert block.score == (1 - joined if metric == "cosine" else joined)

@@ -14,9 +14,9 @@ from shallower import (
     RejectedSamplesWarning,
     Rejection,
     StatesError,
-    _reference,
     analyse_states,
 )
+from tests import reference
 from tests.scanning.samples import BOTH, DTYPES, bits, random_states, rounded
 
 
@@ -68,7 +68,7 @@ def test_the_smallest_and_the_largest_numbers_are_compared(dtype):
     signs = np.where(random_states((2, 3, 8), 9) > 0, 1.0, -1.0)
     for scale in (info.smallest_normal, info.tiny / 4, info.max):
         states, exact = rounded(signs * scale, dtype)
-        expected, _ = _reference.mean_and_stderr(exact, "angular")
+        expected, _ = reference.mean_and_stderr(exact, "angular")
         np.testing.assert_allclose(analyse_states(states).mean(), expected, rtol=0, atol=1e-7)
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower import Block, LayersError, MetricError, _reference, analyse_states
+from shallower import Block, LayersError, MetricError, analyse_states
+from tests import reference
 from tests.scanning.samples import exact_sums
 
 BOTH = ("angular", "cosine")
@@ -82,7 +83,7 @@ def test_the_best_plan_is_the_best_of_all(scan, data):
         return
     plan = scan.best_plan(n, max_blocks, protect_first=first, protect_last=last, metric=metric)
     costs = exact_costs(scan, metric)
-    expected = _reference.best_plan(costs, n, max_blocks, protect_first=first, protect_last=last)
+    expected = reference.best_plan(costs, n, max_blocks, protect_first=first, protect_last=last)
     assert [(block.start, block.stop) for block in plan.blocks] == expected
     for block in plan.blocks:
         assert block.score == scan.scored(block, metric).score

@@ -14,10 +14,10 @@ import shallower as sh
 from shallower.errors import CriterionError, LayersError, ModelError, OutputError, TextsError
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
+from shallower.results.comparison import CriteriaComparison, scan_place
 from shallower.scanning.scan import Scan
 from shallower.texts.batches import TokenBatches
 from shallower.texts.splits import three_splits
-from shallower.values.comparison import CriteriaComparison, scan_place
 from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import assert_same, documents, state_of

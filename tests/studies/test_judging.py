@@ -12,6 +12,7 @@ from shallower.models.decoder import Decoder
 from shallower.models.source import ModelSource
 from shallower.reporting.results import Run
 from shallower.reporting.stories.run import run_story
+from shallower.settings.studies import CompareSettings, RunSettings
 from shallower.sharing.study_work import CompareWork
 from shallower.store.store import open_store
 from shallower.studies.compare import CompareStudy
@@ -19,7 +20,6 @@ from shallower.studies.items import items_fingerprint, judged_items
 from shallower.studies.run import RunStudy
 from shallower.texts.prompts import Prompt, prompt_ids
 from shallower.texts.sources import Texts
-from shallower.values.settings import CompareSettings, RunSettings
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
 from tests.healing.cuts import documents as progressions

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shallower as sh
-from shallower import _reference
 from shallower.models.identity import identify, stored_dtype
-from shallower.runs import demo
+from shallower.studies import demo
+from tests import reference
 from tests.cutting.checkpoints import read_json, stored
 
 BLOCK = sh.Block(11, 19)
@@ -77,15 +77,15 @@ def reloaded(cut):
 def test_a_scan_is_that_of_a_float64_oracle(scanned, own_states):
     assert (scanned.num_layers, scanned.num_samples, scanned.num_rejected) == (30, NUM_TEXTS, 0)
     for metric in ("angular", "cosine"):
-        mean, stderr = _reference.mean_and_stderr(own_states, metric)
+        mean, stderr = reference.mean_and_stderr(own_states, metric)
         assert np.abs(scanned.mean(metric) - mean).max() < 1e-5
         assert np.abs(scanned.stderr(metric) - stderr).max() < 1e-5
 
 
 def test_the_best_blocks_are_those_of_the_oracle(scanned, own_states):
-    mean, _ = _reference.mean_and_stderr(own_states, "angular")
+    mean, _ = reference.mean_and_stderr(own_states, "angular")
     for n in range(1, 30):
-        assert scanned.best_block(n).start == _reference.best_start(mean, n)
+        assert scanned.best_block(n).start == reference.best_start(mean, n)
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from shallower.models.source import ModelSource
 from shallower.patching import checkpoint
 from shallower.patching.descent import Descent
 from shallower.reporting.results import Run
+from shallower.results.scores import Difference
 from shallower.studies import recommending
 from shallower.texts.sources import own_texts
-from shallower.values.scores import Difference
 from tests.documents import HELD_OUT, Unread
 from tests.healing.cuts import QUICK
 from tests.healing.cuts import documents as progressions

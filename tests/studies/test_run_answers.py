@@ -10,13 +10,13 @@ import pytest
 import shallower as sh
 from shallower.healing.checks import require_healable
 from shallower.models.decoder import Decoder
+from shallower.settings.studies import RunSettings
 from shallower.store.given_models import InMemory
 from shallower.store.store import open_store
 from shallower.studies import recommending
 from shallower.studies.answers import PATCH_ANSWERS, WantedAnswers
 from shallower.studies.run import RunStudy
 from shallower.texts.prompts import Prompt
-from shallower.values.settings import RunSettings
 from tests.documents import assert_same, state_of
 from tests.families import random_model
 from tests.healing.cuts import QUICK, documents

@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType, GGUFReader
 import shallower as sh
 from shallower.models.source import ModelSource
 from shallower.reporting.results import Run
+from shallower.settings.studies import RunSettings
 from shallower.studies.run import RunStudy
-from shallower.values.settings import RunSettings
 from tests.cutting.gguf_files import write
 from tests.healing.cuts import documents
 from tests.models.gguf_files import write_family

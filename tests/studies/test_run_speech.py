@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import shallower as sh
 from shallower.evaluation import answers
+from shallower.reporting.report import read_story
 from shallower.reporting.results import Run
-from shallower.runs.report import read_story
+from shallower.results.speech import MEASURES, WAYS
 from shallower.studies.run import RunStudy
 from shallower.studies.speaking import NUM_SAMPLES
-from shallower.values.speech import MEASURES, WAYS
 from tests.documents import assert_same, state_of
 from tests.evaluation.answering import plain_answer
 from tests.healing.cuts import documents

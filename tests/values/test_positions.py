@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower import Positions, PositionsError, _reference
+from shallower import Positions, PositionsError
 from shallower.values.positions import MAX_COUNT
+from tests import reference
 
 KINDS = ["last", "last:1", "last:7", "random:1", "random:7", "all"]
 
@@ -63,7 +64,7 @@ def test_the_tokens_are_different_and_ascend(num_tokens, text, name, seed):
     if positions.kind == "last":
         assert chosen.tolist() == list(range(num_tokens))[-positions.count :]
     if positions.kind == "random" and num_tokens > positions.count:
-        mixed, gamma = _reference.split_mix, np.uint64(_reference.GAMMA)
+        mixed, gamma = reference.split_mix, np.uint64(reference.GAMMA)
         start = mixed(mixed(np.array([seed], np.uint64)) + np.array([text], np.uint64) * gamma)
         steps = np.arange(1, num_tokens + 1, dtype=np.uint64) * gamma
         least = np.argsort(mixed(start + steps))[: positions.count]

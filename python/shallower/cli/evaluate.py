@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import PlanError, SettingsError
-from ..values.options import Option
-from ..values.stage_settings import EvalSettings
+from ..settings.options import Option
+from ..settings.stages import EvalSettings
 from .options import Cut, DeviceMemory, Loading, Model, Share, Way
 from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known, work_of
 

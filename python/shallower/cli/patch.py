@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..errors import ModelError
 from ..models.source import ModelSource
+from ..settings.options import Option
+from ..settings.stages import PatchSettings
 from ..values.layers import ranges
-from ..values.options import Option
 from ..values.schema import plain
-from ..values.stage_settings import PatchSettings
 from .options import (
     Answers,
     AnswerTokens,
@@ -165,8 +165,8 @@ def _patchable(
     PatchError if it cannot be, OutputError where they or its checkpoint have no room.
     """
     from ..cutting.plans import agreed_plan
+    from ..results.patch import check_patchable
     from ..storage import check_room
-    from ..values.patch import check_patchable
 
     place.check()
     plan = agreed_plan(str(place.path), place.count_layers(), named)
@@ -250,9 +250,9 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
     from ..models.unsaved import unsaved
     from ..reporting.stories.stages import losses_table, patch_table
     from ..reporting.words import by_choice, costs, dequantised, domain_learned
+    from ..results.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
+    from ..results.patch import Patch
     from ..savings.weights import stored_bytes
-    from ..values.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
-    from ..values.patch import Patch
 
     measured = {
         domain: {name: Loss.from_json(loss) for name, loss in losses.items()}

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..values.stage_settings import ScanSettings
+from ..settings.stages import ScanSettings
 from .options import (
     DeviceMemory,
     Loading,

@@ -36,7 +36,7 @@ from .metadata import (
 from .source import CARD_FILE, FRONT_MATTER, PLACEHOLDER, UncutModel
 
 if TYPE_CHECKING:
-    from ..values.loss import Loss
+    from ..results.loss import Loss
 
 
 _CARD = """\

@@ -27,7 +27,7 @@ from .plans import NamedExperts, NamedLayers, agreed_plan
 from .source import GGUF_KEYS, find_source
 
 if TYPE_CHECKING:
-    from ..values.loss import Loss
+    from ..results.loss import Loss
 
 EXPERT_KEYS = ("count", "used_count", "group_count", "group_used_count")
 """The keys by which a GGUF file says how a token is sent to experts, behind ``ARCH.expert_``."""

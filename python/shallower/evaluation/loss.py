@@ -23,12 +23,12 @@ from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import LOGITS_AT_ONCE, Head
 from ..progress import track
+from ..results.loss import Loss, TextLoss
+from ..results.scores import Scores
 from ..texts.batches import Batch, TokenBatches
 from ..texts.sources import own_texts
-from ..values.loss import Loss, TextLoss
 from ..values.plan import Plan, gone_by
 from ..values.schema import of_type
-from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
 from .batches import AllBatches, batches_of_texts, nothing_to_predict
 from .kept import ResultStore, cut_of, look_of, loss_journal, recall, recorded, sums_of
@@ -79,7 +79,7 @@ def evaluate_loss(
 
     Example:
         >>> import shallower as sh
-        >>> from shallower.runs.demo import model_path
+        >>> from shallower.studies.demo import model_path
         >>> model, tokenizer = sh.load_model(model_path(), dtype="float32")
         >>> loss = sh.evaluate_loss(model, tokenizer, ["The cat sat on the mat."])
         >>> print(loss.nats, "nats a token, on", loss.num_texts, "text")

@@ -3,8 +3,8 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.decoder import Decoder
-from ..values.perplexity import Perplexity
-from ..values.scores import Scores
+from ..results.perplexity import Perplexity
+from ..results.scores import Scores
 from ..values.tokens import BatchSize, Tokens
 from .batches import batches_of_windows
 from .loss import fitting_tokens, nats_of

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExpertsError
+from ..results.scores import Estimate
 from ..values.counts import counted
 from ..values.experts import DroppedExperts, check_counts
 from ..values.routing import Routing
 from ..values.schema import finite, plain
-from ..values.scores import Estimate
 from .statistics import ExpertStatistics
 
 Array = NDArray[np.float64]

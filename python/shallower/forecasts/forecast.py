@@ -16,12 +16,12 @@ from ..models.dtypes import (
     stored_quantisation,
 )
 from ..models.source import ModelSource
+from ..settings.recipe import Recipe
 from ..values.files import PLAN_FILE
 from ..values.layers import deepest_block
 from ..values.memory import MemoryPlan
 from ..values.plan import Plan
 from ..values.positions import Positions
-from ..values.recipe import Recipe
 from ..values.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -30,16 +30,16 @@ from ..patching.patch import with_patch
 from ..patching.saving import save_patched
 from ..processes import is_main_process, partial_folder
 from ..progress import say_goes_on
+from ..results.healing import Healing
+from ..results.loss import Loss
+from ..settings.recipe import Resolved
 from ..storage import resumable_folder, write_file
 from ..texts.sequences import ReadOnce
 from ..values.answers import Answer
 from ..values.files import HEALING_FILE, PATCH_FILE, PLAN_FILE
 from ..values.hashing import hash_of
-from ..values.healing import Healing
 from ..values.identity import TextsIdentity
-from ..values.loss import Loss
 from ..values.plan import Plan
-from ..values.recipe import Resolved
 from .loaded_models import OriginalModel, placed
 from .ranks import agree
 

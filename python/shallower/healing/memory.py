@@ -16,8 +16,8 @@ from ..models.experts import unquantised
 from ..models.feed_forward import feed_forward_targets
 from ..models.layer_config import heads_of
 from ..models.loading import layers_of
+from ..settings.recipe import GLOBAL_BATCH, Resolved
 from ..values.memory import EXPERTS, MemoryPlan, format_size, needed_device, usable
-from ..values.recipe import GLOBAL_BATCH, Resolved
 from .losses import Teacher, TrainingLoss
 from .recomputation import recompute_activations
 from .training import add_adapters

@@ -27,11 +27,11 @@ from ..models.dtypes import computing
 from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
 from ..processes import num_processes
+from ..results.healing import HeldOutLoss, OptimiserStep
+from ..results.loss import FIGURES, Loss
+from ..settings.recipe import GLOBAL_BATCH, Resolved
 from ..texts.quiet import hushed
 from ..texts.sequences import Sample, Samples, collate, mixed_order
-from ..values.healing import HeldOutLoss, OptimiserStep
-from ..values.loss import FIGURES, Loss
-from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
 from .bar import Reach, Throughput
 from .determinism import deterministic

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import PlanError
+from ..results.scores import Difference
+from ..settings.target import Target
 from ..values.counts import counted
 from ..values.memory import format_size
-from ..values.scores import Difference
-from ..values.target import Target
 
 STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Sizes of which a curve is made, up to half of the layers."""

@@ -16,13 +16,13 @@ from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
 from ..progress import part, track
+from ..results.scores import Difference, Scores
+from ..results.verification import AFTER, Candidate, Verified
 from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits, TokenisedSplits
 from ..values.layers import blocks_of, check_size, layer_count, ranges
 from ..values.plan import VERIFIED, Plan
-from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
-from ..values.verification import AFTER, Candidate, Verified
 from .judges.judge import Judge, LossJudge, judged_batches
 from .patched_trials import PatchedTrials, kept_patched
 from .proposals import (

@@ -29,10 +29,10 @@ from ..models.identity import stored_digest
 from ..models.loading import read_config
 from ..models.source import ModelSource
 from ..progress import track
+from ..results.healing import Healing, Merge
+from ..settings.recipe import Resolved
 from ..values.files import PLAN_FILE
-from ..values.healing import Healing, Merge
 from ..values.memory import format_size
-from ..values.recipe import Resolved
 from ..values.tokens import Tokens
 from .in_memory import TOLERANCE, adapted_logits, another_model, merge_in_memory, probe_logits
 from .low_rank import Deviations, LowRank

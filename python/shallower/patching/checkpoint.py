@@ -16,10 +16,10 @@ from torch import nn
 
 from ..errors import OutputError
 from ..models.offload import stored_weight
+from ..results.patch import Fit
 from ..storage import check_room, new_file
 from ..texts.batches import Batch
 from ..values.hashing import hash_of
-from ..values.patch import Fit
 from ..values.plan import Plan
 from ..values.schema import fields_of
 from .changes import Changes

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..results.scores import Estimate, Scores
+from ..results.task_scores import TaskScores
 from ..values.counts import with_error
 from ..values.schema import finite
-from ..values.scores import Estimate, Scores
-from ..values.task_scores import TaskScores
 from .charts.drawing import Drawing
 
 STORY_FORMAT = "shallower.report"

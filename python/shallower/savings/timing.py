@@ -17,7 +17,7 @@ from ..memory.rehearsal import LiveBytes
 from ..models.architecture import evaluating
 from ..models.dtypes import QUANTISED
 from ..processes import first_processor
-from ..values.gain import MeasuredGain
+from ..results.gain import MeasuredGain
 from .account import cache_of
 from .devices import DEVICES, HERE, Device, known_as
 

@@ -18,10 +18,10 @@ from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..processes import refuse_several
 from ..progress import say_goes_on, track
+from ..settings.stages import ScanSettings
 from ..storage import check_apart
 from ..texts.batches import AnyTexts, Batch, TokenBatches
 from ..texts.sources import place_of_texts
-from ..values.stage_settings import ScanSettings
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
 from .hidden_states import forward, states_of
 from .scan import Scan, deciding

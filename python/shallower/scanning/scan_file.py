@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from .._core import Cka, ExpertSums, Sums
 from ..errors import ExpertsError, MetricError, PositionsError, ScanError, StatesError, why
 from ..experts.statistics import ExpertStatistics
+from ..settings.until import Settled
 from ..storage import write_file
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
 from ..values.schema import of_type, read
 from ..values.shard import ShardOfScan
-from ..values.until import Settled
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""

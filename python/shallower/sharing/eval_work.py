@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ShallowerError
 from ..models.source import ModelSource
 from ..reporting.results import write_evaluation
+from ..settings.stages import EvalSettings
 from ..store.given_models import ModelStore
 from ..store.inputs import machine
 from ..store.store import Store, open_store
@@ -18,12 +19,11 @@ from ..values.files import EVAL_FILE
 from ..values.plan import Plan
 from ..values.provenance import forward_versions
 from ..values.shard import Shard
-from ..values.stage_settings import EvalSettings
 from .measured import Evaluation, MeasuredShard, Tally, evaluation_of
 from .work import Batches, OpenedBatches
 
 if TYPE_CHECKING:
-    from ..values.scores import Scores
+    from ..results.scores import Scores
 
 _DESCRIBED = ("source", "settings", "plan", "device_memory")
 """What a shard says of its evaluation, from which a process makes it again."""

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ScanError
+from ..results.loss import Loss
+from ..results.perplexity import Perplexity
+from ..results.scores import Scores
 from ..values.counts import counted
 from ..values.identity import ModelIdentity
-from ..values.loss import Loss
-from ..values.perplexity import Perplexity
 from ..values.plan import Plan
-from ..values.scores import Scores
 from ..values.shard import Shard
 from .json_shards import JsonShard
 

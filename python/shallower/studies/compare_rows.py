@@ -36,11 +36,7 @@ from ..models.decoder import Decoder
 from ..models.experts import find_experts
 from ..models.source import ModelSource
 from ..progress import say_goes_on, stage, track
-from ..scanning.scan_file import scan_bytes
-from ..storage import write_file
-from ..store.given_models import InMemory
-from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
-from ..values.comparison import (
+from ..results.comparison import (
     ComparedModel,
     MeasuredRow,
     Row,
@@ -48,14 +44,18 @@ from ..values.comparison import (
     scan_place,
     with_regrets,
 )
+from ..results.loss import Loss
+from ..results.scores import Estimate, Scores, Standing
+from ..scanning.scan_file import scan_bytes
+from ..settings.recipe import Recipe
+from ..settings.studies import CompareSettings, State
+from ..storage import write_file
+from ..store.given_models import InMemory
+from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
 from ..values.experts import check_counts
 from ..values.layers import check_sizes
-from ..values.loss import Loss
 from ..values.plan import Gone, Plan
-from ..values.recipe import Recipe
 from ..values.schema import plain, read
-from ..values.scores import Estimate, Scores, Standing
-from ..values.settings import CompareSettings, State
 from .measures import ScoresOnTasks
 from .measuring import Measured, Measuring
 from .starts import starts_of, wants_scans

@@ -41,14 +41,14 @@ from ..patching.counts import SOLVING, PatchLayers
 from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import patch_tokens
 from ..patching.states import MAX_HELD_OUT
+from ..results.speech import WAYS
+from ..settings.recipe import Recipe
+from ..settings.studies import CompareSettings, RunSettings
 from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
 from ..values.estimates import Disk, Divided
 from ..values.memory import MemoryPlan
-from ..values.recipe import Recipe
-from ..values.settings import CompareSettings, RunSettings
-from ..values.speech import WAYS
 from ..values.tokens import SPEECH_TOKENS
 from .answers import WantedAnswers
 from .compare import CompareStudy

@@ -14,6 +14,7 @@ from ..errors import TextsError
 from ..evaluation.kept import recalled
 from ..models.source import ModelSource
 from ..processes import check_alone
+from ..settings.stages import EvalSettings
 from ..storage import check_apart, check_free, check_room
 from ..store.given_models import ModelStore
 from ..store.inputs import inputs_of, job_of, model_content
@@ -25,7 +26,6 @@ from ..values.layers import Block
 from ..values.memory import MemoryPlan
 from ..values.plan import Plan, key_of
 from ..values.schema import read
-from ..values.stage_settings import EvalSettings
 from ..values.tokens import Tokens
 from .measures import LossOfTexts, Measure, PerplexityOfText, ScoresOnTasks
 from .speaking import SpeechOnPrompts

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..settings.studies import Prompts
 from ..texts.options import OptionItem, options_fingerprint, read_options
 from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint
 from ..texts.splits import two_splits
-from ..values.settings import Prompts
 
 Items = Sequence[OptionItem] | Sequence[Prompt]
 

@@ -13,20 +13,20 @@ from ..errors import ProcessesError, SettingsError
 from ..evaluation.kept import recalled
 from ..evaluation.task_files import check_names, files_in, files_of
 from ..models.source import ModelSource
+from ..results.loss import Loss
+from ..results.perplexity import Perplexity
+from ..results.task_scores import TaskScores
+from ..settings.options import parse_names
+from ..settings.stages import EvalSettings
+from ..settings.studies import CompareSettings
 from ..storage import absolute
 from ..store.inputs import hash_of_files, texts_content
 from ..store.store import Store
 from ..texts.sources import Texts, read_whole
 from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
-from ..values.loss import Loss
-from ..values.options import parse_names
-from ..values.perplexity import Perplexity
 from ..values.plan import Plan, key_of
 from ..values.schema import plain
-from ..values.settings import CompareSettings
-from ..values.stage_settings import EvalSettings
-from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize, Tokens
 
 if TYPE_CHECKING:

@@ -30,10 +30,14 @@ from ..patching.patch import patch_tokens, with_patch
 from ..patching.saving import save_patched
 from ..progress import stage, track
 from ..reporting.results import Run, weights_mark
+from ..results.patch import Patch
+from ..results.recommendation import Recommended
+from ..results.scores import Difference, Scores
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
 from ..scanning.model import scan
 from ..scanning.scan import Scan
+from ..settings.studies import RunSettings
 from ..storage import write_file
 from ..values.answers import Answer
 from ..values.files import (
@@ -44,11 +48,7 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ..values.patch import Patch
 from ..values.plan import Plan
-from ..values.recommendation import Recommended
-from ..values.scores import Difference, Scores
-from ..values.settings import RunSettings
 from .answers import WantedAnswers
 from .measuring import Measuring
 from .speaking import SpeechOnPrompts

@@ -15,6 +15,8 @@ from ..processes import refuse_several
 from ..progress import say_goes_on, stage, whole
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
+from ..settings.recipe import STEPS, Recipe
+from ..settings.studies import RunSettings
 from ..store.given_models import given_model
 from ..store.store import open_store
 from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint
@@ -29,8 +31,6 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ..values.recipe import STEPS, Recipe
-from ..values.settings import RunSettings
 from .answers import WantedAnswers, answers_for
 from .items import Items, items_fingerprint, judged_items
 from .study import NUM_PROMPTS, Study

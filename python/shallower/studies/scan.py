@@ -14,6 +14,8 @@ from ..reporting.charts.heat_map import draw_heat_map
 from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan, deciding
 from ..scanning.settling import JUDGED
+from ..settings.stages import ScanSettings
+from ..settings.until import Settled
 from ..storage import check_apart, check_free, check_room, claimed
 from ..store.done import Output
 from ..store.inputs import inputs_of, job_of, model_content, texts_content
@@ -24,8 +26,6 @@ from ..values.files import HEAT_MAP_FILE, PARTIAL_FILE, SCAN_FILE, SMALL
 from ..values.memory import MemoryPlan
 from ..values.schema import read
 from ..values.shard import Shard
-from ..values.stage_settings import ScanSettings
-from ..values.until import Settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
+from ..results.speech import Speech
+from ..settings.stages import EvalSettings
 from ..store.inputs import model_inputs
 from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
 from ..values.answers import Answer
 from ..values.plan import Plan
-from ..values.speech import Speech
-from ..values.stage_settings import EvalSettings
 from ..values.tokens import SPEECH_TOKENS, BatchSize, Tokens
 from .answers import KeptAnswers
 from .measures import Measure, bar_of

@@ -19,6 +19,7 @@ from ..cutting.source import typed_place
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone, held
+from ..settings.studies import StudySettings
 from ..storage import check_apart, check_free, check_room, write_file
 from ..store.given_models import InMemory, ModelStore, inputs_of_one
 from ..store.inputs import items_of, texts_inputs
@@ -29,7 +30,6 @@ from ..texts.sources import Texts, place_of_texts
 from ..values.commands import option_words
 from ..values.counts import summed
 from ..values.hashing import hash_of
-from ..values.settings import StudySettings
 from .disk import study_bytes, temporary_of
 from .items import Items
 

@@ -7,10 +7,10 @@ from functools import partial
 from itertools import product
 from typing import Any, Literal
 
-from ...values.comparison import ComparedModel, CriteriaComparison, Row
-from ...values.scores import Standing
-from ...values.settings import STATES, State
-from ...values.speech import Speech
+from ...results.comparison import ComparedModel, CriteriaComparison, Row
+from ...results.scores import Standing
+from ...results.speech import Speech
+from ...settings.studies import STATES, State
 from ..words import patch_words, patched_name
 from .drawing import SERIES, Drawing
 from .plots import (

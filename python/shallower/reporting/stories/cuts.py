@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ...values.comparison import Row
+from ...results.comparison import Row
+from ...results.loss import Loss
+from ...results.scores import TIE, Estimate, Standing
+from ...results.speech import Speech
+from ...results.task_scores import TaskScores
+from ...settings.studies import State
 from ...values.counts import counted
-from ...values.loss import Loss
-from ...values.scores import TIE, Estimate, Standing
-from ...values.settings import State
-from ...values.speech import Speech
-from ...values.task_scores import TaskScores
 from ..charts.comparison import DIVERGENCES, Group
 from ..story import Cell, Number, Table
 from ..words import (

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from ...errors import MetricError, ScanError
 from ...models.dtypes import QUANTISED
+from ...results.gain import Gain
+from ...results.recommendation import Recommended
+from ...results.scores import Estimate
 from ...savings.weights import CheckpointSize, count_weights
 from ...values.commands import command_line
 from ...values.costs import NUM_RESAMPLES
@@ -19,10 +22,7 @@ from ...values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ...values.gain import Gain
 from ...values.layers import drop_option
-from ...values.recommendation import Recommended
-from ...values.scores import Estimate
 from ..charts.run import healing_chart, race_charts, scan_charts
 from ..results import Continuations, Run
 from ..story import Fact, ModelState, Number, PromptSample, Section, Story, Strip, Table
