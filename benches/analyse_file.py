@@ -33,6 +33,9 @@ from shallower._core import tier
 from shallower.scanning.builder import ScanBuilder
 from shallower.scanning.states_file import BUFFER_BYTES, DTYPES, StatesFile
 
+sys.path.append(str(Path(__file__).parents[1]))
+from tests import reference
+
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 CHECKED = 64
 LIMIT_MIB = 300
@@ -49,9 +52,6 @@ print(json.dumps([taken, int(peak) / 1024, "torch" in sys.modules]))
 """
 LAUNCHER = """
 import json, os, sys, time
-
-sys.path.append(str(Path(__file__).parents[1]))
-from tests import reference  # noqa: E402 - the oracle of the tests
 began = time.perf_counter()
 pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=[
     (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)])
