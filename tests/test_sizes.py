@@ -36,7 +36,7 @@ def test_no_file_is_long(files, most):
 
 MOST_FILES, MOST_LINES = 25, 5_500
 """What one folder of the package holds at most."""
-LARGER = {"values": (38, 5_743)}
+LARGER = {"values": (38, 5_500)}
 """Folders above that, with what they hold today: they may only shrink."""
 
 

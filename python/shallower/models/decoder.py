@@ -76,7 +76,7 @@ class Decoder:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether layers wait on disk, so that each should be read for many batches."""
+        """Whether layers are streamed from disk, so that each should be read for many batches."""
         return any(map(is_on_disk, self.layers.modules))
 
     @cached_property

@@ -34,7 +34,7 @@ _ONE_DAY = """\
 | replace("%H", "12") | replace("%M", "00") | replace("%S", "00") }}
 {%- endmacro %}
 """
-"""What tells a template the day: the one that Llama 3's template names where nobody tells it."""
+"""The day that templates are given: that which Llama 3's names by default."""
 
 _ANSWER = "shallower"
 """An answer in place of any, to see what a template writes behind one."""

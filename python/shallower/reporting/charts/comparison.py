@@ -42,7 +42,7 @@ _STYLES = {
     "reap": ("green", "o"), "easy-ep": ("green", "s"),
     "reconstruction": ("pink", "o"), "aimer": ("olive", "o"),
 }  # fmt: skip
-"""Colours tell kinds of criteria apart, markers the criteria of one kind."""
+"""A colour for each kind of criteria, a marker for each criterion of a kind."""
 
 _OTHERS = tuple((colour, marker) for marker in "P*h<>dp8" for colour in ("olive", "muted"))
 """Styles of criteria that are not known here, in the order in which they come."""
