@@ -48,7 +48,8 @@ from ..values.estimates import Disk, Divided
 from ..values.memory import MemoryPlan
 from ..values.recipe import Recipe
 from ..values.settings import CompareSettings, RunSettings
-from ..values.speech import SPEECH_TOKENS, WAYS
+from ..values.speech import WAYS
+from ..values.tokens import SPEECH_TOKENS
 from .answers import WantedAnswers
 from .compare import CompareStudy
 from .disk import patches, sizes_of, study_bytes, temporary_of
@@ -95,7 +96,7 @@ def _peak(plan: MemoryPlan) -> int:
     return plan.peak_bytes or 0
 
 
-class _Texts:
+class _SplitTokens:
     """The tokens of the texts of one split, and of the items of its judge.
 
     Where that is of speech, they are ``judged``, and ``num_spoken`` prompts are answered for it.
@@ -183,7 +184,7 @@ class _Model:
         """Count what is sure to be done, at least: races and searches take more."""
         work = Work(passes=(CHECKED,))
         for name in self.study.splits:
-            self.texts = _Texts(self.study, self.source.load_tokenizer(), name, self._at_once)
+            self.texts = _SplitTokens(self.study, self.source.load_tokenizer(), name, self._at_once)
             work = sum(self._fixed(), work)
         length = float(self.texts.report.mean())
         return Counted(self.source, work, self._at_once, length)

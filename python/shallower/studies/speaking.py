@@ -12,9 +12,9 @@ from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
 from ..values.answers import Answer
 from ..values.plan import Plan
-from ..values.speech import SPEECH_TOKENS, Speech
+from ..values.speech import Speech
 from ..values.stage_settings import EvalSettings
-from ..values.tokens import BatchSize, Tokens
+from ..values.tokens import SPEECH_TOKENS, BatchSize, Tokens
 from .answers import KeptAnswers
 from .measures import Measure, bar_of
 
