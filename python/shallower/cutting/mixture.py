@@ -41,7 +41,7 @@ class StoredLayer:
             return _checked(name, tensor, (num_experts, self.stacks[kin]))
         if kin is None and name.partition(".")[0] in self.heads:
             raise ModelError(
-                f"the tensor {name} beside the experts is none that transformers knows, and "
+                f"the tensor {name} beside the experts is unknown to transformers, and "
                 f"may hold a part for each of them: drop experts from a checkpoint without it"
             )
         return False
