@@ -23,8 +23,8 @@ _PACKED = ("I16", "I32", "I64", "U16", "U32", "U64")
 class StoredLayer:
     """A layer with routed experts as stock loaders store it, by the names of tensors in it."""
 
-    stacks: Mapping[str, int]  # with a part for every expert: the length of the outermost axis
-    whole: frozenset[str]  # of which no expert has a part
+    stacks: Mapping[str, int]  # those with a part for every expert: length of axis 0
+    whole: frozenset[str]  # those without parts of experts
     heads: frozenset[str]  # first parts of names that may belong to the mixture
 
     def is_stack(self, name: str, tensor: StoredTensor, *, num_experts: int) -> bool:
@@ -80,7 +80,7 @@ class Mixture:
 
     name: str  # of the model, for errors
     routing: Routing
-    layers: frozenset[int]  # with experts
+    layers: frozenset[int]  # layers with experts
 
     @property
     def num_experts(self) -> int:

@@ -61,8 +61,8 @@ class HealingJob:
     cut: str  # folder or hub id
     plan: Plan
     recipe: Resolved
-    texts: ReadOnce  # to train on
-    answers: Sequence[Answer]  # to train on beside the texts, those that can be
+    texts: ReadOnce  # texts to train on
+    answers: Sequence[Answer]  # usable answers to train on
     held_out: list[str] | None  # texts, if there are any
     original: OriginalModel | None  # the uncut model, if it is named
     merge: bool  # fold the adapters into the cut

@@ -61,7 +61,7 @@ class Group:
     rows: Sequence[Row]  # every choice in every state
     settings: Mapping[str, Any]  # those that are shown
     judge: str
-    state: State  # that ranks cuts: the last of every size; if not by the loss, bare
+    state: State  # the state that ranks cuts; bare, unless the loss judges
     unit: str  # of a regret in that state
 
     @property
