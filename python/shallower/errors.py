@@ -131,7 +131,7 @@ MODEL_PACKAGES = ("torch", "transformers", "accelerate", "psutil", "scipy")
 
 @contextmanager
 def naming_extras(purpose: str, extra: str = "model") -> Iterator[None]:
-    """Name the extra to install where the body asks for a package of ``MODEL_PACKAGES`` in vain."""
+    """Name the extra to install where the body lacks a package of ``MODEL_PACKAGES``."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -166,7 +166,7 @@ def others_go_on(name: str, failed: dict[str, str]) -> Iterator[None]:
 
 
 MOST_WORDS = 400
-"""Letters of another package's error that are told; it may show whole files or configs."""
+"""Letters of another package's error that are shown; it may hold whole files or configs."""
 
 
 def why(error: BaseException, path: object = None) -> str:

@@ -206,7 +206,7 @@ def held(path: Path, *, inside: bool = False, reserved: bool = True) -> Iterator
 
 
 _OURS: ContextVar[frozenset[Path]] = ContextVar("_OURS", default=frozenset())
-"""The places that are held here, and the folders where work on them goes on."""
+"""The places that are held here, and the folders where work on them is done."""
 
 _RESERVED: ContextVar[frozenset[Path]] = ContextVar("_RESERVED", default=frozenset())
 """Those of them that are held for one work to come."""
@@ -274,7 +274,7 @@ def _lock(path: Path, place: Path, made: _Made | None) -> ExitStack:
 
 def _remove_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):  # it holds results, or what the next run goes on from
+        with suppress(OSError):  # it holds results, or what the next run resumes from
             folder.rmdir()
 
 

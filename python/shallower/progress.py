@@ -298,7 +298,7 @@ def say(line: str) -> None:
 
 
 class _Lines:
-    """Work as a log tells of it."""
+    """Work as a log shows it."""
 
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self._total = description, total

@@ -92,7 +92,7 @@ def _mark(path: Path) -> str | None:
 
 
 def rewrite(path: Path, content: bytes) -> None:
-    """Replace a file of a folder that was written here; it stays ours if nobody changed it."""
+    """Replace a file of a folder that was written here; it stays ours if it is unchanged."""
     ours, mark = [], _mark(path)
     for folder in path.absolute().parents[:2]:
         files, name = _recorded(folder), path.absolute().relative_to(folder).as_posix()
@@ -149,7 +149,7 @@ def check_apart(path: str | Path, inputs: Iterable[object]) -> None:
 
 
 def _overlap(path: Path, given: str) -> str | None:
-    """How a place meets one that is read, in words; None where they lie apart."""
+    """How a place overlaps one that is read, in words; None where they lie apart."""
     try:
         read = Path(given).expanduser().resolve(strict=True)
         inside, around = _is_in(path.resolve(), read), _is_in(read, path)

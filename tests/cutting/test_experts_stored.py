@@ -163,7 +163,7 @@ STRANGE = {
         "layer 0: the tensor .* of I32 and shape .* in a plain dtype",
     ),
     "gate.weight_scale_inv": (torch.zeros(1, 5), "does not hold one expert's part after"),
-    "jitter": (torch.zeros(6), "none that transformers knows"),
+    "jitter": (torch.zeros(6), "is unknown to transformers"),
     "experts.6.w1.weight": (torch.zeros(2), "also has expert 6"),
 }
 

@@ -413,7 +413,7 @@ def _weights(snapshot: Path, there: Collection[str]) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a file of weights has a name of its own, as the core asks for; others it refuses."""
+    """Whether a file of weights has a name of its own, which the core requires."""
     return name.endswith(".safetensors") and Path(name).name == name
 
 

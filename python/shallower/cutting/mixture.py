@@ -23,8 +23,8 @@ _PACKED = ("I16", "I32", "I64", "U16", "U32", "U64")
 class StoredLayer:
     """A layer with routed experts as stock loaders store it, by the names of tensors in it."""
 
-    stacks: Mapping[str, int]  # with a part for every expert: the length of the outermost axis
-    whole: frozenset[str]  # of which no expert has a part
+    stacks: Mapping[str, int]  # those with a part for every expert: length of axis 0
+    whole: frozenset[str]  # those without parts of experts
     heads: frozenset[str]  # first parts of names that may belong to the mixture
 
     def is_stack(self, name: str, tensor: StoredTensor, *, num_experts: int) -> bool:
@@ -41,7 +41,7 @@ class StoredLayer:
             return _checked(name, tensor, (num_experts, self.stacks[kin]))
         if kin is None and name.partition(".")[0] in self.heads:
             raise ModelError(
-                f"the tensor {name} beside the experts is none that transformers knows, and "
+                f"the tensor {name} beside the experts is unknown to transformers, and "
                 f"may hold a part for each of them: drop experts from a checkpoint without it"
             )
         return False
@@ -80,7 +80,7 @@ class Mixture:
 
     name: str  # of the model, for errors
     routing: Routing
-    layers: frozenset[int]  # with experts
+    layers: frozenset[int]  # layers with experts
 
     @property
     def num_experts(self) -> int:

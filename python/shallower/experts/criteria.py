@@ -32,7 +32,7 @@ class ExpertCriterion:
 
     what: str  # the score in words
     kind: Literal["total", "mean", "set", "weights", "drawn"]
-    value: str = ""  # that is summed, of :class:`ExpertStatistics`
+    value: str = ""  # the summed value of :class:`ExpertStatistics`
     paper: str = ""  # its source
     highest_go: bool = False  # the highest scores go first instead
 
@@ -146,7 +146,7 @@ class ChosenExperts:
     """The experts of a layer that go, and how near the next one was."""
 
     layer: int
-    experts: tuple[int, ...]  # that go, ascending
+    experts: tuple[int, ...]  # dropped experts, ascending
     scores: tuple[float, ...]  # of each; NaN where the criterion has none
     last: Estimate  # the score of the last to go
     next: Estimate  # of the first that stays

@@ -73,7 +73,7 @@ class Work:
 
 
 def or_unknown(way: Callable[[], Any]) -> Any:
-    """What something takes; or why that cannot be told, whatever a family does without weights."""
+    """What something takes; or why that is unknown, whatever a family does without weights."""
     try:
         return way()
     except Exception as error:

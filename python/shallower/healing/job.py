@@ -1,7 +1,7 @@
 """A healing as it was called, and its folders: the work, the patched cut, peft's repository.
 
 A healing depends on its recipe, its texts and its last marked checkpoint alone. The size of a
-forward and recomputation are not part of the job, so they may change before it goes on.
+forward and recomputation are not part of the job, so they may change before it resumes.
 """
 
 import hashlib
@@ -61,8 +61,8 @@ class HealingJob:
     cut: str  # folder or hub id
     plan: Plan
     recipe: Resolved
-    texts: ReadOnce  # to train on
-    answers: Sequence[Answer]  # to train on beside the texts, those that can be
+    texts: ReadOnce  # texts to train on
+    answers: Sequence[Answer]  # usable answers to train on
     held_out: list[str] | None  # texts, if there are any
     original: OriginalModel | None  # the uncut model, if it is named
     merge: bool  # fold the adapters into the cut
@@ -216,7 +216,7 @@ def patched_cut(job: HealingJob, out: Path, dtype: str) -> Path:
 
 
 def _patch_job(job: HealingJob, original: str) -> str:
-    """The hash that tells this patch from any other; of endless texts, the first count."""
+    """The hash by which this patch is known; of endless texts, the first count."""
     digest = hashlib.sha256()
     for text in islice(job.texts, _HASHED_TEXTS):
         if not isinstance(text, str):

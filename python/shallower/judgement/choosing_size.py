@@ -90,7 +90,7 @@ class _Limit(NamedTuple):
     leaves: str  # what a cut does that keeps to it
     in_words: Callable[[float], str]
     has: str  # what a model does that has so much, a value to follow
-    option: str  # that names it
+    option: str  # the option that names it
 
 
 def _limit_of(target: Target) -> _Limit | None:

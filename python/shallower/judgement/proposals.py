@@ -106,7 +106,7 @@ def _all_costs(
 
 
 def _measured(subject: Subject) -> Iterator[tuple[str, Costs | str]]:
-    """The costs by each criterion; one that fails says why, and the others go on."""
+    """The costs by each criterion; one that fails gives the reason, and the others continue."""
     for criterion in PROPOSERS:
         try:
             yield criterion.name, criterion.costs(subject)

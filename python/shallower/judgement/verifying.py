@@ -197,7 +197,7 @@ class _Verification:
     n: int
     proposals: Proposals  # of the caller; the others are added
     count: Count  # layers so far, which bound search and race
-    named: list[Cut] = field(default_factory=list)  # by criteria and the caller
+    named: list[Cut] = field(default_factory=list)  # cuts of criteria and of the caller
 
     def __post_init__(self) -> None:
         self.subject, self.patched = self.verifier.subject, self.verifier.patched

@@ -61,7 +61,7 @@ class Merging:
     base: str  # the cut, a folder or hub id
     adapters: Path  # their folder
     healing: Healing  # their record
-    held_out: list[str] | None = None  # to measure the merged model on
+    held_out: list[str] | None = None  # texts to measure the merged model on
     trained: torch.Tensor | None = None  # logits on `PROBE` as trained, (1, T, V) float32
     progress: bool | None = None  # by default if standard error is a terminal
     trust_remote_code: bool = False

@@ -76,7 +76,7 @@ class _UnknownError(Exception):
 
 
 class _Values:
-    """Values as JSON; one that was met before is its number, and code is noted by its module."""
+    """Values as JSON; a repeated one is its number, and code is noted by its module."""
 
     def __init__(self) -> None:
         self._met: dict[int, tuple[int, Any]] = {}  # with the value, whose id stays its own

@@ -1,4 +1,4 @@
-"""The work of a patch so far, from which the same patch goes on: matrices solved, steps taken."""
+"""The work of a patch so far, from which the same patch resumes: matrices solved, steps taken."""
 
 import hashlib
 import json

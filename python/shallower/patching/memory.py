@@ -60,7 +60,7 @@ class PatchStep:
         )
 
     def parts(self, texts: int, recompute: bool | None = None) -> dict[str, int]:
-        """Count the bytes as ``memory.plan.Step``; what does not fit a GPU waits beside it."""
+        """Count the bytes as ``memory.plan.Step``; what does not fit a GPU stays beside it."""
         model, weights = self._states.model, sum(self._states.weights.values())
         forward, losses = (
             step.parts(texts)["activations"] for step in (self._states, self._losses)

@@ -38,7 +38,7 @@ from ..values.tokens import Tokens
 from .patch import patch
 
 _KEPT = "patching"
-"""The folder of what a patch that was cut short goes on from."""
+"""The folder that an interrupted patch resumes from."""
 
 _PATCHED = "matrices beside it were solved anew by least squares."
 

@@ -66,7 +66,7 @@ class Run:
     speech: Mapping[str, Speech] = field(default_factory=dict)
     difference: float = math.nan  # of logits, the reloaded checkpoint to the model, at most
     healing: Healing | None = None
-    command: str = ""  # that makes it again, without places
+    command: str = ""  # the command line to make it again, without places
     loaded: str = "MODEL"  # the model's words in a command line
     evaluated: str = ""  # options of `shallower eval` for the test set
     # Name of the model's folder or file, bytes of its weights.

@@ -17,12 +17,12 @@ LOSSES = (0.05, 0.1, 0.2, 0.5)
 class BestCut:
     """The cut of least loss of one size and state, of all criteria."""
 
-    model: str  # by name
+    model: str  # name of the model
     state: State
     share: float  # of the layers that go
     lost: Estimate  # nats a token above the whole model, paired
     dropped: tuple[int, ...]
-    criterion: str  # that chose the layers
+    criterion: str  # the criterion that chose the layers
 
     def to_json(self) -> dict[str, Any]:
         """Give the cut as plain JSON values."""
@@ -40,7 +40,7 @@ _COLUMNS = {
 class Borne:
     """The share of its layers that a model can lose at a loss."""
 
-    model: str  # by name
+    model: str  # name of the model
     state: State
     loss: float  # nats a token above the whole model
     share: float  # at which the line through the best cuts of all sizes first exceeds `loss`

@@ -35,18 +35,18 @@ class Row:
     n: int  # layers that go; of experts those of each layer
     state: State
     dropped: tuple[int, ...]
-    standing: Standing | None  # regret to the best of its size and state; if bare, the judge's
+    standing: Standing | None  # its regret is to the best of its size and state
     tau: float | None  # Kendall's τ-b of the costs of single layers with the true losses
     layers_share: float  # of all layers
     parameters_share: float  # of all parameters
-    time_share: float | None = None  # that is saved of the time of a token, forecast for an A100
+    time_share: float | None = None  # saved share of a token's time, forecast for an A100
     layer_forwards: int = 0  # layers run, times texts, by the choice itself
     choice_seconds: float = 0.0  # wall time here, where what is shared is made once
     seconds: float = 0.0  # wall time of the patch or the healing, and of the measurements
-    score: Estimate | None = None  # by the judge, of the bare cut on test items
+    score: Estimate | None = None  # the judge's, of the bare cut on test items
     accuracy: float | None = None  # of the judge `options`
     failed: str | None = None  # why there is no loss
-    experts: str | None = None  # that go, as `--drop-experts` has them; None for layers
+    experts: str | None = None  # dropped experts, as in `--drop-experts`; None for layers
     tasks: tuple[TaskScores, ...] = ()  # main measures; sampled ones as `gsm8k sampled`
     speech: Speech | None = None
 

@@ -23,9 +23,9 @@ class Sizes:
     kv_bytes_per_token: int  # of one text at this context; layers with a window may add none
     kv_bytes: int  # of the cache of all texts at this context
     prefill_flops: int  # operations of the forward of the context
-    prefill_bytes: int  # that it reads and writes
+    prefill_bytes: int  # bytes that it reads and writes
     decode_flops: int  # operations of the forward of one more token of every text
-    decode_bytes: int  # that it reads and writes
+    decode_bytes: int  # bytes that it reads and writes
 
     @property
     def memory(self) -> int:
@@ -38,7 +38,7 @@ class Forecast:
     """The time of a forward on one device by its roofline, before and after a cut."""
 
     device: str
-    title: str  # for people
+    title: str  # a name for people
     source: str  # of its figures
     flops: float  # operations a second at most, in the dtype of the weights
     bandwidth: float  # bytes a second

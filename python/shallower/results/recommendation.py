@@ -23,9 +23,9 @@ class Recommended:
     cut: Loss
     patched: Loss | None  # None where there is no patch
     healed: Loss | None
-    by_distance: Difference | None  # of bare cuts: the block of least angular distance, less this
-    layers_share: float  # that go
-    parameters_share: float  # that go
+    by_distance: Difference | None  # the block of least angle less this, bare
+    layers_share: float  # the share of layers that go
+    parameters_share: float  # the share of parameters that go
     unpatched: str | None = None  # why there is no patch
     unhealed: str | None = None  # why there is no healed model
     max_loss: float | None = None  # nats a token above the whole that were allowed

@@ -44,7 +44,7 @@ UNKNOWN = Estimate(math.nan, math.nan)
 class Difference(Estimate):
     """The mean difference of two scores of the same items: the first less the second."""
 
-    num_items: int  # that both have
+    num_items: int  # items that both have
 
     def to_json(self) -> dict[str, Any]:
         """Give ``mean``, ``stderr`` (None where there is none), ``num_items`` and ``tied``."""

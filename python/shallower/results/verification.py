@@ -23,7 +23,7 @@ class Candidate:
     score: float  # the judge's mean over the items that it was judged on
     stderr: float
     difference: Difference  # paired, to the winner, over the items of both; 0 for the winner
-    lost_early: bool = False  # or given up for want of work, before the last items
+    lost_early: bool = False  # lost, or given up, before the last items
 
     @property
     def tied(self) -> bool:

@@ -26,10 +26,10 @@ class Option:
     """An option of the command line, beside the type and the default of its field."""
 
     sentence: str  # its help
-    metavar: str | None = None  # for its value in the help
+    metavar: str | None = None  # stands for the value in the help
     group: Group = "basic"  # of the help, behind those declared before it
     _: KW_ONLY
-    name: str = ""  # with underscores; by default that of the field
+    name: str = ""  # its name with underscores; by default that of the field
     least: int | None = None  # the smallest number
     read: Callable[[str], Any] | None = None  # makes the value of a word
     alone: Any = ...  # the value without a word; `...` where there must be one

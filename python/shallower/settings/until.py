@@ -85,8 +85,8 @@ class Until:
 class Settled:
     """When a scan was sure of the best block of each size."""
 
-    until: Until  # with sizes named
-    texts: tuple[int | None, ...]  # by size, after which it was sure, and stayed so; None: not yet
+    until: Until  # the request, its sizes named
+    texts: tuple[int | None, ...]  # by size: texts until it was sure; None: not yet
 
     @property
     def by_size(self) -> dict[int, int | None]:

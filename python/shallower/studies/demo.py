@@ -21,7 +21,7 @@ NUM_CHOOSING = 8
 """Selection passages of the demo."""
 
 NUM_PROMPTS = 8
-"""Prompts on which the models of the demo speak."""
+"""Prompts that the models of the demo continue."""
 
 MAX_LENGTH = 128
 """Tokens of a passage in the demo, at most."""

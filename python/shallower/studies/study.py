@@ -187,7 +187,7 @@ class Study(Generic[Settings]):
         return ", ".join([*several, f"n = {n}", strategy, state])
 
     def refuse_on_disk(self, work: str, way_out: str) -> None:
-        """Refuse work that reads all layers often, where they wait on disk: ModelError."""
+        """Refuse work that reads all layers often, where these are streamed: ModelError."""
         if any(model.is_streamed for model in self.models):
             raise ModelError(
                 f"the layers of the model are streamed (--stream), and all would be read by "

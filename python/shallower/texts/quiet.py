@@ -26,7 +26,7 @@ _SWITCHES = (
     ("datasets", "are_progress_bars_disabled", "{}able_progress_bars"),
     ("transformers.utils.logging", "is_progress_bar_enabled", "{}able_progress_bar"),
 )
-"""Modules, what tells whether their bars are on or off, and what turns them en- or disabled."""
+"""Modules, what says whether their bars are enabled, and what turns them on or off."""
 
 
 @contextmanager
@@ -44,17 +44,17 @@ MOST_WAIT = 60.0
 """Seconds that the hub may ask to wait for an answer, at most."""
 
 _CLIENT = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
-"""Who says what the hub's client waits for."""
+"""The loggers of the hub client's pauses."""
 
 
 class _Fault(local):
-    """Why the client waits, as the last warning in a thread says."""
+    """Why the client pauses, by the last warning in a thread."""
 
     why = "the hub does not answer"
 
 
-class _Waits(logging.Handler):
-    """Say why the hub's client waits, and how long; TimeoutError where that is too long."""
+class _Pauses(logging.Handler):
+    """Show why the hub's client pauses, and how long; TimeoutError where that is too long."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,5 +116,5 @@ class _Theirs:
                 self._turn_on.pop()()
 
 
-_WAITS = _Waits()
+_WAITS = _Pauses()
 _THEIRS = _Theirs()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A prompt, and how a model went on from it.
+    """A prompt, and how a model continued it.
 
     Attributes:
         given: token ids of the prompt, at least one.

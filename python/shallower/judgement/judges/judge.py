@@ -31,7 +31,7 @@ class Judge(ABC):
     chance: float | None = None  # accuracy of a guess; None where nothing is right or wrong
     content: str = ""  # a hash of items that are unknown before a model is loaded
     batches: Sequence[Batch]  # of the items, in the order in which they are judged
-    items: Sequence[NDArray[np.int64]]  # by batch, indices ascending, over batches consecutive
+    items: Sequence[NDArray[np.int64]]  # indices by batch, ascending; consecutive over batches
     weights: NDArray[np.float64]  # (S,) float64, what each item counts
 
     @property

@@ -166,7 +166,7 @@ def _in(group: Group, state: State) -> list[Row]:
 
 
 def speech_of_cuts(group: Group, whole: Speech, state: State) -> Table:
-    """Tabulate how all cuts in one state speak beside the whole model."""
+    """Tabulate the generation of all cuts in one state beside the whole model."""
     rows: list[tuple[Cell, ...]] = []
     for row in _in(group, state):
         cells: list[Cell] = [speech_cell(name, row.speech) for name in CURVE_MEASURES]

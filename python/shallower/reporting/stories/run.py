@@ -59,7 +59,7 @@ UNLIKE = 3.0
 UNFINISHED = (
     "the run has not ended: these are the results so far; call shallower run again to resume"
 )
-"""The warning of a run that was cut short, or goes on."""
+"""The warning of a run that was interrupted, or is running."""
 
 _STATES = ("whole", "cut", "patched", "healed")
 _SETS = {"losses": "", "out_of_domain": " out of domain"}
@@ -83,7 +83,7 @@ def choice_parts(run: Run) -> list[str | Table]:
 
 
 def speech_section(run: Run) -> Section:
-    """Show how the models of a run speak beside the whole one, by figures and by samples."""
+    """Show the generation of a run's models beside the whole one, by figures and by samples."""
     lines = ["Samples are of the likeliest tokens; the figures are of all prompts."]
     best = run.recommended
     speech = {name: run.speech[name] for name in _STATES if name in run.speech}
