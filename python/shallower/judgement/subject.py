@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ..cutting.in_model import without_layers
+from ..evaluation.kept import ResultStore
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -31,6 +32,7 @@ class Subject:
         sizes: how many layers are to go, ascending.
         texts: identity of the calibration texts.
         seed: of whatever is drawn.
+        store: of the model's results, where scans of the same tokens lie; None for none.
         made: what several criteria need, by name, as :meth:`shared` has made it, and the layers
             that it ran.
         ran: layers that :meth:`counting` has counted, times texts.
@@ -43,6 +45,7 @@ class Subject:
     sizes: Sequence[int]
     texts: tuple[TextsIdentity, ...] = ()
     seed: int = 0
+    store: ResultStore | None = None
     made: dict[Hashable, tuple[object, int]] = field(default_factory=dict)
     ran: int = 0
     used: set[Hashable] = field(default_factory=set)

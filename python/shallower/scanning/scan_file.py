@@ -195,19 +195,38 @@ def read_shard(path: str | Path) -> tuple[Contents, ShardOfScan]:
 
 
 def _read(path: str | Path, key: str) -> tuple[Contents, ShardOfScan | None]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         if not Path(path).is_file():
             raise ScanError(f"there is no scan file {path}")
-        with safe_open(str(path), framework="numpy") as file:
-            _check_version(path, file.metadata() or {}, key)
-            return _contents(file, key)
-    except (SafetensorError, OSError) as error:
-        raise ScanError(
-            f"{path} is truncated, or not a scan of shallower ({why(error, path)}): expected the "
-            f"scan.safetensors that shallower scan or analyse wrote, or its folder"
-        ) from error
+        return _parsed(Path(path).read_bytes(), path, key)
+    except OSError as error:
+        raise ScanError(_not_whole(path, error)) from error
+
+
+def _not_whole(path: str | Path, error: Exception) -> str:
+    return (
+        f"{path} is truncated, or not a scan of shallower ({why(error, path)}): expected the "
+        f"scan.safetensors that shallower scan or analyse wrote, or its folder"
+    )
+
+
+def contents_of(content: bytes, name: str | Path) -> Contents:
+    """Read a scan from the bytes of its file, which an error names; raises as :func:`read_scan`."""
+    return _parsed(content, name, FORMAT)[0]
+
+
+def _parsed(content: bytes, path: str | Path, key: str) -> tuple[Contents, ShardOfScan | None]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        arrays = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header.get("__metadata__", {})
+        _check_version(path, metadata, key)
+        return _contents(json.loads(metadata[key]), arrays, key)
+    except SafetensorError as error:
+        raise ScanError(_not_whole(path, error)) from error
     except (
         ValueError,
         KeyError,
@@ -256,9 +275,10 @@ def _check_version(path: str | Path, metadata: Mapping[str, str], key: str) -> N
     raise ValueError(f"its metadata has no {key}")
 
 
-def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
-    header = of_type(dict, json.loads(file.metadata()[key]))
-    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def _contents(
+    header: Any, arrays: dict[str, NDArray[Any]], key: str
+) -> tuple[Contents, ShardOfScan | None]:
+    header = of_type(dict, header)
     if header.pop("sha256") != digest(header, arrays):
         raise ValueError("its checksum does not fit its content")
     sums = _stored(Sums, SUMS, arrays.pop(SUMS))

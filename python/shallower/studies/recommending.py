@@ -24,6 +24,7 @@ from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.choosing_size import SizeChoice
 from ..judgement.held_out_cuts import out_of_domain
 from ..judgement.judges.judge import LossJudge
+from ..judgement.stored_scans import stored_scan
 from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..patching.patch import patch_tokens, with_patch
@@ -32,7 +33,6 @@ from ..progress import stage, track
 from ..reporting.results import Run, weights_mark
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
-from ..scanning.model import scan
 from ..scanning.scan import Scan
 from ..storage import write_file
 from ..values.answers import Answer
@@ -49,6 +49,7 @@ from ..values.plan import Plan
 from ..values.recommendation import Recommended
 from ..values.scores import Difference, Scores
 from ..values.settings import RunSettings
+from ..values.stage_settings import ScanSettings
 from .answers import WantedAnswers
 from .measuring import Measuring
 from .speaking import StudySpeech
@@ -165,15 +166,19 @@ class Recommending:
     def _scan(self) -> Scan:
         """The comparison of all layers, as it lies in the folder."""
         measuring = self._measuring
-        scanned = scan(
-            self._model,
-            self._tokenizer,
-            measuring.split.fit[:SCAN_TEXTS],
+        settings = ScanSettings(
             max_length=measuring.tokens.max_length,
             batch_size=measuring.tokens.batch_size,
             threads=self._settings.threads,
-            checkpoint=self._out / PARTIAL_FILE,
             keep_samples=True,
+        )
+        scanned = stored_scan(
+            self._decoder,
+            self._tokenizer,
+            measuring.split.fit[:SCAN_TEXTS],
+            settings=settings,
+            store=self._store,
+            checkpoint=self._out / PARTIAL_FILE,
             progress=self._study.progress,
         )
         scanned.save(self._out / SCAN_FILE)

@@ -1,7 +1,7 @@
 """A scan of a model into a folder, checked first; ``scanning/model.py`` resumes it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from operator import length_hint
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..scanning.scan import Scan, deciding
 from ..scanning.settling import JUDGED
 from ..storage import check_apart, check_free, check_room, claimed
 from ..store.done import Output
+from ..store.given_models import ModelStore
 from ..store.inputs import inputs_of, job_of, model_content, texts_content
 from ..store.store import Entry, Store
 from ..texts.sources import Texts, place_of_texts
@@ -47,6 +48,7 @@ class ScanJob(ScanSettings):
         store: what is remembered of earlier scans.
         shard: which part of it is made alone, beside what is there.
         known: of this very scan in this place, if it was made before.
+        found: when it was made, if another command made it.
 
     Raises:
         OutputError: a place is taken, or is not one to write to.
@@ -62,6 +64,7 @@ class ScanJob(ScanSettings):
     store: Store = field(default_factory=lambda: Store(None))
     shard: Shard | None = None
     known: Entry | None = field(init=False, default=None)
+    found: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -250,11 +253,19 @@ class ScanJob(ScanSettings):
         return done
 
     def _scan(self, model: Any, tokenizer: Any, checkpoint: Path) -> Scan:
+        from ..judgement.stored_scans import stored_scan
         from ..models.decoder import Decoder
         from ..scanning.model import scan
 
-        options = {one.name: getattr(self, one.name) for one in fields(ScanSettings)}
+        settings = ScanSettings(
+            **{one.name: getattr(self, one.name) for one in fields(ScanSettings)}
+        )
         if self.device_memory is not None:
-            options["batch_size"] = self.memory(self.source.resolved()).micro_batch
-        decoder = Decoder.of(model, self.content)
-        return scan(decoder, tokenizer, self.texts, checkpoint=checkpoint, **options)
+            planned = self.memory(self.source.resolved())
+            settings = replace(settings, batch_size=planned.micro_batch)
+        decoder, texts = Decoder.of(model, self.content), self.texts
+        how: Any = {"settings": settings, "checkpoint": checkpoint}
+        if self._inputs is None or self.stops is not None:
+            return scan(decoder, tokenizer, texts, **how)
+        store = replace(ModelStore.of(self.source, self.store), found=self.found)
+        return stored_scan(decoder, tokenizer, texts, store=store, **how)
