@@ -24,7 +24,6 @@ from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.choosing_size import SizeChoice
 from ..judgement.held_out_cuts import out_of_domain
 from ..judgement.judges.judge import LossJudge
-from ..judgement.stored_scans import stored_scan
 from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..patching.patch import patch_tokens, with_patch
@@ -33,6 +32,7 @@ from ..progress import stage, track
 from ..reporting.results import Run, weights_mark
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
+from ..scanning.model import stored_scan
 from ..scanning.scan import Scan
 from ..storage import write_file
 from ..values.answers import Answer

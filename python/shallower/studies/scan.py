@@ -253,9 +253,8 @@ class ScanJob(ScanSettings):
         return done
 
     def _scan(self, model: Any, tokenizer: Any, checkpoint: Path) -> Scan:
-        from ..judgement.stored_scans import stored_scan
         from ..models.decoder import Decoder
-        from ..scanning.model import scan
+        from ..scanning.model import scan, stored_scan
 
         settings = ScanSettings(
             **{one.name: getattr(self, one.name) for one in fields(ScanSettings)}

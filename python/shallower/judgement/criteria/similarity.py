@@ -17,13 +17,13 @@ from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
 from ...scanning.hidden_states import states_of
 from ...scanning.scan import Scan
+from ...scanning.stored import METRICS, keep_scan, known_scan, scan_inputs
 from ...values.costs import Costs
 from ...values.counts import counted
 from ...values.plan import Plan
 from ...values.positions import Positions
 from ..criterion import Criterion
 from ..kept_states import kept_states
-from ..stored_scans import METRICS, keep_scan, known_scan, scan_inputs
 from ..subject import Subject
 from ..token_states import ALL_TOKENS
 
