@@ -234,12 +234,12 @@ def test_the_cache_is_shown_and_cleared(shallower, folder, place, cache_folder):
     shallower("eval", place["tiny"], "--texts", place["held_out"])
     shallower(*words(COMMANDS["scan"], place))
     kinds = {kind["kind"]: kind for kind in shallower("cache", "--json").json["kinds"]}
-    assert {"loss", "output", "hashes"} <= kinds.keys()
-    assert kinds["loss"]["entries"] == 1
-    assert kinds["output"]["bytes"] > 100
-    assert kinds["loss"]["oldest"] == kinds["loss"]["newest"]
+    assert {"measurement", "files"} <= kinds.keys()
+    assert kinds["measurement"]["entries"] == 1
+    assert kinds["files"]["bytes"] > 100
+    assert kinds["measurement"]["oldest"] == kinds["measurement"]["newest"]
     table = shallower("cache").out
-    assert "loss" in table
+    assert "measurement" in table
     assert str(cache_folder) in table
     total = sum(kind["bytes"] for kind in kinds.values())
     assert shallower("cache", "--clear", "--json").json == {

@@ -181,7 +181,7 @@ def test_another_tokenizer_is_one_sentence(shallower, tiny, asked, folder, loade
 
 
 def test_a_kill_keeps_what_was_measured(shallower, tiny, asked, texts, monkeypatch):
-    from shallower.studies.measures import SpeechOnPrompts
+    from shallower.studies.speaking import SpeechOnPrompts
 
     command = ("eval", tiny, "--texts", texts / "held_out.jsonl", "--speech", asked)
     command += ("--speech-tokens", 2, "--drop", "1")

@@ -1,5 +1,7 @@
 """What one command measured, every other finds: no layer is run a second time for it."""
 
+import json
+
 import pytest
 
 from shallower.evaluation import loss as losses
@@ -22,7 +24,16 @@ HEAL = (*HEAL, "--steps", 6, "--rank", 4, "--learning-rate", 0.01, "--dtype", "f
 HEAL = (*HEAL, "--batch-size", 8, "--out", "out")
 EVAL = ("eval", "model", *TESTED, *FEW, "--dtype", "float32")
 
+SPOKEN = ("--n", 1, "--criteria", "deepest", "--dtype", "float32", "--eval-texts", "tested.jsonl")
+COMPARE = ("compare", "model", *TEXTS, *FEW, *SPOKEN, "--out", "compared")
+SPEECH = (*EVAL[:2], "--dtype", "float32", *FEW, "--speech", "prompts.jsonl", "--drop", "2:3")
+
 PAIRS = {
+    "compare, then eval": ([COMPARE], [(*EVAL, "--drop", "2:3")]),
+    "compare with speech, then eval": (
+        [(*COMPARE, "--speech", "--prompts", "prompts.jsonl")],
+        [SPEECH],
+    ),
     "patch, then its checkpoint": ([PATCH], [("eval", "out", *TESTED, *FEW)]),
     "patch, then its model and cut": ([PATCH], [("eval", "model", *TESTED, *FEW, "--drop", "2:3")]),
     "heal, then its checkpoint": ([PRUNE, (*HEAL, "--merge")], [("eval", "out", *EVAL[2:])]),
@@ -37,6 +48,8 @@ def place(folder, trained, words):
     words.save_pretrained(folder / "model")
     write_jsonl(folder / "texts.jsonl", learnable(128, 0))
     write_jsonl(folder / "tested.jsonl", learnable(12, 1))
+    prompts = (json.dumps({"prompt": text}) for text in ("w1 w2", "w5 w7 w11"))
+    (folder / "prompts.jsonl").write_text("\n".join(prompts))
     return folder
 
 
@@ -55,11 +68,11 @@ def measured(monkeypatch):
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(("first", "then"), PAIRS.values(), ids=PAIRS)
-def test_nothing_is_measured_twice(shallower, measured, layers_run, first, then):
+def test_nothing_is_measured_twice(shallower, layers_run, first, then):
     for command in first:
         done = shallower(*command)
         assert done.status == 0, done.err
-    assert measured
+    assert layers_run
     for command in then:
         layers_run.clear()
         found = shallower(*command, "--json")

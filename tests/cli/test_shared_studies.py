@@ -163,7 +163,7 @@ def test_gather_takes_what_the_comparison_asks_for_and_nothing_else(
     stranger = Store(folder / "stranger")
     stranger.put("loss", {"of": "another eval"}, {"loss": 5.407})
     foreign = stranger.give({})["measurements"]
-    stranger.put("hashes", {"file": ["model.safetensors"]}, {"sha256": "0"})
+    stranger.put("files", {"file": ["model.safetensors"]}, {"sha256": "0"})
     hashes = Store(folder / "stranger")._file.rows("SELECT * FROM measurements")
     foreign += [[one.decode() if isinstance(one, bytes) else one for one in row] for row in hashes]
     (file,) = (folder / "shards").iterdir()
@@ -171,7 +171,7 @@ def test_gather_takes_what_the_comparison_asks_for_and_nothing_else(
     elsewhere(monkeypatch, folder, "here")
     assert shallower("gather", "shards", "--out", "out").status == 0
     assert open_store().get("loss", {"of": "another eval"}) is None
-    assert open_store().get("hashes", {"file": ["model.safetensors"]}) is None
+    assert open_store().get("files", {"file": ["model.safetensors"]}) is None
     assert "cached, measured" in shallower(*compared(asked, "deepest"), "--out", "out").err
 
 

@@ -116,5 +116,5 @@ def test_nothing_is_hashed_for_a_place_that_holds_nothing_known(store, tmp_path)
 def test_a_record_is_not_trusted(store, tmp_path, value):
     taken = fill(tmp_path / "taken")
     one = output(store, taken)
-    store.put("output", one._place, value)
+    store.put("files", one._place, value)
     assert one.find() is None

@@ -373,27 +373,27 @@ def test_what_an_earlier_version_kept_is_not_found(tmp_path, monkeypatch):
     """Hashes of files as well, which shards of anybody could write."""
     with monkeypatch.context() as patch:
         patch.setattr("shallower.store.store._FORMAT", ["shallower.store", 1])
-        for kind in ("loss", "hashes"):
+        for kind in ("loss", "files"):
             Store(tmp_path).put(kind, INPUTS, {"n": 1})
         Store(tmp_path).journal("trials", INPUTS).append({"n": 1})
-        assert Store(tmp_path).get("hashes", INPUTS) == {"n": 1}
-    assert Store(tmp_path).get("loss", INPUTS) is Store(tmp_path).get("hashes", INPUTS) is None
+        assert Store(tmp_path).get("files", INPUTS) == {"n": 1}
+    assert Store(tmp_path).get("loss", INPUTS) is Store(tmp_path).get("files", INPUTS) is None
     assert Store(tmp_path).journal("trials", INPUTS).read() == []
 
 
 def test_what_is_offered_is_kept_once_it_is_asked_for(tmp_path):
     given, store = Store(tmp_path / "given"), Store(tmp_path / "store")
-    for kind in ("loss", "tasks", "hashes", "output"):
+    for kind in ("loss", "tasks", "files"):
         given.put(kind, INPUTS, {"kind": kind})
     given.journal("trials", INPUTS).append({"n": 1})
     rows = given._file.rows("SELECT key, kind, made, value, checksum FROM measurements")
     every = [[one.decode() if isinstance(one, bytes) else one for one in row] for row in rows]
-    assert [row[1] for row in every] == ["loss", "tasks", "hashes", "output"]
+    assert [row[1] for row in every] == ["loss", "tasks", "files"]
     store.offer({**given.give({}), "measurements": every})
     assert store.usage() == []
     assert store.get("loss", INPUTS) == {"kind": "loss"}
     assert store.journal("trials", INPUTS).read() == [{"n": 1}]
-    assert store.get("hashes", INPUTS) is store.get("output", INPUTS) is None
+    assert store.get("files", INPUTS) is None
     kept = Store(tmp_path / "store")
     assert kept.get("loss", INPUTS) == {"kind": "loss"}
     assert kept.get("tasks", INPUTS) is None

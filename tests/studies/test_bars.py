@@ -104,7 +104,7 @@ def test_a_comparison_counts_its_choices_and_cuts(bars, learned, words, tmp_path
     assert of_whole(bars, "compare").total == 2 + 2 * (1 + 2)
     judged = [bar for bar in bars if bar.description == "exhaustive, n = 2, layers run"]
     assert len({*judged[0].reached_by}) > 3
-    assert any(bar.description.startswith("generate, cut") for bar in bars)
+    assert any(bar.description.startswith("generate, model without") for bar in bars)
 
 
 def test_a_run_has_a_bar_of_its_stages_and_says_what_they_took(

@@ -12,7 +12,7 @@ from shallower.evaluation import answers
 from shallower.reporting.results import Run
 from shallower.runs.report import read_story
 from shallower.studies.run import RunStudy
-from shallower.studies.speaking import NUM_SAMPLES, StudySpeech
+from shallower.studies.speaking import NUM_SAMPLES, SpeechOnPrompts
 from shallower.values.speech import MEASURES, WAYS
 from tests.documents import assert_same, state_of
 from tests.evaluation.answering import plain_answer
@@ -41,11 +41,13 @@ def done(trained, words, kept, heard, tmp_path_factory):
     before = state_of(model)
     out = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patched:
-        plain = StudySpeech.hear
+        plain = SpeechOnPrompts.compare
         patched.setattr(
-            StudySpeech,
-            "hear",
-            lambda self, model, name: heard.append(name) or plain(self, model, name),
+            SpeechOnPrompts,
+            "compare",
+            lambda self, model, name, whole=None: (
+                heard.append(name) or plain(self, model, name, whole)
+            ),
         )
         found = sh.run(model, words, TEXTS, **TAKEN, out=out)
     assert_same(before, state_of(model))
@@ -96,8 +98,8 @@ def test_every_state_speaks_as_if_measured_alone(done, learned, words):
 
 
 def test_only_cuts_whose_speech_is_in_the_results_generate(done, heard):
-    assert heard == ["patched", "cut"]
-    assert {*done.speech} == {"whole", *heard}
+    assert heard == ["model", "patched", "cut"]
+    assert {*done.speech} == {"whole", *heard[1:]}
 
 
 def test_samples_are_what_was_said_greedily_to_the_first_prompts(done, learned, words):

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,16 +90,13 @@ def say_dry_run(described: dict[str, Any], as_json: bool) -> None:
             for name, value in described.items()
             if (to_json := getattr(value, "to_json", None))
         }
-        if "measure" in described:
-            plain["measure"] = [asdict(unit) for unit in described["measure"]]
         print_json({"dry_run": True, **described, **plain})
         return
     for name, value in described.items():
         if name == "write":
             show(*(f"would write {path}" for path in value))
         elif name == "measure":
-            known = {True: " (its layers are known)", False: ""}
-            show(*(f"would measure {unit.name}{known[unit.known]}" for unit in value))
+            show(*(f"would measure {name}" for name in value))
         else:
             said = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
             show(f"{name}: {said}")

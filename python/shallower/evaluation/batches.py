@@ -27,13 +27,9 @@ from ..values.tokens import Tokens
 class AllBatches:
     """All texts, or windows, as batches of token ids, in the order in which they are measured.
 
-    Attributes:
-        batches: all of them.
-        batch_size: texts in one forward.
-        fingerprint: a hash of all token ids.
-        settings: what a result says beside its losses, by its names.
-        num_bytes: the bytes of what is predicted of each text; None where they are not counted.
-        rejections: a sentence on the texts that have too few tokens, if there are any.
+    ``settings`` is what a result says beside its losses; ``num_bytes`` (S,) those that are
+    predicted of each text, None where they are not counted; ``rejections`` a sentence on texts too
+    short.
     """
 
     batches: Sequence[Unpadded]

@@ -3,17 +3,22 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CacheError
+from ..errors import CacheError, LayersError, PlanError
 from ..models.source import ModelSource
 from ..values.plan import Gone
 from ..values.schema import of_type
 from ..values.scores import Scores
-from .batches import AllBatches
+
+if TYPE_CHECKING:
+    from .batches import AllBatches
+
+
+Value = TypeVar("Value")
 
 
 class TrialJournal(Protocol):
@@ -62,6 +67,17 @@ def recall(journal: TrialJournal | None, take: Callable[[dict[str, Any]], None],
                 f"record {number} of the cached {what} is damaged ({error}): "
                 f"remove them (shallower cache --clear), or make them anew (--no-cache)"
             ) from error
+
+
+def recalled(read: Callable[[dict[str, Any]], Value], known: dict[str, Any], what: str) -> Value:
+    """Read a value that the store holds; a CacheError says that it is damaged."""
+    try:
+        return read(known)
+    except (KeyError, TypeError, ValueError, LayersError, PlanError) as error:
+        raise CacheError(
+            f"{what} in the store is damaged ({error}): remove it (shallower cache --clear), or "
+            f"make it anew (--no-cache)"
+        ) from error
 
 
 def recorded(
@@ -123,7 +139,7 @@ def cut_journal(
     return store.journal("trials", {"state": "cut", "items": items, **judged_by})
 
 
-def loss_journal(store: ResultStore, test_set: AllBatches) -> TrialJournal | None:
+def loss_journal(store: ResultStore, test_set: "AllBatches") -> TrialJournal | None:
     """Open the records of losses on a test set, which is identified by its token ids alone."""
     judged_by = {"judge": "loss", "looks": [len(batch) for batch in test_set.batches]}
     return cut_journal(store, test_set.fingerprint, judged_by)
@@ -146,7 +162,7 @@ class UnsavedResults:
         self._journals.append((kind, inputs, records := _Records()))
         return records
 
-    def add(self, test_set: AllBatches, scores: Scores, vocab_size: int) -> None:
+    def add(self, test_set: "AllBatches", scores: Scores, vocab_size: int) -> None:
         """Add a loss that was measured otherwise, to the same bits."""
         journal = loss_journal(self, test_set)
         assert journal is not None

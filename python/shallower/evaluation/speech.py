@@ -28,13 +28,10 @@ from ..texts.prompts import Prompt, given_prompts, prompt_ids
 from ..values.answers import Answer
 from ..values.hashing import hash_of
 from ..values.scores import Scores
-from ..values.speech import ON_WORDS, WAYS, Speech, repeated
+from ..values.speech import ON_WORDS, SPEECH_TOKENS, WAYS, Speech, repeated
 from ..values.tokens import BatchSize, Tokens
 from .answers import write_answers
 from .loss import FORWARD, LOGITS_PER_CHUNK, predicting_tokens, summed_losses
-
-SPEECH_TOKENS = 64
-"""Tokens of an answer at most, by default."""
 
 READING = 4
 """Tokens that a model reads as fast as it generates one, about."""
@@ -106,18 +103,10 @@ def evaluate_speech(
 
 @dataclass(frozen=True, slots=True)
 class Speaking:
-    """Models that speak on the same prompts, of which no two need be in memory together.
+    """Models that speak on the same prompts, (P,) int64 token ids each; no two are in memory
+    together.
 
-    Attributes:
-        tokenizer: of all of them.
-        prompts: (P,) int64 token ids each.
-        num_tokens: tokens of an answer at most.
-        seed: of what is drawn.
-        batch_size: texts in one forward.
-        progress: whether to show bars; by default if standard error is a terminal.
-
-    Raises:
-        TextsError: a number that is out of range.
+    TextsError: a number that is out of range.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -230,11 +219,7 @@ class Spoken:
 class Reference:
     """The words of the whole model and its states at them, which outlive the model itself.
 
-    Attributes:
-        speaking: how it was let to speak.
-        words: what it said.
-        parts: the words in batches, with the states.
-        probe: the first logits of the first batch, by which another head is told from its own.
+    By ``probe``, the first logits of the first batch, another head is told from its own.
     """
 
     speaking: Speaking

@@ -21,13 +21,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class TaskGroup:
-    """What a name stands for: one task, or several that are scored together.
-
-    Attributes:
-        name: of a task, group or tag.
-        tasks: lm-eval's, by name.
-        together: whether they are the parts of one.
-    """
+    """Tasks of lm-eval that one name stands for; parts of one task are scored ``together``."""
 
     name: str
     tasks: Mapping[str, Any]

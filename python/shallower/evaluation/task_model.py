@@ -33,9 +33,7 @@ Instances = Sequence[Any]
 class _Sequence:
     """A sequence that runs once, and the continuations that end in it or in one more token.
 
-    Attributes:
-        ids: all tokens but the last of each continuation.
-        continuations: tokens by the place of their request.
+    ``ids`` are all tokens but the last of each; continuations have the place of their request.
     """
 
     ids: list[int]
@@ -284,13 +282,7 @@ class TaskModel:
 
 @dataclass(frozen=True)
 class _Generation:
-    """How a task has text generated.
-
-    Attributes:
-        num_tokens: new tokens at most.
-        until: what ends an answer.
-        settings: of transformers' ``generate``, by name.
-    """
+    """How a task has text generated; ``settings`` are of transformers' ``generate``, by name."""
 
     num_tokens: int
     until: tuple[str, ...]

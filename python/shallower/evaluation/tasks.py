@@ -105,14 +105,7 @@ def evaluate_tasks(
 
 @dataclass(frozen=True)
 class ChosenTasks:
-    """Tasks that are loaded, with the items that were drawn.
-
-    Attributes:
-        groups: the tasks.
-        items: by task the items to measure, ascending.
-        pass_at: answers to sample.
-        seed: of the examples and the sampled answers.
-    """
+    """Tasks that are loaded, with the items that were drawn: by task, ascending."""
 
     groups: tuple[TaskGroup, ...]
     items: Mapping[str, list[int]]
@@ -226,12 +219,9 @@ class ChosenTasks:
 
 
 class _Answers:
-    """The scores of a task's items by its measures.
+    """The scores of a task's items by measure, the main one first.
 
-    Attributes:
-        by_metric: the scores by measure and item, the main measure first.
-        chance: the mean of a guess, or of the answer that is right most often.
-        num_shots: examples before each item.
+    ``chance`` is the mean of a guess, or of the answer that is right most often.
     """
 
     def __init__(self, task: Any, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -100,7 +100,7 @@ def _all_costs(
 ) -> dict[str, Costs | str]:
     some, names = proposing_texts(subject), [criterion.name for criterion in PROPOSERS]
     inputs = {"criteria": names, "num_texts": PROPOSING_TEXTS, **inputs}
-    known = store.get("proposing", inputs)
+    known = store.get("costs", inputs)
     if known is not None:
         return {
             name: one if isinstance(one, str) else recalled_costs(one, some)
@@ -108,7 +108,7 @@ def _all_costs(
         }
     found = dict(_measured(some))
     kept = {k: one if isinstance(one, str) else recorded_costs(one) for k, one in found.items()}
-    store.put("proposing", inputs, {"costs": kept})
+    store.put("costs", inputs, {"costs": kept})
     return found
 
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..cutting.in_model import without_layers
-from ..errors import CacheError, LayersError, ModelError, PlanError
+from ..errors import LayersError, ModelError
 from ..evaluation.kept import (
     ResultStore,
     TrialJournal,
@@ -32,8 +32,6 @@ from ..values.layers import layer_count
 from ..values.plan import Gone, Plan, gone_by
 from ..values.scores import Scores
 from .judges.judge import Judge
-
-Value = TypeVar("Value")
 
 AnyCut = Plan | Iterable[int]
 """A plan; or the layers that go, none for the whole model."""
@@ -293,17 +291,6 @@ def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: st
     ``items`` identifies those of the judge.
     """
     return Trials(model, judge, journal=cut_journal(store, items, judge_inputs(judge)))
-
-
-def recalled(read: Callable[[dict[str, Any]], Value], known: dict[str, Any], what: str) -> Value:
-    """Read a value that the store holds; a CacheError says that it is damaged."""
-    try:
-        return read(known)
-    except (KeyError, TypeError, ValueError, LayersError, PlanError) as error:
-        raise CacheError(
-            f"{what} in the store is damaged ({error}): remove it (shallower cache --clear), or "
-            f"make it anew (--no-cache)"
-        ) from error
 
 
 def has_experts(gone: Gone) -> bool:

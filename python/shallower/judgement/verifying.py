@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import LayersError, ModelError, PatchError, PlanError, TextsError
-from ..evaluation.kept import ResultStore
+from ..evaluation.kept import ResultStore, recalled
 from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -39,7 +39,7 @@ from .proposals import (
 from .racing import ALPHA, lost
 from .subject import Subject
 from .token_states import evenly
-from .trials import AnyCut, Count, Trials, judge_inputs, kept_trials, recalled
+from .trials import AnyCut, Count, Trials, judge_inputs, kept_trials
 
 PATCH_TEXTS = 24
 """Texts that quick patches are fitted on, evenly over the calibration texts."""
@@ -127,7 +127,7 @@ class Verifier:
         for plan in more:
             _take(proposals, Plan.of(self.num_layers, plan), n)
         inputs = self._inputs(n, proposals)
-        known = self.store.get("verified", inputs)
+        known = self.store.get("choice", inputs)
         if known is not None:
             return recalled(Verified.from_json, known, "a verified plan")
         started = self.trials.clock()
@@ -135,7 +135,7 @@ class Verifier:
             found = _Verification(self, n, proposals, count).run()
         seconds = self.trials.clock() - started
         verified = replace(found, layer_forwards=count.layer_forwards, seconds=seconds)
-        self.store.put("verified", inputs, verified.to_json())
+        self.store.put("choice", inputs, verified.to_json())
         return verified
 
     def _inputs(self, n: int, proposals: Proposals) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..reporting.results import write_evaluation
 from ..store.given_models import ModelStore
 from ..store.inputs import machine
 from ..store.store import Store, open_store
-from ..studies.evaluate import EvalJob, KnownResults, Result, Results, measures_of
+from ..studies.evaluate import EvalJob, Result, Results, measures_of
 from ..values.files import EVAL_FILE
 from ..values.plan import Plan
 from ..values.schema import plain_fields, read
@@ -182,12 +182,11 @@ def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
 
 def _keep(found: Evaluation, job: EvalJob, measured: str | None) -> bool:
     """Remember what was found, if it is of this very job, as what one process measured."""
-    if None in (found.machine, job.job, *job.inputs.values()) or measured != job.job:
+    keys, kept = job.keys, job.kept
+    if None in (found.machine, kept.model, job.job, *keys.values()) or measured != job.job:
         return False
+    kept = replace(kept, model={**(kept.model or {}), "machine": found.machine})
     for measure in job.measures:
-        inputs: Any = job.inputs[measure.kind]
-        of = {**inputs, "model": {**inputs["model"], "machine": found.machine}}
-        known = KnownResults(job.store, measure, of)
         for side, value in found.values[measure.kind].items():
-            known.keep(job.sides[side], value, found.model)
+            measure.keep(kept, keys[measure.kind], job.sides[side], value, found.model)
     return True

@@ -54,13 +54,10 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """What can be promised of a result that is made again here.
+    """What can be promised of a result that is made again here: its bytes, or losses within
+    ``NATS``.
 
-    Attributes:
-        bytes: whether its files are the same, to the byte; else its losses are within ``NATS``, if
-            it has any.
-        why: in words.
-        versions: packages that are of other versions here, which files name.
+    ``versions`` are of packages that are of other versions here, which files name.
     """
 
     bytes: bool

@@ -29,13 +29,9 @@ SMALL_BYTES = 16 << 20
 class Output:
     """The output of a command, and what the store knows of it.
 
-    Attributes:
-        store: where it is remembered.
-        command: by name.
-        out: the folder or file that it writes.
-        inputs: gives all that the output depends on, as JSON values, or None where that cannot be
-            known; called once, and only if something is remembered of this place.
-        names: the files and folders in ``out`` that are the output; all of ``out`` by default.
+    ``inputs`` gives all that it depends on, as JSON values, or None where that cannot be known; it
+    is called once, and only if something is kept of this place. ``names`` are the files and folders
+    in ``out`` that are the output; all of ``out`` by default.
     """
 
     store: Store
@@ -46,7 +42,7 @@ class Output:
 
     def find(self) -> Entry | None:
         """Look for what this command printed, as what it left is here; None to carry it out."""
-        entry = self.store.find("output", self._place)
+        entry = self.store.find("files", self._place)
         if entry is None or not self._is_intact(entry.value) or self._job is None:
             return None
         if entry.value.get("job") != self._job:
@@ -61,7 +57,7 @@ class Output:
             except OSError:  # somebody has taken it away already
                 return value
             found = {"job": self._job, "marks": marks, "value": value}
-            self.store.put("output", self._place, found)
+            self.store.put("files", self._place, found)
         return value
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from ..models.source import ModelSource, place_of
 from .inputs import computed, made_by, model_inputs
-from .store import Journal, Store
+from .store import Entry, Journal, Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,9 +96,13 @@ class ModelStore:
         """The results of a model by its source."""
         return cls(cache, model_inputs(source, cache), [])
 
+    def find(self, kind: str, inputs: Mapping[str, Any]) -> Entry | None:
+        """Look a result up, as :meth:`Store.find`, by what it depends on beside the model."""
+        return self.cache.find(kind, self._all(inputs))
+
     def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Look a result up, as :meth:`Store.get`, by what it depends on beside the model."""
-        entry = self.cache.find(kind, self._all(inputs))
+        """Look a result up, and note when it was made."""
+        entry = self.find(kind, inputs)
         if entry is None:
             return None
         self.found.append(entry.made)

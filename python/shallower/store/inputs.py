@@ -166,11 +166,11 @@ def texts_content(texts: Texts | Iterable[str] | None, store: Store) -> dict[str
         path = Path(texts.source).expanduser()
         stamps = path.is_file() and _stamps([path])
     memo = {"texts": stamps, "limit": getattr(texts, "limit", None)} if stamps else None
-    known = store.get("hashes", memo)
+    known = store.get("files", memo)
     if known is None:
         known = _hash_of_texts(texts)
         if known is not None:
-            store.put("hashes", memo, known)
+            store.put("files", memo, known)
     return known
 
 
@@ -290,12 +290,12 @@ def stated_hashes(source: ModelSource, commit: str | None) -> dict[str, str]:
 def _hash_of_file(file: Path, store: Store) -> str:
     stamps = _stamps([file])
     memo = None if stamps is None else {"file": stamps}
-    known = store.get("hashes", memo)
+    known = store.get("files", memo)
     if known is not None:
         return str(known["sha256"])
     found = sha256_of(file)
     if stamps == _stamps([file]):
-        store.put("hashes", memo, {"sha256": found})
+        store.put("files", memo, {"sha256": found})
     return found
 
 

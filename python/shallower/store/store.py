@@ -49,12 +49,12 @@ _FIND = "SELECT made, value, checksum FROM measurements WHERE key = ?"
 _PUT = "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?)"
 _READ = "SELECT made, value, checksum FROM records WHERE key = ? ORDER BY number"
 _APPEND = "INSERT INTO records (key, kind, made, value, checksum) VALUES (?, ?, ?, ?, ?)"
-_OF_FILES = ("hashes", "output")
-"""Entries of the files of this machine, which no other one gives."""
+_OF_FILES = "files"
+"""The kind of entries of the files of this machine, which no other one gives."""
 
 _GIVEN = (
     "SELECT rowid, key, kind, made, value, checksum FROM {} WHERE rowid > ? "
-    f"AND kind NOT IN {_OF_FILES}"
+    f"AND kind != '{_OF_FILES}'"
 )
 _TAKEN = {
     "measurements": "INSERT OR IGNORE INTO measurements VALUES (?, ?, ?, ?, ?)",
@@ -244,7 +244,7 @@ def _given(entries: Any) -> list[tuple[str, list[Any]]]:
     try:
         rows = [(_TAKEN[table], row) for table, found in entries.items() for row in found]
         whole = all(_checksum(*row[:4]) == row[4] and len(row) == 5 for _, row in rows)
-        rows = [(query, row) for query, row in rows if row[1] not in _OF_FILES]
+        rows = [(query, row) for query, row in rows if row[1] != _OF_FILES]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CacheError("these are no entries of a store") from error
     if not whole:

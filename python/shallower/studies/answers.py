@@ -134,14 +134,8 @@ def answers_for(steps: int | None) -> int:
 class WantedAnswers:
     """Answers that a cut is to be patched or trained on, beside texts.
 
-    Attributes:
-        prompts: what is answered, or has its answers already; None for prompts of our own, of which
-            a model without a template for chats gets the beginnings of the texts.
-        count: prompts of our own at most.
-        num_tokens: tokens of an answer at most.
-        seed: of what is drawn.
-        chats_only: whether a model without a template for chats, or without room for the answers,
-            is asked for none.
+    ``prompts`` may have their answers already; None stands for ``count`` of our own at most, or the
+    beginnings of texts. ``chats_only`` asks no model without a chat template, or without room.
     """
 
     prompts: Sequence[Prompt] | None

@@ -28,16 +28,17 @@ from ..values.experts import check_counts
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
 from ..values.hashing import hash_of
 from ..values.layers import check_sizes
+from ..values.provenance import LM_EVAL, versions
 from ..values.settings import CRITERIA, EXPERT_CRITERIA, CompareSettings
 from .items import Items, items_fingerprint, judged_items
-from .study import SINGLE_LAYERS, WHOLE, Part, Study, Unit
-from .tasks import StudyTasks
+from .study import SINGLE_LAYERS, WHOLE, Part, Study
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..judgement.criterion import Criterion
     from .compare_rows import Outcome, PartsMaker
+    from .measures import ScoresOnTasks
 
 
 def compare(
@@ -183,9 +184,12 @@ class CompareStudy(Study[CompareSettings]):
             self.settings.heal.check(original=here)
 
     @cached_property
-    def tasks(self) -> StudyTasks:
+    def tasks(self) -> "ScoresOnTasks | None":
         """The tasks that every cut is measured on."""
-        return StudyTasks(self.settings)
+        from .measures import ScoresOnTasks
+
+        settings = self.settings
+        return ScoresOnTasks(settings.tasks, settings, False) if settings.tasks else None
 
     @property
     def by_experts(self) -> bool:
@@ -208,10 +212,10 @@ class CompareStudy(Study[CompareSettings]):
         return super().prompts
 
     def more_inputs(self) -> dict[str, Any]:
-        """The items of the tasks, the prompts, and the texts that are trained on."""
+        """The tasks, the prompts, and the texts that are trained on."""
         healed = "healed" in self.settings.states
         return {
-            "tasks": self.tasks.identity,
+            "tasks": self.tasks and self.tasks.key(self.store),
             "prompts": prompts_fingerprint(self.prompts),
             "trained_on": self.trained_on() if healed else None,
         }
@@ -291,8 +295,8 @@ class CompareStudy(Study[CompareSettings]):
             see=None if self.by_experts else "criterion",
         )
 
-    def units(self) -> list[Unit]:
-        """List the choices of every criterion, by model and texts."""
+    def units(self) -> list[str]:
+        """Name the choices of every criterion, by model and texts."""
         return [
             self.unit(one.name, n, state, model=str(model), texts=texts)
             for model in self.models
@@ -342,9 +346,6 @@ class CompareStudy(Study[CompareSettings]):
         whole = is_named or [*criteria] == names
         is_known = len(self.models) > 1 or super().is_stock()
         return is_known and whole and all(map(is_built_in, self.criteria))
-
-    def _chooses_by(self) -> dict[str, Any]:
-        return {**super()._chooses_by(), "fit": "all", "unit": self.settings.unit}
 
     @cached_property
     def entry(self) -> Entry | None:
@@ -427,7 +428,7 @@ class CompareStudy(Study[CompareSettings]):
             unit=JUDGES[self.judges[0]].unit,
             splits=dict(outcomes[0].splits) if outcomes else {},
             max_length=self.settings.max_length,
-            versions=self.tasks.versions,
+            versions=versions(LM_EVAL) if self.settings.tasks else versions(),
             settings=self._shown(),
             ended=ended,
         )
@@ -435,6 +436,7 @@ class CompareStudy(Study[CompareSettings]):
     def _shown(self) -> dict[str, Any]:
         """The settings that are shown beside the figures."""
         settings = self.settings
+        drawn = ("max_items", "num_shots", "pass_at")
         return {
             "n": list(settings.n),
             "criteria": [criterion.name for criterion in self.criteria],
@@ -442,7 +444,7 @@ class CompareStudy(Study[CompareSettings]):
             "patch": settings.patch if {*settings.states} != {"cut"} else None,
             "patch_tokens": settings.patch_tokens if settings.patch == "full" else None,
             "heal_steps": settings.heal_steps,
-            "tasks": self.tasks.to_json(),
+            "tasks": {"names": [*settings.tasks], **{one: getattr(settings, one) for one in drawn}},
             "top": settings.top,
             "seed": settings.seed,
         }

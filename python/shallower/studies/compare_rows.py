@@ -52,10 +52,10 @@ from ..values.plan import Gone, Plan
 from ..values.recipe import Recipe
 from ..values.scores import Estimate, Scores, Standing
 from ..values.settings import CompareSettings, State
+from .measures import ScoresOnTasks
 from .measuring import Measured, Measuring
 from .starts import starts_of, wants_scans
 from .study import SINGLE_LAYERS, WHOLE, Part, Study
-from .tasks import StudyTasks
 from .verified_plans import VerifiedPlans
 
 
@@ -63,13 +63,8 @@ from .verified_plans import VerifiedPlans
 class Outcome:
     """What a comparison found on one model.
 
-    Attributes:
-        model: the whole model.
-        rows: every choice.
-        skipped: by criterion, and calibration text where there are several, why it could not
-            choose.
-        splits: the number of calibration, selection and test texts: those of two tokens at least.
-        is_complete: whether nothing was skipped or left out.
+    ``skipped`` says by criterion why it could not choose; ``splits`` counts the calibration,
+    selection and test texts of two tokens at least; ``is_complete`` says that nothing was left out.
     """
 
     model: ComparedModel
@@ -84,7 +79,7 @@ def compare_on(
     model: ModelSource | InMemory,
     *,
     criteria: Sequence[Criterion],
-    tasks: StudyTasks,
+    tasks: ScoresOnTasks | None,
     store: ResultStore,
     write: Callable[[Outcome], None],
 ) -> Outcome:
@@ -137,11 +132,13 @@ def open_measuring(
     study: Study[CompareSettings],
     model: ModelSource | InMemory,
     *,
-    tasks: StudyTasks,
+    tasks: ScoresOnTasks | None,
     store: ResultStore,
 ) -> Measuring:
     """Load a model of a study to measure its cuts; what it is trained by is refused before."""
-    _ = study.splits, tasks.identity  # what is wrong there is said before the loading
+    _ = study.splits  # what is wrong there, and with the tasks, is said before the loading
+    if tasks is not None:
+        tasks.prepare()
     loaded, tokenizer = study.load(model)
     recipe = _recipe(study, loaded, tokenizer)
     return Measuring(study, loaded, tokenizer, store=store, tasks=tasks, recipe=recipe)
@@ -232,13 +229,8 @@ class _Choosing:
 
     def say_goes_on(self) -> None:
         """Say what is known of a comparison that was cut short."""
-        sizes, on = self.study.settings.n, {"model": self.model, "texts": self.texts}
-        names = [criterion.name for criterion in self.criteria]
-        units = [self.study.unit(name, n, "cut", **on) for name in names for n in sizes]
-        known, judged = sum(unit.known for unit in units), self.subject.trials.num_recalled
-        if known or judged:
-            where = f"{known} of {len(units)} choices and {judged:,} trials of cuts are cached"
-            say_goes_on(where, self.study.progress)
+        if judged := self.subject.trials.num_recalled:
+            say_goes_on(f"{judged:,} trials of cuts are cached", self.study.progress)
 
     def _sizes(self, criterion: Criterion) -> Sequence[int]:
         """The sizes that a criterion chooses; by default not those with many sets to try."""
@@ -311,7 +303,6 @@ class _Choosing:
             plan, work = stored_choice(criterion, self.subject, n, store=self.store, inputs=inputs)
             layer_forwards = own.layer_forwards or work.layer_forwards  # costs serve all sizes
             took = Took(layer_forwards, own.seconds + work.seconds)
-        self.study.keep_choice(criterion.name, n, plan, model=self.model, texts=self.texts)
         return plan, took
 
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
@@ -421,7 +412,10 @@ class PartsMaker:
     """Measures parts of a comparison into the store; the model of the last one stays loaded."""
 
     def __init__(
-        self, study: Study[CompareSettings], criteria: Sequence[Criterion], tasks: StudyTasks
+        self,
+        study: Study[CompareSettings],
+        criteria: Sequence[Criterion],
+        tasks: ScoresOnTasks | None,
     ) -> None:
         self._study, self._tasks = study, tasks
         self._criteria = {criterion.name: criterion for criterion in criteria}

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.speech import SPEECH_TOKENS
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
 from ..forecasts.speed import Work, device_of, told
 from ..forecasts.work import (
@@ -49,7 +48,7 @@ from ..values.estimates import Disk, Divided
 from ..values.memory import MemoryPlan
 from ..values.recipe import Recipe
 from ..values.settings import CompareSettings, RunSettings
-from ..values.speech import WAYS
+from ..values.speech import SPEECH_TOKENS, WAYS
 from .answers import WantedAnswers
 from .compare import CompareStudy
 from .disk import patches, sizes_of, study_bytes, temporary_of

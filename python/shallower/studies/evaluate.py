@@ -3,14 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cutting.plans import NamedExperts, agreed_plan
-from ..errors import CacheError, TextsError
+from ..errors import TextsError
+from ..evaluation.kept import recalled
 from ..models.source import ModelSource
 from ..processes import check_alone
 from ..storage import check_apart, check_free, check_room
@@ -26,7 +27,8 @@ from ..values.plan import Plan, key_of
 from ..values.schema import read
 from ..values.stage_settings import EvalSettings
 from ..values.tokens import Tokens
-from .measures import LossOfTexts, Measure, PerplexityOfText, ScoresOnTasks, SpeechOnPrompts
+from .measures import LossOfTexts, Measure, PerplexityOfText, ScoresOnTasks
+from .speaking import SpeechOnPrompts
 
 if TYPE_CHECKING:
     from ..forecasts.work import Counted
@@ -68,36 +70,7 @@ class Result:
     made: str | None = None
 
 
-class KnownResults:
-    """The results of one measure on one model, by the layers that it is without.
-
-    ``inputs`` is all that they depend on beside the layers, or None.
-    """
-
-    def __init__(self, store: Store, measure: Measure[Any], inputs: dict[str, Any] | None) -> None:
-        self._store, self._measure, self.inputs = store, measure, inputs
-
-    def get(self, plan: Plan | None) -> Result | None:
-        """Look a result up, by what the model is without; None for the whole one."""
-        kind = self._measure.kind
-        entry = self._store.find(kind, self._of(plan))
-        if entry is None:
-            return None
-        try:
-            identity = read(ModelIdentity, entry.value["model"])
-            return Result(self._measure.read(entry.value), identity, entry.made)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CacheError(f"an entry of the cache is no {kind}: {error}") from error
-
-    def keep(self, plan: Plan | None, value: Any, model: ModelIdentity) -> Result:
-        """Keep a result that was just measured; ``model`` is the whole one."""
-        record = {**self._measure.record(value), "model": asdict(model)}
-        self._store.put(self._measure.kind, self._of(plan), record)
-        return Result(value, model)
-
-    def _of(self, plan: Plan | None) -> dict[str, Any] | None:
-        return None if self.inputs is None else {**self.inputs, **key_of(plan)}
-
+_ENTRY = "a measurement"
 
 Results = Mapping[str, Mapping[str, Result]]
 """By the kind of a measure, ``base`` and, with layers, ``cut``."""
@@ -105,21 +78,10 @@ Results = Mapping[str, Mapping[str, Result]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalJob:
-    """The measures of a model before and after a cut.
+    """The measures of a model before and after a cut; of experts, the blocks may be none.
 
-    Attributes:
-        source: the model.
-        measures: what it is measured by, of different kinds; at least one.
-        layers: the plan or the blocks that are cut; None for none.
-        experts: which experts go of the layers that stay; the blocks may be none then.
-        device_memory: the memory that may be used, as ``16GB``; what is free by default.
-        store: where results are looked for and kept.
-        out: the folder for ``eval.json``, if there is to be one.
-        overwrite: replace what is there.
-        readings: what was read of each model whose layers are streamed from disk.
-
-    Raises:
-        OutputError: ``out`` holds what is read, or another process writes there.
+    ``readings`` is what was read of streamed layers, by model. OutputError: ``out`` holds
+    what is read, or another process writes there.
     """
 
     source: ModelSource
@@ -144,10 +106,17 @@ class EvalJob:
         """The file that is written, if there is one."""
         return None if self.out is None else self.out / EVAL_FILE
 
-    @property
-    def inputs(self) -> dict[str, dict[str, Any] | None]:
-        """All that a measure's results depend on beside the layers, by its kind."""
-        return {kind: known.inputs for kind, known in self.results.items()}
+    @cached_property
+    def keys(self) -> dict[str, dict[str, Any] | None]:
+        """What a measure's results are found by beside model and layers, by its kind."""
+        assumed = {} if self.device_memory is None else {"device_memory": self.device_memory}
+        keys = {one.kind: one.key(self.store) for one in self.measures}
+        return {kind: key and {**key, **assumed} for kind, key in keys.items()}
+
+    @cached_property
+    def kept(self) -> ModelStore:
+        """What the store has of the model."""
+        return ModelStore.of(self.source, self.store)
 
     @cached_property
     def content(self) -> str | None:
@@ -163,21 +132,26 @@ class EvalJob:
         inputs = {**measures, "device_memory": self.device_memory, **key_of(self.plan)}
         return job_of(self.source, self.content, inputs)
 
-    @cached_property
-    def results(self) -> dict[str, KnownResults]:
-        """The results that are known, by the kind of their measure."""
-        own = inputs_of(self.store, {"model": self.source}, {}, device_memory=self.device_memory)
-        found = {}
-        for measure in self.measures:
-            settings = None if own is None else measure.inputs(self.store)
-            known = None if settings is None else {**(own or {}), **settings}
-            found[measure.kind] = KnownResults(self.store, measure, known)
-        return found
+    def find(self, measure: Measure[Any], plan: Plan | None) -> Result | None:
+        """Look a result up, by what the model is without; None for the whole one."""
+        key = self.keys[measure.kind]
+        entry = None if key is None else self.kept.find("measurement", {**key, **key_of(plan)})
+        if entry is None:
+            return None
+        identity = recalled(lambda known: read(ModelIdentity, known["model"]), entry.value, _ENTRY)
+        return Result(recalled(measure.read, entry.value, _ENTRY), identity, entry.made)
+
+    def keep(
+        self, measure: Measure[Any], plan: Plan | None, value: Any, model: ModelIdentity
+    ) -> Result:
+        """Keep a result that was just measured; ``model`` is the whole one."""
+        measure.keep(self.kept, self.keys[measure.kind], plan, value, model)
+        return Result(value, model)
 
     @cached_property
     def whole(self) -> dict[str, Result | None]:
         """The results of the whole model by kind, where they are known."""
-        return {kind: known.get(None) for kind, known in self.results.items()}
+        return {one.kind: self.find(one, None) for one in self.measures}
 
     @cached_property
     def plan(self) -> Plan | None:
@@ -271,12 +245,12 @@ class EvalJob:
     def known(self) -> Results | None:
         """Look for the results; None if one must be measured."""
         plan, found = self.plan, {}
-        for kind, known in self.results.items():
-            sides = {"base": self.whole[kind]}
+        for measure in self.measures:
+            sides = {"base": self.whole[measure.kind]}
             if plan:
-                sides["cut"] = known.get(plan)
-            found[kind] = {side: one for side, one in sides.items() if one}
-            if len(found[kind]) < len(sides):
+                sides["cut"] = self.find(measure, plan)
+            found[measure.kind] = {side: one for side, one in sides.items() if one}
+            if len(found[measure.kind]) < len(sides):
                 return None
         return found
 
@@ -305,8 +279,10 @@ class EvalJob:
         measures raise.
         """
         found = {
-            kind: {side: one for side, plan in self.sides.items() if (one := known.get(plan))}
-            for kind, known in self.results.items()
+            measure.kind: {
+                side: one for side, plan in self.sides.items() if (one := self.find(measure, plan))
+            }
+            for measure in self.measures
         }
         missing = [one for one in self.measures if len(found[one.kind]) < len(self.sides)]
         for measure in missing:
@@ -316,7 +292,7 @@ class EvalJob:
         for measure, side, value in waiting:
             assert measure.whole is not None
             completed = measure.complete(value, self._loaded(measure.whole)[0])
-            found[measure.kind][side] = self._kept(measure, side, completed, identity)
+            found[measure.kind][side] = self.keep(measure, self.sides[side], completed, identity)
         return {kind: {side: some[side] for side in self.sides} for kind, some in found.items()}
 
     @property
@@ -339,32 +315,28 @@ class EvalJob:
             if measure.whole is None:
                 self._meet(measure, loaded, self.source)
         waiting = []  # until all layers are back, or the other model is loaded
-        store = ModelStore.of(self.source, self.store)
         for side, plan in self.sides.items():
             with without_layers(decoder.model, plan) if plan else nullcontext():
                 for measure in missing:
                     if side in found[measure.kind]:
                         continue
                     tokens = self.fitted(measure)
-                    value = measure.measure(loaded, tokens=tokens, plan=plan, store=store)
+                    value = measure.measure(loaded, tokens=tokens, plan=plan, store=self.kept)
                     if measure.needs_whole:
                         waiting.append((measure, side, value))
                     else:
-                        kept = self._kept(measure, side, value, identity)
-                        found[measure.kind][side] = kept
+                        found[measure.kind][side] = self.keep(measure, plan, value, identity)
         for measure, side, value in waiting:
             if measure.whole is None:
                 completed = measure.complete(value, decoder)
-                found[measure.kind][side] = self._kept(measure, side, completed, identity)
+                kept = self.keep(measure, self.sides[side], completed, identity)
+                found[measure.kind][side] = kept
         return identity, [one for one in waiting if one[0].whole is not None]
 
     def _meet(self, measure: Measure[Any], loaded: "Loaded", source: ModelSource) -> None:
         """Let a measure see the whole model, which ``source`` names."""
         store = ModelStore.of(source, self.store)
         measure.meet(loaded, tokens=self.fitted(measure), store=store)
-
-    def _kept(self, measure: Measure[Any], side: str, value: Any, model: ModelIdentity) -> Result:
-        return self.results[measure.kind].keep(self.sides[side], value, model)
 
     def _loaded(self, source: ModelSource) -> "Loaded":
         """A model and its tokenizer; the memory of one before it is free."""
@@ -389,12 +361,7 @@ class EvalJob:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPair:
-    """Two checkpoints of one tokenizer by the same measures, loaded one after the other.
-
-    Attributes:
-        model: that which is compared.
-        against: that which it is compared with, which is loaded first.
-    """
+    """Two checkpoints of one tokenizer by the same measures; ``against`` is loaded first."""
 
     model: EvalJob
     against: EvalJob
@@ -414,15 +381,15 @@ class EvalPair:
         store = self.model.store
         kinds = {one.kind: one.inputs(store) for one in self.model.measures}
         models = {"model": self.model.source, "against": self.against.source}
-        inputs = None if None in kinds.values() else inputs_of(store, models, {}, measures=kinds)
-        if store.get("same_tokens", inputs) is None:
+        inputs = None if None in kinds.values() else inputs_of(store, models, {}, same_tokens=kinds)
+        if store.get("measurement", inputs) is None:
             first, second = (source.load_tokenizer() for source in models.values())
             for measure in self.model.measures:
                 pairs = zip_longest(measure.token_ids(first), measure.token_ids(second))
                 for index, (one, other) in enumerate(pairs):
                     if one is None or other is None or one.tolist() != other.tolist():
                         raise self._differ(measure, index)
-            store.put("same_tokens", inputs, {"same": True})
+            store.put("measurement", inputs, {"same_tokens": True})
 
     def _differ(self, measure: Measure[Any], index: int) -> TextsError:
         what = measure.item

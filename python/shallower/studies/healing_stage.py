@@ -28,7 +28,7 @@ from ..values.healing import Healing
 from ..values.loss import Loss
 from ..values.recipe import Recipe
 from ..values.settings import RunSettings
-from .speaking import StudySpeech
+from .speaking import SpeechOnPrompts
 from .study import Study
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class HealingStage:
         require_healable(model, tokenizer, self.texts, recipe=self.recipe, answers=answers)
 
     def heal(
-        self, results: Run, speech: StudySpeech | None, answers: Sequence[Answer] | None = None
+        self, results: Run, speech: SpeechOnPrompts | None, answers: Sequence[Answer] | None = None
     ) -> Run:
         """Train the checkpoint, and measure the healed model, reloaded; also how it speaks.
 
@@ -94,7 +94,7 @@ class HealingStage:
         results = replace(results, recommended=recommended, healing=healing)
         if speech is not None:
             try:
-                said = speech.hear(model, "healed")
+                said = speech.compare(Decoder.of(model), "healed")
             except ModelError as error:  # of another dtype than the whole one
                 why = f"the speech of the healed model is not measured: {error}"
                 warnings.warn(why, stacklevel=3)
@@ -104,10 +104,11 @@ class HealingStage:
         results.save()
         return results
 
-    def _with_speech(self, results: Run, speech: StudySpeech, said: Spoken) -> Run:
+    def _with_speech(self, results: Run, speech: SpeechOnPrompts, said: Spoken) -> Run:
         """Add how the healed model speaks, judged by the whole one, which is loaded for it."""
         free_memory()
-        spoken = speech.judged(said, self.study.load(self.study.model)[0])
+        whole = Decoder.of(self.study.load(self.study.model)[0])
+        spoken = speech.complete(said, whole)
         samples = zip(results.continuations, speech.samples({"healed": said}), strict=True)
         return replace(
             results,

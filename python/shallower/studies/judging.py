@@ -16,7 +16,7 @@ from ..texts.prompts import Prompt
 from ..values.answers import Answer
 from ..values.tokens import Tokens
 from .answers import KeptAnswers
-from .speaking import speaking_on
+from .speaking import SpeechOnPrompts
 from .study import Study
 
 
@@ -62,7 +62,7 @@ class Judges:
         """What the whole model says to each selection prompt, or each test prompt."""
         if half not in self._said:
             prompts = cast(Sequence[Prompt], self._study.items[half])
-            speaking = speaking_on(self._study, self._tokenizer, prompts)
+            speaking = SpeechOnPrompts.of_study(self._study, prompts).speaking(self._tokenizer)
             write = KeptAnswers(self._store).write
             with track("generate, whole model", speaking.most_tokens, self._study.progress):
                 words = speaking.words(self._decoder, write)

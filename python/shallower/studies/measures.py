@@ -2,32 +2,32 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from uuid import uuid4
 
 from ..errors import ProcessesError, SettingsError
+from ..evaluation.kept import recalled
 from ..evaluation.task_files import check_names, files_in, files_of
 from ..models.source import ModelSource
 from ..storage import absolute
-from ..store.inputs import hash_of_files, model_inputs, texts_content
+from ..store.inputs import hash_of_files, texts_content
 from ..store.store import Store
-from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
 from ..texts.sources import Texts, read_whole
 from ..values.hashing import hash_of
+from ..values.identity import ModelIdentity
 from ..values.loss import Loss
 from ..values.options import parse_names
 from ..values.perplexity import Perplexity
 from ..values.plan import Plan, key_of
 from ..values.schema import plain
 from ..values.settings import CompareSettings
-from ..values.speech import Speech
 from ..values.stage_settings import EvalSettings
 from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize, Tokens
-from .answers import KeptAnswers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,26 +47,14 @@ T = TypeVar("T")
 PROMPT_TOKENS = 2048
 """Tokens of a task's prompt that memory is planned for."""
 
-SPEECH_PROMPT_TOKENS = 448
-"""Tokens of a prompt that a model goes on from, that memory is planned for."""
-
 
 class Measure(ABC, Generic[T]):
     """A measure of a model, whose results are kept.
 
-    Attributes:
-        kind: its name, also that of the entries in the store.
-        option: the field of :class:`EvalSettings` that asks for it.
-        item: what results are paired by.
-        result: the class of its results.
-        shared: the settings that its shards depend on beside that option; where its items do not
-            fall into shards, None.
-        apart: the way out then.
-        asked: the settings that asked for it, if any did.
-        tokens: how texts become batches.
-        source: the file that is read, if it is one and known.
-        needs_whole: whether what was measured is completed by the whole model.
-        whole: that one, where it is another checkpoint than what is measured.
+    ``option`` is the field of :class:`EvalSettings` that asks for it, ``item`` what results are
+    paired by. ``shared`` are the settings of its shards beside that option; where its items do not
+    fall into shards it is None, and ``apart`` the way out. ``whole`` is the whole model where that
+    is another checkpoint than what is measured.
     """
 
     kind: str
@@ -113,6 +101,11 @@ class Measure(ABC, Generic[T]):
         place = absolute(getattr(self.asked, self.option))
         return {self.option: place} | {name: getattr(self.asked, name) for name in self.shared}
 
+    def key(self, store: Store) -> dict[str, Any] | None:
+        """Give what its results in the store are found by, beside the model and the cut."""
+        inputs = self.inputs(store)
+        return None if inputs is None else {"measure": self.kind, **inputs}
+
     def prepare(self) -> None:
         """Find out what is wrong with it before a model is loaded."""
 
@@ -127,12 +120,48 @@ class Measure(ABC, Generic[T]):
 
     @abstractmethod
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> Any:
         """Measure a model without what a plan drops; the whole one has none.
 
         ``store`` has results of the whole one.
         """
+
+    def kept(
+        self,
+        loaded: "Loaded",
+        store: "ResultStore | None",
+        key: Mapping[str, Any] | None,
+        *,
+        tokens: Tokens,
+        plan: Plan | None,
+    ) -> T:
+        """Measure a model without what a plan drops, unless ``store`` has that under ``key``."""
+        from ..cutting.in_model import without_layers
+
+        decoder = loaded[0]
+        known = store.get("measurement", {**key, **key_of(plan)}) if store and key else None
+        if known is not None:
+            return recalled(self.read, known, "a measurement")
+        if store is not None:
+            self.meet(loaded, tokens=tokens, store=store)
+        with without_layers(decoder.model, plan) if plan else nullcontext():
+            value = self.measure(loaded, tokens=tokens, plan=plan, store=store)
+        return self.keep(store, key, plan, self.complete(value, decoder), decoder.identity)
+
+    def keep(
+        self,
+        store: "ResultStore | None",
+        key: Mapping[str, Any] | None,
+        plan: Plan | None,
+        value: T,
+        model: ModelIdentity,
+    ) -> T:
+        """Keep a result of a model without what a plan drops; ``model`` is the whole one."""
+        if store is not None and key is not None:
+            entry = {**self.record(value), "model": asdict(model)}
+            store.put("measurement", {**key, **key_of(plan)}, entry)
+        return value
 
     def complete(self, value: Any, decoder: "Decoder") -> T:
         """Complete what was measured, when the whole model is there."""
@@ -163,13 +192,7 @@ class Measure(ABC, Generic[T]):
 
 @dataclass
 class LossOfTexts(Measure[Loss]):
-    """The next-token loss on texts.
-
-    Attributes:
-        texts: held-out texts, which can be read again.
-        tokens: how they become batches.
-        source: the file or dataset that they are read from.
-    """
+    """The next-token loss on held-out texts, which can be read again."""
 
     texts: Texts | list[str]
     tokens: Tokens = field(default_factory=Tokens)
@@ -196,13 +219,13 @@ class LossOfTexts(Measure[Loss]):
         yield from (one.ids for one in tokenise(tokenizer, self.texts, self.tokens.max_length))
 
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> Loss:
         """Measure the batches that were not measured before, by any command."""
         from ..evaluation.loss import measure_loss
 
         how: Any = {"tokens": tokens, "plan": plan, "store": store}
-        return measure_loss(*loaded, self.texts, description=_bar("loss", plan), **how)
+        return measure_loss(*loaded, self.texts, description=bar_of("loss", plan), **how)
 
     def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
         """Divide the texts."""
@@ -213,15 +236,7 @@ class LossOfTexts(Measure[Loss]):
 
 @dataclass
 class PerplexityOfText(Measure[Perplexity]):
-    """The perplexity of one text, in windows.
-
-    Attributes:
-        text: the text.
-        context: tokens of a window.
-        bos: whether every window begins with the beginning-of-text token.
-        batch_size: windows in one forward.
-        source: the file that it was read from.
-    """
+    """The perplexity of one text, in windows of ``context`` tokens."""
 
     text: str
     context: int = 2048
@@ -255,14 +270,14 @@ class PerplexityOfText(Measure[Perplexity]):
         yield from (ids for _, ids in windows)
 
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> Perplexity:
         """Measure the batches of windows that were not measured before."""
         from ..evaluation.loss import fitting_tokens, scores_of
 
         decoder, tokenizer = loaded
         windows, name = self.batches(tokenizer, fitting_tokens(decoder, tokens)), self.kind
-        how: Any = {"plan": plan, "store": store, "name": _bar(name, plan)}
+        how: Any = {"plan": plan, "store": store, "name": bar_of(name, plan)}
         return windows.perplexity(scores_of(decoder, windows, **how)[0])
 
     def batches(self, tokenizer: "PreTrainedTokenizerBase", tokens: Tokens) -> "AllBatches":
@@ -274,13 +289,7 @@ class PerplexityOfText(Measure[Perplexity]):
 
 @dataclass
 class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
-    """The scores on tasks of lm-eval.
-
-    Attributes:
-        names: of the tasks.
-        settings: where they lie, and what is drawn of them.
-        progress: a bar; by default if standard error is a terminal.
-    """
+    """The scores on tasks of lm-eval."""
 
     names: Sequence[str]
     settings: EvalSettings | CompareSettings
@@ -299,12 +308,16 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         return Tokens(PROMPT_TOKENS, self.settings.batch_size)
 
     def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Identify task files and their data by content; None for tasks from elsewhere."""
+        """Identify tasks by the content of their files and data, or by their items where they are
+        from elsewhere.
+        """
         given, drawn = self.settings, ("max_items", "num_shots", "pass_at", "seed")
+        if store.folder is None:
+            return None
         files = files_of(self.names, tasks_dir=given.tasks_dir, data=given.data)
+        if files is None:
+            return {"items": self.identity, "batch_size": given.batch_size}
         try:
-            if store.folder is None or files is None:
-                return None
             return {
                 "tasks": list(self.names),
                 "files": hash_of_files(files, store),
@@ -341,106 +354,27 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         self.chosen  # noqa: B018 - it is kept
 
     def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
     ) -> tuple[TaskScores, ...]:
-        """Score the model, unless any command has."""
-        from ..judgement.trials import recalled
+        """Score the model."""
+        bar: Any = {"progress": self.progress, "description": bar_of("tasks", plan)}
+        return self.chosen.evaluate(*loaded, batch_size=tokens.batch_size, **bar)
 
-        size = tokens.batch_size
-        inputs = {**key_of(plan), "tasks": self.identity, "batch_size": size}
-        if (known := store.get("scores", inputs)) is not None:
-            return recalled(self.read, known, "scores")
-        bar: Any = {"progress": self.progress, "description": _bar("tasks", plan)}
-        found = self.chosen.evaluate(*loaded, batch_size=size, **bar)
-        store.put("scores", inputs, self.record(found))
-        return found
+    def main(self, scores: Sequence[TaskScores]) -> tuple[TaskScores, ...]:
+        """Select the main score of each task; those of sampled answers come behind."""
+        found: dict[str, TaskScores] = {}
+        for one in scores:
+            found.setdefault(one.task, one)
+            if one.metric == f"pass@{self.settings.pass_at}":
+                name = f"{one.task} sampled"
+                found[name] = replace(one, task=name)
+        return tuple(found.values())
 
     def read(self, record: Mapping[str, Any]) -> tuple[TaskScores, ...]:
         """Read scores."""
         return tuple(TaskScores.from_json(one) for one in record["tasks"])
 
 
-@dataclass
-class SpeechOnPrompts(Measure[Speech]):
-    """How a model speaks beside the whole one.
-
-    Attributes:
-        prompts: what both go on from.
-        num_tokens: tokens of an answer at most.
-        seed: of what is drawn.
-        batch_size: texts in one forward.
-        whole: the whole model where it is another checkpoint; by default what is measured without
-            layers.
-        source: the file that the prompts were read from, if it is one.
-    """
-
-    prompts: Sequence[Prompt]
-    num_tokens: int = 64
-    seed: int = 0
-    batch_size: BatchSize = "auto"
-    whole: ModelSource | None = None
-    source: str | None = None
-    kind = option = "speech"
-    item = "prompt"
-    result = Speech
-    needs_whole = True
-
-    @classmethod
-    def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
-        """Read the prompts, or ours."""
-        place, num_tokens = what or None, settings.speech_tokens
-        prompts, size = read_prompts(place), settings.batch_size
-        return cls(prompts, num_tokens, settings.seed, size, source=place)
-
-    @property
-    def tokens(self) -> Tokens:  # type: ignore[override]
-        """The length of a prompt with its answer that memory is planned for."""
-        return Tokens(SPEECH_PROMPT_TOKENS + self.num_tokens, self.batch_size)
-
-    def inputs(self, store: Store) -> Mapping[str, Any] | None:
-        """Identify the prompts by their content, and the other checkpoint."""
-        whole = None if self.whole is None else model_inputs(self.whole, store)
-        if self.whole is not None and whole is None:
-            return None
-        return {
-            "prompts": prompts_fingerprint(self.prompts),
-            "num_tokens": self.num_tokens,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "whole": whole,
-        }
-
-    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
-        """Yield the token ids of every prompt."""
-        yield from prompt_ids(tokenizer, self.prompts)
-
-    def work(self, lengths: "NDArray[np.int64]", *, layers: int, whole: int) -> "Work":
-        """Count what both say, and what both run on it."""
-        from ..forecasts.work import spoken
-
-        return spoken(layers, whole, lengths, num_tokens=self.num_tokens)
-
-    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
-        """Let the whole model speak, and keep its states at its words."""
-        from ..evaluation.speech import Reference, Speaking
-
-        decoder, tokenizer = loaded
-        ids = [*self.token_ids(tokenizer)]
-        speaking = Speaking(tokenizer, ids, self.num_tokens, self.seed, tokens.batch_size)
-        self._reference = Reference.of(speaking, decoder, KeptAnswers(store).write)
-
-    def measure(
-        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore"
-    ) -> Any:
-        """Compare a model with the whole one, and let it speak."""
-        whole = loaded[0] if self.whole is None and plan is None else None
-        return self._reference.compare(loaded[0], whole, name=_bar("model", plan))
-
-    def complete(self, value: Any, decoder: "Decoder") -> Speech:
-        """Let the whole model judge what was said."""
-        return self._reference.judged(value, decoder)
-
-
-def _bar(what: str, plan: Plan | None) -> str:
+def bar_of(what: str, plan: Plan | None) -> str:
     """Name a bar of a measure."""
     return what if plan is None else f"{what} without {plan.words}"

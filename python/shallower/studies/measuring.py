@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,14 +14,14 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.batches import batches_of_texts
-from ..evaluation.kept import ResultStore, UnsavedResults
+from ..evaluation.kept import ResultStore, UnsavedResults, recalled
 from ..evaluation.loss import fitting_tokens
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge
 from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.subject import parameters_share
 from ..judgement.token_states import evenly
-from ..judgement.trials import AnyCut, Trials, recalled
+from ..judgement.trials import AnyCut, Trials
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -41,13 +41,13 @@ from ..values.plan import Gone, Plan, gone_by, key_of
 from ..values.recipe import Recipe
 from ..values.schema import plain_fields, read
 from ..values.scores import Scores
-from ..values.settings import CompareSettings, State
+from ..values.settings import State
 from ..values.speech import Speech
 from ..values.task_scores import TaskScores
 from .judging import Judges
-from .speaking import StudySpeech
+from .measures import ScoresOnTasks
+from .speaking import SpeechOnPrompts, speech_of
 from .study import Study
-from .tasks import StudyTasks
 from .verified_plans import VERIFYING_TEXTS, VerifiedPlans
 
 HEALING_FOLDER = ".healing"
@@ -74,14 +74,7 @@ class Measured:
 class Calibration:
     """Calibration texts of one name, and the quick patch that is solved on some of them.
 
-    Attributes:
-        name: of the texts in the study.
-        split: the texts, tokenised.
-        fitted: a hash of them, and of the selection texts.
-        batches: all of them that have two tokens.
-        identity: of these texts.
-        patch: the quick patch.
-        patched: cuts after it, judged on the test texts.
+    ``fitted`` is a hash of them and of the selection texts; ``batches`` are those of two tokens.
     """
 
     name: str
@@ -94,22 +87,10 @@ class Calibration:
 
 
 class Measuring:
-    """The measurements of one model of a study that is loaded.
+    """The measurements of one loaded model of a study; afterwards the model is as before.
 
-    Attributes:
-        decoder: the whole model, which is as before afterwards.
-        tokens: length of texts, and how many make one forward.
-        texts: the texts of the study, tokenised once, by their name.
-        test_set: the test texts as batches.
-        judge: the loss on them.
-        judges: makes judges of the selection set.
-        held_out: cuts as they are and after a quick patch, from states that they share.
-        num_rejected: test texts with fewer than two tokens.
-        speaks: whether it is measured how cuts speak.
-
-    Raises:
-        TextsError: no test text has two tokens; or a prompt cannot be answered.
-        ModelError: the layers of the model cannot be run one by one; or it cannot speak, and is to.
+    TextsError: no test text has two tokens, or a prompt cannot be answered. ModelError: the layers
+    cannot be run one by one; or the model cannot speak, and is to.
     """
 
     def __init__(
@@ -119,12 +100,13 @@ class Measuring:
         tokenizer: PreTrainedTokenizerBase,
         *,
         store: ResultStore,
-        tasks: StudyTasks | None = None,
+        tasks: ScoresOnTasks | None = None,
         recipe: Recipe | None = None,
     ) -> None:
         self._study, self._store, self._recipe = study, store, recipe
         self.model, self.tokenizer = model, tokenizer
-        self._tasks = tasks or StudyTasks(CompareSettings())
+        self._tasks = tasks
+        self._tasks_key = None if tasks is None else tasks.key(study.store)
         self.decoder = Decoder.of(model)
         self.decoder.identity  # noqa: B018 - as the model is before anything is cut
         self.tokens = fitting_tokens(self.decoder, study.settings.tokens)
@@ -145,7 +127,7 @@ class Measuring:
             texts=self.test_set.fingerprint,
             num_rejected=self.num_rejected,
         )
-        self.speaks = StudySpeech.is_possible(study, self.decoder, tokenizer)
+        self._speech = speech_of(study, self.decoder, tokenizer)
         self._measured: dict[tuple[Gone, State, str], Measured] = {}
         self._shares: dict[Gone, float] = {}  # of the seconds of cuts judged together
 
@@ -280,44 +262,61 @@ class Measuring:
             **(made if state == "patched" else {}),
             "fitted": on.fitted,
             "items": self._study.reported,
-            "tasks": self._tasks.identity,
+            "tasks": self._tasks_key,
             "seed": settings.seed,
             "prompts": prompts_fingerprint(self._study.prompts),
         }
 
     def _measure(self, plan: Plan | None, state: State, on: Calibration) -> Measured:
         is_quick = state == "patched" and self._study.settings.patch == "quick"
-        if is_quick and plan and not self._tasks.settings.tasks and self.speech is None:
+        if is_quick and plan and self._tasks is None and self._speech is None:
             return Measured(self.held_out.loss(on.patched.scores(plan)))
         if state == "cut" or plan is None:
             loss = self.loss_of_cut(plan)
-            with without_layers(self.model, plan) if plan else nullcontext():
-                tasks = self._tasks.scores((self.model, self.tokenizer), plan, store=self._store)
-            return Measured(loss, tasks, speech=self._speech_of_cut(plan))
-        with ExitStack() as stack:
-            model, tokenizer = stack.enter_context(self._in_state(plan, state, on))
-            found = Measured(self.loss_now(model), self._tasks.scores((model, tokenizer)))
-            said = None if self.speech is None else self.speech.hear(model, state)
-        if self.speech is None or said is None:
+            tasks = self._scores(self.decoder, self.tokenizer, store=self._store, plan=plan)
+            return Measured(loss, tasks, speech=self.speech_of_cut(plan))
+        speech = self.speech
+        with self._in_state(plan, state, on) as (model, tokenizer):
+            decoder = Decoder.of(model)
+            found = Measured(self.loss_now(model), self._scores(decoder, tokenizer))
+            said = None if speech is None else speech.compare(decoder, state)
+        if speech is None or said is None:
             return found
-        return replace(found, speech=self.speech.judged(said, self.model))
+        return replace(found, speech=speech.complete(said, self.decoder))
+
+    def _scores(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        store: ResultStore | None = None,
+        plan: Plan | None = None,
+    ) -> tuple[TaskScores, ...]:
+        """The main scores on the tasks, if there are any; ``store`` has those of bare cuts."""
+        if (tasks := self._tasks) is None:
+            return ()
+        how: Any = {"tokens": tasks.tokens, "plan": plan}
+        return tasks.main(tasks.kept((decoder, tokenizer), store, self._tasks_key, **how))
 
     @cached_property
-    def speech(self) -> StudySpeech | None:
-        """How the whole model speaks; None where no speech is measured."""
-        if not self.speaks:
-            return None
-        return StudySpeech.of(self._study, self.decoder, self.tokenizer, store=self._store)
+    def speech(self) -> SpeechOnPrompts | None:
+        """Speech beside the whole model, which has answered; None where no speech is measured."""
+        if self._speech is not None:
+            loaded, tokens = (self.decoder, self.tokenizer), self._speech.tokens
+            self._speech.meet(loaded, tokens=tokens, store=self._store)
+        return self._speech
 
-    def _speech_of_cut(self, plan: Plan | None) -> Speech | None:
+    @cached_property
+    def speech_of_whole(self) -> Speech | None:
+        """How the whole model speaks; None where no speech is measured."""
+        return self.speech_of_cut(None)
+
+    def speech_of_cut(self, plan: Plan | None) -> Speech | None:
         """How a bare cut or the whole model speaks; None where no speech is measured."""
-        if self.speech is None:
+        if (speech := self._speech) is None:
             return None
-        if plan is None:
-            return self.speech.whole
-        with without_layers(self.model, plan):
-            said = self.speech.hear(self.model, f"cut without {plan.words}")
-        return self.speech.judged(said, self.model)
+        loaded, key = (self.decoder, self.tokenizer), speech.key(self._study.store)
+        return speech.kept(loaded, self._store, key, tokens=speech.tokens, plan=plan)
 
     def loss_now(self, model: PreTrainedModel) -> Loss:
         """Measure a model with the layers and weights that it has now."""

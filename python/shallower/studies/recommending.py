@@ -52,7 +52,7 @@ from ..values.settings import RunSettings
 from ..values.stage_settings import ScanSettings
 from .answers import WantedAnswers
 from .measuring import Measuring
-from .speaking import StudySpeech
+from .speaking import SpeechOnPrompts
 from .study import Study, model_words
 
 SCAN_TEXTS = 256
@@ -224,7 +224,6 @@ class Recommending:
         with stage(f"race cuts of {choice.n}", "race cuts"):
             verified, measuring = self._plans.verify(choice.n), self._measuring
         plan = verified.plan
-        self._study.keep_choice("recommended", choice.n, plan)
         self._write_plan(plan)
         with stage("measure the cut"):
             cut, worse = measuring.loss_of_cut(plan), None
@@ -251,7 +250,7 @@ class Recommending:
         if not self._settings.plan_only:
             results.save()
         with stage("speech of the whole model"):
-            speech = self.speech  # before it is changed
+            speech, _ = self.speech, self._measuring.speech_of_whole  # before it is changed
         if self._settings.plan_only:
             return self._with_speech(results, plan, None)
         if not self._settings.patch:
@@ -280,7 +279,7 @@ class Recommending:
                 patched = None
                 if found is not None and speech is not None:
                     with stage("speech of the patched model", "speech of the cut"):
-                        patched = speech.hear(self._model, "patched")
+                        patched = speech.compare(Decoder.of(self._model), "patched")
             return self._with_speech(found, plan, patched)
         except (PatchError, TextsError) as error:
             why = f"the cut is not patched: {error}"
@@ -318,21 +317,24 @@ class Recommending:
         return [text.text for text in self._measuring.split.fit]
 
     @property
-    def speech(self) -> StudySpeech | None:
+    def speech(self) -> SpeechOnPrompts | None:
         """How the whole model speaks; None where no speech is measured."""
         return self._measuring.speech
 
     def _with_speech(self, results: Run | None, plan: Plan, patched: Spoken | None) -> Run | None:
         """Add how the models speak: the whole one, the bare cut and the patched one."""
-        if results is None or self.speech is None:
+        speech, decoder = self.speech, self._decoder
+        if results is None or speech is None:
             return results
         with stage("speech of the cut"):
             with without_layers(self._model, plan.blocks):
-                cut = self.speech.hear(self._model, "cut")
+                cut = speech.compare(Decoder.of(self._model), "cut")
             said = {"cut": cut} if patched is None else {"cut": cut, "patched": patched}
-            judged = {name: self.speech.judged(one, self._model) for name, one in said.items()}
-        speech = {"whole": self.speech.whole, **judged}
-        return replace(results, speech=speech, continuations=self.speech.samples(said))
+            judged = {name: speech.complete(one, decoder) for name, one in said.items()}
+        key, whole = speech.key(self._study.store), self._measuring.speech_of_whole
+        speech.keep(self._store, key, plan, judged["cut"], decoder.identity)
+        measured = {**({"whole": whole} if whole else {}), **judged}
+        return replace(results, speech=measured, continuations=speech.samples(said))
 
     def _write_plan(self, plan: Plan) -> None:
         """Write the plan, and what its cut saves where its config can tell, for the page."""

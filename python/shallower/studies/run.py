@@ -33,7 +33,7 @@ from ..values.recipe import STEPS, Recipe
 from ..values.settings import RunSettings
 from .answers import WantedAnswers, answers_for
 from .items import Items, items_fingerprint, judged_items
-from .study import NUM_PROMPTS, Study, Unit
+from .study import NUM_PROMPTS, Study
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -175,8 +175,8 @@ class RunStudy(Study[RunSettings]):
         self.settings.target.size(self.model.count_layers())
         refuse_shared([*self.split.fit, *self.split.choose], ())
 
-    def units(self) -> list[Unit]:
-        """List the whole model, and the cut where its size is known beforehand."""
+    def units(self) -> list[str]:
+        """Name the whole model, and the cut where its size is known beforehand."""
         n = self.settings.target.size(self.model.count_layers())
         states = ("cut", "patched") if self.settings.patch else ("cut",)
         known = [] if n is None else [self.unit("recommended", n, s) for s in states]
@@ -218,11 +218,6 @@ class RunStudy(Study[RunSettings]):
     def _choosing_items(self) -> str:
         """A hash of the selection prompts; of nothing where texts do."""
         return items_fingerprint(self.judges[0], self.items[0])
-
-    def _chooses_by(self) -> dict[str, Any]:
-        items = {"items": self._choosing_items} if self.items[0] else {}
-        bare = {} if self.settings.patch else {"after": self.settings.after}
-        return {**super()._chooses_by(), **items, **bare}
 
     @cached_property
     def wanted_answers(self) -> WantedAnswers | None:

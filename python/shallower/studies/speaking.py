@@ -1,111 +1,179 @@
-"""How the models of a study speak beside the whole one, and samples of what they say."""
+"""How models speak beside the whole one, on prompts, as a measure; and samples of what they say."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ModelError, TextsError
-from ..evaluation.answers import check_at_hand, check_prompts
-from ..evaluation.kept import ResultStore
-from ..evaluation.speech import SPEECH_TOKENS, Reference, Speaking, Spoken
-from ..models.decoder import Decoder
-from ..reporting.results import Continuations
-from ..texts.prompts import Prompt, prompt_ids
-from ..values.speech import Speech
+from ..models.source import ModelSource
+from ..store.inputs import model_inputs
+from ..store.store import Store
+from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
+from ..values.answers import Answer
+from ..values.plan import Plan
+from ..values.speech import SPEECH_TOKENS, Speech
+from ..values.stage_settings import EvalSettings
+from ..values.tokens import BatchSize, Tokens
 from .answers import KeptAnswers
-from .study import Study
+from .measures import Measure, bar_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from ..evaluation.kept import ResultStore
+    from ..evaluation.speech import Reference, Speaking, Spoken
+    from ..forecasts.speed import Work
+    from ..models.decoder import Decoder
+    from ..reporting.results import Continuations
+    from .measures import Loaded
+    from .study import Study
+
+PROMPT_TOKENS = 448
+"""Tokens of a prompt that a model goes on from, that memory is planned for."""
 
 NUM_SAMPLES = 4
 """Prompts whose answers are shown."""
 
 
-def speaking_on(
-    study: Study[Any], tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
-) -> Speaking:
-    """How models speak in a study on some prompts; raises as :func:`prompt_ids`."""
-    return Speaking(
-        tokenizer,
-        prompt_ids(tokenizer, prompts),
-        num_tokens=SPEECH_TOKENS,
-        seed=study.settings.seed,
-        batch_size=study.settings.batch_size,
-        progress=study.progress,
-    )
-
-
 @dataclass
-class StudySpeech:
-    """How models speak on the prompts of a study; no model is held.
+class SpeechOnPrompts(Measure[Speech]):
+    """How a model speaks beside the whole one; no model is held.
 
-    Attributes:
-        study: whose prompts they are.
-        tokenizer: of all models.
-        reference: the words of the whole model, and its states at them.
-        whole: how the whole model speaks.
+    ``whole`` is the whole model where that is another checkpoint; ``reference`` are its words, and
+    its states at them.
     """
 
-    study: Study[Any]
-    tokenizer: PreTrainedTokenizerBase
-    reference: Reference
-    whole: Speech
-
-    @staticmethod
-    def is_possible(
-        study: Study[Any], decoder: Decoder, tokenizer: PreTrainedTokenizerBase
-    ) -> bool:
-        """Whether the model of a study can answer its prompts.
-
-        A warning says why it cannot answer our own; ModelError or TextsError why given ones.
-        """
-        if not study.prompts:
-            return False
-        try:
-            check_at_hand(decoder)
-            check_prompts(decoder, prompt_ids(tokenizer, study.prompts), SPEECH_TOKENS)
-        except (ModelError, TextsError) as error:
-            if study.settings.prompts is not None:
-                raise
-            warnings.warn(f"no speech is measured: {error}", stacklevel=2)
-            return False
-        return True
+    prompts: Sequence[Prompt]
+    num_tokens: int = SPEECH_TOKENS
+    seed: int = 0
+    batch_size: BatchSize = "auto"
+    whole: ModelSource | None = None
+    source: str | None = None
+    progress: bool | None = None
+    reference: "Reference | None" = field(default=None, init=False, repr=False, compare=False)
+    kind = option = "speech"
+    item = "prompt"
+    result = Speech
+    needs_whole = True
 
     @classmethod
-    def of(
-        cls,
-        study: Study[Any],
-        decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        store: ResultStore,
-    ) -> "StudySpeech":
-        """Let the whole model speak; what it said before is looked up."""
-        speaking = speaking_on(study, tokenizer, study.prompts)
-        reference = Reference.of(speaking, decoder, KeptAnswers(store).write)
-        itself = reference.compare(decoder, decoder, name="whole model")
-        return cls(study, tokenizer, reference, reference.judged(itself, decoder))
+    def of(cls, what: str, settings: EvalSettings, *, is_shared: bool) -> Self:
+        """Read the prompts, or ours."""
+        place, num_tokens = what or None, settings.speech_tokens
+        prompts, size = read_prompts(place), settings.batch_size
+        return cls(prompts, num_tokens, settings.seed, size, source=place)
 
-    def hear(self, model: PreTrainedModel, name: str) -> Spoken:
-        """Let a model speak, as it is now."""
-        return self.reference.compare(Decoder.of(model), name=name)
+    @classmethod
+    def of_study(cls, study: "Study[Any]", prompts: Sequence[Prompt]) -> Self:
+        """Let the models of a study speak on prompts."""
+        settings = study.settings
+        own: Any = {"seed": settings.seed, "batch_size": settings.batch_size}
+        return cls(prompts, SPEECH_TOKENS, progress=study.progress, **own)
 
-    def judged(self, spoken: Spoken, whole: PreTrainedModel) -> Speech:
-        """Let the whole model judge what was said."""
-        return self.reference.judged(spoken, Decoder.of(whole))
+    @property
+    def tokens(self) -> Tokens:  # type: ignore[override]
+        """The length of a prompt with its answer that memory is planned for."""
+        return Tokens(PROMPT_TOKENS + self.num_tokens, self.batch_size)
 
-    def samples(self, said: Mapping[str, Spoken]) -> tuple[Continuations, ...]:
-        """Show what the whole model and others said, greedily, to the first prompts."""
-        words = {
-            "whole": self.reference.words,
-            **{name: one.own or {} for name, one in said.items()},
+    def inputs(self, store: Store) -> Mapping[str, Any] | None:
+        """Identify the prompts by their content, and the other checkpoint."""
+        whole = None if self.whole is None else model_inputs(self.whole, store)
+        if self.whole is not None and whole is None:
+            return None
+        return {
+            "prompts": prompts_fingerprint(self.prompts),
+            "num_tokens": self.num_tokens,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "whole": whole,
         }
-        found = []
-        for place, prompt in enumerate(self.study.prompts[:NUM_SAMPLES]):
-            texts = {name: self._text(one["greedy"][place].written) for name, one in words.items()}
-            found.append(Continuations(prompt.shown(self.tokenizer), **texts))
-        return tuple(found)
 
-    def _text(self, written: Sequence[int]) -> str:
-        return str(self.tokenizer.decode([*written], skip_special_tokens=True))
+    def token_ids(self, tokenizer: "PreTrainedTokenizerBase") -> "Iterator[NDArray[np.int64]]":
+        """Yield the token ids of every prompt."""
+        yield from prompt_ids(tokenizer, self.prompts)
+
+    def work(self, lengths: "NDArray[np.int64]", *, layers: int, whole: int) -> "Work":
+        """Count what both say, and what both run on it."""
+        from ..forecasts.work import spoken
+
+        return spoken(layers, whole, lengths, num_tokens=self.num_tokens)
+
+    def speaking(
+        self, tokenizer: "PreTrainedTokenizerBase", batch_size: BatchSize | None = None
+    ) -> "Speaking":
+        """Prepare models to speak; raises as :func:`prompt_ids`."""
+        from ..evaluation.speech import Speaking
+
+        ids, size = prompt_ids(tokenizer, self.prompts), batch_size or self.batch_size
+        return Speaking(tokenizer, ids, self.num_tokens, self.seed, size, self.progress)
+
+    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
+        """Let the whole model speak, and keep its states at its words."""
+        from ..evaluation.speech import Reference
+
+        if self.reference is None:
+            speaking = self.speaking(loaded[1], tokens.batch_size)
+            self.reference = Reference.of(speaking, loaded[0], KeptAnswers(store).write)
+
+    def measure(
+        self, loaded: "Loaded", *, tokens: Tokens, plan: Plan | None, store: "ResultStore | None"
+    ) -> "Spoken":
+        """Compare a model with the whole one, and let it speak."""
+        whole = loaded[0] if self.whole is None and plan is None else None
+        return self.compare(loaded[0], bar_of("model", plan), whole)
+
+    def compare(self, decoder: "Decoder", name: str, whole: "Decoder | None" = None) -> "Spoken":
+        """Compare a model as it is now with the whole one, and let it speak."""
+        assert self.reference is not None
+        return self.reference.compare(decoder, whole, name=name)
+
+    def complete(self, value: "Spoken", decoder: "Decoder") -> Speech:
+        """Let the whole model judge what was said."""
+        assert self.reference is not None
+        return self.reference.judged(value, decoder)
+
+    def samples(self, said: "Mapping[str, Spoken]") -> "tuple[Continuations, ...]":
+        """Show what the whole model and others said, greedily, to the first prompts."""
+        from ..reporting.results import Continuations
+
+        reference = self.reference
+        assert reference is not None
+        tokenizer: Any = reference.speaking.tokenizer
+        words = {"whole": reference.words, **{name: one.own or {} for name, one in said.items()}}
+
+        def text(answers: Mapping[str, Sequence[Answer]], place: int) -> str:
+            written = [*answers["greedy"][place].written]
+            return str(tokenizer.decode(written, skip_special_tokens=True))
+
+        return tuple(
+            Continuations(
+                prompt.shown(tokenizer), **{name: text(one, place) for name, one in words.items()}
+            )
+            for place, prompt in enumerate(self.prompts[:NUM_SAMPLES])
+        )
+
+
+def speech_of(
+    study: "Study[Any]", decoder: "Decoder", tokenizer: "PreTrainedTokenizerBase"
+) -> SpeechOnPrompts | None:
+    """Speech on the prompts of a study; None without prompts, or where a model has no answers.
+
+    A warning says why it cannot answer our own; ModelError or TextsError why given ones.
+    """
+    from ..evaluation.answers import check_at_hand, check_prompts
+
+    if not study.prompts:
+        return None
+    speech = SpeechOnPrompts.of_study(study, study.prompts)
+    try:
+        check_at_hand(decoder)
+        check_prompts(decoder, prompt_ids(tokenizer, speech.prompts), speech.num_tokens)
+    except (ModelError, TextsError) as error:
+        if study.settings.prompts is not None:
+            raise
+        warnings.warn(f"no speech is measured: {error}", stacklevel=2)
+        return None
+    return speech

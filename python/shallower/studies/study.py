@@ -29,7 +29,6 @@ from ..texts.sources import Texts, place_of_texts
 from ..values.commands import option_words
 from ..values.counts import summed
 from ..values.hashing import hash_of
-from ..values.plan import Plan
 from ..values.settings import StudySettings
 from .disk import study_bytes, temporary_of
 from .items import Items
@@ -48,21 +47,6 @@ HELD_OUT_EVERY = 4
 """Every fourth text reports, where no held-out texts are given."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A measurement of a study, which depends on no other and is the same wherever it is made.
-
-    Attributes:
-        name: what is measured, in words.
-        key: the hash of all that it depends on; None where that is not known.
-        known: whether its choice of layers was made before.
-    """
-
-    name: str
-    key: str | None
-    known: bool
-
-
 WHOLE, SINGLE_LAYERS = "whole model", "true losses without single layers"
 """Parts of a study that belong to no criterion or strategy."""
 
@@ -71,11 +55,7 @@ WHOLE, SINGLE_LAYERS = "whole model", "true losses without single layers"
 class Part(Generic[Settings]):
     """Measurements of a study that one worker makes, and keeps in a store.
 
-    Attributes:
-        what: what is measured, in words.
-        model: the name of the model.
-        texts: the name of the calibration texts.
-        settings: those of the study, without what other parts measure.
+    Its settings are those of the study without what other parts measure.
     """
 
     what: str
@@ -91,22 +71,11 @@ class Part(Generic[Settings]):
 class Study(Generic[Settings]):
     """Settings, models and texts, checked when the value is made.
 
-    Attributes:
-        models: the models, or their sources.
-        texts: calibration texts, read once; or several such by name.
-        eval_texts: test texts; None to take every fourth of ``texts``.
-        settings: of the study.
-        out: the folder to write to; None to write nothing.
-        overwrite: replace what is in ``out``.
-        store: of cached results.
-        command: the words of the command line, without places; empty for a call from Python.
-        progress: bars with ETA on standard error; by default if that is a terminal.
-        identities: of the models, in the store of the process that this one measures for.
-        readings: what was read of each model whose layers are streamed from disk.
-
-    Raises:
-        TextsError: texts that are not text.
-        OutputError: ``out`` is, holds or lies in what is read.
+    Without ``eval_texts`` every fourth of ``texts`` is of the test set. ``command`` has the words
+    of the command line, without places; ``identities`` are of the models in the store of the
+    process that this one measures for; ``readings`` is what was read of each model whose layers are
+    streamed. TextsError: texts that are not text. OutputError: ``out`` is, holds or lies in what is
+    read.
     """
 
     KIND: ClassVar[str]
@@ -180,8 +149,8 @@ class Study(Generic[Settings]):
         """Hold the folder against other processes while the body works in it: OutputError."""
         return nullcontext() if self.out is None else held(self.out, inside=True)
 
-    def units(self) -> list[Unit]:
-        """List the measurements that the study makes, as far as they are known beforehand."""
+    def units(self) -> list[str]:
+        """Name the measurements that the study makes, as far as they are known beforehand."""
         return []
 
     def shared_settings(self) -> Settings:
@@ -208,18 +177,14 @@ class Study(Generic[Settings]):
             "part": part.what,
         }
 
-    def unit(self, strategy: str, n: int, state: str, **on: str) -> Unit:
+    def unit(self, strategy: str, n: int, state: str, **on: str) -> str:
         """Name a measurement by its strategy, the number of layers that go and a state.
 
         ``on`` names the model and the texts of a study of several.
         """
         several = [on["model"]] if len(self.models) > 1 else []
         several += [on["texts"]] if len(self.named_texts) > 1 else []
-        name = ", ".join([*several, f"n = {n}", strategy, state])
-        inputs = self.choice_inputs(strategy, n, **on)
-        known = not n or self.store.get("choice_of_study", inputs) is not None
-        key = None if inputs is None else self.store.key("unit", {**inputs, "state": state})
-        return Unit(name, key, known)
+        return ", ".join([*several, f"n = {n}", strategy, state])
 
     def refuse_on_disk(self, work: str, way_out: str) -> None:
         """Refuse work that reads all layers often, where they wait on disk: ModelError."""
@@ -407,32 +372,6 @@ class Study(Generic[Settings]):
     def is_stock(self) -> bool:
         """Whether all that takes part is of this package, whose code is part of every key."""
         return None not in self.of_models.values()
-
-    def choice_inputs(
-        self, strategy: str, n: int, *, model: str = "", texts: str = ""
-    ) -> dict[str, Any] | None:
-        """All that a choice of layers depends on, whichever study makes it."""
-        of_model = self.of_models[model or str(self.model)]
-        if self.inputs is None or of_model is None:
-            return None
-        fitted = self.fitted[texts] if texts else next(iter(self.fitted.values()))
-        return {
-            "model": of_model,
-            "fitted": fitted,
-            "strategy": strategy,
-            "n": n,
-            **self._chooses_by(),
-        }
-
-    def keep_choice(self, strategy: str, n: int, plan: Plan, **on: str) -> None:
-        """Keep what a strategy chose."""
-        self.store.put("choice_of_study", self.choice_inputs(strategy, n, **on), plan.key)
-
-    def _chooses_by(self) -> dict[str, Any]:
-        """The settings that a choice of layers depends on."""
-        names = ("seed", "top", "blocks", "num_choosing")
-        found = {name: getattr(self.settings, name, None) for name in names}
-        return {**found, "judge": self.judges[0]}
 
     @cached_property
     def job(self) -> str | None:

@@ -10,6 +10,7 @@ from .layers import layer_number, parse_sizes
 from .options import THREADS, Settings, option, parse_names
 from .positions import Positions
 from .recipe import SHARE, check_share
+from .speech import SPEECH_TOKENS
 from .tokens import BatchSize
 from .until import DEFAULT_TOLERANCE, Until
 
@@ -169,7 +170,9 @@ class EvalSettings(Settings):
         "without one prompts of our own.",
         "[PROMPTS]",
     )
-    speech_tokens: int = option(64, "Tokens of an answer of --speech at most.", "N", least=1)
+    speech_tokens: int = option(
+        SPEECH_TOKENS, "Tokens of an answer of --speech at most.", "N", least=1
+    )
     context: int = option(2048, "Tokens of a window of --perplexity.", "N", least=2, before="dtype")
     bos: bool = option(False, "Begin each window with the beginning-of-text token.")
     tasks_dir: str | Path | None = option(None, "A folder of task files of lm-eval.", "DIR")
