@@ -311,7 +311,14 @@ class Batches(SharedWork):
             if self.job.job is None:  # nobody knows of what the parts are that are there
                 shutil.rmtree(self.out / PARTS_FOLDER, ignore_errors=True)
             self.store = Store(self.out / PARTS_FOLDER)
+            if common := self.store.get("study", self.inputs("common")):
+                self._first = "an earlier worker", common
             yield
+
+    def ready(self, worker: str, hello: Mapping[str, Any]) -> None:
+        """Hold what a worker has opened against the first one's, also of a command before."""
+        super().ready(worker, hello)
+        self.store.put("study", self.inputs("common"), hello["common"])
 
     def give_up(self, ledger: Ledger) -> None:
         """Write what was given up, and say so: ProcessesError."""
@@ -337,9 +344,15 @@ class Batches(SharedWork):
         )
 
     def finish(self) -> Any:
-        """Put the values of all units together; their store goes then."""
+        """Put the values of all units together; their store goes then. OutputError: one is lost."""
         assert self.out is not None
-        done = self.joined([self.value(unit) for unit in self.units])
+        values = [self.value(unit) for unit in self.units]
+        if None in values:
+            raise OutputError(
+                f"{self.out / PARTS_FOLDER} has not kept all that workers found: free its disk, "
+                f"and run the same command again"
+            )
+        done = self.joined(values)
         shutil.rmtree(self.out / PARTS_FOLDER, ignore_errors=True)
         return done
 
