@@ -200,5 +200,5 @@ def test_layers_that_write_by_no_plain_map_are_not_measured(words):
     assert np.isfinite(costs.blocks[2, 3])
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda _m, _a, output: output.abs())
-    with pytest.raises(CriterionError, match="feed-forward writes into the residual stream by a"):
+    with pytest.raises(CriterionError, match="feed-forwards that write by plain linear maps"):
         criteria["reachable"].costs(make_subject(model, words, FEW))

@@ -125,7 +125,7 @@ def _type(kind: Any, one: Option) -> Any:
 
 
 def _words(one: Option) -> tuple[str, str]:
-    """The words of an option: that which gives it, and that which takes it away."""
+    """The option's flag and its ``--no-`` form."""
     name = one.name.replace("_", "-")
     return f"--{name}", f"--no-{name}"
 

@@ -24,11 +24,7 @@ from .twin import BUILDING_ERRORS, shortened_config
 
 
 class BuiltModel:
-    """The model of a folder's config, as its class builds it; a :class:`.description.Description`.
-
-    ModelError: it is not a causal language model, or of ``images`` and text, or has not one list
-    of decoder layers.
-    """
+    """The model of a folder's config, as its class builds it; a :class:`.Description`."""
 
     def __init__(
         self, folder: Path, trust_remote_code: bool = False, *, images: bool = False
@@ -64,9 +60,7 @@ class BuiltModel:
         """Of layers with routed experts, how a stock loader stores them.
 
         By the names and shapes that transformers would save of the model, and of one with fewer
-        experts; or of their modules, whose names it loads as well. ModelError: it would not build
-        the model with the experts that stay. InMemoryOnlyError: they do not lie one after the
-        other.
+        experts; or of their modules, whose names it loads as well.
         """
         if plan.experts is None:
             return {}
@@ -78,11 +72,7 @@ class BuiltModel:
         }
 
     def shortened(self, raw: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-        """The JSON of the config for what stays, unknown keys included.
-
-        InMemoryOnlyError: weights beside the layers would have to be cut as well. ModelError: a
-        stock loader would not build what stays from it.
-        """
+        """The JSON of the config for what stays, unknown keys included."""
         if plan.blocks and (parts := layer_parts(self._model, self._layers)):
             raise InMemoryOnlyError(
                 f"{parts[0].name} of {type(self._model).__name__} holds a part for every layer, "

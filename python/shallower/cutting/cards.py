@@ -418,7 +418,7 @@ def healed_card(
     """The card of a cut after healing: only what it says of healing changes.
 
     ``cut_card`` need not exist; ``what`` ends the sentence "after the cut, ...". ``command`` heals
-    the cut, and what was measured of it is of before that; a run that heals has it in its own line.
+    the cut; empty for a run, which has it in its own line.
     """
     text = cut_card.read_text(encoding="utf-8-sig") if cut_card.is_file() else ""
     healed = _HEALED.format(what=what, rows=_table(rows))
@@ -443,10 +443,7 @@ def healed_card(
 
 
 def state_loss(card: Path, losses: "tuple[Loss, ...]", *, tested: str = "") -> None:
-    """Write into a card what its model loses, which was measured after it was written.
-
-    ``tested`` names the texts, as :class:`~.exports.CutFacts` has it.
-    """
+    """Write into a card what its model loses, on the texts that ``tested`` names."""
     text = card.read_text(encoding="utf-8")
     row = f"| held-out loss | {_lost(losses)} |"
     found = re.search(r"^\| held-out loss(, before the healing)? \| .* \|$", text, re.MULTILINE)

@@ -1,11 +1,11 @@
 """Cutting layers and experts out of a checkpoint on disk, without loading its weights.
 
-The config is shortened as for a cut in memory: for the families of :mod:`.plain` from
-its JSON alone, in little memory; for others a model is built on the meta device and the cut is
-checked on it, which loads torch. The tensors of the layers and experts that stay get their new
-numbers and are copied from file to file by the core, whatever they hold: quantised weights stay
-as they are, bit by bit. Of stacks of experts it copies the ranges of bytes that stay.
-What is read of the weights can be fetched just before, for files that hold their headers alone.
+The config is shortened as for a cut in memory. For the families of :mod:`.plain` its JSON suffices;
+for others a model is built on the meta device and the cut is checked on it, which loads torch. The
+core copies the tensors of the layers and experts that stay from file to file, under their new
+numbers. It never looks at values, so quantised weights stay as they are, bit by bit. Of stacks of
+experts it copies the ranges of bytes that stay. Where a file holds its header alone, the bytes to
+be copied can be fetched just before.
 """
 
 import json
@@ -68,21 +68,13 @@ Fetch = Callable[[Iterable[Piece]], object]
 
 @dataclass(frozen=True, slots=True)
 class PreparedCut:
-    """A cut of a checkpoint on disk, checked and laid out, and not yet made.
+    """A cut of a checkpoint on disk, checked and laid out, and not yet made."""
 
-    Attributes:
-        plan: what goes, with the identity of the checkpoint.
-        job: the copy of the tensors that stay.
-        texts: the files beside them that are written anew, by name.
-        carried: the files beside them that are copied, by name.
-        reads: what the copy reads of the source; nothing where no bytes had to be fetched.
-    """
-
-    plan: Plan
-    job: Job
-    texts: Mapping[str, str]
-    carried: Mapping[str, Path]
-    reads: Sequence[Piece] = ()
+    plan: Plan  # with the identity of the checkpoint
+    job: Job  # the copy of the tensors that stay
+    texts: Mapping[str, str]  # written anew beside them, by name
+    carried: Mapping[str, Path]  # copied beside them, by name
+    reads: Sequence[Piece] = ()  # of the source, if bytes of it must be fetched
 
     @property
     def files(self) -> list[str]:
@@ -106,8 +98,7 @@ class PreparedCut:
     ) -> None:
         """Make the cut in ``out``, or continue an interrupted one.
 
-        ``check`` gets the complete folder before it takes its place; what it refuses by a
-        ModelError goes. Else raises as :func:`.prune.prune`.
+        ``check`` gets the complete folder before it takes its place; what it refuses is removed.
         """
         out = Path(out)
         check_room(out, self.num_bytes)
@@ -157,9 +148,9 @@ def prepare(
 ) -> PreparedCut:
     """Check a cut of a local folder with ``config.json`` and safetensors, and write nothing.
 
-    ``label`` names the source in errors. ``fetch`` brings the small tensors that tell the model's
-    identity into files that hold their headers alone. Raises as :func:`.prune.prune`, and
-    InMemoryOnlyError for a model that cannot be cut on disk.
+    ``label`` names the source in errors. ``fetch`` brings the small tensors of the model's identity
+    into files that hold their headers alone. Raises InMemoryOnlyError for a model that cannot be
+    cut on disk.
     """
     size = parse_size(SHARD_SIZE if max_shard_size is None else max_shard_size, OutputError)
     folder = Path(source).expanduser().resolve()
@@ -216,10 +207,7 @@ def prepare(
 
 
 def identity_of(source: str | Path, trust_remote_code: bool = False) -> ModelIdentity | None:
-    """The identity that the model in a local folder of safetensors has when it is loaded.
-
-    None where the names of the tensors hide it. ModelError: no model is described there.
-    """
+    """The identity that a local folder of safetensors has when loaded; None where names hide it."""
     folder = Path(source).expanduser().resolve()
     _, raw, weights = _opened(folder)
     model = _describe(folder, raw, trust_remote_code, experts_of=None)
@@ -345,10 +333,7 @@ def _identify(
     prefix: str,
     fetch: Fetch | None = None,
 ) -> ModelIdentity | None:
-    """The identity that the loaded model has; None where the names of the tensors hide it.
-
-    They may be those of a model without its head, or others altogether.
-    """
+    """The identity that the loaded model has; None for other names, as of one without its head."""
     missing_head = (model.path + ".").removesuffix(prefix)
 
     def find(name: str, saved: str) -> StoredTensor:

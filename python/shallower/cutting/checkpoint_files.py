@@ -79,11 +79,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def stored_dtype(path: str | Path) -> str:
-    """The dtype of the weights in a folder, by its config.
-
-    ``nf4``, ``int8``, the name of another quantisation, or torch's name of a dtype; ``unknown``
-    where the config does not say. ModelError: there is no config, or it is not JSON.
-    """
+    """The dtype in a folder's config, as torch's or the quantisation's name; else ``unknown``."""
     return config_dtype(read_json(Path(path).expanduser() / CONFIG_FILE))
 
 
@@ -96,10 +92,7 @@ def config_dtype(raw: Mapping[str, Any]) -> str:
 
 
 def needs_transformers_5(raw: Mapping[str, Any]) -> bool:
-    """Whether a config is written for transformers 5, which version 4 misreads.
-
-    Version 4 knows ``rope_theta`` and ``rope_scaling``, and ignores ``rope_parameters``.
-    """
+    """Whether a config has ``rope_parameters``, which transformers 4 ignores."""
     version = str(raw.get("transformers_version") or "").partition(".")[0]
     return (version.isdecimal() and int(version) >= 5) or "rope_parameters" in raw
 
@@ -112,11 +105,7 @@ def text_part(raw: Mapping[str, Any], model_type: str) -> Mapping[str, Any] | No
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the config of a checkpoint.
-
-    ModelError: it is not there or damaged, names its weights otherwise than ``model.safetensors``,
-    or counts more layers than any model has.
-    """
+    """Read the config of a checkpoint, whose weights must be named ``model.safetensors``."""
     raw = read_json(path)
     if raw.get("transformers_weights"):
         raise ModelError(
@@ -130,20 +119,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def is_beside(name: str, modules: Collection[str] = ()) -> bool:
-    """Whether a file lies beside a model's weights, by its name in the folder.
-
-    ``modules`` are subfolders of an embedder, with weights of their own.
-    """
+    """Whether a file lies beside the weights, or those of an embedder's subfolders ``modules``."""
     folder, _, inner = name.rpartition("/")
     is_weights = inner.endswith(_OTHER_WEIGHTS) and folder not in modules
     return name[:1] != "." and folder in ("", TEMPLATES_FOLDER, *modules) and not is_weights
 
 
 def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
-    """The files beside the weights that belong to the model: tokenizer, templates, code.
-
-    Of an embedder, also the modules behind its decoder, with their weights.
-    """
+    """The files beside the weights that belong to the model: tokenizer, templates, code."""
     modules = module_folders(stored.folder)
     for entry in sorted(stored.folder.iterdir()):
         names = [entry.name]

@@ -37,7 +37,4 @@ class Description(Protocol):
         """Its routed experts; ModelError if it has none."""
 
     def stored_experts(self, plan: Plan) -> Mapping[int, StoredLayer]:
-        """Of layers with routed experts, how a stock loader stores them.
-
-        ModelError: it would not build the model with the experts that stay.
-        """
+        """Of layers with experts, how a stock loader stores them, if it would build the cut."""

@@ -1,9 +1,9 @@
 """Experts removed from a model in memory, checked against the one that a stock loader builds.
 
-Which tensors hold a part for every expert is found by comparison: a fresh model is built on the
-meta device from the config with fewer experts, and wherever its shapes are smaller the experts lie
-along that axis: stacked weights, rows of a router, biases of its choice. Anything else that differs
-is refused, and the model stays as it was.
+Tensors that hold a part for every expert are found by comparison with a fresh model on the meta
+device, whose config has fewer experts. Wherever its shapes are smaller, the experts lie along that
+axis: stacked weights, rows of a router, biases of its choice. Anything else that differs is
+refused, and the model stays as it was.
 """
 
 import copy
@@ -29,17 +29,11 @@ from .twin import BUILDING_ERRORS, built_from, plain_attributes, shortened_confi
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A tensor in a layer that holds a part for every expert.
+    """A tensor in a layer that holds a part for every expert."""
 
-    Attributes:
-        path: of its module in the layer.
-        name: in the module.
-        axis: along which the experts lie.
-    """
-
-    path: str
-    name: str
-    axis: int
+    path: str  # of its module in the layer
+    name: str  # in the module
+    axis: int  # along which the experts lie
 
     def of(self, tensor: torch.Tensor, kept: Sequence[int], num_experts: int) -> torch.Tensor:
         """The parts of the experts that stay, in a tensor of its own."""
@@ -61,11 +55,7 @@ def cut_experts(
 ) -> Callable[[], None]:
     """Remove experts from a model, in place, and give what puts them back.
 
-    ``gone`` are layers that go whole afterwards.
-
-    ExpertsError: other layers are named than those with experts, or the router could not choose
-    among those that stay. ModelError: no layer has experts, no config describes the cut, or the
-    weights are not there to be divided.
+    ``gone`` are layers that go whole afterwards. Raises ExpertsError, ModelError.
     """
     found = find_layers(model)
     experts = find_experts(model, found)

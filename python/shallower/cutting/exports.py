@@ -30,31 +30,17 @@ _MERGEKIT_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class CutFacts:
-    """The facts of a cut for the files beside it.
-
-    Attributes:
-        plan: what was dropped, and why.
-        source: the uncut model.
-        options: what :func:`shallower.prune` was given beside source, layers and place, by name.
-        dtype: of the stored weights, if that is known.
-        losses: the held-out loss before and after the cut, if they were measured; then those on
-            texts of other domains, if they were.
-        tested: the name of the texts that they are of, as ``--texts`` has it; empty for none.
-        gguf: the name of the new file, if it is a GGUF file.
-        needs_5: whether its config is written for transformers 5.
-        command: the command line that made it, if it was not ``prune``; ``{source}`` in it stands
-            for the uncut model with the options that load it.
-    """
+    """The facts of a cut for the files beside it."""
 
     plan: Plan
     source: UncutModel
-    options: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str | None = None
-    losses: "tuple[Loss, ...] | None" = None
-    tested: str = ""
-    gguf: str | None = None
-    needs_5: bool = False
-    command: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `prune`, by name
+    dtype: str | None = None  # of the stored weights, if known
+    losses: "tuple[Loss, ...] | None" = None  # held-out, before and after; then on other domains
+    tested: str = ""  # the name of their texts, as in `--texts`; empty for none
+    gguf: str | None = None  # the name of the new file, if it is a GGUF file
+    needs_5: bool = False  # whether its config is written for transformers 5
+    command: str = ""  # if not `prune`; `{source}` is the uncut model and its options
 
     @property
     def out(self) -> str:

@@ -1,10 +1,10 @@
 """A model of the hub, cut by the ranges of its files of weights that stay.
 
-Every file of weights has a stand-in: of its length and with its header, and else a hole. A cut is
-planned by the stand-ins as by a local folder; then the ranges that it copies are fetched into them.
-They lie among the hub's assets, one folder a cut, with a journal of what has come: the same cut
-goes on from there. What comes must have the place, length and etag that were asked for. The hub's
-SHA-256 is of a whole file: what is fetched in part is as good as its server.
+Each weight file is replaced by a sparse file of the same length and header. A cut is planned by
+these as by a local folder; then the ranges that it copies are fetched into them. They lie among the
+hub's assets, one folder a cut, with a journal of what was fetched, so that the same cut resumes
+there. A reply must have the place, length and etag of its request. The hub's SHA-256 is of a whole
+file: what is fetched in part is as good as its server.
 """
 
 import json
@@ -71,12 +71,9 @@ _JOURNAL = ".fetched.jsonl"
 class HubCheckpoint:
     """A model of the hub at a commit, and the folder that stands for it here.
 
-    Attributes:
-        name: its hub id.
-        folder: the snapshot in the hub's cache where all of it is there; else that of stand-ins.
-        sizes: of the files that have stand-ins, by name, in bytes.
-        etags: the name of their contents that the hub states, by theirs.
-        goes_on: whether an earlier call has fetched some of it.
+    ``folder`` is the snapshot in the hub's cache where that is whole; else the one of sparse files,
+    whose ``sizes`` in bytes and ``etags`` are by name. ``goes_on``: an earlier call has fetched
+    some of it.
     """
 
     def __init__(
@@ -112,10 +109,7 @@ class HubCheckpoint:
         return sum(stop - start for _, start, stop in self.missing(pieces))
 
     def fetch(self, pieces: Iterable[Piece], report: Callable[[int], object] | None = None) -> None:
-        """Fetch what has not come yet; ``report`` receives the bytes fetched by this call so far.
-
-        Raises ModelError if the hub does not give it, and OutputError if it cannot be written.
-        """
+        """Fetch what has not come yet; ``report`` receives the bytes of this call so far."""
         ranges = [
             (name, start, min(start + REQUEST_BYTES, stop))
             for name, first, stop in self.missing(pieces)
@@ -161,10 +155,7 @@ class HubCheckpoint:
         progress: BytesProgress | bool | None = None,
         check: Callable[[Path], None] = lambda _: None,
     ) -> None:
-        """Fetch what a cut copies, make it in ``out``, and remove the stand-ins.
-
-        Raises as :meth:`fetch` and :meth:`.PreparedCut.write`.
-        """
+        """Fetch what a cut copies, make it in ``out``, and remove the sparse files."""
         make = partial(cut.write, out, overwrite=overwrite, check=check)
         if not self.sizes:
             make(progress=progress)
@@ -205,10 +196,9 @@ class HubCheckpoint:
         return found
 
     def open(self) -> None:
-        """Make the stand-ins, or find those of an earlier call, and fetch their headers.
+        """Make the sparse files, or find those of an earlier call, and fetch their headers.
 
-        Raises as :meth:`fetch`. A header that is longer than any may be is left to be refused by
-        who reads it.
+        A header that is longer than any may be is left to be refused by who reads it.
         """
         with raise_output_error(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -255,10 +245,7 @@ class HubCheckpoint:
                     time.sleep(2**breaks)
 
     def _stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes of a range as they come; fewer where the connection breaks off.
-
-        From the hub's cache where the file has come whole since, as to be loaded.
-        """
+        """The bytes of a range, from the cache if it has them; fewer if the connection breaks."""
         from huggingface_hub import hf_hub_url, try_to_load_from_cache, utils
 
         cached = try_to_load_from_cache(self.name, name, revision=self.folder.name)
@@ -339,10 +326,7 @@ class HubCheckpoint:
             self._come[name].append(come)
 
     def _load_journal(self) -> None:
-        """Read what has come, and forget what was of stand-ins that are gone.
-
-        A line that is cut off is none.
-        """
+        """Read what has come, without a line that is cut off, and forget files that are gone."""
         journal = self.folder / _JOURNAL
         lines = journal.read_text("utf-8").splitlines(keepends=True) if journal.is_file() else []
         kept = []
@@ -364,9 +348,6 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
 
     One that lies whole in the hub's cache is taken from there. Of others the small files are
     fetched into that cache, and the headers of the weights.
-
-    Raises ModelError if the hub does not give what it has, and OutputError as
-    :meth:`HubCheckpoint.fetch`.
     """
     name = hub_id(request.source)
     if name != request.source or request.gguf_file is not None:

@@ -1,7 +1,7 @@
 """Cutting layers and experts out of a GGUF file; sees the core, and neither torch nor gguf.
 
-Nothing is dequantised or loaded: the tensors that stay keep their bytes, and of the metadata
-only what speaks of layers, experts, size and name changes. What it cannot describe is refused
+Nothing is dequantised or loaded: the tensors that stay keep their bytes. Metadata changes only
+where it is about layers, experts, size or name. What it cannot describe is refused
 (``rust/gguf/rules.rs``). The card is ``NAME.README.md`` beside the file, or ``README.md`` in a
 folder of its own (``as_gguf``): the caller decides, whatever the folder holds.
 """
@@ -35,25 +35,15 @@ EXPERT_KEYS = ("count", "used_count", "group_count", "group_used_count")
 
 @dataclass(frozen=True, slots=True)
 class PreparedGguf:
-    """A cut of a GGUF file, checked and not yet made.
-
-    Attributes:
-        plan: what goes.
-        source: the file, its header read.
-        num_bytes: of the new file.
-        out: the new file, or the folder that gets it.
-        gguf: the new file.
-        texts: the files beside it that are written anew, by path.
-        carried: the files beside it that are copied, by path.
-    """
+    """A cut of a GGUF file, checked and not yet made."""
 
     plan: Plan
-    source: Gguf
-    num_bytes: int
-    out: Path
-    gguf: Path
-    texts: Mapping[Path, str]
-    carried: Mapping[Path, Path]
+    source: Gguf  # its header read
+    num_bytes: int  # of the new file
+    out: Path  # the new file, or the folder that gets it
+    gguf: Path  # the new file
+    texts: Mapping[Path, str]  # written anew beside it
+    carried: Mapping[Path, Path]  # copied beside it
 
     @property
     def files(self) -> list[Path]:
@@ -79,10 +69,7 @@ class PreparedGguf:
         progress: BytesProgress | bool | None = None,
         check: Callable[[Path], None] = lambda _: None,
     ) -> None:
-        """Make the cut; OutputError if the place is taken or cannot be written to.
-
-        ``check`` gets the new file before it takes its place.
-        """
+        """Make the cut; ``check`` gets the new file before it takes its place."""
         self.check_free(overwrite)
         with ExitStack() as stack:
             if self.gguf == self.out:
@@ -114,8 +101,7 @@ def prepare_gguf(
     """Check a cut of a GGUF file, and write nothing.
 
     ``out`` is the new file, ending in ``.gguf``; or a folder, which gets ``NAME.gguf`` and
-    ``README.md``. ``losses``, ``tested`` and ``command`` are for the card, as
-    :class:`.exports.CutFacts` has them. Raises as :func:`.prune.prune`.
+    ``README.md``. ``losses``, ``tested`` and ``command`` are as in :class:`.exports.CutFacts`.
     """
     at, out = Path(source).expanduser(), Path(out)
     beside = out.suffix == ".gguf"
@@ -148,10 +134,7 @@ def prepare_gguf(
 
 
 def check_any_cut(file: Path) -> None:
-    """Refuse a file of which layers cannot go one by one, before cuts of it are compared.
-
-    Raises ModelError.
-    """
+    """Refuse a file of which layers cannot go one by one, before cuts of it are compared."""
     try:
         prepare_gguf(file, [0], "cut.gguf")
     except ModelError as error:
@@ -213,10 +196,7 @@ def read_metadata(source: Path) -> dict[str, Any]:
 
 
 def plan_gguf(source: Path, layers: NamedLayers, experts: NamedExperts) -> Plan:
-    """The plan that drops experts of a GGUF file, beside layers or alone.
-
-    ModelError: the file counts no experts. Else raises as :func:`.plans.agreed_plan`.
-    """
+    """The plan that drops experts of a GGUF file, beside layers or alone."""
     file = Gguf(source)
 
     def count() -> int:

@@ -1,10 +1,9 @@
 """Dropping layers in memory, and saving what is left as a standard checkpoint.
 
-A cut changes the module list, the layer count, what every layer knows of its place
-(``layer_idx``), and every per-layer list of the config, by surviving index. It is made only
-if a fresh model built from the new config has the same layers: classes, shapes and plain
-attributes are compared on the meta device first, so that no stock loader builds another
-network than the one in memory.
+A cut changes the module list, the layer count, the index that every layer keeps (``layer_idx``),
+and every per-layer list of the config. It is compared with a fresh model, built from the new config
+on the meta device: classes, shapes and plain attributes. A cut that differs is refused, so that no
+stock loader builds another network than the one in memory.
 """
 
 import copy

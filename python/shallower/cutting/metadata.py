@@ -40,8 +40,8 @@ def front_matter(
 ) -> str:
     """The lines between the two ``---`` of a cut's card, as the hub reads them.
 
-    Without a ``base``, the source's own is the nearest ancestor that the hub knows; ``relation`` is
-    a word of the hub's, which has none for a model with fewer layers.
+    Without a ``base``, the source's own is the nearest ancestor on the hub. ``relation`` is a word
+    of the hub's, which has none for a model with fewer layers.
     """
     base_model = base or inherited.get("base_model")
     theirs = inherited.get("tags", [])
@@ -60,8 +60,8 @@ def front_matter(
 def loss_results(loss: "Loss", before: "Loss | None", texts: str) -> "list[EvalResult]":
     """The held-out loss of a model as the hub's results, and what it is above that ``before``.
 
-    ``texts`` names the texts as ``--texts`` does, by a place of this machine too; empty where they
-    have no name.
+    ``texts`` names the texts as ``--texts`` does, by a local path too; empty where they have no
+    name.
     """
     of = {**dataset_of(texts), "task_name": "next-token prediction"}
     count = counted(loss.num_texts, "text")
@@ -78,10 +78,10 @@ def loss_results(loss: "Loss", before: "Loss | None", texts: str) -> "list[EvalR
 
 
 def with_results(card: str, results: "Sequence[EvalResult]", *, name: str = "model") -> str:
-    """A card with results; those that it has of the same measure on the same texts go.
+    """A card with results, which replace those of the same measure on the same texts.
 
-    Nothing else of it changes. The model is named by the title, or else ``name``. Raises ValueError
-    where its front matter cannot be read.
+    The model is named by the title, or else ``name``. Raises ValueError for unreadable front
+    matter.
     """
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import (
@@ -123,10 +123,9 @@ def without_results(card: str) -> str:
 
 
 def _apart(card: str) -> tuple[str, str, str, list[Any]]:
-    """A card by what is before its front matter, that without the results, what is behind it.
+    """A card as text before, front matter without results, text behind, and the results.
 
-    And the results. ValueError where the front matter cannot be read, or holds them otherwise than
-    in lines of their own and of one model.
+    ValueError where these cannot be read, are not in lines of their own, or are of several models.
     """
     found = FRONT_MATTER.match(card)
     if found is None:

@@ -21,23 +21,14 @@ _PACKED = ("I16", "I32", "I64", "U16", "U32", "U64")
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """A layer with routed experts as stock loaders store it, by the names of tensors in it.
+    """A layer with routed experts as stock loaders store it, by the names of tensors in it."""
 
-    Attributes:
-        stacks: of those with a part for every expert, the length of the outermost axis.
-        whole: those that no expert has a part of.
-        heads: the first parts of the names that may belong to the mixture.
-    """
-
-    stacks: Mapping[str, int]
-    whole: frozenset[str]
-    heads: frozenset[str]
+    stacks: Mapping[str, int]  # with a part for every expert: the length of the outermost axis
+    whole: frozenset[str]  # of which no expert has a part
+    heads: frozenset[str]  # first parts of names that may belong to the mixture
 
     def is_stack(self, name: str, tensor: StoredTensor, *, num_experts: int) -> bool:
-        """Whether a tensor has a part for every expert.
-
-        ModelError: it may be one of the mixture's, and it is not known what it holds.
-        """
+        """Whether a tensor has a part for every expert; ModelError where that is not known."""
         length = self.stacks.get(name)
         if length is not None:
             return _checked(name, tensor, (length,))
@@ -85,17 +76,11 @@ def _checked(name: str, tensor: StoredTensor, lengths: Iterable[int]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """The routed experts of a model.
+    """The routed experts of a model."""
 
-    Attributes:
-        name: of the model, for errors.
-        routing: how tokens are sent to them.
-        layers: which layers have any.
-    """
-
-    name: str
+    name: str  # of the model, for errors
     routing: Routing
-    layers: frozenset[int]
+    layers: frozenset[int]  # with experts
 
     @property
     def num_experts(self) -> int:
@@ -132,9 +117,7 @@ def find_stacks(
 ) -> list[tuple[int, str]]:
     """Find the tensors that hold a part for every expert, as layers and names in them.
 
-    ``stored`` are the layers as stock loaders store them, ``layers`` those of the checkpoint, by
-    the names of tensors in them.
-    ModelError: the checkpoint lacks experts, or has tensors of which that is not known.
+    ``stored`` are the layers as stock loaders store them, ``layers`` those of the checkpoint.
     """
     stacks = []
     for layer in dropped.by_layer:
@@ -174,10 +157,7 @@ def _stacks(
 def compare_stored(
     names: Mapping[str, Sequence[int]], fewer: Mapping[str, Sequence[int]]
 ) -> StoredLayer:
-    """Tell stacks from what stays whole by the shapes in a layer, and in one of fewer experts.
-
-    InMemoryOnlyError: a tensor's parts do not lie one after the other.
-    """
+    """Tell stacks from what stays whole by the shapes in a layer, and in one of fewer experts."""
     stacks, whole, heads = {}, set(), set()
     for name, shape in names.items():
         head = name.partition(".")[0]

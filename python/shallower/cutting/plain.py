@@ -1,9 +1,8 @@
 """Models that ``config.json`` alone describes; no torch is needed to know their cuts.
 
-In these families every layer has the same parts, and layers differ in the few keys alone that
-follow the survivors here. What the table says of a family is what transformers
-builds: the tests cut every one of them both ways. Whatever is unusual is left to
-:class:`.built.BuiltModel`.
+In these families every layer has the same parts, and layers differ only in the keys below, which
+are cut by survivors. The tests cut every family by this table and by transformers. Whatever is
+unusual is left to :class:`.built.BuiltModel`.
 """
 
 import re
@@ -48,8 +47,7 @@ VECTORS = {
     "qwen3": (*_NORMS_OF_HEADS, *_NORMS),
     "smollm3": _NORMS,
 }
-"""By model type, the one-dimensional weights of a layer, in the order of its modules; after the
-layers comes ``model.norm.weight``, and nothing else."""
+"""By model type, a layer's one-dimensional weights in order; ``model.norm.weight`` comes last."""
 
 _UNUSUAL = (
     "attention_bias",
@@ -84,8 +82,7 @@ _MIXTURES = {
     "mixtral": ("num_local_experts", "block_sparse_moe.gate.weight"),
     "olmoe": ("num_experts", "mlp.gate.weight"),
 }
-"""The key that counts the routed experts, and the tensors with a part for each that checkpoints
-hold beside those of single experts."""
+"""The key that counts experts, and the stored stacks beside the tensors of single experts."""
 
 _KINDS = {"full_attention", "sliding_attention", 0, 1}
 
@@ -135,10 +132,7 @@ class PlainModel:
         return dict.fromkeys(plan.experts.by_layer, StoredLayer(lengths, frozenset(), heads))
 
     def shortened(self, raw: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-        """The JSON of the config for what stays, unknown keys included.
-
-        ModelError: a key of another family that the survivors do not fit.
-        """
+        """The JSON of the config for what stays, unknown keys included."""
         before = {**self.defaults, **raw}
         after = SimpleNamespace(**before)
         try:

@@ -34,10 +34,7 @@ def experts_path(named: str | Path) -> Path | None:
 
 
 def load_experts(named: str | Path) -> Plan | dict[int, tuple[int, ...]]:
-    """Read experts, a file of them, or a plan: a folder or a ``.json`` file.
-
-    Raises as :func:`.parse_experts` and :func:`load_plan`.
-    """
+    """Read experts, a file of them, or a plan: a folder or a ``.json`` file."""
     path = experts_path(named)
     return load_plan(path) if path and path.suffix == ".json" else parse_experts(named)
 
@@ -56,12 +53,9 @@ def agreed_plan(
 ) -> Plan:
     """The plan for these layers of the model ``named``; a new one where only layers are given.
 
-    ``experts`` go of the layers that stay; the layers may be none then. ``count_experts`` gives
-    the number that a layer has, and is called where they are named without it.
-
-    LayersError: a layer that is not there, is named twice, or is the last one left. ExpertsError:
-    an expert that is not there. PlanError: a plan for another number of layers, or two plans that
-    name the same.
+    ``experts`` go of the layers that stay; the layers may be none then. ``count_experts`` gives the
+    number that a layer has, where they are named without it. Raises LayersError, ExpertsError,
+    PlanError.
     """
     if experts is None:
         return _agreed_layers(named, num_layers, layers)
@@ -104,11 +98,7 @@ def _agreed_layers(named: str, num_layers: int, layers: NamedLayers) -> Plan:
 
 
 def made_for(plan: Plan, identity: ModelIdentity | None) -> Plan:
-    """Check that a plan fits the model, and give it the identity if it has none.
-
-    ``identity`` is None where the files of the model do not show it. PlanError: the plan was
-    made for another model, or that is unknown.
-    """
+    """A plan with the identity of its model, None if unknown; PlanError if it is of another one."""
     if identity is not None:
         plan.check_model(identity)
     elif plan.model is not None:

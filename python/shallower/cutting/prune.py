@@ -76,7 +76,7 @@ def prune(
         source: a local folder, a hub id, or a ``.gguf`` file.
         what: a plan, the path of a saved one or of its folder, or blocks, ranges or indices to
             drop, 0-based; ``()`` if only ``experts`` go. Or :class:`ForStates`, which drops all
-            layers that some hidden states do not need: these are then compared with those of the
+            layers that some hidden states do not need. These states are compared with those of the
             whole model, to the bit, after a stock reload. A cut that differs is not kept.
         out: a folder that does not exist yet, or is empty; or a ``.gguf`` file, which only a GGUF
             file is cut into.
@@ -202,17 +202,11 @@ def _loading_for(plan: Plan) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """The outcome of a cut.
+    """The outcome of a cut."""
 
-    Attributes:
-        plan: what was dropped, with the identity of the model.
-        written: the folder, or all files of a GGUF cut.
-        difference: the greatest absolute difference of the logits, if the cut was verified.
-    """
-
-    plan: Plan
-    written: tuple[Path, ...]
-    difference: float | None = None
+    plan: Plan  # with the identity of the model
+    written: tuple[Path, ...]  # the folder, or all files of a GGUF cut
+    difference: float | None = None  # of the logits, the greatest, if verified
 
     def to_json(self) -> dict[str, Any]:
         """The plan and its outcome as plain JSON values."""
@@ -226,24 +220,15 @@ class Pruned:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPrune:
-    """A cut that is planned, with every refusal made that needs no weights.
-
-    Attributes:
-        way: ``disk``, ``memory`` or ``gguf``.
-        plan: what goes.
-        files: that would be written; in memory, patterns of their names.
-        num_bytes: of the files of weights; in memory about, and 0 where torch is missing.
-        fetch_bytes: of the weights that are fetched, of a model of the hub that is cut as it is
-            stored; all where the whole model is loaded to be compared, else what has not come.
-    """
+    """A cut that is planned, with every refusal made that needs no weights."""
 
     way: Way
     plan: Plan
-    files: tuple[Path, ...]
-    num_bytes: int
+    files: tuple[Path, ...]  # to be written; in memory, patterns of their names
+    num_bytes: int  # of weights; in memory about, and 0 without torch
     _request: Request
     _write: Callable[..., None] | None = None
-    fetch_bytes: int = 0
+    fetch_bytes: int = 0  # of weights still on the hub; all if the cut is verified
 
     @property
     def loads_model(self) -> bool:

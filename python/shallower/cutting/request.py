@@ -1,4 +1,4 @@
-"""What is asked of a cut: its arguments but the layers, and what follows from them."""
+"""The arguments of a cut but its layers, and what follows from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The arguments of :func:`prune` but the layers and experts.
+    """The arguments of :func:`prune` but the layers and experts."""
 
-    ``named`` is the source in the caller's words, for errors; ``source`` its resolved folder;
-    ``show`` whether the progress of planning is shown.
-    """
-
-    source: str
-    named: str
+    source: str  # the resolved folder
+    named: str  # the source in the caller's words, for errors
     out: Path
     overwrite: bool = False
     dtype: Dtype | None = None
@@ -40,7 +36,7 @@ class Request:
     as_gguf: bool = False
     trust_remote_code: bool = False
     verify: bool = False
-    show: bool | None = None
+    show: bool | None = None  # the progress of planning
 
     @property
     def on_disk(self) -> bool:
@@ -110,10 +106,7 @@ class Request:
         *,
         check: Callable[[Path], None],
     ) -> Plan:
-        """Save the whole model as a plan cuts it, which gets the model's identity.
-
-        ``check`` gets the complete folder before it takes its place.
-        """
+        """Save the cut of a whole model; ``check`` gets the folder before it takes its place."""
         from ..models.identity import identify
         from .in_model import without_layers
         from .saving import save_cut
@@ -149,10 +142,7 @@ class Request:
 
     @property
     def stored_plainly(self) -> Dtype:
-        """The plain dtype of the stored weights; bfloat16 where it is unknown or not plain.
-
-        Of what is no folder of safetensors it is ``dtype``.
-        """
+        """The plain dtype of a folder's weights, else bfloat16; of other sources ``dtype``."""
         plain: tuple[Dtype, ...] = ("float32", "float16")
         is_stored = self.gguf_file is None and is_checkpoint(self.source)
         stored = stored_dtype(self.source) if is_stored else self.dtype

@@ -41,27 +41,16 @@ Report = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class StoredCheckpoint:
-    """A checkpoint on disk whose headers were read and checked against the sizes of its files.
-
-    Attributes:
-        folder: its folder.
-        files: the files of its weights by name, links followed.
-        beside: all other files that belong to it, by name: config, tokenizer, card, code.
-        tensors: its tensors by name.
-    """
+    """A checkpoint on disk whose headers were read and checked against the sizes of its files."""
 
     folder: Path
-    files: Mapping[str, Path]
-    beside: Mapping[str, Path]
+    files: Mapping[str, Path]  # of its weights by name, links followed
+    beside: Mapping[str, Path]  # other files by name: config, tokenizer, card, code
     tensors: Mapping[str, StoredTensor]
 
     @classmethod
     def open(cls, folder: Path) -> "StoredCheckpoint":
-        """Read the headers of a folder with ``config.json`` and safetensors.
-
-        ModelError: no safetensors, a file that is damaged, missing or leads elsewhere, or a tensor
-        that is in two files.
-        """
+        """Read the headers of a folder with ``config.json`` and safetensors."""
         core = Checkpoint(folder)
         tensors = stored_tensors(core)
         files = {name: core.resolve(name) for name in _weight_files(folder)}
@@ -81,10 +70,7 @@ class StoredCheckpoint:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def pieces(self, file: str, changed: Mapping[str, Any]) -> Iterator[tuple[int, int, str]]:
-        """Divide a file into (first byte, end, name).
-
-        The tensors of ``changed``, and "" for the rest.
-        """
+        """Divide a file into (first byte, end, name): tensors of ``changed``, and "" between."""
         position, path = 0, self.files[file]
         places = ((one.piece, name) for name, one in self.tensors.items() if name in changed)
         for (_, start, stop), name in sorted(one for one in places if one[0].path == path):
@@ -106,9 +92,8 @@ def rewrite(
 ) -> None:
     """Copy a checkpoint into a folder, with the values of some tensors of floats changed.
 
-    What an interrupted call left in the folder is written anew. ModelError: a file of the
-    checkpoint cannot be read, or changed meanwhile. OutputError: the folder cannot be written, or
-    its disk has no room.
+    What an interrupted call left in the folder is written anew. Raises ModelError for the source,
+    OutputError for the folder.
     """
     with raise_output_error(folder):
         for name in (*stored.files, *stored.beside):

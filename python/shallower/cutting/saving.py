@@ -55,8 +55,8 @@ def save_model(
 ) -> None:
     """Save a standard checkpoint, whole or not at all, that stock transformers loads.
 
-    With a plan, the plan itself, a model card, the source's license and what mergekit and
-    llama.cpp need for the same cut lie beside the weights (``exports.EXPORT_FILES``).
+    With a plan, the folder also holds the plan, a model card, the source's license, and the same
+    cut for mergekit and llama.cpp (``exports.EXPORT_FILES``).
 
     Args:
         model: cut or not; a 4-bit model becomes a standard 4-bit checkpoint.
@@ -97,10 +97,9 @@ def save_cut(
 ) -> None:
     """Save a cut as :func:`save_model` does; ``source`` is what the model names by default.
 
-    The folder gets a GGUF file if there is a file ``gguf`` to cut it from, in its own types.
-    ``command`` is what made it and ``tested`` names the texts of the losses, as
-    :class:`~.exports.CutFacts` has them; ``beside`` gets the folder with all files,
-    and may give more, by name.
+    With ``gguf`` the folder gets a GGUF file that is cut from that one, in its types. ``tested``
+    and ``command`` are as in :class:`~.exports.CutFacts`; ``beside`` gets the complete folder, and
+    may give more files, by name.
     """
     check_plan(plan)
     if gguf is not None:
@@ -158,10 +157,7 @@ def _save(
 
 
 def _in_pieces(model: PreTrainedModel) -> dict[str, Any]:
-    """How transformers divides the weights of a model whose layers are streamed among files.
-
-    It brings a file's into memory at once.
-    """
+    """How transformers divides a streamed model's weights, so that one file's fit in memory."""
     if not Decoder.of(model).is_streamed:
         return {}
     return {"max_shard_size": max(PIECE, *map(module_bytes, find_layers(model).modules))}
@@ -218,11 +214,10 @@ def logits_difference(
 ) -> float:
     """The greatest difference in logits of a saved checkpoint and the model without the layers.
 
-    ``input_ids`` are (B, T) int64; ``layers`` is None if the model is without them already. The
-    checkpoint is loaded by stock transformers and both run on the device of the model, so that they
-    round alike. On a GPU there is no need of room for a second model: the checkpoint lies in the
-    memory of the CPU, and its layers visit the GPU one after the other; or it is streamed where
-    the layers of the model do. ModelError: it cannot be loaded, or lacks weights.
+    ``input_ids`` are (B, T) int64; ``layers`` is None if the model is without them already. Stock
+    transformers loads the checkpoint, and both run on the device of the model, so that they round
+    alike. A GPU needs no room for a second model: the layers of the checkpoint visit it one after
+    the other, or are streamed where those of the model are.
     """
     device = Decoder.of(model).device
     input_ids = input_ids.to(device)
@@ -239,10 +234,7 @@ def logits_difference(
 def loader_like(
     model: PreTrainedModel, kind: Any = AutoModelForCausalLM
 ) -> Callable[[str | Path], PreTrainedModel]:
-    """Give what loads a checkpoint so that it rounds as a model does, which may be gone by then.
-
-    By ``kind`` of stock transformers; it runs on the device of the model, or is streamed like it.
-    """
+    """Give what loads a checkpoint so that it rounds as a model does, which may be gone by then."""
     decoder = Decoder.of(model)
     device, streamed, plain = decoder.device, decoder.is_streamed, model.dtype
     dtype, trusted = cast("Dtype", stored_dtype(model)), _has_own_code(model)
@@ -267,10 +259,7 @@ def loader_like(
 
 
 def lend_layers(model: PreTrainedModel, device: torch.device) -> None:
-    """Make a model on the CPU run on another device that has no room for all its layers.
-
-    Each layer goes to the device while it runs, and back; all else goes and stays.
-    """
+    """Make a model on the CPU run on another device: a layer is there while it runs."""
     if device.type == "cpu":
         return
     layers = find_layers(model)

@@ -57,27 +57,16 @@ _REPOSITORY = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 
 @dataclass(frozen=True, slots=True)
 class UncutModel:
-    """The uncut model, as far as a card speaks of it.
+    """The uncut model, as a card names it."""
 
-    Attributes:
-        name: its hub id, or the own name of its folder or GGUF file.
-        hub: its hub id, if that is known.
-        gguf: the name of the GGUF file that was cut, if it was one.
-        quantisation: of the GGUF file, such as ``Q8_0``, if known.
-        inherited: the front matter of its own card, and the metadata of its GGUF file.
-        text: its own card below the front matter.
-        licenses: the files of its license, by name.
-        modules: what sentence-transformers makes an embedder of it by, files by name.
-    """
-
-    name: str
+    name: str  # its hub id, or the own name of its folder or GGUF file
     hub: str | None = None
-    gguf: str | None = None
-    quantisation: str | None = None
-    inherited: Mapping[str, Any] = field(default_factory=dict)
-    text: str = ""
-    licenses: Mapping[str, Path] = field(default_factory=dict)
-    modules: Mapping[str, Path] = field(default_factory=dict)
+    gguf: str | None = None  # the name of the GGUF file that was cut
+    quantisation: str | None = None  # of the GGUF file, as `Q8_0`
+    inherited: Mapping[str, Any] = field(default_factory=dict)  # front matter or metadata
+    text: str = ""  # of its own card, below the front matter
+    licenses: Mapping[str, Path] = field(default_factory=dict)  # files by name
+    modules: Mapping[str, Path] = field(default_factory=dict)  # of an embedder, files by name
 
     @property
     def embeds(self) -> bool:
@@ -115,9 +104,8 @@ def find_source(
 ) -> UncutModel:
     """Find what a card says of a model, which was loaded from a folder, a hub id or a GGUF file.
 
-    ``metadata`` are values of :data:`GGUF_KEYS`. ``from_hub``: a name in the form of a hub id is
-    one. Otherwise it counts as one only if the hub's cache holds it: it may be the path of a folder
-    that is gone, or in another place.
+    ``metadata`` are values of :data:`GGUF_KEYS`. A name in the form of a hub id is one if
+    ``from_hub``, or if the hub's cache holds it: else it may be the path of a folder that is gone.
     """
     path = Path(named).expanduser()
     if path.suffix == ".gguf" and not path.is_dir():
@@ -146,10 +134,7 @@ def find_source(
 
 
 def hub_id(source: str) -> str | None:
-    """The hub id of a model by the name that it was loaded by, or a path into the hub's cache.
-
-    None for other paths, and for anything that exists as a folder or file.
-    """
+    """The hub id of a name, or of a path into the hub's cache; None for other paths."""
     for path in (source, str(Path(source).resolve())):
         if cached := id_in_cache(path):
             return cached
@@ -193,10 +178,9 @@ def _modules(folder: Path) -> dict[str, Path]:
 
 
 def module_folders(folder: Path, there: Iterable[str] | None = None) -> set[str]:
-    """The subfolders of what follows the decoder in an embedder of sentence-transformers.
+    """The subfolders behind an embedder's decoder that are ``there``, as ``1_Pooling``.
 
-    Such as ``1_Pooling``. ``there`` are the subfolders that the model has, by default those of
-    ``folder``. None where ``modules.json`` places the decoder in a subfolder, too.
+    None where ``modules.json`` places the decoder in a subfolder, too.
     """
     try:
         modules = json.loads((folder / MODULES_FILE).read_text(encoding="utf-8"))
@@ -236,10 +220,9 @@ def _in_words(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_card(path: Path) -> tuple[dict[str, Any], str]:
-    """The strings and lists of strings in a card's front matter, by key, and the text below it.
+    """The strings and lists of strings in a card's front matter, and the text below it.
 
-    A file that is not there, or larger than 1 MiB, counts as empty; what is not front matter is
-    text.
+    A file that is not there, or larger than 1 MiB, counts as empty.
     """
     if not path.is_file():
         return {}, ""

@@ -29,10 +29,7 @@ def kind_of(config: Any) -> Any:
 
 
 class StatesCheck:
-    """The states of a whole model on a few sequences, with which those of its cut are compared.
-
-    The model is not kept. ModelError: it does not give a state for every layer and one more.
-    """
+    """The states of a whole model on a few sequences, to compare those of a cut; it is not kept."""
 
     def __init__(self, model: PreTrainedModel, states: tuple[int, ...]) -> None:
         self._states, self._tokens = states, list(_sequences(Decoder.of(model)))
@@ -40,10 +37,7 @@ class StatesCheck:
         self._expected = self._read(model)
 
     def compare(self, path: Path, out: Path) -> None:
-        """Load a cut by stock transformers; ModelError if a bit of a state is another one.
-
-        It lies at ``path``, and a GGUF file may have any name there, and is to be ``out``.
-        """
+        """Load a cut from ``path``, to lie at ``out``; ModelError if a bit of a state differs."""
         with TemporaryDirectory() as folder:
             named = Path(folder) / "cut.gguf"
             if path.is_file():
@@ -81,7 +75,7 @@ class StatesCheck:
 
 
 def _sequences(decoder: Decoder) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and attention masks, each (B, T) int64: one text, then two of which one is padded.
+    """Token ids and attention masks, (B, T) int64: one text, then two of which one is padded.
 
     Ids are of the middle of the vocabulary, away from those that stand for images.
     """

@@ -1,8 +1,8 @@
 """Layers and experts in the files of a checkpoint: in the names of tensors, and in the config.
 
-Plain names and JSON values; it knows no torch and opens no file. Quantisation configs differ
-from tool to tool, but all name modules in lists or as keys: a name that counts a layer or an
-expert is renumbered wherever it stands, and goes if that goes.
+Plain names and JSON values; it loads no torch and opens no file. Quantisation configs differ from
+tool to tool, but all name modules in lists or as keys. A name that counts a layer or an expert is
+renumbered wherever it stands, and goes if that goes.
 """
 
 import copy
@@ -26,9 +26,8 @@ _VOLATILE = ("transformers_version", "dtype", "torch_dtype", *QUANTISATION_KEYS)
 def find_prefix(names: Iterable[str], path: str, num_layers: int, *, num_more: int = 0) -> str:
     """Find the prefix of the layers' tensors in a checkpoint, such as ``model.layers.``.
 
-    ``path`` is where the layers are in the model, whose first part checkpoints of a model without
-    its head lack; behind the layers there may be ``num_more`` for multi-token prediction.
-    ModelError: no such tensors, or their numbers are not ``0 .. num_layers-1``.
+    ``path`` is where the model has its layers; a checkpoint without head lacks its first part.
+    Behind the layers may lie ``num_more`` for multi-token prediction.
     """
     numbers: dict[str, set[int]] = {}
     pattern = re.compile(rf"(?:^|\.){re.escape(path.rpartition('.')[2])}\.(\d{{1,9}})(?:\.|$)")
@@ -64,9 +63,8 @@ def _tails(path: str) -> Iterator[str]:
 def check_alike(layers: Sequence[Mapping[str, str]], kinds: Sequence[object]) -> None:
     """Refuse a layer that lacks tensors which another one of its kind has: ModelError names both.
 
-    ``layers`` holds for each layer the dtypes of its tensors by their name in it. A module may be
-    quantised in one layer and plain in another: its tensors then differ in dtype as well. Missing
-    are those that are absent beside tensors of the same dtypes.
+    ``layers`` are dtypes by name. A module may be quantised in one layer and plain in another, so
+    only tensors of one set of dtypes are compared.
     """
     modules: dict[tuple[int, str], dict[str, str]] = {}
     stems: dict[object, set[str]] = {}
@@ -110,8 +108,8 @@ def edit_config(
 ) -> dict[str, Any]:
     """Change in the JSON of a config what differs between two states of it, and nothing else.
 
-    ``raw`` is the file, unknown keys included; ``before`` and ``after`` are all values as
-    transformers reads them; ``aliases`` maps other names of keys to the keys.
+    ``raw`` is the file, ``before`` and ``after`` all values as transformers reads them; ``aliases``
+    maps other names of keys to the keys.
     """
     edited = dict(raw)
     for name, value in after.items():
@@ -141,11 +139,7 @@ def _essence(value: Any) -> Any:
 
 
 class Renumbering:
-    """The names of modules after a cut.
-
-    ``paths``: where the layers are, in the model and in the checkpoint. ``survivors`` ascend.
-    ``experts`` are those that go of them.
-    """
+    """The names of modules after a cut; ``paths`` lead to the layers, ``survivors`` ascend."""
 
     def __init__(
         self, paths: Iterable[str], survivors: Sequence[int], experts: DroppedExperts | None = None
@@ -198,10 +192,7 @@ class Renumbering:
         return edited
 
     def check_patterns(self, value: Any, modules: Iterable[str]) -> None:
-        """Refuse a quantisation config whose patterns would cover other modules: ModelError.
-
-        ``modules`` are the names of all modules before the cut.
-        """
+        """Refuse a quantisation config whose patterns would cover other modules after the cut."""
         what = "experts" if self._kept else "layers"
         patterns = sorted({one for one in _patterns(value) if self.rename(one[0]) == one[0]})
         pairs = [(old, new) for old in modules if (new := self.rename(old)) not in (None, old)]

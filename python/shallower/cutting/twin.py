@@ -1,7 +1,7 @@
 """Any model without weights, and its cut as a stock loader builds it from the shortened config.
 
-Built on the meta device: classes, shapes and plain attributes must be the same before a cut is
-made, so that no stock loader builds another network than the one in memory.
+Both are built on the meta device. A cut is made only if classes, shapes and plain attributes are
+the same. So no stock loader builds another network than the one in memory.
 """
 
 import copy
@@ -55,10 +55,7 @@ PLACES = (
 
 
 def built_from(model: PreTrainedModel, config: Any) -> PreTrainedModel:
-    """Build a model's class from a config as a stock loader does, without weights.
-
-    Many cuts of one model leave one config, so a few models are kept: leave them as they are.
-    """
+    """Build a model's class from a config without weights; do not change it, a few are kept."""
     content = config.to_dict()
     return _built(_Blueprint((type(model), type(config), repr(content)), content))
 
@@ -80,21 +77,14 @@ def _built(blueprint: _Blueprint) -> PreTrainedModel:
 
 
 def shortened_config(model: PreTrainedModel, survivors: tuple[int, ...]) -> Any:
-    """Make and check the config of a model with the ``survivors`` alone; the model stays as it is.
-
-    The model may have weights, or lie on the meta device. ModelError: a model built from the new
-    config would have other layers.
-    """
+    """Make and check the config of a model with its ``survivors``; the model stays as it is."""
     return checked_twin(model, find_layers(model), survivors)[0]
 
 
 def checked_twin(
     model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
 ) -> tuple[Any, PreTrainedModel]:
-    """Make the shortened config, and the model on the meta device that a loader builds from it.
-
-    ModelError: the model would have other layers; it names other layers that could go.
-    """
+    """Make the shortened config, and the model on the meta device that a loader builds from it."""
     try:
         return _twin(model, found, survivors)
     except ModelError as error:
@@ -230,15 +220,11 @@ INITIAL = {
     ("Zamba2Attention", "num_fwd_mem_blocks"),
     ("Zamba2MLP", "num_fwd_mem_blocks"),
 }
-"""Attributes that are used at construction only: for buffers that a checkpoint holds, and for
-the length of lists, which is compared."""
+"""Attributes for construction only: of stored buffers, and of the lengths of lists."""
 
 
 def _difference(layer: nn.Module, twin: nn.Module, sharing: bool) -> str | None:
-    """The first difference between a layer and its ``twin`` of a stock loader, in words.
-
-    ``sharing``: layers use the keys and values that earlier ones store.
-    """
+    """The first difference between a layer and its twin; ``sharing``: of keys and values."""
     modules, twins = dict(layer.named_modules()), dict(twin.named_modules())
     if modules.keys() != twins.keys():
         return f"other modules: {sorted(modules.keys() ^ twins.keys())[:3]}"

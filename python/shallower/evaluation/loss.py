@@ -52,10 +52,11 @@ def evaluate_loss(
 ) -> Loss:
     """Measure the mean cross-entropy of the next token.
 
-    Every text is tokenised as the tokenizer does by default and truncated to ``max_length``;
-    its first token is given, all others are predicted. The mean is over tokens; its standard
-    error is that of a ratio of sums over texts (tokens of one text are not independent):
-    ``sqrt(S/(S-1) · sum_i (loss_i - nats·n_i)²) / sum_i n_i``.
+    Every text is tokenised as the tokenizer does by default and truncated to ``max_length``; its
+    first token is given, all others are predicted. The mean is over tokens. Tokens of one text are
+    not independent: the standard error is that of a ratio of sums over texts.
+
+    ``sqrt(S/(S-1) · sum_i (loss_i - nats·n_i)²) / sum_i n_i``
 
     Args:
         model: a causal language model of transformers, quantised or not, on any device.

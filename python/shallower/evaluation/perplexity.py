@@ -23,10 +23,10 @@ def evaluate_perplexity(
 ) -> Perplexity:
     """Measure the perplexity of a text as papers do that of WikiText-2.
 
-    The whole text is tokenised as one, without special tokens, and cut into windows of
-    ``context`` tokens side by side; what fills no window at the end does not count. The first
-    token of a window is given, all others are predicted, each from those before it in its window
-    (GPTQ, arXiv 2210.17323, and those who follow it).
+    The whole text is tokenised as one, without special tokens, and cut into windows of ``context``
+    tokens side by side; what fills no window at the end does not count. The first token of a window
+    is given; all others are predicted, each from those before it in its window (as in GPTQ, arXiv
+    2210.17323).
 
     Args:
         model: a causal language model of transformers, quantised or not, on any device.
@@ -44,8 +44,8 @@ def evaluate_perplexity(
         The perplexity, its standard error over windows, and how it was measured.
 
     Raises:
-        TextsError: the text is shorter than a window, a window is longer than the positions that
-            the model has learned, or there is no beginning-of-text token.
+        TextsError: the text is shorter than a window; a window is longer than the positions that
+            the model has learned; there is no beginning-of-text token.
         ModelError: the loss is not finite.
     """
     decoder = Decoder.of(model)

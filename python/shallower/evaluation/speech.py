@@ -1,4 +1,4 @@
-"""Speech: how a cut goes on from prompts beside the whole model, on its words and on their own.
+"""Speech: a cut continues prompts, compared with the whole model on the words of either.
 
 Both models need not be in memory at once. The whole model generates first; its words and its final
 states at them are kept on the CPU. The cut's head makes the whole model's logits from these states,
@@ -58,7 +58,7 @@ def evaluate_speech(
     batch_size: BatchSize = "auto",
     progress: bool | None = None,
 ) -> Speech:
-    """Measure how a model speaks beside the whole one.
+    """Compare the text that a model generates with that of the whole one.
 
     The whole model answers every prompt twice, by its likeliest tokens and by tokens that are
     drawn; on these words both are compared token by token. Then the model answers them itself, and

@@ -250,7 +250,7 @@ class TaskModel:
         room = self.max_length - way.num_tokens
         if room < 1:
             raise ModelError(
-                f"a task asks for {way.num_tokens} new tokens of a model that has "
+                f"a task generates {way.num_tokens} tokens, and the model has only "
                 f"{self.max_length} positions: leave it out (tasks, --tasks)"
             )
         contexts = [ids[-room:] for ids in contexts]

@@ -60,8 +60,8 @@ def evaluate_tasks(
         model: a causal language model of transformers, quantised or not, on any device, with all
             of its layers or without some.
         tokenizer: its tokenizer.
-        tasks: names of tasks, groups or tags: ours (boolq, gsm8k, hellaswag, lambada, mmlu) where
-            there is a folder of data, those in ``tasks_dir``, and lm-eval's own.
+        tasks: names of tasks, groups or tags: ours where there is a folder of data (boolq, gsm8k,
+            hellaswag, lambada, mmlu); those in ``tasks_dir``; and lm-eval's own.
         tasks_dir: a folder of lm-eval's task files; its tasks go before others of their name.
         data: the folder in which task files find their data; by default that of the variable
             ``SHALLOWER_DATA``.
@@ -83,8 +83,8 @@ def evaluate_tasks(
         A group whose tasks have the same measures is one task.
 
     Raises:
-        TextsError: there is no such task, a task file is damaged, its data is missing, or it has
-            no measure that is a mean over items.
+        TextsError: there is no such task; a task file is damaged, or its data is missing; a task
+            has no measure that is a mean over items.
         ModelError: the model cannot generate and a task needs text, or its logits are not
             finite.
         MissingExtraError: lm-eval is not installed.

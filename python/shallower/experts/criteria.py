@@ -26,20 +26,15 @@ Array = NDArray[np.float64]
 class ExpertCriterion:
     """A score of every expert of a layer; those with the lowest go first.
 
-    Attributes:
-        what: the score in words.
-        kind: a ``total`` over tokens; a ``mean`` over them; a total of which a whole ``set`` has
-            another than its experts one by one; of the ``weights``, or ``drawn``.
-        value: what is summed, as :class:`ExpertStatistics` names it.
-        paper: where it comes from.
-        highest_go: whether the highest scores go first instead.
+    A ``total`` over tokens; a ``mean`` over them; a total of which a whole ``set`` has another than
+    its experts one by one; of the ``weights``, or ``drawn``.
     """
 
-    what: str
+    what: str  # the score in words
     kind: Literal["total", "mean", "set", "weights", "drawn"]
-    value: str = ""
-    paper: str = ""
-    highest_go: bool = False
+    value: str = ""  # that is summed, of :class:`ExpertStatistics`
+    paper: str = ""  # its source
+    highest_go: bool = False  # the highest scores go first instead
 
 
 CRITERIA = {
@@ -80,10 +75,7 @@ def criterion_of(name: str) -> ExpertCriterion:
 
 
 def expert_scores(statistics: ExpertStatistics, criterion: str, seed: int = 0) -> Array:
-    """The score of every expert, (M, E) float64; NaN for one of which the criterion knows nothing.
-
-    ``seed`` is of ``random``. ExpertsError: the scan lacks what the criterion takes.
-    """
+    """The score of every expert, (M, E) float64, NaN where unknown; ``seed`` is of ``random``."""
     row = criterion_of(criterion)
     if row.kind in ("total", "set"):
         return statistics.total(row.value)
@@ -130,10 +122,6 @@ def experts_to_drop(
     By a criterion that reads texts an expert that no token was sent to goes before all others.
     Where a router chooses contiguous groups first, as many of each group. Of equals the smaller
     index goes. Layers that are ``gone`` whole lose no experts.
-
-    Raises:
-        ExpertsError: an unknown criterion, or one that the scan has not the statistics for; a
-            count that the router cannot do without, or that its groups do not divide.
     """
     routing = statistics.routing
     _check_count(routing, count)
@@ -155,21 +143,13 @@ def experts_to_drop(
 
 @dataclass(frozen=True, slots=True)
 class ChosenExperts:
-    """The experts of a layer that go, and how near the next one was.
-
-    Attributes:
-        layer: its index.
-        experts: those that go, ascending.
-        scores: of each; NaN where the criterion knows nothing.
-        last: the score of the last of them to go, with its standard error.
-        next: that of the first that stays.
-    """
+    """The experts of a layer that go, and how near the next one was."""
 
     layer: int
-    experts: tuple[int, ...]
-    scores: tuple[float, ...]
-    last: Estimate
-    next: Estimate
+    experts: tuple[int, ...]  # that go, ascending
+    scores: tuple[float, ...]  # of each; NaN where the criterion has none
+    last: Estimate  # the score of the last to go
+    next: Estimate  # of the first that stays
 
     def to_json(self) -> dict[str, Any]:
         """Give plain JSON values; None for what is not known."""
@@ -227,9 +207,9 @@ def _lowest(row: Array, count: int, num_groups: int) -> tuple[int, ...]:
 
 
 def _least_together(products: Array, count: int, num_groups: int) -> tuple[int, ...]:
-    """The experts of a layer that add least together, as many of each group.
+    """The experts of a layer that add least together, by (E, E) inner products, by group.
 
-    By (E, E) inner products of what they add: the best of all sets, or one expert after the other.
+    The best of all sets, or one expert after the other.
     """
     size = len(products) // num_groups
     each = count // num_groups

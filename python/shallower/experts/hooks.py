@@ -1,10 +1,10 @@
 """What every expert of a model does to the tokens that it is sent, seen while the model runs.
 
-By hooks on the modules that hold a layer's experts, which are given the states, the experts that
-the router has chosen and the weights that multiply their outputs: nothing of a router is computed
-again. The outputs of single experts are those of the same module for one expert a token, with a
-weight of one, so no family's experts are written a second time; the model's own forward, and so
-its states, are as without the hooks. It takes the time of the experts twice.
+Hooks on the modules that hold a layer's experts are given the states, the experts that the router
+has chosen, and their weights. So nothing of a router is computed again. The outputs of single
+experts are computed by the same module, for one expert a token with a weight of one. So no family's
+experts are written a second time. The model's own forward, and so its states, are as without the
+hooks. It takes the time of the experts twice.
 """
 
 import math
@@ -30,23 +30,14 @@ ENOUGH = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Tokens and the experts that they were sent to, k each.
+    """Tokens and the experts that they were sent to, k each."""
 
-    Attributes:
-        experts: (n, k) int64; an index that no expert has stands for none.
-        gates: (n, k), what multiplies the outputs or the inputs.
-        norms: (n, k) float64, those of the outputs.
-        turned: (n,) float64, one minus the cosine of the stream before and behind all experts.
-        multiplies: whether the gates multiply the outputs.
-        products: (n, k, k) float64, the inner products of what the experts add; or None.
-    """
-
-    experts: torch.Tensor
-    gates: torch.Tensor
-    norms: torch.Tensor
-    turned: torch.Tensor
-    multiplies: bool
-    products: torch.Tensor | None = None
+    experts: torch.Tensor  # (n, k) int64; an index that no expert has is for none
+    gates: torch.Tensor  # (n, k), what multiplies the outputs or the inputs
+    norms: torch.Tensor  # (n, k) float64, of the outputs
+    turned: torch.Tensor  # (n,) float64, 1 - cosine of the stream before and behind all experts
+    multiplies: bool  # whether the gates multiply the outputs
+    products: torch.Tensor | None = None  # (n, k, k) float64, inner, of what experts add
 
     def pairs(
         self, rows: NDArray[np.int64], num_texts: int, num_experts: int
@@ -85,11 +76,10 @@ class Sent:
 
 
 class ExpertHooks:
-    """Hooks on the experts of a model that gather their statistics, inside a ``with`` statement.
+    """Hooks on the experts of a model that gather their statistics in a body.
 
     A forward counts once it is through: its batch is named by :meth:`watching`, or by
-    :meth:`turn_to` for the layers that run until the next call. ModelError: the model has no
-    routed experts in stacked weights, or they are not called as transformers calls them.
+    :meth:`turn_to` for the layers that run until the next call.
     """
 
     def __init__(self, model: nn.Module | Decoder) -> None:
@@ -299,10 +289,7 @@ class _Layer:
     def _products(
         self, alone: torch.Tensor, gates: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """The inner products of what experts add to each token, (n, k, k), if they are kept.
-
-        Of (n, k, D) outputs, and what they are multiplied by.
-        """
+        """The inner products, (n, k, k), of (n, k, D) outputs times gates, if they are kept."""
         if self._hooks.statistics.pairs is None:
             return None
         size = max(1, ENOUGH // alone[:1].numel())
@@ -312,10 +299,7 @@ class _Layer:
         return torch.cat(products) * gates.double()[:, :, None] * gates.double()[:, None, :]
 
     def _turned(self, tokens: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
-        """One minus the cosine of the stream before and behind the routed experts, (n,) float64.
-
-        Zeros where the stream is not known.
-        """
+        """1 - cosine of the stream before and behind routed experts, (n,) float64; 0 if unknown."""
         routed = routed.reshape(-1, routed.shape[-1])
         statistics, before = self._hooks.statistics, self._before
         is_found = before is not None and before.shape[-1] == routed.shape[-1]

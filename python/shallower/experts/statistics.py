@@ -48,17 +48,11 @@ class ExpertStatistics:
     model's own products in its dtype, and may differ in their last bits with the batch that a text
     is in, as the states of a scan do. It grows by :meth:`add` and :meth:`merge`.
 
-    Attributes:
-        layers: those that have experts, ascending, M of them.
-        routing: how tokens are sent to experts.
-        sums: the core's sums, of M layers.
-        pairs: the core's sums of the inner product of what two experts add to a token that both
-            were sent, for all pairs of a layer as ``pair_places`` orders them; None where there
-            are more than ``MOST_PAIRS``. See :meth:`products`.
-        left_out: experts' parts of texts that held NaN or infinity.
-        has_stream: whether s is known, see :meth:`lose_stream`.
-        aimer: (M, E) float64, of every expert the mean of its weights' magnitudes over their root
-            mean square (2603.18492); NaN where the weights have not been seen.
+    ``layers`` are the M that have experts, ascending. ``pairs`` are sums of the inner product of
+    what two experts add to a token that both were sent, as ``pair_places`` orders them; None above
+    ``MOST_PAIRS``. ``left_out`` counts experts' parts of texts that held NaN or infinity;
+    ``has_stream`` says whether s is known. ``aimer`` is (M, E) float64, :func:`weight_ratios`
+    (2603.18492); NaN where weights have not been seen.
     """
 
     def __init__(self, layers: Sequence[int], routing: Routing) -> None:
@@ -149,7 +143,6 @@ class ExpertStatistics:
 
         Leaving out a set of experts of a layer, and changing nothing else, changes the layer's
         output by the sum of its square of the products, summed over tokens as a squared norm.
-        ExpertsError: the model has too many pairs of experts.
         """
         if self.pairs is None:
             raise ExpertsError(
@@ -180,9 +173,9 @@ class ExpertStatistics:
     ) -> None:
         """Add texts to the layer at a place in ``layers``.
 
-        ``counts`` are (B, E), the tokens of each text that each expert was sent; ``values``
-        (B, E, 6), the sums of ``VALUES`` over them; ``pairs`` the same of pairs of experts, (B, P)
-        and (B, P, 1).
+        ``counts`` are (B, E), the tokens of each text that each expert was sent; ``values`` (B, E,
+        6), the sums of ``VALUES`` over them; ``pairs`` the same of pairs of experts, (B, P) and (B,
+        P, 1).
         """
         whole = np.array(values, np.float64, order="C")
         if not self.has_stream:
@@ -227,10 +220,7 @@ class ExpertStatistics:
     def read(
         cls, header: Any, sums: ExpertSums, *, pairs: ExpertSums | None, aimer: NDArray[Any]
     ) -> "ExpertStatistics":
-        """What :meth:`header` and a file's arrays say.
-
-        ValueError, KeyError or TypeError for what no scan has written.
-        """
+        """Read :meth:`header` and a file's arrays; ValueError, KeyError or TypeError if damaged."""
         layers, routing = read(tuple[int, ...], header["layers"]), read(Routing, header["routing"])
         if sums.shape != (len(layers), routing.num_experts, len(VALUES)):
             raise ValueError(f"its sums of experts are {sums.shape}")

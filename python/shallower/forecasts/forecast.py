@@ -54,8 +54,8 @@ def memory_forecast(
 ) -> MemoryPlan:
     """Plan the memory of a stage without a model, for a device that need not be here.
 
-    The model is built from its config without weights, and the stage's own forward, loss and
-    backward run on it, on tensors that have shapes alone.
+    The model is built from its config without weights. The stage's own forward, loss and backward
+    run on it, on tensors that have shapes alone.
 
     Args:
         config: of transformers; or the folder or hub id of a model or of a cut.
@@ -223,11 +223,7 @@ def forecast_source(
     num_tokens: int | None = None,
     processes: int = 1,
 ) -> MemoryPlan:
-    """Plan a stage's memory for a model by its place, as :func:`memory_forecast`.
-
-    ``auto`` is this machine's or the given card's dtype. ModelError for an unreadable config or a
-    bad ``device_memory``.
-    """
+    """Plan a stage's memory for a model by its place; ``auto`` is the dtype of the card."""
     dtype = source.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device_memory is not None else source.resolved().dtype

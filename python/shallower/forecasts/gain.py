@@ -54,9 +54,9 @@ def gain(
     """Count and forecast what a cut saves: parameters, bytes, operations and time.
 
     Both models are built from their configs without weights, and their own forwards are counted
-    operation by operation. A device takes for each as long as its arithmetic or its bytes take,
-    whichever is longer (the roofline of LLM-Viewer, 2402.16363): a bound that kernels come near
-    to, and better for ratios than for milliseconds.
+    operation by operation. The time of an operation is that of its arithmetic or of its bytes,
+    whichever is longer (the roofline of LLM-Viewer, 2402.16363). That is a bound that kernels come
+    near to, and better for ratios than for milliseconds.
 
     Args:
         model: the folder, the hub id or the ``.gguf`` file of the uncut model; or its config, or

@@ -44,25 +44,14 @@ BLOCK = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be done, by what takes time; tokens where nothing else is said.
+    """What is to be done, by what takes time; tokens where nothing else is said."""
 
-    Attributes:
-        layers: through a layer forward, times layers.
-        heads: through the final norm and the head, to their losses.
-        decoded_layers: of answers to many prompts, one by one, times layers.
-        decoded_heads: of them, through the head.
-        compared: words whose distributions of two models are compared.
-        loads: of the model, times models.
-        passes: over all layers where they are on disk: how many, and the tokens whose states each
-            holds. No speed has any.
-    """
-
-    layers: float = 0
-    heads: float = 0
-    decoded_layers: float = 0
-    decoded_heads: float = 0
-    compared: float = 0
-    loads: float = 0
+    layers: float = 0  # through a layer forward, times layers
+    heads: float = 0  # through the final norm and the head, to their losses
+    decoded_layers: float = 0  # of answers to many prompts, one by one, times layers
+    decoded_heads: float = 0  # of these, through the head
+    compared: float = 0  # words whose distributions of two models are compared
+    loads: float = 0  # of the model, times models
     passes: tuple[Pass, ...] = field(default=(), kw_only=True)
 
     def __add__(self, other: "Work") -> "Work":
@@ -99,10 +88,7 @@ def device_of(source: ModelSource) -> torch.device:
 
 
 def measure_speed(source: ModelSource, *, texts: int, length: int, work: Work) -> Work:
-    """Measure the seconds of each kind of work that there is any of, with a resolved model.
-
-    Batches are as given, or of fewer texts. ModelError if a model of this kind cannot be timed.
-    """
+    """Measure the seconds of each kind of work that there is any of, in batches as given."""
     config, dtype, device = source.read_config(), str(source.dtype), device_of(source)
     if dtype in QUANTISED:
         raise ModelError(f"weights in {dtype} are not timed before they are loaded")

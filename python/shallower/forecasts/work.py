@@ -56,11 +56,7 @@ class Counted:
 
 
 def forecast(*parts: Counted, beside: str = "", at_least: bool = False) -> Time:
-    """Forecast the time of a command: of what it has read and imported so far, and of its work.
-
-    Each model is loaded once. ``at_least`` says that the work is only what is sure to be done.
-    ModelError for what cannot be timed.
-    """
+    """Forecast the time of a command, with what it has read and imported; a model loads once."""
     seconds = worked()
     for one in parts:
         work, length = one.work + Work(loads=1), max(2, round(one.length))
@@ -78,10 +74,7 @@ def count_texts(texts: Iterable[str]) -> int:
 
 
 def lengths_of(tokenizer: Any, texts: Iterable[str], max_length: int) -> Lengths:
-    """Give the tokens of texts, (S,); those behind the first are as long as these on average.
-
-    TextsError where their number is not known.
-    """
+    """Give the tokens of texts, (S,); those behind the first are as long as these on average."""
     first = [len(one.ids) for one in tokenise(tokenizer, islice(texts, SAMPLED), max_length)]
     count = count_texts(texts)
     return np.array([*first, *[np.mean(first)] * (count - len(first))], np.float64)[:count]
@@ -90,10 +83,10 @@ def lengths_of(tokenizer: Any, texts: Iterable[str], max_length: int) -> Lengths
 def plan_passes(
     source: ModelSource, passes: Sequence[Pass], *, num_compared: float = 0
 ) -> StreamPlan:
-    """Plan what passes over the layers of a model that are streamed read, at most, about.
+    """Plan what passes over streamed layers read, at most, about.
 
-    Of ``num_compared`` tokens of a pass all states are kept. Raises FileNotFoundError where its
-    weights are not known here.
+    All states of ``num_compared`` tokens of a pass are kept. FileNotFoundError: weights are unknown
+    here.
     """
     source = source.resolved()
     files, dtype = source.weight_files, plain_dtype(source.dtype)
@@ -116,7 +109,7 @@ def written(layers: int, num_tokens: float) -> Work:
 
 
 def spoken(layers: int, whole: int, prompts: Lengths, *, num_tokens: int) -> Work:
-    """Count how a model of some layers speaks, judged by one of ``whole`` layers.
+    """Count how a model of some layers generates, judged by one of ``whole`` layers.
 
     It writes, and both run on words: on those of the whole model, which are compared, and on its
     own. The whole model runs on its words once more.
@@ -158,10 +151,7 @@ def of_patch(
     held_out: Sequence[str] = (),
     num_written: int = 0,
 ) -> Counted:
-    """Count a patch, its losses on ``held_out`` and our own texts, and answers that are written.
-
-    TextsError for too few texts.
-    """
+    """Count a patch, its losses on ``held_out`` and our own texts, and answers that are written."""
     source = source.resolved()
     tokenizer, layers = source.load_tokenizer(), source.count_layers()
     most = num_tokens or fitted_tokens(not torch.cuda.is_available())
@@ -195,10 +185,7 @@ def of_healing(
     merge: bool,
     num_written: int = 0,
 ) -> list[Counted]:
-    """Count a healing: that of the cut, and what its original does for it.
-
-    Weights of 4 and 8 bits are counted as the plain ones that they are multiplied as.
-    """
+    """Count a healing of a cut, and its original; weights of 4 and 8 bits as plain ones."""
     dtype: Any = "float32" if recipe.dtype == "float32" else "bfloat16"
     source = replace(cut, dtype=dtype)
     tokenizer, left, whole = source.load_tokenizer(), len(plan.survivors), plan.num_layers

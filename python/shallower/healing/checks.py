@@ -37,10 +37,7 @@ CHECKPOINTS = 3
 
 
 def check_original(original: str, plan: Plan, trust_remote_code: bool = False) -> None:
-    """Refuse, before it is loaded, a model that a plan was not made for: PlanError.
-
-    One that is not here is known by its number of layers alone.
-    """
+    """Refuse, before it is loaded, a model of another plan; on the hub by its number of layers."""
     known = identity_of(original, trust_remote_code) if is_checkpoint(original) else None
     if known is not None:
         plan.check_model(known)
@@ -59,8 +56,7 @@ def resolve(
 ) -> Resolved:
     """Resolve the settings for a cut by its config and the device's memory; given ones stay.
 
-    ``device_memory`` is in bytes or as ``16GB``, by default what is free. Raises as :func:`settle`,
-    and RecipeError for what does not fit the memory.
+    ``device_memory`` is in bytes or as ``16GB``, by default what is free.
     """
     from .memory import is_small, plan_healing, require_room  # which imports the Trainer
 
@@ -95,11 +91,7 @@ def settle(
     trust_remote_code: bool = False,
     answers: bool = False,
 ) -> tuple[PretrainedConfig, Resolved]:
-    """Read the config of a cut, and resolve the settings that no memory decides.
-
-    ``answers`` says whether there are any. RecipeError for settings that do not fit, ModelError for
-    an unreadable config.
-    """
+    """Read the config of a cut, and resolve the settings that no memory decides."""
     config = read_config(path, trust_remote_code=trust_remote_code)
     resolved = recipe.resolve(
         facts(config, plan.num_layers), num_processes(), auto=auto_dtype(), answers=answers
@@ -118,10 +110,9 @@ def check_disk(
     merge: bool = False,
     from_patch: bool = False,
 ) -> int:
-    """Refuse a disk without room for checkpoints of adapters, and what is saved of the cut.
+    """Refuse a disk without room for checkpoints and the result; return their bytes.
 
-    Each checkpoint has every trained value in float32, and two moments of Adam. Returns the bytes.
-    OutputError where there is no room, else raises as ``settle``.
+    Each checkpoint has every trained value in float32, and two moments of Adam.
     """
     allows = cut.trust_remote_code
     config, settings = settle(str(cut), plan, recipe, trust_remote_code=allows, answers=answers)
@@ -149,8 +140,7 @@ def require_healable(
 ) -> Resolved:
     """Refuse what can be known before the uncut ``model`` is cut, patched and healed.
 
-    No more texts are read than one step takes. Raises RecipeError (settings that do not fit,
-    weights of 4 or 8 bits), TextsError (too few texts) and MissingExtraError (no peft).
+    No more texts are read than one step takes.
     """
     require_peft()
     dtype = stored_dtype(model)

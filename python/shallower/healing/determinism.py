@@ -17,8 +17,8 @@ _FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 def deterministic(device: torch.device) -> Iterator[None]:
     """Let torch use deterministic algorithms alone in the body, on this device.
 
-    Where cuBLAS began without a fixed workspace, as after CUDA work that came before shallower, no
-    bit can be promised any more: a warning says so, and the body runs all the same.
+    Where cuBLAS began without a fixed workspace, as after CUDA work that came before shallower, a
+    warning says that bits may differ.
     """
     # transformers' full_determinism does the same and sets CUDA_LAUNCH_BLOCKING besides, after
     # which every kernel is waited for, and nothing is more deterministic for it. It also replaces

@@ -100,11 +100,10 @@ def heal(
         out: a folder that does not exist yet, or is empty.
         recipe: the settings; by default those of the paper where it healed this model, else
             ours.
-        answers: answers of the uncut model to train on beside the texts, as
-            :func:`shallower.answer_prompts` gives them, the recipe's ``share`` of the sequences of
-            every step: of an answer what was written is predicted, not its
-            prompt. Those without a token, or behind a prompt that fills a sequence, are left out
-            with a warning.
+        answers: answers of the uncut model to train on beside the texts, from
+            :func:`shallower.answer_prompts`; the recipe's ``share`` of the sequences of every step.
+            Only the tokens of an answer are predicted, not its prompt. Those without a token, or
+            behind a prompt that fills a sequence, are left out with a warning.
         eval_texts: held-out texts; the adapters of the least loss on them are kept.
         original: the uncut model: its held-out loss is measured, and it teaches if the recipe
             compares with it.
@@ -113,9 +112,9 @@ def heal(
             on ``texts``, and train on from there. Adapters that are not merged need the patched
             cut, which lies beside them. If no step of the training is better than the patch,
             ``out`` is the patched cut, with a warning.
-        losses: the losses of the uncut model and of the cut before a patch, in nats a token on
-            ``eval_texts`` at the recipe's ``max_length``, where they were measured already; what
-            is given is not measured again.
+        losses: the losses of the uncut model and of the cut before a patch, if they are known, so
+            that they are not measured again; in nats a token on ``eval_texts`` at the recipe's
+            ``max_length``.
         overwrite: replace an earlier output at ``out``, once the new folder is complete.
         progress: whether to show bars with ETA on standard error; by default if that is a
             terminal.
@@ -230,10 +229,7 @@ class _Healer:
         self._progress = job.progress if is_main_process() else False
 
     def heal(self, out: Path, overwrite: bool) -> Healing:
-        """Heal into a folder: of several processes all train, and the main one writes.
-
-        The record is given as it is written; in the other processes as it was before that.
-        """
+        """Heal into a folder: all processes train, and the main one writes and has the record."""
         job = self._job
         cut = LoadedOnce(job.model, trust_remote_code=job.trust_remote_code, progress=job.progress)
         with ExitStack() as stack:

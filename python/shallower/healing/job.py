@@ -56,39 +56,22 @@ _HASHED_TEXTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class HealingJob:
-    """A healing as it was called, with its settings resolved.
+    """A healing as it was called, with its settings resolved."""
 
-    Attributes:
-        cut: the cut, a folder or hub id.
-        plan: its plan.
-        recipe: the settings.
-        texts: texts to train on.
-        answers: answers to train on beside them, those that can be; none without any.
-        held_out: held-out texts, if there are any.
-        original: the uncut model, if it is named.
-        merge: fold the adapters into the cut.
-        losses: the losses of the uncut model and of the cut that are known already.
-        stores: gives the cached results of a model.
-        progress: whether to show bars; by default if standard error is a terminal.
-        trust_remote_code: run code that comes with the models.
-        adjustable: names of the settings that may be changed where memory is short.
-        patched: the folder of the patched cut that the training starts from, if it does.
-    """
-
-    cut: str
+    cut: str  # folder or hub id
     plan: Plan
     recipe: Resolved
-    texts: ReadOnce
-    answers: Sequence[Answer]
-    held_out: list[str] | None
-    original: OriginalModel | None
-    merge: bool
-    losses: tuple[Loss | None, Loss | None]
-    stores: Stores
-    progress: bool | None
+    texts: ReadOnce  # to train on
+    answers: Sequence[Answer]  # to train on beside the texts, those that can be
+    held_out: list[str] | None  # texts, if there are any
+    original: OriginalModel | None  # the uncut model, if it is named
+    merge: bool  # fold the adapters into the cut
+    losses: tuple[Loss | None, Loss | None]  # known ones of the uncut model and of the cut
+    stores: Stores  # gives the cached results of a model
+    progress: bool | None  # by default if standard error is a terminal
     trust_remote_code: bool
-    adjustable: Collection[str]
-    patched: Path | None = None
+    adjustable: Collection[str]  # settings that may be changed where memory is short
+    patched: Path | None = None  # the folder of the patched cut to start from
 
     @property
     def model(self) -> str:
@@ -131,7 +114,7 @@ def work_folder(out: Path, job: str, *, overwrite: bool) -> Iterator[Path]:
     """Open the folder that becomes ``out``: the main process's, for all processes to use.
 
     For the others it is there once they have agreed with the main one on anything. The work of
-    another job than ``job``, as :func:`describe_job` gives it, is discarded.
+    another job than ``job`` (:func:`describe_job`) is discarded.
     """
     if is_main_process():
         with resumable_folder(out, job, overwrite) as folder:
@@ -168,10 +151,7 @@ def finished(folder: Path) -> Healing | None:
 
 
 class MeasuredLosses:
-    """Held-out losses by name in a file, reused by a resumed healing; given ones are not measured.
-
-    All processes together must get the same losses, in the same order.
-    """
+    """Held-out losses by name, cached in a file; all processes must get them in one order."""
 
     def __init__(self, folder: Path, given: Mapping[str, Loss]) -> None:
         self._file, self._given = folder / _LOSSES, given
@@ -208,13 +188,6 @@ def patched_cut(job: HealingJob, out: Path, dtype: str) -> Path:
     """Patch a cut for its healing, in a hidden sibling of ``out``, unless an earlier run did.
 
     Only without a patch the original is loaded, in the cut's stored dtype, and restored afterwards.
-
-    Raises:
-        RecipeError: the cut is patched already.
-        TextsError: the texts are too few.
-        PatchError: the patch does not help, or the model has no plain matrix to solve for.
-        PlanError: the cut was not made out of the original model.
-        OutputError: the folder cannot be written.
     """
     assert job.original is not None
     if job.is_patched:
@@ -288,10 +261,9 @@ def write_adapters(
     tokenizer: PreTrainedTokenizerBase,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a repository of peft from the Trainer's checkpoint that is kept.
+    """Write a repository of peft from the Trainer's checkpoint that is kept, without the record.
 
-    The record of the healing is not written; ``base`` is the cut that was trained. OutputError or
-    OSError if a file cannot be written.
+    ``base`` is the cut that was trained.
     """
     copy_beside(str(checkpoint), folder, _ADAPTER_FILES)
     config = read_adapter_config(folder)

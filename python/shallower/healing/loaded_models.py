@@ -15,12 +15,7 @@ from .ranks import own_device_map
 def load_placed(
     path: str, dtype: Any, *, trust_remote_code: bool, progress: bool | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer on the device of this process, ready for training.
-
-    Raises:
-        ModelError, MissingExtraError: as :func:`shallower.load_model`.
-        ProcessesError: there are more processes than GPUs.
-    """
+    """Load a model and its tokenizer on the device of this process, ready for training."""
     model, tokenizer = placed(path, dtype, trust_remote_code).load(progress)
     keep_unpacked(model)
     return model, tokenizer
@@ -42,10 +37,7 @@ class LoadedOnce:
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load the model and its tokenizer once in a dtype, as :func:`shallower.load_model`.
-
-        PlanError if it is not the model that the plan was made for.
-        """
+        """Load the model and its tokenizer once in a dtype; PlanError if it is not the plan's."""
         if self._loaded is None or not self.is_loaded(dtype):
             self.release()
             loaded = load_placed(

@@ -85,9 +85,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _MeanLoss(torch.autograd.Function):
-    """The same from final states, whose logits exist a few rows at a time: the gradient to the
-    states, (N, D), is all that is kept. The head gets none.
-    """
+    """The same from final states, (N, D), to which alone gradients are kept; the head gets none."""
 
     @staticmethod
     def forward(
@@ -234,9 +232,6 @@ class TrainingLoss:
     def of(
         outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int
     ) -> torch.Tensor:
-        """Take the loss that a forward inside :meth:`made_inside` made, or make it of its logits.
-
-        The divisor is ``num_items_in_batch``, the Trainer's name for it.
-        """
+        """The loss made inside a forward, or by its logits; the divisor has the Trainer's name."""
         loss: torch.Tensor | None = outputs.get("loss")
         return summed_loss(outputs["logits"], labels) / num_items_in_batch if loss is None else loss

@@ -32,10 +32,7 @@ PARTS = ("adapters and optimiser", "activations and loss")
 
 
 class HealingStep:
-    """One forward and backward of a healing, on a cut without weights.
-
-    A teacher, of ``uncut_layers``, lies beside it. ModelError if no model can be built, or adapted.
-    """
+    """One forward and backward of a healing, on a cut without weights, beside a teacher if any."""
 
     def __init__(
         self,

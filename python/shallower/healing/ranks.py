@@ -1,7 +1,7 @@
 """The processes that train together: their group, and what all of them agree on.
 
-The main process decides what depends on files, clocks or free memory, so that none waits for a step
-that another does not take. Each has one GPU with the whole model; nothing else is shared yet.
+The main process decides whatever depends on files, clocks or free memory, so that all processes
+take the same steps. Each has one GPU with the whole model; nothing else is shared yet.
 """
 
 import itertools
@@ -25,8 +25,7 @@ from ..processes import is_main_process, local_rank, num_processes
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
-"""How long processes wait for one another, as while the main one measures or writes. One that ends
-is not waited for: torchrun then ends all others."""
+"""How long processes wait for a main one that measures or writes; torchrun ends them with it."""
 
 SECONDS_TO_BE_ENDED = 10.0
 
@@ -42,7 +41,7 @@ def together() -> Iterator[None]:
     """Join the processes that train for the body, and part again; of one process, do nothing.
 
     All of them must leave the body by the same way. What is written afterwards, one writes alone,
-    and the others need not wait for it. ProcessesError if another process ended.
+    and the others need not wait for it.
     """
     if num_processes() == 1 or distributed.is_initialized():
         yield
@@ -101,10 +100,7 @@ def agree(decide: Callable[[], T]) -> T:
 
 
 def own_device_map() -> dict[str, int] | None:
-    """Give this process the GPU of its number on its machine, as a device map.
-
-    None (CPU) without CUDA. ProcessesError for more processes than GPUs.
-    """
+    """The GPU of this process by its number on its machine, as a device map; None without CUDA."""
     if not torch.cuda.is_available():
         return None
     index = local_rank() if num_processes() > 1 else 0

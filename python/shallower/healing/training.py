@@ -54,53 +54,32 @@ SECONDS_BETWEEN_CHECKPOINTS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What is trained, on what, and how.
+    """What is trained, on what, and how."""
 
-    Attributes:
-        model: what :func:`add_adapters` gave.
-        samples: the sequences to train on.
-        recipe: the settings.
-        folder: the folder of checkpoints; with several processes, one that all of them see.
-        held_out: measures the held-out loss of the model as it is after so many steps; None to
-            measure nothing.
-        teacher: the uncut model, if the objective compares with it.
-    """
-
-    model: Any
-    samples: Samples
+    model: Any  # of :func:`add_adapters`
+    samples: Samples  # sequences to train on
     recipe: Resolved
-    folder: Path
-    held_out: Callable[[int], Loss] | None = None
-    teacher: Teacher | None = None
+    folder: Path  # of checkpoints, for all processes to see
+    held_out: Callable[[int], Loss] | None = None  # measures the loss after so many steps
+    teacher: Teacher | None = None  # the uncut model, if the objective compares with it
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A finished training.
+    """A finished training."""
 
-    Attributes:
-        steps: training loss and rate, step by step.
-        held_out: held-out losses and the steps that they were measured after.
-        best_step: the step whose adapters are kept.
-        checkpoint: the folder that holds them.
-        tokens_per_second: speed of the training alone, since this process began; None if it
-            had nothing left to do.
-        recipe: the settings at the end, of which the size of a forward may have changed.
-    """
-
-    steps: tuple[OptimiserStep, ...]
-    held_out: tuple[HeldOutLoss, ...]
-    best_step: int
-    checkpoint: Path
-    tokens_per_second: float | None
-    recipe: Resolved
+    steps: tuple[OptimiserStep, ...]  # training loss and rate
+    held_out: tuple[HeldOutLoss, ...]  # losses, with the steps before them
+    best_step: int  # whose adapters are kept
+    checkpoint: Path  # the folder that holds them
+    tokens_per_second: float | None  # since this process began; None if it had nothing to do
+    recipe: Resolved  # at the end, perhaps with smaller forwards
 
 
 def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, base: str) -> Any:
     """Freeze a model and give it, inside peft's, with float32 adapters; alpha is the rank.
 
-    Adapters name the model ``base``. ModelError for other weights than ``targets``, or offloaded
-    ones.
+    Adapters name the model ``base``.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -156,15 +135,10 @@ def _is_plain(weight: Any) -> bool:
 
 
 def train(training: Training, reach: Reach, adjustable: Collection[str] = ()) -> Trained:
-    """Train the adapters of a model, going on from the checkpoints of an earlier run.
+    """Train the adapters of a model, from the checkpoints of an earlier run if there are any.
 
     ``reach`` is called for every step. ``adjustable`` names the settings that one process may
     change where memory is short, of ``batch_size`` and ``recompute``.
-
-    Raises:
-        ModelError: the loss is not finite.
-        RecipeError: there is not enough memory.
-        OutputError: a checkpoint cannot be written.
     """
     shrinking = Shrinking(
         training.model, training.recipe, adjustable if num_processes() == 1 else ()
@@ -405,10 +379,7 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Measures before the first step, and keeps checkpoints between the regular ones, too.
-
-    Marks complete checkpoints, and deletes those that are no longer needed.
-    """
+    """Measures before the first step, keeps and marks checkpoints, and deletes needless ones."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

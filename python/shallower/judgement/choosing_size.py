@@ -37,11 +37,9 @@ def choose_size(
 ) -> SizeChoice:
     """Find how many of ``num_layers`` layers to drop, and the reason.
 
-    Raises as :func:`require_possible`.
-
     ``lost`` gives the loss of a size after a quick patch, on selection texts; it is called rarely,
     and taken to grow with the size. ``left`` and ``left_at_least`` give what the best cut and any
-    cut of a size leave, in the unit of the target (parameters, share of a token's time, bytes).
+    cut of a size leave, in the unit of the target: parameters, share of a token's time, bytes.
     """
     require_possible(target, num_layers, left_at_least)
     n = target.size(num_layers)
@@ -62,12 +60,7 @@ def choose_size(
 def require_possible(
     target: Target, num_layers: int, left_at_least: Callable[[int], float]
 ) -> None:
-    """Refuse a target that no cut can reach, as far as that is known before any is tried.
-
-    Raises:
-        LayersError: the model cannot lose so many.
-        PlanError: no cut leaves so little, or the whole model has no more.
-    """
+    """Refuse a target that no cut can reach, as far as that is known before any is tried."""
     target.size(num_layers)
     limit = _limit_of(target)
     if limit is None:
@@ -91,21 +84,13 @@ def _never(limit: "_Limit", num_layers: int, least: float) -> PlanError:
 
 
 class _Limit(NamedTuple):
-    """A measure that is to be at most so much.
-
-    Attributes:
-        most: the limit.
-        leaves: what a cut does that keeps to it.
-        in_words: a value of it, in words.
-        has: what a model does that has so much, a value to follow.
-        option: that names it.
-    """
+    """A measure that is to be at most so much."""
 
     most: float
-    leaves: str
+    leaves: str  # what a cut does that keeps to it
     in_words: Callable[[float], str]
-    has: str
-    option: str
+    has: str  # what a model does that has so much, a value to follow
+    option: str  # that names it
 
 
 def _limit_of(target: Target) -> _Limit | None:
@@ -160,9 +145,8 @@ def _within(most: float, num_layers: int, lost: Callable[[int], Difference]) -> 
 def knee(lost: Mapping[int, Difference]) -> SizeChoice:
     """Find the knee of a curve, the size farthest below the line between its ends, and the reason.
 
-    The line goes from no layer to the largest size (Kneedle, Satopää et al. 2011, unsmoothed). The
-    reason gives the cost of a layer before and behind it. A curve nowhere below it gives the least
-    size.
+    The line goes from no layer to the largest size (Kneedle, Satopää et al. 2011, unsmoothed). A
+    curve nowhere below it gives the least size.
     """
     sizes = sorted(lost)
     end = sizes[-1]

@@ -75,10 +75,8 @@ def has_costs(criterion: Criterion) -> bool:
 class Search(Criterion):
     """A criterion that finds the layers to drop for one size at a time.
 
-    Attributes:
-        strategy: a row of ``STRATEGIES``.
-        judged: whether the set that was found is judged on all items, for the score of its plan.
-        alpha: of races, as for :func:`race`.
+    ``strategy`` is a row of ``STRATEGIES``; ``judged``: the set that was found is judged on all
+    items, for the score of its plan; ``alpha`` is that of :func:`race`.
     """
 
     strategy: ClassVar[str] = "search"
@@ -87,17 +85,10 @@ class Search(Criterion):
 
     @abstractmethod
     def search(self, subject: Subject, n: int) -> Iterable[int]:
-        """Find ``n`` layers to drop, in any order, at least 1 and fewer than there are.
-
-        What is found does not depend on ``subject.sizes``.
-        """
+        """Find ``n`` layers to drop, in any order; other ``subject.sizes`` change nothing."""
 
     def plans(self, subject: Subject) -> Mapping[int, Plan]:
-        """Search for each of ``subject.sizes``.
-
-        A plan of a single block has the score of the judge, its mean over all items with its
-        error. A LayersError refuses a size that the model cannot lose.
-        """
+        """Search for each of ``subject.sizes``; a plan of one block has the judge's score."""
         check_sizes(subject.sizes, subject.num_layers)
         return {n: self._plan(subject, n) for n in subject.sizes}
 

@@ -27,15 +27,10 @@ TRUTH_ITEMS = 32
 
 
 class HeldOutCuts:
-    """The losses and scores of cuts on the test texts.
+    """The losses and scores of cuts of ``model`` on the test texts.
 
-    Args:
-        model: the whole model.
-        losses: the next-token loss of the test texts.
-        judge: on test items; the same as ``losses`` if the loss judges.
-        store: cached results.
-        texts: identity of the test texts, for the store.
-        num_rejected: texts with fewer than two tokens.
+    ``losses`` and ``judge`` are one if the loss judges; ``texts`` is the identity of the test
+    texts, of which ``num_rejected`` have fewer than two tokens.
     """
 
     def __init__(
@@ -108,10 +103,9 @@ def out_of_domain(
     store: ResultStore | None = None,
     progress: bool | None = None,
 ) -> dict[str, Loss]:
-    """Add the loss of a state of a model, without what a plan drops, on our own texts.
+    """Add the loss of a state of a model on our own texts, where its tokenizer has their words.
 
-    There are none, of any state, where the tokenizer has no words of these texts.
-    ``store`` has results of the whole model.
+    The model is without what ``plan`` drops; ``store`` has results of the whole one.
     """
     tokens = replace(tokens, max_length=min(tokens.max_length, OWN_TOKENS))
     texts, decoder = out_of_domain_texts(tokenizer, tokens.max_length), Decoder.of(model)

@@ -24,8 +24,7 @@ HELD_OUT_TOKENS = 512
 """Tokens to fit and tokens held out, at most; evenly over all but the first ones of texts."""
 
 TOKENS_RUN = 8192
-"""Tokens of the calibration texts that are run, about: more than are kept, so that no text counts
-too much."""
+"""Calibration tokens that are run, about: more than are kept, so that no text counts too much."""
 
 HELD_OUT_TEXTS = 4
 """Every k-th text is held out."""
@@ -39,28 +38,16 @@ FEWEST_TEXTS = 2 * HELD_OUT_TEXTS
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptTokens:
-    """Tokens to fit and tokens held out: none of them padding or the first of a text.
-
-    Nor any that carries massive activations at some state, once those are known.
-
-    Attributes:
-        batches: of the texts that are run.
-        fitted: for every batch, (B, T), true at the tokens to fit.
-        held_out: likewise.
-        texts: (held-out tokens,) int64, the held-out text of each, counted from 0.
-    """
+    """Tokens to fit and tokens held out, without padding, first tokens and massive activations."""
 
     batches: list[Batch]
-    fitted: list[NDArray[np.bool_]]
-    held_out: list[NDArray[np.bool_]]
-    texts: NDArray[np.int64]
+    fitted: list[NDArray[np.bool_]]  # for every batch, (B, T), true at the tokens to fit
+    held_out: list[NDArray[np.bool_]]  # likewise
+    texts: NDArray[np.int64]  # (held-out tokens,), the held-out text of each, from 0
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> "KeptTokens":
-        """Choose tokens of batches that are padded on the right.
-
-        A CriterionError says that there is no token to fit, or fewer than two texts to hold out.
-        """
+        """Choose tokens of batches that are padded on the right; CriterionError if too few."""
         lengths = np.concatenate([batch.attention_mask.sum(axis=1) for batch in batches])
         share = min(1.0, TOKENS_RUN / lengths.sum())
         some = evenly(batches, max(FEWEST_TEXTS, math.ceil(len(lengths) * share)))
@@ -116,32 +103,24 @@ def _narrowed(masks: list[NDArray[np.bool_]], stay: NDArray[np.bool_]) -> list[N
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class KeptStates:
-    """The states of all layers at the tokens that are kept, in the model's dtype, on one device.
-
-    Attributes:
-        tokens: which those are.
-        fitted: x^(0) .. x^(L), (N, D) each.
-        held_out: likewise.
-        spreads: (L+1, held-out texts) float64, ‖x − mean of the fitted x‖² summed over the
-            held-out tokens of a text.
-    """
+    """The states of all layers at the tokens that are kept, in the model's dtype, on one device."""
 
     tokens: KeptTokens
-    fitted: list[torch.Tensor]
-    held_out: list[torch.Tensor]
-    spreads: NDArray[np.float64]
+    fitted: list[torch.Tensor]  # x^(0) .. x^(L), (N, D) each
+    held_out: list[torch.Tensor]  # likewise
+    spreads: NDArray[np.float64]  # (L+1, held-out texts), Σ ‖x − mean of the fitted x‖² over tokens
 
     def unexplained(
         self, start: int, inputs: torch.Tensor, held_out: torch.Tensor
     ) -> Iterator[Scores]:
         """Measure how much of later states no linear map of some inputs reaches.
 
-        What is missing to x^(stop) at ``start`` is fitted by ridge regression: each input's
-        penalty is F/N times its sum of squares, F inputs and N tokens.
+        What is missing to x^(stop) at ``start`` is fitted by ridge regression: each input's penalty
+        is F/N times its sum of squares, F inputs and N tokens. ``inputs`` are (N, F) at the tokens
+        to fit, ``held_out`` the same at those held out.
 
         Yields for stop = start + 1 .. L the 1 - R² on held-out text by text: the squared length of
-        what is missing after the map, over the spread of x^(stop). ``inputs`` are (N, F) at the
-        tokens to fit, ``held_out`` the same at those held out.
+        what is missing after the map, over the spread of x^(stop).
         """
         solved = _predictor(inputs, held_out)
         for stop in range(start + 1, len(self.fitted)):
@@ -159,7 +138,7 @@ class KeptStates:
 
 
 def _predictor(inputs: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
-    """(M, N) float32: what makes predictions at M held-out tokens of the targets of N tokens.
+    """The (M, N) float32 matrix from targets at N tokens to predictions at M held-out tokens.
 
     It is A (XᵀX + F/N diag(XᵀX))⁻¹ Xᵀ for inputs X (N, F) and A (M, F): of all targets alike.
     """
@@ -173,11 +152,7 @@ def _predictor(inputs: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
 
 
 def kept_states(subject: Subject) -> KeptStates:
-    """Run the calibration texts and keep states of all layers, once for all criteria.
-
-    A CriterionError refuses too few texts; a ModelError says that more than the residual stream
-    goes from layer to layer, or that a state is not finite.
-    """
+    """Run the calibration texts and keep states of all layers, once for all criteria."""
     return subject.shared("kept_states", lambda: _kept_states(subject))
 
 

@@ -34,12 +34,8 @@ Cut = frozenset[int]
 class PatchedTrials:
     """Cuts of one model, each judged after a quick patch on the items of its trials.
 
-    Args:
-        trials: of the same model as it is cut; they judge, know the states before a patch, and
-            count.
-        patch: on calibration texts.
-        journal: records of looks that were made before; new ones are appended. A CacheError names
-            a record that is damaged.
+    ``trials`` are of the same model as it is cut: they judge, have the states before a patch, and
+    count. The ``journal`` has records of earlier looks, and new ones are appended.
     """
 
     def __init__(
@@ -54,10 +50,7 @@ class PatchedTrials:
         recall(journal, self._recall, "patched trials")
 
     def scores(self, cut: AnyCut, looks: int | None = None) -> Scores:
-        """Judge a cut after a quick patch, which is solved anew if looks are missing.
-
-        As :meth:`Trials.scores`; a PatchError says why a cut cannot be patched.
-        """
+        """Judge a cut after a quick patch, which is solved anew if looks are missing."""
         trials, gone = self._trials, _layers_of(cut)
         self._judge([gone], looks)
         if gone in self._failed:
@@ -192,10 +185,7 @@ class PatchedTrials:
 def kept_patched(
     trials: Trials, patch: QuickPatch, *, store: ResultStore, items: str, fitted: str
 ) -> PatchedTrials:
-    """Patched trials that the store keeps, as :func:`kept_trials`.
-
-    ``fitted`` identifies the calibration texts.
-    """
+    """Patched trials that the store keeps; ``fitted`` identifies the calibration texts."""
     on = {"items": items, "fitted": fitted, **judge_inputs(trials.judge)}
     journal = store.journal("trials", {"state": "quick", **on, **patch.settings})
     return PatchedTrials(trials, patch, journal=journal)

@@ -38,18 +38,12 @@ TRIED = 8
 
 @dataclass
 class Proposals:
-    """Cuts of one size by those that named them.
+    """Cuts of one size by those that named them."""
 
-    Attributes:
-        names: of every cut, without repetition, in the order in which it was named.
-        failed: the criteria that could not propose, and the cuts that could not be judged, with
-            the reason.
-        max_blocks: blocks of a cut at most; None for no limit.
-    """
-
+    # By cut, in the order in which it was named.
     names: dict[Cut, list[str]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    max_blocks: int | None = None
+    failed: dict[str, str] = field(default_factory=dict)  # criteria and cuts, with the reason
+    max_blocks: int | None = None  # of a cut; None for no limit
 
     def allows(self, cut: Collection[int]) -> bool:
         """Whether a cut has no more blocks than are allowed."""
@@ -87,10 +81,9 @@ def proposing_layers(subject: Subject) -> int:
 def all_costs(
     subject: Subject, store: ResultStore, *, inputs: Mapping[str, Any]
 ) -> dict[str, Costs | str]:
-    """Measure the costs by every criterion that proposes, by name, once for all sizes.
+    """Measure costs by every criterion that proposes, for all sizes; or say why there are none.
 
-    A sentence stands where there are none. ``inputs`` are all that the costs depend on beside the
-    model.
+    ``inputs`` are all that the costs depend on beside the model.
     """
     return subject.shared("proposing", lambda: _all_costs(subject, store, inputs))
 

@@ -1,6 +1,6 @@
 """Races: of several cuts the best one, without judging all of them on all items.
 
-A few texts give a poor estimate of one variance, but many cuts on the same texts give a good one of
+A few texts give a poor estimate of one variance; many cuts on the same texts give a good one of
 what their variances have in common. So variances are moderated (:func:`lost`).
 """
 
@@ -20,26 +20,18 @@ ALPHA = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """What came of a race.
+    """What came of a race."""
 
-    Attributes:
-        winner: the number of the cut with the least mean; of equals the first.
-        tied: numbers of the other cuts that were never lost and cannot be told from the winner
-            by their paired difference, ascending.
-        scores: of every cut, with NaN for the items that it was not judged on. Where all others
-            were lost early, so are items of the winner.
-    """
-
-    winner: int
-    tied: tuple[int, ...]
-    scores: tuple[Scores, ...]
+    winner: int  # the cut with the least mean; of equals the first
+    tied: tuple[int, ...]  # others, never lost and not told from the winner, ascending
+    scores: tuple[Scores, ...]  # by cut; NaN for items that it was not judged on
 
 
 def race(trials: Trials, cuts: Sequence[Iterable[int]], *, alpha: float = ALPHA) -> Race:
     """Find the best of several cuts, dropping at each look those that are worse (:func:`lost`).
 
-    The best on all items wins with a probability of at least ``1 - alpha``; with 0 all cuts are
-    judged on all items. ModelError for a score that is not finite.
+    The best on all items wins with a probability of at least ``1 - alpha``; 0 judges all cuts on
+    all items.
     """
     dropped = [frozenset(cut) for cut in cuts]
     order = sorted(range(len(cuts)), key=lambda number: trials.path(dropped[number]))

@@ -24,14 +24,11 @@ from .subject import Subject
 class Took:
     """What a part of a choice took.
 
-    Attributes:
-        layer_forwards: layers run, times texts: in trials, as if no trial had been before; by a
-            criterion that has none, with all that it shares with others.
-        seconds: wall time; of what was measured by an earlier run, as long as it took then.
+    Trials count as if none had been before, and a criterion without trials with all that it shares.
     """
 
-    layer_forwards: int = 0
-    seconds: float = 0.0
+    layer_forwards: int = 0  # layers run, times texts
+    seconds: float = 0.0  # wall time, of cached results as when they were measured
 
 
 @contextmanager
@@ -50,7 +47,7 @@ def stored_costs(
     """Measure the costs by a criterion, or give the cached ones, with what they took.
 
     ``inputs`` are all that the costs depend on beside the model. Of a criterion from outside this
-    package nothing is kept. A CriterionError says that it gives something else.
+    package nothing is kept.
     """
     name, kept = ("costs", criterion.name), is_built_in(criterion)
     known = store.get("costs", inputs) if kept else None

@@ -23,32 +23,19 @@ Value = TypeVar("Value")
 
 @dataclass
 class Subject:
-    """A model with the texts that a criterion may look at; none of them reports.
+    """A model with the texts that a criterion may look at: calibration and selection texts."""
 
-    Attributes:
-        decoder: the whole model. A criterion leaves it as it is.
-        batches: the calibration texts: what similarity is measured on, and maps are solved on.
-        trials: cuts judged on the selection texts.
-        sizes: how many layers are to go, ascending.
-        texts: identity of the calibration texts.
-        seed: of whatever is drawn.
-        store: of the model's results, where scans of the same tokens lie; None for none.
-        made: what several criteria need, by name, as :meth:`shared` has made it, and the layers
-            that it ran.
-        ran: layers that :meth:`counting` has counted, times texts.
-        used: the names of what counts among them.
-    """
-
-    decoder: Decoder
-    batches: Sequence[Batch]
-    trials: Trials
-    sizes: Sequence[int]
-    texts: tuple[TextsIdentity, ...] = ()
-    seed: int = 0
-    store: ResultStore | None = None
+    decoder: Decoder  # the whole model; criteria leave it as it is
+    batches: Sequence[Batch]  # calibration texts: for similarity, and to solve maps on
+    trials: Trials  # cuts judged on the selection texts
+    sizes: Sequence[int]  # how many layers are to go, ascending
+    texts: tuple[TextsIdentity, ...] = ()  # of calibration
+    seed: int = 0  # of whatever is drawn
+    store: ResultStore | None = None  # of the model's results, where scans lie
+    # By name, of :meth:`shared`, and layers that it ran.
     made: dict[Hashable, tuple[object, int]] = field(default_factory=dict)
-    ran: int = 0
-    used: set[Hashable] = field(default_factory=set)
+    ran: int = 0  # layers that :meth:`counting` has counted, times texts
+    used: set[Hashable] = field(default_factory=set)  # names of what counts among them
 
     @property
     def num_layers(self) -> int:

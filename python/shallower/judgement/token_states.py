@@ -26,17 +26,11 @@ PROBED = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerChanges:
-    """What every layer does to the states of all tokens that are no padding, first tokens too.
+    """What every layer does to the states of all tokens that are no padding, first tokens too."""
 
-    Attributes:
-        cosines: (L, S) float64, cos(x, y) summed over the tokens of a text.
-        magnitudes: (L, S) float64, ‖y − x‖ / ‖y‖ likewise.
-        tokens: (S,) float64, how many those are.
-    """
-
-    cosines: NDArray[np.float64]
-    magnitudes: NDArray[np.float64]
-    tokens: NDArray[np.float64]
+    cosines: NDArray[np.float64]  # (L, S) float64, cos(x, y) summed over the tokens of a text
+    magnitudes: NDArray[np.float64]  # (L, S) float64, ‖y − x‖ / ‖y‖ likewise
+    tokens: NDArray[np.float64]  # (S,) float64, how many those are
 
 
 def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
@@ -59,8 +53,8 @@ def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
 def layer_changes(subject: Subject) -> LayerChanges:
     """Sum what every layer does to all tokens, once for all criteria.
 
-    Texts with NaN, infinite or zero states are left out with a warning. StatesError if none is
-    left, ModelError if more than the residual stream goes from layer to layer.
+    Texts with NaN, infinite or zero states are left out with a warning. A ModelError refuses models
+    that pass on more than the residual stream.
     """
     return subject.shared("layer_changes", lambda: _layer_changes(subject))
 
@@ -70,7 +64,7 @@ def layer_costs(
 ) -> Costs:
     """Make costs of layers: means over all tokens, with errors clustered by text.
 
-    ``values`` are sums over the tokens of a text, (L, S), and ``tokens`` how many those are, (S,).
+    ``values`` are sums over the tokens of a text, (L, S), and ``tokens`` their numbers, (S,).
     """
     scores = [Scores(of_layer, tokens) for of_layer in values]
     return Costs.of_layers(

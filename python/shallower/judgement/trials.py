@@ -41,16 +41,12 @@ AnyCut = Plan | Iterable[int]
 class Count:
     """Layers that a search or a race runs by itself, times texts.
 
-    It counts as if nothing had been judged before and there was memory for all states: so what a
+    It counts as if nothing had been judged before and there was memory for all states. So what a
     search costs, and how far a race goes, depends neither on what ran before nor on what is free.
-
-    Attributes:
-        layer_forwards: the sum so far. The embedding and the head are not counted.
-        report: receives what is added, as for a bar.
     """
 
-    layer_forwards: int = 0
-    report: Callable[[int], object] | None = None
+    layer_forwards: int = 0  # so far, without embedding and head
+    report: Callable[[int], object] | None = None  # receives what is added, as for a bar
     _counted: set[Hashable] = field(default_factory=set)
     _paths: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
 
@@ -74,7 +70,7 @@ class Count:
 
 
 class Clock:
-    """Wall time, in which what is recalled takes as long as it did when it was measured."""
+    """A clock that adds the recorded time of cached results."""
 
     def __init__(self) -> None:
         self._recalled = 0.0
@@ -92,22 +88,13 @@ class Trials:
     """Cuts of one model, judged on the items of one judge.
 
     A trial is a cut on one batch of items. It is judged once, from the states that it shares with
-    the trials before it (:class:`Prefixes`); a cut of experts by a forward of all that is left.
+    the trials before it (:class:`Prefixes`, of so much ``memory``); a cut of experts by a forward
+    of all that is left.
 
-    Args:
-        model: the whole model; or a changed one, of which the judge knows the whole.
-        judge: with the selection items, or the test items.
-        journal: records of trials of this model and judge that were made before; new ones are
-            appended. A CacheError names a record that is damaged.
-        memory: bytes for states that trials share, as for :class:`Prefixes`.
-        prepared: whether the judge knows the whole model, as ``model`` is a changed one.
-
-    Attributes:
-        count: layers of the open search or race; None outside :meth:`counted`.
-        clock: the time that the work takes, or took.
-        report: receives what is added to a count.
-        prefixes: runs cuts on the batches.
-        num_recalled: trials of the journal.
+    The ``journal`` has records of earlier trials, ``num_recalled``, and new ones are appended.
+    ``prepared``: the judge knows the whole model, of which ``model`` is a changed one. ``count`` is
+    of the open search or race; None outside :meth:`counted`. ``report`` receives what is added to
+    it.
     """
 
     def __init__(
@@ -146,10 +133,7 @@ class Trials:
             yield count
 
     def scores(self, cut: AnyCut, looks: int | None = None) -> Scores:
-        """Judge a cut on the first ``looks`` batches or all; scores are NaN elsewhere.
-
-        LayersError for a layer that does not exist, ModelError for a score that is not finite.
-        """
+        """Judge a cut on the first ``looks`` batches or all; scores are NaN elsewhere."""
         cut = cut if isinstance(cut, Plan) else frozenset(cut)
         gone = gone_by(cut)
         if foreign := {one for one in gone if isinstance(one, int)} - set(range(len(self.model))):
@@ -166,8 +150,8 @@ class Trials:
     def judge_together(self, cuts: Iterable[AnyCut], looks: int | None = None) -> None:
         """Judge cuts on the first batches at once, where each layer is read from disk for all.
 
-        :meth:`scores` gives what was found, or says that it is not finite. Cuts of a model in
-        memory are judged there, one after the other, but those of experts here.
+        :meth:`scores` gives what was found. Cuts of a model in memory are judged there, one after
+        the other, but those of experts here.
         """
         gone = []
         for cut in cuts:
@@ -193,10 +177,7 @@ class Trials:
         return min(1 + bisect_left(seen, num_items), self.num_looks)
 
     def path(self, dropped: Iterable[int | tuple[int, int]]) -> tuple[int, ...]:
-        """List the layers that a cut has left, ascending.
-
-        Sorted by their paths, cuts that begin alike are neighbours: so trials need least memory.
-        """
+        """List the layers that a cut has left; sorted by these, like beginnings are neighbours."""
         gone = frozenset(dropped)
         return tuple(layer for layer in range(len(self.model)) if layer not in gone)
 
@@ -286,10 +267,7 @@ def judge_inputs(judge: Judge) -> dict[str, Any]:
 
 
 def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: str) -> Trials:
-    """Trials that the store keeps, batch by batch, since a race judges most cuts on few.
-
-    ``items`` identifies those of the judge.
-    """
+    """Trials that the store keeps, batch by batch; ``items`` identifies those of the judge."""
     return Trials(model, judge, journal=cut_journal(store, items, judge_inputs(judge)))
 
 

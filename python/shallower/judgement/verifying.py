@@ -57,38 +57,24 @@ SEEDS = 3
 """Cuts that the search begins from, the best first."""
 
 MOST = 0.24
-"""Share of them that a race takes at most, where two cuts do not take more; what it takes is
-estimated, and a quarter is the bound."""
+"""The share of exhaustive judging that a race takes at most, by estimate; the bound is 1/4."""
 
 _By = Trials | PatchedTrials
 
 
 @dataclass
 class Verifier:
-    """Proposals of several criteria for one model that is loaded, and a judge that races them.
+    """Proposals of several criteria for one model that is loaded, and a judge that races them."""
 
-    Attributes:
-        subject: the model, with its calibration and selection texts.
-        patch: the quick patch on calibration texts.
-        patched: cuts judged after it.
-        store: cached results; new ones are added as they are found.
-        texts: identity of the calibration and selection texts, for the store.
-        top: the best so many blocks of each criterion are proposals, and twice as many cuts
-            come into the last race.
-        after: when proposals are judged: ``none``, as they are cut; ``patch``, after a quick patch.
-        max_blocks: blocks of a cut at most; None for no limit.
-        progress: bars with ETA on standard error; by default if that is a terminal.
-    """
-
-    subject: Subject
-    patch: QuickPatch
-    patched: PatchedTrials
+    subject: Subject  # with calibration and selection texts
+    patch: QuickPatch  # on calibration texts
+    patched: PatchedTrials  # cuts judged after it
     store: ResultStore
-    texts: str
-    top: int = 4
-    after: str = "patch"
-    max_blocks: int | None = None
-    progress: bool | None = None
+    texts: str  # identity of calibration and selection texts, for the store
+    top: int = 4  # best blocks of a criterion; twice as many cuts in the last race
+    after: str = "patch"  # `none`: judged as they are cut; `patch`: after a quick one
+    max_blocks: int | None = None  # of a cut; None for no limit
+    progress: bool | None = None  # by default if standard error is a terminal
 
     @property
     def num_layers(self) -> int:
@@ -101,26 +87,16 @@ class Verifier:
         return self.subject.trials
 
     def scores(self, cut: AnyCut, *, after: str) -> Scores:
-        """Judge a cut on all selection items, as it is cut (``none``) or patched (``patch``).
-
-        A LayersError names a layer that the model does not have; a PatchError says why the cut
-        cannot be patched; a ModelError, that a score is not finite.
-        """
+        """Judge a cut on all selection items, as it is cut (``none``) or patched (``patch``)."""
         _check_after(after)
         return self.trials.scores(cut) if after == "none" else self.patched.scores(cut)
 
     def verify(self, n: int, *, more: Iterable[Plan] = ()) -> Verified:
         """Find the best cut of ``n`` layers, with ``more`` proposals of the caller's.
 
-        Where proposals are judged after a patch, of those within one paired standard error of the
-        best the one wins that loses least as it is cut, on the first of the texts: so the plan is
-        good both ways.
-
-        Raises:
-            LayersError: a size that the model cannot lose, or a proposal of another size.
-            PlanError: a proposal for another number of layers.
-            PatchError: no proposal can be patched.
-            ModelError: no proposal can be judged.
+        Where proposals are judged after a patch, several may be within one paired standard error of
+        the best. Of these the one wins that loses least as it is cut, on the first of the texts: so
+        the plan is good both ways.
         """
         check_size(self.num_layers, n)
         proposals = Proposals(max_blocks=self.max_blocks)
@@ -184,14 +160,8 @@ def verifier_of(
 ) -> Verifier:
     """Prepare to verify plans of a model that is loaded, by its loss or by a ``judge``.
 
-    Test texts of ``splits`` are not looked at. ``texts`` is the identity of the others, for
-    the store; ``tokens`` the length of texts, and how many make one forward.
-
-    Raises:
-        LayersError: ``max_blocks`` or ``top`` is less than 1.
-        PlanError: ``after`` is unknown.
-        ModelError: the layers of the model cannot be run one by one.
-        TextsError: fewer than 8 calibration or 4 selection texts have two tokens.
+    Test texts of ``splits`` are not looked at. ``texts`` is the identity of the others, for the
+    store; ``tokens`` the length of texts, and how many make one forward.
     """
     for name, value in (("max_blocks", max_blocks), ("top", top)):
         if value is not None and value < 1:
@@ -221,19 +191,13 @@ def _require_enough(num_fitting: int, num_choosing: int) -> None:
 
 @dataclass
 class _Verification:
-    """One size on its way from proposals to a winner: screened, improved and raced.
-
-    Attributes:
-        proposals: those of the caller; the others are added to them.
-        count: the layers so far, which bound the search and the race.
-        named: the cuts that criteria and the caller have proposed.
-    """
+    """One size on its way from proposals to a winner: screened, improved and raced."""
 
     verifier: Verifier
     n: int
-    proposals: Proposals
-    count: Count
-    named: list[Cut] = field(default_factory=list)
+    proposals: Proposals  # of the caller; the others are added
+    count: Count  # layers so far, which bound search and race
+    named: list[Cut] = field(default_factory=list)  # by criteria and the caller
 
     def __post_init__(self) -> None:
         self.subject, self.patched = self.verifier.subject, self.verifier.patched
@@ -242,10 +206,7 @@ class _Verification:
         self._shown = 0
 
     def run(self) -> Verified:
-        """Propose, judge and choose; what it took is in the count.
-
-        A ModelError says that no proposal can be judged; a PatchError, that none can be patched.
-        """
+        """Propose, judge and choose; what it took is in the count."""
         most = round(MOST * self.exhaustive)
         bar = track(f"verify n = {self.n}, layers run", most, self.verifier.progress)
         with bar, part(most) as self._bar:
@@ -361,10 +322,7 @@ class _Verification:
         return self._best(seen, looks, self.trials)
 
     def _raced(self, field: Sequence[Cut]) -> dict[Cut, Scores]:
-        """Race the best of those that were screened, as cuts or after a patch.
-
-        After a patch there are few stages, for each solves those that are left anew.
-        """
+        """Race the best of those that were screened; in few stages if each solves a patch anew."""
         looks: Sequence[int] = range(self._first_looks, self.trials.num_looks + 1)
         by: _By = self.trials
         racing = list(field[: 2 * self.top])
@@ -387,10 +345,7 @@ class _Verification:
         return scores
 
     def _affordable(self, racing: Sequence[Cut], last: int, look: int) -> int:
-        """How many cuts can be judged from one look to another within the bound of work.
-
-        Two of them can go on to the end; they are two at least.
-        """
+        """How many cuts, two at least, can be judged between two looks within the bound of work."""
         sizes, as_cut = self._look_sizes, self._as_cut
         layers = np.array([self._changed(cut) for cut in racing], int)
         rest = MOST * self.exhaustive - self.count.layer_forwards
@@ -404,9 +359,9 @@ class _Verification:
         return sum(layer >= min(cut) - 1 for layer in self.trials.path(cut))
 
     def _entering(self, field: Sequence[Cut]) -> list[Cut]:
-        """The cuts that are patched: the best of the field and of the criteria's first proposals.
+        """The cuts that are patched: the best of the field and of first proposals, then others.
 
-        More of the field follow. Those that drop layer 0, which has none before it, take no place.
+        Those that drop layer 0, which has none before it, take no place.
         """
         firsts: dict[str, Cut] = {}
         for cut in self.named:
@@ -419,10 +374,7 @@ class _Verification:
         return order[: max(least, self._patchable(order[:most]))]
 
     def _patchable(self, order: Sequence[Cut]) -> int:
-        """How many cuts can be patched and judged for the first time within the bound of work.
-
-        Two of them can go on to the end.
-        """
+        """How many cuts can be patched and first judged within the bound; two reach the end."""
         sizes, texts = self._look_sizes, self.patched.patch.num_texts
         first = self.trials.looks_at(STAGES[0])
         layers = np.array([self._changed(cut) for cut in order])

@@ -69,10 +69,7 @@ BUDGET = Budget()
 
 @contextmanager
 def limit(size: str | int | None) -> Iterator[None]:
-    """Bound what is cached and planned with in the body, in bytes or as ``4GB``.
-
-    None changes nothing. ModelError for a size that is none.
-    """
+    """Bound what is cached and planned with in the body, in bytes or as ``4GB``; or by nothing."""
     bound = BUDGET.bound if size is None else device_room(size).size
     with swapped(BUDGET, bound=bound):
         yield

@@ -62,11 +62,10 @@ def total_bytes(device: torch.device) -> int:
 
 
 def device_room(given: str | int | None = None, processes: int = 1) -> Room:
-    """Find the memory that may be planned with.
+    """Find the memory that may be planned with: that ``given`` of a card, or what is free here.
 
-    ``given`` is that of a card, here or not, in words or in bytes; None is the free memory of this
-    machine's own device. Several processes, each on a GPU of its own, must come to the same choice:
-    they plan with the whole memory of the smallest. Raises ModelError for a size that is none.
+    Several processes, each on a GPU of its own, must come to the same choice: they plan with the
+    whole memory of the smallest.
     """
     if given is not None:
         size = parse_size(given) if isinstance(given, str) else given

@@ -39,7 +39,7 @@ def place_weights(
 ) -> dict[str, int | str] | None:
     """Divide the weights of a model as a plan says; None where all stay on the device.
 
-    The layers of ``spare`` go to the CPU before the others: those that are dropped.
+    The layers of ``spare``, which are dropped, go to the CPU before the others.
     """
     if not plan.parts.get(OFFLOADED):
         return None
@@ -50,10 +50,7 @@ def place_weights(
 
 
 def resident_bytes(config: PretrainedConfig, dtype: str, budget: int) -> int:
-    """The bytes of weights on a GPU within a budget, with room for one layer that waits.
-
-    The least that is possible where even that is too much.
-    """
+    """The bytes of weights on a GPU within a budget, at least the minimum, beside one layer."""
     plain: torch.dtype = getattr(torch, dtype)
     model = build_empty(config, plain)
     sizes = [_bytes_of(layer, plain) for layer in find_layers(model).modules]
@@ -72,7 +69,7 @@ def map_within(
     """Divide a model between one GPU, within a budget of bytes, and the CPU's memory.
 
     Only layers go to the CPU, first those in ``spare``, which seldom run; one finds room on the GPU
-    while it runs. The device map has one entry if all fits; ModelError if not even one layer fits.
+    while it runs. The device map has one entry if all fits.
     """
     layers = find_layers(model)
     sizes = [_bytes_of(layer, dtype) for layer in layers.modules]

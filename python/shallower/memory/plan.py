@@ -42,10 +42,7 @@ class Step(Protocol):
 
 
 def plan_step(step: Step | None, choices: Sequence[Choice], device_bytes: int) -> MemoryPlan:
-    """Choose the first (fastest) choice that fits, or else the last, which needs least.
-
-    A step of None cannot be rehearsed: it gets the first choice.
-    """
+    """Choose the first (fastest) choice that fits, or else the last; for no step the first."""
     if step is None:
         return MemoryPlan(None, *choices[0], device_bytes)
     several = len({texts for texts, _ in choices}) > 1
@@ -95,17 +92,13 @@ def plainly_fits(
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """A kind of forward, as it can be rehearsed.
+    """A kind of forward, as it can be rehearsed."""
 
-    Attributes:
-        run: does all that is done with a batch on the device of the model.
-        beside: bytes of a text of a length that the device holds beside its forward.
-        on_cards: bytes that a forward of a number of tokens takes on a GPU alone, where larger
-            pieces are made at once.
-    """
-
+    # All that is done with a batch on the device of the model.
     run: Callable[[Decoder, Batch], object]
+    # Bytes of a text of a length beside its forward.
     beside: Callable[[Decoder, int], int] = lambda _decoder, _length: 0
+    # Bytes of so many tokens on a GPU alone, which makes larger pieces.
     on_cards: Callable[[Decoder, int], int] = lambda _decoder, _tokens: 0
 
 

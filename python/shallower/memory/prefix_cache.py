@@ -17,8 +17,7 @@ from ..texts.batches import Batch
 from .budget import BUDGET
 
 KEPT_PATHS = 2
-"""Paths over all batches that are kept in any case, thinned to every k-th state if need be: that
-of the whole model, and that of the cut whose neighbours are tried."""
+"""Paths kept in any case, thinned if need be: the whole model's, and that of a cut in search."""
 
 Item = TypeVar("Item")
 
@@ -45,10 +44,7 @@ class Kept:
         return place in self._states
 
     def start(self, index: int, path: tuple[int, ...]) -> tuple[int, torch.Tensor] | None:
-        """Find how many layers of a path need not run on a batch, and the states behind them.
-
-        None without the embedding.
-        """
+        """Find the layers of a path that need not run on a batch, and the states behind them."""
         depths = [d for d in range(len(path), -1, -1) if (index, path[:d]) in self._states]
         for depth in depths:
             self._states.move_to_end((index, path[:depth]))
@@ -78,10 +74,7 @@ class Prefixes:
         self.model, self.batches, self._memory = model, batches, memory
 
     def run(self, places: Iterable[Place], take: Take) -> None:
-        """Run the layers that cuts have left, ascending, on batches.
-
-        ``take`` receives each place with (B, T, D), the states behind its last layer.
-        """
+        """Run the layers of cuts on batches; ``take`` receives places with (B, T, D) states."""
         for group in self.groups(places, lambda place: self.bytes_of([place[0]])):
             with self.model.evaluating():
                 order = {layer for _, path in group for layer in path}
@@ -91,8 +84,8 @@ class Prefixes:
         """Run several cuts on batches, one layer after the other for all of them.
 
         A job of :meth:`Layerwise.in_step`. States that cuts share are made once; ``take`` receives
-        each place as soon as its states are there. In memory no layer is waited for, so that a cut
-        runs all that it has left in one forward, and its states stay on the device.
+        each place as soon as its states are there. In memory, a cut runs all its remaining layers
+        in one forward pass, and its states stay on the device.
         """
         done, states = self._begin(places)
         while True:
@@ -135,10 +128,7 @@ class Prefixes:
         return states.cpu() if self.model.is_streamed else states
 
     def groups(self, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-        """Divide items into those that run together, as long as each layer is there for all.
-
-        ``size`` is the bytes that one takes. In memory every layer always is, and each runs alone.
-        """
+        """Divide items, of ``size`` bytes, into those that run together; in memory one by one."""
         if not self.model.is_streamed:
             yield from ([item] for item in items)
             return

@@ -27,11 +27,7 @@ EXPERTS = (None, "grouped_mm", "batched_mm")
 def build_empty(
     config: PretrainedConfig, dtype: torch.dtype, *, experts: str | None = None
 ) -> PreTrainedModel:
-    """Build a causal model without weights on the meta device.
-
-    ``experts`` is how experts run, None its own way. ModelError if transformers cannot build one
-    from the config.
-    """
+    """Build a causal model without weights on the meta device; ``experts`` is how experts run."""
     trusted = type(config).__module__.startswith("transformers_modules.")  # its code has run
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
@@ -52,10 +48,7 @@ _COMPARISONS = (torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
 
 
 def first_that_runs(make: Callable[[str | None], Step]) -> Step | None:
-    """Rehearse once by ``make``, with the model's own way to run experts, or one without loops.
-
-    None if none works.
-    """
+    """Rehearse once by ``make``, with the model's own way to run experts, or without loops."""
     for experts in EXPERTS:
         try:
             return make(experts)
@@ -86,10 +79,7 @@ def output_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are made in its body, until they go.
-
-    Storages whose numbers are ``known`` do not count, as weights; ``peak`` is the most at once.
-    """
+    """Counts the bytes of storages, but those ``known``, until they go; ``peak`` is the most."""
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()
@@ -184,10 +174,7 @@ class Rehearsal:
                         place[name] = fake(value)
 
     def run(self, step: Callable[[], object], *, padded: bool = True) -> int:
-        """Run a step, which makes its inputs on the CPU, and count its bytes beside the weights.
-
-        Attention takes a mask for texts that are ``padded``.
-        """
+        """Run a step, with inputs from the CPU and a mask if ``padded``; count its bytes."""
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(self._mode)

@@ -39,10 +39,7 @@ class Halving:
     def run(
         self, batch: Batch, forward: Callable[[Batch], Result]
     ) -> Iterator[tuple[Batch, Result]]:
-        """Run a batch in parts, yielding each in order with its result.
-
-        ``forward`` leaves nothing if it fails. ModelError if there is no memory for a single text.
-        """
+        """Run a batch in parts, with results in order; ``forward`` leaves nothing if it fails."""
         waiting = [batch]
         while waiting:
             part, *rest = waiting.pop().split(self._texts or len(batch))
@@ -78,10 +75,9 @@ def _too_long(batch: Batch) -> ModelError:
 class Shrinking:
     """A training, begun again with a smaller forward when it runs out of memory.
 
-    The sequences of a step and their mean do not depend on the size of a forward, so that the
-    training goes on from its last checkpoint, or else from the adapters as they are now.
-
-    ``automatic`` names the settings that may be changed, of ``batch_size`` and ``recompute``.
+    The sequences of a step and their mean do not depend on the size of a forward. So the training
+    resumes from its last checkpoint, or else from the adapters as they are now. ``automatic`` names
+    the settings that may be changed.
     """
 
     def __init__(self, model: Any, recipe: Resolved, automatic: Collection[str]) -> None:
@@ -93,10 +89,7 @@ class Shrinking:
         }
 
     def run(self, train: Callable[[Resolved], Result]) -> Result:
-        """Train, if need be several times.
-
-        RecipeError if memory is short, and nothing is left to change.
-        """
+        """Train, if need be several times; RecipeError if nothing is left to change."""
         while True:
             smaller = self._smaller()
             refusal = _advice(self._recipe) if smaller is None else None

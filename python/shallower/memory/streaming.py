@@ -46,21 +46,12 @@ Look = Callable[[int, int, torch.Tensor], object]
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """What streaming a model takes of the disk, at most.
+    """What streaming a model takes of the disk, at most."""
 
-    Attributes:
-        passes: passes over its layers.
-        bytes_read: bytes of layers that are read in them.
-        states_bytes: bytes of the states that one pass holds: of its texts between two layers,
-            and all that it compares.
-        seconds: of reading, at the speed that this disk has now.
-        at_least: whether it may be more.
-    """
-
-    passes: int
-    bytes_read: int
-    states_bytes: int
-    seconds: float
+    passes: int  # over its layers
+    bytes_read: int  # of layers
+    states_bytes: int  # of a pass: of texts between two layers, and all compared
+    seconds: float  # of reading, at the speed that this disk has now
     at_least: bool = False
 
     def to_json(self) -> dict[str, float]:
@@ -170,8 +161,7 @@ class Streamed:
     """A model whose layers are each read once a pass over many batches.
 
     The states lie in the memory of the CPU, within a share of the process's budget; those that are
-    compared also within a quarter of what the layers take on disk. Raises ModelError where more
-    than states goes from layer to layer.
+    compared also within a quarter of what the layers take on disk.
     """
 
     def __init__(self, model: Layerwise) -> None:
@@ -282,10 +272,7 @@ def text_steps(decoder: Decoder) -> int:
 
 
 def look_at_states(model: Layerwise, batches: Sequence[Batch], look: Look) -> None:
-    """Run a model layer by layer on batches; ``look`` sees every state, from the embedding on.
-
-    A batch at a time; all that find room, where the layers are streamed from disk.
-    """
+    """Run a model layer by layer; ``look`` sees every state, by batch, or if streamed by layer."""
     if model.is_streamed:
         first, streamed = 0, Streamed(model)
         for group in streamed.groups([batch] for batch in batches):

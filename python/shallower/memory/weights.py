@@ -19,10 +19,9 @@ _NF4_TABLES = 4 * (16 + 256 + 1)
 
 
 def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
-    """Bytes of a plain or meta model's weights and buffers as loaded in a dtype, shared ones once.
+    """Bytes of a model's weights and buffers as loaded in a dtype, shared ones once.
 
-    Dtypes: ``float32``, ``bfloat16``, ``float16``, or bitsandbytes' ``nf4`` or ``int8``, with
-    embeddings, head and norms in bfloat16.
+    In ``nf4`` and ``int8`` of bitsandbytes, embeddings, head and norms are bfloat16.
     """
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return sum(stored_bytes(model, dtype).values()) + buffers

@@ -25,8 +25,7 @@ from ..values.healing import Healing
 from .low_rank import exact_products
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
-"""The most that ‖merged − adapters‖ / ‖adapters‖ of the logits may be, by the dtype that the sum of
-weight and adapter is rounded to once."""
+"""The most that ‖merged − adapters‖ / ‖adapters‖ of the logits may be, by the dtype of the sums."""
 
 
 def require_same_model(
@@ -46,10 +45,7 @@ def another_model(base: str, adapters: Path, healing: Healing) -> ModelError:
 
 
 def with_adapters(model: PreTrainedModel, adapters: Path, **options: Any) -> Any:
-    """Load adapters around a cut as peft's model, for inference; or raise ModelError.
-
-    ``options`` are those of peft's ``from_pretrained``.
-    """
+    """Load adapters around a cut as peft's model, for inference, by ``options`` of peft."""
     from peft import PeftModel
 
     with reading(adapters), warnings.catch_warnings():
@@ -73,10 +69,7 @@ def reading(adapters: Path) -> Iterator[None]:
 def adapted_logits(
     source: ModelSource, adapters: Path, *, healing: Healing, progress: bool | None = None
 ) -> torch.Tensor:
-    """Load a cut with its adapters, and compute its (1, T, V) float32 logits on :data:`PROBE`.
-
-    Raises ModelError for another model, or one that cannot be loaded.
-    """
+    """Load a cut with its adapters, and compute its (1, T, V) float32 logits on :data:`PROBE`."""
     model, tokenizer = source.load(progress)
     require_same_model(model, str(source), adapters, healing=healing)
     device = input_device(find_layers(model))
@@ -104,8 +97,8 @@ def merge_in_memory(
 ) -> torch.Tensor:
     """Fold adapters into a whole model, float32 sums each rounded once, and save it.
 
-    ``source`` is the cut in the dtype that it is stored in. Returns the logits of the adapters on
-    it, (1, T, V) float32. Raises ModelError if the adapters are another model's, or hold NaN.
+    ``source`` is the cut in its stored dtype. Returns the logits of the adapters on it, (1, T, V)
+    float32.
     """
     model, tokenizer = source.load(progress)
     require_same_model(model, str(source), adapters, healing=healing)

@@ -42,21 +42,13 @@ def add_low_rank(
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What adapters add to a stored weight: ``scaling · left[e] @ right[e]`` for every expert.
+    """What adapters add to a stored weight: ``scaling · left[e] @ right[e]`` for every expert."""
 
-    Attributes:
-        name: of the weight in its file.
-        left: (E, M, rank) float32; E is 1 for plain matrices.
-        right: (E, rank, N) float32.
-        scaling: the factor of the product.
-        dtype: of the stored weight.
-    """
-
-    name: str
-    left: torch.Tensor
-    right: torch.Tensor
+    name: str  # of the weight in its file
+    left: torch.Tensor  # (E, M, rank) float32; E is 1 for plain matrices
+    right: torch.Tensor  # (E, rank, N) float32
     scaling: float
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the stored weight
 
     def panels(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The factors, (R, rank) and (rank, N), of panels of rows of about :data:`PANEL` values."""
@@ -70,10 +62,7 @@ class LowRank:
                 yield left[start:stop].to(device), moved
 
     def changed(self, read: Read, device: torch.device) -> Iterator[Any]:
-        """Yield the bytes of the merged weight, float32 sums each rounded once.
-
-        ``read`` gives the stored bytes. ModelError if a value is not finite, before or after.
-        """
+        """Yield the bytes of the merged weight from the stored ones, float32 sums rounded once."""
         for left, right in self.panels(device):
             weight = self.read(read, left, right)
             merged = add_low_rank(weight, left, right, scaling=self.scaling).to(self.dtype)
@@ -121,20 +110,15 @@ class Deviations:
 
     That is half a unit in the last place, and the rounding of the float32 sum before it. A norm
     alone would not show that an adapter is missing whose change is smaller than the rounding.
-
-    Attributes:
-        relative: the greatest ‖merged − sum‖ / ‖sum‖ of a weight.
-        largest: the greatest absolute difference of a value.
+    ``relative`` is the greatest ‖merged − sum‖ / ‖sum‖ of a weight, ``largest`` the greatest
+    absolute difference of a value.
     """
 
     def __init__(self) -> None:
         self.relative = self.largest = 0.0
 
     def check(self, low_rank: LowRank, was: Read, now: Read, *, device: torch.device) -> None:
-        """Compare the bytes of a weight before and after, ``was`` and ``now``, on a device.
-
-        Raises ModelError if a value is not the rounded sum.
-        """
+        """Compare the bytes of a weight before and after; ModelError if a value is not the sum."""
         off = whole = 0.0
         for left, right in low_rank.panels(device):
             left = left.double() * low_rank.scaling

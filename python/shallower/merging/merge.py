@@ -37,12 +37,12 @@ def merge(
 ) -> Healing:
     """Fold the adapters of :func:`shallower.heal` into the unquantised weights of the cut.
 
-    The sum of a weight and its adapter is made in float32, and rounded once to the dtype that
-    the model is stored in, weight by weight from file to file: a model of any size is merged in
-    the memory of a few of its rows and of the adapters. Then the new checkpoint is loaded by
-    stock transformers, and its logits are compared with those of the adapters on the model. That
-    takes four bytes and a half a parameter; where they are not free, every weight is read back
-    instead, and compared with its sum in float64.
+    The sum of a weight and its adapter is made in float32, and rounded once to the stored dtype.
+    Weights go one by one from file to file. So a model of any size is merged in the memory of a few
+    rows and of the adapters. Then stock transformers loads the new checkpoint, and its logits are
+    compared with those of the adapters on the model. That takes four bytes and a half a parameter;
+    where they are not free, every weight is read back instead, and compared with its sum in
+    float64.
 
     Args:
         adapters: the folder that :func:`shallower.heal` left.
@@ -87,11 +87,7 @@ def merge(
 
 
 def write_merged(folder: Path, merging: Merging) -> Healing:
-    """Fill a folder with a merged checkpoint; returns the record with its comparison, unwritten.
-
-    Raises ModelError if the adapters are another model's, or the result differs, and OutputError or
-    OSError if a file cannot be written.
-    """
+    """Fill a folder with a merged checkpoint; give the record with its comparison, unwritten."""
     base = merging.base
     healing = replace(merging.healing, merge=merging.into(folder))
     copy_beside(base, folder, (PATCH_FILE, *(name for name in EXPORT_FILES if name != CARD_FILE)))

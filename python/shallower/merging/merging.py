@@ -40,10 +40,7 @@ from .stored_adapters import low_rank_changes
 
 
 def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
-    """The dtype of a model's weights, a name in ``TOLERANCE``.
-
-    Raises ModelError if they are quantised, or of a dtype that adapters are not merged into.
-    """
+    """The dtype of a model's weights, a name in ``TOLERANCE``; ModelError for others."""
     config = read_config(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
@@ -59,39 +56,24 @@ def stored_plainly(path: str, trust_remote_code: bool = False) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Merging:
-    """Adapters to fold into a cut.
+    """Adapters to fold into a cut."""
 
-    Attributes:
-        base: the cut, a folder or hub id.
-        adapters: the folder of the adapters.
-        healing: their record.
-        held_out: texts to measure the merged model on.
-        trained: the logits on ``PROBE`` of the adapters on the model as it was trained,
-            (1, T, V) float32.
-        progress: whether to show a bar on standard error; by default if that is a terminal.
-        trust_remote_code: run code that comes with the model.
-        kept: receives the loss of the merged model.
-    """
-
-    base: str
-    adapters: Path
-    healing: Healing
-    held_out: list[str] | None = None
-    trained: torch.Tensor | None = None
-    progress: bool | None = None
+    base: str  # the cut, a folder or hub id
+    adapters: Path  # their folder
+    healing: Healing  # their record
+    held_out: list[str] | None = None  # to measure the merged model on
+    trained: torch.Tensor | None = None  # logits on `PROBE` as trained, (1, T, V) float32
+    progress: bool | None = None  # by default if standard error is a terminal
     trust_remote_code: bool = False
+    # Receives the loss of the merged model.
     kept: UnsavedResults = field(default_factory=UnsavedResults)
 
     def into(self, folder: Path) -> Merge:
         """Fill an empty folder with the merged checkpoint, and check it.
 
-        It is loaded by stock transformers, and its logits are compared with those of the adapters
-        on their model, both in float32, where that fits into what is free; else every weight is
-        read back and compared with its sum in float64.
-
-        Raises:
-            ModelError: the adapters are another model's, or the result differs.
-            OutputError, OSError: a file cannot be written.
+        Stock transformers loads it, and its logits are compared with those of the adapters on their
+        model, both in float32, where that fits into what is free. Else every weight is read back
+        and compared with its sum in float64.
         """
         dtype = stored_plainly(self.base, self.trust_remote_code)
         place = fetched(self.base, self.trust_remote_code)
@@ -253,10 +235,7 @@ def fetched(base: str, trust_remote_code: bool = False) -> Path:
 def trained_logits(
     adapted: Any, tokenizer: PreTrainedTokenizerBase, recipe: Resolved, *, checkpoint: Path
 ) -> torch.Tensor:
-    """Compute the (1, T, V) float32 logits of peft's model, as it was trained, on ``PROBE``.
-
-    With the adapters in the folder ``checkpoint``.
-    """
+    """Compute the (1, T, V) float32 logits of peft's model on ``PROBE``, by a checkpoint."""
     adapted.load_adapter(str(checkpoint), "default")
     adapted.eval()
     device = input_device(find_layers(adapted.get_base_model()))

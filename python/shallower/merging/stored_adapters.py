@@ -35,8 +35,7 @@ def low_rank_changes(
 ) -> Mapping[str, LowRank] | None:
     """Find what adapters add to every stored weight of a checkpoint, by the stored names.
 
-    None if a weight is not stored under a name and in a shape that is known here. Raises
-    ModelError if the adapters do not fit the model, or hold NaN or infinity.
+    None if a weight is not stored under a name and in a shape that is known here.
     """
     read_adapter_config(adapters)
     layout = _Layout(stored, empty_model(stored.folder, trust_remote_code))

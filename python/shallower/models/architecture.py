@@ -16,19 +16,12 @@ from .offload import execution_device
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayers:
-    """The decoder layers of a model.
+    """The decoder layers of a model."""
 
-    Attributes:
-        owner: the module that holds the list.
-        name: the attribute of ``owner`` that is the list.
-        path: where the list is in the model, such as ``model.layers``.
-        runner: the model without its head, whose forward takes token ids.
-    """
-
-    owner: nn.Module
-    name: str
-    path: str
-    runner: nn.Module
+    owner: nn.Module  # of the list
+    name: str  # of the list in `owner`
+    path: str  # of the list in the model, such as `model.layers`
+    runner: nn.Module  # the model without its head, whose forward takes token ids
 
     @property
     def modules(self) -> nn.ModuleList:
@@ -62,8 +55,8 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     """Find the list of decoder layers, with weights or on the meta device.
 
     It is the decoder's module list of as many modules as its config counts, and the one with the
-    most parameters if there are several. Raises ModelError if there is no such list, or a layer's
-    parts are spread over several.
+    most parameters if there are several. A ModelError refuses layers whose parts are spread over
+    several.
     """
     config = text_config(model)
     counts = set(layer_counts(config).values())
@@ -121,19 +114,11 @@ PACKED_TABLES = {
     "embed_tokens_per_layer.weight": 1,
     "per_layer_model_projection.weight": 0,
 }
-"""Weights beside the layers that hold a part for each of them, by the axis that is divided.
-
-Gemma 3n and Gemma 4: per-layer embeddings.
-"""
+"""Weights beside the layers that hold a part for each, by axis: embeddings of Gemma 3n and 4."""
 
 
 class PackedTable:
-    """A weight with a part for every layer.
-
-    Attributes:
-        name: its full name in the model.
-        axis: the axis that is divided among the layers.
-    """
+    """A weight with a part for every layer, along ``axis``."""
 
     def __init__(self, model: nn.Module, name: str, axis: int, num_layers: int) -> None:
         self.name, self.axis = name, axis
@@ -173,13 +158,7 @@ def packed_tables(model: nn.Module, layers: DecoderLayers) -> list[PackedTable]:
 
 
 class AdapterList:
-    """A list in a layer with an adapter for every layer that shares the weights beside it.
-
-    Zamba 2 has them: its hybrid layers share blocks, each with adapters of its own.
-
-    Attributes:
-        name: its name in its module.
-    """
+    """A list of adapters for the layers that share the weights beside it, as in Zamba 2."""
 
     def __init__(self, module: nn.Module, name: str, sharing: Sequence[int]) -> None:
         self._module, self.name, self._sharing = module, name, sharing
@@ -214,10 +193,7 @@ def layer_parts(model: nn.Module, layers: DecoderLayers) -> list[PackedTable | A
 
 
 def undo_rescaling(model: nn.Module) -> None:
-    """Restore weights that RWKV divides in place for inference, by their layer's number.
-
-    Only RWKV's are changed.
-    """
+    """Restore weights that RWKV divides in place for inference, by their layer's number."""
     for module in model.modules():
         if getattr(module, "layers_are_rescaled", False):
             training, module.training = module.training, True
@@ -232,10 +208,7 @@ def require_weights(model: PreTrainedModel) -> None:
 
 
 def input_device(layers: DecoderLayers) -> torch.device:
-    """The device that token ids go to: that of the model's first weights.
-
-    That of their forward where they are offloaded. Raises ModelError if there are no weights.
-    """
+    """The device of the first weights, in their forward if offloaded: token ids go there."""
     for module in layers.runner.modules():
         for parameter in module.parameters(recurse=False):
             if not parameter.is_meta:

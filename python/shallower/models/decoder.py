@@ -26,30 +26,18 @@ from .offload import is_on_disk
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model with its decoder layers, and what does not change when layers are dropped.
-
-    Attributes:
-        model: as transformers built it.
-        layers: its decoder layers, as they are at each access.
-        config: the part of its config that describes the decoder.
-        device: where token ids go.
-        positions: how many positions it has learned; None if it computes them, as by RoPE.
-        files: a hash of the files that it was loaded from, where they are known.
-    """
+    """A model with its decoder layers, and what does not change when layers are dropped."""
 
     model: PreTrainedModel
-    layers: DecoderLayers
-    config: Any
-    device: torch.device
-    positions: int | None
-    files: str | None = None
+    layers: DecoderLayers  # as they are at each access
+    config: Any  # of the decoder
+    device: torch.device  # of token ids
+    positions: int | None  # that it has learned; None if it computes them, as by RoPE
+    files: str | None = None  # a hash of those that it was loaded from, where they are known
 
     @classmethod
     def of(cls, model: "nn.Module | Decoder", files: str | None = None) -> "Decoder":
-        """Describe a model, loaded from ``files`` and as it was then; a decoder stays as it is.
-
-        Raises ModelError if it has no config of transformers, or no list of decoder layers.
-        """
+        """Describe a model, loaded from ``files`` and as it was then; a decoder stays as it is."""
         if isinstance(model, Decoder):
             return model
         layers = find_layers(model)
@@ -102,8 +90,5 @@ class Decoder:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """The identity that the model has at the first access; see :func:`identify`.
-
-        Raises ModelError if the weights are not there.
-        """
+        """The identity that the model has at the first access; see :func:`identify`."""
         return identify(self.model, self.layers)

@@ -24,12 +24,10 @@ DEQUANTISED = ("fp8", "mxfp4")
 """Ways to store weights that transformers makes plain where it cannot multiply them."""
 
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "svebf16")
-"""Instructions that multiply bfloat16, by the names that the kernel has for them. With AVX2 alone a
-forward in bfloat16 takes seven times as long as in float32."""
+"""Instructions that multiply bfloat16; with AVX2 alone, it takes seven times as long as float32."""
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-"""The variable that fixes the memory in which cuBLAS adds up; without it a product may have other
-bits every time. cuBLAS and torch read it once, at the first product on a GPU."""
+"""The variable that fixes cuBLAS's memory, and so its bits; read once, at the first product."""
 
 
 def check_dtype(dtype: object) -> None:
@@ -84,7 +82,7 @@ def choose_device_map(device_map: DeviceMap) -> DeviceMap:
     """Decide where a model goes: where the user says, else ``auto``, every GPU, if there is CUDA.
 
     With CUDA this also sets :data:`CUBLAS_WORKSPACE`, unless the user did: a later healing needs
-    it, and every model passes here before it is anywhere.
+    it.
     """
     import torch
 
@@ -95,10 +93,7 @@ def choose_device_map(device_map: DeviceMap) -> DeviceMap:
 
 
 def choose_dtype(device_map: DeviceMap) -> tuple[Literal["bfloat16", "float32"], str]:
-    """Decide the dtype ``auto`` for a device map that is decided, and give the reason in words.
-
-    ``bfloat16`` on CUDA and on CPUs that multiply it, else ``float32``.
-    """
+    """Decide the dtype ``auto`` for a device map that is decided, and give the reason in words."""
     import torch
 
     if _uses_cuda(device_map):
@@ -120,10 +115,7 @@ def _uses_cuda(device_map: DeviceMap) -> bool:
 
 
 def cpu_features() -> frozenset[str]:
-    """Find the instruction sets of this CPU that torch may use, by their names in /proc/cpuinfo.
-
-    Empty where they cannot be found.
-    """
+    """Find the instruction sets of this CPU, by their names in /proc/cpuinfo; empty if unknown."""
     import torch
 
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 and later
@@ -135,10 +127,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def computing(recipe: Resolved, device: "torch.device") -> AbstractContextManager[Any]:
-    """Compute products in bfloat16 with adapters in float32, unless the recipe is float32.
-
-    The context of every forward of a healing, in training and measuring alike.
-    """
+    """Compute in bfloat16 with float32 adapters, or in float32, in all forwards of a healing."""
     import torch
 
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype != "float32")

@@ -17,17 +17,10 @@ COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exper
 
 @dataclass(frozen=True, slots=True)
 class RoutedExperts:
-    """The routed experts of one layer, in stacked weights with the experts first.
-
-    Attributes:
-        layer: its index.
-        path: of the module that holds them, in the layer, such as ``mlp.experts``.
-        module: that module.
-        num_experts: how many there are.
-    """
+    """The routed experts of one layer, in stacked weights with the experts first."""
 
     layer: int
-    path: str
+    path: str  # of their module in the layer, such as `mlp.experts`
     module: nn.Module
     num_experts: int
 
@@ -42,8 +35,7 @@ def find_experts(
 ) -> tuple[RoutedExperts, ...]:
     """Find the routed experts of a model, with weights or on the meta device, by layer.
 
-    ModelError: no layer has any; several parts of a layer have; a module for each expert instead of
-    stacked weights; or layers differ in their number.
+    ModelError where they are no stacked weights, or of other numbers in other layers.
     """
     layers = find_layers(model) if layers is None else layers
     found = []

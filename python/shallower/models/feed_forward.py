@@ -36,27 +36,20 @@ OTHER_CLASSES = re.compile(r"Router|Gating|Norm$|Adapter|Mamba|Indexer|Rglru|Rec
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The weights that low-rank adapters are put on, by full name in the model.
+    """The weights that low-rank adapters are put on, by full name in the model."""
 
-    Attributes:
-        modules: linear maps, quantised or not.
-        parameters: weights that hold the maps of several experts, (experts, in, out) or so.
-        transposed: whether the linear maps keep their weights as (in, out), as GPT-2's do.
-    """
-
-    modules: tuple[str, ...]
-    parameters: tuple[str, ...]
-    transposed: bool
+    modules: tuple[str, ...]  # linear maps, quantised or not
+    parameters: tuple[str, ...]  # maps of several experts, (experts, in, out) or so
+    transposed: bool  # the linear maps keep (in, out), as GPT-2's do
 
     def __len__(self) -> int:
         return len(self.modules) + len(self.parameters)
 
 
 def feed_forward_targets(model: nn.Module, attention: bool = False) -> Targets:
-    """Find the linear maps of the feed-forward part of every decoder layer.
+    """Find the linear maps of each layer's feed-forward part, with ``attention`` its own, too.
 
-    With ``attention`` those of the attention, too. Routers, gates of experts, and whatever mixes
-    tokens stay as they are. Raises ModelError if there are none, or layers share one.
+    Routers, gates of experts, and whatever mixes tokens stay as they are.
     """
     layers = find_layers(model)
     modules: list[str] = []

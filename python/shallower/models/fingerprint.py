@@ -18,8 +18,8 @@ class Shape(NamedTuple):
 def fingerprint(shape: Shape, vectors: Iterable[tuple[str, bytes]]) -> str:
     """Hash what distinguishes models, for :class:`.ModelIdentity`, in hexadecimal digits.
 
-    ``vectors`` are names and bfloat16 bits of the one-dimensional weights, in the order of the
-    model's modules. A model without experts is hashed as before experts were counted.
+    ``vectors`` are names and bfloat16 bits of the one-dimensional weights, in the order of modules.
+    A model without experts is hashed as before experts were counted.
     """
     counted_sizes = tuple(shape) if shape.num_experts else tuple(shape)[:-1]
     digest = hashlib.sha256(repr(counted_sizes).encode())

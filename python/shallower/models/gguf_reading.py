@@ -1,7 +1,7 @@
 """GGUF files parsed once for transformers, with long rows; the results are the same to the bit.
 
-Transformers parses a file three times, copies every string of its vocabulary, remakes the table of
-tensor names for every module, and dequantises 16 rows at a time.
+Transformers parses a file three times and copies every string of its vocabulary. It remakes the
+table of tensor names for every module, and dequantises 16 rows at a time.
 """
 
 import math
@@ -27,10 +27,7 @@ _LOCK = RLock()
 
 @contextmanager
 def faster_gguf() -> Iterator[None]:
-    """Read GGUF files faster in the body; a file is parsed once, and must not change meanwhile.
-
-    The bar of transformers is left out, which has no switch.
-    """
+    """Read GGUF files faster in the body, without a bar; they must not change meanwhile."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader
 
@@ -48,10 +45,7 @@ def faster_gguf() -> Iterator[None]:
 
 
 def layer_bytes(file: Path, num_layers: int) -> int:
-    """Count the bytes of the tensors of all layers in a GGUF file, as they are stored.
-
-    Blocks behind them predict more tokens.
-    """
+    """Count the stored bytes of all layers in a GGUF file, without those for more tokens."""
     found = [(tensor.name.split("."), tensor.n_bytes) for tensor in _reader_class()(file).tensors]
     return sum(int(n) for name, n in found if name[0] == "blk" and int(name[1]) < num_layers)
 

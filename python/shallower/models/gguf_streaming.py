@@ -1,4 +1,4 @@
-"""Layers that wait in a GGUF file, each weight made as transformers makes it, when it is needed.
+"""Layers streamed from a GGUF file: each weight is made as by transformers, when it is needed.
 
 Transformers loads all else, by processors of tensors or, for newer architectures, conversions.
 """
@@ -49,12 +49,7 @@ def layers_in_file() -> Iterator[LayerWeights]:
 
 
 class _InGguf:
-    """The tensors of a GGUF file.
-
-    Attributes:
-        sources: by the name of a weight the tensors that it is made of.
-        tensors: where each lies, by its name.
-    """
+    """The tensors of a GGUF file by name, and by weight those that it is made of (``sources``)."""
 
     sources: dict[str, list[str]]
 

@@ -1,7 +1,7 @@
 """The head of a causal language model: from final states to logits, a few rows at a time.
 
-All logits of a batch are (B, T, V), which at a vocabulary of 262,144 are 34 GB for 8 texts of
-4,096 tokens. A row of them is made of its own final state alone, so nobody has to hold them all.
+All logits of a batch are (B, T, V), which at a vocabulary of 262,144 are 34 GB for 8 texts of 4,096
+tokens. Since a row of them is made of its own final state alone, they are never held together.
 """
 
 import dataclasses
@@ -46,19 +46,12 @@ class Head:
     The model's own forward makes the logits while its inner model returns the given states, so soft
     caps, scales and hooks stay its own. If that is impossible the whole forward runs (``by_rows``
     is False); :meth:`of` checks it.
-
-    Attributes:
-        decoder: the model.
-        vocab_size: logits of a row.
-        dtype: of the logits.
-        output: what the inner model returned for a few tokens; None if the model has to be run
-            as a whole.
     """
 
     decoder: Decoder
-    vocab_size: int
-    dtype: torch.dtype
-    output: Any
+    vocab_size: int  # logits of a row
+    dtype: torch.dtype  # of the logits
+    output: Any  # of the inner model for a few tokens; None: run as a whole
 
     @classmethod
     def of(cls, decoder: Decoder) -> "Head":
@@ -68,10 +61,7 @@ class Head:
 
     @classmethod
     def probe(cls, decoder: Decoder) -> tuple["Head", torch.Tensor, torch.Tensor | None]:
-        """Run a model on a few tokens, as a whole and from its final states, and compare nothing.
-
-        Returns the head, and the logits of some tokens: the model's, and the head's or None.
-        """
+        """Make a head, and the logits of a few tokens: the model's, and the head's or None."""
         runner, outputs = decoder.layers.runner, []
         run = runner.forward
 
@@ -108,10 +98,7 @@ class Head:
         return self.output is not None
 
     def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Run the model up to its head: (B, T) token ids to (B, T, D) final states.
-
-        The mask is 1 at tokens and 0 at padding.
-        """
+        """Run the model up to its head: (B, T) ids to (B, T, D) states; the mask is 1 at tokens."""
         return self.reached_by(
             self.decoder.model,
             input_ids=input_ids,
@@ -137,10 +124,7 @@ class Head:
         )
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Apply the head to (R, D) final states of any tokens.
-
-        Returns (R, V) logits, of the dtype and on the device that the model gives them in.
-        """
+        """Apply the head to (R, D) final states: (R, V), as to dtype and device the model's own."""
         # Sequences of one token each: no mask is made between rows, no position is beyond the last.
         ids = torch.zeros((len(rows), 1), dtype=torch.long, device=self.decoder.device)
         output = _with_states(self.output, rows[:, None])
@@ -173,7 +157,7 @@ class Head:
     def states_at(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: NDArray[np.int64]
     ) -> torch.Tensor:
-        """Give what the logits of some tokens are made of by :meth:`logits_from`, (R, ...).
+        """The (R, ...) from which :meth:`logits_from` makes the logits of some tokens.
 
         Their final states, or the logits themselves where the head needs the whole model; tokens
         and mask as for :meth:`logits_of`.
@@ -226,10 +210,7 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def one_of_each(layers: DecoderLayers) -> Iterator[None]:
-    """Of layers streamed from disk let the first of each class work; others give what it gave.
-
-    For what a few tokens tell of a model, not all of it need be read.
-    """
+    """Run the first streamed layer of each class alone, to probe a model; others repeat it."""
     given: dict[type, Any] = {}
 
     def first(module: nn.Module) -> Callable[..., Any]:

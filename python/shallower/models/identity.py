@@ -26,8 +26,7 @@ from .structure import is_plain, structure_of
 def identify(model: PreTrainedModel, layers: DecoderLayers | None = None) -> ModelIdentity:
     """Find the identity of a model as it is now; reads its one-dimensional weights only.
 
-    A float32 checkpoint loaded as float16 is rounded twice, and may count as another model. Raises
-    ModelError if the weights are not there.
+    A float32 checkpoint loaded as float16 is rounded twice, and may count as another model.
     """
     require_weights(model)
     shape = shape_of(model, layers)

@@ -53,8 +53,8 @@ WITHOUT_CACHE = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "mo
 def shorten(config: Any, total: int, survivors: Sequence[int]) -> None:
     """Rewrite a decoder's config of ``total`` layers in place for the survivors, ascending.
 
-    Values are validated together, when it is read back; ValueError for a pattern that survivors do
-    not follow.
+    Values are validated together, when it is read back; ValueError for a pattern that survivors
+    break.
     """
     values = vars(config)
     changes: dict[str, Any] = {}

@@ -40,23 +40,17 @@ def _requiring_grad(weights: Iterable[torch.Tensor], wanted: bool) -> Iterator[N
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A run of one layer, with its graph.
+    """A run of one layer, with its graph."""
 
-    Attributes:
-        given: (B, T, D), the states before the layer.
-        output: (B, T, D), those behind it.
-        weights: parameters of the layer.
-    """
-
-    given: torch.Tensor
-    output: torch.Tensor
-    weights: Sequence[torch.Tensor]
+    given: torch.Tensor  # (B, T, D), the states before the layer
+    output: torch.Tensor  # (B, T, D), those behind it
+    weights: Sequence[torch.Tensor]  # of the layer
 
     def gradients(self, behind: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Take gradients behind the layer back through it; once, since its graph is freed.
 
-        From (B, T, D) gradients in the states behind the layer to those in the states before it,
-        and those in the weights, None for one that has no part in the states.
+        From (B, T, D) gradients in the states behind the layer to those before it, and those in the
+        weights, None for one that has no part in the states.
         """
         with _requiring_grad(self.weights, True):
             before, *found = torch.autograd.grad(
@@ -71,10 +65,8 @@ class Trace:
 class Layerwise:
     """A model whose layers can be run by themselves; it is probed by two short forwards.
 
-    Attributes:
-        modules: the decoder layers, L of them.
-        head: what makes logits of the final states.
-        is_streamed: whether the layers wait on disk, each read for all that need it next.
+    ``modules`` are its L decoder layers, which ``is_streamed`` from disk or not; ``head`` makes its
+    logits.
     """
 
     def __init__(self, model: PreTrainedModel | Decoder) -> None:
@@ -93,10 +85,7 @@ class Layerwise:
         return len(self.modules)
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Run the embedding: x^(0), (B, T, D) in the model's dtype.
-
-        Raises TextsError for texts longer than the positions that the model has learned.
-        """
+        """Run the embedding: x^(0), (B, T, D) in the model's dtype."""
         self.head.decoder.check_length(batch.input_ids.shape[1])
         return self._reach(batch, None, (0,), run_last=False)
 
@@ -134,10 +123,7 @@ class Layerwise:
             return Trace(given, self.differentiable(batch, given, layer), weights)
 
     def passes(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Divide layers into passes over all batches: all layers at once, ascending.
-
-        Where weights are offloaded, each layer is a pass with its weights on its device.
-        """
+        """Divide layers into passes over all batches: one, or one a layer if they are offloaded."""
         if not any(is_offloaded(self.modules[layer]) for layer in layers):
             yield layers
             return
@@ -152,7 +138,7 @@ class Layerwise:
     def in_step(self, jobs: Iterable[Iterator[int]], order: Iterable[int]) -> None:
         """Carry out jobs, each of which yields the ascending layers that it needs.
 
-        Each layer is brought to its device once for all jobs that wait for it. ``order``, all that
+        Each layer is brought to its device once for all jobs that need it next. ``order``, all that
         may be needed, helps to fetch the next one.
         """
         for _ in self._there(jobs, dict(pairwise(sorted(order))).get):
@@ -183,19 +169,15 @@ class Layerwise:
 
     @contextmanager
     def starting_from(self, states: torch.Tensor, layers: Sequence[int]) -> Iterator[None]:
-        """Start every forward of the model from (B, T, D) states, inside the ``with`` statement.
+        """Start all forwards in the body from (B, T, D) states before the first of ``layers``.
 
-        Only the given layers run, then the final norm and the head; the states are those before the
-        first of them.
+        Only these run, then the final norm and the head.
         """
         with self._only(layers, states, stop=False):
             yield
 
     def check(self, batch: Batch) -> None:
-        """Check that the layers, run one after the other, make what the whole model makes.
-
-        Raises ModelError where more than the residual stream goes from layer to layer.
-        """
+        """Check that the layers, run one after the other, make what the whole model makes."""
         if self._is_checked:
             return
         states = self.embed(batch)
@@ -228,12 +210,11 @@ class Layerwise:
 
     @torch.enable_grad()
     def check_joints(self) -> bool:
-        """Check by stand-ins for the layers, without their weights, that states go from each to the
-        next as they are.
+        """Check by stand-ins, without weights, that each layer's states go on as they are.
 
-        What stand-ins make requires gradients, so it is known wherever it is given to another.
-        False where a layer is given more than the states: :meth:`check` tells whether that counts.
-        What layers pass on in secret is not found. Raises ModelError.
+        What stand-ins make requires gradients, so it is recognised wherever it is passed on. False
+        where a layer is given more than the states: :meth:`check` decides whether that counts. What
+        layers pass on in secret is not found.
         """
         made: list[torch.Tensor] = []
         is_more = False
@@ -323,10 +304,7 @@ class Layerwise:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch the model to evaluation inside the ``with`` statement; at once for many runs.
-
-        To look at all modules takes as long as a small layer does.
-        """
+        """Switch the model to evaluation in the body, once for many runs, since it takes time."""
         if self._is_evaluating:
             yield
             return

@@ -73,10 +73,10 @@ def load_model(
         dtype: of the weights. ``auto`` is bfloat16 on CUDA and on CPUs that multiply it (AMX,
             AVX512-BF16, SVE-BF16), and float32 elsewhere. ``nf4`` (double quantisation, bfloat16
             compute) and ``int8`` are by bitsandbytes, on CPU and CUDA alike.
-        device_map: as transformers takes it, such as ``cpu``. ``None`` is every GPU where there
-            is CUDA, and the CPU elsewhere. ``stream`` streams the layers from disk, in safetensors
-            or in a GGUF file, from which they are dequantised: scans, losses, races and patches
-            read each once for all that it has to run.
+        device_map: as transformers takes it, such as ``cpu``. ``None`` is every GPU where there is
+            CUDA, and the CPU elsewhere. ``stream`` streams the layers from disk, from safetensors
+            or, dequantised, from a GGUF file. Scans, losses, races and patches read each layer once
+            for all that it has to run.
         gguf_file: the file's name in the folder or hub repository. Its weights are
             dequantised, then kept in ``dtype``.
         trust_remote_code: run code that comes with the model.
@@ -254,10 +254,7 @@ def loader_with_head(config: PretrainedConfig) -> Any:
 def empty_model(
     folder: str | Path, trust_remote_code: bool = False, *, images: bool = False
 ) -> PreTrainedModel:
-    """Build a folder's model without weights, on ``meta``; ModelError as :func:`load_model`.
-
-    ``images``: also one that no stock loader builds as a causal model alone.
-    """
+    """Build a folder's model without weights, on ``meta``; with ``images`` also one of these."""
     source, _ = locate(folder, None)
     options = {"trust_remote_code": trust_remote_code}
     config = _call(AutoConfig.from_pretrained, source, **options)
@@ -279,11 +276,10 @@ def load_weights(
     options: dict[str, Any] | None = None,
     kind: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """Load a whole checkpoint by stock transformers.
+    """Load a whole checkpoint by stock transformers; ModelError where weights are missing.
 
-    ModelError if that fails, or weights are missing. ``dtype`` is of what ``config`` does not
-    quantise; ``options`` go to ``from_pretrained`` of ``kind``. Without a device map plain weights
-    go to the CPU.
+    ``dtype`` is of what ``config`` does not quantise; ``options`` go to ``from_pretrained`` of
+    ``kind``. Without a device map plain weights go to the CPU.
     """
     options = options or {}
     if config is not None:
@@ -346,8 +342,8 @@ def _call(load: Any, source: str, **options: Any) -> Any:
     except Exception as error:  # transformers and tokenizers raise bare ones for damaged files
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY in str(error):
             raise ModelError(
-                f"there is not enough memory to load {_name(source, options)}: let its layers wait "
-                f"on disk (device_map, --stream), quantise its weights (dtype, --dtype nf4), or "
+                f"there is not enough memory to load {_name(source, options)}: stream its layers "
+                f"from disk (device_map, --stream), quantise its weights (dtype, --dtype nf4), or "
                 f"spread them over more devices (device_map, --device-map)",
                 see="streaming",
             ) from error

@@ -1,4 +1,4 @@
-"""Weights that wait on the CPU or on disk, and are on the meta device except in their forward.
+"""Offloaded weights: on the CPU or on disk, and on the meta device except in their forward.
 
 Accelerate's hooks bring them from a map of stored tensors; to change a weight, change that. Changed
 weights of a model on disk are mapped from nameless files, which the system evicts under pressure.
@@ -44,15 +44,10 @@ def is_offloaded(module: nn.Module) -> bool:
 
 @dataclass(slots=True)
 class Reading:
-    """What was read of a model whose layers are streamed from disk.
+    """What was read of a model whose layers are streamed from disk."""
 
-    Attributes:
-        of: bytes of all of its layers, as they are stored.
-        bytes_read: bytes of layers that were read.
-    """
-
-    of: int
-    bytes_read: int = 0
+    of: int  # bytes of all of its layers, as they are stored
+    bytes_read: int = 0  # of layers
 
     @property
     def passes(self) -> int:
@@ -89,9 +84,9 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 def read_to_cpu(model: nn.Module) -> None:
-    """Let weights on disk be read into the CPU's memory; accelerate would send each to its card.
+    """Let weights be read from disk to the CPU; accelerate would read them to the GPU.
 
-    From there they travel while the card computes, and there a changed one stays.
+    From there they travel while the GPU computes, and there a changed one stays.
     """
     for part in model.modules():
         for hook in _hooks(part):
@@ -181,10 +176,7 @@ def stored_weight(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def read_weight(hook: AlignDevicesHook, name: str) -> torch.Tensor:
-    """Read the tensor that a hook brings a weight from; one thread at a time, as loaders need it.
-
-    Raises KeyError where the hook brings no such weight.
-    """
+    """Read the tensor that a hook brings a weight from, or raise KeyError; one thread at a time."""
     with _READING:
         stored: torch.Tensor = hook.weights_map[name]
         return stored
@@ -301,10 +293,7 @@ def resident(module: nn.Module, brought: Brought = MappingProxyType({})) -> Iter
 
 
 def run_resident(module: nn.Module) -> None:
-    """Let all weights of a module be on its device for its forward, once and for all.
-
-    It may read those of its parts itself, whose hooks do not know.
-    """
+    """Let all weights of a module be on its device in its forward, also those of its parts."""
     work = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -71,10 +71,7 @@ def absence(source: str) -> tuple[str, bool]:
 
 
 def check_place(path_or_id: str | Path, gguf_file: str | None = None) -> int | None:
-    """Refuse a model whose place, config or GGUF header cannot be read: ModelError.
-
-    Gives the number of its layers; None where the config alone does not say.
-    """
+    """Refuse a model that cannot be read; give the number of its layers, None if not known."""
     place, gguf_file = locate(path_or_id, gguf_file)
     name = gguf_file or CONFIG_FILE
     path = Path(place, name) if Path(place).is_dir() else of_hub(place, name)

@@ -1,12 +1,13 @@
 """The layer that runs next, on its way to the device while the one before it computes.
 
 On CUDA a thread sends it from pinned memory on its own stream, so two layers lie there. Elsewhere
-the system is asked to read the files.
+the system is advised to read the files ahead.
 
 The memory belongs to the computing stream. A copy begins when all work queued before the allocation
-is done, and computing waits for the copy's event. Unused prefetches are synchronised before their
-memory is freed. So ``record_stream``, which would depend on timing, is not needed. On fake devices
-a timeline of vector clocks (``tests/devices/timeline.py``) refuses any work that does not wait.
+is done, and computing begins after the copy's event. Unused prefetches are synchronised before
+their memory is freed. So ``record_stream``, which would depend on timing, is not needed. On fake
+devices a timeline of vector clocks (``tests/devices/timeline.py``) refuses any work that begins too
+early.
 """
 
 from collections.abc import Iterator
@@ -85,10 +86,7 @@ class Ahead:
         self._coming = coming
 
     def resident(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Keep the weights of a module on its device in the body, those that were fetched at once.
-
-        What computes from here on waits until they are there.
-        """
+        """Keep a module's weights on its device in the body; computing begins after them."""
         coming = self._take()
         return resident(module, coming.weights if coming and coming.is_for(module) else {})
 

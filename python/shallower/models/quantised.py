@@ -21,10 +21,7 @@ from .dtypes import QUANTISED, stored_quantisation
 
 
 def quantisation(dtype: str) -> BitsAndBytesConfig:
-    """Make bitsandbytes' config for ``nf4`` (double quantisation, bfloat16 compute) or ``int8``.
-
-    Raises MissingExtraError if bitsandbytes is not installed.
-    """
+    """Make bitsandbytes' config for ``nf4`` (double quantisation, bfloat16 compute) or ``int8``."""
     if find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "quantised", f"dtype {dtype}")
     if dtype == "int8":
@@ -40,10 +37,7 @@ def quantisation(dtype: str) -> BitsAndBytesConfig:
 
 
 def check_stored(name: str, config: Any, dtype: str) -> None:
-    """Refuse weights whose stored quantisation cannot be loaded here, or not as ``dtype``.
-
-    The packages and the device are asked for by transformers. ModelError names them.
-    """
+    """Refuse weights whose stored quantisation cannot be loaded here, or not as ``dtype``."""
     stored: Any = getattr(config, "quantization_config", None)
     method = stored_quantisation(stored)
     if method is None:
@@ -79,10 +73,7 @@ def check_quantised(name: str, model: PreTrainedModel) -> None:
 
 
 def keep_exact(model: PreTrainedModel) -> None:
-    """Make the state dict of a just loaded 4-bit model exact, also after a forward.
-
-    A model that is not quantised stays as it is.
-    """
+    """Make the state dict of a just loaded 4-bit model exact, also after a forward."""
     if getattr(model, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES:
         # How the checkpoint was read; transformers cannot run it backwards to save the model.
         setattr(model, "_weight_conversions", None)  # noqa: B010
@@ -142,10 +133,7 @@ def check_exact(model: PreTrainedModel) -> None:
 
 
 def clear_gguf_marks(model: PreTrainedModel) -> None:
-    """Make a dequantised GGUF model a plain one, in place, which ``save_pretrained`` accepts.
-
-    Raises ModelError if its weights are still packed in GGUF blocks.
-    """
+    """Make a dequantised GGUF model a plain one, in place, which ``save_pretrained`` accepts."""
     quantizer = getattr(model, "hf_quantizer", None)
     if getattr(quantizer, "packed_modules", None):
         raise ModelError(

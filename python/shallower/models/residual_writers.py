@@ -22,17 +22,11 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """A linear map into the residual stream.
+    """A linear map into the residual stream."""
 
-    Attributes:
-        name: its name in its layer.
-        module: an ``nn.Linear``, or a ``Conv1D`` of transformers, whose weight is transposed.
-        scale: what its output is multiplied by on its way into the stream.
-    """
-
-    name: str
-    module: nn.Module
-    scale: float
+    name: str  # in its layer
+    module: nn.Module  # an `nn.Linear`, or a transposed `Conv1D` of transformers
+    scale: float  # of its output on its way into the stream
 
     @property
     def weight(self) -> torch.Tensor:
@@ -46,12 +40,7 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class Writers:
-    """The writers of one layer.
-
-    Attributes:
-        attention: the last matrix of its attention; None where it is not a plain linear map.
-        feed_forward: the last matrix of its feed-forward part; None likewise.
-    """
+    """The last matrices of one layer's parts; None where one is not a plain linear map."""
 
     attention: Writer | None
     feed_forward: Writer | None
@@ -59,10 +48,7 @@ class Writers:
 
 @torch.inference_mode()
 def find_writers(model: Layerwise, layer: int, *, batch: Batch, states: torch.Tensor) -> Writers:
-    """Find a layer's writers by probing them on (B, T, D), its inputs on a batch.
-
-    Each is None where there is none that is a plain linear map.
-    """
+    """Find a layer's writers by probing them on (B, T, D), its inputs on a batch."""
     found = {
         name: module
         for name, module in model.modules[layer].named_modules()

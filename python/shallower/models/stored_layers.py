@@ -1,4 +1,4 @@
-"""Layers that wait in files, each weight made as transformers makes it, when it is needed.
+"""Layers streamed from files: each weight is made as by transformers, when it is needed.
 
 What it joins of stored tensors, as experts, is joined in memory at each read.
 """
@@ -51,11 +51,10 @@ class Rules(Protocol):
 
 
 class LayerWeights(Mapping[str, torch.Tensor]):
-    """The weights of the layers of a model that wait in files, made anew at every look.
+    """The weights of a model's layers in files, made anew at every look.
 
-    Attributes:
-        index: where the tensors of each weight lie.
-        state_dict: weights that were changed, in front of the files.
+    ``index``: where the tensors of each weight lie; ``state_dict``: changed weights, in front of
+    the files.
     """
 
     def __init__(self) -> None:
@@ -94,9 +93,7 @@ def layer_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 class Converted:
     """Weights by transformers' conversions, as ``convert_and_load_state_dict_in_model`` does it.
 
-    Attributes:
-        sources: by the name of a weight, or of the first of several that are made together, the
-            stored tensors.
+    ``sources`` are the stored tensors by weight, or by the first of several that are made together.
     """
 
     def __init__(self, names: Iterable[str], mapping: list[Any], model: PreTrainedModel) -> None:
@@ -132,8 +129,7 @@ class Converted:
 class _InSafetensors(Converted):
     """The weights of a model's layers, by conversions of the tensors in files of safetensors.
 
-    Attributes:
-        mismatched: weights that would be of another shape: name, that shape, and what it should be.
+    ``mismatched`` weights would be of another shape: name, that shape, and what it should be.
     """
 
     def __init__(self, files: Mapping[str, Any], model: PreTrainedModel, config: Any) -> None:
@@ -209,10 +205,7 @@ def _dtype_of(name: str, dtype: torch.dtype, config: Any) -> torch.dtype:
 
 @contextmanager
 def layers_on_disk() -> Iterator[LayerWeights]:
-    """Let this thread's transformers load a model without its layers, which wait in its files.
-
-    Raises ModelError, as transformers is asked to load, for files that are no safetensors.
-    """
+    """Let this thread's transformers load a model without its layers, which stay in safetensors."""
     weights, stock, thread = LayerWeights(), PreTrainedModel._load_pretrained_model, get_ident()
 
     def load(model: Any, state_dict: Any, files: Any, config: Any, *more: Any, **named: Any) -> Any:

@@ -45,10 +45,7 @@ _WITHOUT_EFFECT = {
 
 
 def structure_of(thing: Any) -> str | None:
-    """Hash a model without its weights, or a tokenizer; None where that is not known.
-
-    That is so if code of the user has a part in it: a hook, a method, a module or a function.
-    """
+    """Hash a model without its weights, or a tokenizer; None if code of the user is in it."""
     values = _Values()
     if any(vars(torch.nn.modules.module)[name] for name in _HOOKS_OF_ALL) or _modes():
         return None

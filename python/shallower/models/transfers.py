@@ -14,15 +14,10 @@ import torch
 
 @dataclass(slots=True)
 class Gathered:
-    """Rows of the states that are on one device in one dtype.
+    """Rows of the states that are on one device in one dtype."""
 
-    Attributes:
-        rows: (room, N, D), filled from the front.
-        states: which states they are of, by their place in ``rows``.
-    """
-
-    rows: torch.Tensor
-    states: list[int]
+    rows: torch.Tensor  # (room, N, D), filled from the front
+    states: list[int]  # of which they are, by place in `rows`
 
     @property
     def runs(self) -> list[tuple[int, int, int]]:
@@ -73,8 +68,8 @@ class SideStreams:
         """Copy rows off a CUDA device, once they are computed, while it computes what comes next.
 
         The caller keeps ``rows`` until the copy has ended: only then may the device use their
-        memory for something else. ``target`` is pinned memory of their shape, which nobody else
-        uses until then.
+        memory for something else. ``target`` is pinned memory of their shape, which is not used
+        otherwise until then.
         """
         device = rows.device
         side = self._beside(device)
@@ -159,7 +154,7 @@ class HostCopies:
         return target
 
     def start(self, gathered: list[Gathered]) -> "HostCopy":
-        """Start the copy of all states of a batch; nobody else may keep the gathered rows.
+        """Start the copy of all states of a batch; the gathered rows must have no other owner.
 
         On CUDA it takes the buffer of the copy before the last one, whose reader must be done by
         then: :func:`stream` starts the copy of a batch when its consumer has requested the part
@@ -202,17 +197,11 @@ def is_apart(device: torch.device) -> bool:
 
 @dataclass(slots=True)
 class HostCopy:
-    """States of a batch on their way to the CPU.
+    """States of a batch on their way to the CPU."""
 
-    Attributes:
-        states: (L+1, N, D), on the CPU; not there yet.
-        events: the ends of the copies to it.
-        sources: what is copied, which must stay until then.
-    """
-
-    states: torch.Tensor
-    events: list[CopyEvent]
-    sources: list[Gathered]
+    states: torch.Tensor  # (L+1, N, D), on the CPU; not there yet
+    events: list[CopyEvent]  # the ends of the copies
+    sources: list[Gathered]  # must stay until then
 
     def wait(self) -> torch.Tensor:
         """Wait for the (L+1, N, D) states, and free the memory that they take on the devices.

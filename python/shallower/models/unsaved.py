@@ -35,10 +35,7 @@ class Unsaved(dict[str, tuple[int, int]]):
 
 
 def unsaved(model: PreTrainedModel | ModelSource) -> Unsaved:
-    """Compare a model in memory, or one to be loaded, with its safetensors, where they are here.
-
-    Raises ModelError for a config that cannot be read.
-    """
+    """Compare a model in memory, or one to be loaded, with its safetensors, where they are here."""
     loaded = None if isinstance(model, ModelSource) else model
     if isinstance(model, ModelSource):
         place, trusted = str(model.place.expanduser()), model.trust_remote_code

@@ -31,11 +31,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 class PatchCheckpoint:
-    """Files of an unfinished patch in a folder, if there is one; failed writes are ignored.
+    """Files of an unfinished patch in a folder, if any; failed writes are ignored.
 
-    So are those that would leave less than ``reserve`` bytes of the disk, which the result takes.
-
-    A patch is identified by its layers, its texts and both models' losses on them, which differ
+    So are those that would leave less than ``reserve`` bytes of the disk, which the result takes. A
+    patch is identified by its layers, its texts and both models' losses on them, which differ
     wherever a weight does; files of another patch are not read.
     """
 

@@ -6,30 +6,19 @@ from dataclasses import dataclass
 from ..values.layers import blocks_of
 
 SOLVING, STEPPING = 6, 3.3
-"""Layers that run in the time in which one layer's matrices are solved on the same batches, and in
-which it takes a step, about."""
+"""Layers that run in the time of solving a layer's matrices, and of a step of it, about."""
 
 
 @dataclass(frozen=True, slots=True)
 class PatchLayers:
-    """The layers that a full patch runs, by what they run on.
+    """The layers that a full patch runs, by what they run on."""
 
-    Attributes:
-        num_layers: of the whole model.
-        num_blocks: blocks that go; the layer before each is solved.
-        walked: of both models, side by side up to the last block, on all batches.
-        judged: of the losses before and after, and of one behind each layer that is solved, on the
-            batches held out.
-        rest: of the whole model behind the last block, on the batches to descend on.
-        moved: left from the one before the first block on, which each step moves.
-    """
-
-    num_layers: int
-    num_blocks: int
-    walked: int
-    judged: int
-    rest: int
-    moved: int
+    num_layers: int  # of the whole model
+    num_blocks: int  # that go; the layer before each is solved
+    walked: int  # of both models up to the last block, on all batches
+    judged: int  # for losses before and after, and behind solved layers, on held-out batches
+    rest: int  # of the whole model behind the last block, on the batches to descend on
+    moved: int  # by each step: left from the one before the first block on
 
     @classmethod
     def of(cls, num_layers: int, dropped: Iterable[int]) -> "PatchLayers":
@@ -43,18 +32,12 @@ class PatchLayers:
         return cls(num_layers, len(blocks), walked, judged, num_layers - stop, behind[0])
 
     def times(self, *, fitted: float, held_out: float, descended: float, stepped: float) -> float:
-        """Count what takes as long, about, times what texts are counted in, as batches.
-
-        ``descended`` are the texts of a pass, ``stepped`` those of all steps.
-        """
+        """Count what takes as long, about, times texts: of a pass, and ``stepped`` in all steps."""
         walked = (self.walked + SOLVING * self.num_blocks) * (fitted + held_out)
         steps = STEPPING * self.moved * stepped
         return walked + self.judged * held_out + self.rest * descended + steps
 
     def passes(self, steps: int) -> float:
-        """Count the passes over all layers on disk, whose states are in files.
-
-        Those that move are read once to begin with, and twice a step.
-        """
+        """Count passes over all layers on disk; those that move are read once, and twice a step."""
         read = self.walked + self.judged + self.rest + (1 + 2 * steps) * self.moved
         return read / self.num_layers

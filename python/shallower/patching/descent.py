@@ -2,14 +2,17 @@
 
 The loss is the cross-entropy of the cut model's distributions with a mixture of those of the whole
 model and the text's next tokens. Its gradient is taken backwards through the cut, layer after
-layer, so that only one layer's gradients are held at a time. So is its graph: the layer runs anew
-from the states before it, but on a CPU whose memory has room for the graphs of more. Every matrix
-takes steps of Adam (1412.6980) with second moments of rows and columns alone (Adafactor,
-1804.04235), each a share of the root mean square of its own entries: one rate does for matrices of
-any width. Moves are kept beside the old values, so that steps below a dtype's grain add up.
+layer, so that only one layer's gradients are held at a time. The same holds for the graph: a layer
+runs anew from the states before it. On a CPU whose memory has room, the graphs of more layers are
+kept.
 
-Where the layers are streamed, each step reads them forwards once and backwards once, and all that
-is kept of a matrix lies in temporary files.
+Every matrix takes steps of Adam (1412.6980), with second moments of rows and columns alone
+(Adafactor, 1804.04235). A step is a share of the root mean square of the matrix's entries, so that
+one rate does for matrices of any width. Moves are kept beside the old values, so that steps below a
+dtype's grain add up.
+
+Where the layers are streamed, each step reads them forwards once and backwards once. All that is
+kept of a matrix then lies in temporary files.
 """
 
 import math
@@ -93,10 +96,7 @@ def rate_at(step: int, steps: int) -> float:
 
 
 class MovingMatrix:
-    """One matrix that descends, or several of a kind in one tensor.
-
-    What is kept of it lies in the memory of the CPU; in files, if the matrix is streamed from disk.
-    """
+    """One matrix that descends, or several in one tensor, in CPU memory; in files if streamed."""
 
     STATE = ("_move", "_momentum", "_rows", "_columns")
 
@@ -134,10 +134,7 @@ class MovingMatrix:
         return self._base.ndim > 2
 
     def step(self, gradients: torch.Tensor, rate: float, changes: Changes) -> None:
-        """Take a step along float32 gradients of the matrix's shape, on the device to compute on.
-
-        The rate is a share of the root mean square of the entries.
-        """
+        """Step along float32 gradients, by a share of the root mean square of the entries."""
         self.steps += 1
         device, squares = gradients.device, gradients.square()
         rows, columns = self._rows.to(device), self._columns.to(device)
@@ -345,10 +342,7 @@ class Descent:
                 one.step(total, rate, self._changes)
 
     def _behind_last(self, batch: Batch, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """(B, T, D): gradients in the states before the final norm, times one number.
-
-        The number is the same in all steps.
-        """
+        """(B, T, D): gradients in the states before the final norm, times a constant number."""
         head = self._model.head
         inputs = batch.input_ids, batch.attention_mask
         ids, mask = (torch.from_numpy(values).to(head.decoder.device) for values in inputs)
@@ -395,10 +389,7 @@ def target_gradients(
 
 
 def keep_best(descent: Descent, loss: Callable[[], float], nats: float) -> float:
-    """Keep the whole of a descent, half of it or none: what has the least loss, which is returned.
-
-    ``loss`` measures the model; ``nats`` was the loss before the descent.
-    """
+    """Keep the whole of a descent, half of it or none: the least loss, which is returned."""
     found = {0.0: nats}
     for share in (1.0, 0.5):
         descent.put(share)

@@ -1,10 +1,10 @@
 """Linear maps by least squares, from sums over tokens: memory grows with the widths alone.
 
-Beside the sums, one Gram matrix and one cross product, a solution takes one copy of both: the
-copy of the Gram matrix is factored in place, that of the cross product becomes the map.
+The sums are one Gram matrix and one cross product, and a solution takes one copy of both. The copy
+of the Gram matrix is factored in place; that of the cross product becomes the map.
 
-How much a map may change, and how much first tokens count, is chosen on held-out tokens by the
-equations and the errors on some thousand kept rows: no layer runs, and no loss is measured.
+How much a map may change, and how much first tokens count, is chosen on held-out tokens. The
+equations and the errors on some thousand kept rows suffice: no layer runs, and no loss is measured.
 """
 
 import math
@@ -52,19 +52,12 @@ def _exact_in_bfloat16(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(slots=True)
 class NormalEquations:
-    """The sums that a least-squares map from F inputs to D outputs needs.
+    """The sums that a least-squares map from F inputs to D outputs needs."""
 
-    Attributes:
-        gram: (F, F) float64, the sum of x xᵀ.
-        cross: (F, D) float64, the sum of x rᵀ.
-        count: tokens in these sums.
-        kept: tokens (N, F) and their targets (N, D) that are in no sum, and are given a weight
-            when the equations are solved.
-    """
-
-    gram: torch.Tensor
-    cross: torch.Tensor
-    count: int = 0
+    gram: torch.Tensor  # (F, F) float64, the sum of x xᵀ
+    cross: torch.Tensor  # (F, D) float64, the sum of x rᵀ
+    count: int = 0  # tokens in these sums
+    # Tokens (N, F) and targets (N, D) in no sum, weighted when solved.
     kept: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @classmethod
@@ -165,15 +158,11 @@ FIRST_RIDGE = 0.1
 
 @dataclass(slots=True)
 class Rows:
-    """Tokens by which maps are compared.
+    """Tokens by which maps are compared."""
 
-    Attributes:
-        parts: inputs (N, F) and targets (N, D), batch by batch.
-        reached: the sum of squares of the states that the targets lead to.
-    """
-
+    # Inputs (N, F) and targets (N, D) by batch.
     parts: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    reached: float = 0.0
+    reached: float = 0.0  # sum of squares of the states that the targets lead to
 
     def error(self, solution: torch.Tensor | None = None) -> float:
         """Sum the squared errors of a (D, F) map; of no map at all by default."""
@@ -190,22 +179,17 @@ class Rows:
 
 @dataclass(slots=True)
 class HeldOut:
-    """Held-out tokens.
+    """Held-out tokens."""
 
-    Attributes:
-        others: all tokens but the first of every text.
-        firsts: the first tokens, which carry massive activations.
-    """
-
-    others: Rows = field(default_factory=Rows)
-    firsts: Rows = field(default_factory=Rows)
+    others: Rows = field(default_factory=Rows)  # all but the first of every text
+    firsts: Rows = field(default_factory=Rows)  # with massive activations
 
     def relative_error(self, solution: torch.Tensor) -> float:
         """Sum both kinds' squared errors of a (D, F) map, as shares of the states' squares.
 
         Norms stand before all that read the stream, so that an error counts by its share. Every
-        token reads the first one: all of them together count as much as all others. Infinity
-        where it is not finite.
+        token reads the first one: all of them together count as much as all others. Infinity where
+        it is not finite.
         """
         kinds = self.others, self.firsts
         total = sum(rows.error(solution) / rows.reached for rows in kinds if rows.reached)
@@ -214,17 +198,11 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class ChosenMap:
-    """A map that was chosen.
+    """A map that was chosen."""
 
-    Attributes:
-        solution: (D, F) float64.
-        ridge: its penalty, as a share of the inputs' mean square.
-        first_weight: how many times a first token counted.
-    """
-
-    solution: torch.Tensor
-    ridge: float
-    first_weight: float
+    solution: torch.Tensor  # (D, F) float64
+    ridge: float  # penalty, as a share of the inputs' mean square
+    first_weight: float  # times that a first token counted
 
 
 def choose(
@@ -271,18 +249,11 @@ def _nearest(ridge: float) -> int:
 
 
 class SolverBytes(NamedTuple):
-    """What normal equations take on their device.
+    """What normal equations take on their device."""
 
-    Attributes:
-        held: the sums, the kept tokens and those held out, from the first batch to the last
-            solution, and the old matrix beside the solutions that are tried.
-        adding: beside these while the tokens of a batch are added.
-        solving: beside these while the equations are solved.
-    """
-
-    held: int
-    adding: int
-    solving: int
+    held: int  # sums, kept and held-out tokens and the old matrix, all the time
+    adding: int  # beside these while the tokens of a batch are added
+    solving: int  # beside these while the equations are solved
 
     @property
     def peak(self) -> int:
@@ -301,9 +272,9 @@ def solver_bytes(
 ) -> SolverBytes:
     """Count what normal equations take beside the model and its forward.
 
-    ``inputs`` is F, of both writers of a layer together for their joint equations, and ``outputs``
-    D; ``batch_tokens`` include padding, ``kept_tokens`` are first tokens, one a text that is
-    fitted, and ``held_tokens`` those that solutions are chosen on.
+    ``inputs`` is F, of both writers of a layer together, and ``outputs`` D. ``batch_tokens``
+    include padding; ``kept_tokens`` are first tokens, one a text that is fitted; on ``held_tokens``
+    solutions are chosen.
     """
     sums = 8 * inputs * (inputs + outputs)
     row = inputs * value_bytes + outputs * 4

@@ -124,7 +124,7 @@ def temporary_bytes(
     """Count the bytes of the temporary files of a patch, at most, about.
 
     It fits ``num_tokens`` at most, by default as many as a patch, or that of a run; no text has
-    more tokens than bytes. Layers that wait on disk keep there what moves, too.
+    more tokens than bytes. Streamed layers keep there what moves, too.
     """
     on_cpu, on_disk = not torch.cuda.is_available(), False
     if isinstance(model, ModelSource):
@@ -145,7 +145,7 @@ def temporary_bytes(
 
 
 def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:
-    """Count what a descent of all layers takes, in bytes of the CPU and of the device.
+    """Count the bytes of the CPU and of the device that a descent of all layers takes.
 
     On the CPU lie old values, twice, moves and momenta; on the device the widest layer's graph and
     slopes, and the step of its largest matrix.
@@ -159,10 +159,7 @@ def descent_bytes(model: nn.Module, *, batch_tokens: int) -> tuple[int, int]:
 
 
 def writer_widths(model: nn.Module) -> tuple[int, int]:
-    """Find the widths of the linear maps that a patch solves, by structure.
-
-    F are the inputs of the widest layer's writers together, D the channels of the residual stream.
-    """
+    """Find F, the inputs of the widest layer's writers, and D, the channels of the stream."""
     decoder = Decoder.of(model)
     width = int(decoder.config.hidden_size)
     targets, both = (feed_forward_targets(model, attention=also) for also in (False, True))

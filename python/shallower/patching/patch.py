@@ -71,17 +71,18 @@ def patch(
             :func:`shallower.answer_prompts` gives it; each once, behind its prompt, which is only
             given.
         settings: the settings; by default those of :class:`PatchSettings`. The matrices that move
-            are held four times in the memory of the CPU, and a model on the CPU takes up to a
-            quarter of what is free for the graphs of its layers.
-        checkpoint: a folder that keeps the work so far: the matrices that were solved, and every
-            20 seconds or more the state of the steps, at most five times the size of the weights
-            that move. The same patch goes on from it. It stays when the patch is done: delete it.
+            are held four times in the memory of the CPU. A model on the CPU takes up to a quarter
+            of what is free for the graphs of its layers.
+        checkpoint: a folder that keeps the work so far: the matrices that were solved and, every 20
+            seconds or more, the state of the steps. It takes at most five times the size of the
+            weights that move. The same patch resumes from it. It stays when the patch is done:
+            delete it.
         progress: whether to show a bar on standard error; by default if that is a terminal.
         options: settings by keyword, as ``num_tokens=65_536``: any field of :class:`PatchSettings`.
 
     Returns:
-        The plan that was carried out, the layers that were solved anew, and the losses in nats
-        a token of the whole model, the cut and the patched cut on the held-out texts.
+        The plan that was carried out; the layers that were solved anew; the losses in nats a token
+        of the whole model, the cut and the patched cut on the held-out texts.
 
     Raises:
         SettingsError: there is no such setting.
@@ -142,10 +143,7 @@ def _solved(
     checkpoint: str | Path | None = None,
     **options: Any,
 ) -> Iterator[tuple[Patch, Changes]]:
-    """Solve the matrices of a model that keeps all of its layers.
-
-    Yields the patch and the weights that changed: unless the body commits, the old ones return.
-    """
+    """Solve a model's matrices, and yield the patch and its changes; they stay if committed."""
     settings = PatchSettings.of(settings, options)
     tokens, share = settings.tokens, settings.share
     plan = _plan_of(model, layers)
@@ -201,9 +199,9 @@ def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
 
 
 def patch_tokens(parameters: int, *, on_cpu: bool) -> int:
-    """Say how many tokens the patch of a run fits: ``PATCH_TOKENS``.
+    """The tokens that the patch of a run fits: ``PATCH_TOKENS``, or fewer on a CPU.
 
-    On a CPU there are fewer for more than some 150 million parameters, but at least a sixth.
+    There it is less for more than some 150 million parameters, but at least a sixth.
     """
     if not on_cpu:
         return PATCH_TOKENS

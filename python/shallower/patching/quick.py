@@ -1,9 +1,8 @@
 """A patch quick enough to be made for every cut that is compared: one matrix a block.
 
-The last matrix of the feed-forward before each block is solved anew, as by :func:`shallower.patch`,
-so that the stream jumps to x^(stop) of the whole model. What is left out is what takes time there:
-no loss is measured to choose by, nothing behind the cut is solved, and the whole model runs once
-for all cuts.
+The last matrix of the feed-forward before each block is solved anew (:func:`shallower.patch`): the
+stream jumps to x^(stop) of the whole model. What takes time there is left out: no loss is measured
+to choose by, and nothing behind the cut is solved. The whole model runs once for all cuts.
 """
 
 import math
@@ -48,16 +47,10 @@ HELD = 4
 
 @dataclass(frozen=True, slots=True)
 class QuickFits:
-    """What a quick patch has changed.
+    """What a quick patch has changed."""
 
-    Attributes:
-        layers: the layers whose last matrix was solved, ascending.
-        ridges: the penalty of each, as a share of its inputs' mean square on the texts that it
-            was chosen on.
-    """
-
-    layers: tuple[int, ...]
-    ridges: tuple[float, ...]
+    layers: tuple[int, ...]  # whose last matrix was solved, ascending
+    ridges: tuple[float, ...]  # of each, as a share of its inputs' mean square
 
 
 @dataclass(slots=True)
@@ -74,7 +67,7 @@ class QuickPatch:
 
     The whole model runs once, at the first patch. Its states, ``(L+1)·tokens·D`` values in its
     dtype, lie in ``room`` bytes of memory, by default what the budget has left, or in a temporary
-    file. TextsError for fewer than two texts.
+    file.
     """
 
     def __init__(
@@ -134,17 +127,7 @@ class QuickPatch:
 
     @contextmanager
     def patched(self, plan: Plan) -> Iterator[QuickFits]:
-        """Patch the model inside the ``with`` statement; it keeps all of its layers.
-
-        The body leaves out the layers that the plan drops. Afterwards every weight is what it
-        was, bit for bit.
-
-        Raises:
-            PatchError: there is no layer before a block; the one that is there does not write by
-                a plain linear map; states are not finite; or there is not enough memory.
-            PlanError: the plan is for another number of layers.
-            ModelError: the layers cannot be run one by one.
-        """
+        """Patch the model, bit for bit as before after the body, which leaves out the layers."""
         changes = Changes()
         try:
             try:
@@ -168,8 +151,8 @@ class QuickPatch:
         """Run a patched cut on batches layer by layer, as a job of :meth:`Layerwise.in_step`.
 
         ``starts`` gives the states of the batches before the first layer that changes. Returns
-        those behind the last layer. A weight is what it was before the next layer is asked for, so
-        that other cuts may use the same ones. Raises as :meth:`patched`.
+        those behind the last layer. A weight is what it was before the next layer is requested, so
+        that other cuts may use the same ones.
         """
         first, _ = _solved(plan)
         changes, states = Changes(), list[torch.Tensor]()

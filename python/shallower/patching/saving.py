@@ -58,8 +58,8 @@ def save_patched(
 ) -> None:
     """Save a patched model as a standard checkpoint.
 
-    As by :func:`shallower.save_model`, with ``shallower_patch.json`` and a card that tells of
-    the patch beside the weights.
+    As by :func:`shallower.save_model`; ``shallower_patch.json`` and a card that describes the patch
+    lie beside the weights.
 
     Args:
         model: the model as :func:`shallower.patch` left it.
@@ -157,13 +157,11 @@ def patch_to_folder(
     source: ModelSource | None = None,
     stores: Stores = unkept,
 ) -> tuple[Patch, dict[str, dict[str, Loss]]]:
-    """Patch a model in place, save it, and measure it on text that no choice was made on.
+    """Patch a model in place, or resume that, save it, and measure it on text for no choice.
 
-    ``texts`` and ``answers`` are as for :func:`shallower.patch`; without ``eval_texts`` nothing
-    is measured. The losses, in nats a token, are named ``whole``, ``cut`` and ``patched``, by the
-    texts that they are of. One that was cut short goes on where it was. Of a model that was loaded
-    from ``source`` they are looked up in ``stores`` and kept there. Raises as
-    :func:`shallower.patch`, and OutputError if ``out`` is in use or cannot be written to.
+    Without ``eval_texts`` nothing is measured. The losses, in nats a token, are named ``whole``,
+    ``cut`` and ``patched``, by their texts; those of a model from ``source`` are cached in
+    ``stores``.
     """
     settings = settings or PatchSettings()
     check_apart(out, [place_of(model), place_of_texts(texts), place_of_texts(eval_texts)])

@@ -37,15 +37,14 @@ FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
 """Weights that are tried for the first token of a text, which carries massive activations."""
 
 ATTENTION_STEP = 0.5
-"""The part of its share of a jump that the attention is given; the feed-forward, whose inputs
-change with it, is then solved for all that is left."""
+"""The attention's part of its share of a jump; the feed-forward is then solved for all the rest."""
 
 
 class Solver:
-    """Both models' states on the batches, which advance layer by layer, side by side.
+    """Both models' states on the batches, in temporary files, which advance layer by layer.
 
-    Every weight that changes is noted in ``changes``. States lie in nameless temporary files. What
-    is done is kept in the folder ``checkpoint``, if any.
+    Every weight that changes is noted in ``changes``. What is done is kept in the folder
+    ``checkpoint``, if any.
     """
 
     def __init__(
@@ -83,11 +82,7 @@ class Solver:
         self._starts = [stored(batches) for batches in self._batches]
 
     def solve(self, progress: bool | None = None) -> Patch:
-        """Solve the layers before the blocks, then let all matrices from there on descend.
-
-        Raises PatchError where the layer before a block does not write by a plain linear map, and
-        OutputError where temporary files find no room.
-        """
+        """Solve the layers before the blocks, then let all matrices from there on descend."""
         self.model.check(self._batches[1][0])
         self._open()
         first, stop = self.plan.blocks[0].start - 1, self.plan.blocks[-1].stop
@@ -186,10 +181,7 @@ class Solver:
                     self._bar(len(some))
 
     def _keep_start(self) -> None:
-        """Keep the states before the first layer that changes: the descent begins there.
-
-        Of the batches to descend on, and of those held out.
-        """
+        """Keep the states before the first layer that changes, to descend on and held out."""
         chosen = self._descended, range(len(self.held_out.batches))
         for states, start, indices in zip(
             (self.fitted, self.held_out), self._starts, chosen, strict=True

@@ -50,8 +50,7 @@ def divide(
 ) -> tuple[list[Batch], list[Batch]]:
     """Divide texts into batches to fit and batches held out, every eighth text.
 
-    No more texts are read than ``num_tokens`` to fit take, and each is tokenised once. Raises
-    TextsError if there are too few.
+    No more texts are read than ``num_tokens`` to fit take, and each is tokenised once.
     """
     counts = [0, 0]
     enough = (num_tokens, min(MAX_HELD_OUT, num_tokens))
@@ -120,13 +119,7 @@ class Spool:
 
 @dataclass(slots=True)
 class StateSet:
-    """Batches with the states of the whole and of the cut model.
-
-    Attributes:
-        batches: token ids.
-        whole: states of the whole model, (B, T, D) a batch.
-        cut: states of the cut model, (B, T, D) a batch.
-    """
+    """Batches with the states of the whole and of the cut model, (B, T, D) a batch."""
 
     batches: Sequence[Batch]
     whole: Spool
@@ -184,9 +177,9 @@ def missing_rows(
 def _missing(
     model: Layerwise, layer: int, writers: Sequence[Writer], states: StateSet
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Run a layer batch by batch: (B, T, F) inputs, and what is missing to (B, T, D) states.
+    """Run a layer: inputs (B, T, F), what is missing to states (B, T, D), and these.
 
-    Then the (B, T, D) states that are aimed at: with first tokens no farther than ``FARTHEST``.
+    First tokens are moved no farther than ``FARTHEST``.
     """
     for index, batch in enumerate(states.batches):
         with _inputs([writer.module for writer in writers]) as taken:

@@ -42,15 +42,7 @@ COLLAPSE = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
-    """One prompt answered greedily by the models of a run; None by those that are not there.
-
-    Attributes:
-        prompt: what was asked, or the text that is continued.
-        whole: what the whole model said.
-        cut: by the bare cut.
-        patched: by the patched cut.
-        healed: by the healed model.
-    """
+    """One prompt answered greedily by the models of a run; None by those that are not there."""
 
     prompt: str
     whole: str
@@ -61,53 +53,30 @@ class Continuations:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The results of a run, and where they are.
+    """The results of a run, and where they are."""
 
-    Attributes:
-        out: the folder of the run.
-        target: what the run aims at.
-        scan: the comparison of all layers.
-        whole: the loss of the whole model on the test set.
-        splits: the number of calibration, selection and test texts.
-        recommended: the cut that the run ends in; None until it is known.
-        continuations: what the models said to the first prompts.
-        speech: how each of them speaks beside the whole one, by ``whole``, ``cut``, ``patched`` and
-            ``healed``; empty where that was not measured.
-        difference: the greatest absolute difference between the logits of the saved checkpoint,
-            reloaded by stock transformers, and those of the model in memory. NaN until it is
-            known, which is null in JSON.
-        healing: the record of the healing, if the cut was healed.
-        command: the command line that makes it again, without places.
-        loaded: the words of a command line that name the model, as ``command`` does.
-        evaluated: the options of ``shallower eval`` that measure on the test set; empty
-            where those are no texts of their own.
-        source: the name of the folder or file that the model was loaded from, and the bytes of
-            its weights there; None where they are not known.
-        marks: what distinguishes this run, and the weights that it has written, from others;
-            and whether it has ended. So a run can go on.
-    """
-
-    out: Path
+    out: Path  # the folder
     target: Target
     scan: "Scan"
-    whole: Loss
-    splits: dict[str, int]
-    recommended: Recommended | None = None
-    continuations: tuple[Continuations, ...] = ()
+    whole: Loss  # loss on the test set
+    splits: dict[str, int]  # numbers of calibration, selection and test texts
+    recommended: Recommended | None = None  # the cut; None until it is known
+    continuations: tuple[Continuations, ...] = ()  # of the first prompts
+    # By `whole`, `cut`, `patched` and `healed`.
     speech: Mapping[str, Speech] = field(default_factory=dict)
-    difference: float = math.nan
+    difference: float = math.nan  # of logits, the reloaded checkpoint to the model, at most
     healing: Healing | None = None
-    command: str = ""
-    loaded: str = "MODEL"
-    evaluated: str = ""
+    command: str = ""  # that makes it again, without places
+    loaded: str = "MODEL"  # the model's words in a command line
+    evaluated: str = ""  # options of `shallower eval` for the test set
+    # Name of the model's folder or file, bytes of its weights.
     source: tuple[str, int] | None = None
+    # Of this run and its weights; whether it has ended.
     marks: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path | None:
-        """The folder or GGUF file of the recommended model; None before its plan is known, or of a
-        plan only.
-        """
+        """The folder or GGUF file of the recommended model, if its plan is known and it is made."""
         if self.recommended is None or "plan_only" in self.marks:
             return None
         cut = CHECKPOINT_GGUF if "gguf" in self.marks else CHECKPOINT_FOLDER
@@ -160,12 +129,7 @@ class Run:
         return "ended" in self.marks and best is not None and best.unhealed is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Give the results as plain JSON values.
-
-        Returns:
-            ``recommended`` and ``checkpoint``, a path below the folder of the run; all else beside
-            them. It is what is in ``results.json``.
-        """
+        """Give the content of ``results.json``; ``checkpoint`` is a path below the run's folder."""
         place, best = self.checkpoint, self.recommended
         return {
             "format": "shallower.run",
@@ -193,18 +157,7 @@ class Run:
 
     @classmethod
     def load(cls, out: str | Path) -> "Run":
-        """Read a run from its folder.
-
-        Args:
-            out: the folder.
-
-        Returns:
-            The run, as far as it has come.
-
-        Raises:
-            OutputError: ``results.json`` is not there, or is damaged.
-            ScanError, ModelError: the scan or the record of the healing is.
-        """
+        """Read a run from its folder, as far as it has come."""
         from ..scanning.scan import Scan
 
         out = Path(out)
@@ -236,11 +189,7 @@ class Run:
         return replace(results, healing=Healing.load(out / HEALED_FOLDER)) if healed else results
 
     def save(self) -> None:
-        """Write ``results.json`` into the folder of the run.
-
-        Raises:
-            OutputError: the folder cannot be written to.
-        """
+        """Write ``results.json`` into the folder of the run."""
         content = json.dumps(self.to_json(), indent=2) + "\n"
         write_file(self.out / RESULTS_FILE, content.encode())
 
@@ -257,9 +206,7 @@ def write_evaluation(
 
 
 def weights_mark(folder: Path) -> str:
-    """Hash all bytes of the weights of a checkpoint, SHA-256 in hexadecimal digits; of a folder
-    that is not there, that of nothing. Raises OSError where one cannot be read.
-    """
+    """Hash all bytes of a checkpoint's weights, SHA-256 in hex; of nothing without a folder."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
         digest.update(bytes.fromhex(sha256_of(path)))
@@ -278,10 +225,7 @@ def check_results(card: Path) -> None:
 
 
 def state_results(card: Path, results: "Sequence[EvalResult]") -> None:
-    """Write results into the front matter of a card, in place of those of the same measure.
-
-    OutputError where it cannot be read or written.
-    """
+    """Write results into the front matter of a card, in place of those of the same measure."""
     with raise_output_error(card):
         name = card.resolve().parent.name
         rewrite(card, with_results(card_text(card), results, name=name).encode())

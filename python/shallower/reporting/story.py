@@ -17,15 +17,10 @@ STORY_FORMAT = "shallower.report"
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number in a table, by which its column is sorted.
+    """A number in a table, by which its column is sorted."""
 
-    Attributes:
-        text: as it is shown.
-        value: as it is; NaN where it is not known.
-    """
-
-    text: str
-    value: float = math.nan
+    text: str  # as it is shown
+    value: float = math.nan  # NaN where it is not known
 
     @classmethod
     def of(
@@ -78,143 +73,83 @@ Cell = str | Number
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table.
+    """A table."""
 
-    Attributes:
-        title: a headline.
-        head: names of the columns.
-        rows: of cells, as many as there are names.
-        note: what must be known to read it.
-        marked: the row that is recommended, if one is.
-        bare: columns that a terminal shows without errors.
-        wide: columns that a terminal leaves out.
-        is_grouped: whether rows belong together as long as their first cell is the same.
-    """
-
-    title: str
-    head: tuple[str, ...]
+    title: str  # a headline
+    head: tuple[str, ...]  # names of the columns
     rows: tuple[tuple[Cell, ...], ...]
-    note: str = ""
-    marked: int | None = None
-    bare: tuple[str, ...] = ()
-    wide: tuple[str, ...] = ()
-    is_grouped: bool = False
+    note: str = ""  # what must be known to read it
+    marked: int | None = None  # the row that is recommended
+    bare: tuple[str, ...] = ()  # columns without errors in a terminal
+    wide: tuple[str, ...] = ()  # columns that a terminal leaves out
+    is_grouped: bool = False  # rows of the same first cell belong together
 
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """All layers of a model in a row, those that go among them.
+    """All layers of a model in a row, those that go among them."""
 
-    Attributes:
-        name: what the cut is.
-        num_layers: L.
-        dropped: indices of the layers that go.
-        words: the layers that go, in words.
-    """
-
-    name: str
+    name: str  # of the cut
     num_layers: int
     dropped: tuple[int, ...]
-    words: str
+    words: str  # the layers that go
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A state of the model, on the way from the whole one to the one that is recommended.
+    """A state of the model, on the way from the whole one to the one that is recommended."""
 
-    Attributes:
-        name: ``whole``, ``cut``, ``patched`` or ``healed``.
-        loss: nats a token with the standard error.
-        more: what that is more than the whole model, paired; empty of the whole one.
-        share: of the greatest loss above the whole model, 0 to 1, drawn as a bar.
-        chosen: whether it is the state that is recommended.
-    """
-
-    name: str
-    loss: Number
-    more: str = ""
-    share: float = 0.0
-    chosen: bool = False
+    name: str  # `whole`, `cut`, `patched` or `healed`
+    loss: Number  # nats a token
+    more: str = ""  # above the whole model, paired
+    share: float = 0.0  # of the greatest loss above the whole model, 0 to 1
+    chosen: bool = False  # recommended
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A number or a word, with where it is from.
-
-    Attributes:
-        name: what it is.
-        value: the number, or the word.
-        source: the file and the place in it; what it was measured on.
-    """
+    """A number or a word, with where it is from."""
 
     name: str
     value: Cell
-    source: str = ""
+    source: str = ""  # file and place; what it was measured on
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSample:
-    """A prompt, and how the models go on.
-
-    Attributes:
-        prompt: the text that is continued.
-        continued: by the name of the model, what comes behind the prompt.
-    """
+    """A prompt, and how the models continue it."""
 
     prompt: str
-    continued: Mapping[str, str]
+    continued: Mapping[str, str]  # by model
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a story.
-
-    Attributes:
-        title: its headline.
-        lines: sentences, a paragraph each.
-        facts: numbers and words by name.
-        tables: tables.
-        drawings: figures.
-        samples: of generation.
-        commands: lines for a shell.
-    """
+    """A part of a story."""
 
     title: str
-    lines: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()  # a paragraph each
     facts: tuple[Fact, ...] = ()
     tables: tuple[Table, ...] = ()
     drawings: tuple[Drawing, ...] = ()
-    samples: tuple[PromptSample, ...] = ()
-    commands: tuple[str, ...] = ()
+    samples: tuple[PromptSample, ...] = ()  # of generation
+    commands: tuple[str, ...] = ()  # for a shell
 
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A result; the first screen of its page comes first.
+    """A result; the first screen of its page comes first."""
 
-    Attributes:
-        kind: ``run``, ``comparison`` or ``curve``.
-        title: the model.
-        sentence: all in one sentence.
-        strips: which layers go.
-        steps: what that costs, state by state.
-        cost: the cost in words.
-        savings: what that saves.
-        warnings: what should be known before it is trusted.
-        sections: all else.
-        data: the numbers behind it, as plain JSON values.
-    """
-
-    kind: str
-    title: str
-    sentence: str
-    strips: tuple[Strip, ...] = ()
-    steps: tuple[Step, ...] = ()
-    cost: str = ""
+    kind: str  # `run`, `comparison` or `curve`
+    title: str  # the model
+    sentence: str  # all in one
+    strips: tuple[Strip, ...] = ()  # layers that go
+    steps: tuple[Step, ...] = ()  # the cost, state by state
+    cost: str = ""  # in words
     savings: tuple[Fact, ...] = ()
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # before it is trusted
     sections: tuple[Section, ...] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)  # as plain JSON values
 
     @property
     def drawings(self) -> tuple[Drawing, ...]:
@@ -254,10 +189,7 @@ BY_ITEM = ("by_text", "by_item", "by_prompt", "items", "marks", "job")
 
 
 def without_items(value: Any) -> Any:
-    """Leave out of plain values lists by text, single training steps and what is not finite.
-
-    Of places on this machine only the last part stays, as pages are shown to others.
-    """
+    """Leave out lists by text, training steps and infinite values; of places keep the last part."""
     if isinstance(value, Mapping):
         return {
             without_items(key): without_items(one)

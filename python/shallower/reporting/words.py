@@ -51,9 +51,7 @@ def loss_fact(name: str, loss: Loss, place: str) -> Fact:
 
 
 def loss_words(loss: Loss) -> str:
-    """Say a loss in nats a token and of what it is; on a second line by its vocabulary and in bits
-    a byte.
-    """
+    """Write a loss in nats a token and of what it is; then by its vocabulary and in bits a byte."""
     rejected = f", {counted(loss.num_rejected, 'text')} rejected" if loss.num_rejected else ""
     bits = "" if loss.by_byte is None else f", {loss.by_byte.mean:.4f} bits a byte"
     return (
@@ -99,9 +97,7 @@ def layer_words(layers: Sequence[int]) -> str:
 
 
 def patch_words(settings: Mapping[str, Any]) -> str:
-    """Say which patch the points of a curve have, by its settings: quick, or full on so many
-    tokens; neither where an older version did not say.
-    """
+    """Describe the patch of a curve's points by its settings: quick, or full on so many tokens."""
     if settings.get("patch") == "quick":
         return "quick patch (one matrix a block)"
     tokens = settings.get("patch_tokens")
@@ -136,10 +132,7 @@ def out_of(command: str, otherwise: str) -> str:
 
 
 def again(what: str, *commands: str) -> Section:
-    """Give the commands that make all of it again; long ones are broken before their options.
-
-    ``what`` says in a sentence what they do.
-    """
+    """Give the commands that make all of it again, with ``what`` they do, broken before options."""
     line = (
         f"{what} Names of files and folders are those of the machine that made it, words in "
         f"capitals are places on yours."
@@ -216,9 +209,7 @@ def differs(
     *,
     own: Iterable[str] = (),
 ) -> Section:
-    """Say why the same model measured elsewhere may have other numbers; ``own`` are further
-    reasons.
-    """
+    """Explain why the same model measured elsewhere may have other numbers; ``own`` come last."""
     length = (
         f"at most {counted(max_length, 'token')}"
         if max_length

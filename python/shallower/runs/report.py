@@ -32,11 +32,11 @@ def report(
 ) -> Path:
     """Write the page of a run or of a comparison.
 
-    The page is one HTML file that needs no network: what was cut, how sure that is, what
-    it costs and gains, figures, every number with where it is from, and the commands to make it
+    The page is one HTML file that needs no network. It holds what was cut, how sure that is, what
+    it costs and gains, and figures. Every number has its source, and the commands that make it
     again. Markdown and JSON are written beside it, and the figures into ``figures/`` as SVG and
-    PNG, where matplotlib is installed; without it the page has none. What is there is replaced,
-    but a page with figures not by one without.
+    PNG. Without matplotlib the page has no figures. What is there is replaced, but a page with
+    figures not by one without.
 
     Args:
         folder: what :func:`run`, :func:`compare` or :func:`curve` has written.
@@ -106,8 +106,7 @@ def _read_results(folder: Path) -> Callable[..., Story]:
         done = Run.load(folder)
         if done.recommended is None:
             raise OutputError(
-                f"{folder} holds a run that has not ended: call shallower run again, and it goes "
-                f"on where it was"
+                f"{folder} holds a run that has not ended: call shallower run again to resume it"
             )
         return partial(run_story, done, gain=_gain(folder))
     if (folder / COMPARISON_FILE).is_file():

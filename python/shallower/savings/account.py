@@ -56,39 +56,23 @@ _UNWRITTEN = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty
 
 @dataclass(slots=True)
 class Operation:
-    """A product, or the stretch between two products.
+    """A product, or the stretch between two products."""
 
-    Attributes:
-        flops: 2 for each multiplication and addition of a product; 0 for a stretch.
-        read: bytes read from memory, weights included.
-        written: bytes written to memory.
-        launches: operations of torch that it is made of.
-        layer: the index of the decoder layer that it is in; None outside of them.
-    """
-
-    flops: int = 0
-    read: int = 0
-    written: int = 0
-    launches: int = 0
-    layer: int | None = None
+    flops: int = 0  # 2 for each multiplication and addition; 0 for a stretch
+    read: int = 0  # bytes, weights included
+    written: int = 0  # bytes
+    launches: int = 0  # operations of torch that it is made of
+    layer: int | None = None  # that it is in; None outside of them
 
 
 @dataclass(slots=True)
 class _Stored:
-    """A storage, and what is known of it.
+    """A storage, and what is known of it."""
 
-    Attributes:
-        storage: kept, so that no other gets its key.
-        origin: the stretch that made it and has not been charged for writing it, as nothing behind
-            it has read it; None for all else.
-        distinct: bytes of it that are no copies of others.
-        scale: bytes in memory for a byte of the tensor: less than 1 for quantised weights.
-    """
-
-    storage: torch.UntypedStorage
-    origin: Operation | None
-    distinct: int
-    scale: float = 1.0
+    storage: torch.UntypedStorage  # kept, so that no other gets its key
+    origin: Operation | None  # the stretch that made it, until it is charged for writing
+    distinct: int  # bytes of it that are no copies of others
+    scale: float = 1.0  # bytes in memory for a byte; below 1 for quantised weights
 
 
 @dataclass(slots=True)
@@ -102,13 +86,10 @@ class _Stretch:
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operations that run in its body, on weights that may be fake.
+    """Records the ``operations`` that run in its body, on weights that may be fake.
 
     ``scales`` has, by storage, the bytes in memory for a byte of a weight, where they are not as
     many. What is put behind the tensors ``cached`` is taken to be written in place.
-
-    Attributes:
-        operations: in the order in which they began.
     """
 
     def __init__(
@@ -167,10 +148,7 @@ class Recorder(TorchDispatchMode):
         *,
         by_expert: bool = False,
     ) -> None:
-        """Record a product.
-
-        ``by_expert``: of the second input's experts no more are read than there are rows.
-        """
+        """Record a product; ``by_expert`` it reads no more experts than there are rows."""
         self._stretch = None
         operation = Operation(flops, launches=1, layer=self._layer)
         self.operations.append(operation)
@@ -309,41 +287,22 @@ _CACHES = ("cache", "past_key_values", "cache_params")
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What a model holds, and what its forwards compute, read and write.
+    """What a model holds, and what its forwards compute, read and write."""
 
-    Attributes:
-        parameters: values of its weights; those that it shares count once.
-        weight_bytes: bytes of its weights and buffers.
-        cache_bytes: bytes of keys and values (and of what else a layer remembers) of all texts.
-        cache_growth: bytes of them that one more token of one text adds.
-        prefill: the operations of a forward of the context.
-        decode: those of a forward of one more token of every text.
-        layer_weights: bytes of the weights of every decoder layer.
-        layer_caches: bytes of the cache of every decoder layer.
-    """
-
-    parameters: int
-    weight_bytes: int
-    cache_bytes: int
-    cache_growth: int
-    prefill: tuple[Operation, ...]
-    decode: tuple[Operation, ...]
-    layer_weights: tuple[int, ...]
-    layer_caches: tuple[int, ...]
+    parameters: int  # values of its weights; those that it shares count once
+    weight_bytes: int  # with buffers
+    cache_bytes: int  # keys, values and other memory of all texts
+    cache_growth: int  # bytes of one more token of one text
+    prefill: tuple[Operation, ...]  # a forward of the context
+    decode: tuple[Operation, ...]  # of one more token of every text
+    layer_weights: tuple[int, ...]  # bytes
+    layer_caches: tuple[int, ...]  # bytes
 
 
 def count(config: PretrainedConfig, dtype: str, *, context: int = 2048, batch: int = 1) -> Account:
     """Count what a model holds and does without its weights, once for each config.
 
-    Args:
-        config: of transformers.
-        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``, ``nf4`` or ``int8``.
-        context: tokens that a text has before it is continued.
-        batch: texts in a forward.
-
-    Raises:
-        ModelError: no causal language model can be built from the config, its forward needs
-            weights, or it has learned fewer positions than ``context`` and one.
+    ``context`` are the tokens that each of ``batch`` texts has before it is continued.
     """
     ways = str(config._attn_implementation), str(config._experts_implementation)
     content = config.to_json_string(use_diff=False)
@@ -383,10 +342,7 @@ def _count(subject: _Accounted) -> Account:
 
 
 def longest_context(model: PreTrainedModel) -> int:
-    """Tokens that a text may have before it is continued: one less than the learned positions.
-
-    Of a model that computes its positions, as by RoPE, it is the largest of all numbers here.
-    """
+    """Tokens before a text is continued, one less than the learned positions, or any number."""
     positions = learned_positions(find_layers(model).runner, text_config(model))
     return sys.maxsize if positions is None else positions - 1
 

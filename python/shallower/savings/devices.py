@@ -13,26 +13,15 @@ HERE = "here"
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A machine as the roofline sees it.
+    """A machine as the roofline sees it."""
 
-    Attributes:
-        name: as ``--forecast-device`` takes it.
-        title: its name for people.
-        flops: operations a second at most by dtype of the weights, dense.
-        bandwidth: bytes a second between memory and processor.
-        memory: bytes of memory.
-        source: where the figures are from.
-        launch: seconds that an operation of torch takes beside its arithmetic; unknown, and left
-            out, of a machine that is not here.
-    """
-
-    name: str
-    title: str
-    flops: Mapping[str, float]
-    bandwidth: float
-    memory: int
-    source: str
-    launch: float = 0.0
+    name: str  # as `--forecast-device` takes it
+    title: str  # for people
+    flops: Mapping[str, float]  # operations a second at most by dtype of the weights, dense
+    bandwidth: float  # bytes a second between memory and processor
+    memory: int  # bytes
+    source: str  # of the figures
+    launch: float = 0.0  # seconds an operation beside its arithmetic; 0 for others' machines
 
     def peak(self, dtype: str) -> float:
         """Operations a second at most; weights in 4 or 8 bits are multiplied in bfloat16."""
@@ -103,9 +92,6 @@ _DRIVER_NAMES = {
 
 
 def known_as(title: str) -> Device | None:
-    """Find a GPU by its driver's name for it, as ``NVIDIA A100-SXM4-80GB``.
-
-    Slower forms of the same chip are not in the table, as others are not: None.
-    """
+    """Find a GPU by its driver's name, as ``NVIDIA A100-SXM4-80GB``; no slower forms of a chip."""
     words = set(title.upper().replace("-", " ").split()) - {"NVIDIA"}
     return next((DEVICES[name] for name, own in _DRIVER_NAMES.items() if own == words), None)

@@ -66,9 +66,6 @@ def cost_by_layer(decoder: Decoder, target: Target) -> tuple[float, list[float]]
 
     Of a latency that is 1, and the share of a token's time on the device; of a memory the bytes of
     weights and cache.
-
-    Raises:
-        ModelError: the model cannot be counted, or has learned fewer positions than the context.
     """
     dtype = stored_dtype(decoder.model)
     account = count(decoder.model.config, dtype, context=target.context)

@@ -10,12 +10,7 @@ _PLAIN = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSize:
-    """The size of a checkpoint.
-
-    Attributes:
-        parameters: values of all tensors; None where they are packed.
-        num_bytes: of the files.
-    """
+    """The size of a checkpoint's files, and the number of its values, None if they are packed."""
 
     parameters: int | None
     num_bytes: int

@@ -38,9 +38,9 @@ def analyse_states(
             is read in constant memory; one that ``scan`` kept gives that scan again.
         metrics: of ``angular``, ``cosine``, ``relative_l2``, ``norm_ratio``.
         threads: threads of the core, all by default.
-        keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, 4 bytes
-            times samples times L(L+1)/2 a metric, in memory and in the file: 22 MB for
-            10,000 samples of 33 layers.
+        keep_samples: keep the values of single samples for :meth:`Scan.bootstrap`, in memory and in
+            the file. They take 4 bytes times samples times L(L+1)/2 a metric: 22 MB for 10,000
+            samples of 33 layers.
         cka_batch: also find linear CKA, from minibatches of so many consecutive samples, 4 to
             1024; a last one of fewer than 4 is left out. See :attr:`Scan.cka`.
         sequences: (samples,) integers, which sequence a sample is of, if several are of one:

@@ -1,9 +1,9 @@
 """Hidden states of a model at the chosen tokens, by hooks.
 
-For every batch: the base model runs once, without its head and without a cache; a hook on
-every layer keeps the rows of the chosen tokens (the last that is no padding, by default) of
-x^(l), the layer's input, and one more those of x^(L), the last layer's output before the final
-norm. Nothing else of a batch is kept. On CUDA the rows travel to pinned memory while the next
+For every batch the base model runs once, without its head and without a cache. A hook on every
+layer keeps the rows of the chosen tokens of x^(l), the layer's input; one more keeps those of
+x^(L), the last layer's output before the final norm. By default the token is the last that is no
+padding. Nothing else of a batch is kept. On CUDA the rows travel to pinned memory while the next
 batch runs (``models.transfers``).
 """
 

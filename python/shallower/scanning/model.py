@@ -50,8 +50,8 @@ def scan(
             and truncated to ``max_length`` tokens.
         settings: the settings; by default those of :class:`ScanSettings`.
         progress: a bar with ETA on standard error; by default if that is a terminal.
-        checkpoint: a file that keeps the work so far, every 20 seconds; if it is there, the
-            scan goes on from it. It stays when the scan is done: delete it.
+        checkpoint: a file that keeps the work so far, every 20 seconds; if it is there, the scan
+            resumes from it. It stays when the scan is done: delete it.
         total: how many texts there are, for the ETA, where ``len(texts)`` is unknown.
         cka_batch: also find linear CKA, from minibatches of so many consecutive texts, 4 to
             1024; not with ``checkpoint``. See :attr:`Scan.cka`. Minibatches are of tokens, if
@@ -72,9 +72,9 @@ def scan(
             observed, with ``experts``.
         LayersError, MetricError: ``until`` names sizes that the model cannot lose, or no metric
             with bounds decides; with bets, PositionsError for several tokens of a text.
-        ScanError: ``checkpoint`` is of another model or other weights, of other texts or positions,
-            stops otherwise, or does not go with ``cka_batch``, whose minibatches a file of sums
-            cannot cut through.
+        ScanError: ``checkpoint`` is of another model, other weights, texts or positions, or stops
+            otherwise; or it does not go with ``cka_batch``, since a file of sums cannot divide
+            minibatches.
         OutputError: ``checkpoint`` lies in the model or among the texts.
         ProcessesError: this is one of several processes, as torchrun starts them.
     """

@@ -42,7 +42,7 @@ class Scan:
 
     Attributes:
         contents: the sums, and what else a scan holds.
-        settled: when a scan that was told to stop was sure of its best blocks; no file has it.
+        settled: when a scan with ``until`` was sure of its best blocks; no file has it.
     """
 
     def __init__(self, contents: Contents, settled: Settled | None = None) -> None:
@@ -102,7 +102,7 @@ class Scan:
     def mean(self, metric: str = "angular") -> NDArray[np.float64]:
         """The mean of a metric over samples, (L+1, L+1) float64, symmetric.
 
-        ``[l, m]`` compares x^(l) with x^(m): for equal directions ``angular``, in [0, 1], is 0, and
+        ``[l, m]`` compares x^(l) with x^(m). For equal directions ``angular``, in [0, 1], is 0, and
         ``cosine``, in [-1, 1], is 1. For l < m, ``relative_l2`` is |x^(m) - x^(l)| / |x^(l)|,
         ``norm_ratio`` |x^(m)| / |x^(l)|. MetricError, StatesError: the metric is not held, or no
         sample was accepted.
@@ -112,17 +112,17 @@ class Scan:
     def variance(self, metric: str = "angular") -> NDArray[np.float64]:
         """The variance of a metric between sequences, (L+1, L+1) float64, NaN for one sequence.
 
-        That of (s - m n) / n̄ with divisor G-1 over the G sequences, s the sum over the n samples
-        of one, m the mean over all samples, n̄ the mean of n. For sequences of one sample it is the
-        sample variance. Raises as :meth:`mean`.
+        That of (s - m n) / n̄ with divisor G-1 over the G sequences. Of one sequence, s is the sum
+        over its n samples; m is the mean over all samples, n̄ the mean of n. For sequences of one
+        sample it is the sample variance. Raises as :meth:`mean`.
         """
         return self.contents.sums.variance(metric)
 
     def stderr(self, metric: str = "angular") -> NDArray[np.float64]:
         """The standard error of :meth:`mean`, (L+1, L+1) float64; NaN for one sequence.
 
-        Sequences are independent, the samples of one are not: the mean is a ratio of sums over
-        sequences, √(variance / G) its error (Cochran, Sampling Techniques, ch. 6). Raises as
+        Sequences are independent; the samples of one are not. The mean is a ratio of sums over
+        sequences, and √(variance / G) is its error (Cochran, Sampling Techniques, ch. 6). Raises as
         :meth:`mean`.
         """
         return np.sqrt(self.variance(metric) / self.num_sequences)

@@ -1,8 +1,8 @@
 """Contents of a scan: merged, written to a file, and read without loss.
 
-The file is safetensors: the core's own bytes (``sums``, and ``cka`` if there is one), the values
-of single samples if they are kept, and a header in JSON. Statistics of experts are core's bytes
-(``experts``), ratios of weights, and an entry in the header.
+The file is safetensors with a header in JSON. It holds the core's own bytes (``sums``, and ``cka``
+if there is one), and the values of single samples if they are kept. Statistics of experts are the
+core's bytes (``experts``), ratios of weights, and an entry in the header.
 """
 
 import hashlib

@@ -1,11 +1,11 @@
 """Settling: whether more texts could still make another block the best by more than a tolerance.
 
 A sequential model confidence set (2404.18678) for each block size: candidates are the K = L-n+1
-starts, an observation is a text's distances, the leader is the start of the least sum so far. It
-is settled as soon as it is shown to exceed no rival by more than the tolerance. That is wrong only
-where the best start of all is such a rival: K-1 pairs, which share the error, whoever leads when.
-Texts of a window are sorted by length, so whole windows are judged, by sums that their order does
-not change. docs/derivations.md has the formulas.
+starts, and an observation is a text's distances. The leader is the start of the least sum so far.
+It is settled as soon as it is shown to exceed no rival by more than the tolerance. That is wrong
+only where the best start of all is such a rival: K-1 pairs, which share the error, whoever leads
+when. Texts of a window are sorted by length, so whole windows are judged, by sums that their order
+does not change. docs/derivations.md has the formulas.
 """
 
 import math

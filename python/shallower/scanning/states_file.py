@@ -1,8 +1,8 @@
 """StatesFile: hidden states read part by part in constant memory.
 
-A ``.npy`` file holds one array (samples, L+1, D). A ``.safetensors`` file holds one tensor of
-that shape, and may say more: which text a sample is of, and an :class:`Origin`, the model and the
-texts. Nothing in a header is believed before it fits the length of the file.
+A ``.npy`` file holds one array (samples, L+1, D). A ``.safetensors`` file holds one tensor of that
+shape. It may name the text of every sample, and an :class:`Origin`, the model and the texts.
+Nothing in a header is believed before it fits the length of the file.
 
 Files are read, not mapped: one thread reads a part while the core compares the last one. So memory
 is constant, and a file that shrinks is an error instead of a signal. A mapping was faster from the

@@ -1,4 +1,4 @@
-"""The workers that a command asks for: processes of this machine, or actors of a Ray cluster.
+"""The workers of a command: processes of this machine, or actors of a Ray cluster.
 
 They are counted in GPUs, or on CPUs in the processors that this process may use. All workers of one
 work have the same number of threads, because the bits of results depend on it.

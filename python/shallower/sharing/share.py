@@ -1,6 +1,6 @@
 """One way to share: workers do the units of a work, or anybody makes its shards by hand.
 
-A kind of work supplies what :mod:`shallower.sharing.work` asks for.
+A kind of work supplies the methods of :mod:`shallower.sharing.work`.
 """
 
 from collections.abc import Iterable, Mapping

@@ -167,8 +167,8 @@ class StudyWork(SharedWork):
             )
         if study.inputs is None:
             raise ProcessesError(
-                "what is shared must be known by its content: models of whose files all is known, "
-                "and criteria of this package"
+                "work can be shared only for models whose files can be hashed, and with built-in "
+                "criteria"
             )
         is_near = self.shard is None and self.on == "local"
         settings = study.shared_settings()

@@ -274,9 +274,8 @@ class EvalJob:
     def measure(self) -> Results:
         """Load the model, and measure what is not known of it.
 
-        The whole model of a measure, where it is another one, is loaded before it and after it: no
-        two are in memory together. Raises PlanError for a plan of another model, and what the
-        measures raise.
+        A reference model that is another checkpoint is loaded before and after, so that only one is
+        in memory. Raises PlanError for a plan of another model, and what the measures raise.
         """
         found = {
             measure.kind: {

@@ -196,8 +196,8 @@ class Recommending:
                 self._withdraw()
                 raise PlanError(
                     f"no cut loses at most {self._target.max_loss:g} nats a token: the best "
-                    f"of a single layer loses {self._kept}, as it is saved, on the texts that "
-                    f"choose; ask for more (max_loss, --max-loss)"
+                    f"of a single layer loses {self._kept}, as it is saved, on the selection "
+                    f"texts; ask for more (max_loss, --max-loss)"
                 )
             n -= 1
         larger = self._larger(n)

@@ -61,12 +61,13 @@ def run(
 ) -> Run:
     """Recommend one shallower model, and make it.
 
-    The layers are compared by a scan; proposals of several criteria are raced after a quick patch,
-    by their loss or (``judge="speech"``) by their divergence from the whole model on its own words;
-    the winner is patched, saved, reloaded by stock transformers and, with ``heal``, trained. The
-    texts are divided into calibration, selection and test set: every reported number comes from
-    texts that played no part in the selection. The judge of speech selects by one half of the
-    prompts and reports the other half; losses are of texts, whatever the judge.
+    The layers are compared by a scan. Proposals of several criteria are raced after a quick patch.
+    The race is by their loss or, with ``judge="speech"``, by their divergence from the whole model
+    on its own words. The winner is patched, saved, reloaded by stock transformers and, with
+    ``heal``, trained. The texts are divided into calibration, selection and test set: every
+    reported number comes from texts that played no part in the selection. The judge of speech
+    selects by one half of the prompts and reports the other half; losses are of texts, whatever the
+    judge.
 
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
     ``target_memory``; by none of them it is the knee of the curve of losses, or of divergences.
@@ -108,9 +109,9 @@ def run(
         TextsError: no texts, or too few for three sets; too few prompts or answers, or broken ones.
         StatesError: no text could be compared.
         ModelError: the model cannot be loaded, run or (for a target) counted, there is no such
-            ``device``; ``heal``, answers or the judge ``speech`` of a model whose layers wait on
-            disk; or the saved checkpoint is another model; then ``results.json`` holds all that is
-            known.
+            ``device``; ``heal``, answers or the judge ``speech`` of a model whose layers are
+            streamed; or the saved checkpoint is another model; then ``results.json`` holds all that
+            is known.
         CacheError: what the cache holds is damaged.
         MissingExtraError: ``heal`` without peft.
         ProcessesError: this is one of several processes, as torchrun starts them.

@@ -1,7 +1,7 @@
 """Study: models, texts and settings, and the folder that holds what was found about them.
 
-``run``, ``curve`` and ``compare`` are studies. They share the three sets of texts, the identity of
-a study, its folder, what is refused before heavy work, and the writing before each next step.
+``run``, ``curve`` and ``compare`` share the three sets of texts, the identity of a study, its
+folder, and what is refused before heavy work. Each writes before its next step.
 """
 
 import json

@@ -1,10 +1,10 @@
 """Texts to padded batches of token ids, in constant memory.
 
 Texts are read once. A window of batches is tokenised, sorted by length and cut into batches,
-longest first; only the token ids of a text are kept, at most ``max_length``. Batches are padded
-on the right, with token 0, which every vocabulary has: in a causal model no token sees what
-follows it, so the states of a text are those it has alone, whatever the tokenizer's padding side
-and pad token.
+longest first; only the token ids of a text are kept, at most ``max_length``. Batches are padded on
+the right, with token 0, which every vocabulary has. In a causal model no token sees what follows
+it. So the states of a text are those it has alone, whatever the tokenizer's padding side and pad
+token.
 """
 
 import hashlib
@@ -36,19 +36,12 @@ FIRST_WINDOW = 32
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids of B texts, padded on the right to T tokens.
+    """Token ids of B texts, padded on the right to T tokens."""
 
-    Attributes:
-        input_ids: (B, T) int64.
-        attention_mask: (B, T) int64, 1 at tokens and 0 at padding.
-        samples: (B,) int64, the index of every text among all texts.
-        given: how many of the first tokens of a text are only given, (B,) int64 or of all: its
-            first token, which nothing predicts, or the prompt of an answer.
-    """
-
-    input_ids: NDArray[np.int64]
-    attention_mask: NDArray[np.int64]
-    samples: NDArray[np.int64]
+    input_ids: NDArray[np.int64]  # (B, T)
+    attention_mask: NDArray[np.int64]  # (B, T), 1 at tokens and 0 at padding
+    samples: NDArray[np.int64]  # (B,), the index of every text among all texts
+    # First tokens not predicted, (B,) or of all: the first, or a prompt.
     given: NDArray[np.int64] | int = 1
 
     def __len__(self) -> int:
@@ -100,10 +93,7 @@ AnyTexts = Iterable[str | TokenisedText]
 def tokenise(
     tokenizer: "PreTrainedTokenizerBase", texts: AnyTexts, max_length: int
 ) -> Iterator[TokenisedText]:
-    """Tokenise texts, one at a time, for all batches that will be made of them.
-
-    What is tokenised already stays. Raises TextsError at a text that cannot be tokenised.
-    """
+    """Tokenise texts, one at a time, for all batches of them; what is tokenised already stays."""
     for index, text in enumerate(texts):
         if isinstance(text, TokenisedText):
             yield text
@@ -116,21 +106,14 @@ class TokenBatches:
     """An iterable of batches that reads texts once, a window of batches at a time.
 
     Texts that are tokenised already are not tokenised again. Texts of fewer than ``min_tokens``
-    tokens are rejected; ``count_bytes`` fills ``predicted_bytes``, of plain texts alone. A window
-    is of ``window`` texts, by default of 16 batches. Those of a ``test_set`` begin with 32 texts,
-    and double what was read until they are as large; the texts of its batches ascend.
+    tokens are rejected: their number is ``num_rejected``, and ``rejections`` the first of them by
+    name. A window is of ``window`` texts, by default of 16 batches. Those of a ``test_set`` begin
+    with 32 texts, and double what was read until they are as large; the texts of its batches
+    ascend.
 
-    Raises:
-        TextsError: ``texts`` is no iterable of strings, or ``max_length`` leaves no room beside
-            special tokens; on iteration, a text is no string or cannot be tokenised.
-
-    Attributes:
-        num_texts: texts read so far.
-        predicted_bytes: by the index of a text its bytes in UTF-8 behind its first token, up to
-            the last one that is kept; none where they are not counted, or the tokenizer is a slow
-            one, which does not say where tokens lie.
-        num_rejected: texts with too few tokens, so far.
-        rejections: the first of those, by name.
+    ``count_bytes`` fills ``predicted_bytes``, of plain texts alone: by the index of a text its
+    bytes in UTF-8 behind its first token, up to the last one that is kept. A slow tokenizer does
+    not say where tokens lie, and has none.
     """
 
     def __init__(
@@ -304,10 +287,7 @@ def padded(texts: Unpadded, given: NDArray[np.int64] | int = 1) -> Batch:
 
 @contextmanager
 def untouched(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
-    """Put a fast tokenizer's truncation and padding back when the body ends.
-
-    A fast tokenizer keeps those of its last call, and would save them.
-    """
+    """Restore in the end a fast tokenizer's truncation and padding, which its calls change."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         yield

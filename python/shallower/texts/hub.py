@@ -55,10 +55,7 @@ def read_caches() -> str | None:
 
 @cache
 def hub_files(name: str, commit: str) -> "list[RepoSibling]":
-    """The files of a model's repository with their sizes, and the hashes of those in LFS.
-
-    Raises what the hub's client raises.
-    """
+    """The files of a model's repository with their sizes, and the hashes of those in LFS."""
     from huggingface_hub import HfApi
 
     return HfApi().model_info(name, revision=commit, files_metadata=True).siblings or []
@@ -66,10 +63,7 @@ def hub_files(name: str, commit: str) -> "list[RepoSibling]":
 
 @contextmanager
 def raise_fetch_error(name: str, what: str = "") -> Iterator[None]:
-    """Turn what the hub's client raises for a model into a ModelError, with the hub's reason.
-
-    ``what`` is the file of the repository ``name`` that is fetched, if it is one.
-    """
+    """Raise a ModelError for what the hub's client raises for a model, or for its file ``what``."""
     try:
         yield
     except Exception as error:  # of the hub's client, which has had several

@@ -17,29 +17,20 @@ _OPTIONS = ("options", "choices")
 
 @dataclass(frozen=True, slots=True)
 class OptionItem:
-    """A context with options that continue it, of which one is right.
-
-    Attributes:
-        context: what comes before every option.
-        options: at least two.
-        answer: the index of the right one, from 0 on.
-        line: where it stands in its file; for errors.
-    """
+    """A context with options that continue it, of which one is right."""
 
     context: str
-    options: tuple[str, ...]
-    answer: int
-    line: int = field(default=0, compare=False)
+    options: tuple[str, ...]  # two at least
+    answer: int  # index of the right one
+    line: int = field(default=0, compare=False)  # in its file, for errors
 
 
 def read_options(source: str | Path) -> list[OptionItem]:
     """Read a file of items, a JSON object a line.
 
-    The fields are ``context`` (also called ``query`` or ``question``), a string; ``options``
-    (also called ``choices``), a list of strings; and ``answer``, the index of the right option,
-    from 0 on. Others are ignored.
-
-    Raises TextsError, which names the line, where there is no file, no item, or what is none.
+    The fields are ``context`` (also called ``query`` or ``question``), a string; ``options`` (also
+    called ``choices``), a list of strings; and ``answer``, the index of the right option, from 0
+    on. Others are ignored. A TextsError names the line.
     """
     path, _, is_file = looked_up(source, "options")
     if not is_file:

@@ -1,4 +1,4 @@
-"""Prompts, and answers to them: what a model is let to speak about, and what it said."""
+"""Prompts, and the answers that a model generates to them."""
 
 import hashlib
 import json
@@ -44,24 +44,16 @@ _ANSWER = "shallower"
 class Prompt:
     """A text that is continued, or a chat that is answered; with an answer, if it has one.
 
-    Attributes:
-        text: what is continued as it is; None for a chat alone.
-        messages: of a chat, each with its ``role`` and ``content``; none for a text alone. A
-            tokenizer that has a template for chats is given these, any other one the text.
-        kind: what it asks for, as ``story``; empty where that is not said.
-        answer: what a model said, if it was let to.
-        ended: whether the answer ended by itself; None where that is not known.
-        model: which model said it, if that is known.
-        line: where it stands in its file; for errors.
+    A tokenizer with a template for chats is given the ``messages``, any other one the ``text``.
     """
 
-    text: str | None = None
-    messages: tuple[Mapping[str, str], ...] = ()
-    kind: str = ""
-    answer: str | None = None
-    ended: bool | None = None
-    model: str | None = None
-    line: int = field(default=0, compare=False)
+    text: str | None = None  # None for a chat alone
+    messages: tuple[Mapping[str, str], ...] = ()  # with `role` and `content`; none for a text
+    kind: str = ""  # such as `story`
+    answer: str | None = None  # of a model
+    ended: bool | None = None  # by itself; None where that is not known
+    model: str | None = None  # of the answer, if known
+    line: int = field(default=0, compare=False)  # in its file, for errors
 
     def shown(self, tokenizer: "PreTrainedTokenizerBase") -> str:
         """Give what a person reads of it: the text, or the last message of the chat."""
@@ -77,9 +69,8 @@ def read_prompts(source: str | Path | None = None, limit: int | None = None) -> 
 
     The fields are ``prompt``, a string, or ``messages``, a list of objects with ``role`` and
     ``content``, or both; and, where they are known, ``kind``, ``answer``, ``ended`` and ``model``.
-    Others are ignored. By default the prompts are :data:`SPEECH_PROMPTS`.
-
-    Raises TextsError, which names the line, where there is no file, no prompt, or what is none.
+    Others are ignored. By default the prompts are :data:`SPEECH_PROMPTS`. A TextsError names the
+    line.
     """
     if limit is not None:
         _check_number(limit)
@@ -103,8 +94,7 @@ def given_prompts(
 ) -> list[Prompt]:
     """Take prompts as they are given: a file, or an iterable of texts, objects and prompts.
 
-    An object has the fields of a line of a file; by default the prompts are
-    :data:`SPEECH_PROMPTS`. Raises TextsError as :func:`read_prompts`.
+    An object has the fields of a line of a file; by default the prompts are :data:`SPEECH_PROMPTS`.
     """
     if prompts is None or isinstance(prompts, str | Path):
         return read_prompts(prompts)
@@ -125,7 +115,7 @@ def training_prompts(count: int, seed: int = 0) -> list[Prompt]:
     """Draw chats of one message, no two alike, each a template and a topic of our own.
 
     They are of other kinds than the prompts that speech is measured on. The first ones of a larger
-    draw are a smaller draw with the same seed. Raises TextsError for more than there are.
+    draw are a smaller draw with the same seed.
     """
     _check_number(count)
     made_of = json.loads(TRAINING_PROMPTS.read_text(encoding="utf-8"))
@@ -156,9 +146,9 @@ def prompt_ids(
 ) -> list[NDArray[np.int64]]:
     """Tokenise prompts, (P,) int64 each, up to where the answer begins.
 
-    Chats are written by the tokenizer's template: without thoughts before the answer where it lets
-    us choose, and on the same day always where it names the day. Of a text the token that ends
-    one, which some tokenizers add, is left out. Raises TextsError, which names the prompt.
+    Chats are written by the tokenizer's template, on a fixed day, and without thoughts before the
+    answer where it allows that. Of a text the token that ends one, which some tokenizers add, is
+    left out.
     """
     with untouched(tokenizer):
         return [
@@ -168,10 +158,10 @@ def prompt_ids(
 
 
 def answer_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> NDArray[np.int64]:
-    """Tokenise the answer of a prompt, (A,) int64; if it is known to have ended, with its end.
+    """Tokenise the answer of a prompt, (A,) int64, with its end if it is known to have ended.
 
     In a chat that is what the template writes behind an answer, else what ends a text, if anything
-    does. Raises TextsError for an answer that cannot be tokenised.
+    does.
     """
     assert prompt.answer is not None
     with untouched(tokenizer):

@@ -1,4 +1,4 @@
-"""Other packages' bars and notes, off while ours are shown; what the hub's client waits for."""
+"""Other packages' bars and notes, off while ours are shown; the pauses of the hub's client."""
 
 import logging
 import re
@@ -31,10 +31,9 @@ _SWITCHES = (
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Keep other packages' bars and notes off standard error in the body.
+    """Keep other packages' bars and notes off standard error in the body, in all threads.
 
-    Those of all threads are off, bars by the packages' own switches: of packages imported before.
-    What the hub's client waits for is said in a line, and TimeoutError raised if it is too long.
+    The hub client's pauses are reported in a line, and TimeoutError raised if one is too long.
     """
     with warnings.catch_warnings(), _THEIRS:
         warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
@@ -67,7 +66,9 @@ class _Waits(logging.Handler):
         if wait := re.search(r"(?:Waiting|Retrying in) ([\d.]+)s", text):
             seconds = float(wait[1])
             if seconds > MOST_WAIT:
-                raise TimeoutError(f"{heard.why}, and asks to wait {seconds:.0f} s: try again then")
+                raise TimeoutError(
+                    f"{heard.why}, and the next request may come in {seconds:.0f} s: try again then"
+                )
             say(f"{heard.why}: asking again in {seconds:.0f} s")
         elif url := re.search(r"(https?://[^/\s]+)", text):
             status = re.search(r"HTTP Error (\d+)", text)

@@ -37,11 +37,7 @@ _WHOLE = 1 << 30
 
 
 class ReadOnce:
-    """Texts that are read from their source once, however often they are iterated.
-
-    What a pass has read is kept for the next one, until :meth:`last_pass`. Raises TextsError for
-    what is no iterable of strings.
-    """
+    """Texts that are read from their source once; a pass is kept until :meth:`last_pass`."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
@@ -67,16 +63,10 @@ class ReadOnce:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A sequence of tokens.
+    """A sequence of tokens."""
 
-    Attributes:
-        ids: token ids, (T,) uint32.
-        predicted: (T,) bool, which of them are predicted; by default all but the first, which
-            never is.
-    """
-
-    ids: NDArray[np.uint32]
-    predicted: NDArray[np.bool_] | None = None
+    ids: NDArray[np.uint32]  # (T,)
+    predicted: NDArray[np.bool_] | None = None  # (T,); by default all but the first, which never is
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,17 +74,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Sequences of tokens.
+    """Sequences of tokens."""
 
-    Attributes:
-        rows: those of texts, then those of answers.
-        identity: the identity of the texts that were read for them.
-        num_text_rows: how many rows are of texts.
-        answers: the identity of the answers, if there are any.
-    """
-
-    rows: Sequence[Sample]
-    identity: TextsIdentity
+    rows: Sequence[Sample]  # of texts, then of answers
+    identity: TextsIdentity  # of the texts that were read for them
     num_text_rows: int
     answers: AnswersIdentity | None = None
 
@@ -117,8 +100,7 @@ def read_samples(
     With answers, which :func:`usable_answers` gave, a ``share`` of the sequences is left to them;
     all of them are taken, however many that is. Packed, every sequence begins where a document
     does, and is filled up to ``max_length``: by the next ones with end-of-text tokens between them,
-    then by what did not fit; of answers by whole ones. Raises TextsError for too few tokens for one
-    step, what is no string, or a tokenizer without an end-of-text token to pack with.
+    then by what did not fit; of answers by whole ones.
     """
     turns = answers_turns(num_samples, share)
     wanted = int(np.count_nonzero(~turns))
@@ -195,10 +177,7 @@ def _too_few(batches: TokenBatches, number: int, least: int, packed_to: int | No
 
 # Answers
 def usable_answers(answers: Sequence[Answer], max_length: int) -> list[Answer]:
-    """List the answers of which a sequence of ``max_length`` has a token to predict.
-
-    Warns of those that are left out; raises TextsError where none is left.
-    """
+    """List the answers of which ``max_length`` tokens have one to predict; warn of the others."""
     check_answers(answers)
     kept, left_out = [], []
     for index, one in enumerate(answers):
@@ -290,9 +269,9 @@ def answered(
 ) -> list[Answer]:
     """Take the answers of a file's prompts, which are of the uncut ``model``, if it is known.
 
-    A prompt that does not name whose its answer is, is taken to be right; of one that does not say
-    whether its answer ended, no end is learned, and a warning says so. Raises TextsError, which
-    names the line, where there is no answer, or one of another model.
+    A prompt that does not name a model is taken to be right. Where it does not say whether its
+    answer ended, no end is learned, with a warning. A TextsError names the line of an answer of
+    another model, or of none.
     """
     for index, one in enumerate(prompts):
         place = f"line {one.line}" if one.line else f"prompt {index}"
@@ -337,7 +316,7 @@ def mixed(
     """Yield texts and answers behind their prompts, to fit a patch on; none of them twice.
 
     Of what the patch holds out the ``share`` of answers is that of the rest. Where either are at
-    their end, the others go on. Answers are those that :func:`usable_answers` gave.
+    their end, the others go on.
     """
     kinds = (
         tokenise(tokenizer, texts, max_length),
@@ -360,10 +339,7 @@ def mixed(
 
 # The order
 def order(count: int, total: int, seed: int) -> NDArray[np.int64]:
-    """Draw (total,) indices below ``count``, the order in which samples are taken.
-
-    All samples are taken once, shuffled, before any is taken again, shuffled anew.
-    """
+    """Draw (total,) indices below ``count``: all are taken, shuffled, before any is taken again."""
     if not total:
         return np.empty(0, np.int64)
     passes = -(-total // count)
@@ -386,10 +362,7 @@ def answers_turns(total: int, share: float | None, first: int = 0) -> NDArray[np
 def mixed_order(
     samples: Samples, total: int, *, share: float | None, seed: int
 ) -> NDArray[np.int64]:
-    """Draw the order of texts and of answers, (total,) indices of rows, each kind by :func:`order`.
-
-    The ``share`` of answers is that of every step, however many there are of either kind.
-    """
+    """Draw (total,) indices of rows, each kind by :func:`order`, with one share in every step."""
     turns = answers_turns(total, share)
     texts, answers = int(np.count_nonzero(~turns)), int(np.count_nonzero(turns))
     taken = np.empty(total, np.int64)

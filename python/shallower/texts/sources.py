@@ -44,10 +44,6 @@ class Texts:
     skipped), a ``.parquet`` file (column ``text``), or a hub dataset as ``id:split`` or
     ``id:config:split``, streamed (field ``text``). ``operator.length_hint`` estimates their number
     without reading them.
-
-    Raises:
-        TextsError: the file is not there or of another kind; on iteration, a broken line.
-        MissingExtraError: parquet or a hub dataset without the package datasets.
     """
 
     def __init__(self, source: str, limit: int | None = None) -> None:
@@ -210,10 +206,7 @@ def _hub_reason(error: Exception, name: str, config: Sequence[str], *, split: st
 
 
 def looked_up(source: str | Path, what: str) -> tuple[Path, bool, bool]:
-    """Look for a file of ``what``: its place, whether anything is there, and whether a file is.
-
-    A TextsError says that the place cannot be looked at.
-    """
+    """Look for a file of ``what``: its place, whether anything is there, and whether a file is."""
     try:
         path = Path(source).expanduser()
         return path, path.exists(), path.is_file()
@@ -222,7 +215,7 @@ def looked_up(source: str | Path, what: str) -> tuple[Path, bool, bool]:
 
 
 def read_whole(path: str | Path) -> str:
-    """Read a file of UTF-8 as one text, with all its white space; TextsError where it is none.
+    """Read a file of UTF-8 as one text, with all its white space.
 
     The documents of a ``.jsonl`` or ``.parquet`` file are joined by a blank line.
     """
@@ -240,10 +233,7 @@ def read_whole(path: str | Path) -> str:
 
 
 def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
-    """Yield the number, from 1 on, and the text of every line that is not blank.
-
-    ``source`` names the file in TextsError, where it cannot be read or is not UTF-8.
-    """
+    """Yield number, from 1 on, and text of every line that is not blank in the file ``source``."""
     number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:

@@ -23,29 +23,20 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Texts by what they are for; no text is in two of the sets.
+    """Texts by what they are for; no text is in two of the sets."""
 
-    Attributes:
-        fit: texts that similarity is measured on and maps are solved on.
-        choose: texts that cuts are judged on while one is chosen, in a random order: the first
-            few of them are a sample of all.
-        report: texts that the final figures are measured on, each once, as they were given.
-        num_shared: calibration texts that are in the test set as well, and therefore only there.
-        num_repeated: calibration texts that were there before, and are left out.
-    """
-
-    fit: list[str]
-    choose: list[str]
-    report: list[str]
-    num_shared: int
-    num_repeated: int = 0
+    fit: list[str]  # calibration: similarity is measured and maps are solved on these
+    choose: list[str]  # selection, in a random order: the first few are a sample
+    report: list[str]  # test: each once, as they were given
+    num_shared: int  # calibration texts that are only in the test set
+    num_repeated: int = 0  # repeated calibration texts, which are left out
 
     def training(self, unread: Iterable[str]) -> Iterator[str]:
         """Yield the texts that a healing may train on, those first that no patch is fitted on.
 
-        Texts of ``unread``, which lie behind those that were divided, come without the
-        selection and test texts; then the calibration texts follow, the last first, since patches
-        take as many as they need from the first on.
+        Texts of ``unread``, which lie behind those that were divided, come without the selection
+        and test texts; then the calibration texts follow, the last first, since patches take as
+        many as they need from the first on.
         """
         others = {text.strip() for text in (*self.choose, *self.report)}
         yield from (text for text in unread if text.strip() not in others)
@@ -118,7 +109,7 @@ MOST_COMPARED = 10_000
 
 
 def refuse_shared(texts: Iterable[str], report: Iterable[str] | None) -> None:
-    """Refuse, by a TextsError, texts that train or fit and are held out, or our own, too.
+    """Refuse, by a TextsError, texts that are for training and held out, or our own.
 
     Two texts are the same as for :func:`three_splits`. What can be read once is not looked at.
     """
@@ -143,8 +134,8 @@ def two_splits(
 ) -> tuple[list[Item], list[Item]]:
     """Divide the items of a task at random into halves: selection and test set.
 
-    An item whose ``key`` was there before is left out. A TextsError refuses fewer than 8 that
-    differ; ``what`` names them, and the option of their file.
+    An item whose ``key`` was there before is left out; ``what`` names the items and the option of
+    their file in errors.
     """
     found: dict[Hashable, Item] = {}
     for item in items:

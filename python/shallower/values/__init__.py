@@ -1,4 +1,1 @@
-"""Values that pass between the stages: layers, plans, losses, recipes.
-
-They know no model and no torch.
-"""
+"""Values that pass between the stages: layers, plans, losses, recipes; without models or torch."""

@@ -15,23 +15,14 @@ LOSSES = (0.05, 0.1, 0.2, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class BestCut:
-    """The cut of least loss of one size and state, of all criteria.
+    """The cut of least loss of one size and state, of all criteria."""
 
-    Attributes:
-        model: by name.
-        state: of the cut.
-        share: of the layers that go.
-        lost: nats a token above the whole model, paired.
-        dropped: the layers that go.
-        criterion: that chose them.
-    """
-
-    model: str
+    model: str  # by name
     state: State
-    share: float
-    lost: Estimate
+    share: float  # of the layers that go
+    lost: Estimate  # nats a token above the whole model, paired
     dropped: tuple[int, ...]
-    criterion: str
+    criterion: str  # that chose the layers
 
     def to_json(self) -> dict[str, Any]:
         """Give the cut as plain JSON values."""
@@ -47,28 +38,16 @@ _COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class Borne:
-    """The share of its layers that a model can lose at a loss.
+    """The share of its layers that a model can lose at a loss."""
 
-    Attributes:
-        model: by name.
-        state: of the cuts.
-        loss: nats a token above the whole model.
-        share: at which the line through the best cuts of all sizes first exceeds ``loss``.
-        low: the same of losses that are one standard error higher.
-        high: the same of losses that are one standard error lower.
-        most: the share of the largest size that was measured; ``share`` that reaches it is no
-            less.
-        num_layers: of the model, of which whole ones alone can go.
-    """
-
-    model: str
+    model: str  # by name
     state: State
-    loss: float
-    share: float
-    low: float
-    high: float
-    most: float
-    num_layers: int
+    loss: float  # nats a token above the whole model
+    share: float  # at which the line through the best cuts of all sizes first exceeds `loss`
+    low: float  # the same of losses that are one standard error higher
+    high: float  # the same of losses that are one standard error lower
+    most: float  # the largest share that was measured: a lower bound where `share` is this
+    num_layers: int  # of the model, of which whole ones alone can go
 
     @property
     def stderr(self) -> float:
@@ -89,9 +68,9 @@ class Borne:
 
 
 def share_borne(cuts: Sequence[BestCut], loss: float, errors: float = 0.0) -> float:
-    """The share at which the line through (0, 0) and cuts, by size, first exceeds a loss.
+    """Find the share at which the line through (0, 0) and cuts, by size, first exceeds a loss.
 
-    So many standard errors are added to each cut's loss. Of a line that stays below it is the
+    ``errors`` standard errors are added to each cut's loss. A line that stays below it gives the
     largest share.
     """
     before, below = 0.0, 0.0

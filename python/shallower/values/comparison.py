@@ -27,57 +27,27 @@ from .task_scores import TaskScores
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A cut that a criterion chose, in one state, and what the model loses by it.
-
-    All losses are on the test set, which no criterion has seen. ``None`` is what could
-    not be measured, or does not exist.
-
-    Attributes:
-        model: name of the model.
-        texts: name of the calibration texts, which the criterion and the patch looked at.
-        criterion: name of the criterion.
-        n: layers that go; of experts those of each layer.
-        state: ``cut``, ``patched`` or ``healed``.
-        dropped: the indices of the layers.
-        standing: the loss, in nats a token; its paired differences to the whole model, and to the
-            best cut of the same size and state: of bare cuts by the judge, else by the loss.
-        tau: Kendall's τ-b of the criterion's costs of single layers with the true losses without
-            them.
-        layers_share: ``n`` as a share of all layers.
-        parameters_share: the parameters that go as a share of all.
-        time_share: the time of a token that is saved as a share of the whole model's, as it is
-            forecast for an A100.
-        layer_forwards: layers run, times texts, that the choice takes by itself.
-        choice_seconds: wall time that the choice took here, where what is shared is made once.
-        seconds: wall time of the patch or the healing, and of the measurements.
-        score: what the judge says of the bare cut on test items; its loss for the judge ``loss``.
-        accuracy: share of right answers, of the judge ``options``.
-        failed: why there is no loss.
-        experts: those that go, as ``--drop-experts`` has them; None for layers.
-        tasks: scores by task, the main measure of each; those of sampled answers are a task of
-            their own, as ``gsm8k sampled``.
-        speech: how it speaks beside the whole model.
-    """
+    """A cut that a criterion chose, in one state; losses are on the test set, None is unknown."""
 
     model: str
-    texts: str
+    texts: str  # name of the calibration texts, of the criterion and of the patch
     criterion: str
-    n: int
+    n: int  # layers that go; of experts those of each layer
     state: State
     dropped: tuple[int, ...]
-    standing: Standing | None
-    tau: float | None
-    layers_share: float
-    parameters_share: float
-    time_share: float | None = None
-    layer_forwards: int = 0
-    choice_seconds: float = 0.0
-    seconds: float = 0.0
-    score: Estimate | None = None
-    accuracy: float | None = None
-    failed: str | None = None
-    experts: str | None = None
-    tasks: tuple[TaskScores, ...] = ()
+    standing: Standing | None  # regret to the best of its size and state; if bare, the judge's
+    tau: float | None  # Kendall's τ-b of the costs of single layers with the true losses
+    layers_share: float  # of all layers
+    parameters_share: float  # of all parameters
+    time_share: float | None = None  # that is saved of the time of a token, forecast for an A100
+    layer_forwards: int = 0  # layers run, times texts, by the choice itself
+    choice_seconds: float = 0.0  # wall time here, where what is shared is made once
+    seconds: float = 0.0  # wall time of the patch or the healing, and of the measurements
+    score: Estimate | None = None  # by the judge, of the bare cut on test items
+    accuracy: float | None = None  # of the judge `options`
+    failed: str | None = None  # why there is no loss
+    experts: str | None = None  # that go, as `--drop-experts` has them; None for layers
+    tasks: tuple[TaskScores, ...] = ()  # main measures; sampled ones as `gsm8k sampled`
     speech: Speech | None = None
 
     @property
@@ -127,52 +97,30 @@ def scan_place(model: str, texts: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The best start of a block of one size, and how it moves when texts are drawn again.
+    """The best start of a block of one size, and how it moves when texts are drawn again."""
 
-    Attributes:
-        n: layers of the block.
-        start: l*(n), of the least angular distance.
-        probability: the share of resamples in which it is the same; None without samples.
-        spread: the standard deviation of the start over resamples, in layers; None likewise.
-    """
-
-    n: int
-    start: int
-    probability: float | None
-    spread: float | None
+    n: int  # layers of the block
+    start: int  # l*(n), of the least angular distance
+    probability: float | None  # share of resamples in which it is the same; None without samples
+    spread: float | None  # standard deviation of the start over resamples, in layers
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedModel:
-    """What a comparison says of one model beside its rows.
-
-    Attributes:
-        name: of the model.
-        num_layers: L.
-        whole: the loss of the whole model on the test set; None by the judge ``none``.
-        single_layers: the true losses without each single layer, (L,), nats a token.
-        chance: accuracy of a guess, of the judge ``options``.
-        accuracy: that of the whole model.
-        dtype: of its weights; empty where it is not known.
-        parameters: their number; None where it is not known.
-        num_experts: routed experts of a layer, of a comparison of experts; None for one of layers.
-        tasks: scores by task, as those of a row.
-        speech: how it speaks beside itself, where that was measured.
-        starts: by the name of calibration texts, where its most alike blocks start; of one of
-            several models or texts, and by the judge ``none``.
-    """
+    """What a comparison says of one model beside its rows."""
 
     name: str
     num_layers: int
-    whole: Loss | None
-    single_layers: tuple[float, ...] = ()
-    chance: float | None = None
-    accuracy: float | None = None
+    whole: Loss | None  # on the test set; None by the judge `none`
+    single_layers: tuple[float, ...] = ()  # loss without each layer, (L,), nats a token
+    chance: float | None = None  # accuracy of a guess, of the judge `options`
+    accuracy: float | None = None  # of the whole model
     dtype: str = ""
     parameters: int | None = None
-    num_experts: int | None = None
+    num_experts: int | None = None  # routed ones of a layer, where experts are compared
     tasks: tuple[TaskScores, ...] = ()
-    speech: Speech | None = None
+    speech: Speech | None = None  # beside itself
+    # By the name of calibration texts; of one of several models or texts, or without a judge.
     starts: Mapping[str, tuple[Start, ...]] = field(default_factory=dict)
 
     def task(self, name: str) -> TaskScores | None:

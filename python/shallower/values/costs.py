@@ -75,10 +75,10 @@ class Costs:
         texts: tuple[TextsIdentity, ...] = (),
         positions: Positions | None = None,
     ) -> None:
-        """Join the values of one criterion; PlanError if there is no such strategy.
+        """Join the values of one criterion; ``search`` has the same costs in whole numbers.
 
-        ``search`` are the same costs in whole numbers; ``more_is_better`` says that ``samples`` are
-        similarities, not costs. All else is as the attributes.
+        ``more_is_better``: ``samples`` are similarities, not costs. Raises PlanError for no
+        strategy.
         """
         if strategy not in STRATEGIES:
             raise PlanError(f"unknown strategy {strategy!r}: expected {', '.join(STRATEGIES)}")
@@ -287,10 +287,10 @@ class Costs:
     ) -> dict[int, BootstrappedStart]:
         """How stable the best start is under other samples, for every ``n`` in ``1 .. L-1``.
 
-        As many samples as there are get drawn from them with replacement, and the best start of
-        their mean is found, ``num_resamples`` times (Efron, Annals of Statistics 7, 1979). The
-        answer depends on the samples' values and the seed (0 to 2**64 - 1) alone, not on threads or
-        the order of samples. ScanError: there are no samples, or a single one; a number is out of
+        As many samples as there are get drawn with replacement, ``num_resamples`` times. Each time
+        the best start of their mean is found (Efron, Annals of Statistics 7, 1979). The answer
+        depends on the samples' values and the seed (0 to 2**64 - 1) alone, not on threads or the
+        order of samples. ScanError: there are no samples, or a single one; a number is out of
         range; a sample's value is NaN or infinite. ThreadsError: ``threads`` is out of range.
         """
         if self.samples is None:

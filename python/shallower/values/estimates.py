@@ -65,16 +65,13 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Seconds that work takes on this machine alone, about or ``at_least``.
-
-    ``beside`` is what is not in them; beside the present ``load`` it is ``slower`` times as long.
-    """
+    """Seconds that work takes on this machine alone, about or ``at_least``."""
 
     seconds: float
-    beside: str = ""
+    beside: str = ""  # what is not in them
     at_least: bool = False
     load: float = 0.0
-    slower: float = 1.0
+    slower: float = 1.0  # times as long beside the present `load`
 
     def to_json(self) -> dict[str, Any]:
         """Give the seconds alone and under the present load, and what is not in them."""

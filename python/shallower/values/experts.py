@@ -178,10 +178,7 @@ def _number(text: str) -> int:
 
 
 def parse_experts(text: str | Path) -> dict[int, tuple[int, ...]]:
-    """Read ``"0:3,5;1:2,8:10"``: by layer, indices and half-open ranges; or a file of such lines.
-
-    ExpertsError: a part is no such thing, a layer is named twice, or the file cannot be read.
-    """
+    """Read ``"0:3,5;1:2,8:10"``, indices and half-open ranges by layer; or a file of such lines."""
     file = experts_file(text)
     lines = text if file is None else _text_of(file)
     found: dict[int, tuple[int, ...]] = {}

@@ -15,31 +15,17 @@ from .schema import fields_of, of_type
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a model holds, and what a forward of it takes.
-
-    Attributes:
-        num_layers: decoder layers.
-        parameters: values of its weights; those that it shares count once.
-        weight_bytes: bytes of its weights and buffers.
-        kv_bytes_per_token: bytes that one more token of one text adds to the cache of keys and
-            values at this context; layers that only see a window may add none.
-        kv_bytes: bytes of the cache of all texts at this context.
-        prefill_flops: operations of the forward of the context, 2 for each multiplication and
-            addition of a product.
-        prefill_bytes: bytes that it reads and writes.
-        decode_flops: operations of the forward of one more token of every text.
-        decode_bytes: bytes that it reads and writes.
-    """
+    """What a model holds, and what a forward takes; multiply and add are two operations."""
 
     num_layers: int
-    parameters: int
-    weight_bytes: int
-    kv_bytes_per_token: int
-    kv_bytes: int
-    prefill_flops: int
-    prefill_bytes: int
-    decode_flops: int
-    decode_bytes: int
+    parameters: int  # values of its weights; those that it shares count once
+    weight_bytes: int  # of weights and buffers
+    kv_bytes_per_token: int  # of one text at this context; layers with a window may add none
+    kv_bytes: int  # of the cache of all texts at this context
+    prefill_flops: int  # operations of the forward of the context
+    prefill_bytes: int  # that it reads and writes
+    decode_flops: int  # operations of the forward of one more token of every text
+    decode_bytes: int  # that it reads and writes
 
     @property
     def memory(self) -> int:
@@ -49,36 +35,20 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The time of a forward on one device by its roofline, before and after a cut.
-
-    Attributes:
-        device: its name.
-        title: its name for people.
-        source: where its figures are from.
-        flops: its operations a second at most, in the dtype of the weights.
-        bandwidth: its bytes a second.
-        memory: its bytes.
-        launch: seconds that every operation takes beside that; 0 where it is not known.
-        prefill_before: seconds of the forward of the context, all layers.
-        prefill_after: the same after the cut.
-        decode_before: seconds of one more token of every text, all layers.
-        decode_after: the same after the cut.
-        fits_before: whether its memory holds the weights and the cache, all layers.
-        fits_after: the same after the cut.
-    """
+    """The time of a forward on one device by its roofline, before and after a cut."""
 
     device: str
-    title: str
-    source: str
-    flops: float
-    bandwidth: float
-    memory: int
-    launch: float
-    prefill_before: float
+    title: str  # for people
+    source: str  # of its figures
+    flops: float  # operations a second at most, in the dtype of the weights
+    bandwidth: float  # bytes a second
+    memory: int  # bytes
+    launch: float  # seconds that every operation takes beside that; 0 where it is not known
+    prefill_before: float  # seconds of the forward of the context, all layers
     prefill_after: float
-    decode_before: float
+    decode_before: float  # seconds of one more token of every text, all layers
     decode_after: float
-    fits_before: bool
+    fits_before: bool  # whether its memory holds the weights and the cache, all layers
     fits_after: bool
 
     @property
@@ -94,24 +64,14 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredGain:
-    """What was measured on this machine, with and without the layers in turns.
+    """What was measured on this machine, with and without the layers in turns."""
 
-    Attributes:
-        title: the processor or GPU.
-        prefill_before: seconds of the forward of the context in every repeat, all layers.
-        prefill_after: the same after the cut.
-        decode_before: seconds of one more token of every text in every repeat, all layers.
-        decode_after: the same after the cut.
-        peak_before: bytes of tensors that are held at most, weights included, all layers.
-        peak_after: the same after the cut.
-    """
-
-    title: str
-    prefill_before: tuple[float, ...]
+    title: str  # the processor or GPU
+    prefill_before: tuple[float, ...]  # seconds of the forward of the context, by repeat
     prefill_after: tuple[float, ...]
-    decode_before: tuple[float, ...]
+    decode_before: tuple[float, ...]  # seconds of one more token of every text, by repeat
     decode_after: tuple[float, ...]
-    peak_before: int
+    peak_before: int  # bytes of tensors at most, weights included
     peak_after: int
 
     @property

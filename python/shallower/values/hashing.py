@@ -6,10 +6,7 @@ from typing import Any
 
 
 def hash_of(value: Any) -> str:
-    """Give the SHA-256 of a JSON value, in hexadecimal, whatever the order of its keys.
-
-    Objects inside it give themselves by ``to_json``.
-    """
+    """The SHA-256 of a JSON value, in hexadecimal, whatever the order of its keys."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), default=lambda inside: inside.to_json()
     )

@@ -48,25 +48,17 @@ class HeldOutLoss:
 class Merge:
     """The difference of a merged checkpoint from the adapters on their model.
 
-    Attributes:
-        dtype: dtype of the stored weights.
-        difference: ‖merged − adapters‖ / ‖adapters‖ of the logits, both computed in float32 on
-            the unquantised model. Of a model that was too large for that, the greatest
-            ‖merged − sum‖ / ‖sum‖ of a weight, the sum of weight and adapter in float64.
-        tolerance: the most that ``difference`` may be.
-        max_difference: the greatest absolute difference of a logit, or of a value of a weight.
-        trained_difference: the same as ``difference``, but from the adapters on the model as it
-            was trained, in 4 or 8 bits; None if it was trained on plain weights.
-        loss: held-out loss of the merged checkpoint, if it was measured.
-        check: what was compared: ``logits``, or ``tensors`` where the model was too large.
+    ``difference`` is ‖merged − adapters‖ / ‖adapters‖ of the logits, both computed in float32 on
+    the unquantised model. Of a model that was too large for that, it is the greatest ‖merged − sum‖
+    / ‖sum‖ of a weight, the sum of weight and adapter in float64.
     """
 
-    dtype: str
+    dtype: str  # of the stored weights
     difference: float
-    tolerance: float
-    max_difference: float
-    trained_difference: float | None = None
-    loss: Loss | None = None
+    tolerance: float  # the most that `difference` may be
+    max_difference: float  # the greatest of a logit, or of a value of a weight
+    trained_difference: float | None = None  # from the model in 4 or 8 bits that was trained
+    loss: Loss | None = None  # held-out loss of the merged checkpoint, if it was measured
     check: Literal["logits", "tensors"] = "logits"
 
     def to_json(self) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from .positions import Positions
 class ModelIdentity:
     """Identity of a model, kept by scans and plans so that a plan is not used on another one.
 
-    ``fingerprint`` covers the shape, the number of experts too, and the one-dimensional weights
-    (norms and biases, which no quantiser touches) rounded to bfloat16: the same for every dtype
+    ``fingerprint`` covers the shape, the number of experts, and the one-dimensional weights (norms
+    and biases, which no quantiser touches) rounded to bfloat16. So it is the same for every dtype
     that the model is loaded in.
     """
 
@@ -53,14 +53,11 @@ class TextsIdentity:
 
 @dataclass(frozen=True, slots=True)
 class AnswersIdentity:
-    """Identity of the answers of a healing: how many, their tokens that are predicted, their hash.
-
-    Without the answers that were left out; the hash is of all tokens, those of the prompts too.
-    """
+    """Identity of the answers of a healing, without those that were left out."""
 
     num_answers: int
-    num_tokens: int
-    fingerprint: str
+    num_tokens: int  # that are predicted
+    fingerprint: str  # hash of all tokens, those of the prompts too
 
     def __str__(self) -> str:
         return f"{counted(self.num_answers, 'answer')} of {counted(self.num_tokens, 'token')}"
@@ -68,18 +65,10 @@ class AnswersIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ChosenBy:
-    """The criterion behind a choice of layers, and what it was applied to.
+    """The criterion behind a choice of layers, and what it was applied to."""
 
-    Attributes:
-        strategy: a row of ``STRATEGIES``.
-        metric: the metric behind the scores, if one decided.
-        model: the model that was scanned, if known.
-        texts: the calibration texts, if any.
-        positions: which of their tokens were compared, if that is known.
-    """
-
-    strategy: str
-    metric: str | None = None
+    strategy: str  # a row of `STRATEGIES`
+    metric: str | None = None  # behind the scores, if one decided
     model: ModelIdentity | None = None
-    texts: tuple[TextsIdentity, ...] = ()
-    positions: Positions | None = None
+    texts: tuple[TextsIdentity, ...] = ()  # for calibration, if any
+    positions: Positions | None = None  # of the tokens that were compared, if known

@@ -21,10 +21,10 @@ from .schema import finite, of_type
 class Block:
     """The layers ``start .. stop-1``, 0-based and half-open.
 
-    ``score`` is the mean distance between the states x^(start) and x^(stop), the pair that
-    removing the block joins, or its cost by another criterion; ``stderr`` is its standard error;
-    ``criterion`` is known of a block that was chosen as the best. They do not count in
-    comparisons: ``Block(11, 19) == scan.best_block(8)`` compares the range alone.
+    ``score`` is the mean distance between the states x^(start) and x^(stop), which removing the
+    block joins, or its cost by another criterion; ``stderr`` is its standard error; ``criterion``
+    is known of a block that was chosen as the best. They do not count in comparisons: ``Block(11,
+    19) == scan.best_block(8)`` compares the range alone.
     """
 
     start: int
@@ -92,11 +92,7 @@ def _require_whole(value: object) -> None:
 
 
 def dropped_layers(num_layers: int, layers: Layers) -> tuple[int, ...]:
-    """The indices that ``layers`` names, ascending.
-
-    LayersError: an index outside ``0 .. num_layers-1``, one named twice, none at all, or every
-    layer of the model.
-    """
+    """The indices that ``layers`` names, ascending; LayersError for none, all, or unknown ones."""
     if isinstance(layers, Block):
         layers = (layers,)
     _require_whole(layers)
@@ -154,11 +150,7 @@ def check_size(num_layers: int, n: int) -> None:
 def check_plan(
     num_layers: int, n: int, max_blocks: int, *, protect_first: int, protect_last: int
 ) -> None:
-    """Refuse a plan that cannot be: LayersError.
-
-    As :func:`check_size`; or ``max_blocks`` is less than 1, a ``protect_`` negative, or fewer than
-    ``n`` layers are left between the protected ones.
-    """
+    """Refuse a plan of more or fewer layers or blocks than there can be, by a LayersError."""
     check_size(num_layers, n)
     if max_blocks < 1:
         raise LayersError(f"max_blocks = {max_blocks}: expected at least 1")
@@ -194,9 +186,7 @@ _PRINTED = r"\[\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*\)"
 
 
 def parse_layers(text: str) -> list[Block]:
-    """Read ``"3,12:20"``, indices and half-open ranges, or ``"[3, 4) [12, 20)"``, as they are
-    printed; LayersError if a part is neither.
-    """
+    """Read ``"3,12:20"``, indices and half-open ranges, or ``"[3, 4) [12, 20)"``, as printed."""
     blocks = []
     plain = re.sub(_PRINTED, r"\1:\2", re.sub(r"\)\s*,?\s*\[", "),[", text))
     for part in plain.split(","):

@@ -152,7 +152,7 @@ TEST_SET, OUT_OF_DOMAIN = "the test set", "out-of-domain texts"
 def recovered(losses: Mapping[str, Loss]) -> Estimate:
     """Estimate the share of the lost nats that came back in the last state of a cut.
 
-    Losses by state begin with ``whole`` and ``cut``; NaN where these are all, or nothing was lost.
+    ``losses`` by state begin with ``whole`` and ``cut``; NaN if these are all, or nothing was lost.
     """
     by_text = [loss.by_text for loss in losses.values() if loss.by_text is not None]
     return by_text[-1].recovered(by_text[1], by_text[0]) if len(by_text) > 2 else UNKNOWN

@@ -29,11 +29,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 def parse_size(size: int | str, error: type[ShallowerError] = ModelError) -> int:
-    """Read a number of bytes: ``16GB`` or ``80G`` (10^9 each), ``16GiB`` (2^30 each), or plain.
-
-    Raises:
-        error: it is no size, less than a byte, or more than files can have (2^63).
-    """
+    """Read a number of bytes: ``16GB`` or ``80G`` (10^9 each), ``16GiB`` (2^30 each), or plain."""
     match = None if isinstance(size, bool) else _SIZE.fullmatch(str(size).strip())
     unit, binary = (match[2].lower(), bool(match[3])) if match else ("", False)
     if match and (unit or not binary):

@@ -19,28 +19,16 @@ THREADS = "Threads of the core; all processors by default."
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """An option of the command line, beside the type and the default of its field.
+    """An option of the command line, beside the type and the default of its field."""
 
-    Attributes:
-        sentence: its help.
-        metavar: stands for its value in the help.
-        name: its name, with underscores; by default that of the field.
-        least: the smallest number.
-        read: makes the value of a word.
-        alone: the value of the option without a word; ``...`` where there must be one.
-        off: the help of ``--no-NAME``, and the value of the field by it.
-        before: what it stands before in the help: the first that is there of some fields or
-            parameters of the command. By default it stands behind the field before it.
-    """
-
-    sentence: str
-    metavar: str | None = None
-    name: str = ""
-    least: int | None = None
-    read: Callable[[str], Any] | None = None
-    alone: Any = ...
-    off: tuple[str, Any] | None = None
-    before: str | None = None
+    sentence: str  # its help
+    metavar: str | None = None  # for its value in the help
+    name: str = ""  # with underscores; by default that of the field
+    least: int | None = None  # the smallest number
+    read: Callable[[str], Any] | None = None  # makes the value of a word
+    alone: Any = ...  # the value without a word; `...` where there must be one
+    off: tuple[str, Any] | None = None  # the help of `--no-NAME`, and the value by it
+    before: str | None = None  # of these names, the first in the help; else as declared
 
     def words(self, value: Any) -> dict[str, Any]:
         """Give the option of a value by its name; none where only Python can set the value."""
@@ -68,8 +56,7 @@ def option(default: T, sentence: str, metavar: str | None = None, **more: Any) -
 def options_of(kind: type) -> dict[str, Option]:
     """The options of settings, by their fields, in the order of the help.
 
-    A field that a class declares anew stands where it does so; without an option it keeps that of
-    its base.
+    A field that a class declares anew stands there; without an option it keeps that of its base.
     """
     found: dict[str, Option] = {}
     for base in reversed(kind.__mro__[:-1]):
@@ -123,10 +110,7 @@ class Settings:
         return Tokens(self.max_length, self.batch_size)
 
     def to_words(self) -> list[str]:
-        """Give the settings that are not the defaults as options of the command line.
-
-        What only Python can set is left out.
-        """
+        """Give the settings that are not the defaults as options, without those of Python alone."""
         default, options = type(self)(), options_of(type(self))
         changed: dict[str, Any] = {}
         for name in (one.name for one in fields(self) if one.name in options):

@@ -12,25 +12,15 @@ from .schema import fields_of
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A layer that was solved anew.
+    """A layer that was solved anew."""
 
-    Attributes:
-        layer: index among the original layers.
-        matrices: names of the matrices that changed.
-        target: the original state that it was solved for, x^(target).
-        ridge: penalty on the change, as a share of the inputs' mean square.
-        first_weight: weight of the first token of a text.
-        explained: share of the missing state that the fit adds on held-out text, R².
-        nats: held-out loss with it, in nats a token.
-    """
-
-    layer: int
-    matrices: tuple[str, ...]
-    target: int
-    ridge: float
-    first_weight: float
-    explained: float
-    nats: float
+    layer: int  # 0-based, of the whole model
+    matrices: tuple[str, ...]  # names of those that changed
+    target: int  # the original state that it was solved for, x^(target)
+    ridge: float  # penalty on the change, as a share of the inputs' mean square
+    first_weight: float  # of the first token of a text
+    explained: float  # share of the missing state that the fit adds on held-out text, R²
+    nats: float  # held-out loss with it, in nats a token
 
 
 @dataclass(frozen=True, slots=True)

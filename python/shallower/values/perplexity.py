@@ -18,8 +18,8 @@ class Perplexity:
     """The loss of a model on one text, tokenised as a whole and cut into windows.
 
     Attributes:
-        context: tokens of a window, which stand side by side: the stride is that of the text in a
-            window, ``context`` less 1 where there is a beginning-of-text token.
+        context: tokens of a window. Windows stand side by side: the stride is that of the text in
+            one, ``context`` less 1 where there is a beginning-of-text token.
         bos: whether every window begins with the beginning-of-text token.
         num_rest: tokens at the end of the text that fill no window, and do not count.
         by_window: the nats and the predicted tokens of every window.

@@ -7,34 +7,19 @@ from ..errors import RecipeError
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A row of the paper's table, or one of ours.
-
-    Attributes:
-        name: the name that ``--preset`` takes.
-        max_length: tokens of a sequence at most.
-        learning_rate: peak learning rate.
-        rank: rank of the adapters.
-        model_type: the family by its config; None fits every family.
-        hidden_size: channels of the residual stream of the model that the paper healed.
-        num_layers: its decoder layers, before the cut.
-        vocab_size: its vocabulary: Llama-3-8B has the width and depth of Llama-2-7B.
-        packing: whether documents are joined into full sequences; the paper truncates each to
-            one sequence.
-        attention: whether the attention is adapted, too; the paper adapts the feed-forward alone.
-        dropout: dropout before the adapters.
-    """
+    """A row of the paper's table, or one of ours."""
 
     name: str
-    max_length: int
-    learning_rate: float
-    rank: int
-    model_type: str | None = None
-    hidden_size: int | None = None
-    num_layers: int | None = None
-    vocab_size: int | None = None
-    packing: bool = False
-    attention: bool = False
-    dropout: float = 0.05
+    max_length: int  # tokens of a sequence at most
+    learning_rate: float  # at its peak
+    rank: int  # of the adapters
+    model_type: str | None = None  # the family by its config; None fits every family
+    hidden_size: int | None = None  # of the model that the paper healed
+    num_layers: int | None = None  # before the cut
+    vocab_size: int | None = None  # Llama-3-8B has the width and depth of Llama-2-7B
+    packing: bool = False  # join documents into full sequences; the paper truncates each to one
+    attention: bool = False  # adapt it too; the paper adapts the feed-forward alone
+    dropout: float = 0.05  # before the adapters
 
 
 PAPER_PRESETS = (
@@ -59,31 +44,19 @@ PRESETS = {preset.name: preset for preset in (*PAPER_PRESETS, SMALL, GENERAL)}
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """The properties of a model that decide its preset.
+    """The properties of a model that decide its preset."""
 
-    Attributes:
-        model_type: the family, as the config names it.
-        hidden_size: channels of the residual stream.
-        num_layers: decoder layers before the cut.
-        positions: the longest sequence that the config admits, if it says so.
-        vocab_size: size of the vocabulary, if the config says so.
-    """
-
-    model_type: str
+    model_type: str  # as the config names the family
     hidden_size: int
-    num_layers: int
-    positions: int | None
+    num_layers: int  # before the cut
+    positions: int | None  # the longest sequence that the config admits, if known
     vocab_size: int | None = None
 
 
 def find_preset(name: str, facts: ModelFacts) -> Preset:
-    """Find a preset by its name, or by the model for ``auto``.
+    """Find a preset by its name in any spelling, or by the model for ``auto``.
 
-    ``auto`` is the paper's row if the paper healed this very model, else ours by its width. Names
-    may be in any case, with spaces, dashes or underscores.
-
-    Raises:
-        RecipeError: there is none of this name, or it is for another family.
+    ``auto`` is the paper's row if the paper healed this very model, else ours by its width.
     """
     preset = named_preset(name)
     if preset is None:

@@ -196,10 +196,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A :class:`Recipe` with nothing left open; the attributes are the same.
-
-    ``share`` is None where there are no answers to train on.
-    """
+    """A :class:`Recipe` with nothing left open; the attributes are the same."""
 
     preset: str
     steps: int
@@ -216,7 +213,7 @@ class Resolved:
     eval_every: int
     seed: int
     recompute: bool
-    share: float | None = None
+    share: float | None = None  # None without answers to train on
 
     def __str__(self) -> str:
         kind = "packed" if self.packing else "truncated"

@@ -15,40 +15,20 @@ from .verification import Verified
 
 @dataclass(frozen=True, slots=True)
 class Recommended:
-    """The cut that a run ends in.
+    """The cut that a run ends in; losses are on the test set."""
 
-    Losses are on the test set, which nothing was chosen by.
-
-    Attributes:
-        verified: the race that its plan has won.
-        reason: why so many layers go, as half a sentence.
-        whole: loss of the whole model.
-        cut: loss of the bare cut.
-        patched: loss of the patched cut; None where there is no patch.
-        healed: loss of the healed model, if there is one.
-        by_distance: what the block of least angular distance loses more than this plan, both as
-            bare cuts; None where it is this plan.
-        layers_share: the share of the layers that go.
-        parameters_share: the share of the parameters that go.
-        unpatched: why there is no patch.
-        unhealed: why there is no healed model although it was to be healed.
-        max_loss: nats a token above the whole that were allowed, if that was the target.
-        out_of_domain: losses by state on built-in texts of other domains, the last that of the
-            recommended model; empty where they were not measured.
-    """
-
-    verified: Verified
-    reason: str
+    verified: Verified  # the race that its plan has won
+    reason: str  # of its size, as half a sentence
     whole: Loss
     cut: Loss
-    patched: Loss | None
+    patched: Loss | None  # None where there is no patch
     healed: Loss | None
-    by_distance: Difference | None
-    layers_share: float
-    parameters_share: float
-    unpatched: str | None = None
-    unhealed: str | None = None
-    max_loss: float | None = None
+    by_distance: Difference | None  # of bare cuts: the block of least angular distance, less this
+    layers_share: float  # that go
+    parameters_share: float  # that go
+    unpatched: str | None = None  # why there is no patch
+    unhealed: str | None = None  # why there is no healed model
+    max_loss: float | None = None  # nats a token above the whole that were allowed
     out_of_domain: Mapping[str, Loss] = field(default_factory=dict)
 
     @property
@@ -106,11 +86,9 @@ class Recommended:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Give the recommendation as plain JSON values.
+        """Give the recommendation as plain JSON values, losses in nats a token.
 
-        ``dropped``; ``whole``, ``cut``, ``patched`` and ``healed`` in nats a token; ``stderr`` of
-        the last of them and ``paired_stderr`` of its difference to the whole; ``layer_forwards``;
-        all else beside them.
+        ``stderr`` is of the last loss, ``paired_stderr`` of its difference to the whole.
         """
         losses = {name: getattr(self, name) for name in _LOSSES}
         nats = {name: loss and loss.nats for name, loss in losses.items()}
@@ -136,11 +114,7 @@ class Recommended:
 
     @classmethod
     def from_json(cls, data: Any) -> "Recommended":
-        """Read what :meth:`to_json` gave.
-
-        KeyError, TypeError, ValueError: the values are not those of one. LayersError, PlanError: a
-        plan cannot be.
-        """
+        """Read what :meth:`to_json` gave."""
         given = {"out_of_domain": {}, **of_type(dict, data), **of_type(dict, data["losses"])}
         return cls(**fields_of(cls, given))
 

@@ -19,28 +19,17 @@ CHOSEN = (
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How a token is sent to experts, as far as the config says it.
+    """How a token is sent to experts, as far as the config describes it."""
 
-    Attributes:
-        num_experts: of a layer.
-        chosen: experts that a token is sent to.
-        num_groups: contiguous groups of as many experts, of which some are chosen first; or 1.
-        groups_chosen: how many of them.
-        two_decide: whether a group is chosen by its two best experts together.
-    """
-
-    num_experts: int
-    chosen: int
-    num_groups: int = 1
+    num_experts: int  # of a layer
+    chosen: int  # experts of a token
+    num_groups: int = 1  # contiguous and equal, of which some are chosen first
     groups_chosen: int = 1
-    two_decide: bool = False
+    two_decide: bool = False  # a group is chosen by its two best experts together
 
     @classmethod
     def of(cls, config: Any, num_experts: int) -> "Routing":
-        """Read it from the config of a decoder.
-
-        ModelError: the config does not say how many experts a token is sent to.
-        """
+        """Read it from the config of a decoder; ModelError where that lacks the experts a token."""
         config = getattr(config, "ffn_config", config)
         found = (getattr(config, name, None) for name in CHOSEN)
         chosen = next((one for one in found if isinstance(one, int)), None)

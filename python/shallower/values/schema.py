@@ -23,7 +23,7 @@ def of_type(expected: type[T], value: Any) -> T:
 def read(kind: Any, data: Any) -> Any:
     """A value from a file as a ``kind``; raises TypeError, KeyError, ValueError.
 
-    A dataclass without ``from_json`` has all of its fields there, and nothing beside them.
+    A dataclass without ``from_json`` must have all of its fields there, and nothing beside them.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -108,9 +108,7 @@ def plain_fields(value: Any, by: str = "to_json") -> dict[str, Any]:
 
 
 Columns = dict[str, str]
-"""The columns of a row of values in JSON and CSV: their names, each with the path to its value, as
-``{"stderr": "cut.loss.stderr"}``.
-"""
+"""The columns of a row in JSON and CSV, each with the path to its value: ``cut.loss.stderr``."""
 
 
 def alike(*names: str) -> Columns:
@@ -136,10 +134,7 @@ def flat(row: Any, columns: Columns) -> dict[str, Any]:
 
 
 def fields_of_flat(kind: Any, data: Any, columns: Columns) -> dict[str, Any]:
-    """The fields of a row from its columns, whatever lies beside them; raises as :func:`read`.
-
-    Of a field that may be None the first column decides.
-    """
+    """The fields of a row from its columns; the first one decides whether a field is None."""
     tree: Any = {}
     optional = {name for name, of in _kinds(kind).items() if NoneType in get_args(of)}
     for name, path in columns.items():

@@ -16,15 +16,10 @@ TIE = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its standard error.
+    """A figure with its standard error."""
 
-    Attributes:
-        mean: the figure, in the unit of what was measured; NaN where nothing counts.
-        stderr: its standard error, from single items; NaN where there is none, as for one item.
-    """
-
-    mean: float
-    stderr: float
+    mean: float  # in the unit of what was measured; NaN where nothing counts
+    stderr: float  # from single items; NaN where there is none, as for one item
 
     @property
     def tied(self) -> bool:
@@ -47,13 +42,9 @@ UNKNOWN = Estimate(math.nan, math.nan)
 
 @dataclass(frozen=True, slots=True)
 class Difference(Estimate):
-    """The mean difference of two scores of the same items: the first less the second.
+    """The mean difference of two scores of the same items: the first less the second."""
 
-    Attributes:
-        num_items: items that both have.
-    """
-
-    num_items: int
+    num_items: int  # that both have
 
     def to_json(self) -> dict[str, Any]:
         """Give ``mean``, ``stderr`` (None where there is none), ``num_items`` and ``tied``."""
@@ -66,18 +57,11 @@ class Difference(Estimate):
 @final
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What a cut loses in one state, each with its standard error.
+    """What a cut loses in one state, each with its standard error."""
 
-    Attributes:
-        loss: nats a token.
-        difference: ``loss`` less that of the whole model, paired by text.
-        regret: what the cut is behind the best of its size in that state, paired by item; 0 for
-            the best itself, and NaN where it was compared with no other.
-    """
-
-    loss: Estimate
-    difference: Estimate
-    regret: Estimate = UNKNOWN
+    loss: Estimate  # nats a token
+    difference: Estimate  # `loss` less that of the whole model, paired by text
+    regret: Estimate = UNKNOWN  # behind the best cut, paired by item; 0 for it; NaN without rival
 
     @property
     def is_ranked(self) -> bool:
@@ -106,15 +90,10 @@ class Scores:
 
     The mean is a ratio of sums over items, and so is its error, as that of a loss:
     ``sqrt(S/(S-1) · sum_i (sum_i - mean·weight_i)²) / sum_i weight_i``.
-
-    Attributes:
-        sums: (S,) float64, the sum over each item, as the nats of all tokens of a text; NaN for
-            an item that was not looked at.
-        weights: (S,) float64, what each item counts, as its predicted tokens.
     """
 
-    sums: NDArray[np.float64]
-    weights: NDArray[np.float64]
+    sums: NDArray[np.float64]  # (S,), as the nats of all tokens of a text; NaN: not judged
+    weights: NDArray[np.float64]  # (S,), as the predicted tokens of a text
 
     @classmethod
     def from_json(cls, data: Any) -> "Scores":
@@ -146,7 +125,7 @@ class Scores:
     def minus(self, other: "Scores") -> Difference:
         """Compare with scores of the same items, paired.
 
-        Where the weights differ the error is that of the difference of two ratios, to first order.
+        Where the weights differ, the error is that of the difference of two ratios, to first order.
         """
         difference = self.sums - other.sums
         count = int(np.isfinite(difference).sum())
@@ -171,11 +150,11 @@ class Scores:
         return Estimate.of(Scores(cut.sums - self.sums, lost)) if lost.sum() > 0 else UNKNOWN
 
     def estimated_by(self, whole: "Scores") -> Estimate:
-        """Estimate the mean over all items from some, by the scores of all by something else.
+        """Estimate the mean over all items from some, by other scores of all.
 
-        How hard those are that were not looked at is known from the other scores, of the same
-        weights: the difference estimator (Cochran, Sampling Techniques, 1977, section 7.2), the
-        mean of ``whole`` and the paired difference to it together, and its standard error.
+        The difference estimator (Cochran, Sampling Techniques, 1977, section 7.2): the mean of
+        ``whole``, of the same weights, and the paired difference to it together, and its standard
+        error.
         """
         if self.complete:
             return Estimate.of(self)

@@ -44,11 +44,7 @@ _WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "p
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings(Settings):
-    """What every study can be set to.
-
-    Raises:
-        LayersError, TextsError: a number that is out of range.
-    """
+    """What every study can be set to."""
 
     max_texts: int = option(1024, "Read the first N calibration texts only.", "N", least=1)
     max_eval_texts: int = option(256, "Read the first N held-out texts only.", "N", least=1)

@@ -15,18 +15,10 @@ NAMES = {"scan": "scan", "eval": "eval", "compare": "comparison", "curve": "curv
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of ``count`` equal parts of a work, counted from 0.
-
-    Attributes:
-        index: its number, 0 to ``count`` - 1.
-        count: parts in all, 1 to 100,000.
-
-    Raises:
-        ScanError: there is no such part.
-    """
+    """One of ``count`` equal parts of a work, counted from 0; ScanError if there is none."""
 
     index: int
-    count: int
+    count: int  # 1 to 100,000
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MOST_SHARDS:
@@ -42,7 +34,7 @@ class Shard:
         """Read ``3/64``, or ``auto``: the place of this process among those of its job.
 
         ``auto`` is RANK of WORLD_SIZE, as torchrun sets them, or SLURM_ARRAY_TASK_ID of an array
-        that begins at 0 and has no gaps. ScanError: it is neither, or out of range.
+        that begins at 0 and has no gaps.
         """
         if text == "auto":
             return cls._of_job(environment)

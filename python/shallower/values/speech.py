@@ -1,4 +1,4 @@
-"""Speech: how near a cut speaks to the whole model, on that one's own words and on its own."""
+"""Speech: how near a cut's text is to the whole model's, on the words of either."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,8 +51,8 @@ class Speech:
         num_tokens: tokens of an answer at most.
         seed: of what is drawn.
         words: SHA-256 of what the whole model said, and of the prompts.
-        scores: by way, and by measure; ``loss_under_whole`` is missing as long as the whole model
-            has not judged the words, and all of its own words where layers are streamed from disk.
+        scores: by way, and by measure. ``loss_under_whole`` is missing until the whole model has
+            judged the words; where layers are streamed, so are all measures of the cut's own words.
         whole: by way, ``repetition`` and ``length`` of the words of the whole model.
         by_token: by way and measure by token, an array for every prompt; None where it was read.
     """

@@ -22,9 +22,9 @@ class ScanSettings(Settings):
     No text's values depend on ``batch_size`` but for rounding. Of positions, a text that has fewer
     tokens gives all of its own; they follow from the seed and the index of the text alone. The
     first token, which can be among ``random`` and ``all``, has massive activations in most models.
-    A batch's states take (L+1) D values a token in memory. ``until`` may also be an
-    :class:`Until`; the scan is then that of the texts so far, :attr:`Scan.settled` says which sizes
-    were sure, and when, and the values of single samples are kept meanwhile.
+    A batch's states take (L+1) D values a token in memory. ``until`` may also be an :class:`Until`:
+    the scan is then that of the texts so far, and keeps the values of single samples meanwhile.
+    :attr:`Scan.settled` says which sizes were sure, and when.
 
     Raises:
         TextsError, PositionsError, SettingsError: a number that is out of range, no positions, or

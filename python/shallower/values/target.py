@@ -52,33 +52,16 @@ class Target:
     """How many layers are to go: by one of six measures; by none, the knee of the curve.
 
     The curve is of what verified cuts lose more than the whole model: loss, or divergence.
-
-    Attributes:
-        n: so many layers.
-        fraction: at least this share of all layers, above 0 and below 1.
-        params: as many as it takes to leave at most so many parameters.
-        max_loss: as many as can go for at most so many nats a token above the whole model, after
-            the patch.
-        latency: as many as it takes for a token to need at most this share of the whole model's
-            time, above 0 and below 1, by the forecast for ``device``.
-        memory: as many as it takes to need at most so many bytes for the weights and the cache of
-            ``context`` tokens of one text.
-        device: the device of the forecast; None for the GPU of this machine if it is in the table,
-            else an A100 of 80 GB.
-        context: tokens of a text before it is continued, of ``latency`` and ``memory``.
-
-    Raises:
-        LayersError: more than one is given, or one that cannot be.
     """
 
     n: int | None = None
-    fraction: float | None = None
-    params: int | None = None
-    max_loss: float | None = None
-    latency: float | None = None
-    memory: int | None = None
-    device: str | None = None
-    context: int = 2048
+    fraction: float | None = None  # at least this share of all layers, above 0 and below 1
+    params: int | None = None  # as many as it takes to leave at most so many parameters
+    max_loss: float | None = None  # nats a token above the whole model, after the patch
+    latency: float | None = None  # share of the whole model's time of a token, above 0, below 1
+    memory: int | None = None  # bytes of the weights and of the cache of one text at most
+    device: str | None = None  # of the forecast; None for the GPU here if known, else an A100
+    context: int = 2048  # tokens of a text, of `latency` and `memory`
 
     def __post_init__(self) -> None:
         measures = {name: getattr(self, name) for name in _OPTIONS}
@@ -118,8 +101,7 @@ class Target:
     def size(self, num_layers: int) -> int | None:
         """Give the number of layers, of L, where it follows from theirs alone; else None.
 
-        It is ``n``, or the least number that is at least ``fraction`` of L. Raises LayersError if
-        the model cannot lose so many.
+        It is ``n``, or the least number that is at least ``fraction`` of L.
         """
         if self.n is not None:
             check_size(num_layers, self.n)

@@ -12,10 +12,7 @@ BatchSize = int | Literal["auto"]
 
 
 def parse_batch_size(text: str) -> BatchSize:
-    """Read ``auto`` or a number of texts in one forward.
-
-    TextsError if it is neither, or below 1.
-    """
+    """Read ``auto`` or a number of texts in one forward, at least 1."""
     if text == "auto":
         return "auto"
     if not text.isascii() or not text.isdecimal() or int(text) < 1:
@@ -27,19 +24,10 @@ def parse_batch_size(text: str) -> BatchSize:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Length of texts at most, and their number in one forward.
+    """Length of texts at most, and their number in one forward."""
 
-    Attributes:
-        max_length: tokens of a text at most; longer texts are truncated.
-        batch_size: texts in one forward; ``auto`` is as many as the device has memory for: on a
-            CPU 8 at most.
-
-    Raises:
-        TextsError: one of them is not an integer of at least 1.
-    """
-
-    max_length: int = 256
-    batch_size: BatchSize = "auto"
+    max_length: int = 256  # tokens; longer texts are truncated
+    batch_size: BatchSize = "auto"  # `auto`: as memory allows, on a CPU 8 at most
 
     def __post_init__(self) -> None:
         for name in ("max_length", "batch_size"):

@@ -24,8 +24,8 @@ class Until:
 
     Attributes:
         confidence: the probability that this is so of all sizes together, between 0 and 1.
-        tolerance: what a best block may cost more than the best there is, in the unit of the
-            metric that decides, 0 or more and below 1.
+        tolerance: what a best block may cost more than the best there is, at least 0 and below 1,
+            in the unit of the metric.
         sizes: the block sizes to be sure of; by default 1, 2, 4 and 8, as far as the model has
             them.
         exact: bets instead of asymptotics: the probability holds for any number of texts, of
@@ -83,15 +83,10 @@ class Until:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """When a scan was sure of the best block of each size.
+    """When a scan was sure of the best block of each size."""
 
-    Attributes:
-        until: what was asked for, its sizes named.
-        texts: by size the texts after which it was sure, and stayed so; None while it is not.
-    """
-
-    until: Until
-    texts: tuple[int | None, ...]
+    until: Until  # with sizes named
+    texts: tuple[int | None, ...]  # by size, after which it was sure, and stayed so; None: not yet
 
     @property
     def by_size(self) -> dict[int, int | None]:

@@ -16,23 +16,14 @@ AFTER = ("none", "patch")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan that was proposed, and how it fared.
-
-    Attributes:
-        plan: the layers that it drops.
-        proposed_by: the criteria and searches that named it.
-        score: the judge's mean over the items that it was judged on.
-        stderr: its standard error.
-        difference: paired difference to the winner, over the items of both; 0 for the winner.
-        lost_early: whether it was lost, or given up for want of work, before the last items.
-    """
+    """A plan that was proposed, and how it fared."""
 
     plan: Plan
-    proposed_by: tuple[str, ...]
-    score: float
+    proposed_by: tuple[str, ...]  # criteria and searches
+    score: float  # the judge's mean over the items that it was judged on
     stderr: float
-    difference: Difference
-    lost_early: bool = False
+    difference: Difference  # paired, to the winner, over the items of both; 0 for the winner
+    lost_early: bool = False  # or given up for want of work, before the last items
 
     @property
     def tied(self) -> bool:

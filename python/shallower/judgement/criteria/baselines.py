@@ -73,11 +73,7 @@ class Taylor(Criterion):
     )
 
     def costs(self, subject: Subject) -> Costs:
-        """Differentiate the loss.
-
-        A CriterionError refuses weights without a gradient, which are quantised or wait off their
-        device; a ModelError says that a gradient is not finite.
-        """
+        """Differentiate the loss; CriterionError for weights without a gradient."""
         matrices = [
             {weight: None for weight in layer.parameters() if weight.ndim > 1}
             for layer in subject.decoder.layers.modules
@@ -119,10 +115,9 @@ class WeightNorms(Criterion):
         measured = np.flatnonzero(np.isfinite(norms))
         if len(measured) < 2:
             raise CriterionError(
-                f"the criterion {self.name} knows only layers that write into the residual stream "
-                f"by plain linear maps, and this model has {len(measured)} (experts, a norm behind "
-                f"the maps, or quantised weights): load it unquantised, or leave out {self.name} "
-                f"(--criteria)"
+                f"the criterion {self.name} needs layers that write by plain linear maps, and "
+                f"this model has {len(measured)} (experts, a norm behind the maps, or quantised "
+                f"weights): load it unquantised, or leave out {self.name} (--criteria)"
             )
         own, costs = norms[measured], np.full_like(norms, np.nan)
         beside = [np.delete(own[max(0, i - 1) : i + 2], min(i, 1)) for i in range(len(own))]

@@ -1,7 +1,4 @@
-"""Criteria of experts: by statistics of one scan that they share, by every set; layers beside them.
-
-``n`` experts go of every layer that has any.
-"""
+"""Criteria of experts: by statistics of one scan, by every set; ``n`` go of every layer."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -195,10 +195,7 @@ def ridge_regression(masks: NDArray[np.bool_], scores: NDArray[np.float64]) -> N
 
 
 def select(trials: Trials, cuts: list[Cut]) -> Cut:
-    """Select one of different cuts in stages: each batch of items leaves one of :data:`SURVIVING`.
-
-    The last stage judged it on all items.
-    """
+    """Select one of several cuts in stages: each batch of items leaves one of :data:`SURVIVING`."""
     for look in range(1, trials.num_looks + 1):
         cuts = sorted(cuts, key=trials.path)
         trials.judge_together(cuts, look)
@@ -215,10 +212,7 @@ def select(trials: Trials, cuts: list[Cut]) -> Cut:
 def mutations(
     parent: Cut, num_layers: int, random: np.random.Generator, *, seen: set[Cut]
 ) -> list[Cut]:
-    """Exchange layers that are gone for layers that stay, as many, into cuts not yet ``seen``.
-
-    :data:`OFFSPRING` different ones, or fewer where draws repeat.
-    """
+    """Exchange dropped layers for kept ones, into :data:`OFFSPRING` cuts not ``seen``, or fewer."""
     gone, stays = sorted(parent), sorted(set(range(num_layers)) - parent)
     most = min(MOST_SWITCHES, len(gone), len(stays))
     found: dict[Cut, None] = {}

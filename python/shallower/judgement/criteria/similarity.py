@@ -266,10 +266,9 @@ class Reachable(LinearMap):
                 yield layer + 1, (torch.cat(parts[0]), torch.cat(parts[1]))
         if not plain:
             raise CriterionError(
-                f"the criterion {self.name} knows only layers whose feed-forward writes into the "
-                f"residual stream by a plain linear map, and this model has none (experts, a norm "
-                f"behind it, or quantised weights): load it unquantised, or leave out {self.name} "
-                f"(--criteria)"
+                f"the criterion {self.name} needs feed-forwards that write by plain linear maps, "
+                f"and this model has none (experts, a norm behind it, or quantised weights): "
+                f"load it unquantised, or leave out {self.name} (--criteria)"
             )
 
 

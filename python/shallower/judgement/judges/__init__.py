@@ -28,7 +28,7 @@ def judge_of(
     """Make a judge of texts; those of ``options`` and ``speech`` judge on items.
 
     Items of ``options`` are as in a file of them, those of ``speech`` the whole model's answers by
-    prompt. A TextsError says that no text has two tokens, or that there are no items.
+    prompt.
     """
     if name == "options":
         return OptionsJudge(items, tokenizer, tokens=tokens)

@@ -24,26 +24,15 @@ FIRST_LOOK = 2
 
 
 class Judge(ABC):
-    """What a cut is worth on the items of one split, measured from the final states of a forward.
+    """What a cut is worth on the items of one split, measured from final states of a forward."""
 
-    Attributes:
-        name: as ``--judge`` names it.
-        unit: of a mean score, as tables print it.
-        chance: the accuracy of a guess; None where nothing is right or wrong.
-        content: a hash of the items, where a study does not know them before a model is loaded.
-        batches: the items as token batches, in the order in which they are looked at.
-        items: for every batch the indices of its items, ascending. Those of the selection set are
-            consecutive: the first batch has the items ``0 .. a-1``, the next ``a .. b-1``.
-        weights: (S,) float64, what each item counts.
-    """
-
-    name: ClassVar[str]
-    unit: ClassVar[str]
-    chance: float | None = None
-    content: str = ""
-    batches: Sequence[Batch]
-    items: Sequence[NDArray[np.int64]]
-    weights: NDArray[np.float64]
+    name: ClassVar[str]  # as in `--judge`
+    unit: ClassVar[str]  # of a mean score, in tables
+    chance: float | None = None  # accuracy of a guess; None where nothing is right or wrong
+    content: str = ""  # a hash of items that are unknown before a model is loaded
+    batches: Sequence[Batch]  # of the items, in the order in which they are judged
+    items: Sequence[NDArray[np.int64]]  # by batch, indices ascending, over batches consecutive
+    weights: NDArray[np.float64]  # (S,) float64, what each item counts
 
     @property
     def num_items(self) -> int:
@@ -55,25 +44,19 @@ class Judge(ABC):
 
     @abstractmethod
     def measure(self, head: Head, index: int) -> NDArray[np.float64]:
-        """Measure the items of a batch, while every forward of the model gives the cut's states.
+        """Measure the items of a batch: the sum over each in float64.
 
-        The forward of ``head`` starts behind the layers (:meth:`Layerwise.starting_from`). Gives
-        the sum over each item of the batch in float64; a ModelError says that it is not finite.
+        Every forward of the model gives the cut's states; that of ``head`` starts behind the layers
+        (:meth:`Layerwise.starting_from`). ModelError: a sum is not finite.
         """
 
     def accuracy(self, sums: NDArray[np.float64]) -> float | None:
-        """The share that a cut gets right of the items whose sums, (S,), are not NaN.
-
-        None where nothing is right or wrong.
-        """
+        """The share of right items among those whose sums, (S,), are not NaN; None if none are."""
         return None
 
 
 class TextJudge(Judge):
-    """A judge of texts by what their tokens are predicted with: all of a text but those given.
-
-    Texts have at least two tokens; those of an item lie one behind the other.
-    """
+    """A judge of texts by what their tokens are predicted with; an item's texts are consecutive."""
 
     unit = "nats a token"
 
@@ -163,12 +146,7 @@ def divergences(whole: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
 def judged_batches(
     tokenizer: PreTrainedTokenizerBase, texts: AnyTexts, tokens: Tokens
 ) -> list[Batch]:
-    """Tokenise texts for a judge of whole texts, in their order.
-
-    Texts of fewer than two tokens are left out, and the others are numbered without them. The
-    batches are looked at one after the other (:func:`looks`). A TextsError says that no text has
-    two tokens, or that one is not a string.
-    """
+    """Tokenise texts for a judge of whole texts, in their order, without those of one token."""
     found = list(TokenBatches(tokenizer, texts, tokens, min_tokens=2).token_ids())
     if not found:
         raise TextsError("no text that a cut could be judged on has two tokens")

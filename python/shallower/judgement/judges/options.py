@@ -66,10 +66,7 @@ class OptionsJudge(Judge):
         return require_finite(sums, self.items[index], head)
 
     def accuracy(self, sums: NDArray[np.float64]) -> float:
-        """The share of the items looked at whose right option is the likeliest; a tie counts half.
-
-        NaN where no item was looked at.
-        """
+        """The share of judged items whose right option is the likeliest; a tie counts half."""
         there = sums[np.isfinite(sums)]
         right = np.count_nonzero(there < 0) + np.count_nonzero(there == 0) / 2
         return float(right / len(there)) if len(there) else math.nan

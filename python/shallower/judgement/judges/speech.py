@@ -16,8 +16,7 @@ from .judge import KLJudge, looks
 class SpeechJudge(KLJudge):
     """KL(p ‖ q) on the whole model's answers, p its next-token distribution and q that of the cut.
 
-    An item is a prompt with its answers in ``said``, weighted by their tokens. TextsError without
-    prompts.
+    An item is a prompt with its answers in ``said``, weighted by their tokens.
     """
 
     name = "speech"

@@ -54,26 +54,15 @@ DIVERGENCES = ("kl", "speech")
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one model and one calibration text.
-
-    Attributes:
-        model: the whole model.
-        title: of its figures and tables.
-        rows: every choice in every state.
-        settings: those of the comparison that are shown.
-        judge: name of the judge that chose.
-        state: by which cuts are ranked: the last that every size has, as that one is used in the
-            end; of another judge than the loss that of bare cuts, which alone are judged by it.
-        unit: of a regret in that state.
-    """
+    """The rows of one model and one calibration text."""
 
     model: ComparedModel
-    title: str
-    rows: Sequence[Row]
-    settings: Mapping[str, Any]
+    title: str  # of figures and tables
+    rows: Sequence[Row]  # every choice in every state
+    settings: Mapping[str, Any]  # those that are shown
     judge: str
-    state: State
-    unit: str
+    state: State  # that ranks cuts: the last of every size; if not by the loss, bare
+    unit: str  # of a regret in that state
 
     @property
     def when(self) -> str:
@@ -345,9 +334,7 @@ def _mean_point(share: float, speech: Speech, name: str) -> Point:
 
 
 def _cost_charts(group: Group) -> list[Drawing]:
-    """Draw mean regret over what a choice costs, with the Pareto front; nothing where no criterion
-    has chosen for all sizes.
-    """
+    """Draw mean regret over the cost of a choice, with the Pareto front; criteria for all sizes."""
     points = group.means()
     if not points:
         return []

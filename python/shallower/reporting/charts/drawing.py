@@ -28,8 +28,7 @@ COLOURS = {
     "blue": "#0b66b3", "orange": "#b8500f", "green": "#0d7a57", "violet": "#7d4fa6",
     "pink": "#b0377a", "olive": "#736a12",
 }  # fmt: skip
-"""The colours of figures by the name that they have in the page's style sheet, which has a
-lighter one of each on dark paper."""
+"""The colours of figures by name in the page's style sheet, which has others on dark paper."""
 
 SERIES = ("blue", "orange", "green", "violet", "pink", "olive")
 """Colours of lines, in their order."""
@@ -69,60 +68,35 @@ def require_matplotlib(purpose: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place in a figure that shows a text under the pointer.
+    """A place in a figure that shows a text under the pointer."""
 
-    Attributes:
-        x: points from the left edge.
-        y: points from the upper edge.
-        text: what is shown there.
-    """
-
-    x: float
-    y: float
+    x: float  # points from the left edge
+    y: float  # points from the upper edge
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """The cells of a heat map, as a grid of values.
+    """The cells of a heat map, as a grid of values."""
 
-    Attributes:
-        left: points from the left edge to the first cell.
-        bottom: points from the upper edge to the lower side of the first row.
-        width: points of a cell.
-        height: points of a cell.
-        rows: by row its values from the first cell on; a row can be shorter than the one before.
-    """
-
-    left: float
-    bottom: float
-    width: float
-    height: float
-    rows: tuple[tuple[float, ...], ...]
+    left: float  # points from the left edge to the first cell
+    bottom: float  # points from the upper edge to the lower side of the first row
+    width: float  # points of a cell
+    height: float  # points of a cell
+    rows: tuple[tuple[float, ...], ...]  # values from the first cell on; rows may become shorter
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A figure of matplotlib, and its words.
+    """A figure of matplotlib, and its words."""
 
-    Attributes:
-        name: of its files, and in the page.
-        title: a headline.
-        text: what is to be seen, for people who do not see it.
-        figure: as it is drawn.
-        marks: texts at its points.
-        cells: values of its cells, of a heat map.
-        head: names of the columns of ``numbers``.
-        numbers: what was drawn, a row each.
-    """
-
-    name: str
-    title: str
-    text: str
+    name: str  # of its files, and in the page
+    title: str  # a headline
+    text: str  # for people who do not see it
     figure: "Figure"
-    marks: tuple[Mark, ...] = ()
-    cells: Cells | None = None
-    head: tuple[str, ...] = ()
+    marks: tuple[Mark, ...] = ()  # texts at its points
+    cells: Cells | None = None  # of a heat map
+    head: tuple[str, ...] = ()  # columns of `numbers`
     numbers: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     _files: dict[str, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -136,9 +110,7 @@ class Drawing:
         return written
 
     def inline(self) -> str:
-        """Give the figure as an ``svg`` element of an HTML page, in the colours and fonts of its
-        style sheet; its identifiers begin with the figure's name.
-        """
+        """Give an ``svg`` element in the page's style; identifiers begin with the figure's name."""
         svg = self.rendered("svg").decode()
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

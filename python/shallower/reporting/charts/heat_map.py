@@ -38,8 +38,9 @@ _LABELS = "angular distance, each row rescaled to [0, 1]", "angular distance"
 
 
 def block_distances(mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sort the (L+1, L+1) mean distances of pairs of states by block: (L-1, L), row n-1 and column
-    l holding d(l, l+n), NaN where the block would pass the last layer.
+    """Sort the (L+1, L+1) mean distances of pairs of states by block: (L-1, L).
+
+    Row n-1 and column l hold d(l, l+n), NaN where the block would pass the last layer.
     """
     num_layers = len(mean) - 1
     rows = np.full((num_layers - 1, num_layers), np.nan)
@@ -49,9 +50,7 @@ def block_distances(mean: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def rescale_rows(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shift and rescale every row to [0, 1], as the paper does for display; a row of equal values
-    becomes zeros, NaN stays.
-    """
+    """Rescale every row to [0, 1] as in the paper; equal values become zeros, NaN stays."""
     least = np.nanmin(rows, axis=1, keepdims=True)
     spread = np.nanmax(rows, axis=1, keepdims=True) - least
     return (rows - least) / np.where(spread > 0, spread, 1)
@@ -96,10 +95,7 @@ def save_heat_map(scan: Scan, path: str | Path, title: str = "") -> None:
 
 
 def draw_heat_map(scan: Scan, folder: str | Path) -> list[Path]:
-    """Write ``heat_map.png`` into the folder of a scan, where it can be drawn.
-
-    There is none of a scan without angles or of one layer; without matplotlib none, with a warning.
-    """
+    """Write ``heat_map.png`` into the folder of a scan of several layers that has angles."""
     if "angular" not in scan.metrics or scan.num_layers < 2:
         return []
     path = Path(folder) / HEAT_MAP_FILE
@@ -114,8 +110,7 @@ def draw_heat_map(scan: Scan, folder: str | Path) -> list[Path]:
 def heat_maps(scan: Scan, shares: Shares | None = None) -> list[Drawing]:
     """Draw the angular distances of all blocks twice: rows rescaled as in the paper, and raw.
 
-    ``shares`` sizes the rings of the raw map by how stable l* is. Without angles, or of one layer,
-    there is none.
+    ``shares`` sizes the rings of the raw map by how stable l* is.
     """
     require_matplotlib("drawing the heat map")
     if "angular" not in scan.metrics or scan.num_layers < 2:

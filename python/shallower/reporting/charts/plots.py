@@ -32,53 +32,32 @@ _LONG_NAME = 27
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A measured value.
-
-    Attributes:
-        x: where it stands.
-        y: the value.
-        stderr: its standard error; NaN where there is none.
-        name: what it is of, in a few words.
-    """
+    """A measured value."""
 
     x: float
     y: float
-    stderr: float
-    name: str
+    stderr: float  # NaN where there is none
+    name: str  # in a few words
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Points that belong together.
+    """Points that belong together."""
 
-    Attributes:
-        name: in the legend.
-        points: by x.
-        colour: one of the colours of figures.
-        style: ``solid``, ``dashed`` or ``dotted``.
-        marker: as matplotlib has them; by its place, if none is named.
-    """
-
-    name: str
-    points: tuple[Point, ...]
-    colour: str
+    name: str  # in the legend
+    points: tuple[Point, ...]  # by x
+    colour: str  # of figures
     style: Literal["solid", "dashed", "dotted"] = "solid"
-    marker: str = ""
+    marker: str = ""  # of matplotlib; by default by its place
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """An axis.
-
-    Attributes:
-        label: with the unit.
-        is_share: whether values are shares, shown as per cent.
-        digits: of a value.
-    """
+    """An axis, with its unit in the label."""
 
     label: str
-    is_share: bool = False
-    digits: int = 3
+    is_share: bool = False  # shown as per cent
+    digits: int = 3  # of a value
 
     def show(self, value: float) -> str:
         """Write a value."""
@@ -134,8 +113,8 @@ def line_chart(
 ) -> Drawing:
     """Draw lines with bands of one standard error, and level lines of reference.
 
-    The axis ends at ``most``, where lines leave it; a value above stands at its edge, as a triangle
-    that the legend names, with the value beside it. Every line has a point.
+    Lines leave the axis at ``most``; a value above stands at its edge, as a triangle that the
+    legend names. Every line has a point.
     """
     require_matplotlib(_PURPOSE)
     import matplotlib
@@ -292,10 +271,7 @@ def front_chart(
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Find the points that no other beats in one figure without losing in the other.
-
-    Less is better in both. The names come by the first figure; of points that are the same, all.
-    """
+    """Find points that no other beats in one figure without losing in the other, by the first."""
     front = [
         name
         for name, (cost, regret) in points.items()
@@ -336,9 +312,7 @@ def _power(value: float) -> str:
 def _name_front(
     axes: "Axes", points: Mapping[str, tuple[float, float]], front: Sequence[str]
 ) -> None:
-    """Name the points of the front: below to the left, where by its definition no point can lie;
-    the first, at the edge, below to the right. Points at one place have one name together.
-    """
+    """Name the points of the front below to the left, where none can lie; the first otherwise."""
     names: dict[tuple[float, float], list[str]] = {}
     for name in front:
         names.setdefault(points[name], []).append(name)
@@ -391,9 +365,7 @@ def _draw_line(axes: "Axes", line: Line, marker: str) -> None:
 def _draw_references(
     axes: "Axes", references: Sequence[Reference], points: Sequence[Point]
 ) -> None:
-    """Draw level lines, named at the end that is farther from all points, above them, or below
-    where nothing else is there.
-    """
+    """Draw level lines, named at the end farther from all points, above or below the line."""
     first, last = min(p.x for p in points), max(p.x for p in points)
     least = min(p.y for p in points)
     for value, name in references:
@@ -421,9 +393,7 @@ _PLACES = 8
 
 
 def _draw_above(axes: "Axes", above: Sequence[tuple[Line, Point]], most: float, y: Axis) -> None:
-    """Draw triangles at the upper edge for values above it, and write the values beside them: of
-    places that are near below one another, the greatest first.
-    """
+    """Draw triangles at the upper edge for values above it, with near values below one another."""
     if not above:
         return
     left, right = axes.get_xlim()

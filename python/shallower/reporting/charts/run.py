@@ -51,10 +51,7 @@ def race_charts(verified: Verified) -> list[Drawing]:
 
 
 def scan_charts(scan: Scan, shares: Shares | None) -> list[Drawing]:
-    """Draw the least distance over the size of a block, and the heat maps.
-
-    ``shares`` says how stable l* is. There is none without angles, or of a single layer.
-    """
+    """Draw the least distance by block size, and heat maps; ``shares``: how stable l* is."""
     if "angular" not in scan.metrics or scan.num_layers < 2:
         return []
     points = []

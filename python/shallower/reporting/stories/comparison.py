@@ -113,10 +113,7 @@ Shown = tuple[Row, Standing] | None
 
 
 def _shown(group: Group) -> Shown:
-    """The best cut at the knee, in the state by which cuts are ranked.
-
-    The knee is the size farthest below the line between the ends; the least size where none is.
-    """
+    """The best cut at the knee, the size farthest below the line between the ends; or the least."""
     best = {row.n: (row, standing) for row, standing in group.best()}
     lost = {n: standing.difference.mean for n, (_, standing) in best.items()}
     end = max(lost, default=0)
@@ -250,10 +247,7 @@ def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
 
 
 def _in_the_other_state(group: Group, best: Row) -> str:
-    """Say whether the order of a size is another one as bare cuts, or after the patch.
-
-    ``best`` is the first in the state by which cuts are ranked.
-    """
+    """Compare the order of a size, with its ``best`` first, with that of bare or patched cuts."""
     state: State = "patched" if group.state == "cut" else "cut"
     others, where = group.ranked(best.n, state), group.words(state)
     where = where[0].upper() + where[1:]

@@ -21,15 +21,11 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 Values = Mapping[str, Mapping[str, Any]]
-"""By ``loss``, ``perplexity`` and ``tasks`` what was found of one model, or of two: that which the
-other is compared with first."""
+"""By ``loss``, ``perplexity`` and ``tasks``, values by model; the reference of two comes first."""
 
 
 def evaluation_json(values: Values) -> dict[str, Any]:
-    """Give the loss of every side by its name, and of two their ``difference``; the same under
-    ``perplexity``, and for every task and measure in the list ``tasks``; under ``speech`` that of
-    the cut, or of the model where there is none, with its ``difference``.
-    """
+    """Give losses, perplexities, ``tasks`` and ``speech`` by side; of two the ``difference``."""
     plain: dict[str, Any] = {}
     for kind, sides in values.items():
         if kind == "speech":
@@ -92,9 +88,7 @@ _LINES: dict[str, tuple[Callable[[Any], str], str]] = {
 
 
 def tasks_table(found: Mapping[str, Sequence[TaskScores]]) -> Table:
-    """Tabulate scores by task and measure, the main measure of a task first, of one model or two,
-    by name.
-    """
+    """Tabulate scores by task and measure, the main one first, of one model or two by name."""
     head = ["task", "measure", "items", *found, *(["difference"] if len(found) > 1 else [])]
     rows: list[tuple[Cell, ...]] = []
     for sides in _by_measure(found):

@@ -74,9 +74,7 @@ def run_story(run: Run, *, gain: Gain | None = None, drawn: bool = True) -> Stor
 
 
 def choice_parts(run: Run) -> list[str | Table]:
-    """Give what is known before a healing: the scan in a line, the tables of the race and of the
-    sizes, and what had to be left out.
-    """
+    """Give what is known before a healing: scan, race and sizes, and what was left out."""
     best = run.recommended
     parts: list[str | Table] = [f"scan: {scan_table(run.scan).title}", *rejected(run.scan)]
     if best is not None:

@@ -72,9 +72,7 @@ def plan_table(plan: Plan) -> Table:
 def starts_table(
     blocks: Sequence[Block], metric: str | None, sure: BootstrappedStart | None = None
 ) -> Table:
-    """Tabulate the best blocks of one size, the best first, and the share of resamples of a
-    bootstrap in which each is the best.
-    """
+    """Tabulate the best blocks of one size, and the share of resamples where each is the best."""
     head = ("rank", "drop", distance_name(metric), *(() if sure is None else ("share",)))
     rows = []
     for rank, block in enumerate(blocks, 1):
@@ -180,10 +178,7 @@ def losses_table(measured: Mapping[str, Mapping[str, Loss]]) -> Table:
 
 
 def patch_table(patch: Patch, shares: Mapping[str, Estimate]) -> Table:
-    """Tabulate the layers that a patch solved anew, and the loss behind each.
-
-    ``shares`` of the lost nats came back where that was measured.
-    """
+    """Tabulate the layers that a patch solved anew, the loss behind each, and what came back."""
     nothing = Number("")
     rows: list[tuple[Cell, ...]] = [
         ("all layers", "", nothing, Number.of(patch.original, digits=4)),
@@ -256,10 +251,7 @@ def _digits(one: float, other: float) -> int:
 
 
 def unknown(chosen: ScanChoice) -> list[str]:
-    """Name the experts that no token was sent to, and say what becomes of them.
-
-    What was left out is counted, too; nothing is said where there is neither.
-    """
+    """Name the experts that no token was sent to, what becomes of them, and what was left out."""
     left_out = [_left_out(chosen.left_out)] if chosen.left_out else []
     if not chosen.unrouted:
         return left_out

@@ -50,10 +50,7 @@ _INLINED = ("report.css", "report.js")
 
 
 def write_page(story: Story, page: Path) -> None:
-    """Write the page, Markdown and JSON beside it, and ``figures``.
-
-    What is there is replaced; OutputError where the place cannot be written to.
-    """
+    """Write the page, Markdown and JSON beside it, and ``figures``, in place of what is there."""
     written = [page, *_beside(page)]
     content = json.dumps(story.to_json(), indent=2, ensure_ascii=False) + "\n"
     texts = to_html(story), to_markdown(story), content

@@ -27,9 +27,7 @@ _ARROW = "→ "
 
 
 def show(*parts: Part) -> None:
-    """Print sentences, tables, sections and whole stories: of a story its tables and samples, then
-    what :func:`show_summary` prints.
-    """
+    """Print sentences, tables, sections, and of whole stories tables, samples and a summary."""
     from rich.console import Console
 
     console = Console()
