@@ -10,7 +10,7 @@ from shallower import ScanError, StatesError
 from shallower.scanning.scan_file import scan_bytes
 from shallower.scanning.shards import Shards, joined
 from shallower.values.shard import Shard
-from shallower.values.tokens import Tokens
+from shallower.values.stage_settings import ScanSettings
 from tests.conftest import edited, mostly_slow
 from tests.documents import documents
 
@@ -19,7 +19,8 @@ BATCH = 2
 
 def shards_of(llama, words, texts, **options):
     positions = sh.Positions.parse(options.pop("positions", "last"))
-    return Shards(llama, words, texts, Tokens(256, BATCH), positions=positions, **options)
+    settings = ScanSettings(batch_size=BATCH, positions=positions, **options)
+    return Shards(llama, words, texts, settings)
 
 
 def parts_of(shards, count):

@@ -6,9 +6,11 @@ runs its own.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,6 @@ from ..experts.statistics import ExpertStatistics
 from ..progress import say_goes_on, track
 from ..storage import write_file
 from ..values.counts import counted
-from ..values.positions import Positions
 from ..values.schema import of_type
 from ..values.shard import Shard
 from ..values.tokens import Tokens
@@ -28,44 +29,28 @@ from .scan_file import Contents, read_text, scan_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..experts.hooks import ExpertHooks
     from ..models.decoder import Decoder
-    from ..texts.batches import AnyTexts, Batch
+    from ..texts.batches import AnyTexts
+    from ..values.stage_settings import ScanSettings
 
 
 class Shards:
-    """A model, and all texts as token ids, of which any shard can be scanned.
-
-    Raises as :func:`shallower.scan`.
-
-    Attributes:
-        texts: the identity of all texts.
-        num_batches: the batches of all texts.
-    """
+    """A model, and all texts as token ids, of which any shard can be scanned."""
 
     def __init__(
         self,
         model: "PreTrainedModel | Decoder",
         tokenizer: "PreTrainedTokenizerBase",
         texts: "AnyTexts",
-        tokens: Tokens,
-        *,
-        metrics: Sequence[str] = ("angular", "cosine"),
-        positions: Positions | None = None,
-        threads: int | None = None,
-        keep_samples: bool = False,
-        experts: bool = False,
+        settings: "ScanSettings",
     ) -> None:
         from ..models.decoder import Decoder
         from ..texts.batches import TokenBatches
 
-        self._decoder = Decoder.of(model)
+        self._decoder, self._settings = Decoder.of(model), settings
         # Equal on all machines, whatever memory they have.
-        self._tokens = Tokens(tokens.max_length, tokens.texts)
-        self._positions = positions or Positions()
-        self._metrics, self._threads, self._keep = metrics, threads, keep_samples
-        self._experts = experts
-        batches = TokenBatches(tokenizer, texts, self._tokens)
+        tokens = Tokens(settings.tokens.max_length, settings.tokens.texts)
+        batches = TokenBatches(tokenizer, texts, tokens)
         self._batches = [batch for window in batches.unpadded() for batch in window]
         if batches.num_texts == 0:
             raise TextsError("there are no texts to scan")
@@ -80,18 +65,18 @@ class Shards:
     @property
     def common(self) -> dict[str, object]:
         """What is the same wherever the same scan is opened, by the words of an error."""
-        model, texts = self._decoder.identity, self.texts
-        kept = "with samples" if self._keep else "without samples"
-        experts = ", with experts" if self._experts else ""
+        model, texts, of = self._decoder.identity, self.texts, self._settings
+        kept = "with samples" if of.keep_samples else "without samples"
+        experts = ", with experts" if of.experts else ""
         return {
             "number of batches": self.num_batches,
-            "batch size": self._tokens.batch_size,
+            "batch size": of.tokens.texts,
             "dtype": model.dtype,
             "model": model.fingerprint[:12],
             "weights": str(self._decoder.content)[:12],
             "texts": f"{counted(texts.num_texts, 'text')} of at most "
             f"{counted(texts.max_length, 'token')}, {texts.fingerprint[:12]}",
-            "settings": f"{', '.join(self._metrics)} of {self._positions}, {kept}{experts}",
+            "settings": f"{', '.join(of.metrics)} of {of.positions}, {kept}{experts}",
         }
 
     def texts_of(self, shard: Shard) -> list[int]:
@@ -108,15 +93,18 @@ class Shards:
         """
         from ..experts.hooks import ExpertHooks
         from ..memory.streaming import text_steps
+        from ..texts.batches import WINDOW, padded
+        from .hidden_states import states_of
 
-        observed = ExpertHooks(self._decoder) if self._experts else None
+        settings = self._settings
+        observed = ExpertHooks(self._decoder) if settings.experts else None
         builder = ScanBuilder(
             len(self._decoder) + 1,
-            self._metrics,
-            threads=self._threads,
+            settings.metrics,
+            threads=settings.threads,
             model=self._decoder.identity,
-            keep_samples=self._keep,
-            positions=self._positions,
+            keep_samples=settings.keep_samples,
+            positions=settings.positions,
             experts=observed.statistics if observed else None,
             content=self._decoder.content,
         )
@@ -126,17 +114,19 @@ class Shards:
             say_goes_on(f"{done:,} of {len(mine):,} batches were scanned", progress)
         elif shard.index == 0:
             builder.reject(*self._rejected)  # once, however many parts there are
-        saved = time.monotonic()
-        steps = text_steps(self._decoder)
+        saved, steps = time.monotonic(), text_steps(self._decoder)
+        rest = iter(mine[done:])
+        windows = iter(lambda: [padded(self._batches[one]) for one in islice(rest, WINDOW)], [])
         bar = track(f"scan, shard {shard}", self._num_texts(mine) * steps, progress)
         with bar as advance, observed or nullcontext():
             advance(self._num_texts(mine[:done]) * steps)
-            for num_batches in self._take(builder, mine[done:], advance, experts=observed):
-                done += num_batches
-                if (
-                    checkpoint is not None
-                    and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
-                ):
+            for states in states_of(
+                self._decoder, windows, settings.positions, advance=advance, experts=observed
+            ):
+                with closing(states) as parts:
+                    builder.take(parts, advance)
+                if checkpoint and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                    done = len(mine) - length_hint(rest)
                     content = scan_text(builder.so_far(self.texts).contents)
                     begun = {"shard": str(shard), "done": done, "content": content}
                     write_file(checkpoint, json.dumps(begun).encode())
@@ -145,38 +135,6 @@ class Shards:
 
     def _num_texts(self, batches: Iterable[int]) -> int:
         return sum(len(self._batches[batch]) for batch in batches)
-
-    def _take(
-        self,
-        builder: ScanBuilder,
-        mine: range,
-        advance: Callable[[int], None],
-        *,
-        experts: "ExpertHooks | None",
-    ) -> Iterator[int]:
-        """Add the states of batches; how many were added, each time work may be kept."""
-        from .hidden_states import states_of
-
-        given = 0
-
-        def windows() -> "Iterator[list[Batch]]":
-            from ..texts.batches import WINDOW, padded
-
-            nonlocal given
-            for start in range(0, len(mine), WINDOW):
-                window = mine[start : start + WINDOW]
-                given += len(window)
-                yield [padded(self._batches[batch]) for batch in window]
-
-        added = 0
-        found = states_of(
-            self._decoder, windows(), self._positions, advance=advance, experts=experts
-        )
-        for states in found:
-            with closing(states) as parts:
-                builder.take(parts, advance)
-            yield given - added
-            added = given
 
 
 def _resume(builder: ScanBuilder, shard: Shard, checkpoint: Path, shards: Shards) -> int:

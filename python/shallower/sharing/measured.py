@@ -25,23 +25,14 @@ LEAST = {
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What a part has of one measure.
+    """What a part has of one measure."""
 
-    Attributes:
-        num_items: texts, or windows, in all.
-        settings: what a result says beside its losses, by the names of ``LEAST``.
-        items: (S,) the indices of the part's texts among all, ascending.
-        counts: (S,) the predicted tokens of each.
-        num_bytes: (S,) the bytes of what is predicted of each; None where they are not counted.
-        nats: (S,) float64, the summed losses of each, by side.
-    """
-
-    num_items: int
-    settings: Mapping[str, int]
-    items: tuple[int, ...]
-    counts: tuple[int, ...]
-    num_bytes: tuple[int, ...] | None
-    nats: Mapping[str, NDArray[np.float64]]
+    num_items: int  # texts, or windows, in all
+    settings: Mapping[str, int]  # of a result beside its losses, by the names of ``LEAST``
+    items: tuple[int, ...]  # (S,) the indices of the part's texts among all, ascending
+    counts: tuple[int, ...]  # (S,) the predicted tokens of each
+    num_bytes: tuple[int, ...] | None  # (S,) the bytes of what is predicted, where counted
+    nats: Mapping[str, NDArray[np.float64]]  # (S,) the summed losses of each, by side
 
     def __post_init__(self) -> None:
         of_each = [self.counts, *self.nats.values()]
@@ -58,17 +49,11 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPart:
-    """What a unit of an evaluation found.
+    """What a unit of an evaluation found."""
 
-    Attributes:
-        machine: on which the last bits depend.
-        model: the whole model.
-        tallies: what it has of each measure, ``loss`` or ``perplexity``.
-    """
-
-    machine: Mapping[str, Any]
-    model: ModelIdentity
-    tallies: Mapping[str, Tally]
+    machine: Mapping[str, Any]  # on which the last bits depend
+    model: ModelIdentity  # the whole one
+    tallies: Mapping[str, Tally]  # by the measure, ``loss`` or ``perplexity``
 
     def __post_init__(self) -> None:
         for kind, part in self.tallies.items():
@@ -89,24 +74,15 @@ class MeasuredPart:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What was found of a model, and of a cut of it.
+    """What was found of a model, and of a cut of it."""
 
-    Attributes:
-        values: by the measure and the side, a :class:`Loss` or :class:`Perplexity`.
-        model: the whole model.
-        machine: that which measured; None for several that differ.
-    """
-
-    values: Mapping[str, Mapping[str, Any]]
-    model: ModelIdentity
-    machine: Mapping[str, Any] | None
+    values: Mapping[str, Mapping[str, Any]]  # losses or perplexities, by measure and side
+    model: ModelIdentity  # the whole one
+    machine: Mapping[str, Any] | None  # that which measured; None for several that differ
 
 
 def evaluation_of(parts: Sequence[MeasuredPart]) -> Evaluation:
-    """Put the parts of an evaluation together, to the bits of one process.
-
-    ScanError: texts are missing in a part, or measures.
-    """
+    """Put the parts of an evaluation together, to the bits of one process."""
     first, values = parts[0], {}
     if any(one.measured != first.measured for one in parts):
         raise ScanError("the shards are of different measures or cuts: measure them again")

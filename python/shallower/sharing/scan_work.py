@@ -17,7 +17,7 @@ from ..texts.sources import Texts, place_of_texts
 from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 from ..values.positions import Positions
 from ..values.shard import Shard
-from ..values.tokens import Tokens
+from ..values.stage_settings import ScanSettings
 from .shards import MadeShard, values_of
 from .work import Batches, OpenedBatches
 
@@ -37,9 +37,7 @@ class OpenedScan(OpenedBatches):
             Decoder.of(model, self.content),
             tokenizer,
             texts,
-            Tokens(**described["tokens"]),
-            positions=Positions(**described["positions"]),
-            **described["options"],
+            ScanSettings(**described["settings"], positions=Positions(**described["positions"])),
         )
         return self._batches
 
@@ -72,13 +70,12 @@ class ScanWork(Batches):
         self.job.identify()
         job, found = self.job, super().described()
         found["expects"]["texts"] = texts_content(job.texts, job.store)
-        options = ("metrics", "threads", "keep_samples", "experts")
+        options = ("max_length", "batch_size", "metrics", "threads", "keep_samples", "experts")
         return {
             **found,
             "texts": _described_texts(job.texts),
-            "tokens": asdict(job.tokens),
+            "settings": {name: getattr(job, name) for name in options},
             "positions": asdict(job.positions),
-            "options": {name: getattr(job, name) for name in options},
         }
 
     def joined(self, values: Sequence[Any]) -> tuple[Scan, list[Path]]:

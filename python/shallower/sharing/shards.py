@@ -23,29 +23,17 @@ DAMAGES = (ValueError, KeyError, TypeError, OverflowError, RecursionError, Shall
 
 @dataclass(frozen=True, slots=True)
 class MadeShard:
-    """A shard of a work.
+    """A shard of a work."""
 
-    Attributes:
-        kind: the work's, of ``NAMES``.
-        shard: which it is.
-        job: a hash of all that the work depends on; None where that is not known.
-        versions: of the packages that made it.
-        common: what else all shards of the work have in common, by the words of an error.
-        described: the work, from which a process makes it again.
-        values: what was found, by unit.
-        entries: what the store has that the units measured into.
-        failed: why units of several models could not be done, by unit.
-    """
-
-    kind: str
+    kind: str  # the work's, of ``NAMES``
     shard: Shard
-    job: str | None
+    job: str | None  # a hash of all that the work depends on; None where that is not known
     versions: Mapping[str, str]
-    common: Mapping[str, Any]
-    described: Mapping[str, Any]
-    values: Mapping[str, Any]
-    entries: Mapping[str, Any]
-    failed: Mapping[str, str]
+    common: Mapping[str, Any]  # to all shards of the work, by the words of an error
+    described: Mapping[str, Any]  # the work, from which a process makes it again
+    values: Mapping[str, Any]  # what was found, by unit
+    entries: Mapping[str, Any]  # of the store that the units measured into
+    failed: Mapping[str, str]  # why units of several models could not be done, by unit
 
     def __post_init__(self) -> None:
         if self.kind not in NAMES:
@@ -64,11 +52,7 @@ class MadeShard:
 
     @classmethod
     def load(cls, path: str | Path) -> "MadeShard":
-        """Read a shard, and check it.
-
-        ScanError: the file is not there, is truncated, damaged or of another version, or is no
-        shard.
-        """
+        """Read a shard from its file, and check it."""
         try:
             found = of_type(dict, json.loads(Path(path).read_bytes()))
             if (given := of_type(str, found.pop("format"))) != FORMAT:
@@ -86,7 +70,7 @@ class MadeShard:
 
 
 def values_of(shards: Sequence[MadeShard], kind: Any) -> list[Any]:
-    """Read the value of each shard, which is a unit, as a ``kind``; ScanError for a damaged one."""
+    """Read the value of each shard, which is a unit, as a ``kind``."""
     found = []
     for one in shards:
         try:
@@ -97,11 +81,7 @@ def values_of(shards: Sequence[MadeShard], kind: Any) -> list[Any]:
 
 
 def read_shards(parts: Iterable[str | Path]) -> list[MadeShard]:
-    """Read all shards of a work, in their order, from files or folders in any order.
-
-    A shard that is there twice counts once. ScanError: there are none, shards are missing, or of
-    different works, or are damaged.
-    """
+    """Read all shards of a work, in their order, from files or folders; twice counts once."""
     found: dict[Shard, tuple[Path, MadeShard]] = {}
     loaded = [(path, MadeShard.load(path)) for path in _files(parts)]
     kinds = sorted({one.kind for _, one in loaded})

@@ -36,17 +36,10 @@ PARTS_FOLDER = ".parts"
 
 
 class Opened(ABC):
-    """A work that is opened: by a worker, or by hand a ``job`` with a ``folder`` for what is begun.
+    """A work, opened by a worker, or by hand its ``job`` with a ``folder`` for what is begun."""
 
-    ProcessesError: packages are not those of whoever described it.
-
-    Attributes:
-        common: what all processes must have in common, by the words of an error.
-        texts: the texts of every unit, for a record of those that failed.
-    """
-
-    common: Mapping[str, Any] = {}
-    texts: Mapping[str, Any] = {}
+    common: Mapping[str, Any] = {}  # to all processes, by the words of an error
+    texts: Mapping[str, Any] = {}  # of every unit, for a record of those that failed
 
     def __init__(
         self, described: Mapping[str, Any], folder: Path | None = None, job: Any = None
@@ -98,35 +91,24 @@ class SharedWork(ABC):
 
     The value of each unit goes into a store. A kind supplies what stands here without a value, and
     how all values come together: of the store (``finish``), or of shards (``gather``).
-
-    Attributes:
-        job: the :class:`ScanJob`, :class:`EvalJob` or :class:`Study`.
-        out: its folder; None for none.
-        shard: which part is made by hand; None where workers share all of it.
-        on: where workers are: ``local`` processes, or those of a ``ray`` cluster.
-        workers: their number; on a cluster as many as it has room for by default.
-        models: what workers load.
-        reads: the places that are read, by their text.
-        units: what workers do, one at a time.
-        store: where the values of units lie.
     """
 
     kind: ClassVar[str]
     results: ClassVar[str]
     opens: ClassVar[type[Opened]]
     unit_names, is_exact = "parts", True
-    models: Sequence[ModelSource]
-    reads: Sequence[object]
-    units: Sequence[str]
-    store: Store
+    models: Sequence[ModelSource]  # what workers load
+    reads: Sequence[object]  # the places that are read, by their text
+    units: Sequence[str]  # what workers do, one at a time
+    store: Store  # of the values of units
 
     def __init__(
         self,
-        job: Any,
+        job: Any,  # a :class:`ScanJob`, :class:`EvalJob` or :class:`Study`
         *,
-        shard: Shard | None = None,
-        on: Literal["local", "ray"] = "local",
-        workers: int | None = None,
+        shard: Shard | None = None,  # the part that is made by hand; else workers share all
+        on: Literal["local", "ray"] = "local",  # processes, or workers of a cluster
+        workers: int | None = None,  # by default as many as a cluster has room for
     ) -> None:
         self.job, self.shard, self.on, self.workers = job, shard, on, workers
         self.out: Path | None = job.out

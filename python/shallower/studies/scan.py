@@ -37,34 +37,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ScanJob(ScanSettings):
-    """A scan of a model by settings into a folder, which is checked when it is made.
-
-    Attributes:
-        source: the model.
-        texts: calibration texts; of a file the first one is read.
-        out: the folder for ``scan.safetensors`` and, where it can be drawn, ``heat_map.png``.
-        overwrite: replace what is there, once the new is complete.
-        device_memory: the memory that may be used, as ``16GB``; what is free by default.
-        store: what is remembered of earlier scans.
-        shard: which part of it is made alone, beside what is there.
-        known: of this very scan in this place, if it was made before.
-        found: when it was made, if another command made it.
-
-    Raises:
-        OutputError: a place is taken, or is not one to write to.
-        MetricError, TextsError, PositionsError, LayersError: an option that no scan has.
-        ModelError: experts are asked for, and the model's config counts none.
-    """
+    """A scan of a model by settings into a folder, which is checked when it is made."""
 
     source: ModelSource
-    texts: Iterable[str]
-    out: Path
-    overwrite: bool = False
-    device_memory: str | None = None
+    texts: Iterable[str]  # calibration texts; of a file the first one is read
+    out: Path  # for ``scan.safetensors`` and, where it can be drawn, ``heat_map.png``
+    overwrite: bool = False  # what is there, once the new is complete
+    device_memory: str | None = None  # as ``16GB``; what is free by default
     store: Store = field(default_factory=lambda: Store(None))
-    shard: Shard | None = None
-    known: Entry | None = field(init=False, default=None)
-    found: list[str] = field(default_factory=list, init=False)
+    shard: Shard | None = None  # the part that is made alone, beside what is there
+    known: Entry | None = field(init=False, default=None)  # of this very scan in this place
+    found: list[str] = field(default_factory=list, init=False)  # when another command made it
 
     def __post_init__(self) -> None:
         super().__post_init__()
