@@ -2,11 +2,12 @@
 
 import re
 from importlib import import_module
+from typing import get_args
 
 import griffe
 
 import shallower
-from shallower.values.options import options_of
+from shallower.values.options import Group, options_of
 
 ROLE = re.compile(r":(?:attr|class|func|meth):`[~.]?([\w.]+)`")
 
@@ -25,7 +26,9 @@ def as_markdown(text):
 
 def calls(default):
     """Whether the default of a field is a call that makes an option."""
-    return isinstance(default, griffe.ExprCall) and str(default.function) == "option"
+    if not isinstance(default, griffe.ExprCall):
+        return False
+    return str(default.function).removeprefix("option.") in get_args(Group)
 
 
 class Docstrings(griffe.Extension):

@@ -1,7 +1,7 @@
 """Sentences that are too long, and words that only this house would use, where users read.
 
-``make lint-words`` reads README, the how-to pages and what ``--help`` prints; and of the package
-the texts of errors, and the public docstrings, from which the API pages are made.
+``make lint-words`` reads README, the how-to pages and what ``--help-all`` prints; and of the
+package the texts of errors, and the public docstrings, from which the API pages are made.
 """
 
 import ast
@@ -98,16 +98,16 @@ def faults(name, text, rules=DOCUMENTS):
 
 
 def help_texts():
-    """(name, text) of what every command says to ``--help``, an option a paragraph."""
+    """(name, text) of what every command says to ``--help-all``, an option a paragraph."""
     from shallower.cli import COMMANDS
 
     for words in ((), *((name,) for name in COMMANDS)):
-        said = in_this_process(*words, "--help").out
-        said = re.sub(r"\n {20,}", " ", said)
+        said = in_this_process(*words, "--help-all").out
+        said = re.sub(r"\n {8,}", " ", said)
         options = re.sub(
             r"^  (?:-\S+(?: \S+)?|[A-Z]+ \S+|[a-z]+)(?: {2,}| (?=[A-Z]))", "\n", said, flags=re.M
         )
-        yield " ".join(("shallower", *words, "--help")), options
+        yield " ".join(("shallower", *words, "--help-all")), options
 
 
 def docstrings(tree):

@@ -81,13 +81,13 @@ def _relinked(text, path, root, waiting):
 
 
 def write_commands(file=PAGES / "reference" / "commands.md"):
-    """A page of what every command says to --help."""
+    """A page of what every command says to --help-all."""
     from shallower.cli import COMMANDS
 
     os.environ["COLUMNS"] = "80"
-    page = ["# Commands\n\nWhat `shallower COMMAND --help` says.\n"]
+    page = ["# Commands\n\nWhat `shallower COMMAND --help-all` says.\n"]
     for words in ((), *((name,) for name in COMMANDS)):
-        said = in_this_process(*words, "--help").out.rstrip()
+        said = in_this_process(*words, "--help-all").out.rstrip()
         page.append(f"\n## {' '.join(('shallower', *words))}\n\n```text\n{said}\n```\n")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(page), encoding="utf-8")

@@ -40,7 +40,7 @@ def test_every_room_and_every_folder_of_tests_is_known():
     [
         ("tests/cli/test_scan.py", {"tests/cli/test_scan.py"}),
         ("tests/cutting/card_tools.py", {"tests/cutting/test_cards.py"}),
-        ("tests/cli/documents.py", {"tests/cli"}),
+        ("tests/documents.py", {"tests/cli"}),
         ("docs/how-to/run.md", set(affected.DOCS)),
         ("README.md", set(affected.DOCS)),
     ],

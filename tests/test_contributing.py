@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import shallower
-from tests.cli.documents import documents
 from tests.conftest import ROOT, tiny_llama, write_jsonl
+from tests.documents import documents
 from tests.forks import Fork
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -117,7 +117,7 @@ def test_an_option_is_one_field(copied):
         CALL
         + """
 import shallower as sh
-call("run --help")
+call("run --help-all")
 print(sh.RunSettings(drafts=2).to_json()["drafts"], sh.RunSettings(drafts=2).to_words())
 try:
     sh.RunSettings.of(None, {"draft": 1})
@@ -126,9 +126,7 @@ except sh.SettingsError as error:
 """
     )
     assert len(added(OPTION)) == 1
-    assert re.search(
-        r"--context N .*?--drafts N +Samples of every prompt\.\s+\[default: 1", said, re.S
-    )
+    assert re.search(r"--top K .*?--drafts N +Samples of every prompt\.\s+\[default: 1", said, re.S)
     assert "2 ['--drafts', '2']" in said
     assert "did you mean drafts?" in said
 
@@ -172,7 +170,7 @@ def test_a_study_is_below_sixty_lines(copied):
         + """
 call("singles tiny --texts texts.jsonl --out out --max-length 16")
 print("=", sorted(json.loads(Path("out/singles.json").read_text())))
-call("singles --help")
+call("singles --help-all")
 """
     )
     table, rest = said.split("= ")

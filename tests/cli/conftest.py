@@ -10,8 +10,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import shallower as sh
 from shallower import Scan
-from tests.cli.documents import documents
 from tests.conftest import tiny_llama, write_jsonl
+from tests.documents import documents
 from tests.studies.conftest import answer_shortly
 from tests.studies.conftest import trained as trained
 

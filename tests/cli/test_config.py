@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.documents import tree
+from tests.folders import tree
 
 ASKED = {
     "models": "[tiny, broken, deeper]",

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tests.cli.documents import tree
+from tests.folders import tree
 
 # Dry runs.
 DRY = [
@@ -42,19 +42,6 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
     assert "would write" in shown.out
     assert shallower(*command, "--dry-run", "--json").json
     assert tree(folder) == {}
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "scan {tiny} --texts {texts} --out out --metrics taxicab",
-        "scan none --texts {texts} --out out",
-        "run {tiny} --texts {texts} --eval-texts {held_out} --out out --n 99",
-        "run none --texts {texts} --eval-texts {held_out} --out out --n 1",
-    ],
-)
-def test_a_dry_run_refuses_what_the_run_would_refuse_at_once(shallower, places, command):
-    assert shallower(*shlex.split(command.format(**places)), "--dry-run").error
 
 
 # Errors.

@@ -130,20 +130,6 @@ def test_losses_by_text_and_window_have_the_bits_of_one_process(five, tiny, aske
         assert found["perplexity"][side].to_record() == window.to_record()
 
 
-def test_batches_are_shared_out_and_not_texts(five, tiny, asked):
-    """A text that was in another batch would have other padding, and so other last bits."""
-    from shallower.evaluation.batches import batches_of_texts
-    from shallower.values.tokens import Tokens
-
-    texts = [json.loads(line)["text"] for line in (asked / "many.jsonl").read_text().splitlines()]
-    batches = batches_of_texts(sh.load_model(tiny)[1], texts, Tokens(16, 3)).batches
-    for index in range(5):
-        (mine,) = MadeShard.load(five / f"eval.{index}-of-5.json").values.values()
-        own = batches[index * 13 // 5 : (index + 1) * 13 // 5]
-        expected = sorted(index for batch in own for index, _ in batch)
-        assert mine["tallies"]["loss"]["items"] == expected
-
-
 def test_shards_of_a_streamed_model_have_the_same_bits(shallower, shards, whole):
     shards(2, "--stream", *BOTH)
     assert shallower("gather", "shards", "--out", "gathered", "--json").json == whole

@@ -3,13 +3,14 @@
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import typer
 
 import shallower as sh
 from shallower import cli
-from shallower.cli.options import Cut, Share, joined, takes
+from shallower.cli.options import Cut, Share, with_options
 from shallower.values.options import options_of
 from shallower.values.stage_settings import EvalSettings
 
@@ -52,7 +53,7 @@ def parsed(kind, *words):
 
     command.__annotations__ = {"settings": kind}
     app = typer.Typer(add_completion=False)
-    app.command()(takes(kind)(command))
+    app.command()(with_options(command))
     parser = typer.main.get_command(app)
     parser.main(cli._with_values(parser, words), standalone_mode=False)
     return made[0]
@@ -106,13 +107,12 @@ def test_an_option_that_is_taken_away_is_not_there():
 def test_options_that_commands_have_together_are_one_value():
     made = []
 
-    @joined
-    def command(*, cut: Cut, part: Share, top: int = 1):
+    def command(*, cut: Annotated[Cut, "drop", "plan"], part: Share, top: int = 1):
         made.append((cut, part, top))
 
     app = typer.Typer(add_completion=False)
-    app.command()(command)
+    app.command()(with_options(command))
     words = ["--shard", "0/2", "--drop", "3", "--top", "2"]
     typer.main.get_command(app).main(words, standalone_mode=False)
     assert made == [(Cut(drop="3"), Share(shard="0/2"), 2)]
-    assert list(signature(command).parameters)[:2] == ["drop", "plan"]
+    assert list(signature(with_options(command)).parameters)[:3] == ["drop", "plan", "shard"]

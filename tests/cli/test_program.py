@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from typing import get_args
 
 import pytest
 
 import shallower as sh
 from shallower import cli
 from shallower._core import tiers
+from shallower.values.options import Group
 from tests.commands import SHALLOWER, in_a_process, in_this_process
 
 COMMANDS = {name: cli.parser(name) for name in cli.COMMANDS}
@@ -22,8 +24,8 @@ HEAVY = {"torch", "transformers", "matplotlib", "datasets", "numpy", "pyarrow", 
 DRAWN = {"rich", "rich.markdown", "typer.rich_utils"}
 
 
-def help_of(*command):
-    done = in_this_process(*command, "--help")
+def help_of(*command, option="--help-all"):
+    done = in_this_process(*command, option if command else "--help")
     assert (done.status, done.err) == (0, "")
     return done.out
 
@@ -50,6 +52,31 @@ def test_help_of_a_command_describes_every_option(name):
         begins = (f" {own}", f"  [{own}]")
         assert any(begins[0] in line or line.startswith(begins[1]) for line in shown.splitlines())
         assert squeezed(parameter.help) in squeezed(shown), parameter.name
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_one_screen(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_of(*filter(None, [name]), option="--help").splitlines()
+    assert len(lines) < 40  # of a screen, with a line for the prompt
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_option_is_basic_or_named_in_its_group(name):
+    shown = help_of(name, option="--help")
+    of_group = {
+        parameter.opts[0]: parameter.rich_help_panel or "basic"
+        for parameter in COMMANDS[name].params
+    }
+    assert set(of_group.values()) <= {*get_args(Group)}
+    basic = [option for option, group in of_group.items() if group == "basic"]
+    assert len(basic) <= 9  # eight, and that which shows all others
+    behind = shown.partition("More options")[2].split()
+    for option, group in of_group.items():
+        if "More options" in shown and group != "basic":
+            assert option in behind
+            assert group in behind
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -106,13 +133,13 @@ def test_without_a_command_five_lines_say_what_to_type_first():
 
 def test_help_is_a_word_too():
     assert in_this_process("help").out == help_of()
-    assert in_this_process("help", "scan").out == help_of("scan")
+    assert in_this_process("help", "scan").out == help_of("scan", option="--help")
 
 
 @pytest.mark.parametrize("name", ["", "scan", "heal"])
 def test_h_is_help(name):
     command = filter(None, [name])
-    assert in_this_process(*command, "-h").out == help_of(*filter(None, [name]))
+    assert in_this_process(*command, "-h").out == help_of(*filter(None, [name]), option="--help")
 
 
 def test_a_misspelt_command_is_guessed(shallower):

@@ -11,9 +11,9 @@ import pytest
 
 from shallower.store.store import Store, open_store
 from shallower.values.hashing import hash_of
-from tests.cli.documents import documents
 from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import write_jsonl
+from tests.documents import documents
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 import shallower as sh
 from tests.conftest import ROOT
-from tests.cutting.gguf_files import CUT, files_of_cut, write
+from tests.cutting.gguf_files import CUT, write
 from tests.models.gguf_files import write_gguf
 
 
@@ -124,14 +124,6 @@ def check_cut(source, out, survivors, changed):
     for name, (types, value) in old_fields.items():
         assert new_fields[name] == (types, changed.get(name, value)), name
     check_like_llama_cpp(out)
-
-
-def test_the_plan_lies_beside(real, cut):
-    plan = sh.Plan.load(cut.with_name("cut.shallower_plan.json"))
-    assert plan == sh.plan_prune(real, CUT, "cut.gguf").plan
-    assert plan.num_layers == 30
-    assert plan.dropped == tuple(CUT)
-    assert set(cut.parent.iterdir()) == set(files_of_cut(cut))
 
 
 def test_a_small_file_gives_the_logits_of_the_model_cut_in_memory(tmp_path):

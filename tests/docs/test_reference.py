@@ -19,6 +19,17 @@ def test_every_public_name_has_one_place():
     assert Counter(ELSEWHERE.get(name, name) for name in named) == Counter(sh.__all__)
 
 
+def test_the_front_page_names_twelve_functions_where_they_stand():
+    folder = ROOT / "docs" / "reference"
+    text = (folder / "index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[`(\w+)`\]\((.+)#shallower\.(\w+)\) \|", text, re.MULTILINE)
+    assert len({name for name, *_ in rows}) == 12
+    for name, page, anchor in rows:
+        assert name == anchor
+        assert callable(getattr(sh, name))
+        assert f"::: shallower.{name}\n" in (folder / page).read_text(encoding="utf-8")
+
+
 def test_roles_become_links_to_what_is_public():
     docstrings = pytest.importorskip("tests.docstrings", reason="needs the group docs")
     said = docstrings.as_markdown(

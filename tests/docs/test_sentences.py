@@ -43,5 +43,5 @@ def test_other_text_is_left_alone(markdown):
 
 def test_the_help_of_all_commands_is_read():
     texts = dict(sentences.help_texts())
-    assert "Held-out" in texts["shallower eval --help"]
+    assert "Held-out" in texts["shallower eval --help-all"]
     assert all(len(text) > 100 for text in texts.values())

@@ -171,16 +171,6 @@ def test_a_text_with_a_state_of_zeros_is_left_out_and_named(words, name):
         criteria[name].costs(make_subject(model, words, texts[1:2]))
 
 
-def test_weights_without_gradients_are_refused(words):
-    subject = make_subject(tiny_llama(2), words, TEXTS)
-    layer = subject.decoder.layers.modules[1]
-    layer.mlp.up_proj.weight = torch.nn.Parameter(
-        torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False
-    )
-    with pytest.raises(CriterionError, match="weights of layer 1 have none"):
-        criteria["taylor"].costs(subject)
-
-
 def test_a_gradient_that_is_not_finite_is_refused(words):
     model = tiny_llama(2)
     subject = make_subject(model, words, TEXTS)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower import processes
-from shallower.cli import evaluate, patch, run, scan
+from shallower import cli, processes
 from shallower.models import dtypes
 from shallower.models.dtypes import CPU_FEATURES, choose_device_map, choose_dtype, cpu_features
 from shallower.models.identity import stored_dtype
@@ -127,11 +126,11 @@ DEFAULTS = {"dtype": "auto", "device_map": None, "gguf_file": None, "trust_remot
 def test_functions_and_commands_have_the_same_defaults():
     defaults = {
         function: {name: p.default for name, p in inspect.signature(function).parameters.items()}
-        for function in (
-            load_model, ModelSource, sh.evaluate_loss,
-            scan.scan_command, evaluate.eval_command, patch.patch_command, run.run_command,
-        )
-    }  # fmt: skip
+        for function in (load_model, ModelSource, sh.evaluate_loss)
+    } | {
+        name: {one.name: one.default for one in cli.parser(name).params}
+        for name in ("scan", "eval", "patch", "run")
+    }
     for name in ("max_length", "batch_size"):
         assert defaults[sh.evaluate_loss][name] == getattr(EvalSettings(), name)
     for name, value in DEFAULTS.items():

@@ -1,11 +1,7 @@
 """The bootstrap: against its slow twin, and against itself in other orders."""
 
-import threading
-import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -17,12 +13,12 @@ from shallower import (
     RejectedSamplesWarning,
     Scan,
     ScanError,
-    ThreadsError,
     _reference,
     analyse_states,
 )
 from shallower._core import Threads
 from shallower._core import bootstrap as core_bootstrap
+from tests.scanning.ticks import ticks_beside
 
 BOTH = ("angular", "cosine")
 
@@ -64,16 +60,6 @@ def test_the_values_of_samples_are_kept_in_their_order(num_samples, num_states, 
     assert scan.keeps_samples
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads_keeps_the_same(threads):
-    states = walk(200)
-    expected = kept(states, threads=1)
-    for metric in BOTH:
-        assert np.array_equal(
-            kept(states, threads=threads).samples(metric), expected.samples(metric)
-        )
-
-
 def test_rejected_samples_are_not_kept():
     states = walk(20)
     states[[3, 11], 2] = np.nan
@@ -82,16 +68,6 @@ def test_rejected_samples_are_not_kept():
     good = kept(np.delete(states, [3, 11], axis=0))
     assert np.array_equal(scan.samples(), good.samples())
     assert shares(scan) == shares(good)
-
-
-def test_a_scan_comes_back_with_its_samples():
-    scan = kept(walk(30))
-    with TemporaryDirectory() as folder:
-        scan.save(Path(folder) / "scan")
-        back = Scan.load(Path(folder) / "scan")
-    for metric in BOTH:
-        assert np.array_equal(back.samples(metric), scan.samples(metric))
-    assert shares(back) == shares(scan)
 
 
 def test_a_scan_without_samples_says_how_to_get_them(tmp_path):
@@ -194,12 +170,6 @@ def test_any_threads_shards_and_order_give_the_same_bits():
             assert shares(Scan.merge(parts_in_order), 500, 3) == expected
 
 
-def test_another_seed_gives_another_answer_and_the_same_the_same():
-    scan = kept(vague(100))
-    assert shares(scan, 400, 1) != shares(scan, 400, 2)
-    assert shares(scan, 400, 1) == shares(scan, 400, 1)
-
-
 def test_the_shares_are_those_of_a_plain_bootstrap():
     states = vague(60)
     scan = kept(states)
@@ -235,47 +205,25 @@ def test_samples_are_drawn_evenly():
 
 def test_other_threads_run_while_samples_are_drawn():
     scan = kept(walk(20_000, 12))
-    ticks, done = [], threading.Event()
-
-    def tick():
-        while not done.is_set():
-            ticks.append(time.perf_counter())
-            time.sleep(0.001)
-
-    ticker = threading.Thread(target=tick)
-    ticker.start()
-    begin = time.perf_counter()
-    scan.bootstrap(1000, threads=1)
-    end = time.perf_counter()
-    done.set()
-    ticker.join()
-    margin = (end - begin) / 5
-    assert sum(begin + margin < moment < end - margin for moment in ticks) >= 3
+    assert ticks_beside(lambda: scan.bootstrap(1000, threads=1)) >= 3
 
 
 # What is refused
 @pytest.mark.parametrize(
     "options",
-    [
-        {"num_resamples": 0}, {"num_resamples": -1}, {"num_resamples": 2**31 + 1},
-        {"num_resamples": 10.0}, {"num_resamples": "10"}, {"num_resamples": None},
-        {"num_resamples": True}, {"seed": -1}, {"seed": 2**64}, {"seed": 1.5}, {"seed": None},
-        {"seed": True},
-    ],
+    [{"num_resamples": n} for n in (0, 2**31 + 1, 10.0)] + [{"seed": n} for n in (-1, 2**64, True)],
     ids=str,
-)  # fmt: skip
+)
 def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(ScanError, match="expected an integer"):
         kept(walk(5)).bootstrap(**options)
 
 
-def test_a_single_sample_an_unheld_metric_and_no_threads_are_refused():
+def test_a_single_sample_and_an_unheld_metric_are_refused():
     with pytest.raises(ScanError, match="single sample"):
         kept(walk(1)).bootstrap()
     with pytest.raises(MetricError):
         kept(walk(5), ["angular"]).bootstrap(metric="cosine")
-    with pytest.raises(ThreadsError):
-        kept(walk(5)).bootstrap(threads=0)
 
 
 def test_a_model_of_one_layer_has_no_start_to_be_sure_of():

@@ -14,7 +14,6 @@ from shallower import (
     RejectedSamplesWarning,
     Rejection,
     StatesError,
-    ThreadsError,
     _reference,
     analyse_states,
 )
@@ -173,12 +172,6 @@ def test_what_is_no_array_is_refused(states):
 def test_metrics_that_are_none_unknown_or_twice_are_refused(metrics):
     with pytest.raises(MetricError):
         analyse_states(random_states((2, 3, 4), 0), metrics)
-
-
-@pytest.mark.parametrize("threads", [0, -1, -(2**63), -(10**30), 10**30])
-def test_threads_that_cannot_be_started_are_refused(threads):
-    with pytest.raises(ThreadsError):
-        analyse_states(random_states((2, 3, 4), 0), threads=threads)
 
 
 def test_more_states_than_memory_holds_are_an_error_and_no_crash():

@@ -361,14 +361,6 @@ def test_a_kill_loses_at_most_the_record_in_flight(store):
         before = total
 
 
-def test_many_processes_may_make_the_file_at_once(store):
-    started = [start(store, str(number), 3) for number in range(6)]
-    for process in started:
-        process.communicate()
-        assert process.returncode == 0
-    assert all(records(store, str(number)) == [0, 1, 2] for number in range(6))
-
-
 def test_what_an_earlier_version_kept_is_not_found(tmp_path, monkeypatch):
     """Hashes of files as well, which shards of anybody could write."""
     with monkeypatch.context() as patch:

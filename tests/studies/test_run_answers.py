@@ -209,22 +209,6 @@ def test_answers_that_cannot_be_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def streamed(learned, words, tmp_path):
-    """A run of a model whose layers are streamed from disk."""
-    sh.save_model(learned, words, tmp_path / "stored")
-    source = sh.ModelSource(tmp_path / "stored", "float32", "stream")
-    return lambda **options: sh.run(
-        source, None, TEXTS, **{**TAKEN, "n": 1}, out=tmp_path / "out", **options
-    )
-
-
-def test_a_model_on_disk_is_not_read_for_each_token(streamed, tmp_path):
-    with pytest.raises(sh.ModelError, match=r"are streamed .* leave out the answers \(answers"):
-        streamed(answers=True)
-    assert not (tmp_path / "out").exists()
-
-
 def test_texts_for_a_step_are_enough_beside_answers(learned, words):
     few = TEXTS[:3]
     with pytest.raises(sh.TextsError, match="one step takes 16"):

@@ -288,21 +288,12 @@ def test_a_plan_passes_through_if_it_is_for_so_many_layers():
         Plan.of(13, PLAN)
 
 
-def test_a_rejection_names_the_sample():
-    assert str(Rejection(3, "state 2 is a zero vector")) == "sample 3: state 2 is a zero vector"
-
-
 def test_many_rejections_are_counted_and_the_first_are_named():
     described = describe_rejections(8, 20, [Rejection(i, f"why {i}") for i in range(8)])
     assert described.startswith("8 of 20 samples rejected: sample 0: why 0; ")
     assert "sample 4: why 4" in described
     assert "sample 5" not in described
     assert described.endswith("and 3 more")
-
-
-def test_few_rejections_are_all_named():
-    described = describe_rejections(1, 20, [Rejection(7, "no token")])
-    assert described == "1 of 20 samples rejected: sample 7: no token"
 
 
 def test_a_plan_is_known_by_what_goes_and_not_by_what_chose_it():

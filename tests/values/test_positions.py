@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import shallower as sh
 from shallower import Positions, PositionsError, _reference
 from shallower.values.positions import MAX_COUNT
 
@@ -80,8 +79,3 @@ def test_random_tokens_are_even_over_places_and_pairs():
     assert counts.sum() == texts
     # Chi-squared of 10 equal classes; 27.9 is passed once in a thousand, and the seed is fixed.
     assert ((counts - texts / 10) ** 2 / (texts / 10)).sum() < 27.9
-
-
-def test_all_names_are_public():
-    assert sh.Positions is Positions
-    assert issubclass(PositionsError, sh.ShallowerError)

@@ -54,13 +54,13 @@ COMMANDS = {
         "compare",
         "Compare criteria by what they remove and what that costs.",
         "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 1,2,4 "
-        "--criteria angular,block_influence,greedy --out comparisons/smol",
+        "--out comparisons/smol",
     ),
     "curve": Command(
         "compare",
         "Measure what a model loses as more and more of its layers go.",
         "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 1,2,4,8 "
-        "--criteria angular,deepest --out curves/smol",
+        "--out curves/smol",
     ),
     "prune": Command(
         "prune",
@@ -161,12 +161,15 @@ def parser(name: str) -> Any:
 
     import typer
 
+    from .help import GroupedCommand
+    from .options import with_options
+
     # Without rich: its boxes break at 80 columns, and importing it takes as long as all else.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    names = {"help_option_names": [*HELP]}
+    names = {"help_option_names": [*HELP[:2]]}
     module = import_module(f".{COMMANDS[name].module}", __name__)
-    command = getattr(module, f"{name}_command")
-    app.command(name, epilog=_example(name), context_settings=names)(command)
+    command = with_options(getattr(module, f"{name}_command"))
+    app.command(name, cls=GroupedCommand, epilog=_example(name), context_settings=names)(command)
     found: Any = typer.main.get_command(app)
     for one in found.params:
         if one.param_type_name == "argument":  # its metavar says what it is
@@ -277,7 +280,7 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     return called or 0
 
 
-HELP = ("-h", "--help")
+HELP = ("-h", "--help", "--help-all")
 
 _OF_LAYERS = (
     "how many layers go is --n of plan, run, compare and curve, and which of them --drop or --plan "

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..values.files import HEAT_MAP_FILE, SCAN_FILE
+from ..values.options import Option
 from ..values.stage_settings import ScanSettings
-from .options import Out, Way, takes
+from .options import Out, Way
 from .output import reuse, say_dry_run, say_scan
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from ..store.store import Store
 
 
-@takes(ScanSettings, "metrics", "threads", "keep_samples")
 def analyse_command(
     *,
     states: Annotated[
@@ -28,18 +28,17 @@ def analyse_command(
     out: Out,
     tensor: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Tensor in a .safetensors file; hidden_states by default, or else the only one "
+        Option(
+            "Tensor in a .safetensors file; hidden_states by default, or else the only one "
             "of three axes.",
+            "NAME",
+            "measures",
         ),
     ] = None,
-    settings: ScanSettings,
+    settings: Annotated[ScanSettings, "metrics", "threads", "keep_samples"],
     cka_batch: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", help="Also find linear CKA, from minibatches of N samples, 4 to 1024."
-        ),
+        Option("Also find linear CKA, from minibatches of N samples, 4 to 1024.", "N", "measures"),
     ] = None,
     way: Way,
 ) -> None:

@@ -3,9 +3,8 @@
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from ..values.memory import format_size
+from ..values.options import Option
 from .options import Json
 from .output import print_json, show
 
@@ -15,9 +14,7 @@ if TYPE_CHECKING:
 
 def cache_command(
     *,
-    clear: Annotated[
-        bool, typer.Option("--clear", help="Remove all entries, and nothing else.")
-    ] = False,
+    clear: Annotated[bool, Option("Remove all entries, and nothing else.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show or clear the cache of measurements.

@@ -7,40 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import TextsError
+from ..values import options as option
+from ..values.options import Option
 from ..values.settings import CompareSettings, CurveSettings
 from .config import Config
-from .options import Joined, Loading, Share, Way, read_texts, takes
+from .options import Loading, Share, Way, read_texts
 from .output import called, carry_out, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
     from ..studies.compare import CompareStudy
     from ..values.comparison import CriteriaComparison
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sets(Joined):
-    """The texts of a comparison, where it is written, and a file of its options."""
-
-    texts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--texts",
-            metavar="TEXTS",
-            help="Calibration texts, as for scan; they are split into a calibration and a "
-            "selection set. Repeat the option to compare text sources.",
-        ),
-    ] = None
-    eval_texts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXTS", help="Held-out texts for every loss that is reported, as --texts."
-        ),
-    ] = None
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Folder for the table, as JSON and CSV, and a page."),
-    ] = None
-    config: Config = None
 
 
 Models = Annotated[
@@ -51,16 +27,39 @@ Models = Annotated[
 ]
 
 
-@takes(CompareSettings)
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """The texts of a comparison, and where it is written."""
+
+    texts: list[str] | None = option.basic(
+        None,
+        "Texts for calibration and selection, as for scan. Repeat the option to compare sources.",
+        "TEXTS",
+    )
+    eval_texts: str | None = option.basic(
+        None, "Held-out texts of all reported losses, as --texts.", "TEXTS"
+    )
+    out: Path | None = option.basic(
+        None, "Folder for the table, as JSON and CSV, and a page.", "FOLDER"
+    )
+
+
+Loaded = Annotated[Loading, "dtype", "device_map", "stream", "trust_remote_code"]
+
+
 def compare_command(
     models: Models = None,
     *,
     sets: Sets,
+    config: Config = None,
     settings: CompareSettings,
-    loading: Loading,
+    loading: Loaded,
     part: Share,
     list_criteria: Annotated[
-        bool, typer.Option("--list", help="List the criteria of --unit with their cost, and stop.")
+        bool,
+        Option(
+            "List the criteria of --unit with their cost, and stop.", group="output", name="list"
+        ),
     ] = False,
     way: Way,
 ) -> int:
@@ -74,13 +73,13 @@ def compare_command(
     return _compare(models, sets, settings, loading, part, way)
 
 
-@takes(CurveSettings)
 def curve_command(
     models: Models = None,
     *,
     sets: Sets,
+    config: Config = None,
     settings: CurveSettings,
-    loading: Loading,
+    loading: Loaded,
     part: Share,
     way: Way,
 ) -> int:

@@ -22,6 +22,7 @@ Config = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
+        rich_help_panel="target",
         is_eager=True,
         callback=_configured,
         help="YAML with models and options by their names, as n: [2, 4]; options given here win.",
@@ -60,7 +61,7 @@ def _values(place: Path, given: Mapping[str, Any], context: typer.Context) -> di
         word.lstrip("-").replace("-", "_"): one
         for one in context.command.params
         for word in one.opts
-        if one.name not in ("config", "help", "list_criteria")
+        if one.name not in ("config", "help_all", "list_criteria")
     }
     values = {}
     for key, value in given.items():

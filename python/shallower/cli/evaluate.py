@@ -4,11 +4,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ..errors import PlanError, SettingsError
+from ..values.options import Option
 from ..values.stage_settings import EvalSettings
-from .options import Cut, DeviceMemory, Share, Source, Way, takes
+from .options import Cut, DeviceMemory, Loading, Model, Share, Way
 from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known, work_of
 
 if TYPE_CHECKING:
@@ -16,27 +15,28 @@ if TYPE_CHECKING:
     from ..studies.evaluate import EvalJob, EvalPair, Results
 
 
-@takes(EvalSettings)
 def eval_command(
     *,
+    model: Model,
     settings: EvalSettings,
     cut: Cut,
     against: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Another checkpoint with the same tokenizer: what MODEL loses more, paired.",
+        Option(
+            "Another checkpoint with the same tokenizer: what MODEL loses more, paired.",
+            "MODEL",
+            "measures",
         ),
     ] = None,
-    source: Source,
+    source: Loading,
     device_memory: DeviceMemory = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder for eval.json, which is what --json prints."),
+        Option("Folder for eval.json, which is what --json prints.", "FOLDER", "output"),
     ] = None,
     card: Annotated[
         bool,
-        typer.Option("--card", help="Put the results on MODEL's card, into its model-index."),
+        Option("Put the results on MODEL's card, into its model-index.", group="output"),
     ] = False,
     part: Share,
     way: Way,
@@ -51,10 +51,10 @@ def eval_command(
     layers, experts = cut.read_all() if cut.is_named else (None, None)
     if against is not None:
         _check_against(is_cut=cut.is_named, is_shared=bool(shared))
-    model = source.read()
-    place = _card(model.place, is_cut=cut.is_named, is_shard=is_shard) if card else None
+    of = source.of(model)
+    place = _card(of.place, is_cut=cut.is_named, is_shard=is_shard) if card else None
     job = EvalJob(
-        source=model,
+        source=of,
         measures=measures_of(settings, is_shared=bool(shared)),
         layers=layers,
         experts=experts,
@@ -78,7 +78,7 @@ def eval_command(
     elif pair is None:
         with ExitStack() as held:
             results = _results(job, held, work)
-            _say(job, results, eval_names(source.model, job.plan), read=job.readings, **said)
+            _say(job, results, eval_names(model, job.plan), read=job.readings, **said)
     else:
         _compare(pair, job, **said)
 

@@ -3,49 +3,44 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import typer
-
 from ..models.dtypes import QUANTISED, stored_quantisation
 from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE
-from .options import Cut, Dtype, GgufFile, Joined, Json, Model, TrustRemoteCode, joined
+from ..values import options as option
+from .options import Cut, Json, Loading, Model
 from .output import print_json, show
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gaining(Joined):
+class Gaining:
     """What is counted and forecast, and how the model is read."""
 
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--forecast-device",
-            metavar="NAME",
-            help=f"Device of the forecast: {', '.join(DEVICES)}, or {HERE} for this machine; "
-            "all of them by default.",
-        ),
-    ] = None
-    context: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Tokens of a text before it is continued; by default 2,048, or as many as the "
-            "model has learned positions for.",
-        ),
-    ] = None
-    batch: Annotated[int, typer.Option(metavar="N", help="Texts in one forward.", min=1)] = 1
-    dtype: Dtype = "auto"
-    measure: Annotated[
-        bool,
-        typer.Option("--measure", help="Load the model, and time it here with and without them."),
-    ] = False
-    gguf_file: GgufFile = None
-    trust_remote_code: TrustRemoteCode = False
+    device: str | None = option.basic(
+        None,
+        f"Device of the forecast: {', '.join(DEVICES)}, or {HERE} for this machine; all of them by "
+        "default.",
+        "NAME",
+        name="forecast_device",
+    )
+    context: int | None = option.measures(
+        None,
+        "Tokens of a text before it is continued; by default 2,048, or as many as the model has "
+        "learned positions for.",
+        "N",
+        least=1,
+    )
+    batch: int = option.measures(1, "Texts in one forward.", "N", least=1)
+    measure: bool = option.basic(False, "Load the model, and time it here with and without them.")
 
 
-@joined
-def gain_command(*, model: Model, cut: Cut, asked: Gaining, as_json: Json = False) -> None:
+def gain_command(
+    *,
+    model: Model,
+    cut: Cut,
+    asked: Gaining,
+    loading: Annotated[Loading, "dtype", "gguf_file", "trust_remote_code"],
+    as_json: Json = False,
+) -> None:
     """Count and forecast what a cut saves, by the config alone.
 
     Parameters, bytes of weights and of keys and values, operations, and the time of a
@@ -56,7 +51,15 @@ def gain_command(*, model: Model, cut: Cut, asked: Gaining, as_json: Json = Fals
     from ..forecasts.gain import gain
 
     layers, experts = cut.read_all()
-    found = gain(model, layers, experts=experts, **vars(asked))
+    found = gain(
+        model,
+        layers,
+        experts=experts,
+        **vars(asked),
+        dtype=loading.dtype,
+        gguf_file=loading.gguf_file,
+        trust_remote_code=loading.trust_remote_code,
+    )
     if as_json:
         print_json(found.to_json())
         return
@@ -66,8 +69,8 @@ def gain_command(*, model: Model, cut: Cut, asked: Gaining, as_json: Json = Fals
     from ..savings.weights import stored_bytes
 
     parts: list[Any] = [gain_table(found)]
-    place = ModelSource(model, gguf_file=asked.gguf_file).place
-    config = read_config(model, asked.gguf_file, asked.trust_remote_code)
+    place = ModelSource(model, gguf_file=loading.gguf_file).place
+    config = read_config(model, loading.gguf_file, loading.trust_remote_code)
     stored = stored_quantisation(getattr(config, "quantization_config", None))
     is_plain = found.dtype not in QUANTISED
     if is_plain and (stored or place.suffix == ".gguf") and (size := stored_bytes(place)):

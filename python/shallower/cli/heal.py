@@ -11,18 +11,17 @@ from ..errors import RecipeError, TextsError
 from ..models.source import ModelSource
 from ..processes import is_main_process, num_processes
 from ..values.memory import EXPERTS
+from ..values.options import Option
 from ..values.recipe import STEPS, HealingDtype, Recipe
 from .options import (
-    Answers,
+    ANSWERS,
     AnswerTokens,
     DeviceMemory,
     MaxTexts,
     Out,
     TrustRemoteCode,
     Way,
-    joined,
     read_apart,
-    takes,
     wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from ..values.healing import Healing
 
 
-@takes(Recipe)
 def heal_command(
     *,
     model: Annotated[
@@ -43,34 +41,29 @@ def heal_command(
     ],
     texts: Annotated[
         str | None,
-        typer.Option(metavar="TEXTS", help="Texts to train on, as of scan; none with --share 1."),
+        Option("Texts to train on, as of scan; none with --share 1.", "TEXTS"),
     ] = None,
     out: Out,
-    answers: Answers = None,
+    answers: Annotated[str | None, replace(ANSWERS, off=None)] = None,
     answer_tokens: AnswerTokens = 256,
     eval_texts: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXTS",
-            help="Held-out texts, as --texts; the step of the least loss on them is kept.",
-        ),
+        Option("Held-out texts, as --texts; the step of the least loss on them is kept.", "TEXTS"),
     ] = None,
     recipe: Recipe,
     original: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The uncut model: measured, and the teacher of kd."),
+        Option("The uncut model: measured, and the teacher of kd.", "MODEL"),
     ] = None,
     max_eval_texts: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Read the first N held-out texts only.", min=1),
+        Option("Read the first N held-out texts only.", "N", "measures", least=1),
     ] = None,
     max_texts: MaxTexts = None,
     device_memory: DeviceMemory = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Fold the adapters into the unquantised weights.")
-    ] = False,
+    merge: Annotated[bool, Option("Fold the adapters into the unquantised weights.")] = False,
     from_patch: Annotated[
-        bool, typer.Option("--from-patch", help="Patch the cut first; needs --original.")
+        bool, Option("Patch the cut first; needs --original.", group="repair")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     way: Way,
@@ -312,7 +305,6 @@ def _planned(
     return {"heal": model, **resolved.to_json(), **said}
 
 
-@joined
 def merge_command(
     *,
     adapters: Annotated[
@@ -321,9 +313,7 @@ def merge_command(
     out: Out,
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="CUT", help="The cut that they were trained for; by default where it was."
-        ),
+        Option("The cut that they were trained for; by default where it was.", "CUT"),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     way: Way,

@@ -1,10 +1,9 @@
-"""Options that several commands share, and those made of the fields of ``values/options.py``."""
+"""The options of commands: of parameters, and of the fields of dataclasses that they take."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -14,9 +13,11 @@ from ..errors import LayersError, ModelError, ScanError
 from ..models.dtypes import STREAM
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
+from ..values import options as option
 from ..values.options import Option, options_of
 from ..values.settings import CompareSettings, RunSettings
 from ..values.stage_settings import EvalSettings
+from .help import ALL
 
 if TYPE_CHECKING:
     from ..cutting.plans import NamedLayers
@@ -29,90 +30,69 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def takes(kind: type, *names: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Give a command the options of all fields of its settings, or of those that are named.
+def with_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Give a command the options of its parameters, as typer reads them.
 
-    The command has one parameter of that kind, for the value that the options make.
+    A parameter ``Annotated[type, Option(...)]`` is one option. One of a dataclass stands for the
+    options of all its fields, or of those that are named: ``Annotated[RunSettings, "n"]``.
     """
-    options = options_of(kind)
-    options = {name: options[name] for name in names or options}
-
-    def with_options(command: Callable[..., T]) -> Callable[..., T]:
-        command = joined(command)
-        shown = dict(signature(command).parameters)
-        place = next(name for name, one in shown.items() if one.annotation is kind)
-        order = [*shown]
-        at = order.index(place)
-        for name, one in options.items():
-            made = _parameters(kind, name, one)
-            before = [order.index(each) for each in (one.before or "").split() if each in order]
-            at = min(before, default=at)
-            order[at:at] = made
-            at += len(made)
-            shown |= made
-        order.remove(place)
-
-        @wraps(command)
-        def called(**given: Any) -> T:
-            values: dict[str, Any] = {}
-            for name, one in options.items():
-                values |= _value(name, one, given)
-            return command(**given, **{place: kind(**values)})
-
-        return _signed(called, [shown[name] for name in order])
-
-    return with_options
-
-
-class Joined:
-    """Options that commands have together: a dataclass, of which each field is one of them."""
-
-
-def joined(command: Callable[..., T]) -> Callable[..., T]:
-    """Give a command, for each of its parameters that is :class:`Joined`, the options of that."""
-    shown = signature(command).parameters
-    kinds = {name: one.annotation for name, one in shown.items() if _is_joined(one.annotation)}
-    options = {name: signature(kind).parameters for name, kind in kinds.items()}
-    all_of_them = [options.get(name, {name: one}).values() for name, one in shown.items()]
+    takes: dict[str, tuple[Any, dict[str, Option]]] = {}
+    shown: list[Parameter] = []
+    for name, one in signature(command).parameters.items():
+        kind, *more = get_args(one.annotation) or (one.annotation,)
+        if isinstance(kind, type) and is_dataclass(kind):
+            declared, types = options_of(kind), get_type_hints(kind)
+            defaults = {each.name: each.default for each in fields(kind)}
+            takes[name] = kind, {field: declared[field] for field in more or declared}
+            for field, each in takes[name][1].items():
+                shown += _parameters(field, types[field], each, defaults[field])
+        elif more and isinstance(more[0], Option):
+            takes[name] = None, {name: more[0]}
+            shown += _parameters(name, kind, more[0], one.default)
+        else:
+            shown.append(one)
 
     @wraps(command)
     def called(**given: Any) -> T:
-        for name, kind in kinds.items():
-            given[name] = kind(**{one: given.pop(one) for one in options[name]})
+        for name, (kind, declared) in takes.items():
+            values: dict[str, Any] = {}
+            for field, one in declared.items():
+                values |= _value(field, one, given)
+            given |= values if kind is None else {name: kind(**values)}
+        given.pop("help_all", None)
         return command(**given)
 
-    return _signed(called, [*chain.from_iterable(all_of_them)])
+    shown.append(_parameter("help_all", bool, ALL))
+    vars(called)["__signature__"] = Signature(shown)
+    called.__annotations__ = {one.name: one.annotation for one in shown}
+    return called
 
 
-def _is_joined(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Joined)
-
-
-def _signed(command: Callable[..., T], parameters: list[Parameter]) -> Callable[..., T]:
-    """The command with these parameters, for typer to read."""
-    vars(command)["__signature__"] = Signature(parameters)
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    return command
-
-
-def _parameters(kind: type, name: str, one: Option) -> dict[str, Parameter]:
-    """The parameters by which a command gives a field."""
-    default = next(each.default for each in fields(kind) if each.name == name)
-    of = _type(get_type_hints(kind)[name], one)
-    if one.alone is not ...:
+def _parameters(name: str, kind: Any, one: Option, default: Any) -> list[Parameter]:
+    """The parameters of a command that an option is given by."""
+    of = _type(kind, one)
+    if default is Parameter.empty:
+        default = ...
+    elif one.alone is not ...:
         default = None
     elif isinstance(default, tuple):
         default = ",".join(map(str, default)) or None
     elif one.read is not None and default is not None:
         default = str(default)
-    both = of is bool and default is not False
-    made = [(name, of if default is not None else of | None, _option(one, default, both=both))]
+    word = (one.name or name).replace("_", "-")
+    words = f"--{word}/--no-{word}" if of is bool and default is not False else f"--{word}"
+    panel: Any = {"rich_help_panel": one.group}
+    shown = {"metavar": one.metavar, "help": one.sentence, "min": one.least, **panel}
+    of = of if default is not None else of | None
+    made = [_parameter(name, of, typer.Option(default, words, **shown))]
     if one.off is not None:
-        made.append((f"no_{name}", bool, _option_off(one, False)))
-    return {
-        each: Parameter(each, Parameter.KEYWORD_ONLY, annotation=of, default=option)
-        for each, of, option in made
-    }
+        off = typer.Option(False, f"--no-{word}", help=one.off[0], **panel)
+        made.append(_parameter(f"no_{name}", bool, off))
+    return made
+
+
+def _parameter(name: str, kind: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default)
 
 
 def _type(kind: Any, one: Option) -> Any:
@@ -122,28 +102,6 @@ def _type(kind: Any, one: Option) -> Any:
     kinds = get_args(kind)
     is_one = not kinds or isinstance(kinds[0], str)  # a class, or some words
     return kind if is_one else next(one for one in (bool, Path, str, kinds[0]) if one in kinds)
-
-
-def _words(one: Option) -> tuple[str, str]:
-    """The option's flag and its ``--no-`` form."""
-    name = one.name.replace("_", "-")
-    return f"--{name}", f"--no-{name}"
-
-
-def _option(one: Option, *default: Any, both: bool = False) -> Any:
-    """An option as typer has it, with its default where it is no annotation."""
-    words = "/".join(_words(one)) if both else _words(one)[0]
-    return typer.Option(*default, words, metavar=one.metavar, help=one.sentence, min=one.least)
-
-
-def _option_off(one: Option, *default: Any) -> Any:
-    """The option that takes a field away, as :func:`_option`."""
-    return typer.Option(*default, _words(one)[1], help=one.off and one.off[0])
-
-
-def _same(kind: type, name: str) -> Any:
-    """The option of a field of settings, for the annotation of a parameter."""
-    return _option(options_of(kind)[name])
 
 
 def _value(name: str, one: Option, given: dict[str, Any]) -> dict[str, Any]:
@@ -163,85 +121,47 @@ Model = Annotated[
 ]
 TextsSource = Annotated[
     str,
-    typer.Option(
-        metavar="TEXTS",
-        help="A .jsonl file (field text), a .txt file (a document a line), a .parquet file, or a "
-        "hub dataset as id:split or id:config:split.",
+    Option(
+        "A .jsonl file (field text), a .txt file (a document a line), a .parquet file, or a hub "
+        "dataset as id:split or id:config:split.",
+        "TEXTS",
     ),
 ]
-Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write to.")]
-CutOut = Annotated[
-    Path,
-    typer.Option(metavar="PATH", help="Folder to write to, or a .gguf file if MODEL is one."),
-]
-Dtype = Annotated[
-    DtypeName,
-    typer.Option(
-        help="Dtype of the weights. auto: bfloat16 on CUDA and on CPUs that multiply it, else "
-        "float32. nf4 and int8 by bitsandbytes."
-    ),
-]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MAP",
-        help="Devices, as transformers takes them; every GPU by default, without one the CPU.",
-    ),
-]
-GgufFile = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Name of a GGUF file in MODEL's folder or repository."),
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")
-]
-MaxTexts = Annotated[int | None, _same(EvalSettings, "max_texts")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier output once the new is complete.")
-]
-DeviceMemory = Annotated[str | None, _same(CompareSettings, "device_memory")]
-On = Annotated[
-    Literal["local", "ray"] | None,
-    typer.Option(
-        help="Share the work among processes of this machine (local), or on the Ray cluster that "
-        "RAY_ADDRESS names, or else one of this machine (ray)."
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Processes that share the work, each with models of its own; with ray by default as "
-        "many as there is room for.",
-        min=1,
-    ),
-]
-Answers = Annotated[str | None, _same(RunSettings, "answers")]
-NoAnswers = Annotated[bool, _option_off(options_of(RunSettings)["answers"])]
+Out = Annotated[Path, Option("Folder to write to.", "FOLDER")]
+MaxTexts = Annotated[int | None, options_of(EvalSettings)["max_texts"]]
+DeviceMemory = Annotated[str | None, options_of(CompareSettings)["device_memory"]]
+ANSWERS = replace(options_of(RunSettings)["answers"], alone="")
+Answers = Annotated[str | Literal[False] | None, ANSWERS]
 AnswerTokens = Annotated[
-    int, typer.Option(metavar="N", help="Tokens of an answer that is written, at most.", min=1)
+    int, Option("Tokens of an answer that is written, at most.", "N", "repair", least=1)
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading(Joined):
+class Loading:
     """How models are loaded."""
 
-    dtype: Dtype = "auto"
-    device_map: DeviceMap = None
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            help="Keep the layers on disk, and read each for many texts: for a model that does "
-            "not fit into memory.",
-        ),
-    ] = False
-    trust_remote_code: TrustRemoteCode = False
+    dtype: DtypeName = option.memory(
+        "auto",
+        "Dtype of the weights. auto: bfloat16 on CUDA and on CPUs that multiply it, else float32. "
+        "nf4 and int8 by bitsandbytes.",
+    )
+    device_map: str | None = option.memory(
+        None,
+        "Devices, as transformers takes them; every GPU by default, without one the CPU.",
+        "MAP",
+    )
+    stream: bool = option.memory(
+        False,
+        "Keep the layers on disk, and read each for many texts: for a model that does not fit "
+        "into memory.",
+    )
+    trust_remote_code: bool = option.memory(False, "Run code that comes with MODEL.")
+    gguf_file: str | None = option.memory(
+        None, "Name of a GGUF file in MODEL's folder or repository.", "NAME"
+    )
 
-    def of(self, model: str, gguf_file: str | None = None) -> ModelSource:
+    def of(self, model: str) -> ModelSource:
         """Give a model that is loaded so; ModelError if it is streamed, and placed too."""
         if self.stream and self.device_map not in (None, STREAM):
             raise ModelError(
@@ -249,35 +169,28 @@ class Loading(Joined):
                 f"first GPU, or the CPU"
             )
         place = STREAM if self.stream else self.device_map
-        return ModelSource(model, self.dtype, place, gguf_file, self.trust_remote_code)
+        return ModelSource(model, self.dtype, place, self.gguf_file, self.trust_remote_code)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(Loading):
-    """A model, and how it is loaded."""
+class Cut:
+    """The layers that are dropped, and experts of those that stay."""
 
-    model: Model
-    gguf_file: GgufFile = None
+    drop: str | None = option.basic(
+        None, "Layers to drop: indices and half-open ranges, as 3,12:20.", "LAYERS"
+    )
+    plan: Path | None = option.basic(None, "Plan to carry out: a file, or its folder.", "PLAN")
+    drop_experts: str | None = option.target(
+        None,
+        "Experts to drop, as many of every layer that has any, as 0:3,5;1:8:10; or a file of such "
+        "lines, or a plan of experts.",
+        "EXPERTS",
+    )
 
-    def read(self) -> ModelSource:
-        """Give the model; ModelError as :meth:`of`."""
-        return self.of(self.model, self.gguf_file)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DroppedLayers(Joined):
-    """The layers that are dropped."""
-
-    drop: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LAYERS", help="Layers to drop: indices and half-open ranges, as 3,12:20."
-        ),
-    ] = None
-    plan: Annotated[
-        Path | None,
-        typer.Option("--plan", metavar="PLAN", help="Plan to carry out: a file, or its folder."),
-    ] = None
+    @property
+    def is_named(self) -> bool:
+        """Whether anything is to be dropped."""
+        return self != Cut()
 
     def read_layers(self) -> "Plan | list[Block]":
         """Read the layers behind ``--drop`` or ``--plan``, before anything that takes long.
@@ -298,25 +211,6 @@ class DroppedLayers(Joined):
         if drop is None:
             raise LayersError("name the layers to drop, by --drop as 12:20, or by --plan")
         return parse_layers(drop)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut(DroppedLayers):
-    """The layers that are dropped, and experts of those that stay."""
-
-    drop_experts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="EXPERTS",
-            help="Experts to drop, as many of every layer that has any, as 0:3,5;1:8:10; or a file "
-            "of such lines, or a plan of experts.",
-        ),
-    ] = None
-
-    @property
-    def is_named(self) -> bool:
-        """Whether anything is to be dropped."""
-        return self != Cut()
 
     def read_all(self) -> "tuple[Plan | list[Block], Plan | dict[int, tuple[int, ...]] | None]":
         """Read what is dropped, before anything that takes long.
@@ -352,20 +246,27 @@ class Cut(DroppedLayers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share(Joined):
+class Share:
     """Which part of a work is done here: a shard of it, or all of it by several processes."""
 
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            "--shard",
-            metavar="I/N",
-            help="Do one of N parts alone, counted from 0, for gather; auto: that of RANK or "
-            "SLURM_ARRAY_TASK_ID.",
-        ),
-    ] = None
-    on: On = None
-    workers: Workers = None
+    shard: str | None = option.sharing(
+        None,
+        "Do one of N parts alone, counted from 0, for gather; auto: that of RANK or "
+        "SLURM_ARRAY_TASK_ID.",
+        "I/N",
+    )
+    on: Literal["local", "ray"] | None = option.sharing(
+        None,
+        "Share the work among processes of this machine (local), or on the Ray cluster that "
+        "RAY_ADDRESS names, or else one of this machine (ray).",
+    )
+    workers: int | None = option.sharing(
+        None,
+        "Processes that share the work, each with models of its own; with ray by default as many "
+        "as there is room for.",
+        "N",
+        least=1,
+    )
 
     def read(self) -> dict[str, Any]:
         """Give the shard, or who shares all; empty where one process does the work.
@@ -383,15 +284,13 @@ class Share(Joined):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way(Joined):
+class Way:
     """The way of a call: what it may replace, whether it measures anew, what it prints."""
 
-    overwrite: Overwrite = False
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Measure anew: neither read nor write the cache.")
-    ] = False
-    dry_run: DryRun = False
-    as_json: Json = False
+    overwrite: bool = option.output(False, "Replace an earlier output once the new is complete.")
+    no_cache: bool = option.output(False, "Measure anew: neither read nor write the cache.")
+    dry_run: bool = option.basic(False, "Say what would be done, and stop.")
+    as_json: bool = option.output(False, "Print JSON for machines.", name="json")
 
     def open_store(self) -> "Store":
         """Open the store of measurements, as far as it may be used."""
@@ -404,13 +303,15 @@ class Way(Joined):
 class WayOfParts(Way):
     """The way of a call whose results are replaced part by part."""
 
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace earlier results in --out, part by part as new ones are there.",
-        ),
-    ] = False
+    overwrite: bool = option.output(
+        False, "Replace earlier results in --out, part by part as new ones are there."
+    )
+
+
+TrustRemoteCode = Annotated[bool, options_of(Loading)["trust_remote_code"]]
+Overwrite = Annotated[bool, options_of(Way)["overwrite"]]
+DryRun = Annotated[bool, options_of(Way)["dry_run"]]
+Json = Annotated[bool, options_of(Way)["as_json"]]
 
 
 def read_texts(source: str, max_texts: int | None = None) -> "Texts":

@@ -1,31 +1,29 @@
 """``shallower patch``."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
 from ..errors import ModelError
 from ..models.source import ModelSource
 from ..values.layers import ranges
+from ..values.options import Option
 from ..values.schema import plain
 from ..values.stage_settings import PatchSettings
 from .options import (
     Answers,
     AnswerTokens,
+    Cut,
     DeviceMemory,
-    DroppedLayers,
+    Loading,
     MaxTexts,
-    NoAnswers,
+    Model,
     Out,
-    Source,
     TextsSource,
     Way,
     read_apart,
-    takes,
     wanted_answers,
 )
 from .output import print_json, reuse, say_dry_run, show
@@ -39,35 +37,29 @@ if TYPE_CHECKING:
     from ..values.tokens import Tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchSource(Source):
-    """A model, and how it is loaded: never quantised."""
-
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            help="Dtype of the weights. auto: bfloat16 on CUDA and on CPUs that multiply it, else "
-            "float32."
-        ),
-    ] = "auto"
-
-
-@takes(PatchSettings)
 def patch_command(
     *,
+    model: Model,
     texts: TextsSource,
     out: Out,
-    layers: DroppedLayers,
+    layers: Annotated[Cut, "drop", "plan"],
     eval_texts: Annotated[
         str | None,
-        typer.Option(metavar="TEXTS", help="Held-out texts, as --texts, to measure the patch on."),
+        Option("Held-out texts, as --texts, to measure the patch on.", "TEXTS"),
     ] = None,
     answers: Answers = None,
-    no_answers: NoAnswers = False,
     answer_tokens: AnswerTokens = 256,
     settings: PatchSettings,
     max_texts: MaxTexts = None,
-    source: PatchSource,
+    source: Annotated[Loading, "device_map", "stream", "trust_remote_code", "gguf_file"],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option(
+            "Dtype of the weights. auto: bfloat16 on CUDA and on CPUs that multiply it, else "
+            "float32.",
+            group="memory",
+        ),
+    ] = "auto",
     device_memory: DeviceMemory = None,
     way: Way,
 ) -> None:
@@ -84,8 +76,8 @@ def patch_command(
     from ..store.done import output_of
 
     fitted, held_out = read_apart(texts, eval_texts, max_texts=max_texts)
-    named, place = layers.read_layers(), source.read()
-    asked, share = _asked(answers, no_answers, answer_tokens, place), settings.share
+    named, place = layers.read_layers(), replace(source, dtype=dtype).of(model)
+    asked, share = _asked(answers, answer_tokens, place), settings.share
     check_apart(
         out,
         [place.place, layers.plan and plan_file(layers.plan), texts, eval_texts, answers or None],
@@ -113,7 +105,7 @@ def patch_command(
     if way.dry_run:
         asked = _within(asked, place.load_tokenizer(), fitted, settings)
         planned: dict[str, Any] = {
-            "patch": source.model,
+            "patch": model,
             "drop": ranges(wanted.dropped),
             "texts": texts,
             **({} if asked is None else {"answers": str(asked), "share": share}),
@@ -189,13 +181,13 @@ def _patchable(
 
 
 def _asked(
-    answers: str | None, no_answers: bool, num_tokens: int, place: ModelSource
+    answers: str | Literal[False] | None, num_tokens: int, place: ModelSource
 ) -> "WantedAnswers | None":
     """The answers that are wanted, by default of a model that chats.
 
     A model on disk is not read for each of their tokens.
     """
-    if no_answers or (answers is None and place.waits_on_disk):
+    if answers is False or (answers is None and place.waits_on_disk):
         return None
     wanted = wanted_answers(answers or "", num_tokens=num_tokens)
     if answers is None:

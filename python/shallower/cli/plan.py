@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..values import options as option
 from ..values.files import PLAN_FILE, SCAN_FILE
-from .options import DryRun, Joined, Json, Overwrite, joined
+from ..values.options import Option
+from .options import DryRun, Json, Overwrite
 from .output import print_json, show
 
 if TYPE_CHECKING:
@@ -15,84 +17,53 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(Joined):
+class PlanOptions:
     """What goes, and by what it is chosen."""
 
-    experts: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            help="Number of experts to drop of every layer that stays; for scans made with "
-            "--experts.",
-        ),
-    ] = None
-    criterion: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Criterion that lets experts go: frequency, soft-frequency, ean, man, msan, reap, "
-            "easy-ep, reconstruction, aimer or random.",
-        ),
-    ] = "reap"
-    strategy: Annotated[
-        Literal["similarity", "deepest"],
-        typer.Option(help="The most similar layers, or the deepest but the last."),
-    ] = "similarity"
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Metric that decides: angular, cosine or relative_l2; angular by default where "
-            "the scan holds it.",
-        ),
-    ] = None
-    max_blocks: Annotated[
-        int,
-        typer.Option(
-            "--max-blocks",
-            "--blocks",
-            metavar="N",
-            help="Blocks at most; a layer stays between two blocks.",
-            min=1,
-        ),
-    ] = 1
-    protect_first: Annotated[
-        int, typer.Option(metavar="N", help="Number of layers at the start that stay.", min=0)
-    ] = 0
-    protect_last: Annotated[
-        int, typer.Option(metavar="N", help="Number of layers at the end that stay.", min=0)
-    ] = 0
-    top: Annotated[
-        int, typer.Option(metavar="K", help="Also list the K best blocks of --n layers.", min=0)
-    ] = 0
-    bootstrap: Annotated[
-        int,
-        typer.Option(
-            metavar="B",
-            help="Resample the texts B times, and say in which share of them the block is the "
-            "best; for scans made with --keep-samples.",
-            min=0,
-        ),
-    ] = 0
-    seed: Annotated[
-        int,
-        typer.Option(metavar="N", help="Seed of --bootstrap, and of --criterion random.", min=0),
-    ] = 0
+    experts: int | None = option.basic(
+        None,
+        "Number of experts to drop of every layer that stays; for scans made with --experts.",
+        "K",
+    )
+    criterion: str = option.target(
+        "reap",
+        "Criterion that lets experts go: frequency, soft-frequency, ean, man, msan, reap, easy-ep, "
+        "reconstruction, aimer or random.",
+        "NAME",
+    )
+    strategy: Literal["similarity", "deepest"] = option.target(
+        "similarity", "The most similar layers, or the deepest but the last."
+    )
+    metric: str | None = option.target(
+        None,
+        "Metric that decides: angular, cosine or relative_l2; angular by default where the scan "
+        "holds it.",
+        "NAME",
+    )
+    max_blocks: int = option.target(
+        1, "Blocks at most; a layer stays between two blocks.", "N", least=1
+    )
+    protect_first: int = option.target(0, "Number of layers at the start that stay.", "N", least=0)
+    protect_last: int = option.target(0, "Number of layers at the end that stay.", "N", least=0)
+    top: int = option.output(0, "Also list the K best blocks of --n layers.", "K", least=0)
+    bootstrap: int = option.measures(
+        0,
+        "Resample the texts B times, and say in which share of them the block is the best; for "
+        "scans made with --keep-samples.",
+        "B",
+        least=0,
+    )
+    seed: int = option.measures(0, "Seed of --bootstrap, and of --criterion random.", "N", least=0)
 
 
-@joined
 def plan_command(
     *,
     scans: Annotated[
         list[Path],
         typer.Argument(metavar="SCAN", help="Scan files or their folders; several are merged."),
     ],
-    n: Annotated[
-        int | None, typer.Option("--n", metavar="N", help="Number of layers to drop.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder to write the plan to.")
-    ] = None,
+    n: Annotated[int | None, Option("Number of layers to drop.", "N")] = None,
+    out: Annotated[Path | None, Option("Folder to write the plan to.", "FOLDER")] = None,
     choice: PlanOptions,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,

@@ -4,58 +4,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
+from ..values import options as option
 from ..values.memory import format_size
-from .options import Cut, CutOut, DeviceMap, GgufFile, Joined, Model, TrustRemoteCode, Way, joined
+from ..values.options import Option
+from .options import Cut, Loading, Model, Way
 from .output import print_json, reuse, say_dry_run, show, upload_line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruning(Joined):
+class Pruning:
     """How a cut is read, written and checked."""
 
-    dtype: Annotated[
-        DtypeName | None,
-        typer.Option(help="Dtype of the weights; by default as in safetensors, else bfloat16."),
-    ] = None
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes in a file of weights at most, 5GB by default; without --dtype.",
-        ),
-    ] = None
-    device_map: DeviceMap = None
-    gguf_file: GgufFile = None
-    as_gguf: Annotated[
-        bool,
-        typer.Option("--as-gguf", help="Make --out a folder for the hub: NAME.gguf and README.md."),
-    ] = False
-    trust_remote_code: TrustRemoteCode = False
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Reload with stock transformers and compare the logits."),
-    ] = False
+    dtype: DtypeName | None = option.memory(
+        None, "Dtype of the weights; by default as in safetensors, else bfloat16."
+    )
+    max_shard_size: str | None = option.output(
+        None, "Bytes in a file of weights at most, 5GB by default; without --dtype.", "SIZE"
+    )
+    as_gguf: bool = option.output(
+        False, "Make --out a folder for the hub: NAME.gguf and README.md."
+    )
+    verify: bool = option.basic(False, "Reload with stock transformers and compare the logits.")
 
 
-@joined
 def prune_command(
     *,
     model: Model,
-    out: CutOut,
+    out: Annotated[Path, Option("Folder to write to, or a .gguf file if MODEL is one.", "PATH")],
     cut: Cut,
     for_states: Annotated[
         str | None,
-        typer.Option(
-            metavar="STATES",
-            help="Instead of layers, the hidden states that a pipeline reads, as 9,18,27: keep "
+        Option(
+            "Instead of layers, the hidden states that a pipeline reads, as 9,18,27: keep "
             "only the layers that they need, and compare them, to the bit.",
+            "STATES",
         ),
     ] = None,
     options: Pruning,
+    loading: Annotated[Loading, "device_map", "gguf_file", "trust_remote_code"],
     way: Way,
 ) -> None:
     """Drop layers or experts, and save a standard checkpoint.
@@ -80,9 +68,14 @@ def prune_command(
     plan = None if cut.plan is None else plan_file(cut.plan)
     check_apart(out, [plan, experts_path(cut.drop_experts or "")])
     layers, experts = cut.read_states(for_states)
-    how = vars(options)
+    how = {
+        **vars(options),
+        "device_map": loading.device_map,
+        "gguf_file": loading.gguf_file,
+        "trust_remote_code": loading.trust_remote_code,
+    }
     output = cut_output(way.open_store(), model, layers, experts=experts, out=out, **how)
-    source = ModelSource(model, gguf_file=options.gguf_file).place.expanduser()
+    source = ModelSource(model, gguf_file=loading.gguf_file).place.expanduser()
     if reuse(output, lambda value: _end(_written_at(value, out), source, out, way.as_json), out):
         return
     planned = plan_prune(model, layers, out, experts=experts, overwrite=way.overwrite, **how)

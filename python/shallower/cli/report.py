@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..values.options import Option
 from .options import Json
 from .output import print_json, show
 
@@ -17,7 +18,7 @@ def report_command(
     *,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="PAGE", help="Place of the page; DIR/report.html by default."),
+        Option("Place of the page; DIR/report.html by default.", "PAGE"),
     ] = None,
     as_json: Json = False,
 ) -> None:

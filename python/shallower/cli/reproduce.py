@@ -12,6 +12,7 @@ import typer
 
 from ..errors import ModelError, OutputError, ShallowerError, why
 from ..processes import is_main_process
+from ..values.options import Group, Option
 from . import parser
 from .options import DryRun, Json, TrustRemoteCode
 from .output import called, print_json, remember_call, say_dry_run, show, warn
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from ..store.records import Record
 
 
-def _read(what: str) -> Any:
-    return typer.Option(metavar="PLACE", help=f"{what}, where the record names no repository.")
+def _read(what: str, group: Group = "basic") -> Option:
+    return Option(f"{what}, where the record names no repository.", "PLACE", group)
 
 
 def reproduce_command(
@@ -34,12 +35,12 @@ def reproduce_command(
     ],
     *,
     model: Annotated[str | None, _read("The model that was read")] = None,
-    original: Annotated[str | None, _read("The uncut model of a healing")] = None,
-    adapters: Annotated[str | None, _read("The adapters of a merge")] = None,
+    original: Annotated[str | None, _read("The uncut model of a healing", "repair")] = None,
+    adapters: Annotated[str | None, _read("The adapters of a merge", "repair")] = None,
     texts: Annotated[str | None, _read("The texts")] = None,
     eval_texts: Annotated[str | None, _read("The held-out texts")] = None,
-    answers: Annotated[str | None, _read("The file of prompts, of --answers")] = None,
-    speech: Annotated[str | None, _read("The file of prompts, of --speech")] = None,
+    answers: Annotated[str | None, _read("The file of prompts, of --answers", "repair")] = None,
+    speech: Annotated[str | None, _read("The file of prompts, of --speech", "measures")] = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -167,7 +168,7 @@ def keep_record(name: str, command: Any, words: Sequence[str]) -> None:
 def _plain(command: Any, words: Sequence[str]) -> dict[str, Any]:
     """Read the options of a call as plain values, without those that are off."""
     given = command.make_context(command.name, [*words]).params
-    off = [one.name for one in command.params if not one.secondary_opts and not given[one.name]]
+    off = [one.name for one in command.params if not one.secondary_opts and not given.get(one.name)]
     return {
         key: str(one) if isinstance(one, Path) else one
         for key, one in given.items()

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ..errors import OutputError
+from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
 from ..values.files import CHECKPOINT_FOLDER, CHECKPOINT_GGUF, HEALED_FOLDER, REPORT_FILE
+from ..values.options import Option, options_of
 from ..values.settings import RunSettings
 from .heal import say_healing
-from .options import Dtype, Out, Source, TextsSource, WayOfParts, read_texts, takes
+from .options import Loading, Model, Out, TextsSource, WayOfParts, read_texts
 from .output import called, print_json, reuse, say_dry_run_of, show, upload_line
 
 if TYPE_CHECKING:
@@ -22,20 +22,17 @@ if TYPE_CHECKING:
     from ..studies.run import RunStudy
 
 
-@takes(RunSettings)
 def run_command(
     *,
     texts: TextsSource,
     eval_texts: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXTS",
-            help="The test set, as --texts; by default every fourth of those.",
-        ),
+        Option("The test set, as --texts; by default every fourth of those.", "TEXTS"),
     ] = None,
     out: Out,
+    model: Model,
     settings: RunSettings,
-    source: Source,
+    source: Loading,
     way: WayOfParts,
 ) -> None:
     """Recommend one shallower model, and make it.
@@ -47,9 +44,9 @@ def run_command(
     """
     held_out = None if eval_texts is None else read_texts(eval_texts)
     _carry_out(
-        source.read(),
+        source.of(model),
         settings,
-        {"run": source.model, "texts": texts, "eval_texts": eval_texts},
+        {"run": model, "texts": texts, "eval_texts": eval_texts},
         way=way,
         texts=read_texts(texts),
         eval_texts=held_out,
@@ -57,22 +54,21 @@ def run_command(
     )
 
 
-@takes(RunSettings, "n", "fraction", "params")
 def demo_command(
     *,
     out: Out = Path("shallower-demo"),
     texts: Annotated[
         str | None,
-        typer.Option(metavar="TEXTS", help="Texts to use instead of Python's own documentation."),
+        Option("Texts to use instead of Python's own documentation.", "TEXTS"),
     ] = None,
-    settings: RunSettings,
+    settings: Annotated[RunSettings, "n", "fraction", "params"],
     max_loss: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Nats a token that may be lost, after the patch."),
+        Option("Nats a token that may be lost, after the patch.", "X", "target"),
     ] = None,
-    dtype: Dtype = "float32",
+    dtype: Annotated[DtypeName, options_of(Loading)["dtype"]] = "float32",
     max_texts: Annotated[
-        int, typer.Option(metavar="N", help="Calibration passages at most.", min=1)
+        int, Option("Calibration passages at most.", "N", "measures", least=1)
     ] = 40,
     way: WayOfParts,
 ) -> None:

@@ -3,7 +3,17 @@
 from typing import TYPE_CHECKING
 
 from ..values.stage_settings import ScanSettings
-from .options import DeviceMemory, MaxTexts, Out, Share, Source, TextsSource, Way, read_texts, takes
+from .options import (
+    DeviceMemory,
+    Loading,
+    MaxTexts,
+    Model,
+    Out,
+    Share,
+    TextsSource,
+    Way,
+    read_texts,
+)
 from .output import make_shard_of, say_dry_run, say_known, say_scan, work_of
 
 if TYPE_CHECKING:
@@ -11,14 +21,14 @@ if TYPE_CHECKING:
     from ..studies.scan import ScanJob
 
 
-@takes(ScanSettings)
 def scan_command(
     *,
+    model: Model,
     texts: TextsSource,
     out: Out,
     settings: ScanSettings,
     max_texts: MaxTexts = None,
-    source: Source,
+    source: Loading,
     device_memory: DeviceMemory = None,
     part: Share,
     way: Way,
@@ -33,7 +43,7 @@ def scan_command(
 
     shared = part.read()
     job = ScanJob(
-        source=source.read(),
+        source=source.of(model),
         texts=read_texts(texts, max_texts),
         out=out,
         overwrite=way.overwrite,

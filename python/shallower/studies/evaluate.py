@@ -142,10 +142,10 @@ class EvalJob:
         return Result(recalled(measure.read, entry.value, _ENTRY), identity, entry.made)
 
     def keep(
-        self, measure: Measure[Any], plan: Plan | None, value: Any, model: ModelIdentity
+        self, measure: Measure[Any], plan: Plan | None, value: Any, *, model: ModelIdentity
     ) -> Result:
         """Keep a result that was just measured; ``model`` is the whole one."""
-        measure.keep(self.kept, self.keys[measure.kind], plan, value, model)
+        measure.keep(self.kept, self.keys[measure.kind], plan, value=value, model=model)
         return Result(value, model)
 
     @cached_property
@@ -291,7 +291,9 @@ class EvalJob:
         for measure, side, value in waiting:
             assert measure.whole is not None
             completed = measure.complete(value, self._loaded(measure.whole)[0])
-            found[measure.kind][side] = self.keep(measure, self.sides[side], completed, identity)
+            found[measure.kind][side] = self.keep(
+                measure, self.sides[side], completed, model=identity
+            )
         return {kind: {side: some[side] for side in self.sides} for kind, some in found.items()}
 
     @property
@@ -324,11 +326,11 @@ class EvalJob:
                     if measure.needs_whole:
                         waiting.append((measure, side, value))
                     else:
-                        found[measure.kind][side] = self.keep(measure, plan, value, identity)
+                        found[measure.kind][side] = self.keep(measure, plan, value, model=identity)
         for measure, side, value in waiting:
             if measure.whole is None:
                 completed = measure.complete(value, decoder)
-                kept = self.keep(measure, self.sides[side], completed, identity)
+                kept = self.keep(measure, self.sides[side], completed, model=identity)
                 found[measure.kind][side] = kept
         return identity, [one for one in waiting if one[0].whole is not None]
 

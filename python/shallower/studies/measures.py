@@ -147,13 +147,15 @@ class Measure(ABC, Generic[T]):
             self.meet(loaded, tokens=tokens, store=store)
         with without_layers(decoder.model, plan) if plan else nullcontext():
             value = self.measure(loaded, tokens=tokens, plan=plan, store=store)
-        return self.keep(store, key, plan, self.complete(value, decoder), decoder.identity)
+        completed = self.complete(value, decoder)
+        return self.keep(store, key, plan, value=completed, model=decoder.identity)
 
     def keep(
         self,
         store: "ResultStore | None",
         key: Mapping[str, Any] | None,
         plan: Plan | None,
+        *,
         value: T,
         model: ModelIdentity,
     ) -> T:

@@ -1,4 +1,4 @@
-"""How models speak beside the whole one, on prompts, as a measure; and samples of what they say."""
+"""Speech as a measure: what a model generates beside the whole one, on prompts, with samples."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

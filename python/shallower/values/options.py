@@ -1,11 +1,11 @@
 """What makes a field of settings an option; ``cli/options.py`` makes it one of a command."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from difflib import get_close_matches
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from ..errors import CriterionError, LayersError, SettingsError
 from .commands import option_words
@@ -17,24 +17,27 @@ THREADS = "Threads of the core; all processors by default."
 """The sentence of ``--threads``, of a scan and of studies."""
 
 
-@dataclass(frozen=True, kw_only=True)
+Group = Literal["basic", "target", "repair", "measures", "memory", "sharing", "output"]
+"""The groups of the help, in their order: what is not basic is behind ``--help-all``."""
+
+
+@dataclass(frozen=True)
 class Option:
     """An option of the command line, beside the type and the default of its field."""
 
     sentence: str  # its help
     metavar: str | None = None  # for its value in the help
+    group: Group = "basic"  # of the help, behind those declared before it
+    _: KW_ONLY
     name: str = ""  # with underscores; by default that of the field
     least: int | None = None  # the smallest number
     read: Callable[[str], Any] | None = None  # makes the value of a word
     alone: Any = ...  # the value without a word; `...` where there must be one
     off: tuple[str, Any] | None = None  # the help of `--no-NAME`, and the value by it
-    before: str | None = None  # of these names, the first in the help; else as declared
 
     def words(self, value: Any) -> dict[str, Any]:
         """Give the option of a value by its name; none where only Python can set the value."""
-        if self.off is not None and value == self.off[1]:
-            return {f"no_{self.name}": True}
-        if value is False:
+        if value is False or (self.off is not None and value == self.off[1]):
             return {f"no_{self.name}": True}
         if value is self.alone:
             return {self.name: True}
@@ -47,10 +50,20 @@ class Option:
         return {}
 
 
-def option(default: T, sentence: str, metavar: str | None = None, **more: Any) -> T:
-    """Declare a field of settings by its default, and its option as :class:`Option` has it."""
-    made = Option(sentence=sentence, metavar=metavar, **more)
-    return field(default=default, metadata={"option": made})
+class _Declared(NamedTuple):
+    """Declares fields of settings whose options stand in one group of the help."""
+
+    group: Group
+
+    def __call__(self, default: T, sentence: str, metavar: str | None = None, **more: Any) -> T:
+        """Declare a field by its default, and its option as :class:`Option` has it."""
+        made = Option(sentence, metavar, self.group, **more)
+        return field(default=default, metadata={"option": made})
+
+
+basic, target, repair = _Declared("basic"), _Declared("target"), _Declared("repair")
+measures, memory = _Declared("measures"), _Declared("memory")
+sharing, output = _Declared("sharing"), _Declared("output")
 
 
 def options_of(kind: type) -> dict[str, Option]:
@@ -72,10 +85,8 @@ def options_of(kind: type) -> dict[str, Option]:
 class Settings:
     """What every work on texts can be set to; TextsError for a number that is out of range."""
 
-    max_length: int = option(
-        256, "Tokens of a text at most.", "N", least=1, before="max_texts device_map"
-    )
-    batch_size: BatchSize = option(
+    max_length: int = measures(256, "Tokens of a text at most.", "N", least=1)
+    batch_size: BatchSize = memory(  # noqa: RUF009
         "auto",
         "Texts in one forward. auto: as many as the device has memory for, on a CPU 8 at most.",
         "auto|N",

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..errors import RecipeError
-from .options import option
+from . import options as option
 from .presets import ModelFacts, find_preset, named_preset
 from .schema import fields_of, of_type
 
@@ -33,64 +33,60 @@ class Recipe:
     next-token distribution q from the uncut model's p, on the same texts.
     """
 
-    preset: str = option(
+    preset: str = option.repair(
         "auto", "Preset: auto, by family and size, or a name in the paper's table.", "NAME"
     )
     _: KW_ONLY
-    steps: int | None = option(
+    steps: int | None = option.basic(
         None, "Steps of the optimiser, of 16 sequences each; by default 5000.", "N"
     )
-    rank: int | None = option(
+    rank: int | None = option.repair(
         None, "Rank of the adapters, and their alpha; by default the preset's.", "N"
     )
-    learning_rate: float | None = option(None, "Peak learning rate; by default the preset's.", "X")
-    max_length: int | None = option(
+    learning_rate: float | None = option.repair(
+        None, "Peak learning rate; by default the preset's.", "X"
+    )
+    max_length: int | None = option.repair(
         None, "Tokens of a sequence at most; by default the preset's.", "N"
     )
-    warmup_steps: int | None = option(
+    warmup_steps: int | None = option.repair(
         None, "Steps of linear warm-up; by default 100, or a tenth of --steps if that is less.", "N"
     )
-    dropout: float | None = option(
+    dropout: float | None = option.repair(
         None, "Dropout before the adapters; by default the preset's.", "X"
     )
-    batch_size: int | None = option(
+    batch_size: int | None = option.memory(
         None,
         "Sequences in one forward; gradients are accumulated to 16. By default as many as there is "
         "memory for, 8 at most; on a CPU 4 at most.",
         "N",
     )
-    dtype: HealingDtype = option(
+    dtype: HealingDtype = option.memory(
         "nf4",
         "Dtype of the frozen weights. auto: bfloat16 on CUDA and CPUs that multiply it, else "
         "float32.",
     )
-    packing: bool | None = option(
+    packing: bool | None = option.repair(
         None,
         "Fill every sequence up with documents, or truncate each to one. By default the paper's "
         "presets truncate, as the paper does; ours pack.",
     )
-    attention: bool | None = option(
+    attention: bool | None = option.repair(
         None,
         "Also train adapters on the attention layers. By default small does, general and the "
         "paper's presets do not.",
     )
-    objective: Objective = option(
+    objective: Objective = option.repair(
         "lm",
         "What is minimised: the loss of the next token, or the divergence from the uncut model, "
         "which needs --original.",
-        before="max_eval_texts",
     )
-    share: float = option(0.5, SHARE, "X", before="answer_tokens")
-    eval_every: int | None = option(
-        None,
-        "Steps between measurements and checkpoints; by default an eighth of --steps.",
-        "N",
-        before="max_eval_texts",
+    share: float = option.repair(0.5, SHARE, "X")
+    eval_every: int | None = option.measures(
+        None, "Steps between measurements and checkpoints; by default an eighth of --steps.", "N"
     )
-    seed: int = option(
-        0, "Seed of the order, the adapters and dropout.", "N", before="device_memory"
-    )
-    recompute: bool | None = option(
+    seed: int = option.repair(0, "Seed of the order, the adapters and dropout.", "N")
+    recompute: bool | None = option.memory(
         None,
         "Recompute activations in the backward pass, which saves memory; by default where there is "
         "no memory for one sequence without it.",

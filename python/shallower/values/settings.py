@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, TextsError
+from . import options as option
 from .layers import layer_number, parse_sizes
 from .memory import parse_size
-from .options import THREADS, Settings, distinct_names, option, parse_names, refuse_twice
+from .options import THREADS, Settings, distinct_names, parse_names, refuse_twice
 from .recipe import SHARE, Recipe, check_share
+from .stage_settings import TaskSettings
 from .target import Target, parse_count, parse_share
 
 Prompts = Path | Sequence[Any] | None
@@ -46,11 +48,13 @@ _WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "p
 class StudySettings(Settings):
     """What every study can be set to."""
 
-    max_texts: int = option(1024, "Read the first N calibration texts only.", "N", least=1)
-    max_eval_texts: int = option(256, "Read the first N held-out texts only.", "N", least=1)
+    max_texts: int = option.measures(1024, "Read the first N calibration texts only.", "N", least=1)
+    max_eval_texts: int = option.measures(
+        256, "Read the first N held-out texts only.", "N", least=1
+    )
     num_choosing: int = 96
     """Texts of the selection set at most; the others are for the calibration."""
-    seed: int = option(0, "Seed of whatever is drawn.", "N", least=0)
+    seed: int = option.measures(0, "Seed of whatever is drawn.", "N", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,9 +82,11 @@ class StudySettings(Settings):
 class RacingSettings(StudySettings):
     """Settings of studies that race proposals."""
 
-    top: int = 4
-    heal_steps: int | None = None
-    threads: int | None = option(None, THREADS, "N", least=1, before="seed")
+    top: int = option.measures(4, "Proposals of every criterion.", "K", least=1)
+    heal_steps: int | None = option.repair(
+        None, "Steps of a healing, 16 sequences each; 5,000 by default.", "N", least=1
+    )
+    threads: int | None = option.memory(None, THREADS, "N", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,50 +116,48 @@ class RunSettings(RacingSettings):
             contradicts another.
     """
 
-    n: int | None = option(None, "Layers that are to go.", "N", before="settings")
-    fraction: float | None = option(
+    n: int | None = option.basic(None, "Layers that are to go.", "N")
+    fraction: float | None = option.target(
         None, "Share of the layers that is to go, at least, as 0.25.", "F"
     )
-    params: int | None = option(
+    params: int | None = option.target(
         None, "Parameters that are to be left, at most, as 100M or 6.7B.", "P", read=parse_count
     )
-    max_loss: float | None = option(
+    max_loss: float | None = option.target(
         None,
         "Nats a token that may be lost, after the patch. Without any of these and of the targets: "
         "the knee of the curve of what is lost.",
         "X",
     )
-    target_latency: float | None = option(
+    target_latency: float | None = option.target(
         None,
         "Share of the time of a token that is to be left, at most, as 0.8x: by the forecast for "
         "--forecast-device.",
         "S",
         read=parse_share,
     )
-    target_memory: int | str | None = option(
+    target_memory: int | str | None = option.target(
         None,
         "Bytes of weights and of the cache of --context tokens that are to be left, at most, as "
         "12GB.",
         "SIZE",
     )
-    device: str | None = option(
+    device: str | None = option.target(
         None,
         "Device of that forecast, as gain has them; this machine's GPU if it is one of them, else "
         "a100-80.",
         "NAME",
         name="forecast_device",
     )
-    context: int = option(2048, "Tokens of a text, of both targets.", "N", least=1)
-    blocks: int | None = option(None, "Blocks at most; any number by default.", "B", least=1)
-    top: int = option(4, "Proposals of every criterion.", "K", least=1)
-    plan_only: bool = option(False, "Choose and measure; patch and save no model.", before="seed")
-    patch: bool = option(
+    context: int = option.target(2048, "Tokens of a text, of both targets.", "N", least=1)
+    blocks: int | None = option.target(None, "Blocks at most; any number by default.", "B", least=1)
+    plan_only: bool = option.output(False, "Choose and measure; patch and save no model.")
+    patch: bool = option.repair(
         True,
         "Patch the cut, and choose by what is lost after a patch. Without it the bare cut is "
         "chosen and saved: of a GGUF file as OUT/checkpoint/checkpoint.gguf, in its own types.",
-        before="plan_only",
     )
-    prompts: Prompts = option(
+    prompts: Prompts = option.measures(
         None,
         "Prompts to answer, a .jsonl file with prompt or messages; by default 24 built-in ones. By "
         "--judge speech one half of them, or of 120, is for the selection.",
@@ -162,19 +166,13 @@ class RunSettings(RacingSettings):
         alone=None,
         off=("Measure no speech.", ()),
     )
-    judge: RacedBy = option(
+    judge: RacedBy = option.basic(
         "loss",
         "Judge that the proposals are raced by. loss: of the next token; speech: divergence from "
         "the whole model on its own words.",
-        before="settings",
     )
-    heal: bool | Recipe = option(
-        False, "Train adapters on the patched cut, and merge them.", before="plan_only"
-    )
-    heal_steps: int | None = option(
-        None, "Steps of the healing, 16 sequences each; 5,000 by default.", "N", least=1
-    )
-    answers: bool | Prompts = option(
+    heal: bool | Recipe = option.basic(False, "Train adapters on the patched cut, and merge them.")
+    answers: bool | Prompts = option.repair(
         None,
         "Also learn from what the uncut model says to prompts: a .jsonl file with prompt or "
         "messages, and with answer where it has answered already; without one, prompts of our own.",
@@ -185,7 +183,7 @@ class RunSettings(RacingSettings):
             False,
         ),
     )
-    share: float = option(0.5, SHARE, "X")
+    share: float = option.repair(0.5, SHARE, "X")
 
     def __post_init__(self) -> None:
         if not isinstance(self.answers, bool | None):
@@ -254,7 +252,7 @@ class RunSettings(RacingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings(RacingSettings):
+class CompareSettings(RacingSettings, TaskSettings):
     """Settings of :func:`shallower.compare`.
 
     Criteria are names of the table ``shallower.criteria``, or criteria of your own; ``best_plan``,
@@ -272,78 +270,65 @@ class CompareSettings(RacingSettings):
     num_choosing: int = 16
     num_patching: int = 64
     """Calibration texts that a quick patch is solved on, at most."""
-    n: Sequence[int] = option(
+    n: Sequence[int] = option.basic(
         (1, 2, 4, 8),
         "Layers that go, as 1,2,4,8; 0, the whole model, is always measured.",
         "SIZES",
         read=partial(parse_sizes, least=0),
-        before="settings",
     )
-    criteria: Sequence[Any] | None = option(
+    criteria: Sequence[Any] | None = option.basic(
         None, "Criteria, comma-separated; all by default (see --list).", "NAMES", read=parse_names
     )
-    unit: Literal["layers", "experts"] = option(
+    unit: Literal["layers", "experts"] = option.target(
         "layers",
         "What goes: layers, or experts, --n of each layer that has any, by criteria of experts, "
         "beside the block of layers whose share of the parameters is nearest.",
     )
-    judge: Literal["loss", "kl", "options", "speech", "none"] = option(
+    judge: Literal["loss", "kl", "options", "speech", "none"] = option.basic(
         "loss",
         "Judge of a cut: loss, of the next token; kl and speech, divergence from the whole model, "
-        "on texts or on its own words; options, margin of the right option. By none no cut is "
-        "measured, and layers are compared.",
+        "on texts or on its own words; options, margin of the right one; none measures no cut.",
     )
-    options: str | Path | None = option(
+    options: str | Path | None = option.measures(
         None,
         "JSON lines with context, options and answer (an index), for --judge options; one half for "
         "the selection, the other for the report.",
         "FILE",
     )
-    states: Sequence[State] = option(
+    states: Sequence[State] = option.repair(
         ("cut", "patched"),
         "States: cut, patched, healed; comma-separated.",
         "NAMES",
         read=parse_names,
     )
-    patch: Literal["quick", "full"] = option(
+    patch: Literal["quick", "full"] = option.repair(
         "quick",
         "Patch of a cut. quick: one matrix a block, in seconds; full: all layers behind it.",
     )
-    patch_tokens: int = option(16_384, "Tokens that a full patch is fitted on.", "N", least=1)
+    patch_tokens: int = option.repair(
+        16_384, "Tokens that a full patch is fitted on.", "N", least=1
+    )
     heal: Recipe | None = None
     """Settings of the healing of each cut; by default ours in the dtype of the model."""
-    heal_steps: int | None = option(
-        None, "Steps of each healing, 16 sequences each; 5,000 by default.", "N", least=1
-    )
-    tasks: Sequence[str] = option(
+    tasks: Sequence[str] = option.measures(
         (), "Tasks beside the loss, comma-separated.", "NAMES", read=parse_names
     )
-    tasks_dir: str | Path | None = option(None, "Further definitions of tasks.", "FOLDER")
-    data: str | Path | None = option(
-        None, "Data of task files; $SHALLOWER_DATA by default.", "FOLDER"
-    )
-    max_items: int | None = option(None, "Items of a task at most.", "N", least=1)
-    num_shots: int | None = option(None, "Solved examples before each item.", "N", least=0)
-    pass_at: int | None = option(
-        None, "Also sample K answers where text is asked for: pass@K.", "K", least=1
-    )
-    prompts: Prompts = option(
+    prompts: Prompts = option.measures(
         None,
         "JSON lines with prompt or messages, of the judge speech; one half chooses, the other half "
         "reports. Without it prompts of our own.",
         "FILE",
     )
-    speech: bool = option(
+    speech: bool = option.measures(
         False,
         "Also how the cuts speak, on the half of the prompts that reports; beside another "
         "judge on --prompts, or 24 of our own.",
     )
-    truth: bool = option(
+    truth: bool = option.measures(
         False,
         "Also the true losses without single layers, and Kendall's tau of all costs with them.",
     )
-    top: int = option(4, "Proposals of every criterion, for recommended.", "K", least=1)
-    device_memory: int | str | None = option(
+    device_memory: int | str | None = option.memory(
         None,
         "Memory to plan with, as 16GB or 80GiB, of a card that need not be here; by default what "
         "the device has free.",
@@ -352,7 +337,7 @@ class CompareSettings(RacingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "n", tuple(n for n in _sizes(self.n, least=0) if n))
+        object.__setattr__(self, "n", tuple(n for n in _sizes(self.n) if n))
         if self.unit not in ("layers", "experts"):
             raise CriterionError(f"unit {self.unit!r}: expected layers or experts (unit, --unit)")
         for name in ("states", "tasks"):
@@ -419,12 +404,11 @@ class CurveSettings(CompareSettings):
     max_eval_texts: int = 256
     num_choosing: int = 96
     num_patching: int = 24
-    criteria: Sequence[Any] | None = option(
+    criteria: Sequence[Any] | None = option.basic(
         ("recommended", "angular", "deepest"),
-        "Criteria, comma-separated, of those of shallower compare --list.",
+        "Criteria, comma-separated (see compare --list).",
         "NAMES",
         read=parse_names,
-        before="unit",
     )
     patch: Literal["quick", "full"] = "full"
 
@@ -450,10 +434,10 @@ def _prompts(given: Any, option: str = "speech") -> Prompts:
     return tuple(given)
 
 
-def _sizes(sizes: Any, *, least: int) -> tuple[int, ...]:
+def _sizes(sizes: Any) -> tuple[int, ...]:
     if isinstance(sizes, str) or not isinstance(sizes, Iterable):
         raise LayersError(f"expected numbers of layers, as 1,2,4, got {sizes!r} (n, --n)")
     found = sorted({layer_number(n) for n in sizes})
-    if found and found[0] < least:
-        raise LayersError(f"n = {found[0]}: expected at least {least} (n, --n)")
+    if found and found[0] < 0:
+        raise LayersError(f"n = {found[0]}: expected at least 0 (n, --n)")
     return tuple(found)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PatchError, PositionsError, SettingsError
+from . import options as option
 from .layers import layer_number, parse_sizes
-from .options import THREADS, Settings, option, parse_names
+from .options import THREADS, Settings, parse_names
 from .positions import Positions
 from .recipe import SHARE, check_share
 from .speech import SPEECH_TOKENS
@@ -31,42 +32,43 @@ class ScanSettings(Settings):
             what says when a scan stops where nothing stops it.
     """
 
-    metrics: Sequence[str] = option(
+    metrics: Sequence[str] = option.measures(
         ("angular", "cosine"),
         "Metrics to measure, comma-separated: angular, cosine, relative_l2, norm_ratio.",
         "NAMES",
         read=parse_names,
-        before="device_map",
     )
-    positions: Positions = option(
+    positions: Positions = option.measures(
         Positions(),
         "Tokens of a text to compare: last, last:K, random:K or all. Errors are clustered by text.",
         "WHICH",
         read=str,
     )
-    seed: int = option(0, "Seed of --positions random:K.", "N", least=0)
-    threads: int | None = option(None, THREADS, "N", least=1)
-    keep_samples: bool = option(
+    seed: int = option.measures(0, "Seed of --positions random:K.", "N", least=0)
+    threads: int | None = option.memory(None, THREADS, "N", least=1)
+    keep_samples: bool = option.measures(
         False,
         "Keep the distances of every sample for plan --bootstrap: 4 bytes times samples times "
         "pairs of layers, for each metric.",
     )
-    experts: bool = option(
+    experts: bool = option.measures(
         False,
         "Also gather statistics of a mixture's routed experts, over all tokens, for plan "
         "--experts; takes the time of the experts twice.",
     )
-    until: float | Until | None = option(
+    until: float | Until | None = option.measures(
         None,
         "Stop as soon as the best blocks are, with probability P, such as 0.99, no worse than the "
         "best there are by more than --tolerance.",
         "P",
     )
-    tolerance: float | None = option(None, "Tolerance of --until; 0.005 by default.", "DISTANCE")
-    n: Sequence[int] | None = option(
+    tolerance: float | None = option.measures(
+        None, "Tolerance of --until; 0.005 by default.", "DISTANCE"
+    )
+    n: Sequence[int] | None = option.measures(
         None, "Block sizes that --until is of; by default 1,2,4,8.", "SIZES", read=parse_sizes
     )
-    exact: bool = option(
+    exact: bool = option.measures(
         False, "Bet instead of trusting --until's limit theorem; takes more texts."
     )
 
@@ -126,15 +128,11 @@ class PatchSettings(Settings):
         TextsError, PatchError, RecipeError: a number that is out of range.
     """
 
-    batch_size: BatchSize = option(16, "Texts in one forward.", "N", least=1)
-    num_tokens: int | None = option(
-        None,
-        "Tokens to fit at most. By default 131,072; on a CPU 32,768.",
-        "N",
-        least=1,
-        before="max_length",
+    batch_size: BatchSize = option.memory(16, "Texts in one forward.", "N", least=1)
+    num_tokens: int | None = option.repair(
+        None, "Tokens to fit at most. By default 131,072; on a CPU 32,768.", "N", least=1
     )
-    share: float = option(0.5, SHARE, "X", before="answer_tokens")
+    share: float = option.repair(0.5, SHARE, "X")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,45 +142,54 @@ class PatchSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(Settings):
+class TaskSettings(Settings):
+    """How tasks are measured, by ``eval`` and by studies."""
+
+    tasks_dir: str | Path | None = option.measures(
+        None, "A folder of task files of lm-eval.", "FOLDER"
+    )
+    data: str | Path | None = option.measures(
+        None, "Data of task files; $SHALLOWER_DATA by default.", "FOLDER"
+    )
+    max_items: int | None = option.measures(
+        None, "Items of a task at most, drawn by --seed.", "N", least=1
+    )
+    num_shots: int | None = option.measures(None, "Solved examples before each item.", "N", least=0)
+    pass_at: int | None = option.measures(
+        None, "Also sample K answers where the answer is text: pass@K.", "K", least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(TaskSettings):
     """Settings of ``shallower eval``: by the option of each measure what it is of, and how."""
 
-    texts: str | None = option(
+    texts: str | None = option.basic(
         None,
         "Held-out texts for the loss: a .jsonl, .txt or .parquet file, or a hub dataset.",
         "TEXTS",
-        before="drop",
     )
-    perplexity: str | None = option(
+    perplexity: str | None = option.basic(
         None,
         "A text file for the perplexity in windows; of .jsonl and .parquet the documents, parted "
         "by a blank line.",
         "FILE",
     )
-    tasks: str | None = option(
+    tasks: str | None = option.basic(
         None,
         "Tasks of lm-eval, comma-separated: boolq, gsm8k, hellaswag, lambada, mmlu, any other.",
         "NAMES",
     )
-    speech: str | None = option(
+    speech: str | None = option.basic(
         None,
         "How it speaks beside the whole model, on prompts: a .jsonl file with prompt or messages; "
         "without one prompts of our own.",
         "[PROMPTS]",
     )
-    speech_tokens: int = option(
+    speech_tokens: int = option.measures(
         SPEECH_TOKENS, "Tokens of an answer of --speech at most.", "N", least=1
     )
-    context: int = option(2048, "Tokens of a window of --perplexity.", "N", least=2, before="dtype")
-    bos: bool = option(False, "Begin each window with the beginning-of-text token.")
-    tasks_dir: str | Path | None = option(None, "A folder of task files of lm-eval.", "DIR")
-    data: str | Path | None = option(None, "Data of task files; $SHALLOWER_DATA by default.", "DIR")
-    max_items: int | None = option(None, "Items of a task at most, drawn by --seed.", "N", least=1)
-    num_shots: int | None = option(None, "Solved examples before each item.", "K", least=0)
-    pass_at: int | None = option(
-        None, "Also sample K answers where the answer is text: pass@K.", "K", least=1
-    )
-    seed: int = option(0, "Seed of items, examples and samples.", "S", least=0)
-    max_texts: int | None = option(
-        None, "Read the first N texts only.", "N", least=1, before="device_map"
-    )
+    context: int = option.measures(2048, "Tokens of a window of --perplexity.", "N", least=2)
+    bos: bool = option.measures(False, "Begin each window with the beginning-of-text token.")
+    seed: int = option.measures(0, "Seed of items, examples and samples.", "S", least=0)
+    max_texts: int | None = option.measures(None, "Read the first N texts only.", "N", least=1)
