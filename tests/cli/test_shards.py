@@ -129,6 +129,24 @@ def test_workers_open_nothing_but_what_the_driver_has(folder, tiny, many, kind, 
         open_work(described)
 
 
+def test_parts_are_held_against_workers_of_a_later_command_and_none_is_lost(
+    folder, tiny, many, monkeypatch
+):
+    def scan():
+        job = ScanJob(source=ModelSource(tiny), texts=Texts(str(many)), out=folder / "out")
+        return ScanWork(job, workers=1)
+
+    monkeypatch.setattr(ScanJob, "job", "of files that are known")
+    with (work := scan()).held():
+        work.ready("a", {"common": {"dtype": "float32"}, "texts": {}})
+    with (work := scan()).held():
+        message = "an earlier worker and b differ in dtype .float32 and bfloat16"
+        with pytest.raises(ProcessesError, match=message):
+            work.ready("b", {"common": {"dtype": "bfloat16"}, "texts": {}})
+        with pytest.raises(sh.OutputError, match=r"has not kept all .*: free its disk"):
+            work.finish()
+
+
 def test_workers_scan_to_the_bytes_of_the_whole(shallower, folder, tiny, many, whole):
     command = ["scan", tiny, "--texts", many, "--out", "out", *SMALL, "--workers", "2"]
     done = shallower(*command, "--json")

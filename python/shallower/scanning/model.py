@@ -166,12 +166,11 @@ def stored_scan(
     Samples are kept in the store, too, where that takes few bytes. Raises as :func:`scan`, and
     CacheError.
     """
-    positions, experts = settings.positions, settings.experts
-    tokens = fitting(decoder, settings.tokens, forward(positions, experts=experts))
+    experts = settings.experts
+    tokens = fitting(decoder, settings.tokens, forward(settings.positions, experts=experts))
     read = TokenBatches(tokenizer, texts, tokens)
     looks = [len(batch) for window in read.unpadded() for batch in window]
-    of: Any = {"metrics": settings.metrics, "positions": positions, "experts": experts}
-    inputs = scan_inputs((read.identity,), looks, num_rejected=read.num_rejected, **of)
+    inputs = scan_inputs((read.identity,), looks, settings, num_rejected=read.num_rejected)
     scanned = known_scan(store, inputs, keep_samples=settings.keep_samples)
     if scanned is None:
         pairs = len(decoder) * (len(decoder) + 1) // 2

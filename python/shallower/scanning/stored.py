@@ -6,12 +6,9 @@ from typing import Any, Protocol
 
 from ..errors import CacheError, ScanError
 from ..values.identity import TextsIdentity
-from ..values.positions import Positions
+from ..values.stage_settings import ScanSettings
 from .scan import Scan
 from .scan_file import read_text, scan_text
-
-METRICS = ("angular", "cosine")
-"""The metrics of a scan, if none are named."""
 
 LARGE_BYTES = 64 << 20
 """Samples of more bytes are not kept for others."""
@@ -30,10 +27,8 @@ class ScanStore(Protocol):
 def scan_inputs(
     texts: Sequence[TextsIdentity],
     looks: Sequence[int],
+    settings: ScanSettings,
     *,
-    positions: Positions,
-    metrics: Sequence[str],
-    experts: bool = False,
     num_rejected: int = 0,
 ) -> dict[str, Any]:
     """Name all that a scan depends on beside the model: the token ids, and the texts of a batch.
@@ -44,9 +39,9 @@ def scan_inputs(
         "texts": [asdict(one) for one in texts],
         "looks": list(looks),
         "rejected": num_rejected,
-        "positions": asdict(positions),
-        "metrics": list(metrics),
-        "experts": experts,
+        "positions": asdict(settings.positions),
+        "metrics": list(settings.metrics),
+        "experts": settings.experts,
     }
 
 

@@ -17,11 +17,12 @@ from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
 from ...scanning.hidden_states import states_of
 from ...scanning.scan import Scan
-from ...scanning.stored import METRICS, keep_scan, known_scan, scan_inputs
+from ...scanning.stored import keep_scan, known_scan, scan_inputs
 from ...values.costs import Costs
 from ...values.counts import counted
 from ...values.plan import Plan
 from ...values.positions import Positions
+from ...values.stage_settings import ScanSettings
 from ..criterion import Criterion
 from ..kept_states import kept_states
 from ..subject import Subject
@@ -138,8 +139,7 @@ def shared_scan(subject: Subject, *, experts: bool = False) -> Scan:
     if name in subject.made:
         return _shared(subject, name)
     looks = [len(batch) for batch in subject.batches]
-    of: Any = {"positions": Positions(), "metrics": METRICS, "experts": experts}
-    inputs = scan_inputs(subject.texts, looks, **of)
+    inputs = scan_inputs(subject.texts, looks, ScanSettings(experts=experts))
     known = known_scan(subject.store, inputs, keep_samples=not experts)
     if known is not None:
         subject.made[name] = known, subject.num_layers * subject.num_texts
@@ -166,10 +166,10 @@ def _scans(subject: Subject, names: Sequence[str]) -> dict[str, Scan]:
     """Compare all states in one pass over the texts, by each of some scans."""
     positions, count = Positions(), subject.num_texts
     hooks = ExpertHooks(subject.decoder) if OF_EXPERTS in names else None
-    minibatch = -(-count // -(-count // CKA_BATCH))
+    minibatch, metrics = -(-count // -(-count // CKA_BATCH)), ScanSettings().metrics
     more: dict[str, dict[str, Any]] = {
-        SCAN: {"metrics": METRICS, "keep_samples": True},
-        OF_EXPERTS: {"metrics": METRICS, "experts": hooks and hooks.statistics},
+        SCAN: {"metrics": metrics, "keep_samples": True},
+        OF_EXPERTS: {"metrics": metrics, "experts": hooks and hooks.statistics},
         BESIDE: {
             "metrics": ("relative_l2",),
             "cka_batch": minibatch if count >= MIN_BATCH else None,
