@@ -160,10 +160,6 @@ def test_the_list_of_modules_whose_names_are_exported():
     assert sorted(listed("exports")) == sorted(exporting)
 
 
-HOMONYMS = {"Step", "Subject", "Texts"}
-"""Names of classes in two files, by history: they may only become fewer."""
-
-
 def test_a_class_name_stands_in_one_file():
     places = defaultdict(list)
     for module, file in MODULES.items():
@@ -172,7 +168,7 @@ def test_a_class_name_stands_in_one_file():
                 places[node.name.lstrip("_")].append(own(module))
     assert len(places) > 300
     twice = {name: found for name, found in places.items() if len(set(found)) > 1}
-    assert sorted(twice) == sorted(HOMONYMS), twice
+    assert twice == {}
 
 
 def test_only_the_border_knows_pyo3():

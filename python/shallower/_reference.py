@@ -111,8 +111,8 @@ def is_settled(
 ) -> bool:
     """Whether the leader of (S, K) distances is shown to exceed no rival beyond the tolerance.
 
-    From 64 samples on by the one-sided bound of 2103.06476; or ``exact`` by bets (2010.09686),
-    for distances that differ by ``most`` at the most.
+    From 64 samples on by the one-sided bound of 2103.06476; or ``exact`` by bets (2010.09686), for
+    distances that differ by ``most`` at the most.
     """
     leader = int(np.argmin([math.fsum(column) for column in values.T]))
     error /= values.shape[1] - 1

@@ -153,7 +153,7 @@ def one_sentence(error: Exception) -> str:
 
 @contextmanager
 def others_go_on(name: str, failed: dict[str, str]) -> Iterator[None]:
-    """Note why one of several works has failed, maybe in code from outside; the others go on.
+    """Note why one of several works has failed, maybe in code from outside; the others continue.
 
     Of a damaged store, or a folder that cannot be written to, all would fail.
     """
@@ -170,7 +170,7 @@ MOST_WORDS = 400
 
 
 def why(error: BaseException, path: object = None) -> str:
-    """What an error says, on one line, for the end of a sentence that names ``path``.
+    """The text of an error, on one line, for the end of a sentence that names ``path``.
 
     Of the system's own it is their words, without a number, and the file where that is another. Of
     long ones it is the first whole sentences.

@@ -323,21 +323,14 @@ def test_a_card_of_a_model_with_its_own_code_says_so(llama, tmp_path):
     assert "`shallower merge . --trust-remote-code --out ../healed`" in card
 
 
-def test_a_healed_card_is_the_cuts_but_for_the_healing(tmp_path):
-    plan = sh.Plan(6, (sh.Block(1, 2),))
+def test_a_healed_card_is_written_into_any_card_or_none(tmp_path):
     path = tmp_path / "README.md"
     rows = [("steps", "9 | 10")]
-    path.write_text(texts_of(plan)["README.md"])
-    card = healed_card(path, "adapters were trained.", rows)
-    assert front(card) == front(path.read_text())
-    assert "**This model is healed**: after the cut, adapters were trained." in card
-    assert "| steps | 9 \\| 10 |" in card
-    assert "not healed" not in card
-    assert blocks_of_code(card, "sh") == blocks_of_code(path.read_text(), "sh")
     path.write_text("---\nlicense: mit\n---\n# Mine\n")
     card = healed_card(path, "adapters were trained.", rows)
     assert front(card)["license"] == "mit"
     assert card.index("This model is healed") < card.index("# Mine")
+    assert "| steps | 9 \\| 10 |" in card
     path.unlink()
     card = healed_card(path, "adapters were trained.", rows)
     assert front(card)["tags"] == ["shallower", "layer-pruning"]

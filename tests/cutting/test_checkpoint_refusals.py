@@ -1,16 +1,27 @@
 """Damaged checkpoints, places that are taken, and full disks."""
 
+import json
 import os
+import shutil
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import shallower as sh
-from shallower import ModelError, OutputError
+from shallower import ModelError, OutputError, ShallowerError
 from shallower.processes import partial_folder
-from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json
+from tests.cutting.checkpoints import (
+    DROPPED,
+    assert_refused,
+    cut_on_disk,
+    edit_json,
+    read_json,
+)
 from tests.folders import full_disk, tree
+from tests.values.damage import damaged
 
 
 # Damaged and hostile checkpoints.
@@ -46,7 +57,6 @@ HARM = {
     ),
     "fifo": (lambda f: (first_shard(f).unlink(), os.mkfifo(f / SHARD)), "not a regular file"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "other weights": (
         lambda f: edit_json(f / "config.json", transformers_weights="x.safetensors"),
         "transformers_weights",
@@ -79,6 +89,19 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(copied, tmp_path, harm):
     do(copied)
     (tmp_path / "out").mkdir()
     assert_refused(ModelError, words, copied, tmp_path / "out" / "cut")
+
+
+@settings(max_examples=settings.default.max_examples // 2)
+@given(st.data())
+def test_a_checkpoint_damaged_anyhow_is_refused_or_cut(source, tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("damaged")
+    folder = shutil.copytree(source, place / "source")
+    path = folder / data.draw(st.sampled_from(["config.json", "model.safetensors.index.json"]))
+    path.write_text(json.dumps(data.draw(damaged(read_json(path)))))
+    try:
+        cut_on_disk(folder, DROPPED, place / "cut")
+    except ShallowerError:
+        assert not (place / "cut").exists()
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

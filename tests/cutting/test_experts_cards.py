@@ -79,11 +79,3 @@ def test_a_card_beside_a_gguf_file_names_the_files_that_lie_there(plan):
         named = re.findall(r"[\w.]*(?:shallower_plan\.json|mergekit\.yaml)", card)
         expected = {"shallower_plan.json" if plan.experts else "mergekit.yaml"}
         assert {*named} == {f"{before}{name}" for name in expected}
-
-
-def test_a_card_says_that_layers_went_too():
-    experts = DroppedExperts(6, {0: (0,), 3: (5,)})
-    text = texts_of(sh.Plan(4, (sh.Block(1, 3),), experts=experts))["README.md"]
-    assert "# a/tiny without layers [1, 3) and 1 of 6 experts a layer\n" in text
-    assert "Whole decoder layers and routed experts were cut out" in text
-    assert front(text)["tags"] == ["shallower", "layer-pruning", "expert-pruning"]

@@ -46,7 +46,10 @@ def config(folder):
     return {k: v for k, v in read_json(folder / "config.json").items() if k not in own}
 
 
-def check_on_disk(name, tmp_path):
+@pytest.mark.parametrize(
+    "name", mostly_slow(sorted(MIXTURES), ["gpt_oss", "mixtral", "granitemoe"])
+)
+def test_a_cut_on_disk_is_the_cut_in_memory(name, tmp_path):
     model = mixture(name)
     model.save_pretrained(tmp_path / "whole")
     dropped = some_experts(model)
@@ -60,19 +63,6 @@ def check_on_disk(name, tmp_path):
     found = stock(tmp_path / "cut")
     assert {one.num_experts for one in find_experts(found)} == {NUM_EXPERTS - 2}
     assert torch.equal(logits(found, TOKENS), logits(model, TOKENS))
-
-
-@pytest.mark.parametrize(
-    "name", mostly_slow(sorted({*FAST, "granitemoe"}), ["gpt_oss", "mixtral", "granitemoe"])
-)
-def test_a_cut_on_disk_is_the_cut_in_memory(name, tmp_path):
-    check_on_disk(name, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(MIXTURES) - {*FAST, "granitemoe"}))
-def test_so_it_is_for_every_other_mixture(name, tmp_path):
-    check_on_disk(name, tmp_path)
 
 
 @pytest.mark.parametrize(

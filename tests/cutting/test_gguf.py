@@ -13,7 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES
 import shallower as sh
 from tests.conftest import ROOT
 from tests.cutting.gguf_files import CUT, write
-from tests.models.gguf_files import write_gguf
+from tests.models.gguf_files import write_gguf, written
 
 
 def fields(reader):
@@ -166,10 +166,7 @@ def test_every_type_that_gguf_knows_keeps_its_bytes(tmp_path):
         writer.add_block_count(2)
         for layer in range(2):
             writer.add_tensor(f"blk.{layer}.x.weight", np.arange(layer, 13, dtype=kind))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        written(writer, tmp_path / "c.gguf")
         sh.prune(tmp_path / "c.gguf", [0], tmp_path / "d.gguf", overwrite=True)
         assert GGUFReader(tmp_path / "d.gguf").tensors[0].data.tolist() == list(range(1, 13))
 

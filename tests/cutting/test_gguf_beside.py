@@ -10,6 +10,7 @@ from shallower.cutting.gguf import plan_path
 from tests.cutting.card_tools import LICENSED, front
 from tests.cutting.gguf_files import files_of_cut, write
 from tests.folders import tree, tree_of_ours
+from tests.models.gguf_files import written
 
 DROPPED = [1, 3, 4]
 
@@ -168,10 +169,7 @@ def test_experts_count_as_in_gguf(tmp_path):
             for name, shape in {**shapes, "norm.weight": (9,)}.items():
                 writer.add_tensor(f"blk.{layer}.{name}", np.zeros(shape, np.float32))
         label = size_label(*writer.get_total_parameter_count())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        written(writer, path)
         return label
 
     build(tmp_path / "a.gguf", [4, 8, 3, 16])

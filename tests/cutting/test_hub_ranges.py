@@ -257,32 +257,28 @@ def test_more_than_was_asked_for_is_cut_off(remote, local, tmp_path):
     assert_same(tmp_path / "cut", local)
 
 
+def saying(send=lambda data: data, **changed):
+    """A server whose answers have other headers, or another body than they say."""
+
+    def spoil(_, status, headers, data):
+        said = {**headers, **{name.replace("_", "-"): value for name, value in changed.items()}}
+        return status, {"Content-Length": str(len(data)), **said}, send(data)
+
+    return spoil
+
+
 SPOILT = {
     "whole": (lambda *_: (200, {}, b"x" * 20_000), "does not send ranges of model-00"),
     "other": (
-        lambda _, status, headers, data: (
-            status,
-            {**headers, "Content-Range": "bytes 1-9/20"},
-            data,
-        ),
+        saying(Content_Range="bytes 1-9/20"),
         "sends another range of model-00.* expected bytes 0-7/",
     ),
-    "nothing": (
-        lambda _, status, headers, data: (
-            status,
-            {"Content-Length": str(len(data)), **headers, **BREAKS},
-            b"",
-        ),
-        "the connection breaks off again and again",
-    ),
+    "nothing": (saying(lambda _: b"", **BREAKS), "the connection breaks off again and again"),
     "another": (
-        lambda _, status, headers, data: (status, {**headers, "ETag": "other"}, data),
+        saying(ETag="other"),
         r"sends another content of model-00.* \(ETag other\), expected [0-9a-f]{64}, as it states",
     ),
-    "nameless": (
-        lambda _, status, headers, data: (status, {**headers, "ETag": ""}, data),
-        r"sends another content of model-00.* \(ETag missing\)",
-    ),
+    "nameless": (saying(ETag=""), r"sends another content of model-00.* \(ETag missing\)"),
     "down": (lambda *_: (503, {}, b""), "cannot fetch me/tiny: .*503"),
     "gone": (lambda *_: (404, {"X-Error-Code": "EntryNotFound"}, b""), "cannot fetch me/tiny: "),
 }

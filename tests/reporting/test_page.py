@@ -10,10 +10,10 @@ import pytest
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.story import (
     Fact,
+    ModelState,
     Number,
     PromptSample,
     Section,
-    Step,
     Story,
     Strip,
     Table,
@@ -35,7 +35,7 @@ def story(word="plain"):
     )  # fmt: skip
     return Story(
         "run", word, word, (Strip(word, 4, (1, 2), word),),
-        (Step(word, Number.of(1.0), word, 0.5),), word,
+        (ModelState(word, Number.of(1.0), word, 0.5),), word,
         (Fact(word, Number.share(0.25), word),), (word,), (section,),
         {"words": word, "by_text": [1, 2], "x": float("nan")},
     )  # fmt: skip

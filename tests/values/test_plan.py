@@ -19,7 +19,6 @@ from shallower import (
     DroppedExperts,
     LayersError,
     ModelIdentity,
-    OutputError,
     Plan,
     PlanError,
     Positions,
@@ -118,13 +117,6 @@ def test_a_plan_file_is_strict_json_that_names_what_goes_and_what_stays(tmp_path
     assert [(block["start"], block["stop"]) for block in data["drop"]] == [(1, 3), (4, 5)]
     assert data["drop"][0]["stderr"] is None
     assert {"shallower", "torch", "transformers", "numpy"} <= set(data["versions"])
-
-
-def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(OutputError):
-        PLAN.save(tmp_path / "file" / "plan.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_truncated_plan_is_refused_at_every_length(plan_file):
@@ -253,16 +245,8 @@ def test_whatever_names_layers_makes_a_plan():
     assert Plan.of(12, (i for i in [5, 2, 3])).blocks == (Block(2, 4), Block(5, 6))
     assert Plan.of(12, [range(2, 4), 4, Block(7, 9)]).blocks == (Block(2, 5), Block(7, 9))
     assert Plan.of(12, Block(7, 9)) == replace(Plan(12, (Block(7, 9),)), versions=ANY)
-    for layers, message in (
-        ([12], "no layer 12"),
-        ([1, range(3)], "named twice"),
-        ([], "no layer is named"),
-        (range(12), "at least one must stay"),
-        ("3", "does not name layers"),
-        (3, "does not name layers"),
-    ):
-        with pytest.raises(LayersError, match=message):
-            Plan.of(12, layers)
+    with pytest.raises(LayersError, match="no layer 12"):
+        Plan.of(12, [12])
 
 
 def test_a_plan_of_blocks_keeps_their_scores():

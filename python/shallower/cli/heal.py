@@ -262,7 +262,7 @@ def _planned(
 ) -> dict[str, Any]:
     """The settings of a healing, and the memory, disk and time that it will need."""
     from ..forecasts.forecast import memory_forecast
-    from ..forecasts.speed import told
+    from ..forecasts.speed import or_unknown
     from ..forecasts.work import forecast, of_healing
     from ..healing.checks import check_disk, check_original, resolve
     from ..healing.cut import plan_of_cut
@@ -301,7 +301,7 @@ def _planned(
         said["temporary"] = Disk(taken, free_bytes(temporary()))
     if device_memory is None:  # else it is of a card that is not here
         training["num_written"] = 0 if answers is None else answers.num_written
-        said["time"] = told(lambda: forecast(*of_healing(cut, plan, resolved, **training)))
+        said["time"] = or_unknown(lambda: forecast(*of_healing(cut, plan, resolved, **training)))
     return {"heal": model, **resolved.to_json(), **said}
 
 

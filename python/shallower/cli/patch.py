@@ -187,12 +187,12 @@ def _asked(
 
     A model on disk is not read for each of their tokens.
     """
-    if answers is False or (answers is None and place.waits_on_disk):
+    if answers is False or (answers is None and place.is_streamed):
         return None
     wanted = wanted_answers(answers or "", num_tokens=num_tokens)
     if answers is None:
         return replace(wanted, chats_only=True)
-    if not wanted.are_there and place.waits_on_disk:
+    if not wanted.are_there and place.is_streamed:
         raise ModelError(
             "--answers beside --stream: all layers would be read once a token of every answer; "
             "give a file that has the answers, or leave one of the two out"
@@ -287,7 +287,7 @@ def _planned(
     **more: Any,
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
-    from ..forecasts.speed import told
+    from ..forecasts.speed import or_unknown
     from ..forecasts.work import forecast, of_patch, plan_passes
     from ..memory.checkpoints import left_bytes
     from ..models.unsaved import unsaved
@@ -296,14 +296,14 @@ def _planned(
 
     counted = cache(lambda: of_patch(place, dropped, texts, **more))
     planned: dict[str, Any] = {}
-    if place.waits_on_disk:
-        planned["stream"] = told(lambda: plan_passes(place, counted().work.passes))
+    if place.is_streamed:
+        planned["stream"] = or_unknown(lambda: plan_passes(place, counted().work.passes))
     planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
     planned["temporary"] = Disk(needed, free_bytes(temporary()))
     if lost := unsaved(place):
         planned["not_saved"] = lost
     if is_here:
-        planned["time"] = told(lambda: forecast(counted()))
+        planned["time"] = or_unknown(lambda: forecast(counted()))
     return planned
 
 

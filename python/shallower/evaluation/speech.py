@@ -28,8 +28,8 @@ from ..texts.prompts import Prompt, given_prompts, prompt_ids
 from ..values.answers import Answer
 from ..values.hashing import hash_of
 from ..values.scores import Scores
-from ..values.speech import ON_WORDS, SPEECH_TOKENS, WAYS, Speech, repeated
-from ..values.tokens import BatchSize, Tokens
+from ..values.speech import ON_WORDS, WAYS, Speech, repeated
+from ..values.tokens import SPEECH_TOKENS, BatchSize, Tokens
 from .answers import write_answers
 from .loss import FORWARD, LOGITS_PER_CHUNK, predicting_tokens, summed_losses
 

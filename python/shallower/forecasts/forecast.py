@@ -207,7 +207,7 @@ def _forward(what: Stage, positions: str | Positions, *, experts: bool) -> "Forw
 
 def memory_facts(source: ModelSource, plan: MemoryPlan) -> dict[str, Any]:
     """A forecast for a dry run, with the way out where it does not fit."""
-    if plan.fits or source.waits_on_disk:
+    if plan.fits or source.is_streamed:
         return {"memory": plan}
     return {"memory": plan, "way out": "stream the layers from disk (--stream)"}
 

@@ -103,7 +103,7 @@ def gain(
         model = ModelSource(model, "auto", None, gguf_file, trust_remote_code)
     if isinstance(model, ModelSource) and (count := check_place(model.path, model.gguf_file)):
         _ = experts or agreed_plan(str(model), count, drop)
-    subject = _Subject.of(model)
+    subject = _GainModel.of(model)
     if measure and subject.source is None and subject.loaded is None:
         raise ModelError(
             "a config has no weights that could be timed: measure a model (measure, --measure)"
@@ -132,7 +132,7 @@ def _named(device: str | None) -> list[Device | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class _GainModel:
     """The model in question: its config, and the way to its weights if there is one."""
 
     name: str
@@ -141,7 +141,7 @@ class _Subject:
     loaded: "PreTrainedModel | None"
 
     @classmethod
-    def of(cls, model: Any) -> "_Subject":
+    def of(cls, model: Any) -> "_GainModel":
         if isinstance(model, ModelSource):
             from ..models.loading import read_config
 
@@ -220,7 +220,7 @@ class _Subject:
 
 
 def _forecast(
-    subject: _Subject,
+    subject: _GainModel,
     plan: Plan,
     after: "PretrainedConfig",
     *,
@@ -256,7 +256,7 @@ def _forecast(
     )
 
 
-def _measured(subject: _Subject, found: Gain, plan: Plan) -> MeasuredGain:
+def _measured(subject: _GainModel, found: Gain, plan: Plan) -> MeasuredGain:
     """Time the model with and without what goes in turns."""
     from ..cutting.in_model import without_layers
     from ..savings.timing import time_in_turns

@@ -128,7 +128,7 @@ def temporary_bytes(
     """
     on_cpu, on_disk = not torch.cuda.is_available(), False
     if isinstance(model, ModelSource):
-        source, on_disk = model.resolved(), model.waits_on_disk
+        source, on_disk = model.resolved(), model.is_streamed
         model = build_empty(source.read_config(), plain_dtype(source.dtype))
     most = patch_tokens(num_parameters(model), on_cpu=on_cpu) if of_run else num_tokens
     most = most or (CPU_TOKENS if on_cpu else NUM_TOKENS)

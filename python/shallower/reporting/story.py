@@ -96,7 +96,7 @@ class Strip:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ModelState:
     """A state of the model, on the way from the whole one to the one that is recommended."""
 
     name: str  # `whole`, `cut`, `patched` or `healed`
@@ -144,7 +144,7 @@ class Story:
     title: str  # the model
     sentence: str  # all in one
     strips: tuple[Strip, ...] = ()  # layers that go
-    steps: tuple[Step, ...] = ()  # the cost, state by state
+    steps: tuple[ModelState, ...] = ()  # the cost, state by state
     cost: str = ""  # in words
     savings: tuple[Fact, ...] = ()
     warnings: tuple[str, ...] = ()  # before it is trusted

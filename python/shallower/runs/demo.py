@@ -52,10 +52,7 @@ def model_path() -> Path:
 def texts(
     source: str | None, num_calibration: int, num_held_out: int
 ) -> tuple[list[str], list[str]]:
-    """Take calibration and held-out passages of documents, by default Python's documentation.
-
-    Every fourth document is held out; TextsError if the source is unreadable or too small.
-    """
+    """Take calibration and held-out passages: every fourth document, by default of Python's own."""
     documents = list(Texts(source).check()) if source else _documentation()
     documents = list(dict.fromkeys(documents))
     calibration = [p for i, d in enumerate(documents) if i % 4 != 3 for p in passages(d)]
@@ -70,10 +67,7 @@ def texts(
 
 
 def passages(document: str) -> list[str]:
-    """Pack a document's paragraphs, between blank lines, into passages of ``PASSAGE`` characters.
-
-    A shorter rest is left out, unless it is all that the document has.
-    """
+    """Pack a document's paragraphs into passages of ``PASSAGE`` characters; a short rest goes."""
     packed: list[str] = []
     current = ""
     for paragraph in re.split(r"\n\s*\n", document.strip()):

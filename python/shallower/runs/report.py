@@ -69,7 +69,7 @@ def save_report(
 ) -> tuple[Path, Story]:
     """Write the page as :func:`report`, and give its story too.
 
-    One that has figures is replaced by one without, of new results, unless it ``keeps_figures``.
+    With ``keeps_figures`` a page with figures is not replaced by one without, of new results.
     """
     page = folder / REPORT_FILE if out is None else Path(out)
     if page.is_dir() or page.suffix.lower() not in (".html", ".htm"):
@@ -91,9 +91,7 @@ def save_report(
 
 
 def read_story(folder: Path, *, drawn: bool) -> Story:
-    """Read the results in a folder as a story, with figures if ``drawn``; raises as
-    :func:`report`.
-    """
+    """Read the results in a folder as a story, with figures if ``drawn``."""
     return _read_results(folder)(drawn=drawn)
 
 

@@ -188,6 +188,6 @@ def _keep(found: Evaluation, job: EvalJob, measured: str | None) -> bool:
     kept = replace(kept, model={**(kept.model or {}), "machine": found.machine})
     for measure in job.measures:
         for side, value in found.values[measure.kind].items():
-            key, plan = keys[measure.kind], job.sides[side]
-            measure.keep(kept, key, plan, value=value, model=found.model)
+            of: Any = {"plan": job.sides[side], "model": found.model}
+            measure.keep(kept, keys[measure.kind], value, **of)
     return True

@@ -246,7 +246,7 @@ class Batches(SharedWork):
     def prepare(self) -> None:
         """Set the units; each of a model that is streamed reads all of it."""
         source = self.job.source
-        count = (self.workers or NUM_STREAMED) if source.waits_on_disk else NUM_SHARDS
+        count = (self.workers or NUM_STREAMED) if source.is_streamed else NUM_SHARDS
         count = count if self.shard is None else self.shard.count
         self.models, self.units = [source], [str(Shard(index, count)) for index in range(count)]
 

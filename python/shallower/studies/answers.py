@@ -72,9 +72,9 @@ class KeptAnswers:
         description: str = "answers",
     ) -> list[Answer]:
         """Answer prompts as :func:`write_answers`; CacheError where the store is damaged."""
-        from ..evaluation.answers import check_prompts, check_speaks, ends_of, write_answers
+        from ..evaluation.answers import check_generates, check_prompts, ends_of, write_answers
 
-        check_speaks(decoder)
+        check_generates(decoder)
         check_prompts(decoder, prompts, num_tokens)
         # In passes over layers on disk all answers go on.
         at_once = len(prompts) if decoder.is_streamed else AT_ONCE

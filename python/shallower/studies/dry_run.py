@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
-from ..forecasts.speed import Work, device_of, told
+from ..forecasts.speed import Work, device_of, or_unknown
 from ..forecasts.work import (
     CHECKED,
     Counted,
@@ -48,7 +48,8 @@ from ..values.estimates import Disk, Divided
 from ..values.memory import MemoryPlan
 from ..values.recipe import Recipe
 from ..values.settings import CompareSettings, RunSettings
-from ..values.speech import SPEECH_TOKENS, WAYS
+from ..values.speech import WAYS
+from ..values.tokens import SPEECH_TOKENS
 from .answers import WantedAnswers
 from .compare import CompareStudy
 from .disk import patches, sizes_of, study_bytes, temporary_of
@@ -84,18 +85,18 @@ def describe(study: Study[Any]) -> dict[str, Any]:
         described |= {"not_saved": lost} if (lost := unsaved(whole)) else {}
     if patches(study.settings):
         ways["temporary"] = lambda: Disk(temporary_of(study), free_bytes(temporary()))
-    if any(model.waits_on_disk for model in study.models):
+    if any(model.is_streamed for model in study.models):
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")
         )
-    return {**described, **{name: told(way) for name, way in ways.items()}}
+    return {**described, **{name: or_unknown(way) for name, way in ways.items()}}
 
 
 def _peak(plan: MemoryPlan) -> int:
     return plan.peak_bytes or 0
 
 
-class _Texts:
+class _SplitTokens:
     """The tokens of the texts of one split, and of the items of its judge.
 
     Where that is of speech, they are ``judged``, and ``num_spoken`` prompts are answered for it.
@@ -183,7 +184,7 @@ class _Model:
         """Count what is sure to be done, at least: races and searches take more."""
         work = Work(passes=(CHECKED,))
         for name in self.study.splits:
-            self.texts = _Texts(self.study, self.source.load_tokenizer(), name, self._at_once)
+            self.texts = _SplitTokens(self.study, self.source.load_tokenizer(), name, self._at_once)
             work = sum(self._fixed(), work)
         length = float(self.texts.report.mean())
         return Counted(self.source, work, self._at_once, length)
@@ -294,7 +295,7 @@ class _Model:
 
     def _spoken(self, left: int) -> Iterator[Work]:
         """How a model of so many layers speaks, judged by the whole one."""
-        if self.study.prompts and not self.source.waits_on_disk:
+        if self.study.prompts and not self.source.is_streamed:
             ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
             prompts = np.array([len(one) for one in ids])
             yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)

@@ -303,7 +303,7 @@ class Measuring:
         """Speech beside the whole model, which has answered; None where no speech is measured."""
         if self._speech is not None:
             loaded, tokens = (self.decoder, self.tokenizer), self._speech.tokens
-            self._speech.meet(loaded, tokens=tokens, store=self._store)
+            self._speech.take_reference(loaded, tokens=tokens, store=self._store)
         return self._speech
 
     @cached_property

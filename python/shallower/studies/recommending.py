@@ -332,7 +332,7 @@ class Recommending:
             said = {"cut": cut} if patched is None else {"cut": cut, "patched": patched}
             judged = {name: speech.complete(one, decoder) for name, one in said.items()}
         key, whole = speech.key(self._study.store), self._measuring.speech_of_whole
-        speech.keep(self._store, key, plan, value=judged["cut"], model=decoder.identity)
+        speech.keep(self._store, key, judged["cut"], plan=plan, model=decoder.identity)
         measured = {**({"whole": whole} if whole else {}), **judged}
         return replace(results, speech=measured, continuations=speech.samples(said))
 

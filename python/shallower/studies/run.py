@@ -224,7 +224,7 @@ class RunStudy(Study[RunSettings]):
     def wanted_answers(self) -> WantedAnswers | None:
         """What the whole model is to say, to patch and to train on; None for nothing."""
         given, heal = self.settings.answers, self.settings.heal
-        if given is False or (given is None and self._asks_no_answers):
+        if given is False or (given is None and self._takes_no_answers):
             return None
         recipe = heal if isinstance(heal, Recipe) else Recipe(steps=self.settings.heal_steps)
         count = answers_for(recipe.steps or STEPS if heal else None)
@@ -232,10 +232,10 @@ class RunStudy(Study[RunSettings]):
         return WantedAnswers(prompts, count, seed=self.settings.seed, chats_only=given is None)
 
     @property
-    def _asks_no_answers(self) -> bool:
+    def _takes_no_answers(self) -> bool:
         """Whether no answers are learned from, or every token of them would read all layers."""
         learns = self.settings.patch and not self.settings.plan_only
-        return not learns or any(model.waits_on_disk for model in self.models)
+        return not learns or any(model.is_streamed for model in self.models)
 
     @staticmethod
     def _job_in(values: Any) -> Any:

@@ -111,7 +111,7 @@ class ScanJob(ScanSettings):
         ModelError: the config does not say how many layers the model has.
         """
         from ..forecasts.forecast import memory_facts
-        from ..forecasts.speed import told
+        from ..forecasts.speed import or_unknown
 
         num_layers, plan = self.source.count_layers(), memory or self.memory(self.source)
         described = {
@@ -123,11 +123,11 @@ class ScanJob(ScanSettings):
             **memory_facts(self.source, plan),
         }
         if self.device_memory is None:  # else it is of a card that is not here
-            described["time"] = told(lambda: self._time(plan.micro_batch))
+            described["time"] = or_unknown(lambda: self._time(plan.micro_batch))
         if self.stops is not None:
             described["until"] = str(self.stops.of(num_layers))
         if self.source.device_map == STREAM:
-            described["stream"] = told(self._planned)
+            described["stream"] = or_unknown(self._planned)
         return {**described, "write": [str(self.file)]}
 
     def _planned(self) -> "StreamPlan":
@@ -157,7 +157,7 @@ class ScanJob(ScanSettings):
         """What was read of a model whose layers are streamed from disk; None of one in memory."""
         from ..models.offload import reading_of
 
-        return reading_of(model) if self.source.waits_on_disk else None
+        return reading_of(model) if self.source.is_streamed else None
 
     def memory(self, source: ModelSource, processes: int = 1) -> MemoryPlan:
         """Forecast what a forward takes; ``processes`` as :func:`memory_forecast`."""

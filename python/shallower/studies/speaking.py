@@ -12,9 +12,9 @@ from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
 from ..values.answers import Answer
 from ..values.plan import Plan
-from ..values.speech import SPEECH_TOKENS, Speech
+from ..values.speech import Speech
 from ..values.stage_settings import EvalSettings
-from ..values.tokens import BatchSize, Tokens
+from ..values.tokens import SPEECH_TOKENS, BatchSize, Tokens
 from .answers import KeptAnswers
 from .measures import Measure, bar_of
 
@@ -110,7 +110,7 @@ class SpeechOnPrompts(Measure[Speech]):
         ids, size = prompt_ids(tokenizer, self.prompts), batch_size or self.batch_size
         return Speaking(tokenizer, ids, self.num_tokens, self.seed, size, self.progress)
 
-    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
+    def take_reference(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """Let the whole model speak, and keep its states at its words."""
         from ..evaluation.speech import Reference
 

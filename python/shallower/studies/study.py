@@ -188,7 +188,7 @@ class Study(Generic[Settings]):
 
     def refuse_on_disk(self, work: str, way_out: str) -> None:
         """Refuse work that reads all layers often, where they wait on disk: ModelError."""
-        if any(model.waits_on_disk for model in self.models):
+        if any(model.is_streamed for model in self.models):
             raise ModelError(
                 f"the layers of the model are streamed (--stream), and all would be read by "
                 f"{work}: {way_out}"
@@ -199,7 +199,7 @@ class Study(Generic[Settings]):
     ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Load a model; what is read of layers on disk from here on is counted."""
         loaded, tokenizer = model.load(self.progress)
-        if model.waits_on_disk:
+        if model.is_streamed:
             from ..models.offload import reading_of
 
             self.readings.append(reading_of(loaded))
@@ -426,10 +426,10 @@ def model_words(model: ModelSource | InMemory, *, dtype: bool = False) -> list[s
     With the options that load it, but its ``dtype`` only on demand.
     """
     if not isinstance(model, ModelSource):
-        return ["MODEL", *option_words({"stream": model.waits_on_disk})]
+        return ["MODEL", *option_words({"stream": model.is_streamed})]
     options: dict[str, Any] = {"dtype": model.dtype if dtype and model.dtype != "auto" else None}
     options |= {"gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
-    options |= {"stream": model.waits_on_disk}
+    options |= {"stream": model.is_streamed}
     return [typed_place(model.path), *option_words(options)]
 
 

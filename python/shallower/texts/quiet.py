@@ -47,7 +47,7 @@ _CLIENT = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
 """Who says what the hub's client waits for."""
 
 
-class _Heard(local):
+class _Fault(local):
     """Why the client waits, as the last warning in a thread says."""
 
     why = "the hub does not answer"
@@ -58,25 +58,25 @@ class _Waits(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._of_thread = _Heard()
+        self._of_thread = _Fault()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a warning of the client: of what went wrong, or of the wait that follows it."""
-        text, heard = record.getMessage(), self._of_thread
+        text, fault = record.getMessage(), self._of_thread
         if wait := re.search(r"(?:Waiting|Retrying in) ([\d.]+)s", text):
             seconds = float(wait[1])
             if seconds > MOST_WAIT:
                 raise TimeoutError(
-                    f"{heard.why}, and the next request may come in {seconds:.0f} s: try again then"
+                    f"{fault.why}, and the next request may come in {seconds:.0f} s: try again then"
                 )
-            say(f"{heard.why}: asking again in {seconds:.0f} s")
+            say(f"{fault.why}: asking again in {seconds:.0f} s")
         elif url := re.search(r"(https?://[^/\s]+)", text):
             status = re.search(r"HTTP Error (\d+)", text)
-            heard.why = f"{url[1]} " + (
+            fault.why = f"{url[1]} " + (
                 f"answers with status {status[1]}" if status else "is silent"
             )
             if text.endswith("Trying to resume download..."):
-                say(f"{heard.why}: asking again")
+                say(f"{fault.why}: asking again")
 
 
 class _Theirs:

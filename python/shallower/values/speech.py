@@ -11,9 +11,6 @@ from ..errors import TextsError
 from .schema import fields_of, finite, of_type, plain
 from .scores import Difference, Scores
 
-SPEECH_TOKENS = 64
-"""Tokens of an answer at most, by default."""
-
 WAYS = ("greedy", "sampled")
 """How words are chosen: the likeliest token each time, or one drawn by its probability."""
 

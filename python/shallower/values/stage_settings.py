@@ -11,8 +11,7 @@ from .layers import layer_number, parse_sizes
 from .options import THREADS, Settings, parse_names
 from .positions import Positions
 from .recipe import SHARE, check_share
-from .speech import SPEECH_TOKENS
-from .tokens import BatchSize
+from .tokens import SPEECH_TOKENS, BatchSize
 from .until import DEFAULT_TOLERANCE, Until
 
 

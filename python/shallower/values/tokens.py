@@ -8,6 +8,9 @@ from ..errors import TextsError
 DEFAULT_BATCH = 8
 """Texts in one forward where model and device do not decide."""
 
+SPEECH_TOKENS = 64
+"""Tokens of an answer to a prompt at most, by default."""
+
 BatchSize = int | Literal["auto"]
 
 

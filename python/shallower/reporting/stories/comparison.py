@@ -14,7 +14,7 @@ from ...values.scores import Standing
 from ...values.settings import State
 from ..charts.comparison import Group, group_charts, groups_of
 from ..charts.models import titled_starts
-from ..story import Fact, Number, Section, Step, Story, Strip
+from ..story import Fact, ModelState, Number, Section, Story, Strip
 from ..words import (
     again,
     compared,
@@ -297,10 +297,10 @@ def _strips(groups: Sequence[Group]) -> tuple[Strip, ...]:
     )
 
 
-def _steps(group: Group, shown: Shown) -> tuple[Step, ...]:
+def _steps(group: Group, shown: Shown) -> tuple[ModelState, ...]:
     """The whole model, and the cut that comes first in each of its states."""
     whole = whole_of(group)
-    steps = [Step("whole", Number.of(whole.nats, whole.stderr))]
+    steps = [ModelState("whole", Number.of(whole.nats, whole.stderr))]
     if shown is None:
         return tuple(steps)
     rows = [row for row in group.rows if (row.criterion, row.n) == _named(shown[0])]
@@ -310,7 +310,7 @@ def _steps(group: Group, shown: Shown) -> tuple[Step, ...]:
         more = Number.estimate(one.difference, sign=True).text
         name = patched_name(group.settings) if row.state == "patched" else row.state
         share = max(0.0, one.difference.mean / most)
-        steps.append(Step(name, Number.estimate(one.loss), more, share, row is shown[0]))
+        steps.append(ModelState(name, Number.estimate(one.loss), more, share, row is shown[0]))
     return tuple(steps)
 
 

@@ -25,7 +25,7 @@ from ...values.recommendation import Recommended
 from ...values.scores import Estimate
 from ..charts.run import healing_chart, race_charts, scan_charts
 from ..results import Continuations, Run
-from ..story import Fact, Number, PromptSample, Section, Step, Story, Strip, Table
+from ..story import Fact, ModelState, Number, PromptSample, Section, Story, Strip, Table
 from ..words import (
     again,
     came_back,
@@ -137,7 +137,7 @@ class _RunStory:
             data=run.to_json(),
         )
 
-    def _steps(self) -> tuple[Step, ...]:
+    def _steps(self) -> tuple[ModelState, ...]:
         best = self._best
         losses = [(name, loss) for name in _STATES if (loss := getattr(best, name)) is not None]
         most = max(loss.nats - best.whole.nats for _, loss in losses) or 1.0
@@ -147,7 +147,7 @@ class _RunStory:
             more = "" if lost is None else Number.estimate(lost, sign=True).text
             share = max(0.0, (loss.nats - best.whole.nats) / most)
             number = Number.of(loss.nats, loss.stderr)
-            steps.append(Step(name, number, more, share, name == best.state))
+            steps.append(ModelState(name, number, more, share, name == best.state))
         return tuple(steps)
 
     def _savings(self) -> tuple[Fact, ...]:
