@@ -236,5 +236,7 @@ def test_what_is_no_folder_of_shards_is_refused(parts, tmp_path):
         gather_evaluation([tmp_path / "empty"])
     with pytest.raises(ScanError, match="there are no shards to gather"):
         gather_evaluation([])
-    with pytest.raises(ScanError, match="these are shards of a eval"):
+    with pytest.raises(
+        ScanError, match="shards of the kind eval, not of a scan: use shallower gather"
+    ):
         sh.gather([parts])

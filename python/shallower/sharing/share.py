@@ -10,7 +10,6 @@ from typing import Any
 from ..errors import ScanError
 from ..scanning.scan import Scan
 from ..storage import check_apart, resumable_file, write_file
-from ..values.shard import NAMES
 from ..workers.units import Job
 from .engines import hand_out
 from .eval_work import EvalWork
@@ -113,5 +112,7 @@ def gather(parts: Iterable[str | Path]) -> Scan:
     """
     shards = read_shards(parts)
     if shards[0].kind != ScanWork.kind:
-        raise ScanError(f"these are shards of a {NAMES[shards[0].kind]}: shallower gather")
+        raise ScanError(
+            f"these are shards of the kind {shards[0].kind}, not of a scan: use shallower gather"
+        )
     return scan_of(shards)
