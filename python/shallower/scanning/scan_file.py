@@ -9,7 +9,8 @@ import hashlib
 import json
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,43 +183,38 @@ def read_scan(path: str | Path) -> Contents:
 
     ScanError: the file is not there, is truncated, damaged or of another version, or is not a scan.
     """
-    try:
+    from safetensors import safe_open
+
+    with _reading(path):
         if not Path(path).is_file():
             raise ScanError(f"there is no scan file {path}")
-        return _read(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise ScanError(_not_whole(path, error)) from error
+        with safe_open(str(path), framework="numpy") as file:
+            header = _header(path, file.metadata() or {})
+            return _contents(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 def read_text(text: Any) -> Contents:
     """Read what :func:`scan_text` gave; ScanError for anything else."""
-    try:
-        content = b64decode(of_type(str, text), validate=True)
-    except (ValueError, TypeError) as error:
-        raise ScanError(f"it is not a scan of shallower: {why(error)}") from error
-    return _read(content, "it")
-
-
-def _not_whole(path: str | Path, error: Exception) -> str:
-    return (
-        f"{path} is truncated, or not a scan of shallower ({why(error, path)}): expected the "
-        f"scan.safetensors that shallower scan or analyse wrote, or its folder"
-    )
-
-
-def _read(content: bytes, path: str | Path) -> Contents:
-    """Read the bytes of a file, which an error names."""
-    from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    try:
-        arrays = load(content)
+    with _reading("it"):
+        content = b64decode(of_type(str, text), validate=True)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header.get("__metadata__", {})
-        _check_version(path, metadata)
-        return _contents(of_type(dict, json.loads(metadata[FORMAT])), arrays)
-    except SafetensorError as error:
-        raise ScanError(_not_whole(path, error)) from error
+        return _contents(_header("it", header["__metadata__"]), load(content))
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Raise what is wrong with a file, which is read meanwhile, as a ScanError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ScanError(
+            f"{path} is truncated, or not a scan of shallower ({why(error, path)}): expected the "
+            f"scan.safetensors that shallower scan or analyse wrote, or its folder"
+        ) from error
     except (
         ValueError,
         KeyError,
@@ -246,10 +242,10 @@ def _samples_name(metric: str) -> str:
     return f"{metric}.samples"
 
 
-def _check_version(path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Refuse the scans of other versions in words of their own."""
+def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The header of a scan; those of other versions are refused in words of their own."""
     if FORMAT in metadata:
-        return
+        return of_type(dict, json.loads(metadata[FORMAT]))
     kind, _, number = FORMAT.rpartition(".")
     others = (re.fullmatch(re.escape(kind) + r"\.(\d{1,9})", key) for key in metadata)
     for found in filter(None, others):
