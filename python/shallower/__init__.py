@@ -69,7 +69,6 @@ if TYPE_CHECKING:
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
-    from .scanning.shards import gather as gather
     from .settings.recipe import Recipe as Recipe
     from .settings.stages import PatchSettings as PatchSettings
     from .settings.stages import ScanSettings as ScanSettings
@@ -77,6 +76,7 @@ if TYPE_CHECKING:
     from .settings.studies import CurveSettings as CurveSettings
     from .settings.studies import RunSettings as RunSettings
     from .settings.until import Until as Until
+    from .sharing.share import gather as gather
     from .studies.compare import compare as compare
     from .studies.curve import curve as curve
     from .studies.run import run as run
@@ -125,7 +125,7 @@ _NAMES = {
     "scanning.analyse": "analyse_states",
     "scanning.model": "scan",
     "scanning.scan": "Scan",
-    "scanning.shards": "gather",
+    "sharing.share": "gather",
     "studies.compare": "compare",
     "studies.curve": "curve",
     "studies.run": "run",

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import shallower as sh
-from shallower.sharing.measured import MeasuredShard, evaluation_of
+from shallower.sharing.measured import MeasuredPart, evaluation_of
+from shallower.sharing.shards import MadeShard, read_shards, values_of
 from shallower.store.store import open_store
-from shallower.values.shard import read_shards
 from tests.commands import in_this_process
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
@@ -102,7 +102,7 @@ def test_shards_are_gathered_to_what_one_process_finds(
     last = told[-1]
     assert last["loss"]["num_batches"] == 13
     assert last["written"] == [f"{five}/eval.{last['shard'][0]}-of-5.json"]
-    jobs = {MeasuredShard.load(path).job for path in five.iterdir()}
+    jobs = {MadeShard.load(path).job for path in five.iterdir()}
     assert len(jobs) == 1
     assert None not in jobs
     parts = random.Random(2).sample([*five.iterdir()], 5)
@@ -118,8 +118,7 @@ def test_shards_are_gathered_to_what_one_process_finds(
 
 
 def test_losses_by_text_and_window_have_the_bits_of_one_process(five, tiny, asked):
-    shards_of = read_shards([five], MeasuredShard.load, "eval")
-    found = evaluation_of(shards_of).values
+    found = evaluation_of(values_of(read_shards([five]), MeasuredPart)).values
     model, tokenizer = sh.load_model(tiny)
     texts = [json.loads(line)["text"] for line in (asked / "many.jsonl").read_text().splitlines()]
     long = (asked / "long.txt").read_text()
@@ -146,8 +145,6 @@ def test_gather_refuses_shards_that_are_of_different_work(shallower, folder, com
     assert shallower(*overwritten, "--drop", "2:4").status == 0
     assert "their cut differs ([1, 3) and [2, 4))" in shallower(*gather).error
     assert not (folder / "out").exists()
-    (folder / "parts" / "scan.0-of-2.safetensors").touch()
-    assert "of several kinds (eval, scan)" in shallower(*gather).error
 
 
 def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder, words, command):
@@ -177,7 +174,7 @@ def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
     if "path" in change:
         change = {"path": str(models / "twin")}
     for path in (folder / "shards").iterdir():
-        shard = MeasuredShard.load(path)
+        shard = MadeShard.load(path)
         source = {**shard.described["source"], **change}
         other = replace(shard, described={**shard.described, "source": source})
         path.write_bytes(other.to_bytes())
@@ -191,7 +188,7 @@ def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
 
 
 def test_a_shard_that_is_damaged_says_so_and_one_of_other_work_too(shallower, folder, command):
-    """By hand and by workers, before anything is loaded."""
+    """Before anything is loaded."""
     command = [*command, "--out", "out"]
     place = folder / "out" / "eval.0-of-64.json"
     assert shallower(*command, "--shard", "0/64", "--no-cache").status == 0
@@ -199,15 +196,14 @@ def test_a_shard_that_is_damaged_says_so_and_one_of_other_work_too(shallower, fo
     for content, said in (
         (place.read_bytes()[:-9], "is damaged"),
         (place.read_bytes().replace(b'"num_items": 38', b'"num_items": 39'), "checksum"),
-        (replace(MeasuredShard.load(place), job="x").to_bytes(), "exists already, and is no shard"),
+        (replace(MadeShard.load(place), job="x").to_bytes(), "exists already, and is no shard"),
     ):
         place.write_bytes(content)
-        for how in (["--shard", "0/64"], ["--workers", "1"]):
-            message = shallower(*command, *how).error
-            assert "out/eval.0-of-64.json" in message
-            assert said in message
-            assert "or replace it (overwrite=True, --overwrite)" in message
-            assert place.read_bytes() == content
+        message = shallower(*command, "--shard", "0/64").error
+        assert "out/eval.0-of-64.json" in message
+        assert said in message
+        assert "or replace it (overwrite=True, --overwrite)" in message
+        assert place.read_bytes() == content
 
 
 # By workers.

@@ -61,6 +61,8 @@ def scan_command(
         _carry_out(job, work, way.as_json)
     if job.known is not None:
         say_known(job.known.made, job.out)
+    elif job.found:
+        say_known(job.found[0])
 
 
 def _carry_out(job: "ScanJob", work: "ScanWork | None", as_json: bool) -> None:

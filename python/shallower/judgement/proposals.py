@@ -70,7 +70,7 @@ def block_layers(num_layers: int, n: int) -> int:
 def proposing_texts(subject: Subject) -> Subject:
     """The subject on the texts that criteria look at to propose."""
     batches = evenly(subject.batches, PROPOSING_TEXTS)
-    return replace(subject, batches=batches, made={})
+    return replace(subject, batches=batches, store=None, made={})
 
 
 def proposing_layers(subject: Subject) -> int:

@@ -1,4 +1,4 @@
-"""An evaluation that is shared, in shards of its batches: of losses, not of tasks and speech."""
+"""An evaluation that is shared, in parts of its batches: of losses, not of tasks and speech."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ShallowerError
+from ..errors import ScanError, ShallowerError, why
 from ..models.source import ModelSource
 from ..reporting.results import write_evaluation
 from ..settings.stages import EvalSettings
@@ -17,16 +17,14 @@ from ..store.store import Store, open_store
 from ..studies.evaluate import EvalJob, Result, Results, measures_of
 from ..values.files import EVAL_FILE
 from ..values.plan import Plan
-from ..values.provenance import forward_versions
+from ..values.schema import plain_fields, read
 from ..values.shard import Shard
-from .measured import Evaluation, MeasuredShard, Tally, evaluation_of
+from .measured import Evaluation, MeasuredPart, Tally, evaluation_of
+from .shards import DAMAGES, MadeShard, values_of
 from .work import Batches, OpenedBatches
 
 if TYPE_CHECKING:
     from ..results.scores import Scores
-
-_DESCRIBED = ("source", "settings", "plan", "device_memory")
-"""What a shard says of its evaluation, from which a process makes it again."""
 
 
 class OpenedEval(OpenedBatches):
@@ -48,18 +46,22 @@ class OpenedEval(OpenedBatches):
             job.plan.check_model(self._decoder.identity)
         self._all = {one.kind: one.batches(tokenizer, job.fitted(one)) for one in job.measures}
         self._kept = ModelStore.of(source, self.store)
+        self.common = self._common()
         return self
 
-    @property
-    def common(self) -> Mapping[str, object]:
-        """What is the same wherever the same evaluation is opened."""
-        model = self._decoder.identity
+    def _common(self) -> Mapping[str, object]:
+        """What is the same wherever the same evaluation is opened, by the words of an error."""
+        model, every = self._decoder.identity, self._all
+        cut = self._sides.get("cut")
+        gone = [] if cut is None else [cut.words, cut.experts]
         return {
             "dtype": model.dtype,
-            "model": model.fingerprint,
-            "weights": self._decoder.content,
-            "texts": {kind: one.fingerprint for kind, one in self._all.items()},
-            "number of batches": {kind: len(one.batches) for kind, one in self._all.items()},
+            "model": str(replace(model, name="the model")),
+            "weights": str(self._decoder.content)[:12],
+            "cut": ", ".join(str(one) for one in gone if one) or "none",
+            "measures": {kind: f"batches of {one.batch_size}" for kind, one in every.items()},
+            "texts": {kind: f"{one.num_items}, {one.fingerprint}" for kind, one in every.items()},
+            "number of batches": {kind: len(one.batches) for kind, one in every.items()},
         }
 
     def texts_of(self, shard: Shard) -> dict[str, list[int]]:
@@ -70,24 +72,14 @@ class OpenedEval(OpenedBatches):
             found[kind] = [indices[0], indices[-1] + 1] if indices else [0, 0]
         return found
 
-    def run(self, unit: str) -> bytes:
-        """Measure one shard, of the model and of its cut."""
+    def value(self, unit: str) -> dict[str, Any]:
+        """Measure one part, of the model and of its cut."""
         shard = Shard.parse(unit)
-        done = MeasuredShard(
-            shard,
-            self.described["job"],
-            forward_versions(),
-            machine=machine(),
-            described={name: self.described[name] for name in _DESCRIBED},
-            model=self._decoder.identity,
-            weights=self._decoder.content,
-            plan=self._sides.get("cut"),
-            parts={kind: self._part(kind, shard) for kind in self._all},
-        )
-        return done.to_bytes()
+        tallies = {kind: self._part(kind, shard) for kind in self._all}
+        return plain_fields(MeasuredPart(machine(), self._decoder.identity, tallies))
 
     def _part(self, kind: str, shard: Shard) -> Tally:
-        """What a shard has of one measure."""
+        """What a part has of one measure."""
         every, nats = self._all[kind], {}
         looks = shard.of(len(every.batches))
         numbers = sorted(number for look in looks for number in every.numbered[look].samples)
@@ -96,10 +88,7 @@ class OpenedEval(OpenedBatches):
             nats[side] = scores.sums[numbers]
         items, sizes = every.indices(looks), every.num_bytes
         return Tally(
-            num_batches=len(every.batches),
-            batch_size=every.batch_size,
             num_items=every.num_items,
-            fingerprint=every.fingerprint,
             settings={**every.settings, **({"vocab_size": vocab_size} if kind == "loss" else {})},
             items=tuple(items),
             counts=tuple(map(int, every.weights[numbers])),
@@ -128,8 +117,7 @@ class OpenedEval(OpenedBatches):
 class EvalWork(Batches):
     """An evaluation."""
 
-    kind, results = "eval", EVAL_FILE
-    opens, content = OpenedEval, MeasuredShard
+    kind, results, opens = "eval", EVAL_FILE, OpenedEval
 
     def prepare(self) -> None:
         """Refuse tasks, speech, whose items do not fall into shards, and texts that were given."""
@@ -149,33 +137,36 @@ class EvalWork(Batches):
             "device_memory": job.device_memory,
         }
 
-    def joined(self, shards: Sequence[MeasuredShard]) -> Results:
-        """Put shards together, and remember what they found."""
-        found = evaluation_of(shards)
-        _keep(found, self.job)
+    def joined(self, values: Sequence[Any]) -> Results:
+        """Put parts together, and remember what they found."""
+        found = evaluation_of([read(MeasuredPart, value) for value in values])
+        _keep(found, self.job, self.job.job)
         return {
-            kind: {side: Result(value, found.of.model) for side, value in sides.items()}
+            kind: {side: Result(value, found.model) for side, value in sides.items()}
             for kind, sides in found.values.items()
         }
 
     @classmethod
     def gather(
-        cls, shards: Sequence[MeasuredShard], out: Path, *, overwrite: bool, **_: bool
-    ) -> tuple[Evaluation, bool]:
+        cls, shards: Sequence[MadeShard], out: Path, *, overwrite: bool, **_: bool
+    ) -> tuple[Evaluation, Plan | None, bool]:
         """Put shards together, and write what was found.
 
-        It is remembered where model and texts lie here as the shards say. Returns it, and whether
-        it is.
+        It is remembered where model and texts lie here as the shards say. Returns it, the plan of
+        the cut, and whether it is.
         """
-        found = evaluation_of(shards)
-        dtype, plan = found.of.model.dtype, found.of.plan
-        write_evaluation(out, found.values, dtype, plan=plan, overwrite=overwrite)
+        found, described = evaluation_of(values_of(shards, MeasuredPart)), shards[0].described
         try:
-            if found.of.described["source"]["trust_remote_code"]:  # by the word of a file
-                return found, False
-            return found, _keep(found, _job_of(found.of.described, open_store()))
+            plan = described["plan"] and Plan.from_json(described["plan"])
+        except DAMAGES as error:
+            raise ScanError(f"shard {shards[0].shard} is damaged: {why(error)}") from error
+        write_evaluation(out, found.values, found.model.dtype, plan=plan, overwrite=overwrite)
+        try:
+            if described["source"]["trust_remote_code"]:  # by the word of a file
+                return found, plan, False
+            return found, plan, _keep(found, _job_of(described, open_store()), shards[0].job)
         except (ShallowerError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            return found, False  # it describes nothing that is here
+            return found, plan, False  # it describes nothing that is here
 
 
 def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
@@ -189,14 +180,14 @@ def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
     )
 
 
-def _keep(found: Evaluation, job: EvalJob) -> bool:
-    """Remember what shards found, if they are of this very job, as what one process measured."""
+def _keep(found: Evaluation, job: EvalJob, measured: str | None) -> bool:
+    """Remember what was found, if it is of this very job, as what one process measured."""
     keys, kept = job.keys, job.kept
-    if None in (found.machine, kept.model, job.job, *keys.values()) or found.of.job != job.job:
+    if None in (found.machine, kept.model, job.job, *keys.values()) or measured != job.job:
         return False
     kept = replace(kept, model={**(kept.model or {}), "machine": found.machine})
     for measure in job.measures:
         for side, value in found.values[measure.kind].items():
-            of: Any = {"plan": job.sides[side], "model": found.of.model}
+            of: Any = {"plan": job.sides[side], "model": found.model}
             measure.keep(kept, keys[measure.kind], value, **of)
     return True

@@ -383,7 +383,7 @@ class CompareStudy(Study[CompareSettings]):
                 self.write_comparison(self._joined(outcomes, failures, ended=False))
         comparison = self._joined(outcomes, failures)
         if not failures and all(outcome.is_complete for outcome in outcomes):
-            self.store.put(self.KIND, self.inputs, comparison.to_json())
+            self.store.put("study", self.inputs, comparison.to_json())
         return comparison
 
     def _measure_one(

@@ -35,8 +35,9 @@ from ..results.recommendation import Recommended
 from ..results.scores import Difference, Scores
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
-from ..scanning.model import scan
+from ..scanning.model import stored_scan
 from ..scanning.scan import Scan
+from ..settings.stages import ScanSettings
 from ..settings.studies import RunSettings
 from ..storage import write_file
 from ..values.answers import Answer
@@ -165,15 +166,19 @@ class Recommending:
     def _scan(self) -> Scan:
         """The comparison of all layers, as it lies in the folder."""
         measuring = self._measuring
-        scanned = scan(
-            self._model,
-            self._tokenizer,
-            measuring.split.fit[:SCAN_TEXTS],
+        settings = ScanSettings(
             max_length=measuring.tokens.max_length,
             batch_size=measuring.tokens.batch_size,
             threads=self._settings.threads,
-            checkpoint=self._out / PARTIAL_FILE,
             keep_samples=True,
+        )
+        scanned = stored_scan(
+            self._decoder,
+            self._tokenizer,
+            measuring.split.fit[:SCAN_TEXTS],
+            settings=settings,
+            store=self._store,
+            checkpoint=self._out / PARTIAL_FILE,
             progress=self._study.progress,
         )
         scanned.save(self._out / SCAN_FILE)

@@ -79,7 +79,7 @@ class Study(Generic[Settings]):
     """
 
     KIND: ClassVar[str]
-    """The command, under whose name the store keeps the study."""
+    """The command."""
 
     SETTINGS: ClassVar[type[StudySettings]]
 
@@ -381,7 +381,7 @@ class Study(Generic[Settings]):
     @cached_property
     def entry(self) -> Entry | None:
         """The whole study in the store, if it is cached."""
-        return self.store.find(self.KIND, self.inputs)
+        return self.store.find("study", self.inputs)
 
     # What lies in its folder.
     @property

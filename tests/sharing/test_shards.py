@@ -1,4 +1,4 @@
-"""Shards of an evaluation as files, and put together."""
+"""Shards as files, refused where they are not of one work, and those of an evaluation together."""
 
 import json
 import random
@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import shallower as sh
 from shallower import ScanError
-from shallower.sharing.measured import MeasuredShard, Tally, evaluation_of
+from shallower.sharing.measured import MeasuredPart, Tally, evaluation_of
+from shallower.sharing.shards import MadeShard, read_shards, values_of
 from shallower.values.hashing import hash_of
 from shallower.values.identity import ModelIdentity
-from shallower.values.plan import Plan
-from shallower.values.shard import Shard, kind_of, read_shards
+from shallower.values.schema import plain_fields
+from shallower.values.shard import Shard
 from tests.values.damage import mistyped
 
 MODEL = ModelIdentity("tiny", "llama", 6, "float32", "ab" * 32)
@@ -25,14 +27,14 @@ ITEMS = ((0, 4, 6), (1, 3), (2, 5))
 """Seven texts in three shards: sorted by length they do not lie side by side."""
 
 
+COMMON = {"model": "tiny", "weights": "121212121212", "texts": {"loss": "7, cdcd"}}
+
+
 def part(kind, items):
     """Losses of texts: a third of its index, and of the cut twice as much."""
     nats = np.array(items, np.float64) / 3
     return Tally(
-        num_batches=4,
-        batch_size=2,
         num_items=7,
-        fingerprint="cd" * 32,
         settings=SETTINGS[kind],
         items=items,
         counts=(3,) * len(items),
@@ -41,23 +43,27 @@ def part(kind, items):
     )
 
 
-def shard(index):
-    parts = {kind: part(kind, ITEMS[index]) for kind in SETTINGS}
-    return MeasuredShard(
+def measured(index, machine="here", **parts):
+    tallies = {kind: part(kind, ITEMS[index]) for kind in SETTINGS}
+    return plain_fields(MeasuredPart({"cpu": machine}, MODEL, {**tallies, **parts}))
+
+
+def shard(index, **more):
+    return MadeShard(
+        "eval",
         Shard(index, 3),
         "job",
-        VERSIONS,
-        machine={"cpu": "here"},
-        described={"source": {}},
-        model=MODEL,
-        weights="12" * 32,
-        plan=Plan.of(6, [1, 2]),
-        parts=parts,
+        versions=VERSIONS,
+        common=COMMON,
+        described={},
+        values={f"{index}/3": measured(index, **more)},
+        entries={},
+        failed={},
     )
 
 
 def gather_evaluation(parts):
-    return evaluation_of(read_shards(parts, MeasuredShard.load, "eval"))
+    return evaluation_of(values_of(read_shards(parts), MeasuredPart))
 
 
 def write(folder, *shards):
@@ -85,12 +91,11 @@ def test_shards_in_any_order_are_the_losses_of_all_texts_in_theirs(parts):
     window = found.values["perplexity"]["base"]
     assert (window.context, window.bos, window.num_rest) == (4, False, 2)
     assert window.by_window.sums.tolist() == loss.by_text.sums.tolist()
-    assert (found.of.job, found.machine) == ("job", {"cpu": "here"})
-    assert found.of.plan.dropped == (1, 2)
+    assert (found.model, found.machine) == (MODEL, {"cpu": "here"})
 
 
 def test_what_is_of_several_machines_is_found_by_none(parts):
-    write(parts, replace(shard(1), machine={"cpu": "there"}))
+    write(parts, shard(1, machine="there"))
     assert gather_evaluation([parts]).machine is None
 
 
@@ -109,14 +114,16 @@ def test_a_shard_that_is_there_twice_and_differs_is_refused(parts, tmp_path):
     ("changed", "said"),
     [
         ({"job": "another"}, r"of different evals: their inputs differ \(job and another\)"),
-        ({"versions": {"shallower": "0.0.9"}}, "their versions differ"),
-        ({"model": replace(MODEL, fingerprint="ef" * 32)}, "their model differs"),
         ({"job": None}, "their inputs differ"),
-        ({"weights": "ef" * 32}, r"their weights differ \(121212121212 and efefefefefef\)"),
-        ({"weights": None}, "their weights differ"),
-        ({"plan": Plan.of(6, [3])}, "their cut differs"),
+        ({"kind": "scan"}, r"of several kinds \(eval, scan\): gather them one after the other"),
         ({"shard": Shard(1, 4)}, r"their number of shards differs \(3 and 4\)"),
-        ({"parts": {"loss": part("loss", ITEMS[1])}}, "their measures differ"),
+        ({"versions": {"shallower": "0.0.9"}}, "their versions differ"),
+        (
+            {"common": {**COMMON, "weights": "efef"}},
+            r"their weights differ \(121212121212 and efef",
+        ),
+        ({"common": {**COMMON, "model": "other"}}, r"their model differs \(tiny and other\)"),
+        ({"common": {}}, "their model differs"),
     ],
 )
 def test_shards_of_other_work_are_refused_by_what_differs(parts, changed, said):
@@ -127,18 +134,17 @@ def test_shards_of_other_work_are_refused_by_what_differs(parts, changed, said):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("values", "said"),
     [
-        ({"fingerprint": "ef" * 32}, "their texts differ"),
-        ({"batch_size": 4}, "their measures differ"),
-        ({"num_batches": 5}, "their measures differ"),
-        ({"settings": {"num_rejected": 0, "vocab_size": 100}}, "their measures differ"),
-        ({"items": (0, 3)}, r"6 losses of 7|have 7 losses of 7, or one twice"),
+        ({}, "shard 1/3 is damaged"),
+        ({"1/3": measured(1) | {"tallies": {}}}, "shard 1/3 is damaged: .*no measure"),
+        ({"1/3": measured(0)}, r"have 8 losses of 7, or one twice"),
+        ({"1/3": measured(1, loss=part("loss", (1, 2)))}, "or one twice"),
+        ({"1/3": measured(1, loss=part("loss", (1,)))}, "6 losses of 7"),
     ],
 )
-def test_shards_of_other_texts_are_refused(parts, changed, said):
-    other = replace(part("loss", ITEMS[1]), **changed)
-    write(parts, replace(shard(1), parts={**shard(1).parts, "loss": other}))
+def test_shards_that_lack_texts_are_refused(parts, values, said):
+    write(parts, replace(shard(1), values=values))
     with pytest.raises(ScanError, match=said):
         gather_evaluation([parts])
 
@@ -157,19 +163,21 @@ def damage(parts, change):
     [
         ("shard", {"index": 3, "count": 3}),
         ("shard", {"index": 0, "count": 10**12}),
-        ("plan", {"num_layers": 10**12}),
-        ("parts", {}),
-        ("parts", {"tasks": {}}),
+        ("kind", "tasks"),
+        ("versions", {"shallower": 1}),
         ("more", 1),
-        ("parts.loss.items", [0, 4, 4]),
-        ("parts.loss.items", [0, 4]),
-        ("parts.loss.counts", [3, 3, 0]),
-        ("parts.loss.num_bytes", [1]),
-        ("parts.loss.num_batches", 0),
-        ("parts.loss.nats", {"base": [0, 1, 2]}),
-        ("parts.loss.nats", {"base": [0, 1, 2], "cut": [0, 1, float("nan")]}),
-        ("parts.loss.settings", {"num_rejected": 0}),
-        ("parts.loss.settings", {"num_rejected": 0, "vocab_size": 1}),
+        ("values", {}),
+        ("values.0/3.tallies", {}),
+        ("values.0/3.tallies", {"tasks": {}}),
+        ("values.0/3.tallies.loss.items", [0, 4, 4]),
+        ("values.0/3.tallies.loss.items", [0, 4]),
+        ("values.0/3.tallies.loss.counts", [3, 3, 0]),
+        ("values.0/3.tallies.loss.num_bytes", [1]),
+        ("values.0/3.tallies.loss.num_items", 0),
+        ("values.0/3.tallies.loss.nats", {"base": [0, 1, 2]}),
+        ("values.0/3.tallies.loss.nats", {"base": [0, 1, 2], "cut": [0, 1, float("nan")]}),
+        ("values.0/3.tallies.loss.settings", {"num_rejected": 0}),
+        ("values.0/3.tallies.loss.settings", {"num_rejected": 0, "vocab_size": 1}),
     ],
 )
 def test_a_damaged_shard_is_named(parts, place, value):
@@ -180,16 +188,14 @@ def test_a_damaged_shard_is_named(parts, place, value):
         data[name] = value
 
     damage(parts, change)
-    with pytest.raises(
-        ScanError,
-        match=r"eval\.0-of-3\.json is damaged, or no shard of format shallower\.eval\.shard\.2: ",
-    ):
+    with pytest.raises(ScanError, match=r"(eval\.0-of-3\.json|shard 0/3) is damaged"):
         gather_evaluation([parts])
 
 
 def test_a_value_of_another_type_is_refused_wherever_it_stands(parts):
     data = json.loads((parts / "eval.0-of-3.json").read_bytes())
-    data.update(machine={}, described={})  # which are taken as they are
+    data.update(common={}, described={}, entries={})  # which are taken as they are
+    data["values"]["0/3"]["machine"] = {}
     del data["sha256"]
     for one in mistyped(data):
         (parts / "eval.0-of-3.json").write_text(json.dumps({**one, "sha256": hash_of(one)}))
@@ -205,8 +211,8 @@ def test_a_value_of_another_type_is_refused_wherever_it_stands(parts):
         (b"{", "is damaged"),
         (b'{"loss": 1}', "it has no 'format'"),
         (
-            b'{"format": "shallower.eval.shard.1"}',
-            "got format .shallower.eval.shard.1.: make it anew",
+            b'{"format": "shallower.eval.shard.2"}',
+            "got format .shallower.eval.shard.2.: make it anew",
         ),
         (b"[" * 100_000, "is damaged"),
     ],
@@ -224,14 +230,13 @@ def test_a_changed_value_does_not_fit_the_checksum(parts):
         gather_evaluation([parts])
 
 
-def test_the_kind_of_shards_is_told_by_their_names(parts, tmp_path):
-    (tmp_path / "scans").mkdir()
-    (tmp_path / "scans" / "scan.0-of-1.safetensors").touch()
-    assert kind_of([parts]) == kind_of([parts / "eval.0-of-3.json"]) == "eval"
-    assert kind_of([tmp_path / "scans"]) == "scan"
-    assert kind_of([parts / "renamed.json"]) == "eval"
-    assert kind_of([tmp_path / "compare.1-of-2.json"]) == "compare"
-    with pytest.raises(ScanError, match=r"of several kinds \(compare, eval, scan\): gather them"):
-        kind_of([parts / "eval.0-of-3.json", tmp_path / "scans", tmp_path / "compare.0-of-1.json"])
-    with pytest.raises(ScanError, match=r"scan\.I-of-N\.safetensors or eval\.I-of-N\.json or"):
-        gather_evaluation([tmp_path])
+def test_what_is_no_folder_of_shards_is_refused(parts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ScanError, match=r"there are no shards in .*scan\.I-of-N\.json or eval\."):
+        gather_evaluation([tmp_path / "empty"])
+    with pytest.raises(ScanError, match="there are no shards to gather"):
+        gather_evaluation([])
+    with pytest.raises(
+        ScanError, match="shards of the kind eval, not of a scan: use shallower gather"
+    ):
+        sh.gather([parts])
