@@ -136,20 +136,6 @@ def test_shards_of_a_streamed_model_have_the_same_bits(shallower, shards, whole)
     assert shallower("gather", "shards", "--out", "gathered", "--json").json == whole
 
 
-def test_gather_refuses_shards_that_are_of_different_work(shallower, folder, command, shards):
-    assert shallower(*command, "--out", "parts", "--shard", "0/2").status == 0
-    gather = ["gather", "parts", "--out", "out"]
-    assert shallower(*gather).error == "1 shard of 2 is missing: 1/2"
-    assert shallower(*command, "--out", "parts", "--shard", "1/2", "--max-texts", "39").status == 0
-    assert "are shards of different evals: their " in shallower(*gather).error
-    overwritten = [*command, "--out", "parts", "--shard", "1/2", "--overwrite"]
-    assert shallower(*overwritten, "--drop", "2:4").status == 0
-    assert "their cut differs ([1, 3) and [2, 4))" in shallower(*gather).error
-    assert not (folder / "out").exists()
-    (folder / "parts" / "scan.0-of-2.safetensors").touch()
-    assert "of several kinds (eval, scan)" in shallower(*gather).error
-
-
 def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder, words, command):
     """A fingerprint covers norms alone, which are ones in both; without a cache, too."""
     tiny_llama(seed=5).save_pretrained(folder / "tiny")
