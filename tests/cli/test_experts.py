@@ -83,14 +83,6 @@ def test_a_dry_run_counts_the_second_run_of_the_experts(shallower, mixtral, json
     assert found["time"]["seconds"] == 2 * plain["time"]["seconds"]
 
 
-def test_shards_gather_them_too(shallower, mixtral, jsonl, folder, scanned):
-    options = ("--texts", jsonl, "--dtype", "float32", "--out", "out", "--experts")
-    for shard in ("0/2", "1/2"):
-        assert shallower("scan", mixtral, *options, "--shard", shard).status == 0
-    assert shallower("gather", "out", "--out", "whole").status == 0
-    assert (folder / "whole" / "scan.safetensors").read_bytes() == scanned.read_bytes()
-
-
 def test_plan_chooses_experts(shallower, scanned, folder):
     done = shallower("plan", scanned, "--experts", 2, "--out", "out")
     assert done.status == 0

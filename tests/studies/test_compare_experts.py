@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -248,23 +247,6 @@ def test_shards_and_workers_come_to_the_same(shallower, tmp_path, monkeypatch):
     found.append(shallower(*command, "--workers", "1").json["rows"])
     whole, *others = ([{**row, **UNTIMED} for row in rows] for rows in found)
     assert others == [whole, whole]
-
-
-def test_the_command_leaves_a_page(shallower, tmp_path):
-    on_disk(tmp_path)
-    out = tmp_path / "out"
-    found = shallower(
-        "compare", tmp_path / "model", "--unit", "experts", "--n", "1,2", "--criteria",
-        "reap,frequency,layers", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
-        tmp_path / "held_out.jsonl", "--dtype", "float32", "--out", out,
-    )  # fmt: skip
-    assert found.status == 0, found.err
-    said = r"With [12] of 6 experts of every layer \([\d.]+ % of the parameters\)( or .*?)? gone"
-    assert re.search(said, " ".join(found.out.split()))
-    assert "Loss over the share of parameters" in (out / "report.html").read_text()
-    rows = json.loads((out / "comparison.json").read_text())["rows"]
-    assert [(row["n"], row["criterion"]) for row in rows][:2] == [(1, "reap"), (1, "frequency")]
-    assert f"{LAST}:1,4" in (out / "comparison.csv").read_text()
 
 
 def test_the_criteria_are_listed(shallower):

@@ -11,7 +11,6 @@ from shallower.judgement.verifying import PATCH_TEXTS
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.studies import compare_rows
 from shallower.studies.measuring import Measuring
 from shallower.studies.verified_plans import VERIFYING_TEXTS
 from shallower.texts.batches import TokenBatches
@@ -145,14 +144,6 @@ def test_cuts_that_criteria_have_in_common_are_measured_once(learned, words, mon
     curve = sh.curve(learned, words, TEXTS, **options, patch="quick")
     assert len(seen) == len(set(seen)) == 3
     assert len({row.standing.loss.mean for row in curve.rows}) == 2
-
-
-def test_a_curve_that_is_known_is_not_measured_again(learned, words, tmp_path, monkeypatch):
-    options = {**TAKEN, "n": [2], "criteria": ["angular"]}
-    first = sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out")
-    monkeypatch.setattr(compare_rows, "open_measuring", lambda *_args, **_options: 1 / 0)
-    for folder in ("out", "other"):
-        assert sh.curve(learned, words, TEXTS, **options, out=tmp_path / folder) == first
 
 
 def test_rows_of_another_curve_are_not_measured_again(learned, words, tmp_path, monkeypatch):

