@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .errors import TierError as TierError
     from .evaluation.answers import answer_prompts as answer_prompts
     from .evaluation.loss import evaluate_loss as evaluate_loss
-    from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
+    from .evaluation.loss import evaluate_perplexity as evaluate_perplexity
     from .evaluation.speech import evaluate_speech as evaluate_speech
     from .evaluation.tasks import evaluate_tasks as evaluate_tasks
     from .forecasts.forecast import memory_forecast as memory_forecast
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .results.loss import Loss as Loss
     from .results.patch import Patch as Patch
     from .results.perplexity import Perplexity as Perplexity
+    from .results.speech import Answer as Answer
     from .results.speech import Speech as Speech
     from .results.task_scores import TaskScores as TaskScores
     from .results.verification import Verified as Verified
@@ -80,15 +81,14 @@ if TYPE_CHECKING:
     from .studies.compare import compare as compare
     from .studies.curve import curve as curve
     from .studies.run import run as run
-    from .values.answers import Answer as Answer
     from .values.costs import BootstrappedStart as BootstrappedStart
     from .values.costs import Costs as Costs
+    from .values.estimates import MemoryPlan as MemoryPlan
     from .values.experts import DroppedExperts as DroppedExperts
     from .values.identity import ModelIdentity as ModelIdentity
     from .values.identity import TextsIdentity as TextsIdentity
     from .values.layers import Block as Block
     from .values.layers import deepest_block as deepest_block
-    from .values.memory import MemoryPlan as MemoryPlan
     from .values.plan import Plan as Plan
     from .values.plan import Rejection as Rejection
     from .values.positions import Positions as Positions
@@ -106,8 +106,7 @@ _NAMES = {
         "StatesError TextsError ThreadsError TierError"
     ),
     "evaluation.answers": "answer_prompts",
-    "evaluation.loss": "evaluate_loss",
-    "evaluation.perplexity": "evaluate_perplexity",
+    "evaluation.loss": "evaluate_loss evaluate_perplexity",
     "evaluation.speech": "evaluate_speech",
     "evaluation.tasks": "evaluate_tasks",
     "forecasts.forecast": "memory_forecast",
@@ -129,7 +128,7 @@ _NAMES = {
     "studies.compare": "compare",
     "studies.curve": "curve",
     "studies.run": "run",
-    "values.answers": "Answer",
+    "results.speech": "Answer Speech",
     "results.comparison": "CriteriaComparison",
     "values.costs": "BootstrappedStart Costs",
     "values.experts": "DroppedExperts",
@@ -138,14 +137,13 @@ _NAMES = {
     "values.identity": "ModelIdentity TextsIdentity",
     "values.layers": "Block deepest_block",
     "results.loss": "Loss",
-    "values.memory": "MemoryPlan",
+    "values.estimates": "MemoryPlan",
     "results.patch": "Patch",
     "results.perplexity": "Perplexity",
     "values.plan": "Plan Rejection",
     "values.positions": "Positions",
     "settings.recipe": "Recipe",
     "settings.studies": "CompareSettings CurveSettings RunSettings",
-    "results.speech": "Speech",
     "settings.stages": "PatchSettings ScanSettings",
     "results.task_scores": "TaskScores",
     "settings.until": "Until",

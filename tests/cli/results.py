@@ -8,7 +8,7 @@ import pytest
 
 import shallower as sh
 from shallower.store import records
-from shallower.values.hashing import hash_of
+from shallower.values.provenance import hash_of
 from tests.conftest import write_jsonl
 from tests.cutting.mixtures import mixture
 from tests.documents import documents

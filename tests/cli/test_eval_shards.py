@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import shallower as sh
-from shallower.sharing.measured import MeasuredPart, evaluation_of
+from shallower.sharing.eval_work import MeasuredPart, evaluation_of
 from shallower.sharing.shards import MadeShard, read_shards, values_of
 from shallower.store.store import open_store
 from tests.commands import in_this_process

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from shallower.store.store import Store, open_store
-from shallower.values.hashing import hash_of
+from shallower.values.provenance import hash_of
 from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import write_jsonl
 from tests.documents import documents

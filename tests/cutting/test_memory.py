@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
 
 import shallower as sh
-from shallower.healing.recomputation import recompute_activations
+from shallower.healing.training import recompute_activations
 from shallower.models.identity import identify
 from tests.conftest import tiny_llama
 from tests.cutting.tiny_models import (

@@ -12,8 +12,7 @@ from shallower.cutting.in_model import drop_layers
 from shallower.errors import ModelError
 from shallower.healing import training
 from shallower.healing.losses import Teacher, TrainingLoss, mean_loss, summed_loss
-from shallower.healing.recomputation import recompute_activations
-from shallower.healing.training import add_adapters
+from shallower.healing.training import add_adapters, recompute_activations
 from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets

@@ -16,7 +16,7 @@ from shallower.models.architecture import find_layers
 from shallower.models.experts import find_experts
 from shallower.scanning.hidden_states import stream
 from shallower.texts.batches import Batch
-from shallower.values.routing import Routing
+from shallower.values.experts import Routing
 from tests.conftest import mostly_slow
 from tests.cutting.mixtures import mixture
 from tests.documents import documents

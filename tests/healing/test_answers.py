@@ -18,8 +18,8 @@ from shallower.merging.merge import healing_command
 from shallower.models.decoder import Decoder
 from shallower.models.head import Head
 from shallower.reporting.stories.stages import healing_parts
+from shallower.results.speech import Answer
 from shallower.texts.sequences import Sample, collate, mixed_order, read_samples
-from shallower.values.answers import Answer
 from tests.conftest import mostly_slow, tiny_llama
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, kill_after_two_steps
 

@@ -16,7 +16,7 @@ from shallower.memory.rehearsal import build_empty
 from shallower.memory.weights import weight_bytes
 from shallower.models.loading import layers_of
 from shallower.settings.recipe import Recipe
-from shallower.values.memory import needed_device, usable
+from shallower.values.estimates import needed_device, usable
 from tests.conftest import mostly_slow
 from tests.families import small_config
 from tests.memory_oracle import shape, tracked_healing

@@ -10,8 +10,7 @@ from transformers import LlamaForCausalLM
 
 import shallower as sh
 from shallower.healing.losses import TrainingLoss, mean_loss, summed_loss
-from shallower.healing.recomputation import recompute_activations
-from shallower.healing.training import add_adapters
+from shallower.healing.training import add_adapters, recompute_activations
 from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets

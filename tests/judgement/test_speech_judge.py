@@ -9,8 +9,7 @@ import torch
 import shallower as sh
 from shallower.errors import TextsError
 from shallower.evaluation.answers import write_answers
-from shallower.judgement.judges.judge import LossJudge, judged_batches
-from shallower.judgement.judges.speech import SpeechJudge
+from shallower.judgement.judges.judge import LossJudge, SpeechJudge, judged_batches
 from shallower.judgement.racing import race
 from shallower.judgement.trials import Trials, judge_inputs
 from shallower.judgement.verifying import verifier_of

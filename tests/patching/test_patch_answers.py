@@ -13,8 +13,8 @@ import shallower as sh
 from shallower.models.decoder import Decoder
 from shallower.patching import descent
 from shallower.results.patch import Patch
+from shallower.results.speech import Answer
 from shallower.texts.sequences import collate, read_samples
-from shallower.values.answers import Answer
 from shallower.values.files import PATCH_FILE
 from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.card_tools import assert_same_weights

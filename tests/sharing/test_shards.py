@@ -9,10 +9,10 @@ import pytest
 
 import shallower as sh
 from shallower import ScanError
-from shallower.sharing.measured import MeasuredPart, Tally, evaluation_of
+from shallower.sharing.eval_work import MeasuredPart, Tally, evaluation_of
 from shallower.sharing.shards import MadeShard, read_shards, values_of
-from shallower.values.hashing import hash_of
 from shallower.values.identity import ModelIdentity
+from shallower.values.provenance import hash_of
 from shallower.values.schema import plain_fields
 from shallower.values.shard import Shard
 from tests.values.damage import mistyped

@@ -15,7 +15,7 @@ from shallower.judgement.judges import JUDGES
 from shallower.models.experts import find_experts
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.results.scores import Estimate
-from shallower.studies.items import judged_items
+from shallower.studies.study import judged_items
 from tests.conftest import mostly_slow, word_tokenizer, write_jsonl
 from tests.cutting.mixtures import mixture
 from tests.judgement.test_judges import cut, margins

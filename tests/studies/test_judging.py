@@ -16,8 +16,8 @@ from shallower.settings.studies import CompareSettings, RunSettings
 from shallower.sharing.study_work import CompareWork
 from shallower.store.store import open_store
 from shallower.studies.compare import CompareStudy
-from shallower.studies.items import items_fingerprint, judged_items
 from shallower.studies.run import RunStudy
+from shallower.studies.study import items_fingerprint, judged_items
 from shallower.texts.prompts import Prompt, prompt_ids
 from shallower.texts.sources import Texts
 from tests.conftest import tiny_llama, write_jsonl

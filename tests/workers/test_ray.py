@@ -25,7 +25,7 @@ from shallower.store.store import Store
 from shallower.studies.evaluate import EvalJob, measures_of
 from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
-from shallower.values.memory import MemoryPlan
+from shallower.values.estimates import MemoryPlan
 from shallower.workers import ray_workers
 from shallower.workers.ray_workers import RayWorkers
 from shallower.workers.units import Ledger, drive

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 from ..settings.options import Option
-from ..values.memory import format_size
+from ..values.estimates import format_size
 from .options import Json
 from .output import print_json, show
 

@@ -10,7 +10,7 @@ from .options import Json, Out, Overwrite, TrustRemoteCode
 from .output import eval_names, say_eval, say_scan, warn
 
 if TYPE_CHECKING:
-    from ..sharing.measured import Evaluation
+    from ..sharing.eval_work import Evaluation
     from ..values.plan import Plan
 
 

@@ -12,7 +12,7 @@ from ..models.source import ModelSource
 from ..processes import is_main_process, num_processes
 from ..settings.options import Option
 from ..settings.recipe import STEPS, HealingDtype, Recipe
-from ..values.memory import EXPERTS
+from ..values.estimates import EXPERTS
 from .options import (
     ANSWERS,
     AnswerTokens,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from ..results.healing import Healing
+    from ..results.speech import Answer
     from ..studies.answers import WantedAnswers
-    from ..values.answers import Answer
 
 
 def heal_command(

@@ -29,10 +29,10 @@ from .options import (
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
+    from ..results.speech import Answer
     from ..studies.answers import WantedAnswers
-    from ..values.answers import Answer
+    from ..values.estimates import MemoryPlan
     from ..values.layers import Block
-    from ..values.memory import MemoryPlan
     from ..values.plan import Plan
     from ..values.tokens import Tokens
 

@@ -8,7 +8,7 @@ from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
 from ..settings import options as option
 from ..settings.options import Option
-from ..values.memory import format_size
+from ..values.estimates import format_size
 from .options import Cut, Loading, Model, Way
 from .output import print_json, reuse, say_dry_run, show, upload_line
 

@@ -38,8 +38,8 @@ from ..texts.hub import (
     warn_of_mirror,
 )
 from ..texts.quiet import hushed
-from ..values.hashing import hash_of
-from ..values.memory import format_size
+from ..values.estimates import format_size
+from ..values.provenance import hash_of
 from .checkpoint import PreparedCut
 from .checkpoint_files import INDEX_FILE, SINGLE_FILE, Piece, is_beside, stored_dtype
 from .source import MAX_CARRIED_BYTES, MODULES_FILE, hub_id, module_folders

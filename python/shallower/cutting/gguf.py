@@ -17,9 +17,9 @@ from .._core import Gguf
 from ..errors import ModelError
 from ..progress import BytesProgress, track_copy
 from ..storage import check_free, check_ours, new_file, new_folder, write_file
+from ..values.experts import Routing
 from ..values.files import PLAN_FILE
 from ..values.plan import Plan
-from ..values.routing import Routing
 from .cards import exports
 from .exports import CutFacts, export_path
 from .mixture import Mixture

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ExpertsError, InMemoryOnlyError, ModelError
-from ..values.experts import DroppedExperts
+from ..values.experts import DroppedExperts, Routing
 from ..values.layers import ranges
-from ..values.routing import Routing
 from .checkpoint_files import StoredTensor
 from .tensor_names import SINGLE_EXPERT, module_of
 

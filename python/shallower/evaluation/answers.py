@@ -23,6 +23,7 @@ from ..memory.streaming import Forwards
 from ..models.architecture import evaluating, swapped
 from ..models.decoder import Decoder
 from ..progress import Advance, part, track
+from ..results.speech import Answer
 from ..texts.batches import Batch, padded
 from ..texts.prompts import (
     Prompt,
@@ -33,7 +34,6 @@ from ..texts.prompts import (
     training_prompts,
 )
 from ..texts.quiet import hushed
-from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.tokens import BatchSize, Tokens
 from .loss import fitting_tokens, logits_at

@@ -21,8 +21,7 @@ from ..results.task_scores import TaskScores
 from ..settings.stages import EvalSettings
 from ..settings.studies import CompareSettings
 from ..texts.quiet import hushed
-from ..values.hashing import hash_of
-from ..values.provenance import LM_EVAL, versions
+from ..values.provenance import LM_EVAL, hash_of, versions
 from ..values.tokens import BatchSize
 from .task_files import TaskGroup, find_tasks
 from .task_model import TaskModel

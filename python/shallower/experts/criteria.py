@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from ..errors import ExpertsError
 from ..results.scores import Estimate
 from ..values.counts import counted
-from ..values.experts import DroppedExperts, check_counts
-from ..values.routing import Routing
+from ..values.experts import DroppedExperts, Routing, check_counts
 from ..values.schema import finite, plain
 from .statistics import ExpertStatistics
 

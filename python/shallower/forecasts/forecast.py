@@ -17,9 +17,9 @@ from ..models.dtypes import (
 )
 from ..models.source import ModelSource
 from ..settings.recipe import Recipe
+from ..values.estimates import MemoryPlan
 from ..values.files import PLAN_FILE
 from ..values.layers import deepest_block
-from ..values.memory import MemoryPlan
 from ..values.plan import Plan
 from ..values.positions import Positions
 from ..values.tokens import Tokens

@@ -32,14 +32,14 @@ from ..processes import is_main_process, partial_folder
 from ..progress import say_goes_on
 from ..results.healing import Healing
 from ..results.loss import Loss
+from ..results.speech import Answer
 from ..settings.recipe import Resolved
 from ..storage import resumable_folder, write_file
 from ..texts.sequences import ReadOnce
-from ..values.answers import Answer
 from ..values.files import HEALING_FILE, PATCH_FILE, PLAN_FILE
-from ..values.hashing import hash_of
 from ..values.identity import TextsIdentity
 from ..values.plan import Plan
+from ..values.provenance import hash_of
 from .loaded_models import OriginalModel, placed
 from .ranks import agree
 

@@ -37,7 +37,19 @@ from .bar import Reach, Throughput
 from .determinism import deterministic
 from .losses import Teacher, TrainingLoss
 from .ranks import agree
-from .recomputation import RECOMPUTING
+
+_RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+RECOMPUTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
+"""What transformers calls it; it was renamed with 5.23."""
+
+
+def recompute_activations(model: Any, on: bool) -> None:
+    """Have activations recomputed in the backward pass, or kept."""
+    if on:
+        getattr(model, "_".join((RECOMPUTING, "enable")))({"use_reentrant": False})
+    else:
+        getattr(model, "_".join((RECOMPUTING, "disable")))()
+
 
 with hushed():  # the Trainer imports peft, and that bitsandbytes, which advises to get a kernel
     from transformers import (

@@ -8,7 +8,7 @@ from ..errors import PlanError
 from ..results.scores import Difference
 from ..settings.target import Target
 from ..values.counts import counted
-from ..values.memory import format_size
+from ..values.estimates import format_size
 
 STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Sizes of which a curve is made, up to half of the layers."""

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import ModelError
 from ..processes import memory_limits
-from ..values.memory import parse_size
+from ..values.estimates import parse_size
 
 
 class Room(NamedTuple):

@@ -31,8 +31,8 @@ from ..models.source import ModelSource
 from ..progress import track
 from ..results.healing import Healing, Merge
 from ..settings.recipe import Resolved
+from ..values.estimates import format_size
 from ..values.files import PLAN_FILE
-from ..values.memory import format_size
 from ..values.tokens import Tokens
 from .in_memory import TOLERANCE, adapted_logits, another_model, merge_in_memory, probe_logits
 from .low_rank import Deviations, LowRank

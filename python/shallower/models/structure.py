@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..values.hashing import hash_of
+from ..values.provenance import hash_of
 
 _PACKAGES = {
     *("shallower", "torch", "transformers", "tokenizers", "accelerate", "bitsandbytes", "peft"),

@@ -19,8 +19,8 @@ from ..models.offload import stored_weight
 from ..results.patch import Fit
 from ..storage import check_room, new_file
 from ..texts.batches import Batch
-from ..values.hashing import hash_of
 from ..values.plan import Plan
+from ..values.provenance import hash_of
 from ..values.schema import fields_of
 from .changes import Changes
 

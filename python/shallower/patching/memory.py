@@ -19,7 +19,7 @@ from ..models.dtypes import plain_dtype
 from ..models.feed_forward import Targets, feed_forward_targets
 from ..models.source import ModelSource
 from ..texts.batches import Batch
-from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan, usable
+from ..values.estimates import OFFLOADED, WEIGHTS, MemoryPlan, usable
 from ..values.tokens import Tokens
 from .descent import graph_bytes, kept_bytes, matrices
 from .least_squares import solver_bytes

@@ -19,10 +19,10 @@ from ..models.architecture import text_config
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..results.patch import Patch, check_patchable
+from ..results.speech import Answer
 from ..settings.stages import PatchSettings
 from ..texts.batches import AnyTexts
 from ..texts.sequences import check_answers, mixed, usable_answers
-from ..values.answers import Answer
 from ..values.layers import Layers
 from ..values.plan import Plan
 from .changes import Changes

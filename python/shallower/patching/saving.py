@@ -25,15 +25,15 @@ from ..reporting.words import by_choice, came_back
 from ..results.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
 from ..results.patch import Patch, check_patchable
 from ..results.scores import Estimate
+from ..results.speech import Answer
 from ..settings.stages import PatchSettings
 from ..storage import check_apart, check_free, check_room, resumable_folder
 from ..texts.sources import OWN_TOKENS, place_of_texts
-from ..values.answers import Answer
-from ..values.commands import option_words
 from ..values.counts import counted
 from ..values.files import PATCH_FILE
 from ..values.layers import Layers, drop_option
 from ..values.plan import Plan
+from ..values.provenance import option_words
 from ..values.tokens import Tokens
 from .patch import patch
 

@@ -8,9 +8,9 @@ from typing import Any
 from ..results.loss import Loss, recovered
 from ..results.patch import Patch
 from ..results.scores import UNKNOWN, Difference, Estimate
-from ..values.commands import command_line, shell_lines
 from ..values.counts import counted, with_error
 from ..values.layers import Block, blocks_of, drop_option, ranges
+from ..values.provenance import command_line, shell_lines
 from ..values.schema import plain
 from .story import Fact, Number, Section
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from ..settings.studies import STATES, State
 from ..values.counts import counted
-from ..values.hashing import hash_of
 from ..values.identity import title_of
 from ..values.layers import ranges
+from ..values.provenance import hash_of
 from ..values.schema import (
     alike,
     estimated,

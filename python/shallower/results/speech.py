@@ -159,3 +159,23 @@ def _together(found: Mapping[str, Mapping[str, Scores]], measure: str, way: str 
 def _figures(scores: Mapping[str, Scores]) -> dict[str, Any]:
     means = {name: finite(one.mean) for name, one in scores.items()}
     return {**means, "stderr": {name: finite(one.stderr) for name, one in scores.items()}}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prompt, and how a model continued it.
+
+    Attributes:
+        given: token ids of the prompt, at least one.
+        written: token ids of the answer, that which ends it among them.
+        ended: whether it ended by itself, not because it had as many tokens as were allowed.
+    """
+
+    given: tuple[int, ...]
+    written: tuple[int, ...]
+    ended: bool
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Token ids of the prompt with the answer behind it."""
+        return self.given + self.written

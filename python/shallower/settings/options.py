@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from ..errors import CriterionError, LayersError, SettingsError
-from ..values.commands import option_words
+from ..values.provenance import option_words
 from ..values.tokens import BatchSize, Tokens, parse_batch_size
 
 T = TypeVar("T")

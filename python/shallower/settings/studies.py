@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, TextsError
+from ..values.estimates import parse_size
 from ..values.layers import layer_number, parse_sizes
-from ..values.memory import parse_size
 from . import options as option
 from .options import THREADS, Settings, distinct_names, parse_names, refuse_twice
 from .recipe import SHARE, Recipe, check_share

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import LayersError
 from ..values.counts import counted
+from ..values.estimates import format_size
 from ..values.layers import check_size, layer_count
-from ..values.memory import format_size
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT]?)", re.IGNORECASE)
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*x?", re.IGNORECASE)

@@ -13,7 +13,7 @@ from ..models.dtypes import STREAM, DeviceMap
 from ..models.source import ModelSource
 from ..processes import processors, requested_threads
 from ..progress import say_goes_on, track
-from ..values.memory import MemoryPlan, format_size, needed_device, usable
+from ..values.estimates import MemoryPlan, format_size, needed_device, usable
 from ..workers.local_workers import LocalWorkers, Seat
 from ..workers.units import Engine, Job, Ledger, drive
 

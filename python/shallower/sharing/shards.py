@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ScanError, ShallowerError, why
 from ..values.counts import counted
-from ..values.hashing import hash_of
+from ..values.provenance import hash_of
 from ..values.schema import of_type, plain_fields, read
 from ..values.shard import NAMES, Shard
 

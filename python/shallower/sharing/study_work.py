@@ -32,7 +32,7 @@ from ..studies.compare import CompareStudy
 from ..studies.curve import CurveStudy
 from ..studies.study import Part, Study
 from ..texts.sources import Texts
-from ..values.memory import MemoryPlan
+from ..values.estimates import MemoryPlan
 from ..workers.units import Ledger
 from .engines import memory_of
 from .shards import MadeShard

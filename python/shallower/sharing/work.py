@@ -16,7 +16,7 @@ from ..models.source import ModelSource
 from ..storage import absolute, claimed, write_file
 from ..store.inputs import check_made_by, made_by, model_content
 from ..store.store import Entries, Store, open_store
-from ..values.memory import MemoryPlan
+from ..values.estimates import MemoryPlan
 from ..values.shard import NAMES, Shard
 from ..workers.units import Ledger
 from .engines import cards_for, seats

@@ -31,8 +31,7 @@ from ..progress import track
 from ..storage import RECORD, RESULT_RECORD, sha256_of
 from ..texts.hub import hub_absence, hub_files
 from ..texts.sources import Texts
-from ..values.hashing import hash_of
-from ..values.provenance import versions
+from ..values.provenance import hash_of, versions
 from ..values.tokens import Tokens
 from .store import Store
 

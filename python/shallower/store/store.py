@@ -20,7 +20,7 @@ from time import monotonic, sleep, time
 from typing import Any
 
 from ..errors import CacheError, why
-from ..values.hashing import hash_of
+from ..values.provenance import hash_of
 from ..values.schema import of_type
 
 FOLDER_VARIABLE = "SHALLOWER_CACHE"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError, ModelError, TextsError
 from ..progress import part, track
+from ..results.speech import Answer
 from ..texts.prompts import (
     Prompt,
     has_template,
@@ -20,9 +21,8 @@ from ..texts.prompts import (
     training_prompts,
 )
 from ..texts.sequences import answered
-from ..values.answers import Answer
 from ..values.counts import counted
-from ..values.hashing import hash_of
+from ..values.provenance import hash_of
 from ..values.schema import of_type, read
 from ..values.tokens import BatchSize
 

@@ -27,11 +27,9 @@ from ..store.store import Entry, open_store
 from ..texts.prompts import Prompt, prompts_fingerprint
 from ..values.experts import check_counts
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
-from ..values.hashing import hash_of
 from ..values.layers import check_sizes
-from ..values.provenance import LM_EVAL, versions
-from .items import Items, items_fingerprint, judged_items
-from .study import SINGLE_LAYERS, WHOLE, Part, Study
+from ..values.provenance import LM_EVAL, hash_of, versions
+from .study import SINGLE_LAYERS, WHOLE, Items, Part, Study, items_fingerprint, judged_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

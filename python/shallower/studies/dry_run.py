@@ -47,8 +47,7 @@ from ..settings.studies import CompareSettings, RunSettings
 from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
-from ..values.estimates import Disk, Divided
-from ..values.memory import MemoryPlan
+from ..values.estimates import Disk, Divided, MemoryPlan
 from ..values.tokens import SPEECH_TOKENS
 from .answers import WantedAnswers
 from .compare import CompareStudy

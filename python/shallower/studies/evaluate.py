@@ -19,11 +19,10 @@ from ..storage import check_apart, check_free, check_room
 from ..store.given_models import ModelStore
 from ..store.inputs import inputs_of, job_of, model_content
 from ..store.store import Store
-from ..values.estimates import Time
+from ..values.estimates import MemoryPlan, Time
 from ..values.files import EVAL_FILE, SMALL
 from ..values.identity import ModelIdentity
 from ..values.layers import Block
-from ..values.memory import MemoryPlan
 from ..values.plan import Plan, key_of
 from ..values.schema import read
 from ..values.tokens import Tokens

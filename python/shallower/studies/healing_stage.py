@@ -23,10 +23,10 @@ from ..models.source import ModelSource
 from ..reporting.results import Run
 from ..results.healing import Healing
 from ..results.loss import Loss
+from ..results.speech import Answer
 from ..settings.recipe import Recipe
 from ..settings.studies import RunSettings
 from ..store.given_models import ModelStore
-from ..values.answers import Answer
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
 from .speaking import SpeechOnPrompts
 from .study import Study

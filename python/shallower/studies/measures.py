@@ -23,9 +23,9 @@ from ..storage import absolute
 from ..store.inputs import hash_of_files, texts_content
 from ..store.store import Store
 from ..texts.sources import Texts, read_whole
-from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
 from ..values.plan import Plan, key_of
+from ..values.provenance import hash_of
 from ..values.schema import plain
 from ..values.tokens import BatchSize, Tokens
 

@@ -40,9 +40,9 @@ from ..store.given_models import ModelStore
 from ..texts.batches import Batch, TokenBatches, tokenise
 from ..texts.prompts import prompts_fingerprint
 from ..texts.splits import TokenisedSplits
-from ..values.hashing import hash_of
 from ..values.identity import TextsIdentity
 from ..values.plan import Gone, Plan, gone_by, key_of
+from ..values.provenance import hash_of
 from ..values.schema import plain_fields, read
 from .judging import Judges
 from .measures import ScoresOnTasks

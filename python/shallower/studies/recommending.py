@@ -33,6 +33,7 @@ from ..reporting.results import Run, weights_mark
 from ..results.patch import Patch
 from ..results.recommendation import Recommended
 from ..results.scores import Difference, Scores
+from ..results.speech import Answer
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
 from ..scanning.model import stored_scan
@@ -40,7 +41,6 @@ from ..scanning.scan import Scan
 from ..settings.stages import ScanSettings
 from ..settings.studies import RunSettings
 from ..storage import write_file
-from ..values.answers import Answer
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,

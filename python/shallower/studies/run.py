@@ -32,8 +32,7 @@ from ..values.files import (
     SCAN_FILE,
 )
 from .answers import WantedAnswers, answers_for
-from .items import Items, items_fingerprint, judged_items
-from .study import NUM_PROMPTS, Study
+from .study import NUM_PROMPTS, Items, Study, items_fingerprint, judged_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -22,9 +22,8 @@ from ..store.given_models import ModelStore
 from ..store.inputs import inputs_of, job_of, model_content, texts_content
 from ..store.store import Entry, Store
 from ..texts.sources import Texts, place_of_texts
-from ..values.estimates import Time
+from ..values.estimates import MemoryPlan, Time
 from ..values.files import HEAT_MAP_FILE, PARTIAL_FILE, SCAN_FILE, SMALL
-from ..values.memory import MemoryPlan
 from ..values.schema import read
 from ..values.shard import Shard
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
-from ..results.speech import Speech
+from ..results.speech import Answer, Speech
 from ..settings.stages import EvalSettings
 from ..store.inputs import model_inputs
 from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
-from ..values.answers import Answer
 from ..values.plan import Plan
 from ..values.tokens import SPEECH_TOKENS, BatchSize, Tokens
 from .answers import KeptAnswers

@@ -19,24 +19,53 @@ from ..cutting.source import typed_place
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone, held
-from ..settings.studies import StudySettings
+from ..settings.studies import Prompts, StudySettings
 from ..storage import check_apart, check_free, check_room, write_file
 from ..store.given_models import InMemory, ModelStore, inputs_of_one
 from ..store.inputs import items_of, texts_inputs
 from ..store.store import Entry, Store
-from ..texts.prompts import Prompt, given_prompts, read_prompts
+from ..texts.options import OptionItem, options_fingerprint, read_options
+from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint, read_prompts
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
-from ..values.commands import option_words
+from ..texts.splits import two_splits
 from ..values.counts import summed
-from ..values.hashing import hash_of
+from ..values.provenance import hash_of, option_words
 from .disk import study_bytes, temporary_of
-from .items import Items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..texts.splits import Splits
+
+Items = Sequence[OptionItem] | Sequence[Prompt]
+
+
+def judged_items(
+    judge: str, *, options: str | Path | None = None, prompts: Prompts = None, seed: int
+) -> tuple[Items, Items]:
+    """Read the selection and test items; none of a judge of texts.
+
+    Prompts of the judge ``speech`` are by default our own. Raises TextsError for what is none, and
+    for fewer than 8 items.
+    """
+    if judge == "options" and options is not None:
+        return two_splits(read_options(options), seed=seed)
+    if judge == "speech":
+        named = ("prompts", "prompts, --prompts, --speech")
+        return two_splits(given_prompts(prompts), key=_asked, what=named, seed=seed)
+    return (), ()
+
+
+def _asked(prompt: Prompt) -> str:
+    """What a prompt asks, whatever was answered."""
+    return json.dumps([prompt.text, [*map(dict, prompt.messages)]])
+
+
+def items_fingerprint(judge: str, items: Any) -> str:
+    """SHA-256 of items of a judge, whatever file they are in; that of nothing where it has none."""
+    return prompts_fingerprint(items) if judge == "speech" else options_fingerprint(items)
+
 
 Settings = TypeVar("Settings", bound=StudySettings)
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from ..errors import RejectedSamplesWarning, TextsError
 from ..processes import is_main_process
+from ..results.speech import Answer
 from ..settings.recipe import GLOBAL_BATCH
-from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.identity import AnswersIdentity, ModelIdentity, TextsIdentity
 from ..values.plan import Rejection, describe_rejections

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import MissingExtraError, ProcessesError, ShallowerError, why
 from ..processes import processors, requested_threads
-from ..values.memory import MemoryPlan, needed_device
+from ..values.estimates import MemoryPlan, needed_device
 from .units import SECONDS, Engine, Event, Job, Message, Worker
 
 CONNECT_SECONDS = 5.0

@@ -7,11 +7,11 @@ from ...results.comparison import ComparedModel, CriteriaComparison, Row
 from ...results.scores import Standing
 from ...scanning.scan import Scan
 from ...settings.studies import State
-from ...values.commands import command_line
 from ...values.counts import counted
 from ...values.estimates import splits_words
 from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
+from ...values.provenance import command_line
 from ..charts.comparison import Group, group_charts, groups_of
 from ..charts.models import titled_starts
 from ..story import Fact, ModelState, Number, Section, Story, Strip

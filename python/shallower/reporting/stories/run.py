@@ -10,7 +10,6 @@ from ...results.gain import Gain
 from ...results.recommendation import Recommended
 from ...results.scores import Estimate
 from ...savings.weights import CheckpointSize, count_weights
-from ...values.commands import command_line
 from ...values.costs import NUM_RESAMPLES
 from ...values.counts import counted
 from ...values.estimates import splits_words
@@ -23,6 +22,7 @@ from ...values.files import (
     SCAN_FILE,
 )
 from ...values.layers import drop_option
+from ...values.provenance import command_line
 from ..charts.run import healing_chart, race_charts, scan_charts
 from ..results import Continuations, Run
 from ..story import Fact, ModelState, Number, PromptSample, Section, Story, Strip, Table
