@@ -262,6 +262,8 @@ def test_a_network_folder_is_written_without_a_shared_log(store, monkeypatch):
     assert store._file._connection.execute("PRAGMA journal_mode").fetchone() == (b"wal",)
     store._file._close()
     monkeypatch.setattr(module, "file_system", lambda _: "nfs4")
+    Store(store.folder / "parts").put("loss", {"n": 1}, {"nats": 1.0})  # no variable names it
+    monkeypatch.setenv("SHALLOWER_CACHE", str(store.folder))
     one = again(store)
     with pytest.warns(UserWarning, match="network folder .*SHALLOWER_CACHE"):
         one.put("loss", {"n": 2}, {"nats": 2.0})
