@@ -3,12 +3,28 @@
 import shutil
 from dataclasses import replace
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from tests.conftest import tiny_llama
+from tests.families import small_config
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
+
+
+def test_experts_that_are_stored_together_are_merged(words, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config("mixtral")).to(torch.bfloat16).eval()
+    _, cut = save_cut(tmp_path, model, words, [3])
+    recipe = replace(QUICK, steps=4, dtype="bfloat16", eval_every=4)
+    record = sh.heal(cut, TEXTS, tmp_path / "adapters", recipe=recipe, eval_texts=HELD_OUT)
+    assert (recipe.dropout, record.recipe.dropout) == (0.05, 0.0)  # which stacks do not take
+    merge = sh.merge(tmp_path / "adapters", tmp_path / "merged").merge
+    assert merge.difference <= merge.tolerance
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    loss = sh.evaluate_loss(stock, words, HELD_OUT, max_length=16)
+    assert loss.nats == pytest.approx(record.after.nats, abs=0.02)
 
 
 def test_four_bits_are_merged_into_plain_weights(words, tmp_path):
