@@ -45,7 +45,7 @@ def test_a_file_of_texts_is_read_once(folder, tiny, monkeypatch, shallower):
     monkeypatch.setattr(sources, "numbered_lines", counting)
     write_jsonl(folder / "texts.jsonl", [f"w{i} w2 w3" for i in range(40)])
     once = [*range(1, 41)]
-    for command, lines in (
+    for command, found in (
         ("scan --out out --no-cache", once),
         ("scan --out kept", [*once, *once]),  # and once for its hash
         ("scan --out kept", []),
@@ -56,4 +56,4 @@ def test_a_file_of_texts_is_read_once(folder, tiny, monkeypatch, shallower):
         read.clear()
         name, *options = command.split()
         assert shallower(name, tiny, "--texts", "texts.jsonl", *options).status == 0
-        assert read == [1, *lines]  # its first line for the check
+        assert read == [1, *found]  # its first line for the check
