@@ -5,6 +5,7 @@ Layers are counted from 0 and ranges are half-open, everywhere. Importing this p
 nothing else: a name is imported when it is first used.
 """
 
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .forecasts.forecast import memory_forecast as memory_forecast
     from .forecasts.gain import gain as gain
     from .healing.heal import heal as heal
+    from .judgement.criteria import criteria as criteria
     from .judgement.criterion import Criterion as Criterion
     from .merging.merge import merge as merge
     from .models.loading import load_model as load_model
@@ -93,67 +95,11 @@ if TYPE_CHECKING:
     from .values.until import Until as Until
     from .values.verification import Verified as Verified
 
-_NAMES = {
-    "_core": "__version__",
-    "cutting.for_states": "ForStates",
-    "cutting.in_model": "drop_experts drop_layers without_layers",
-    "cutting.prune": "plan_prune prune",
-    "cutting.saving": "save_model verify_checkpoint",
-    "errors": (
-        "CacheError CostsError CriterionError ExpertsError InMemoryOnlyError LayersError "
-        "MetricError MissingExtraError ModelError OutputError PatchError PlanError PositionsError "
-        "ProcessesError RecipeError RejectedSamplesWarning ScanError SettingsError ShallowerError "
-        "StatesError TextsError ThreadsError TierError"
-    ),
-    "evaluation.answers": "answer_prompts",
-    "evaluation.loss": "evaluate_loss",
-    "evaluation.perplexity": "evaluate_perplexity",
-    "evaluation.speech": "evaluate_speech",
-    "evaluation.tasks": "evaluate_tasks",
-    "forecasts.forecast": "memory_forecast",
-    "forecasts.gain": "gain",
-    "healing.heal": "heal",
-    "judgement.criteria": "criteria",
-    "judgement.criterion": "Criterion",
-    "merging.merge": "merge",
-    "models.loading": "load_model",
-    "models.source": "ModelSource",
-    "patching.patch": "patch",
-    "patching.saving": "save_patched",
-    "reporting.charts.heat_map": "save_heat_map",
-    "runs.report": "report",
-    "scanning.analyse": "analyse_states",
-    "scanning.model": "scan",
-    "scanning.scan": "Scan",
-    "scanning.shards": "gather",
-    "studies.compare": "compare",
-    "studies.curve": "curve",
-    "studies.run": "run",
-    "values.answers": "Answer",
-    "values.comparison": "CriteriaComparison",
-    "values.costs": "BootstrappedStart Costs",
-    "values.experts": "DroppedExperts",
-    "values.gain": "Gain",
-    "values.healing": "Healing",
-    "values.identity": "ModelIdentity TextsIdentity",
-    "values.layers": "Block deepest_block",
-    "values.loss": "Loss",
-    "values.memory": "MemoryPlan",
-    "values.patch": "Patch",
-    "values.perplexity": "Perplexity",
-    "values.plan": "Plan Rejection",
-    "values.positions": "Positions",
-    "values.recipe": "Recipe",
-    "values.settings": "CompareSettings CurveSettings RunSettings",
-    "values.speech": "Speech",
-    "values.stage_settings": "PatchSettings ScanSettings",
-    "values.task_scores": "TaskScores",
-    "values.until": "Until",
-    "values.verification": "Verified",
-}
-"""The public names of each module that they are imported from; their types are imported above."""
+_IMPORTED = re.compile(r"^    from \.(\S+) import (\w+) as \2$", re.MULTILINE)
 
-_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+with open(__file__, encoding="utf-8") as _own:  # noqa: PTH123  without pathlib, which takes longer
+    _HOMES = {name: module for module, name in _IMPORTED.findall(_own.read())}
+"""The module of each public name, as type checkers read them above."""
 
 __all__ = sorted(_HOMES)
 
