@@ -28,10 +28,13 @@ from pathlib import Path
 
 import numpy as np
 
-from shallower import Scan, _reference, analyse_states
+from shallower import Scan, analyse_states
 from shallower._core import tier
 from shallower.scanning.builder import ScanBuilder
 from shallower.scanning.states_file import BUFFER_BYTES, DTYPES, StatesFile
+
+sys.path.append(str(Path(__file__).parents[1]))
+from tests import reference
 
 NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 CHECKED = 64
@@ -170,7 +173,7 @@ def measure(options, root):
     path, out = root / "states.safetensors", root / "out"
     make(path, base, num_samples, options.dtype)
     total = path.stat().st_size
-    mean, _ = _reference.mean_and_stderr(widened(base[:CHECKED]), "angular")
+    mean, _ = reference.mean_and_stderr(widened(base[:CHECKED]), "angular")
     assert np.abs(analyse_states(base[:CHECKED]).mean() - mean).max() < 1e-7
     expected, engine = in_memory(base, num_samples, options.threads)
     analyse(path, root / "scan", options.threads)

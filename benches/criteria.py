@@ -23,7 +23,7 @@ from shallower.judgement.subject import Subject
 from shallower.judgement.trials import Trials
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
-from shallower.runs import demo
+from shallower.studies import demo
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
 

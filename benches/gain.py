@@ -15,10 +15,10 @@ from contextlib import nullcontext
 from statistics import median
 
 import shallower as sh
-from shallower.runs import demo
 from shallower.savings.account import count
 from shallower.savings.roofline import seconds
 from shallower.savings.timing import this_machine, time_forwards
+from shallower.studies import demo
 from shallower.values.layers import Block
 
 CUTS = (None, Block(13, 17), Block(12, 20), Block(8, 23))

@@ -143,6 +143,7 @@ def run_step(options):
     try:
         from importlib import import_module
 
+        sys.path.append(str(ROOT))  # of the tests' oracle
         from gpu_steps.setting import Setting
 
         module, function = STEPS[options.step][1].split(".")

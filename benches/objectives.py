@@ -32,10 +32,10 @@ from shallower.judgement.judges.judge import LossJudge, judged_batches
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.models.source import ModelSource
-from shallower.runs import demo
 from shallower.store.given_models import ModelStore
 from shallower.store.inputs import model_inputs
 from shallower.store.store import open_store
+from shallower.studies import demo
 from shallower.studies.answers import WantedAnswers
 from shallower.texts.prompts import prompt_ids, read_prompts
 from shallower.values.layers import parse_layers

@@ -36,9 +36,9 @@ from shallower.models.residual_writers import find_writers
 from shallower.patching.changes import Changes
 from shallower.patching.quick import QuickPatch
 from shallower.patching.states import divide
-from shallower.runs import demo
+from shallower.results.scores import Scores
+from shallower.studies import demo
 from shallower.texts.batches import Batch
-from shallower.values.scores import Scores
 from shallower.values.tokens import Tokens
 
 LENGTH = 256

@@ -20,7 +20,7 @@ import numpy as np
 import shallower as sh
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
-from shallower.runs import demo
+from shallower.studies import demo
 from shallower.texts.batches import TokenBatches
 from shallower.values.layers import ranges
 from shallower.values.tokens import Tokens

@@ -26,12 +26,14 @@ import numpy as np
 import torch
 
 import shallower as sh
-from shallower import _reference
 from shallower.models.architecture import find_layers
-from shallower.runs import demo
 from shallower.scanning.hidden_states import stream
+from shallower.studies import demo
 from shallower.texts.batches import TokenBatches
+
+sys.path.append(str(Path(__file__).parents[1]))
 from shallower.values.tokens import Tokens
+from tests import reference
 
 
 def texts(samples):
@@ -61,7 +63,7 @@ def check(model, tokenizer, samples, max_length, batch_size):
     states = np.concatenate(
         [part.states.float().numpy() for part in stream(model, batches)], axis=1
     )
-    mean, _ = _reference.mean_and_stderr(states.transpose(1, 0, 2), "angular")
+    mean, _ = reference.mean_and_stderr(states.transpose(1, 0, 2), "angular")
     assert np.abs(scanned.mean("angular") - mean).max() < 1e-7
 
 

@@ -25,8 +25,8 @@ from shallower.judgement.subject import Subject
 from shallower.judgement.trials import Trials
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
-from shallower.runs import demo
 from shallower.store.store import Journal
+from shallower.studies import demo
 from shallower.texts.batches import Batch
 from shallower.values.layers import ranges
 

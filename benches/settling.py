@@ -14,12 +14,16 @@ rival is missed that exceeds the best by just the tolerance, by the skewness of 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
-from shallower import Scan, Until, _reference
+from shallower import Scan, Until
 from shallower.scanning.settling import Asymptotic, Betting, Settling
 from shallower.values.layers import parse_sizes
+
+sys.path.append(str(Path(__file__).parents[1]))
+from tests import reference
 
 WINDOW = 128
 """Texts that a scan judges together: 16 batches of 8."""
@@ -54,9 +58,7 @@ def check(pool, num_layers, until):
     error = (1 - until.confidence) / len(named.sizes)
     for n, sure in settling.settled.by_size.items():
         values = rows[:, columns(num_layers, n)].astype(float)
-        expected = _reference.is_settled(
-            values, error, tolerance=until.tolerance, exact=until.exact
-        )
+        expected = reference.is_settled(values, error, tolerance=until.tolerance, exact=until.exact)
         assert (sure is not None) == expected, n
 
 

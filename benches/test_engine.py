@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower import _core, _reference
+from shallower import _core
+from tests import reference
 
 SHAPES = {"31x576": (512, 31, 576), "33x4096": (48, 33, 4096), "81x8192": (8, 81, 8192)}
 FLOAT32 = "31x576 float32"
@@ -82,8 +83,8 @@ def group_of(states):
     return f"{states.shape[1]}x{states.shape[2]} {dtype}, {len(states)} samples, one thread"
 
 
-def reference(states):
-    return np.mean([_reference.angular(sample) for sample in states.double().numpy()], axis=0)
+def angular_means(states):
+    return np.mean([reference.angular(sample) for sample in states.double().numpy()], axis=0)
 
 
 @pytest.mark.parametrize("tier", [name for name, _ in _core.tiers()])
@@ -92,7 +93,7 @@ def test_shallower(benchmark, monkeypatch, states, tier):
         pytest.skip(f"this machine has no {tier}")
     monkeypatch.setenv("SHALLOWER_TIER", tier)
     mean = sh.analyse_states(states[:4], threads=1).mean()
-    assert np.abs(mean - reference(states[:4])).max() < 1e-7
+    assert np.abs(mean - angular_means(states[:4])).max() < 1e-7
     benchmark.group = group_of(states)
     benchmark(lambda: sh.analyse_states(states, threads=1))
 
@@ -102,7 +103,7 @@ def test_torch(benchmark, states, engine):
     mean = mean_angles(engine, states[:4], 4).numpy()
     allowed = 0.05 if engine is torch_medium else 1e-3
     off_diagonal = ~np.eye(len(mean), dtype=bool)
-    assert np.abs(mean - reference(states[:4]))[off_diagonal].max() < allowed
+    assert np.abs(mean - angular_means(states[:4]))[off_diagonal].max() < allowed
     size = best_batch(engine, states)
     benchmark.group = group_of(states)
     benchmark.extra_info["batch"] = size

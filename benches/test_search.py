@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower import _reference
+from tests import reference
 
 SAMPLES, STATES, RESAMPLES, SEED = 10_000, 34, 1000, 7
 FEW = 20
@@ -28,7 +28,7 @@ def samples(request):
         states = (states * turn[:, None]).cumsum(axis=1)
     states += 4 * rng.standard_normal((SAMPLES, 1, 48))
     scan = sh.analyse_states(states, keep_samples=True)
-    return request.param, scan, _reference.integer_costs(scan.samples(), False)
+    return request.param, scan, reference.integer_costs(scan.samples(), False)
 
 
 def shallower(scan, costs, count):
@@ -39,14 +39,14 @@ def shallower(scan, costs, count):
 def product(scan, costs, count):
     weights = np.empty((count, SAMPLES))
     for index in range(count):
-        drawn = _reference.resample(SAMPLES, SEED, index)
+        drawn = reference.resample(SAMPLES, SEED, index)
         weights[index] = np.bincount(drawn, minlength=SAMPLES)
-    return _reference.wins(weights @ costs)
+    return reference.wins(weights @ costs)
 
 
 def gather(scan, costs, count):
-    drawn = (_reference.resample(SAMPLES, SEED, index) for index in range(count))
-    return _reference.wins(np.stack([costs[rows].sum(axis=0) for rows in drawn]))
+    drawn = (reference.resample(SAMPLES, SEED, index) for index in range(count))
+    return reference.wins(np.stack([costs[rows].sum(axis=0) for rows in drawn]))
 
 
 def same(left, right):

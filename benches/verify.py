@@ -26,11 +26,11 @@ from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
-from shallower.runs import demo
+from shallower.settings.studies import CompareSettings
+from shallower.studies import demo
 from shallower.texts.batches import TokenBatches
 from shallower.texts.splits import three_splits
 from shallower.values.layers import ranges
-from shallower.values.settings import CompareSettings
 from shallower.values.tokens import Tokens
 
 VERIFIED = 128

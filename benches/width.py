@@ -36,8 +36,8 @@ from shallower.patching.checkpoint import PatchCheckpoint
 from shallower.patching.descent import Descent, keep_best
 from shallower.patching.solver import Solver
 from shallower.patching.states import StateSet, divide
-from shallower.runs import demo
 from shallower.savings.timing import time_forwards
+from shallower.studies import demo
 from shallower.values.tokens import Tokens
 
 LENGTH = 256

@@ -19,15 +19,14 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import shallower as sh
-from shallower.runs import demo
-from shallower.scanning.scan_file import scan_bytes
-from shallower.scanning.shards import gather
+from shallower.scanning.scan_file import read_text, scan_bytes
+from shallower.scanning.shards import joined
 from shallower.sharing.engines import workers_of
 from shallower.sharing.scan_work import ScanWork
 from shallower.sharing.share import OPENER
+from shallower.studies import demo
 from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
-from shallower.values.shard import Shard
 from shallower.workers.units import Job, Ledger, drive
 
 WAYS = {"one process": ("local", 1), "two processes": ("local", 2), "ray": ("ray", 2)}
@@ -51,6 +50,7 @@ class Once:
     def __init__(self, work):
         self.begun, self.workers, self.parts = time.perf_counter(), 0, {}
         self.wanted, self.ready, self.first = work.workers, None, None
+        self.units = work.units
         job, of = Job(OPENER, work.described()), {"workers": work.workers, "on": work.on}
         engine = workers_of(job, memory=work.memory, **of)
         drive(engine, Ledger(work.units), self.accept, ready=self.opened)
@@ -72,11 +72,9 @@ class Once:
         return (self.ended - self.ready) / (len(self.parts) - self.before)
 
 
-def gathered(parts, folder):
-    folder.mkdir()
-    for unit, content in parts.items():
-        (folder / Shard.parse(unit).file_of("scan")).write_bytes(content)
-    return scan_bytes(gather([folder]).contents)
+def gathered(done):
+    values = [json.loads(done.parts[unit])["value"] for unit in done.units]
+    return scan_bytes(joined([read_text(value["content"]) for value in values]).contents)
 
 
 def main():
@@ -98,10 +96,10 @@ def main():
         model, tokenizer = sh.ModelSource(demo.model_path()).load()
         whole = sh.scan(model, tokenizer, texts, max_length=args.max_length, batch_size=8)
         del model
-        for repeat in range(args.repeats):
+        for _ in range(args.repeats):
             for name, way in ways.items():
                 done = Once(work_of(folder / "out", file, args.max_length, way))
-                bytes_of = gathered(done.parts, folder / f"{name} {repeat}")
+                bytes_of = gathered(done)
                 assert bytes_of == scan_bytes(whole.contents), name
                 found[name].append(done.seconds_a_shard)
                 starts[name].append(done.ready - done.begun)

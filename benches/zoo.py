@@ -21,8 +21,8 @@ from pathlib import Path
 
 import yaml
 
-from shallower.runs import demo
 from shallower.store.records import VERSION
+from shallower.studies import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO, PAGE = ROOT / "zoo", ROOT / "docs" / "zoo.md"

@@ -181,7 +181,7 @@ def words():
 def smol():
     """SmolLM2-135M-Instruct in float32 and its tokenizer. Tests leave it as it is."""
     import shallower as sh
-    from shallower.runs import demo
+    from shallower.studies import demo
 
     return sh.load_model(demo.model_path(), dtype="float32")
 
@@ -189,7 +189,7 @@ def smol():
 @pytest.fixture(scope="session")
 def passages():
     """Real English: calibration and held-out passages of Python's documentation."""
-    from shallower.runs import demo
+    from shallower.studies import demo
 
     return demo.texts(None, 24, 8)
 

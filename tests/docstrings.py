@@ -7,7 +7,7 @@ from typing import get_args
 import griffe
 
 import shallower
-from shallower.values.options import Group, options_of
+from shallower.settings.options import Group, options_of
 
 ROLE = re.compile(r":(?:attr|class|func|meth):`[~.]?([\w.]+)`")
 

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from shallower.healing.recomputation import recompute_activations
+from shallower.healing.training import recompute_activations
 from shallower.models.architecture import find_layers
 
 

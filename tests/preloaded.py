@@ -16,7 +16,7 @@ from shallower.cli import compare, heal, prune, run, scan
 from shallower.healing import heal as healing
 from shallower.judgement import verifying
 from shallower.patching import patch
-from shallower.runs import report
+from shallower.reporting import report
 
 __all__ = [
     "PIL", "compare", "heal", "healing", "matplotlib", "patch", "peft", "prune",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import shallower
-from tests.cli.documents import documents
 from tests.conftest import ROOT, tiny_llama, write_jsonl
+from tests.documents import documents
 from tests.forks import Fork
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -340,12 +340,6 @@ def test_work_of_an_unknown_number_of_steps_shows_its_time_alone(terminal):
     assert progress.row(39, "load", "", elapsed="0:00:03", eta="-:--:--") == "load 0:00:03"
 
 
-def test_an_unknown_total_is_shown_as_such(capfd):
-    with track("measuring", None, show=True) as advance:
-        advance(7)
-    assert "7/?" in capfd.readouterr().err
-
-
 def test_a_description_is_not_read_as_markup(capfd):
     with track("loss without [12, 20) [bold]", 1, show=True) as advance:
         advance(1)
@@ -369,14 +363,6 @@ def test_a_terminal_has_its_cursor_back_after_an_exception(terminal):
     with terminal.watched(), pytest.raises(KeyError):
         fail_half_way(show=None)
     assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex("\x1b[?25l")
-
-
-def test_one_bar_may_follow_another(capfd):
-    for name in ("first", "second"):
-        with track(name, 1, show=True) as advance:
-            advance(1)
-    err = capfd.readouterr().err
-    assert err.index("first") < err.index("second")
 
 
 # Other packages' bars

@@ -226,18 +226,6 @@ def test_a_body_that_fails_keeps_what_was_there(occupied, name):
     assert tree(occupied) == before
 
 
-def test_a_body_that_fills_the_disk_keeps_what_was_there(occupied):
-    before = tree(occupied)
-    with (  # noqa: PT012
-        full_disk(),
-        pytest.raises(OSError, match="too large"),
-        new_folder(occupied / "folder", overwrite=True) as partial,
-    ):
-        fill(partial)
-        (partial / "big").write_bytes(bytes(5000))
-    assert tree(occupied) == before
-
-
 @pytest.mark.parametrize("name", OCCUPIED)
 def test_what_is_there_is_refused_before_the_body_runs(occupied, name):
     before = tree(occupied)
@@ -319,15 +307,6 @@ def test_a_place_for_no_folder_is_refused(occupied, name, overwrite):
 def test_the_root_is_never_a_new_folder(overwrite):
     with pytest.raises(OutputError), new_folder(Path("/"), overwrite):
         pytest.fail("the body ran")
-
-
-def test_a_relative_path_is_from_the_working_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with new_folder(Path("out")) as partial:
-        fill(partial)
-    write_file(Path("file"), b"new")
-    assert tree_of_ours(tmp_path / "out") == FILLED
-    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0])

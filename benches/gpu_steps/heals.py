@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import shallower as sh
-from shallower.runs import demo
+from shallower.studies import demo
 
 
 def recipe_of(setting):

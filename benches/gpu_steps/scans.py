@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 import shallower as sh
-from shallower import _reference
+from tests import reference
 
 from .setting import spread
 
@@ -97,7 +97,7 @@ def _from_the_oracle(setting, model, texts, size, max_length):
         every = [*hidden[:-1], kept.pop()]  # the last of hidden_states is behind the final norm
         states.append(torch.stack([state[:, -1] for state in every], 1).double().cpu().numpy())
     handle.remove()
-    expected, _ = _reference.mean_and_stderr(np.concatenate(states), "angular")
+    expected, _ = reference.mean_and_stderr(np.concatenate(states), "angular")
     got = _scan(setting, model, texts, size, max_length).mean("angular")
     return float(np.abs(got - expected).max())
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import shallower as sh
-from shallower.runs import demo
+from shallower.studies import demo
 
 VOCABULARY = 49_152
 """That of SmolLM2, whose tokenizer there is without a network."""

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .errors import TierError as TierError
     from .evaluation.answers import answer_prompts as answer_prompts
     from .evaluation.loss import evaluate_loss as evaluate_loss
-    from .evaluation.perplexity import evaluate_perplexity as evaluate_perplexity
+    from .evaluation.loss import evaluate_perplexity as evaluate_perplexity
     from .evaluation.speech import evaluate_speech as evaluate_speech
     from .evaluation.tasks import evaluate_tasks as evaluate_tasks
     from .forecasts.forecast import memory_forecast as memory_forecast
@@ -58,42 +58,42 @@ if TYPE_CHECKING:
     from .patching.patch import patch as patch
     from .patching.saving import save_patched as save_patched
     from .reporting.charts.heat_map import save_heat_map as save_heat_map
-    from .runs.report import report as report
+    from .reporting.report import report as report
+    from .results.comparison import CriteriaComparison as CriteriaComparison
+    from .results.gain import Gain as Gain
+    from .results.healing import Healing as Healing
+    from .results.loss import Loss as Loss
+    from .results.patch import Patch as Patch
+    from .results.perplexity import Perplexity as Perplexity
+    from .results.speech import Answer as Answer
+    from .results.speech import Speech as Speech
+    from .results.task_scores import TaskScores as TaskScores
+    from .results.verification import Verified as Verified
     from .scanning.analyse import analyse_states as analyse_states
     from .scanning.model import scan as scan
     from .scanning.scan import Scan as Scan
-    from .scanning.shards import gather as gather
+    from .settings.recipe import Recipe as Recipe
+    from .settings.stages import PatchSettings as PatchSettings
+    from .settings.stages import ScanSettings as ScanSettings
+    from .settings.studies import CompareSettings as CompareSettings
+    from .settings.studies import CurveSettings as CurveSettings
+    from .settings.studies import RunSettings as RunSettings
+    from .settings.until import Until as Until
+    from .sharing.share import gather as gather
     from .studies.compare import compare as compare
     from .studies.curve import curve as curve
     from .studies.run import run as run
-    from .values.answers import Answer as Answer
-    from .values.comparison import CriteriaComparison as CriteriaComparison
     from .values.costs import BootstrappedStart as BootstrappedStart
     from .values.costs import Costs as Costs
+    from .values.estimates import MemoryPlan as MemoryPlan
     from .values.experts import DroppedExperts as DroppedExperts
-    from .values.gain import Gain as Gain
-    from .values.healing import Healing as Healing
     from .values.identity import ModelIdentity as ModelIdentity
     from .values.identity import TextsIdentity as TextsIdentity
     from .values.layers import Block as Block
     from .values.layers import deepest_block as deepest_block
-    from .values.loss import Loss as Loss
-    from .values.memory import MemoryPlan as MemoryPlan
-    from .values.patch import Patch as Patch
-    from .values.perplexity import Perplexity as Perplexity
     from .values.plan import Plan as Plan
     from .values.plan import Rejection as Rejection
     from .values.positions import Positions as Positions
-    from .values.recipe import Recipe as Recipe
-    from .values.settings import CompareSettings as CompareSettings
-    from .values.settings import CurveSettings as CurveSettings
-    from .values.settings import RunSettings as RunSettings
-    from .values.speech import Speech as Speech
-    from .values.stage_settings import PatchSettings as PatchSettings
-    from .values.stage_settings import ScanSettings as ScanSettings
-    from .values.task_scores import TaskScores as TaskScores
-    from .values.until import Until as Until
-    from .values.verification import Verified as Verified
 
 _IMPORTED = re.compile(r"^    from \.(\S+) import (\w+) as \2$", re.MULTILINE)
 

@@ -131,7 +131,7 @@ MODEL_PACKAGES = ("torch", "transformers", "accelerate", "psutil", "scipy")
 
 @contextmanager
 def naming_extras(purpose: str, extra: str = "model") -> Iterator[None]:
-    """Name the extra to install where the body asks for a package of ``MODEL_PACKAGES`` in vain."""
+    """Name the extra to install where the body lacks a package of ``MODEL_PACKAGES``."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -153,7 +153,7 @@ def one_sentence(error: Exception) -> str:
 
 @contextmanager
 def others_go_on(name: str, failed: dict[str, str]) -> Iterator[None]:
-    """Note why one of several works has failed, maybe in code from outside; the others go on.
+    """Note why one of several works has failed, maybe in code from outside; the others continue.
 
     Of a damaged store, or a folder that cannot be written to, all would fail.
     """
@@ -166,11 +166,11 @@ def others_go_on(name: str, failed: dict[str, str]) -> Iterator[None]:
 
 
 MOST_WORDS = 400
-"""Letters of another package's error that are told; it may show whole files or configs."""
+"""Letters of another package's error that are shown; it may hold whole files or configs."""
 
 
 def why(error: BaseException, path: object = None) -> str:
-    """What an error says, on one line, for the end of a sentence that names ``path``.
+    """The text of an error, on one line, for the end of a sentence that names ``path``.
 
     Of the system's own it is their words, without a number, and the file where that is another. Of
     long ones it is the first whole sentences.

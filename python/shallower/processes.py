@@ -68,14 +68,9 @@ def local_rank() -> int:
 
 
 def refuse_several(work: str = "scans are", *, spreads: bool = True) -> None:
-    """Refuse work that processes cannot share: each would do all of it, into one place.
+    """Refuse ``work``, with its verb, that processes cannot share: each would do all of it.
 
-    Args:
-        work: the work and its verb, for the error.
-        spreads: whether one process spreads its model over every GPU.
-
-    Raises:
-        ProcessesError: this is one of several processes.
+    ``spreads``: one process spreads its model over every GPU, as the error says.
     """
     if num_processes() > 1:
         one = "; it uses every GPU (--device-map auto)" if spreads else ""
@@ -109,10 +104,7 @@ def first_processor() -> dict[str, str]:
 
 
 def memory_limits() -> list[tuple[int, int]]:
-    """The limits of memory that this process is under, in bytes, and those that each leaves.
-
-    Files that are cached can be let go.
-    """
+    """The memory limits of this process, in bytes, and what each leaves; cached files may go."""
     found = []
     for group in _cgroups():
         for prefix, *names in (
@@ -125,7 +117,7 @@ def memory_limits() -> list[tuple[int, int]]:
     return found
 
 
-def asked_threads() -> int | None:
+def requested_threads() -> int | None:
     """The threads of a process that ``OMP_NUM_THREADS`` names; None where it names none."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return (int(asked) if asked.isdecimal() else 0) or None
@@ -198,14 +190,9 @@ def is_held(path: Path) -> bool:
 def held(path: Path, *, inside: bool = False, reserved: bool = True) -> Iterator[None]:
     """Hold a place, and all that lies in it, while the body works; the system lets go after death.
 
-    Args:
-        path: a file or folder to be, or to be replaced.
-        inside: the place is a folder that files are written into, one by one.
-        reserved: the body may hold the same place once more, as a part of this work.
-
-    Raises:
-        OutputError: another process holds that place, or one in it or around it, or it cannot be
-            written to.
+    ``inside``: files are written into that folder one by one. ``reserved``: the body may hold the
+    same place once more, as a part of this work. OutputError: another process holds that place, or
+    one in it or around it.
     """
     place = _real(path, inside=inside)
     with _locked(path, place, None if place in _RESERVED.get() else _made(place, inside=inside)):
@@ -219,7 +206,7 @@ def held(path: Path, *, inside: bool = False, reserved: bool = True) -> Iterator
 
 
 _OURS: ContextVar[frozenset[Path]] = ContextVar("_OURS", default=frozenset())
-"""The places that are held here, and the folders where work on them goes on."""
+"""The places that are held here, and the folders where work on them is done."""
 
 _RESERVED: ContextVar[frozenset[Path]] = ContextVar("_RESERVED", default=frozenset())
 """Those of them that are held for one work to come."""
@@ -287,7 +274,7 @@ def _lock(path: Path, place: Path, made: _Made | None) -> ExitStack:
 
 def _remove_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):  # it holds results, or what the next run goes on from
+        with suppress(OSError):  # it holds results, or what the next run resumes from
             folder.rmdir()
 
 

@@ -1,7 +1,4 @@
-"""Progress with ETA on standard error: a bar on a terminal, a line now and then in a log.
-
-Other packages' bars and notes are kept off it.
-"""
+"""Progress with ETA on standard error: a bar on a terminal, a line now and then in a log."""
 
 import math
 import os
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 25.0
 """Between two lines of a log about long work, so that there is one every half minute."""
 
-SECONDS_TO_BE_TOLD = 10.0
+SECONDS_TO_BE_SHOWN = 10.0
 """What work within other work must take, or the log keep silent, until its end is a line."""
 
 BytesProgress = Callable[[int, int], object]
@@ -43,18 +40,12 @@ class Advance(Protocol):
 def track(
     description: str, total: int | None = None, show: bool | None = None
 ) -> Iterator[Advance]:
-    """Show the progress of long work.
+    """Show the progress of long work of ``total`` steps; yields a function that advances by some.
 
-    Args:
-        description: name of the work.
-        total: steps of the work, if their number is known.
-        show: True for a bar anywhere, False for silence. By default a bar if standard error is a
-            terminal that can redraw one, and else lines: as the work begins, at least twice a
-            minute, also while no step ends, and as it ends. Work within other work is told in the
-            lines of that. Work within a :func:`part` of other work has no bar: it moves that one.
-
-    Yields:
-        A function that advances by so many steps.
+    ``show``: True for a bar anywhere, False for silence. By default a bar if standard error is a
+    terminal that can redraw one, and else lines: as the work begins, at least twice a minute, also
+    while no step ends, and as it ends. Work within other work is noted in the lines of that. Work
+    within a :func:`part` of other work has no bar: it moves that one.
     """
     around = _AROUND.get()
     if show is False:
@@ -66,7 +57,7 @@ def track(
             yield within
         return
     if show is None and not _can_redraw():
-        with _LOG.told(_Lines(description, total)) as lines, _moving(lines):
+        with _LOG.showing(_Lines(description, total)) as lines, _moving(lines):
             yield lines
         return
     from rich.console import Console
@@ -108,7 +99,7 @@ def whole(name: str, num_stages: int, show: bool | None = None) -> Iterator[None
         finally:
             _WHOLE.reset(before)
     total = sum(took.values())
-    if show is not False and total >= SECONDS_TO_BE_TOLD:
+    if show is not False and total >= SECONDS_TO_BE_SHOWN:
         for kind, seconds in sorted(took.items(), key=lambda one: -one[1]):
             print(f"{_clock(seconds)} {seconds / total:4.0%} {kind}", file=sys.stderr, flush=True)
 
@@ -204,10 +195,7 @@ def _bars(console: "Console") -> Iterator["Progress"]:
 def row(
     width: int, name: str, count: str, *, elapsed: str, eta: str, note: str = "", share: float = 0
 ) -> str:
-    """Write a bar in a row of a terminal: count and ETA always, all else as there is room.
-
-    Without a count there is no ETA either, but the time that has passed.
-    """
+    """Write a bar in a row of a terminal: count and ETA always, all else as there is room."""
     end = f"{count} {elapsed} eta {eta}" if width >= _WIDE else f"{count} eta {eta}"
     end = end if count else elapsed
     name = shortened(name, max(10, width - len(end) - 1))
@@ -241,10 +229,7 @@ def shortened(text: str, columns: int) -> str:
 def track_copy(
     progress: BytesProgress | bool | None, total: int, name: str = "copy"
 ) -> Iterator[BytesProgress]:
-    """Give a function that receives the bytes written so far and those in all.
-
-    That is ``progress`` itself, if it is one; else a bar, or none: shown as :func:`track` does.
-    """
+    """Give a function that receives the bytes written and those in all: ``progress`` or a bar."""
     if callable(progress):
         yield progress
         return
@@ -302,10 +287,7 @@ class _Within:
 
 
 def say_goes_on(where: str, show: bool | None = None) -> None:
-    """Say on standard error what interrupted work resumes from, unless ``show`` is False.
-
-    ``where`` is what was done, in a few words.
-    """
+    """Report on standard error from ``where`` interrupted work resumes, in a few words."""
     if show is not False:
         say(f"resuming: {where}")
 
@@ -316,7 +298,7 @@ def say(line: str) -> None:
 
 
 class _Lines:
-    """Work as a log tells of it."""
+    """Work as a log shows it."""
 
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self._total = description, total
@@ -372,7 +354,7 @@ class _Log:
         self._ended: Event | None = None
 
     @contextmanager
-    def told(self, work: _Lines) -> Iterator[_Lines]:
+    def showing(self, work: _Lines) -> Iterator[_Lines]:
         """Tell of work as it begins and ends, and meanwhile now and then."""
         with self._lock:
             self._works.append(work)
@@ -395,7 +377,7 @@ class _Log:
     def _say_end(self, work: _Lines) -> None:
         now = time.monotonic()
         took = now - work.began
-        if not self._works or min(took, now - self._said) >= SECONDS_TO_BE_TOLD:
+        if not self._works or min(took, now - self._said) >= SECONDS_TO_BE_SHOWN:
             self._say(f"{work.description} done", _clock(took))
 
     def _watch(self, ended: Event) -> None:

@@ -19,8 +19,8 @@ from .processes import check_alone, held, hidden, partial_folder
 def check_free(path: Path, overwrite: bool = False) -> None:
     """Refuse a path that holds something already; an empty folder is free.
 
-    Raises OutputError if something is there and ``overwrite`` is off, a folder there holds what was
-    not written here, a parent is a file, or another process writes there.
+    With ``overwrite`` it refuses a folder that was not written here, a parent that is a file, and a
+    place of another process.
     """
     check_alone(path)
     _check_taken(path, overwrite)
@@ -92,7 +92,7 @@ def _mark(path: Path) -> str | None:
 
 
 def rewrite(path: Path, content: bytes) -> None:
-    """Replace a file of a folder that was written here; it stays ours if nobody changed it."""
+    """Replace a file of a folder that was written here; it stays ours if it is unchanged."""
     ours, mark = [], _mark(path)
     for folder in path.absolute().parents[:2]:
         files, name = _recorded(folder), path.absolute().relative_to(folder).as_posix()
@@ -139,19 +139,17 @@ def check_apart(path: str | Path, inputs: Iterable[object]) -> None:
 
     ``inputs`` are named by their text; None, and what is no place here, as a hub id, is passed
     over. Files are compared as the file system knows them, whatever links lead there.
-
-    Raises OutputError.
     """
     path = Path(path)
     for given in filter(None, map(str, filter(None, inputs))):
-        if how := _meets(path, given):
+        if how := _overlap(path, given):
             raise OutputError(
                 f"cannot write {path}: it {how} {given}, which is read: choose another place"
             )
 
 
-def _meets(path: Path, given: str) -> str | None:
-    """How a place meets one that is read, in words; None where they lie apart."""
+def _overlap(path: Path, given: str) -> str | None:
+    """How a place overlaps one that is read, in words; None where they lie apart."""
     try:
         read = Path(given).expanduser().resolve(strict=True)
         inside, around = _is_in(path.resolve(), read), _is_in(read, path)
@@ -177,8 +175,9 @@ def free_bytes(path: Path) -> int:
 
 
 def check_room(path: Path, num_bytes: int, temporary_bytes: int = 0) -> None:
-    """Refuse, by OutputError, a path without room for so many bytes, those of an interrupted run
-    among them; or that for temporary files.
+    """Refuse, by OutputError, a path without room for so many bytes, or for temporary ones.
+
+    What an interrupted run has left there counts towards them.
     """
     check_temporary(temporary_bytes)
     left = (partial_folder(path) / "folder").glob("*")
@@ -216,10 +215,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, replacing one that is there.
-
-    Raises OutputError if the place cannot be written to.
-    """
+    """Write a file whole or not at all, replacing one that is there."""
     path = Path(path)
     with (
         new_file(path, overwrite=True) as partial,
@@ -235,8 +231,7 @@ def write_file(path: Path, content: bytes) -> None:
 def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a free temporary sibling path; what is there becomes ``path`` when the body succeeds.
 
-    A file that is at ``path`` is replaced then, if ``overwrite`` is on. Raises OutputError if it is
-    off, ``path`` is a folder, or the place cannot be written to.
+    A file that is at ``path`` is replaced then, if ``overwrite`` is on.
     """
     path = Path(path)
     partial = _sibling(path, "partial")
@@ -258,8 +253,8 @@ def new_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def claimed(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Iterator[None]:
     """Hold a path against other processes while the body makes what is written there.
 
-    What would end long work in vain is found before it. Raises OutputError as :func:`check_free`,
-    and if the place cannot be written to, or ``num_bytes`` are not free there.
+    What would end long work in vain is found before it: as by :func:`check_free`, and ``num_bytes``
+    that are not free.
     """
     path = Path(path)
     check_free(path, overwrite)
@@ -274,7 +269,7 @@ def new_folder(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Itera
     """Give a temporary sibling folder that becomes ``path`` when the body succeeds.
 
     ``path`` does not exist yet or is an empty folder; else it is replaced then, if ``overwrite`` is
-    on. Raises OutputError if it is off, or as :func:`claimed`.
+    on.
     """
     path = Path(path)
     with claimed(path, overwrite, num_bytes):
@@ -292,14 +287,10 @@ def new_folder(path: Path, overwrite: bool = False, num_bytes: int = 0) -> Itera
 def resumable_folder(path: Path, job: str, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder that becomes ``path`` when the body succeeds, and else stays for the next run.
 
-    Work goes on in the hidden sibling ``.NAME.partial``, which holds a journal and the folder to
+    Work is done in the hidden sibling ``.NAME.partial``, which holds a journal and the folder to
     be. What it holds of the same ``job``, a text that identifies the work, is given again, and what
     it holds of another one is discarded; one process at a time may write. A body that leaves the
     folder empty leaves nothing.
-
-    Raises OutputError if ``path`` holds something already and ``overwrite`` is off, the place
-    cannot be written to, another process writes there, or the hidden sibling is not what an earlier
-    run left.
     """
     path = Path(path)
     with _working(path, job, overwrite) as folder:
@@ -312,7 +303,7 @@ def resumable_file(path: Path, job: str, overwrite: bool = False) -> Iterator[Pa
     """Give a folder like :func:`resumable_folder`; its file ``path.name`` becomes ``path``.
 
     Whatever else the body leaves in the folder is for the next run, and goes when the body
-    succeeds. Raises OutputError also if ``path`` is a folder.
+    succeeds.
     """
     path = Path(path)
     if path.is_dir():

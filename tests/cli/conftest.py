@@ -10,8 +10,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import shallower as sh
 from shallower import Scan
-from tests.cli.documents import documents
 from tests.conftest import tiny_llama, write_jsonl
+from tests.documents import documents
 from tests.studies.conftest import answer_shortly
 from tests.studies.conftest import trained as trained
 
@@ -90,8 +90,8 @@ def terse(monkeypatch):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages are written without figures, and a heat map is a file of a few bytes."""
+    from shallower.reporting import report
     from shallower.reporting.charts import heat_map
-    from shallower.runs import report
 
     monkeypatch.setattr(report, "find_spec", lambda _: None)
     warnings.filterwarnings("ignore", "the page has no figures")  # for this test, as pytest resets

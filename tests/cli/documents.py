@@ -1,33 +1,9 @@
-"""Texts for the command line."""
-
-import random
-import re
+"""Cuts on disk."""
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import WORDS
 
-
-def documents(count, seed=0):
-    source = random.Random(seed)
-    return [" ".join(source.choices(WORDS, k=source.randint(3, 20))) for _ in range(count)]
-
-
-def tree(folder):
-    """Everything below a folder, with its content."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-# Help.
-def plain(text):
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-# Pruning.
 def assert_cut(path, model, survivors):
     """``path`` holds the layers ``survivors`` of the checkpoint ``model``, bit for bit."""
     cut, whole = (

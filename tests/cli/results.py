@@ -8,10 +8,10 @@ import pytest
 
 import shallower as sh
 from shallower.store import records
-from shallower.values.hashing import hash_of
-from tests.cli.documents import documents
+from shallower.values.provenance import hash_of
 from tests.conftest import write_jsonl
 from tests.cutting.mixtures import mixture
+from tests.documents import documents
 from tests.healing.cuts import documents as progressions
 from tests.models.gguf_files import write_gguf
 

@@ -8,12 +8,12 @@ import pytest
 
 import shallower as sh
 from shallower.models import loading
-from shallower.store.store import STORE_FILE
+from shallower.settings.recipe import Recipe
 from shallower.texts.sources import Texts
-from shallower.values.recipe import Recipe
-from tests.cli.documents import documents, tree
 from tests.commands import in_a_process
 from tests.conftest import mostly_slow, write_jsonl
+from tests.documents import documents
+from tests.folders import tree
 from tests.healing.cuts import documents as progressions
 from tests.scanning.state_files import keep
 
@@ -168,23 +168,6 @@ def test_without_the_cache_nothing_is_found_and_nothing_kept(
         assert "shallower cache" not in done.err
 
 
-# Losses.
-def test_a_loss_is_measured_once(shallower, folder, place, no_model):
-    command = ["eval", place["tiny"], "--texts", place["held_out"], "--json"]
-    whole = shallower(*command)
-    cut = shallower(*command, "--drop", "1:3")
-    assert cut.json["base"] == whole.json["base"]
-    assert said_once(cut.err).startswith("one of the losses was cached, measured on ")
-    no_model()
-    for options, first in (((), whole), (("--drop", "1:3"), cut), (("--drop", "2,1"), cut)):
-        again = shallower(*command, *options)
-        assert (again.status, again.out) == (0, first.out)
-        assert said_once(again.err).startswith("cached, measured on ")
-    assert "cannot read" in shallower(*command, "--drop", "junk").error
-    assert "layer" in shallower(*command, "--drop", "7").error
-    assert tree(folder) == {}
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_hit_loads_no_torch(shallower, folder, place, cache_folder):
@@ -207,23 +190,6 @@ def test_a_hit_loads_no_torch(shallower, folder, place, cache_folder):
         assert again.out == first.out
         assert again.err.splitlines()[-1] == "set()"
         said_once(again.err)
-
-
-# Damage.
-@pytest.mark.filterwarnings("default:the store")
-def test_a_damaged_store_is_a_warning_and_the_work_goes_on(shallower, folder, place, cache_folder):
-    command = ["eval", place["tiny"], "--texts", place["held_out"]]
-    first = shallower(*command)
-    path = cache_folder / STORE_FILE
-    path.write_bytes(b"damaged" * 1000)
-    done = shallower(*command)
-    assert (done.status, done.out) == (0, first.out)
-    (said,) = done.said
-    assert said.startswith(f"warning: the store {path} cannot be used")
-    assert shallower(*command, "--no-cache").said == []
-    assert shallower("cache", "--clear").status == 0
-    assert shallower(*command).said == []
-    assert said_once(shallower(*command).err)
 
 
 # The command.

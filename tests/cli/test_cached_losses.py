@@ -7,9 +7,9 @@ import pytest
 
 from shallower import Block, ModelSource
 from shallower.evaluation import loss as losses
+from shallower.settings.stages import EvalSettings
 from shallower.store.store import open_store
 from shallower.studies.evaluate import EvalJob, measures_of
-from shallower.values.stage_settings import EvalSettings
 from tests.conftest import write_jsonl
 from tests.documents import documents
 from tests.evaluation.task_folders import CHOICE, choices, write_rows, write_tasks

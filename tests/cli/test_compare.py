@@ -5,7 +5,7 @@ import json
 import pytest
 
 import shallower as sh
-from tests.cli.documents import tree
+from tests.folders import tree
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -63,29 +63,6 @@ def test_a_curve_leaves_a_comparison_and_says_it(shallower, folder, asked, monke
     assert tree(folder) == before
 
 
-@pytest.mark.usefixtures("cold", "undrawn")
-@pytest.mark.slow
-def test_compare_says_what_was_measured_before(shallower, folder, asked):
-    first = shallower(*asked, "--out", "out")
-    assert "cached, measured" not in first.err + first.out
-    again = shallower(*asked, "--out", "out")
-    assert again.status == 0
-    assert "cached, measured" in again.err + again.out
-    assert "angular" in first.out
-    assert "tie" in first.out
-    for said in (first, again):
-        assert said.out.endswith("wrote out\npage: out/report.html\n")
-    for name in ("report.html", "report.json"):
-        assert str(folder) not in (folder / "out" / name).read_text()
-    assert (
-        "shallower compare tiny \\\n    --texts texts.jsonl"
-        in (folder / "out" / "report.html").read_text()
-    )
-    anew = shallower(*asked, "--no-cache", "--out", "other")
-    assert anew.status == 0
-    assert "cached, measured" not in anew.err + anew.out
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("cold", "undrawn")
 def test_a_comparison_that_was_cut_short_goes_on_in_its_folder(
@@ -120,72 +97,14 @@ def test_compare_takes_calibration_texts_as_an_axis(shallower, asked, texts):
     assert "named twice" in shallower(*asked, "--texts", texts / "texts.jsonl").error
 
 
-def test_compare_judges_by_options(shallower, folder, asked):
-    lines = [{"context": f"w{i}", "options": ["w1", "w2"], "answer": i % 2} for i in range(12)]
-    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = ["--judge", "options", "--options", "items.jsonl"]
-    done = shallower(*asked, *options, "--json")
-    assert done.json["judge"] == "options"
-    assert done.json["models"][0]["chance"] == 0.5
-    del lines[3]["answer"]
-    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    error = shallower(*asked, *options).error
-    assert "line 4" in error
-    assert "answer" in error
-
-
-@pytest.mark.slow  # as sh.compare in tests/studies/test_judging.py
-@pytest.mark.usefixtures("terse")
-def test_compare_judges_by_the_words_of_the_whole_model(shallower, folder, asked):
-    lines = [{"prompt": f"w{i} w{i + 1}"} for i in range(12)]
-    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    speech = ["--judge", "speech", "--prompts", "asked.jsonl"]
-    done = shallower(*asked, *speech, "--json")
-    assert (done.json["judge"], done.json["splits"]["choose"]) == ("speech", 6)
-    assert all(row["score"] > 0 for row in done.json["rows"] if row["state"] == "cut")
-    beside = shallower(*asked, "--speech", "--prompts", "asked.jsonl", "--json")
-    rows = beside.json["rows"]
-    assert all(row["failed"] or row["speech"]["acceptance"] is not None for row in rows)
-    assert not all(row["failed"] for row in rows)
-    shown = shallower(*asked, *speech)
-    assert "speech, the divergence from the whole model on its own words, nats a" in shown.out
-    assert "divergence" in shown.out
-
-
-def test_prompts_that_nobody_judges_by_are_refused(shallower, folder, asked):
-    speech = ["--judge", "speech", "--prompts", "asked.jsonl"]
-    lines = [*({"prompt": f"w{i} w{i + 1}"} for i in range(12)), {"prompt": " "}]
-    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert "line 13" in shallower(*asked, *speech).error
-    refused = shallower(*asked, *speech[:2], "--stream").error
-    assert "leave out --stream, or the judge speech" in refused
-
-
-def test_a_dry_run_of_compare_loads_and_writes_nothing(shallower, folder, asked):
-    done = shallower(*asked, "--out", "out", "--dry-run")
-    assert done.status == 0
-    assert "would write out" in done.out
-    assert tree(folder) == {}
-
-
 @pytest.mark.parametrize(
     ("more", "named"),
     [
         (["--criteria", "angular,cosine,angular"], "twice: angular"),
-        (["--criteria", "angles"], "'angles'"),
-        (["--judge", "options"], "--options"),
-        (["--prompts", "x.jsonl"], "only the judge speech takes them, and"),
         (["--judge", "speech", "--prompts", "x.jsonl"], "no file of prompts x.jsonl"),
-        (["--judge", "speech", "--options", "x.jsonl"], "no other judge takes one"),
-        (["--n", "6"], "6"),
         (["--n=-1"], "cannot read '-1'"),
-        (["--n", "0"], "expected sizes, as 1,2,4, got none"),
-        (["--states", "mended"], "unknown state 'mended': expected some of cut, patched, healed"),
-        (["--heal-steps", "3"], "--heal-steps without --states healed"),
         (["--patch-tokens", "0"], "'--patch-tokens'"),
-        (["--seed", "-1"], "--seed"),
         (["--max-texts", "11"], "too few calibration and selection texts: 11"),
-        (["--max-eval-texts", "1"], "too few test texts"),
     ],
 )
 def test_what_compare_cannot_do_is_one_sentence(shallower, folder, asked, more, named):

@@ -65,15 +65,6 @@ def test_a_dry_run_says_split_memory_disk_and_time(dry, folder, study):
 
 
 @pytest.mark.slow
-def test_a_healing_takes_more_of_everything(dry):
-    plain, healed = dry("run", "--json").json, dry("run --heal", "--json").json
-    assert healed["disk"]["bytes"] > plain["disk"]["bytes"]
-    assert healed["memory"]["peak_bytes"] >= plain["memory"]["peak_bytes"]
-    only = dry("run", "--json", "--plan-only").json
-    assert only["disk"]["bytes"] < plain["disk"]["bytes"]
-
-
-@pytest.mark.slow
 def test_the_disk_is_what_the_checkpoint_takes(dry, shallower, tiny, texts, folder):
     said = dry("run", "--json").json["disk"]["bytes"]
     files = ("--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl")

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tests.cli.documents import tree
+from tests.folders import tree
 
 # Dry runs.
 DRY = [
@@ -44,19 +44,6 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
     assert tree(folder) == {}
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "scan {tiny} --texts {texts} --out out --metrics taxicab",
-        "scan none --texts {texts} --out out",
-        "run {tiny} --texts {texts} --eval-texts {held_out} --out out --n 99",
-        "run none --texts {texts} --eval-texts {held_out} --out out --n 1",
-    ],
-)
-def test_a_dry_run_refuses_what_the_run_would_refuse_at_once(shallower, places, command):
-    assert shallower(*shlex.split(command.format(**places)), "--dry-run").error
-
-
 # Errors.
 @pytest.fixture
 def errors(folder, places):
@@ -65,7 +52,6 @@ def errors(folder, places):
     bad.mkdir()
     (bad / "file").write_text("in the way")
     (bad / "blank.txt").write_text(" \n\n")
-    (bad / "empty").mkdir()
     (bad / "folder.txt").mkdir()
     scan = (places["scan"] / "scan.safetensors").read_bytes()
     (bad / "truncated.safetensors").write_bytes(scan[: len(scan) // 2])
@@ -87,13 +73,11 @@ ERRORS = [
     (SCAN + "{texts} --device-map nowhere", "nowhere"),
     (SCAN + "{texts} --gguf-file none.gguf", r"no file none\.gguf"),
     (SCAN + "{texts} --out {bad}/file/below", "bad/file is not a folder"),
-    ("scan {bad}/empty --texts {texts} --out out", r"bad/empty holds no config\.json"),
     ("scan {bad}/models/truncated --texts {texts} --out out", "models/truncated"),
     ("scan {bad}/models/tokenizer --texts {texts} --out out", "models/tokenizer"),
     ("analyse {bad}/truncated.safetensors --out out", r"bad/truncated\.safetensors is truncated"),
     ("analyse {scan}/scan.safetensors --out out", "has no tensor hidden_states.*--tensor"),
     ("analyse {scan}/scan.safetensors --out out --tensor sums", "expected one of BF16"),
-    ("plan {bad}/empty --n 2", r"no scan file bad/empty/scan\.safetensors"),
     ("plan {scan} --n 6", "n = 6 .*1 <= n <= 5"),
     ("plan {scan} --n 2 --metric taxicab", "taxicab"),
     ("prune {tiny} --drop 6 --out out", "no layer 6: its 6 layers are 0 .. 5"),
@@ -105,7 +89,6 @@ ERRORS = [
         r"shallower plan wrote, or its folder",
     ),
     ("eval {tiny} --perplexity {bad}/blank.txt", r"there is no text in bad/blank\.txt"),
-    ("scan {bad}/tiny --texts {texts} --out out", "cannot load bad/tiny, which is no folder here"),
     (SCAN + "{bad}/folder.txt", r"bad/folder\.txt is a folder: expected a text file"),
     (
         SCAN + "{texts} --dtype fp16",

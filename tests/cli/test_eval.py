@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 import shallower as sh
-from tests.cli.documents import documents
-from tests.evaluation.task_folders import CHOICE, SAID, choices, write_rows, write_tasks
+from tests.documents import documents
+from tests.evaluation.task_folders import CHOICE, choices, write_rows, write_tasks
 
 
 @pytest.fixture
@@ -59,34 +59,9 @@ def test_all_measures_of_a_model_and_of_a_cut(shallower, tiny, texts, tasks, lon
     assert "4 of 6 results were cached" in shallower(*command).err
 
 
-def test_tasks_alone_need_no_texts(shallower, tiny, tasks):
-    pytest.importorskip("lm_eval")
-    done = shallower("eval", tiny, "--tasks", "pick", "--tasks-dir", tasks, "--num-shots", "1")
-    assert done.status == 0, done.err
-    dry = shallower("eval", tiny, "--tasks", "pick", "--tasks-dir", tasks, "--dry-run", "--json")
-    assert dry.json["tasks"] == "pick"
-
-
-def test_mistakes_are_told_in_a_sentence(shallower, tiny, tasks, long, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
-
-    def error(*options):
-        return shallower("eval", tiny, *options).error
-
-    assert error() == "name what to measure: --texts, --perplexity, --tasks or --speech"
-    assert "no folder" in error("--tasks", "pick", "--tasks-dir", tmp_path / "nowhere")
-    assert "cannot read a text" in error("--perplexity", tmp_path / "nowhere.txt")
-    assert "fills no window of 9999" in error("--perplexity", long, "--context", "9999")
-    (tmp_path / "data").mkdir()
-    data = ("--data", tmp_path / "data")
-    assert "no boolq/val.jsonl" in error("--tasks", "boolq", *data)
-    (tasks / "bad.yaml").write_text("{")
-    assert "is no YAML" in error("--tasks", "pick", "--tasks-dir", tasks)
-    (tasks / "bad.yaml").unlink()
-    monkeypatch.setattr("transformers.LlamaForCausalLM.can_generate", classmethod(lambda _: False))
-    write_tasks(tasks, SAID)
-    write_rows(tasks / "said.jsonl", [{"context": "w1", "continuation": "w2"}])
-    assert "cannot generate" in error("--tasks", "said", "--tasks-dir", tasks)
+def test_a_measure_is_named(shallower, tiny):
+    error = shallower("eval", tiny).error
+    assert error == "name what to measure: --texts, --perplexity, --tasks or --speech"
 
 
 def test_a_model_is_paired_with_another_one(shallower, tiny, texts, folder, words):

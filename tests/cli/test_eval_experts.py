@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
+from shallower.results.speech import MEASURES, ON_WORDS
 from shallower.values.experts import DroppedExperts
 from shallower.values.layers import Block, blocks_of
-from shallower.values.speech import MEASURES, ON_WORDS
 from tests.conftest import mostly_slow, word_tokenizer
 from tests.cutting.mixtures import mixture, some_experts
 
@@ -66,20 +66,6 @@ def test_a_cut_that_cannot_be_is_refused_before_anything_is_read(
     every = ";".join(f"{layer}:0:5" for layer in range(NUM_LAYERS))
     assert "keep at least 2" in shallower(*command, every).error
     assert "layer 1 would keep all of its 6 experts" in shallower(*command, "0:1").error
-
-
-@pytest.mark.parametrize("cut", [("--drop", "1:3"), ("--drop-experts", "0:1")])
-def test_a_cut_that_cannot_be_made_is_refused_before_anything_is_measured(
-    shallower, folder, texts, cut, monkeypatch
-):
-    def refuse(*_arguments, **_options):
-        raise sh.ModelError("no config describes the cut")
-
-    for name in ("in_model.checked_twin", "in_model.cut_experts", "experts.config_left"):
-        monkeypatch.setattr(f"shallower.cutting.{name}", refuse)
-    monkeypatch.setattr("shallower.evaluation.loss.measure_loss", lambda *_, **__: 1 / 0)
-    error = shallower("eval", folder, "--texts", texts / "held_out.jsonl", *cut).error
-    assert "no config describes the cut" in error
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import shallower as sh
-from shallower.sharing.measured import MeasuredShard, evaluation_of
+from shallower.sharing.eval_work import MeasuredPart, evaluation_of
+from shallower.sharing.shards import MadeShard, read_shards, values_of
 from shallower.store.store import open_store
-from shallower.values.shard import read_shards
 from tests.commands import in_this_process
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
@@ -102,7 +102,7 @@ def test_shards_are_gathered_to_what_one_process_finds(
     last = told[-1]
     assert last["loss"]["num_batches"] == 13
     assert last["written"] == [f"{five}/eval.{last['shard'][0]}-of-5.json"]
-    jobs = {MeasuredShard.load(path).job for path in five.iterdir()}
+    jobs = {MadeShard.load(path).job for path in five.iterdir()}
     assert len(jobs) == 1
     assert None not in jobs
     parts = random.Random(2).sample([*five.iterdir()], 5)
@@ -118,8 +118,7 @@ def test_shards_are_gathered_to_what_one_process_finds(
 
 
 def test_losses_by_text_and_window_have_the_bits_of_one_process(five, tiny, asked):
-    shards_of = read_shards([five], MeasuredShard.load, "eval")
-    found = evaluation_of(shards_of).values
+    found = evaluation_of(values_of(read_shards([five]), MeasuredPart)).values
     model, tokenizer = sh.load_model(tiny)
     texts = [json.loads(line)["text"] for line in (asked / "many.jsonl").read_text().splitlines()]
     long = (asked / "long.txt").read_text()
@@ -129,20 +128,6 @@ def test_losses_by_text_and_window_have_the_bits_of_one_process(five, tiny, aske
             window = sh.evaluate_perplexity(model, tokenizer, long, context=16, batch_size=3)
         assert found["loss"][side].to_record() == loss.to_record()
         assert found["perplexity"][side].to_record() == window.to_record()
-
-
-def test_batches_are_shared_out_and_not_texts(five, tiny, asked):
-    """A text that was in another batch would have other padding, and so other last bits."""
-    from shallower.evaluation.batches import batches_of_texts
-    from shallower.values.tokens import Tokens
-
-    texts = [json.loads(line)["text"] for line in (asked / "many.jsonl").read_text().splitlines()]
-    batches = batches_of_texts(sh.load_model(tiny)[1], texts, Tokens(16, 3)).batches
-    for index in range(5):
-        mine = MeasuredShard.load(five / f"eval.{index}-of-5.json")
-        own = batches[index * 13 // 5 : (index + 1) * 13 // 5]
-        expected = sorted(index for batch in own for index, _ in batch)
-        assert [*mine.parts["loss"].items] == expected
 
 
 def test_shards_of_a_streamed_model_have_the_same_bits(shallower, shards, whole):
@@ -160,8 +145,6 @@ def test_gather_refuses_shards_that_are_of_different_work(shallower, folder, com
     assert shallower(*overwritten, "--drop", "2:4").status == 0
     assert "their cut differs ([1, 3) and [2, 4))" in shallower(*gather).error
     assert not (folder / "out").exists()
-    (folder / "parts" / "scan.0-of-2.safetensors").touch()
-    assert "of several kinds (eval, scan)" in shallower(*gather).error
 
 
 def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder, words, command):
@@ -191,7 +174,7 @@ def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
     if "path" in change:
         change = {"path": str(models / "twin")}
     for path in (folder / "shards").iterdir():
-        shard = MeasuredShard.load(path)
+        shard = MadeShard.load(path)
         source = {**shard.described["source"], **change}
         other = replace(shard, described={**shard.described, "source": source})
         path.write_bytes(other.to_bytes())
@@ -205,7 +188,7 @@ def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
 
 
 def test_a_shard_that_is_damaged_says_so_and_one_of_other_work_too(shallower, folder, command):
-    """By hand and by workers, before anything is loaded."""
+    """Before anything is loaded."""
     command = [*command, "--out", "out"]
     place = folder / "out" / "eval.0-of-64.json"
     assert shallower(*command, "--shard", "0/64", "--no-cache").status == 0
@@ -213,15 +196,14 @@ def test_a_shard_that_is_damaged_says_so_and_one_of_other_work_too(shallower, fo
     for content, said in (
         (place.read_bytes()[:-9], "is damaged"),
         (place.read_bytes().replace(b'"num_items": 38', b'"num_items": 39'), "checksum"),
-        (replace(MeasuredShard.load(place), job="x").to_bytes(), "exists already, and is no shard"),
+        (replace(MadeShard.load(place), job="x").to_bytes(), "exists already, and is no shard"),
     ):
         place.write_bytes(content)
-        for how in (["--shard", "0/64"], ["--workers", "1"]):
-            message = shallower(*command, *how).error
-            assert "out/eval.0-of-64.json" in message
-            assert said in message
-            assert "or replace it (overwrite=True, --overwrite)" in message
-            assert place.read_bytes() == content
+        message = shallower(*command, "--shard", "0/64").error
+        assert "out/eval.0-of-64.json" in message
+        assert said in message
+        assert "or replace it (overwrite=True, --overwrite)" in message
+        assert place.read_bytes() == content
 
 
 # By workers.

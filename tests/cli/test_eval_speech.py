@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 import shallower as sh
-from shallower.cli import main
-from shallower.values.speech import MEASURES
+from shallower.results.speech import MEASURES
 
 PROMPTS = ["w1 w2 w3", "w4", "w7 w8 w9 w10 w11"]
 
@@ -21,24 +19,6 @@ def asked(tmp_path_factory):
     path = tmp_path_factory.mktemp("asked") / "asked.jsonl"
     path.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in PROMPTS))
     return path
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """The models that are loaded, by name; no two may be in memory together."""
-    from shallower.models import loading
-
-    names, alive, plain = [], [], loading.load_weights
-
-    def noted(place, *arguments, **options):
-        assert not any(one() is not None for one in alive)
-        model = plain(place, *arguments, **options)
-        alive.append(weakref.ref(model))
-        names.append(str(place).rpartition("/")[2])
-        return model
-
-    monkeypatch.setattr(loading, "load_weights", noted)
-    return names
 
 
 @pytest.fixture
@@ -102,49 +82,11 @@ def test_what_was_measured_runs_no_forward_again(shallower, tiny, asked, request
     assert "difference" not in alone["speech"]
 
 
-def test_another_cut_finds_the_words_of_the_whole_model(shallower, tiny, asked, monkeypatch):
-    from transformers import LlamaForCausalLM
-
-    command = ("eval", tiny, "--speech", asked, "--speech-tokens", 3, "--json", "--drop")
-    assert shallower(*command, "2").status == 0
-    generated, plain = [], LlamaForCausalLM.generate
-
-    def noted(model, **options):
-        generated.append(len(model.model.layers))
-        return plain(model, **options)
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
-    found = shallower(*command, "1:3").json["speech"]
-    assert {*generated} == {4}
-    assert found["acceptance"] == pytest.approx(
-        evaluated(tiny, asked, [1, 2], num_tokens=3).mean("acceptance"), rel=1e-6
-    )
-
-
 # The prompts.
-def test_prompts_of_our_own_need_no_value(shallower, tiny, asked, monkeypatch):
-    monkeypatch.setattr("shallower.texts.prompts.SPEECH_PROMPTS", asked)  # which are fewer
-    options = ("--drop", "1", "--speech-tokens", 2, "--json")
-    found = shallower("eval", tiny, "--speech", *options)
-    assert found.status == 0, found.err
-    assert found.json["speech"]["prompts"] == len(PROMPTS)
-    behind = shallower("eval", tiny, *options, "--speech")
-    assert "cached, measured" in behind.err
-    assert behind.json == found.json
-    dry = shallower("eval", tiny, *options, "--dry-run", "--speech").json
-    assert dry["speech"] == "prompts of our own"
-
-
-# Another checkpoint.
-def test_a_cut_on_disk_speaks_as_in_memory(shallower, tiny, asked, folder, loaded):
-    assert shallower("prune", tiny, "--drop", "1:3", "--out", "cut").status == 0
-    options = ("--speech", asked, "--speech-tokens", 4)
-    in_memory = shallower("eval", tiny, "--drop", "1:3", *options, "--json", "--no-cache").json
-    del loaded[:]
-    done = shallower("eval", "cut", "--against", tiny, *options, "--no-cache", "--json")
-    assert done.status == 0, done.err
-    assert loaded == ["tiny", "tiny", "cut", "tiny"]
-    assert done.json["speech"] == in_memory["speech"]
+def test_prompts_of_our_own_need_no_value(shallower, tiny):
+    options = ("--drop", "1", "--speech-tokens", 2, "--json", "--dry-run")
+    for words in (("--speech", *options), (*options, "--speech")):
+        assert shallower("eval", tiny, *words).json["speech"] == "prompts of our own"
 
 
 def test_each_checkpoint_keeps_its_own_words(shallower, tiny, models, asked, folder):
@@ -169,7 +111,8 @@ def test_each_checkpoint_keeps_its_own_words(shallower, tiny, models, asked, fol
     assert found["words"] not in (against[other]["words"], against[tiny]["words"])
 
 
-def test_another_tokenizer_is_one_sentence(shallower, tiny, asked, folder, loaded):
+@pytest.mark.usefixtures("at_rest")
+def test_another_tokenizer_is_one_sentence(shallower, tiny, asked, folder):
     shutil.copytree(tiny, folder / "other")
     settings = json.loads((folder / "other" / "tokenizer.json").read_text())
     vocabulary = settings["model"]["vocab"]
@@ -177,17 +120,3 @@ def test_another_tokenizer_is_one_sentence(shallower, tiny, asked, folder, loade
     (folder / "other" / "tokenizer.json").write_text(json.dumps(settings))
     said = shallower("eval", "other", "--against", tiny, "--speech", asked).error
     assert "different tokenizers: prompt 0 becomes other tokens, so their speech" in said
-    assert not loaded
-
-
-def test_a_kill_keeps_what_was_measured(shallower, tiny, asked, texts, monkeypatch):
-    from shallower.studies.speaking import SpeechOnPrompts
-
-    command = ("eval", tiny, "--texts", texts / "held_out.jsonl", "--speech", asked)
-    command += ("--speech-tokens", 2, "--drop", "1")
-    with monkeypatch.context() as patched:
-        patched.setattr(SpeechOnPrompts, "complete", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            main(list(map(str, command)))
-    done = shallower(*command)
-    assert "2 of 4 results were cached" in done.err

@@ -1,7 +1,7 @@
 """``shallower gain``."""
 
 import shallower as sh
-from shallower.values.gain import Gain
+from shallower.results.gain import Gain
 
 
 def test_a_table_of_what_a_cut_saves(shallower, tiny):
@@ -12,13 +12,6 @@ def test_a_table_of_what_a_cut_saves(shallower, tiny):
                  "A100 SXM 80GB, prefill", "before", "after", "ratio"):  # fmt: skip
         assert part in shown
     assert "H100" not in shown
-
-
-def test_the_table_in_80_columns(shallower, tiny, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    done = shallower("gain", tiny, "--drop", "1:3", "--context", 16)
-    assert all(len(line) <= 80 for line in done.out.splitlines())
-    assert "RTX 4090 24GB, token" in done.out
 
 
 def test_json_is_what_python_gives(shallower, tiny, plans):

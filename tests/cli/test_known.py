@@ -5,6 +5,10 @@ import json
 import pytest
 
 from shallower.evaluation import loss as losses
+from shallower.judgement.criteria import similarity
+from shallower.judgement.proposals import PROPOSING_TEXTS
+from shallower.scanning import model as model_scans
+from shallower.texts.splits import three_splits
 from tests.conftest import write_jsonl
 from tests.healing.cuts import documents as learnable
 
@@ -98,3 +102,68 @@ def test_only_what_is_new_is_measured(shallower, measured, first, then, known):
         assert done.status == 0, done.err
         counts.append(len(measured))
     assert counts[1] - counts[0] == 12 * known
+
+
+# Scans.
+STUDY = ("--eval-texts", "tested.jsonl", *FEW, "--max-texts", 128)
+RUN = ("run", "model", *TEXTS, *STUDY, "--n", 1, "--plan-only", "--no-speech", "--out", "run")
+SCAN, SCAN_MORE = (
+    ("scan", "model", "--texts", f"{number}.jsonl", *FEW, "--out", "scan") for number in (86, 112)
+)
+TABLE = ("model", *TEXTS, *STUDY, "--judge", "none", "--n", 1, "--out", "table")
+COMPARE, CURVE = ("compare", *TABLE), ("curve", *TABLE)
+
+
+@pytest.fixture
+def fitted(place):
+    """Files of the calibration texts of studies, by their number."""
+    for num_choosing in (16, 96):
+        splits = three_splits(learnable(128, 0), learnable(12, 1), num_choosing=num_choosing)
+        write_jsonl(place / f"{len(splits.fit)}.jsonl", splits.fit)
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """The texts whose states are compared by forwards, but those of proposals."""
+    seen = []
+    for module in (model_scans, similarity):
+
+        def noted(decoder, windows, *args, plain=module.states_of, **options):
+            windows = [*windows]
+            found = [batch.samples for window in windows for batch in window]
+            if sum(map(len, found)) > PROPOSING_TEXTS:
+                seen.extend(sample for batch in found for sample in batch.tolist())
+            return plain(decoder, windows, *args, **options)
+
+        monkeypatch.setattr(module, "states_of", noted)
+    return seen
+
+
+@pytest.mark.usefixtures("fitted")
+@pytest.mark.parametrize(
+    ("first", "then", "count"),
+    [
+        (SCAN, RUN, 86),
+        (SCAN_MORE, COMPARE, 112),
+        (CURVE, SCAN, 86),
+        (RUN, SCAN, 86),
+        (RUN, CURVE, 86),
+    ],
+    ids=["scan, run", "scan, compare", "curve, scan", "run, scan", "run, curve"],
+)
+def test_texts_are_scanned_once(shallower, place, scanned, layers_run, first, then, count):
+    done = shallower(*first)
+    assert done.status == 0, done.err
+    assert len(scanned) == count
+    layers_run.clear()
+    done = shallower(*then)
+    assert done.status == 0, done.err
+    assert len(scanned) == count
+    assert layers_run == [] or then == RUN
+    if then == SCAN:
+        assert "cached, measured on" in done.err
+    (file,) = (place / then[-1]).rglob("*.safetensors")
+    content = file.read_bytes()
+    assert shallower(*then, "--no-cache", "--overwrite").status == 0
+    assert len(scanned) == 2 * count
+    assert file.read_bytes() == content

@@ -11,8 +11,8 @@ import typer
 import shallower as sh
 from shallower import cli
 from shallower.cli.options import Cut, Share, with_options
-from shallower.values.options import options_of
-from shallower.values.stage_settings import EvalSettings
+from shallower.settings.options import options_of
+from shallower.settings.stages import EvalSettings
 
 COMMANDS = {
     "run": sh.RunSettings,

@@ -21,9 +21,9 @@ from shallower.models.source import ModelSource
 from shallower.patching import saving as shallower_patch
 from shallower.processes import held
 from shallower.texts.sources import Texts
-from tests.cli.documents import tree
 from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.gguf_files import write
+from tests.folders import tree
 from tests.healing.cuts import QUICK, documents
 
 PLACES = {
@@ -334,7 +334,6 @@ def test_a_full_disk_is_found_before_the_work(read, shallower, monkeypatch, comm
 PATCHED = sh.Patch(sh.Plan(6, (sh.Block(1, 2),)), "feed_forward", 90, 10, 1.0, 3.0, 2.0)
 
 FUNCTIONS = {
-    "prune": ("model", lambda out, _: sh.prune("all/model", [1], out, overwrite=True)),
     "heal": ("cut", lambda out, _: sh.heal("all/cut", documents(9, 0), out, overwrite=True)),
     "merge": ("adapters", lambda out, _: sh.merge("all/adapters", out, overwrite=True)),
     "merge, into the cut": ("cut", lambda out, _: sh.merge("all/adapters", out, overwrite=True)),
@@ -347,26 +346,8 @@ FUNCTIONS = {
         "texts.jsonl",
         lambda out, loaded: sh.scan(*loaded, Texts("all/texts.jsonl"), checkpoint=out),
     ),
-    "run": (
-        "model",
-        lambda out, loaded: sh.run(
-            *loaded, documents(60, 0), out=out, n=1, overwrite=True, prompts=()
-        ),
-    ),
-    "curve": (
-        "model",
-        lambda out, _: sh.curve(
-            "all/model", texts=documents(60, 0), eval_texts=documents(8, 1), out=out, n=[1]
-        ),
-    ),
-    "compare": (
-        "model",
-        lambda out, _: sh.compare(
-            "all/model", texts=documents(60, 0), eval_texts=documents(8, 1), out=out, n=[1]
-        ),
-    ),
 }
-"""Functions of a place and of a loaded model, and what each reads."""
+"""Functions that no command calls, or whose command refuses first, and what each reads."""
 
 
 @pytest.mark.parametrize("place", ["the same", "a link to it", "a roundabout way"])
@@ -378,12 +359,9 @@ def test_a_function_refuses_to_write_to_what_it_reads(read, loaded, name, place)
 
 
 @pytest.mark.parametrize("place", THEIRS)
-@pytest.mark.parametrize("name", ["prune", "heal", "merge", "save_model", "save_patched", "run"])
+@pytest.mark.parametrize("name", ["heal", "merge", "save_model", "save_patched"])
 def test_a_function_replaces_nothing_that_none_wrote(read, loaded, name, place):
-    named = place
-    if name == "run":
-        place, named = "theirs", "theirs/checkpoint"
-    words = f"cannot replace {named}: no record says that shallower wrote "
+    words = f"cannot replace {place}: no record says that shallower wrote "
     with pytest.raises(sh.OutputError, match=words):
         FUNCTIONS[name][1](place, loaded)
 

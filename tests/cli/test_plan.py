@@ -1,12 +1,11 @@
 """The command `plan`."""
 
-import json
 import re
 
 import pytest
 
 from shallower import Plan, Scan
-from tests.cli.documents import tree
+from tests.folders import tree
 
 
 # Planning.
@@ -43,11 +42,6 @@ def test_plan_without_out_writes_nothing(shallower, folder, scans):
     done = shallower("plan", file, "--n", 3, "--json")
     assert done.json == Scan.load(file).plan(3).to_json()
     assert tree(folder) == {}
-
-
-def test_plan_prints_the_json_that_it_saves(shallower, folder, scans):
-    done = shallower("plan", scans / "tiny", "--n", 1, "--out", "out", "--json")
-    assert done.json == json.loads((folder / "out" / "shallower_plan.json").read_text())
 
 
 def test_plan_by_another_metric_or_strategy(shallower, scans):

@@ -14,7 +14,7 @@ import pytest
 import shallower as sh
 from shallower import cli
 from shallower._core import tiers
-from shallower.values.options import Group
+from shallower.settings.options import Group
 from tests.commands import SHALLOWER, in_a_process, in_this_process
 
 COMMANDS = {name: cli.parser(name) for name in cli.COMMANDS}

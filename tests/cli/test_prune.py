@@ -8,9 +8,10 @@ import pytest
 import shallower as sh
 from shallower import Plan
 from shallower.models import loading
-from tests.cli.documents import assert_cut, tree
+from tests.cli.documents import assert_cut
 from tests.cutting.checkpoints import stored
 from tests.cutting.mixtures import mixture
+from tests.folders import tree
 from tests.models.gguf_files import write_gguf
 
 

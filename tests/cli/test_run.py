@@ -7,9 +7,9 @@ import pytest
 
 import shallower as sh
 from shallower import Plan
-from tests.cli.documents import documents, tree
 from tests.conftest import write_jsonl
-from tests.models.gguf_files import write_gguf
+from tests.documents import documents
+from tests.folders import tree
 
 
 # Evaluating.
@@ -110,6 +110,9 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     assert model.config.num_hidden_layers == 4
 
     before = tree(folder)
+    known = shallower(*command)
+    assert (known.status, known.out) == (0, done.out)
+    assert "already there" in known.err
     refused = shallower(*command[:-1], "3")
     assert "exists already" in refused.error
     assert tree(folder) == before
@@ -132,28 +135,6 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
     assert told.out == "page: out/report.html\n"
     assert shallower("report", "out", "--out", "b.html", "--json").json == {"page": "b.html"}
     assert len(Plan.load(folder / "out" / "shallower_plan.json").dropped) == 3
-
-
-@pytest.mark.usefixtures("undrawn", "terse")
-def test_run_cuts_a_gguf_file_in_its_own_types(shallower, folder, texts):
-    """What lies in it is tested in tests/studies/test_run_gguf.py."""
-    source = write_gguf(folder / "small.gguf")
-    command = ["run", source.name, "--texts", texts / "texts.jsonl", "--out", "out", "--n", "1"]
-    command += ["--eval-texts", texts / "held_out.jsonl", "--top", "1", "--no-speech", "--no-patch"]
-    planned = shallower(*command, "--dry-run", "--json").json
-    whole = source.stat().st_size
-    assert whole <= planned["disk"]["bytes"] < whole + (4 << 20)
-    assert planned["measure"][1:] == ["n = 1, recommended, cut"]
-    done = shallower(*command)
-    assert done.status == 0, done.err
-    assert "wrote out/checkpoint/checkpoint.gguf\n" in done.out
-    assert "to upload it: hf upload USER/NAME out/checkpoint\n" in done.out
-    assert "stock reload: logits differ by at most 0\n" in done.out
-    assert (folder / "out" / "checkpoint" / "shallower_record.json").is_file()
-    again = shallower(*command, "--json").json
-    assert again["checkpoint"] == "out/checkpoint/checkpoint.gguf"
-    found = shallower("eval", again["checkpoint"], "--texts", texts / "held_out.jsonl", "--json")
-    assert found.json["base"]["nats"] == again["recommended"]["cut"]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from shallower.store.store import Store, open_store
-from shallower.values.hashing import hash_of
-from tests.cli.documents import documents
+from shallower.values.provenance import hash_of
 from tests.commands import SHALLOWER, in_a_process
 from tests.conftest import write_jsonl
+from tests.documents import documents
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_gather_refuses_what_is_missing_changed_or_of_other_work(shallower, fold
         said = shallower("gather", "deepests", "--out", "out").error
         assert "deepests/compare.0-of-2.json is" in said
     file.write_text(content)
-    crafted(file, lambda content: content.update(described={}))
+    crafted(file, lambda content: content.update(kind="tasks"))
     assert "deepests/compare.0-of-2.json is" in shallower("gather", file, "--out", "out").error
     assert not (folder / "out").exists()
 
@@ -190,12 +190,16 @@ def test_gather_takes_what_the_comparison_asks_for_and_nothing_else(
             lambda content: content["described"]["identities"][0].update(dtype="float16"),
             "here is not the model of the driver",
         ),
+        (
+            lambda content: content["described"].pop("places"),
+            "the shards do not describe their compare: places",
+        ),
     ],
 )
 def test_gather_believes_no_shard_that_says_less_or_other_than_is_here(
     shallower, folder, asked, change, said, monkeypatch
 ):
-    """Without a measurement, or with keys of another model."""
+    """Without a measurement, or with keys of another model, or of no study."""
     elsewhere(monkeypatch, folder, "there")
     command = [*compared(asked, "deepest"), "--out", "shards", "--shard", "0/1"]
     assert shallower(*command).status == 0
@@ -226,10 +230,10 @@ def test_a_killed_driver_goes_on_with_the_parts_that_are_missing(folder, asked, 
     started.wait()
     ended = in_a_process(SHALLOWER, *words)
     assert ended.status == 0, ended.err
-    assert re.search(r"resuming: [1-3] of 4 parts are done", ended.err), ended.err
+    assert re.search(r"resuming: [1-3] of [34] parts are done", ended.err), ended.err
     assert without_time(ended.json) == without_time(whole.json)
 
 
 def parts():
     """The parts that the cache has."""
-    return sum(usage.entries for usage in open_store().usage() if usage.kind == "part")
+    return sum(usage.entries for usage in open_store().usage() if usage.kind == "study")

@@ -44,22 +44,16 @@ def test_a_file_of_texts_is_read_once(folder, tiny, monkeypatch, shallower):
 
     monkeypatch.setattr(sources, "numbered_lines", counting)
     write_jsonl(folder / "texts.jsonl", [f"w{i} w2 w3" for i in range(40)])
-    command = ("scan", tiny, "--texts", "texts.jsonl", "--out")
-    assert shallower(*command, "out", "--no-cache").status == 0
-    assert read == [1, *range(1, 41)]  # its first line for the check
-    read.clear()
-    assert shallower(*command, "kept").status == 0
-    assert read == [1, *range(1, 41), *range(1, 41)]  # and once for its hash
-    read.clear()
-    assert shallower(*command, "kept").status == 0
-    assert read == [1]
-    read.clear()
-    assert shallower(*command, "other").status == 0
-    assert read == [1, *range(1, 41)]  # whose hash is known by then
-    read.clear()
-    assert shallower("eval", tiny, "--texts", "texts.jsonl", "--drop", "2").status == 0
-    assert read == [1, *range(1, 41)]
-    read.clear()
-    limited = ("--max-texts", 5, "--dry-run", "--stream")
-    assert shallower("scan", tiny, "--texts", "texts.jsonl", "--out", "new", *limited).status == 0
-    assert read == [1, *range(1, 6)]
+    once = [*range(1, 41)]
+    for command, lines in (
+        ("scan --out out --no-cache", once),
+        ("scan --out kept", [*once, *once]),  # and once for its hash
+        ("scan --out kept", []),
+        ("scan --out other", once),  # whose hash is known by then
+        ("eval --drop 2", once),
+        ("scan --out new --max-texts 5 --dry-run --stream", once[:5]),
+    ):
+        read.clear()
+        name, *options = command.split()
+        assert shallower(name, tiny, "--texts", "texts.jsonl", *options).status == 0
+        assert read == [1, *lines]  # its first line for the check

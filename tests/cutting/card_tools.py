@@ -10,9 +10,12 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
+import shallower as sh
 from shallower.cutting.cards import exports
 from shallower.cutting.exports import CutFacts
 from shallower.cutting.source import UncutModel
+
+DROPPED = [1, 3, 4]
 
 LICENSED = """---
 license: other
@@ -77,6 +80,17 @@ def assert_same_weights(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def in_memory(source, out, dtype="bfloat16"):
+    """Cut a model that is loaded."""
+    model, tokenizer = sh.load_model(source, dtype=dtype)
+    sh.save_model(model, tokenizer, out, plan=sh.drop_layers(model, DROPPED))
+
+
+def on_disk(source, out, **options):
+    """Cut a folder without loading it."""
+    sh.prune(source, DROPPED, out, **options)
+
+
 def ways(card, shallower):
     """What a card says to do for the same cut: a name, and how to do it."""
     return {
@@ -86,9 +100,10 @@ def ways(card, shallower):
 
 
 def stand_for(place, source):
-    """Let ``SOURCE`` in a folder be the folder of a model."""
+    """Let ``SOURCE`` in a folder be the folder of a model, where there is one."""
     place.mkdir()
-    (place / "SOURCE").symlink_to(source)
+    if source is not None:
+        (place / "SOURCE").symlink_to(source)
     return place
 
 

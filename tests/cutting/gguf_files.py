@@ -6,6 +6,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from shallower.cutting.exports import EXPORT_FILES, export_path
 from shallower.cutting.gguf import plan_path
+from tests.models.gguf_files import written
 
 CUT = range(12, 20)
 
@@ -36,8 +37,4 @@ def write(path, num_layers=6, arch="llama", alignment=None, extra=(), types=(), 
             raw = rng.integers(0, 256, size=(3, 2 * size), dtype=np.uint8)
             name = f"blk.{layer}.{kind.name.lower()}.weight"
             writer.add_tensor(name, raw, raw_shape=raw.shape, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return written(writer, path)

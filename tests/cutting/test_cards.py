@@ -1,7 +1,6 @@
 """The text of a model card: true, complete, and of nobody's folders."""
 
 import math
-import re
 
 import pytest
 from huggingface_hub import ModelCard
@@ -12,9 +11,16 @@ from shallower.cutting.metadata import front_matter, loss_results, without_resul
 from shallower.cutting.source import UncutModel, find_source, read_card
 from shallower.reporting.results import check_results, state_results
 from tests.conftest import tiny_llama
-from tests.cutting.card_tools import LICENSED, blocks_of_code, front, history, texts_of
-
-DROPPED = [1, 3, 4]
+from tests.cutting.card_tools import (
+    DROPPED,
+    LICENSED,
+    blocks_of_code,
+    front,
+    history,
+    in_memory,
+    on_disk,
+    texts_of,
+)
 
 
 @pytest.fixture(scope="session")
@@ -27,15 +33,6 @@ def source(tmp_path_factory, words):
     (folder / "LICENSE").write_text("Do as you like.")
     (folder / "NOTICE.txt").write_text("By its maker.")
     return folder
-
-
-def in_memory(source, out):
-    model, tokenizer = sh.load_model(source, dtype="bfloat16")
-    sh.save_model(model, tokenizer, out, plan=sh.drop_layers(model, DROPPED))
-
-
-def on_disk(source, out):
-    sh.prune(source, DROPPED, out)
 
 
 @pytest.mark.parametrize("cut", [in_memory, on_disk])
@@ -61,17 +58,6 @@ def test_the_license_and_the_text_of_the_source_are_carried_over(source, tmp_pat
     assert "not healed" in card
     assert (tmp_path / "cut" / "LICENSE").read_text() == "Do as you like."
     assert (tmp_path / "cut" / "NOTICE.txt").read_text() == "By its maker."
-
-
-def test_a_cut_of_a_cut_keeps_both_cards(source, tmp_path):
-    sh.prune(source, [1], tmp_path / "once")
-    sh.prune(tmp_path / "once", [2], tmp_path / "twice")
-    card = (tmp_path / "twice" / "README.md").read_text()
-    titles = re.findall(r"^# .*$", card, re.MULTILINE)
-    titles = [title for title in titles if title not in ("# Tiny", "# SOURCE")]
-    assert titles == ["# once without layers [2, 3)", "# tiny without layers [1, 2)"]
-    assert front(card)["license"] == "other"
-    assert "What its maker says." in card
 
 
 TOLD = ("shallower_patch.json", "healing.json", "healing.png", "eval.json", "mergekit.yaml", "job")
@@ -302,18 +288,6 @@ def test_results_change_nothing_else_of_a_card(tmp_path, ends):
     assert without_results(middle) == "---\na: 1\n\n# of b\nb: 2\n---\n"
 
 
-def test_a_card_says_which_transformers_and_which_tools_it_takes():
-    plan = sh.Plan(6, (sh.Block(1, 2),))
-    card = " ".join(texts_of(plan, needs_5=True)["README.md"].split())
-    assert "by transformers 5 or later (version 4 ignores `rope_parameters`" in card
-    assert "llama.cpp of August 2026 (commit 0c1e570) or later" in card
-    assert "are not needed for this model" in card
-    assert re.search(r"mergekit 0\.1\.5 does not cut `layer_types`.*Qwen2, Qwen3, Gemma 2", card)
-    assert "On the command line or in Python: either makes the whole cut." in card
-    for more in ({}, {"needs_5": True, "gguf": "cut.gguf"}):
-        assert "rope_parameters" not in texts_of(plan, **more)["README.md"]
-
-
 def test_a_folder_saved_by_version_4_is_loaded_by_both(source, tmp_path):
     import json
 
@@ -349,21 +323,14 @@ def test_a_card_of_a_model_with_its_own_code_says_so(llama, tmp_path):
     assert "`shallower merge . --trust-remote-code --out ../healed`" in card
 
 
-def test_a_healed_card_is_the_cuts_but_for_the_healing(tmp_path):
-    plan = sh.Plan(6, (sh.Block(1, 2),))
+def test_a_healed_card_is_written_into_any_card_or_none(tmp_path):
     path = tmp_path / "README.md"
     rows = [("steps", "9 | 10")]
-    path.write_text(texts_of(plan)["README.md"])
-    card = healed_card(path, "adapters were trained.", rows)
-    assert front(card) == front(path.read_text())
-    assert "**This model is healed**: after the cut, adapters were trained." in card
-    assert "| steps | 9 \\| 10 |" in card
-    assert "not healed" not in card
-    assert blocks_of_code(card, "sh") == blocks_of_code(path.read_text(), "sh")
     path.write_text("---\nlicense: mit\n---\n# Mine\n")
     card = healed_card(path, "adapters were trained.", rows)
     assert front(card)["license"] == "mit"
     assert card.index("This model is healed") < card.index("# Mine")
+    assert "| steps | 9 \\| 10 |" in card
     path.unlink()
     card = healed_card(path, "adapters were trained.", rows)
     assert front(card)["tags"] == ["shallower", "layer-pruning"]

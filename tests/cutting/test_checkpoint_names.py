@@ -4,25 +4,8 @@ import pytest
 
 import shallower as sh
 from shallower import ModelError
-from shallower.cutting.tensor_names import Renumbering, check_alike, edit_config, find_prefix
+from shallower.cutting.tensor_names import check_alike, edit_config, find_prefix
 from tests.cutting.checkpoints import DROPPED, edit_json, read_json
-
-
-def test_names_are_renumbered_where_they_name_the_decoders_layers():
-    rename = Renumbering(
-        ["model.language_model.layers", "language_model.model.layers"], [0, 2]
-    ).rename
-    for name, new in {
-        "layers.2": "layers.1",
-        "layers.1.x": None,
-        "model.language_model.layers.2.mlp": "model.language_model.layers.1.mlp",
-        "language_model.model.layers.2.layers.2": "language_model.model.layers.1.layers.2",
-        "vision.layers.2.mlp": "vision.layers.2.mlp",
-        "model.layers.*.mlp": "model.layers.*.mlp",
-        "layers": "layers",
-        "xlayers.1": "xlayers.1",
-    }.items():
-        assert rename(name) == new, name
 
 
 # What lies beside the weights.

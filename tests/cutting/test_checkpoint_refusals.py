@@ -2,27 +2,29 @@
 
 import json
 import os
-import struct
+import shutil
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import shallower as sh
-from shallower import ModelError, OutputError
+from shallower import ModelError, OutputError, ShallowerError
 from shallower.processes import partial_folder
-from tests.cutting.checkpoints import DROPPED, assert_refused, edit_json, read_json
+from tests.cutting.checkpoints import (
+    DROPPED,
+    assert_refused,
+    cut_on_disk,
+    edit_json,
+    read_json,
+)
 from tests.folders import full_disk, tree
+from tests.values.damage import damaged
 
 
 # Damaged and hostile checkpoints.
-def header(path, change):
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    text = change(raw[8 : 8 + length].decode())
-    path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + raw[8 + length :])
-
-
 def first_shard(folder):
     return min(folder.glob("*.safetensors"))
 
@@ -43,39 +45,18 @@ def drop_tensor(folder, name):
     edit_json(folder / "model.safetensors.index.json", **index)
 
 
-def overlap(text):
-    parsed = json.loads(text)
-    names = [name for name in parsed if name != "__metadata__"]
-    parsed[names[0]]["data_offsets"] = parsed[names[-1]]["data_offsets"]
-    return json.dumps(parsed)
-
-
 HARM = {
     "shard above": (lambda f: repoint(f, "../x.safetensors"), "expected the plain name"),
-    "shard elsewhere": (lambda f: repoint(f, "/etc/x.safetensors"), "expected the plain name"),
     "no shard": (lambda f: repoint(f, "x.safetensors"), "x.safetensors"),
     "other shard": (lambda f: repoint(f, first_shard(f).name), "which lacks it"),
     "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "neither"),
-    "broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "broken"),
-    "huge header": (
-        lambda f: first_shard(f).write_bytes(b"\xff" * 8 + first_shard(f).read_bytes()[8:]),
-        "its header claims",
-    ),
     "truncated": (lambda f: os.truncate(first_shard(f), 5000), "it holds|the file has"),
-    "empty": (lambda f: os.truncate(first_shard(f), 0), "0 bytes"),
-    "named twice": (
-        lambda f: header(first_shard(f), lambda text: text.rstrip()[:-1] + "," + text.strip()[1:]),
-        "duplicate|twice",
-    ),
-    "overlap": (lambda f: header(first_shard(f), overlap), "overlap|needs|bits"),
     "outer link": (
         lambda f: (first_shard(f).rename(f.parent / "x"), first_shard_link(f)),
         "outside of its folder|which lacks it|cannot read",
     ),
     "fifo": (lambda f: (first_shard(f).unlink(), os.mkfifo(f / SHARD)), "not a regular file"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "other weights": (
         lambda f: edit_json(f / "config.json", transformers_weights="x.safetensors"),
         "transformers_weights",
@@ -110,6 +91,19 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(copied, tmp_path, harm):
     assert_refused(ModelError, words, copied, tmp_path / "out" / "cut")
 
 
+@settings(max_examples=settings.default.max_examples // 2)
+@given(st.data())
+def test_a_checkpoint_damaged_anyhow_is_refused_or_cut(source, tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("damaged")
+    folder = shutil.copytree(source, place / "source")
+    path = folder / data.draw(st.sampled_from(["config.json", "model.safetensors.index.json"]))
+    path.write_text(json.dumps(data.draw(damaged(read_json(path)))))
+    try:
+        cut_on_disk(folder, DROPPED, place / "cut")
+    except ShallowerError:
+        assert not (place / "cut").exists()
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     assert_refused(ModelError, "none", tmp_path / "none", tmp_path / "cut")
 
@@ -117,9 +111,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 # Whole or not at all.
 
 
-@pytest.mark.parametrize(
-    "size", [0, -1, "", "5 bananas", "0GB", "nan", True, "1e30GB", "99999999TB"]
-)
+@pytest.mark.parametrize("size", [0, "5 bananas", True, "99999999TB"])
 def test_sizes_that_are_none_are_refused(source, tmp_path, size):
     assert_refused(OutputError, "size", source, tmp_path / "cut", max_shard_size=size)
 

@@ -4,7 +4,6 @@ import itertools
 import os
 import random
 import signal
-import threading
 import time
 from contextlib import suppress
 
@@ -18,6 +17,7 @@ from tests.conftest import mostly_slow
 from tests.cutting.checkpoints import DROPPED, stored
 from tests.cutting.mixtures import mixture
 from tests.folders import tree
+from tests.scanning.ticks import ticks_beside
 
 
 def test_progress_is_told_and_can_stop_the_copy(source, tmp_path):
@@ -61,34 +61,7 @@ def test_a_cut_that_was_stopped_says_where_it_goes_on(source, tmp_path, capfd, p
 
 def test_other_threads_run_while_bytes_are_copied(source, tmp_path):
     job = checkpoint.prepare(source, DROPPED, max_shard_size=1000).job
-    ticks, stop = [], threading.Event()
-
-    def tick():
-        while not stop.wait(0.001):
-            ticks.append(time.perf_counter())
-
-    thread = threading.Thread(target=tick)
-    thread.start()
-    began = time.perf_counter()
-    job.write(tmp_path)
-    ended = time.perf_counter()
-    stop.set()
-    thread.join()
-    assert sum(began < tick < ended for tick in ticks) >= 3
-
-
-def test_work_of_another_job_is_discarded(source, tmp_path):
-    out = tmp_path / "cut"
-
-    def stop(done, total):
-        if done > total / 2:
-            raise InterruptedError
-
-    with pytest.raises(OutputError):
-        sh.prune(source, [0], out, max_shard_size=10_000, progress=stop)
-    sh.prune(source, DROPPED, out, max_shard_size=9_000)
-    sh.prune(source, DROPPED, tmp_path / "whole", max_shard_size=9_000)
-    assert tree(out) == tree(tmp_path / "whole")
+    assert ticks_beside(lambda: job.write(tmp_path)) >= 1
 
 
 def killed_while_it_cuts(source, out, *, patience, seconds, **cut):
@@ -153,19 +126,26 @@ def test_killed_at_any_moment_it_goes_on_and_nothing_is_half_there(name, seed, t
     assert tree(out) == tree(whole)
 
 
-def test_work_of_other_experts_is_discarded(mixed, tmp_path):
-    out, cut = tmp_path / "cut", CUTS["mixed"]
-    kept = {layer: [0, 4] for layer in range(8) if layer != 2}
+OTHERS = {
+    "source": {"what": [0], "max_shard_size": 9000},
+    "mixed": {"experts": {layer: [0, 4] for layer in range(8) if layer != 2}},
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_work_of_another_cut_is_discarded(name, tmp_path, request):
+    source, cut = request.getfixturevalue(name), CUTS[name]
+    other, out = {**cut, **OTHERS[name]}, tmp_path / "cut"
 
     def stop(done, total):
         if done > total / 2:
             raise InterruptedError
 
     with pytest.raises(OutputError):
-        sh.prune(mixed, out=out, **cut, progress=stop)
+        sh.prune(source, out=out, **cut, progress=stop)
     assert list((partial_folder(out) / "folder").glob("model-*.safetensors"))
-    sh.prune(mixed, out=out, **{**cut, "experts": kept})
-    sh.prune(mixed, out=tmp_path / "whole", **{**cut, "experts": kept})
+    sh.prune(source, out=out, **other)
+    sh.prune(source, out=tmp_path / "whole", **other)
     assert tree(out) == tree(tmp_path / "whole")
 
 

@@ -77,14 +77,6 @@ def test_the_text_part_is_cut_and_all_else_stays(name, tmp_path):
     assert cut.config.vision_config.to_dict() == whole.config.vision_config.to_dict()
 
 
-def test_what_is_loaded_is_saved_without_the_rest_and_says_so(words, tmp_path):
-    config = AutoConfig.for_model("qwen3_5_moe", **MODELS["qwen3_5_moe"])
-    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
-    words.save_pretrained(tmp_path / "whole")
-    with pytest.warns(UserWarning, match=r"whole without model.visual \(33 tensors, .*keeps them"):
-        sh.prune(tmp_path / "whole", [1], tmp_path / "cut", dtype="bfloat16")
-
-
 @pytest.fixture(scope="module")
 def towers(words, tmp_path_factory):
     """A model with a tower, heads for more tokens, buffers of old checkpoints, in several files."""

@@ -23,10 +23,11 @@ from tests.models.offloaded import offloaded
 
 TEXTS = documents(6)
 FAST = ["deepseek_v3", "gpt_oss", "llama4_text", "mixtral"]
-"""On every change: routers that differ most. All others are slow tests."""
+"""Routers that differ most."""
 
 
-def check_mixture(name, tmp_path):
+@pytest.mark.parametrize("name", mostly_slow(sorted(MIXTURES), ["deepseek_v3", "llama4_text"]))
+def test_a_cut_is_the_mixture_whose_dropped_experts_cannot_be_chosen(name, tmp_path):
     model = mixture(name)
     tokens = torch.randint(3, 100, (2, 13), generator=torch.Generator().manual_seed(2))
     dropped = some_experts(model)
@@ -47,17 +48,6 @@ def check_mixture(name, tmp_path):
     assert float((wanted - whole).abs().max()) > 100 * tolerance, "the experts do nothing"
     check_generation(found, tokens[:1])
     assert torch.equal(generation(found, tokens[:1], True).sequences, said.sequences)
-
-
-@pytest.mark.parametrize("name", mostly_slow(FAST, ["deepseek_v3", "llama4_text"]))
-def test_a_cut_is_the_mixture_whose_dropped_experts_cannot_be_chosen(name, tmp_path):
-    check_mixture(name, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(MIXTURES) - set(FAST)))
-def test_so_it_is_for_every_other_mixture(name, tmp_path):
-    check_mixture(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(EXPERTS_STAY))

@@ -10,14 +10,11 @@ from shallower.cutting.exports import EXPORT_FILES, export_files
 from shallower.values.experts import DroppedExperts
 from tests.conftest import mostly_slow
 from tests.cutting.card_tools import (
-    assert_same_weights,
     blocks_of_code,
     front,
     history,
-    stand_for,
     tell_no_paths,
     texts_of,
-    ways,
 )
 from tests.cutting.mixtures import mixture, some_experts
 
@@ -36,7 +33,7 @@ def source(tmp_path, words):
         [([2, 3], {"dtype": "float16"})],
     ),
 )
-def test_a_card_makes_the_cut_again(source, tmp_path, monkeypatch, shallower, layers, options):
+def test_a_card_makes_the_cut_again(source, tmp_path, carried_out, layers, options):
     first = tmp_path / "first"
     dropped = {k: some for k, some in some_experts(mixture("mixtral")).items() if k not in layers}
     plan = sh.prune(source, layers, first, experts=dropped, **options)
@@ -44,13 +41,7 @@ def test_a_card_makes_the_cut_again(source, tmp_path, monkeypatch, shallower, la
     assert beside == {"README.md", "shallower_plan.json"}
     card = (first / "README.md").read_text()
     tell_no_paths(first, tmp_path, "somebody")
-    for name, make in ways(card, shallower).items():
-        place = stand_for(tmp_path / name, source)
-        plan.save(place / "shallower_plan.json")
-        monkeypatch.chdir(place)
-        make()
-        assert_same_weights("cut", first)
-        assert sh.Plan.load("cut/shallower_plan.json") == plan
+    carried_out(card, first, source, plan=plan)
 
 
 def test_a_cut_of_experts_of_a_cut_carries_no_list_of_layers(source, tmp_path):
@@ -88,11 +79,3 @@ def test_a_card_beside_a_gguf_file_names_the_files_that_lie_there(plan):
         named = re.findall(r"[\w.]*(?:shallower_plan\.json|mergekit\.yaml)", card)
         expected = {"shallower_plan.json" if plan.experts else "mergekit.yaml"}
         assert {*named} == {f"{before}{name}" for name in expected}
-
-
-def test_a_card_says_that_layers_went_too():
-    experts = DroppedExperts(6, {0: (0,), 3: (5,)})
-    text = texts_of(sh.Plan(4, (sh.Block(1, 3),), experts=experts))["README.md"]
-    assert "# a/tiny without layers [1, 3) and 1 of 6 experts a layer\n" in text
-    assert "Whole decoder layers and routed experts were cut out" in text
-    assert front(text)["tags"] == ["shallower", "layer-pruning", "expert-pruning"]

@@ -48,17 +48,6 @@ def test_mergekit_is_told_a_hub_id_or_a_placeholder():
         assert ("mergekit reads no GGUF file" in text) == (source.gguf is not None)
 
 
-def test_mergekit_reads_its_config():
-    """Where mergekit is installed, which the tests do not ask for."""
-    config = pytest.importorskip("mergekit.config")
-    plan = sh.Plan(6, (sh.Block(0, 1), sh.Block(3, 5)))
-    for options in ({"dtype": "float32"}, {"dtype": "nf4"}, {"gguf": "cut.gguf"}):
-        text = texts_of(plan, **options)["mergekit.yaml"]
-        read = config.MergeConfiguration.model_validate(yaml.safe_load(text))
-        assert [part.sources[0].layer_range for part in read.slices] == [(1, 3), (5, 6)]
-        assert read.dtype == (options["dtype"] if options.get("dtype") == "float32" else None)
-
-
 def test_mergekit_makes_the_same_cut(tmp_path, words):
     """Where mergekit is installed, which the tests do not ask for."""
     pytest.importorskip("mergekit.scripts.run_yaml")
@@ -73,14 +62,9 @@ def test_mergekit_makes_the_same_cut(tmp_path, words):
     assert_same_weights(place / "merged", tmp_path / "cut")
 
 
-def test_what_is_quantised_has_no_dtype_in_mergekit(tmp_path):
+def test_what_is_quantised_has_no_dtype_in_mergekit():
     plan = sh.Plan(6, (sh.Block(1, 2),))
-    config = yaml.safe_load(texts_of(plan, dtype="float32")["mergekit.yaml"])
-    assert config["dtype"] == "float32"
     assert "dtype" not in yaml.safe_load(texts_of(plan, dtype="nf4")["mergekit.yaml"])
-    tiny_llama().save_pretrained(tmp_path / "tiny")
-    sh.prune(tmp_path / "tiny", DROPPED, tmp_path / "plain")
-    assert yaml.safe_load((tmp_path / "plain" / "mergekit.yaml").read_text())["dtype"] == "float32"
 
 
 def test_a_plan_of_other_layers_is_not_saved_beside_a_model(llama, tmp_path):

@@ -25,11 +25,10 @@ from shallower.healing.cut import plan_of_cut
 from shallower.models.architecture import find_layers
 from tests.cutting.checkpoints import edit_json, read_json
 from tests.cutting.mixtures import mixture
-from tests.cutting.tiny_models import GATED, HEADS, OTHERS, WITH_LISTS, build
+from tests.cutting.tiny_models import GATED, GEMMA3, HEADS, MISTRAL, QWEN3, build
 from tests.folders import tree
 from tests.models.gguf_files import write_gguf
 
-QWEN3, GEMMA3, MISTRAL = WITH_LISTS["qwen3"], WITH_LISTS["gemma3"], OTHERS["mistral"]
 SHAPES = {
     "qwen3": QWEN3,
     "qwen3 without a head": (Qwen3Model, *QWEN3[1:]),
@@ -96,21 +95,6 @@ def test_the_states_are_those_of_the_whole_model(tmp_path, name, states):
     assert plan.survivors == tuple(range(max(states) + 1))
     assert sh.Plan.load(tmp_path / "cut" / "shallower_plan.json") == plan
     assert_lossless(tmp_path / "cut", inputs, states)
-
-
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "llama", "mistral"])
-def test_only_the_last_state_is_behind_the_final_norm(name):
-    """Why the layer behind the last state stays."""
-    model = build(*SHAPES[name])
-    inputs, states = inputs_of_layers(model), states_of(model)
-    assert len(states) == 7
-    assert all(map(torch.equal, states[:6], inputs[:6]))
-    with torch.no_grad():
-        behind = find_layers(model).modules[5]
-        outputs = []
-        behind.register_forward_hook(lambda *given: outputs.append(given[-1]))
-        assert torch.equal(states_of(model)[6], model.model.norm(outputs[0]))
-    assert not torch.equal(states[6], outputs[0])
 
 
 REFUSED = {
@@ -215,22 +199,17 @@ def test_what_no_state_depends_on_may_differ(tmp_path, monkeypatch):
 
 
 # The other ways to cut.
-def test_a_model_in_memory(tmp_path, words):
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"device_map": "stream"}], ids=str)
+def test_a_model_that_is_loaded(tmp_path, words, options):
+    """In memory or, where it does not fit there, layer by layer."""
     model = saved("llama", tmp_path / "whole")
     words.save_pretrained(tmp_path / "whole")
-    sh.prune(tmp_path / "whole", sh.ForStates([2]), tmp_path / "cut", dtype="bfloat16")
-    whole = LlamaForCausalLM.from_pretrained(tmp_path / "whole", dtype="bfloat16")
+    sh.prune(tmp_path / "whole", sh.ForStates([2]), tmp_path / "cut", **options)
+    dtype = options.get("dtype", "float32")
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype)
     assert_lossless(tmp_path / "cut", inputs_of_layers(whole), [2])
     plan = sh.drop_layers(model, sh.ForStates([2]))
     assert (plan.states, plan.survivors) == ((2,), (0, 1, 2))
-
-
-def test_layers_that_wait_on_disk(tmp_path, words):
-    """A model that does not fit into memory is compared, too."""
-    model = saved("llama", tmp_path / "whole")
-    words.save_pretrained(tmp_path / "whole")
-    sh.prune(tmp_path / "whole", sh.ForStates([2]), tmp_path / "cut", device_map="stream")
-    assert_lossless(tmp_path / "cut", inputs_of_layers(model), [2])
 
 
 @pytest.mark.parametrize("as_gguf", [False, True])

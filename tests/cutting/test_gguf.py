@@ -12,8 +12,8 @@ from gguf.constants import GGML_QUANT_SIZES
 
 import shallower as sh
 from tests.conftest import ROOT
-from tests.cutting.gguf_files import CUT, files_of_cut, write
-from tests.models.gguf_files import write_gguf
+from tests.cutting.gguf_files import CUT, write
+from tests.models.gguf_files import write_gguf, written
 
 
 def fields(reader):
@@ -126,14 +126,6 @@ def check_cut(source, out, survivors, changed):
     check_like_llama_cpp(out)
 
 
-def test_the_plan_lies_beside(real, cut):
-    plan = sh.Plan.load(cut.with_name("cut.shallower_plan.json"))
-    assert plan == sh.plan_prune(real, CUT, "cut.gguf").plan
-    assert plan.num_layers == 30
-    assert plan.dropped == tuple(CUT)
-    assert set(cut.parent.iterdir()) == set(files_of_cut(cut))
-
-
 def test_a_small_file_gives_the_logits_of_the_model_cut_in_memory(tmp_path):
     source = write_gguf(tmp_path / "whole.gguf")
     sh.prune(source, [1, 2], tmp_path / "cut.gguf")
@@ -174,10 +166,7 @@ def test_every_type_that_gguf_knows_keeps_its_bytes(tmp_path):
         writer.add_block_count(2)
         for layer in range(2):
             writer.add_tensor(f"blk.{layer}.x.weight", np.arange(layer, 13, dtype=kind))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        written(writer, tmp_path / "c.gguf")
         sh.prune(tmp_path / "c.gguf", [0], tmp_path / "d.gguf", overwrite=True)
         assert GGUFReader(tmp_path / "d.gguf").tensors[0].data.tolist() == list(range(1, 13))
 

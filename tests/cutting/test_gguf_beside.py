@@ -10,7 +10,7 @@ from shallower.cutting.gguf import plan_path
 from tests.cutting.card_tools import LICENSED, front
 from tests.cutting.gguf_files import files_of_cut, write
 from tests.folders import tree, tree_of_ours
-from tests.models.gguf_files import write_gguf
+from tests.models.gguf_files import written
 
 DROPPED = [1, 3, 4]
 
@@ -88,27 +88,6 @@ def test_a_gguf_that_fails_midway_leaves_all_as_it_was(tmp_path, overwrite):
 
 
 # The logits of a cut GGUF file.
-def test_a_cut_gguf_is_verified(tmp_path, shallower):
-    source, out = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
-    words = ("prune", source, "--drop", "1", "--verify", "--out")
-    assert 0 <= shallower(*words, out, "--json").json["max_logits_difference"] <= 1e-5
-    done = shallower(*words, tmp_path / "again.gguf")
-    assert done.status == 0, done.err
-    assert "logits differ by at most" in done.out
-    assert (tmp_path / "again.gguf").read_bytes() == out.read_bytes()
-
-
-def test_a_gguf_of_other_layers_is_told_from_the_cut(tmp_path):
-    source, out = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
-    model, tokenizer = sh.load_model(source, "float32")
-    sh.prune(source, [1], out)
-    assert (
-        sh.verify_checkpoint(model, tokenizer, out, layers=[sh.Block(1, 2)], text="the fox") <= 1e-5
-    )
-    with pytest.raises(sh.ModelError, match=r"cut\.gguf is not the model with its layers skipped"):
-        sh.verify_checkpoint(model, tokenizer, out, layers=[sh.Block(2, 3)], text="the fox")
-
-
 def test_a_gguf_that_transformers_cannot_load_is_refused_before_the_cut(tmp_path, shallower):
     source, out = write(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
     done = shallower("prune", source, "--drop", "1", "--out", out, "--verify")
@@ -190,10 +169,7 @@ def test_experts_count_as_in_gguf(tmp_path):
             for name, shape in {**shapes, "norm.weight": (9,)}.items():
                 writer.add_tensor(f"blk.{layer}.{name}", np.zeros(shape, np.float32))
         label = size_label(*writer.get_total_parameter_count())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        written(writer, path)
         return label
 
     build(tmp_path / "a.gguf", [4, 8, 3, 16])

@@ -19,7 +19,7 @@ from shallower.values.experts import DroppedExperts
 from tests.conftest import ROOT, mostly_slow
 from tests.cutting.gguf_files import write
 from tests.cutting.test_gguf import check_like_llama_cpp, fields, renamed, scalar
-from tests.models.gguf_files import write_family
+from tests.models.gguf_files import write_family, written
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
 
@@ -95,11 +95,7 @@ def write_mixture(path, arch, extra=(), tensors=(), dense=1, count=NUM_EXPERTS):
                 add(f"blk.{layer}.{name}", one or kind, outer)
     for name, shape in tensors:
         writer.add_tensor(name, rng.normal(size=shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return written(writer, path)
 
 
 def plan_of(by_layer, layers=(), num_experts=NUM_EXPERTS):

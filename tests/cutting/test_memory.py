@@ -1,24 +1,18 @@
 """Cuts in memory against forwards that skip the layers."""
 
-import itertools
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
 
 import shallower as sh
-from shallower.healing.recomputation import recompute_activations
+from shallower.healing.training import recompute_activations
 from shallower.models.identity import identify
-from tests.conftest import mostly_slow, tiny_llama
+from tests.conftest import tiny_llama
 from tests.cutting.tiny_models import (
     GATED,
-    IDS,
-    OTHERS,
-    WITH_LISTS,
+    QWEN3,
     assert_stock_loads_the_same,
     build,
     logits_of,
@@ -27,49 +21,6 @@ from tests.cutting.tiny_models import (
     reload,
     skipping,
 )
-
-CUTS = {"middle": [2, 3], "first": [0, 1], "deepest but last": [3, 4], "scattered": [0, 2, 5]}
-
-
-def of_day(families):
-    """Each with each cut, by day one cut of each, and each cut of one."""
-    every = list(itertools.product(families, CUTS))
-    quick = [one for one in every if one[1] == "scattered" or one[0] == "smollm3"]
-    return mostly_slow(every, quick)
-
-
-@pytest.mark.parametrize(("family", "cut"), of_day([*WITH_LISTS, *OTHERS]))
-def test_a_cut_is_the_model_with_its_layers_skipped(family, cut):
-    model = build(*(WITH_LISTS | OTHERS)[family])
-    expected = skipping(model, CUTS[cut])
-    whole = logits_of(model)
-    plan = sh.drop_layers(model, CUTS[cut])
-    assert plan.dropped == tuple(CUTS[cut])
-    assert torch.equal(logits_of(model), expected)
-    assert (expected - whole).abs().max() > 1e-3
-    assert numbers_in(model) == [{i} for i in range(6 - len(CUTS[cut]))] or family == "opt"
-
-
-@pytest.mark.parametrize(
-    "family",
-    mostly_slow([*WITH_LISTS, *OTHERS], ["gemma3", "gpt-oss", "gpt2"]),
-)
-def test_a_scattered_cut_comes_back_from_disk_by_stock_transformers(family, tmp_path):
-    model = build(*(WITH_LISTS | OTHERS)[family])
-    sh.drop_layers(model, CUTS["scattered"])
-    assert_stock_loads_the_same(model, tmp_path / "cut")
-
-
-@pytest.mark.parametrize(("family", "cut"), of_day(WITH_LISTS))
-def test_lists_of_the_config_are_cut_by_surviving_layer(family, cut, tmp_path):
-    model = build(*WITH_LISTS[family])
-    options = WITH_LISTS[family][2]
-    survivors = sh.drop_layers(model, CUTS[cut]).survivors
-    sh.save_model(model, None, tmp_path / "cut")
-    stored = json.loads((tmp_path / "cut" / "config.json").read_text())
-    assert stored["num_hidden_layers"] == model.config.num_hidden_layers == len(survivors)
-    for name in {"layer_types", "no_rope_layers"} & options.keys():
-        assert stored[name] == getattr(model.config, name) == [options[name][i] for i in survivors]
 
 
 @settings(max_examples=settings.default.max_examples // 3)
@@ -86,7 +37,7 @@ def test_without_layers_is_the_skipped_model_and_then_the_old_one(llama_with_lis
 
 @pytest.fixture(scope="module")
 def llama_with_lists():
-    return build(*WITH_LISTS["qwen3"])
+    return build(*QWEN3)
 
 
 def test_without_layers_restores_when_the_body_raises(llama_with_lists):
@@ -115,13 +66,6 @@ def test_without_layers_restores_also_what_the_body_dropped(llama):
         sh.drop_layers(llama, [0])
     assert portrait(llama) == before
     assert torch.equal(logits_of(llama), whole)
-
-
-def test_without_layers_refuses_before_it_changes_anything(llama):
-    before = portrait(llama)
-    with pytest.raises(sh.LayersError), sh.without_layers(llama, [6]):
-        pytest.fail("the body ran")
-    assert portrait(llama) == before
 
 
 def test_what_is_saved_within_without_layers_is_the_cut_model(llama, tmp_path):
@@ -182,14 +126,6 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
 
 
-def test_training_goes_on_after_a_cut(llama):
-    sh.drop_layers(llama, [2])
-    llama.train()
-    recompute_activations(llama, True)
-    llama(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(p.grad is not None for p in llama.parameters())
-
-
 def test_a_cut_of_a_model_in_training_with_checkpointing_leaves_its_modes(llama):
     recompute_activations(llama, True)
     llama.train()
@@ -197,25 +133,6 @@ def test_a_cut_of_a_model_in_training_with_checkpointing_leaves_its_modes(llama)
     sh.drop_layers(llama, [2])
     assert all(module.training for module in llama.modules())
     assert torch.equal(logits_of(llama), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_saved_as_it_is(llama, dtype, tmp_path):
-    llama.save_pretrained(tmp_path / "whole")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype).eval()
-    sh.drop_layers(model, [2, 3])
-    sh.save_model(model, None, tmp_path / "cut")
-    reloaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "cut", dtype="auto", output_loading_info=True
-    )
-    assert not any(info.values())
-    assert reloaded.dtype == dtype
-    assert torch.equal(logits_of(reloaded), logits_of(model))
-
-
-def test_a_model_without_a_list_of_layers_is_refused():
-    with pytest.raises(sh.ModelError, match="no transformers config"):
-        sh.drop_layers(nn.Linear(2, 2), [0])
 
 
 def spread(path, **places):
@@ -245,17 +162,3 @@ def test_the_device_map_of_a_cut_model_is_renumbered(offloaded, tmp_path):
     assert torch.equal(logits_of(offloaded), expected)
     sh.save_model(offloaded, None, tmp_path / "cut")
     assert torch.equal(logits_of(reload(tmp_path / "cut")), expected)
-
-
-def test_the_device_map_comes_back_after_without_layers(offloaded):
-    before = dict(offloaded.hf_device_map)
-    with sh.without_layers(offloaded, [0, 2]):
-        assert offloaded.hf_device_map != before
-    assert offloaded.hf_device_map == before
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_all_modules_of_a_cut_have_the_mode_of_the_model(llama, training):
-    cut = sh.drop_layers(llama.train(training), [range(2, 4)])
-    assert cut.num_layers == 6
-    assert {module.training for module in llama.modules()} == {training}

@@ -13,8 +13,7 @@ from shallower.cutting.request import Request
 from shallower.models import loading
 from shallower.storage import RECORD
 from tests.conftest import tiny_llama
-from tests.cutting.card_tools import assert_same_weights
-from tests.folders import tree, without_result_record
+from tests.folders import tree
 from tests.models.gguf_files import write_gguf
 
 TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
@@ -59,26 +58,6 @@ def test_a_plan_of_a_scan_is_told_by_the_door(place, plans, tmp_path, options):
     done = sh.prune(place / "tiny", plans[0], tmp_path / "cut", **options)
     assert done == plans[0]
     assert_told(plans[0], tmp_path / "cut")
-
-
-def test_a_block_of_a_scan_is_told_as_its_plan_is(place, words, tmp_path):
-    model, tokenizer = sh.load_model(place / "tiny", dtype="float32")
-    scan = sh.scan(model, tokenizer, TEXTS)
-    plan = sh.drop_layers(model, [scan.best_block(2)])
-    assert plan == scan.plan(2)
-    sh.save_model(model, tokenizer, tmp_path / "memory", plan=plan)
-    sh.prune(place / "tiny", [scan.best_block(2)], tmp_path / "disk")
-    for folder in ("memory", "disk"):
-        assert_told(plan, tmp_path / folder)
-
-
-def test_a_plan_of_a_scan_is_told_of_a_gguf_file(place, plans, tmp_path):
-    source = place / "files" / "tiny.gguf"
-    sh.prune(source, plans[1], tmp_path / "cut.gguf")
-    assert_told(plans[1], tmp_path, "cut.README.md", "cut.shallower_plan.json")
-    sh.prune(source, plans[1], tmp_path / "folder", as_gguf=True)
-    assert_told(plans[1], tmp_path / "folder")
-    assert sh.plan_prune(source, plans[1], "a.gguf").plan is plans[1]
 
 
 def test_what_names_the_layers_can_be_many_things(place, plans, tmp_path):
@@ -201,11 +180,3 @@ def test_the_door_has_three_places_and_the_words_of_the_command(shallower):
         assert re.search(rf"--{option}\b", shown), name
     asked = {one.name for one in fields(Request)}
     assert set(parameters) - {"what", "experts", "progress"} <= asked
-
-
-def test_the_door_gives_what_the_command_gives(place, tmp_path, shallower):
-    sh.prune(place / "tiny", [range(1, 3)], tmp_path / "python", dtype="bfloat16")
-    words = ("prune", place / "tiny", "--drop", "1:3", "--dtype", "bfloat16")
-    assert shallower(*words, "--out", tmp_path / "command").status == 0
-    assert_same_weights(tmp_path / "python", tmp_path / "command")
-    assert tree(tmp_path / "python") == without_result_record(tree(tmp_path / "command"))

@@ -1,36 +1,16 @@
-"""Tiny models of many families, and their logits with layers skipped."""
+"""Tiny models with kinds of attention by layer, and logits with layers skipped."""
 
 import copy
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
-    BloomForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
 )
 
 import shallower as sh
@@ -56,32 +36,9 @@ WINDOWS = {
         "sliding_attention" if sliding else "full_attention" for sliding in (0, 1, 1, 0, 1, 0)
     ],
 }
-MOE = {
-    "moe_intermediate_size": 16,
-    "num_experts_per_tok": 2,
-    "shared_expert_intermediate_size": 16,
-}
-WITH_LISTS = {
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {**GATED, **WINDOWS, "use_sliding_window": True}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**HEADS, **WINDOWS, "use_sliding_window": True}),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**HEADS, **WINDOWS}),
-    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**HEADS, **WINDOWS}),
-    "smollm3": (
-        SmolLM3ForCausalLM,
-        SmolLM3Config,
-        {**GATED, **WINDOWS, "use_sliding_window": True, "no_rope_layers": [1, 0, 1, 1, 0, 0]},
-    ),
-    "gpt-oss": (GptOssForCausalLM, GptOssConfig, {**HEADS, **WINDOWS, "num_local_experts": 4}),
-}
-OTHERS = {
-    "mistral": (MistralForCausalLM, MistralConfig, {**GATED, "sliding_window": 4}),
-    "gpt2": (GPT2LMHeadModel, GPT2Config, SIZES),
-    "opt": (OPTForCausalLM, OPTConfig, {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "phi": (PhiForCausalLM, PhiConfig, {**SIZES, "intermediate_size": 48}),
-    "bloom": (BloomForCausalLM, BloomConfig, SIZES),
-    "falcon": (FalconForCausalLM, FalconConfig, SIZES),
-    "qwen2-moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig, {**GATED, **MOE, "num_experts": 4}),
-}
+QWEN3 = Qwen3ForCausalLM, Qwen3Config, {**HEADS, **WINDOWS, "use_sliding_window": True}
+GEMMA3 = Gemma3ForCausalLM, Gemma3TextConfig, {**HEADS, **WINDOWS}
+MISTRAL = MistralForCausalLM, MistralConfig, {**GATED, "sliding_window": 4}
 
 
 def build(model_class, config_class, options):

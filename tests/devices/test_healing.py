@@ -12,15 +12,14 @@ from shallower.cutting.in_model import drop_layers
 from shallower.errors import ModelError
 from shallower.healing import training
 from shallower.healing.losses import Teacher, TrainingLoss, mean_loss, summed_loss
-from shallower.healing.recomputation import recompute_activations
-from shallower.healing.training import add_adapters
+from shallower.healing.training import add_adapters, recompute_activations
 from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.head import Head
+from shallower.settings.presets import ModelFacts
+from shallower.settings.recipe import Recipe
 from shallower.values.plan import Plan
-from shallower.values.presets import ModelFacts
-from shallower.values.recipe import Recipe
 from tests.devices.batches import inputs
 from tests.devices.conftest import STAGES, on_devices
 from tests.devices.stage import WIDTH, Stage, devices_of

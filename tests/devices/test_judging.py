@@ -2,15 +2,14 @@
 
 import pytest
 
-from shallower.judgement.judges.judge import KLJudge, LossJudge, judged_batches
+from shallower.judgement.judges.judge import KLJudge, LossJudge, SpeechJudge, judged_batches
 from shallower.judgement.judges.options import OptionsJudge
-from shallower.judgement.judges.speech import SpeechJudge
 from shallower.judgement.patched_trials import PatchedTrials
 from shallower.judgement.trials import Trials
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
+from shallower.results.speech import Answer
 from shallower.texts.options import OptionItem
-from shallower.values.answers import Answer
 from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow, word_tokenizer
 from tests.devices.batches import TEXTS

@@ -72,14 +72,6 @@ def test_axolotl_is_told_the_folder_that_the_page_cuts():
     assert f"`{config['datasets'][0]['path']}`" in PAGE
 
 
-def test_axolotl_takes_the_config():
-    """Where axolotl is installed, which the tests do not ask for."""
-    schema = pytest.importorskip("axolotl.utils.schemas.config").AxolotlInputConfig
-    config = config_of_axolotl()
-    assert schema.model_fields.keys() >= config.keys()
-    assert schema(**config).sequence_len == config["sequence_len"]
-
-
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}], ids=["on-disk", "in-memory"])
 def test_a_cut_embedder_gives_the_vectors_of_its_source_without_the_layers(
     tmp_path, words, options

@@ -1,47 +1,45 @@
-"""The lint of sentences finds long ones and banned words, and reads prose alone."""
+"""The lint of sentences finds what it should in public docstrings and errors, at its line."""
 
-import pytest
+import ast
 
 from tests import sentences
 
-LONG = "One " + "word " * 35 + "more."
+LONG = " ".join(["word"] * 26)
+CODE = f'''"""A module."""
 
 
-def found(markdown):
-    return [fault.partition(": ")[0] for fault in sentences.faults("a", sentences.prose(markdown))]
+def scan():
+    """A text that tells.
+
+    Args:
+        texts: short.
+        model: {LONG}
+
+    Example:
+        >>> {LONG}
+    """
 
 
-@pytest.mark.parametrize(
-    "markdown",
-    [
-        f"# One\n\n{LONG}",
-        f"Before.\n\n- {LONG}",
-        "Text.\n\nWhat was measured before.",
-        "Text.\n\nThe layers\nwait on disk.",
-    ],
-)
-def test_faults_are_named_with_their_lines(markdown):
-    assert found(markdown) == ["a:3"]
+def _hidden(what):
+    """It tells, too."""
+    raise ModelError(
+        f"the text {{what}} waits: "
+        f"load it"
+    )
+'''
 
 
-@pytest.mark.parametrize(
-    "markdown",
-    [
-        f"```text\n{LONG}\n```\n",
-        f"| {LONG} |\n|---|\n",
-        f"    {LONG}\n",
-        f"# {LONG}\n",
-        f"<!-- {LONG} -->\n",
-        f"`{LONG}`",
-        "One " + "word " * 20 + "more. Two " + "word " * 20 + "more.",
-        "- **One.** " + "Word " * 20 + "\n- **Two.** " + "Word " * 20,
-    ],
-)
-def test_other_text_is_left_alone(markdown):
-    assert found(markdown) == []
+def faults(read, rules):
+    """The line and the first words of every fault."""
+    found = [
+        fault
+        for line, text in read(ast.parse(CODE))
+        for fault in sentences.faults("f", "\n" * (line - 1) + text, rules)
+    ]
+    return [tuple(fault.split(":")[1:3]) for fault in found]
 
 
-def test_the_help_of_all_commands_is_read():
-    texts = dict(sentences.help_texts())
-    assert "Held-out" in texts["shallower eval --help-all"]
-    assert all(len(text) > 100 for text in texts.values())
+def test_faults_of_code():
+    docstrings = [("5", " 'tells'"), ("9", " 27 words, at most 25")]
+    assert faults(sentences.docstrings, sentences.DOCSTRINGS) == docstrings
+    assert faults(sentences.errors, sentences.ERRORS) == [("19", " 'waits'")]

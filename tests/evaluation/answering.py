@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import torch
 
-from shallower.values.answers import Answer
+from shallower.results.speech import Answer
 
 
 def plain_logits(model, ids):

@@ -152,11 +152,6 @@ def expected(spread):
     return {seed: said(spread, num_tokens=3, batch_size=1, seed=seed) for seed in (None, 5)}
 
 
-def test_equal_prompts_have_equal_answers(spread):
-    one, other, _ = said(spread, [PROMPTS[2], PROMPTS[2], PROMPTS[4]], seed=1)
-    assert one == other
-
-
 FAMILIES = {
     "gpt2": "learned positions, which are told to it",
     "bart": "learned positions, which it counts from the padding on",
@@ -311,10 +306,3 @@ def test_layers_on_disk_say_the_same_by_a_pass_a_token(spread, tmp_path, seed):
     expected = said(spread, seed=seed)
     assert said(streamed, seed=seed, tokenizer=tokenizer) == expected
     assert reading_of(streamed).passes == max(len(one.written) for one in expected)
-
-
-def test_nothing_is_said_beside_the_answers(spread, capfd):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        said(spread)
-    assert capfd.readouterr() == ("", "")

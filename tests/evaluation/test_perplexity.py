@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 import shallower as sh
 from shallower.errors import TextsError
+from shallower.results.perplexity import Perplexity
 from shallower.texts.sources import read_whole
-from shallower.values.perplexity import Perplexity
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import TEXTS
+from tests.evaluation.answering import log_softmax, plain_logits
 
 TEXT = "".join(chr(97 + (7 * i + i * i // 5) % 26) for i in range(333)) + "äöß漢字 \n"
 
@@ -44,10 +45,7 @@ def sharp():
 
 def plain_nats(model, ids):
     """The nats of all tokens but the first, in float64."""
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].numpy().astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    logs = log_softmax(plain_logits(model, ids))
     return -logs[range(len(ids) - 1), ids[1:]].sum()
 
 

@@ -16,8 +16,8 @@ from shallower.evaluation import speech as module
 from shallower.evaluation.speech import Reference, Speaking
 from shallower.models.decoder import Decoder
 from shallower.models.offload import reading_of, stored_bytes
-from shallower.texts.prompts import given_prompts, prompt_ids, read_prompts
-from shallower.values.speech import MEASURES, OF_OWN, OF_WHOLE, ON_WORDS, WAYS, Speech
+from shallower.results.speech import MEASURES, OF_OWN, OF_WHOLE, ON_WORDS, WAYS, Speech
+from shallower.texts.prompts import given_prompts, prompt_ids
 from tests.conftest import mostly_slow, tiny_llama, word_tokenizer
 from tests.evaluation.answering import log_softmax, plain_answer, plain_logits
 
@@ -198,12 +198,6 @@ def test_a_model_speaks_as_itself(sharp, dtype):
     assert not speech.repeats
 
 
-def test_a_copy_speaks_as_the_model_in_memory_does(sharp):
-    speech = sh.evaluate_speech(copy.deepcopy(sharp), WORDS, PROMPTS, whole=sharp, **OPTIONS)
-    assert speech.mean("agreement") == speech.mean("acceptance") == speech.mean("ends") == 1
-    assert speech.mean("divergence") == 0
-
-
 # Where the two are not in memory together.
 def in_place(model, layers, **options):
     decoder = Decoder.of(model)
@@ -331,16 +325,6 @@ def test_prompts_are_given_as_texts_objects_or_a_file(sharp, cut, tmp_path):
     assert_equal(sh.evaluate_speech(cut, WORDS, file, whole=sharp, **options), expected)
     for given in (file, str(file), iter(few), [{"prompt": one} for one in few]):
         assert [one.text for one in given_prompts(given)] == few
-
-
-def test_prompts_of_our_own_are_the_default(sharp, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        module, "prompt_ids", lambda _, prompts: seen.extend(prompts) or prompt_ids(WORDS, prompts)
-    )
-    monkeypatch.setattr(module, "given_prompts", lambda given: given_prompts(given)[:2])
-    sh.evaluate_speech(sharp, WORDS, whole=sharp, num_tokens=1, progress=False)
-    assert [one.text for one in seen] == [one.text for one in read_prompts(limit=2)]
 
 
 # What cannot be.

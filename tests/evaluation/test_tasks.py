@@ -16,6 +16,7 @@ import shallower as sh
 from shallower.errors import ModelError, TextsError
 from shallower.evaluation.tasks import draw_items, evaluate_tasks
 from tests.conftest import mostly_slow, tiny_llama
+from tests.evaluation.answering import log_softmax, plain_logits
 from tests.evaluation.task_folders import (
     CHOICE,
     LAST,
@@ -39,21 +40,13 @@ def sharp():
     return model
 
 
-def plain_logs(model, ids):
-    """Log-probabilities in float64 of the token behind each."""
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].numpy().astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-
 def plain_likelihood(model, tokenizer, context, continuation):
     """The log-likelihood of a continuation, and whether it is the greedy one."""
     given = len(tokenizer(context)["input_ids"])
     ids = tokenizer(context + " " + continuation)["input_ids"]
     cut = max(0, len(ids) - 1 - model.config.max_position_embeddings)
     ids, given = ids[cut:], given - cut
-    logs = plain_logs(model, ids[:-1])[given - 1 :]
+    logs = log_softmax(plain_logits(model, ids[:-1]))[given - 1 :]
     expected = ids[given:]
     chosen = logs[range(len(expected)), expected]
     return chosen.sum(), bool((logs.argmax(axis=1) == expected).all())
@@ -128,7 +121,7 @@ def test_the_last_word_behind_a_context_that_is_too_long(sharp, words, tmp_path)
         row["continuation"] = sentence(rng, 1, 4)
         if index % 2:  # what the model would say itself
             ids = words(row["context"])["input_ids"][-128:]
-            row["continuation"] = words.decode(plain_logs(sharp, ids)[-1].argmax())
+            row["continuation"] = words.decode(plain_logits(sharp, ids)[-1].argmax())
     rows = [row for row in rows if "<" not in row["continuation"]]
     folder = write_tasks(tmp_path, LAST)
     write_rows(folder / "last.jsonl", rows)
@@ -152,7 +145,7 @@ def said(sharp, words, tmp_path):
         ids = words(row["context"])["input_ids"]
         new = []
         while len(new) < 5:
-            token = int(plain_logs(sharp, ids + new)[-1].argmax())
+            token = int(plain_logits(sharp, ids + new)[-1].argmax())
             if token in (2, 99):  # the ends of the model's own config and of the tokenizer
                 break
             new.append(token)
@@ -226,18 +219,6 @@ def test_examples_come_before_each_item(sharp, words, pick):
     none = evaluate_tasks(sharp, words, ["pick"], tasks_dir=folder, max_items=9)
     with pytest.raises(TextsError, match="with 2 examples"):
         acc.minus(none[1])
-
-
-def test_a_cut_scores_as_the_model_without_its_layers(sharp, words, pick):
-    folder, _ = pick
-    with sh.without_layers(sharp, [1, 3]):
-        within = evaluate_tasks(sharp, words, ["pick"], tasks_dir=folder)
-    cut = copy.deepcopy(sharp)
-    sh.drop_layers(cut, [1, 3])
-    for one, other in zip(
-        within, evaluate_tasks(cut, words, ["pick"], tasks_dir=folder), strict=True
-    ):
-        np.testing.assert_array_equal(one.by_item.sums, other.by_item.sums)
 
 
 @pytest.mark.slow

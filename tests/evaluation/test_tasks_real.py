@@ -10,9 +10,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 import shallower as sh
+from tests.evaluation.answering import log_softmax, plain_logits
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("lm_eval")
@@ -27,20 +27,12 @@ def rows_of(path):
         return [json.loads(line) for line in file]
 
 
-def logs_of(model, ids):
-    """(T, V) log-probabilities in float64 of the token behind each."""
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].double().numpy()
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-
 def likelihood(smol, prompt, answer):
     """The log-likelihood of an answer behind a prompt, and whether it is the greedy one."""
     model, tokenizer = smol
     given, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
     assert ids[: len(given)] == given
-    logs = logs_of(model, ids[:-1])[len(given) - 1 :]
+    logs = log_softmax(plain_logits(model, ids[:-1]))[len(given) - 1 :]
     expected = ids[len(given) :]
     found = logs[range(len(expected)), expected].sum()
     return found, bool((logs.argmax(axis=1) == expected).all())
@@ -132,7 +124,7 @@ def test_mmlu(smol, data):
         prompt = "The following are multiple choice questions (with answers) " + about
         prompt += "".join(f"{asked(one)} {'ABCD'[one['answer']]}\n\n" for one in shots)
         given = smol[1](prompt + asked(row))["input_ids"]
-        logs = logs_of(smol[0], given)[-1]
+        logs = log_softmax(plain_logits(smol[0], given))[-1]
         letters = [smol[1](" " + letter)["input_ids"] for letter in "ABCD"]
         assert all(len(one) == 1 for one in letters)
         right.append(chosen(np.array([logs[one[0]] for one in letters]), row["answer"]))

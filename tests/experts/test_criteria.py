@@ -19,7 +19,7 @@ from shallower.experts.criteria import (
 )
 from shallower.experts.statistics import VALUES, ExpertStatistics, pair_places
 from shallower.models.experts import find_experts
-from shallower.values.routing import Routing
+from shallower.values.experts import Routing
 from tests.cutting.mixtures import mixture
 from tests.documents import documents
 

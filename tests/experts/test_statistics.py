@@ -16,7 +16,7 @@ from shallower.models.architecture import find_layers
 from shallower.models.experts import find_experts
 from shallower.scanning.hidden_states import stream
 from shallower.texts.batches import Batch
-from shallower.values.routing import Routing
+from shallower.values.experts import Routing
 from tests.conftest import mostly_slow
 from tests.cutting.mixtures import mixture
 from tests.documents import documents
@@ -66,24 +66,24 @@ def observed(model, *batches):
     return hooks.statistics
 
 
-class Dump:
-    """What the experts of a model are given and give, and the stream before and behind them."""
+def calls_of(model, seen):
+    """By layer what the experts of a model are given in a batch, and what they give."""
+    calls, handles = {}, []
+    for one in find_experts(model):
 
-    def __init__(self, model):
-        self.calls, self.handles = {}, []
-        for one in find_experts(model):
-            keep = self.keeper(one.layer)
-            self.handles.append(one.module.register_forward_hook(keep, with_kwargs=True))
+        def keep(_module, args, kwargs, output, layer=one.layer):
+            calls[layer] = [*args, *kwargs.values()], output
 
-    def keeper(self, layer):
-        def keep(_module, args, kwargs, output):
-            self.calls[layer] = [*args, *kwargs.values()], output
-
-        return keep
-
-    def close(self):
-        for handle in self.handles:
-            handle.remove()
+        handles.append(one.module.register_forward_hook(keep, with_kwargs=True))
+    with torch.inference_mode():
+        model(
+            input_ids=torch.from_numpy(seen.input_ids),
+            attention_mask=torch.from_numpy(seen.attention_mask),
+            use_cache=False,
+        )
+    for handle in handles:
+        handle.remove()
+    return calls
 
 
 def activation(experts):
@@ -121,20 +121,13 @@ def output_of(experts, expert, state):
 
 def twin(model, seen):
     """The sums of a batch by plain loops, (M, E) and (M, E, 5): all of VALUES but the last."""
-    dump = Dump(model)
-    with torch.inference_mode():
-        model(
-            input_ids=torch.from_numpy(seen.input_ids),
-            attention_mask=torch.from_numpy(seen.attention_mask),
-            use_cache=False,
-        )
-    dump.close()
+    given = calls_of(model, seen)
     tokens = np.flatnonzero(seen.attention_mask)
     found = find_experts(model)
     counts = np.zeros((len(found), found[0].num_experts))
     values = np.zeros((*counts.shape, 5))
     for place, one in enumerate(found):
-        states, _ = dump.calls[one.layer]
+        states, _ = given[one.layer]
         if len(states) == 1:
             calls = of_inputs(states[0], one.num_experts, tokens)
         else:
@@ -190,14 +183,7 @@ def test_products_are_those_of_what_experts_add(name):
         np.diagonal(products, axis1=1, axis2=2), found.total("gated_square"), rtol=1e-5, atol=1e-12
     )
     one = find_experts(model)[-1]
-    dump = Dump(model)
-    with torch.inference_mode():
-        model(
-            input_ids=torch.from_numpy(seen.input_ids),
-            attention_mask=torch.from_numpy(seen.attention_mask),
-            use_cache=False,
-        )
-    states, output = dump.calls[one.layer]
+    states, output = calls_of(model, seen)[one.layer]
     tokens, width = np.flatnonzero(seen.attention_mask), output.shape[-1]
     added = np.zeros((seen.attention_mask.size, one.num_experts, width))
     if len(states) == 1:
@@ -228,16 +214,10 @@ def test_how_far_the_stream_is_turned(name):
             found.total("moved")
         return
     one = find_experts(model)[0]
-    dump, before = Dump(model), []
+    before = []
     layer = find_layers(model).modules[one.layer]
     layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
-    with torch.inference_mode():
-        model(
-            input_ids=torch.from_numpy(seen.input_ids),
-            attention_mask=torch.from_numpy(seen.attention_mask),
-            use_cache=False,
-        )
-    states, output = dump.calls[one.layer]
+    states, output = calls_of(model, seen)[one.layer]
     if len(states) == 1:
         output = output.view(one.num_experts, -1, output.shape[-1]).sum(0)
     x, y = before[0].flatten(0, 1).double().numpy(), output.double().numpy()

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 import shallower as sh
-from shallower.values.gain import Gain
+from shallower.results.gain import Gain
 from tests.conftest import tiny_llama
 
 LLAMA_2_7B = {

@@ -6,7 +6,7 @@ import pytest
 
 import shallower as sh
 from shallower.memory.weights import num_parameters
-from shallower.values.gain import Gain
+from shallower.results.gain import Gain
 from tests.conftest import mostly_slow
 from tests.cutting.mixtures import mixture, some_experts
 

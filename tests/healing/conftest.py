@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 import shallower as sh
-from shallower.runs import demo
+from shallower.studies import demo
 from tests.conftest import tiny_llama
 from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
 

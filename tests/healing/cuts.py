@@ -1,10 +1,13 @@
-"""Cut models to heal, and a recipe that takes seconds."""
+"""Cut models to heal, a recipe that takes seconds, and healings that are killed."""
 
 import random
 
+import pytest
+
 import shallower as sh
-from shallower.values.presets import ModelFacts
-from shallower.values.recipe import Recipe
+from shallower.healing import trainer_checkpoints
+from shallower.settings.presets import ModelFacts
+from shallower.settings.recipe import Recipe
 from tests.conftest import WORDS
 
 BLOCK = sh.Block(2, 4)
@@ -38,3 +41,18 @@ def save_cut(path, model, tokenizer, layers=(BLOCK,)):
     plan = sh.drop_layers(loaded, layers)
     sh.save_model(loaded, tokenizer, cut, plan=plan)
     return whole, cut
+
+
+def kill_after_two_steps(monkeypatch, cut, out, **options):
+    """Heal a cut on texts, killed when its second step is kept."""
+
+    def interrupted(checkpoint):
+        mark(checkpoint)
+        if checkpoint.name == "checkpoint-2":
+            raise KeyboardInterrupt
+
+    mark = trainer_checkpoints.mark_complete
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_checkpoints, "mark_complete", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sh.heal(cut, TEXTS, out, **options)

@@ -11,17 +11,17 @@ from safetensors.numpy import load_file
 
 import shallower as sh
 from shallower.healing import heal as healing
-from shallower.healing import trainer_checkpoints, training
+from shallower.healing import training
 from shallower.healing.job import describe_job
 from shallower.healing.losses import TrainingLoss
 from shallower.merging.merge import healing_command
 from shallower.models.decoder import Decoder
 from shallower.models.head import Head
 from shallower.reporting.stories.stages import healing_parts
+from shallower.results.speech import Answer
 from shallower.texts.sequences import Sample, collate, mixed_order, read_samples
-from shallower.values.answers import Answer
 from tests.conftest import mostly_slow, tiny_llama
-from tests.healing.cuts import HELD_OUT, QUICK, TEXTS
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, kill_after_two_steps
 
 ALONE = replace(QUICK, share=1.0, dropout=0.0)
 BOTH = replace(QUICK, share=0.5, dropout=0.0)
@@ -190,39 +190,15 @@ def test_a_healing_of_texts_tells_of_none(healed):
 
 
 # Killed
-def test_a_killed_healing_goes_on_to_the_same_bits(cut, tmp_path, monkeypatch, capfd):
-    recipe = replace(QUICK, share=0.4, steps=3)
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    sh.heal(cut, TEXTS, whole, recipe=recipe, answers=ANSWERS)
-    kill_after_two_steps(monkeypatch, cut, out, recipe=recipe, answers=ANSWERS)
-    capfd.readouterr()
-    sh.heal(cut, TEXTS, out, recipe=recipe, answers=ANSWERS)
-    assert "resuming: 2 of 3 steps were taken\n" in capfd.readouterr().err
-    for name in ("adapter_model.safetensors", "README.md"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-def kill_after_two_steps(monkeypatch, cut, out, **options):
-    def interrupted(checkpoint):
-        mark(checkpoint)
-        if checkpoint.name == "checkpoint-2":
-            raise KeyboardInterrupt
-
-    mark = trainer_checkpoints.mark_complete
-    monkeypatch.setattr(trainer_checkpoints, "mark_complete", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sh.heal(cut, TEXTS, out, **options)
-    monkeypatch.setattr(trainer_checkpoints, "mark_complete", mark)
-
-
 @pytest.mark.parametrize(
     ("recipe", "answers"),
     [
         pytest.param(BOTH, [*ANSWERS[:-1], replace(ANSWERS[-1], ended=True)], id="other answers"),
+        pytest.param(replace(BOTH, seed=7), None, id="seed"),
         pytest.param(replace(BOTH, share=0.25), None, id="share", marks=pytest.mark.slow),
     ],
 )
-def test_with_other_answers_it_starts_anew(cut, tmp_path, monkeypatch, recipe, answers):
+def test_another_job_starts_anew(cut, tmp_path, monkeypatch, recipe, answers):
     first, again = (replace(one, steps=3) for one in (BOTH, recipe))
     kill_after_two_steps(monkeypatch, cut, tmp_path / "out", recipe=first, answers=ANSWERS)
     began = []
@@ -233,6 +209,7 @@ def test_with_other_answers_it_starts_anew(cut, tmp_path, monkeypatch, recipe, a
         return train(training, *args)
 
     monkeypatch.setattr(healing, "train", watched)
+    assert [*tmp_path.glob(".out.partial/folder/training/checkpoint-2")]
     sh.heal(cut, TEXTS, tmp_path / "out", recipe=again, answers=answers or ANSWERS)
     assert began == [[]]
 

@@ -8,7 +8,7 @@ import torch
 import shallower as sh
 from tests.conftest import tiny_llama, write_jsonl
 from tests.healing.cuts import QUICK, TEXTS
-from tests.written import MANY, write_answered, write_prompts
+from tests.written import MANY, write_prompts
 from tests.written import written as written
 
 SETTINGS = "--dtype float32 --max-length 16 --batch-size 8 --rank 4 --learning-rate 0.01 --packing"
@@ -80,21 +80,6 @@ def test_it_is_trained_on_what_the_uncut_model_says(heal, both, cut, folder, wri
     assert written == []
 
 
-def test_a_file_that_has_answers_needs_no_uncut_model(heal, both, given, folder, written):
-    said, tokenizer = said_by(both[0])
-    said = [one for one in said if one.written[-1] != 2]  # of the model's config, as an end
-    write_prompts(folder / "prompts.jsonl", *(tokenizer.decode(one.given) for one in said))
-    assert heal("out").status == 0
-    del written[:]
-    write_answered(folder / "answers.jsonl", tokenizer, said, model="someone/Whole")
-    given["answers"] = ("--answers", "answers.jsonl")
-    done = heal("again", "--json", using=("texts", "answers"))
-    assert done.json["answers"]["num_answers"] == len(said)
-    assert done.json["recipe"]["share"] == 0.5
-    assert written == []
-    assert adapters(folder / "again") == adapters(folder / "out")
-
-
 def test_a_dry_run_tells_of_answers_and_loads_nothing(
     heal, given, folder, monkeypatch, no_rehearsal
 ):
@@ -149,11 +134,7 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
     assert {*folder.iterdir()} == before
 
 
-def test_several_processes_write_no_answers(heal, given, monkeypatch, folder, no_rehearsal):
+def test_several_processes_write_no_answers(heal, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert "--answers are written by one process: give a file that has the" in heal("out").error
-    write_prompts(folder / "answers.jsonl", {"prompt": "w1", "answer": "w2", "ended": True})
-    given["answers"] = ("--answers", "answers.jsonl")
-    dry = heal("out", "--dry-run", "--json", using=("texts", "answers"))
-    assert dry.json["answers"] == "1 of a file"

@@ -1,6 +1,5 @@
 """Every command of the cards of patches, adapters and merged models, carried out."""
 
-import json
 import re
 import shlex
 import shutil
@@ -11,6 +10,7 @@ import pytest
 
 import shallower as sh
 from tests import examples
+from tests.conftest import write_jsonl
 from tests.cutting.card_tools import (
     assert_same_weights,
     blocks_of_code,
@@ -26,11 +26,6 @@ from tests.cutting.card_tools import (
 from tests.healing.cuts import BLOCK, HELD_OUT, QUICK, TEXTS
 
 SURVIVORS = [0, 1, 4, 5]
-
-
-def write_texts(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 def run_blocks(card, folder, monkeypatch):
@@ -84,7 +79,7 @@ def test_a_healing_is_made_again_by_its_card_to_the_last_digit(
     whole, cut = both[0], tmp_path / "pruned" / "cut"
     sh.prune(whole, [BLOCK], cut)
     texts, held_out = (
-        write_texts(tmp_path / f"{name}.jsonl", some)
+        write_jsonl(tmp_path / f"{name}.jsonl", some)
         for name, some in (("some", TEXTS), ("others", HELD_OUT))
     )
     done = shallower(
@@ -109,7 +104,7 @@ def test_a_merged_model_has_the_loss_that_eval_finds(cut, tmp_path, shallower):
     done = sh.heal(
         cut, TEXTS, tmp_path / "healed", recipe=recipe, eval_texts=HELD_OUT, merge=True
     )  # fmt: skip
-    texts = write_texts(tmp_path / "others.jsonl", HELD_OUT)
+    texts = write_jsonl(tmp_path / "others.jsonl", HELD_OUT)
     found = shallower(
         "eval", tmp_path / "healed", "--texts", texts, "--max-length", "16", "--dtype", "float32",
         "--json",
@@ -149,9 +144,9 @@ def test_a_patch_is_made_again_by_its_card_to_the_last_digit(
 ):
     """The card is the same, losses and all, and so are the weights."""
     folder, plan = patched
-    texts = write_texts(tmp_path / "some.jsonl", examples.sentences(96, seed=3))
+    texts = write_jsonl(tmp_path / "some.jsonl", examples.sentences(96, seed=3))
     others = [text for text in examples.sentences(40, seed=4) if text not in texts.read_text()]
-    held_out = write_texts(tmp_path / "others.jsonl", others)
+    held_out = write_jsonl(tmp_path / "others.jsonl", others)
     drop = ",".join(map(str, plan.dropped))
     done = shallower(
         "patch", folder / "whole", "--drop", drop, "--texts", texts, "--eval-texts", held_out,

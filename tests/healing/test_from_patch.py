@@ -11,7 +11,7 @@ from shallower.healing import heal as healing
 from shallower.healing import job as jobs
 from shallower.healing import loaded_models
 from shallower.patching import descent
-from shallower.values.healing import Healing
+from shallower.results.healing import Healing
 from tests.conftest import mostly_slow
 from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 

@@ -15,8 +15,8 @@ from shallower.memory.device import Room
 from shallower.memory.rehearsal import build_empty
 from shallower.memory.weights import weight_bytes
 from shallower.models.loading import layers_of
-from shallower.values.memory import needed_device, usable
-from shallower.values.recipe import Recipe
+from shallower.settings.recipe import Recipe
+from shallower.values.estimates import needed_device, usable
 from tests.conftest import mostly_slow
 from tests.families import small_config
 from tests.memory_oracle import shape, tracked_healing

@@ -127,29 +127,6 @@ def test_the_cut_comes_closer_to_the_uncut_model(patchable, tmp_path):
     assert after < 0.95 * before
 
 
-def test_the_first_loss_is_the_divergence(both, tmp_path):
-    """At the start the student is the cut; both are measured by all of their logits."""
-    from shallower.texts.sequences import collate, order, read_samples
-
-    whole, cut = both
-    recipe = replace(KD, steps=1, warmup_steps=0, packing=True)
-    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, original=whole)
-    (teacher, tokenizer), (student, _) = (sh.load_model(p, dtype="float32") for p in (whole, cut))
-    samples = read_samples(tokenizer, TEXTS, max_length=16, packing=True, num_samples=16)
-    batch = dict(collate(samples.rows[index] for index in order(len(samples), 16, 0)))
-    ids = torch.from_numpy(batch["input_ids"])
-    with torch.inference_mode():
-        q, p = (model(input_ids=ids).logits for model in (student, teacher))
-    total, _ = expected_losses(q, p, batch["labels"])
-    assert record.steps[0].loss == pytest.approx(total / (16 * 15), rel=1e-5)
-
-
-def test_without_the_uncut_model_it_is_refused(cut, tmp_path):
-    with pytest.raises(sh.RecipeError, match=r"kd.* uncut model.*--original"):
-        sh.heal(cut, TEXTS, tmp_path / "out", recipe=KD)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("objective", ["KD", "", None, 1, ["kd"], "lm+kd", "reconstruct"])
 def test_an_unknown_objective_is_refused(objective):
     with pytest.raises(sh.RecipeError, match=r"unknown objective .*: expected one of lm, kd$"):

@@ -11,7 +11,7 @@ from shallower.healing.training import add_adapters
 from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.quantised import keep_unpacked
-from shallower.values.recipe import Recipe
+from shallower.settings.recipe import Recipe
 from tests.healing.cuts import FACTS
 
 

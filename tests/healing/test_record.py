@@ -7,7 +7,7 @@ import pytest
 
 import shallower as sh
 from shallower.reporting.charts.run import smoothed
-from shallower.values.healing import Healing
+from shallower.results.healing import Healing
 
 
 # The record

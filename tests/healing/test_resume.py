@@ -10,7 +10,7 @@ import pytest
 import shallower as sh
 from shallower.healing import training
 from tests.forks import Fork
-from tests.healing.cuts import HELD_OUT, QUICK, TEXTS
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, kill_after_two_steps
 
 RECIPE = replace(QUICK, steps=4, eval_every=2)
 
@@ -44,20 +44,9 @@ def same_healing(out, whole):
 
 def test_an_incomplete_checkpoint_is_not_resumed_from(cut, whole, tmp_path, monkeypatch, capfd):
     """Killed in the middle of a save, at every file of a checkpoint in turn."""
-    from shallower.healing import trainer_checkpoints
-
     work = tmp_path / ".out.partial" / "folder" / "training"
-
-    def interrupted(checkpoint):
-        mark(checkpoint)
-        if checkpoint.name == "checkpoint-2":
-            raise KeyboardInterrupt
-
-    mark = trainer_checkpoints.mark_complete
-    monkeypatch.setattr(trainer_checkpoints, "mark_complete", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sh.heal(cut, TEXTS, tmp_path / "out", recipe=RECIPE, eval_texts=HELD_OUT)
-    monkeypatch.setattr(trainer_checkpoints, "mark_complete", mark)
+    options = {"recipe": RECIPE, "eval_texts": HELD_OUT}
+    kill_after_two_steps(monkeypatch, cut, tmp_path / "out", **options)
     assert [path.name for path in work.iterdir()] == ["checkpoint-2"]
     later = work / "checkpoint-3"
     files = sorted(file.name for file in (work / "checkpoint-2").iterdir())
@@ -68,7 +57,7 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(cut, whole, tmp_path, monk
         (later / name).write_bytes(b"")
         (later / "complete").unlink(missing_ok=True)
     assert "resuming:" not in capfd.readouterr().err
-    sh.heal(cut, TEXTS, tmp_path / "out", recipe=RECIPE, eval_texts=HELD_OUT)
+    sh.heal(cut, TEXTS, tmp_path / "out", **options)
     assert "resuming: 2 of 4 steps were taken\n" in capfd.readouterr().err
     same_healing(tmp_path / "out", whole)
 
@@ -89,23 +78,3 @@ def test_a_full_disk_leaves_nothing_half_written(cut, whole, tmp_path, monkeypat
     sh.heal(cut, TEXTS, out, recipe=RECIPE, eval_texts=HELD_OUT)
     same_healing(out, whole)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-def test_another_job_starts_anew(cut, tmp_path, monkeypatch):
-    from shallower.healing import heal as healing
-
-    monkeypatch.setattr(healing, "write_adapters", lambda *_args, **_options: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=2))
-    assert (tmp_path / ".out.partial" / "folder" / "training" / "checkpoint-2").is_dir()
-    monkeypatch.undo()
-    began = []
-    train = healing.train
-
-    def watched(training, *args):
-        began.append(list(training.folder.glob("*")))
-        return train(training, *args)
-
-    monkeypatch.setattr(healing, "train", watched)
-    sh.heal(cut, TEXTS, tmp_path / "out", recipe=replace(QUICK, steps=2, seed=7))
-    assert began == [[]]

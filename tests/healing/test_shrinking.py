@@ -12,7 +12,7 @@ import shallower as sh
 from shallower.healing import training
 from shallower.healing.ranks import own_device_map, warn_of_idle_gpus
 from shallower.memory import retry
-from shallower.values.recipe import Resolved
+from shallower.settings.recipe import Resolved
 from tests.healing.cuts import FACTS, HELD_OUT, QUICK, TEXTS
 
 AUTOMATIC = replace(QUICK, batch_size=None, steps=4)

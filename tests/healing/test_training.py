@@ -15,7 +15,6 @@ import shallower as sh
 from shallower.healing import bar
 from shallower.healing.training import Throughput
 from shallower.texts.sequences import order
-from tests.conftest import mostly_slow
 from tests.healing.cuts import BLOCK, HELD_OUT, QUICK, TEXTS
 
 
@@ -68,22 +67,6 @@ def test_the_rate_warms_up_and_falls_as_a_cosine(cut, tmp_path):
     ]
     assert [step.learning_rate for step in record.steps] == pytest.approx(expected, abs=1e-9)
     assert (record.held_out, record.best_step, record.recovered) == ((), 8, None)
-
-
-@pytest.mark.parametrize("packing", mostly_slow([True, False], quick=[True]))
-def test_the_forward_may_be_of_any_size(cut, tmp_path, packing):
-    """Sixteen sequences a step are one mean over their tokens, however they are divided."""
-    recipe = replace(QUICK, dropout=0.0, packing=packing, steps=2)
-    results = []
-    for size in (1, 16):
-        out = tmp_path / str(size)
-        record = sh.heal(cut, TEXTS, out, recipe=replace(recipe, batch_size=size))
-        results.append((load_file(out / "adapter_model.safetensors"), record))
-    first, record = results[0]
-    for weights, other in results[1:]:
-        assert [s.loss for s in other.steps] == pytest.approx([s.loss for s in record.steps], 1e-5)
-        for name, value in weights.items():
-            assert np.abs(value - first[name]).max() < 2e-4 * max(1, np.abs(value).max())
 
 
 def test_the_first_loss_is_the_mean_over_tokens(cut, words, tmp_path):

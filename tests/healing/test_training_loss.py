@@ -10,14 +10,13 @@ from transformers import LlamaForCausalLM
 
 import shallower as sh
 from shallower.healing.losses import TrainingLoss, mean_loss, summed_loss
-from shallower.healing.recomputation import recompute_activations
-from shallower.healing.training import add_adapters
+from shallower.healing.training import add_adapters, recompute_activations
 from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.head import Head
-from shallower.runs import demo
-from shallower.values.recipe import Recipe
+from shallower.settings.recipe import Recipe
+from shallower.studies import demo
 from tests.conftest import tiny_llama
 from tests.families import random_model
 from tests.healing.cuts import FACTS

@@ -9,7 +9,7 @@ import torch
 from shallower.errors import CriterionError, ModelError, RejectedSamplesWarning, StatesError
 from shallower.judgement.criteria import NAMED, criteria, expert_criteria
 from shallower.judgement.criteria.baselines import NUM_TEXTS
-from shallower.values.settings import CRITERIA, EXPERT_CRITERIA
+from shallower.settings.studies import CRITERIA, EXPERT_CRITERIA
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import TEXTS, documents
 from tests.families import random_model
@@ -169,16 +169,6 @@ def test_a_text_with_a_state_of_zeros_is_left_out_and_named(words, name):
     np.testing.assert_allclose(costs.blocks, expected.blocks, atol=1e-12)
     with pytest.raises(StatesError, match="nothing to compare: 1 of 1"):
         criteria[name].costs(make_subject(model, words, texts[1:2]))
-
-
-def test_weights_without_gradients_are_refused(words):
-    subject = make_subject(tiny_llama(2), words, TEXTS)
-    layer = subject.decoder.layers.modules[1]
-    layer.mlp.up_proj.weight = torch.nn.Parameter(
-        torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False
-    )
-    with pytest.raises(CriterionError, match="weights of layer 1 have none"):
-        criteria["taylor"].costs(subject)
 
 
 def test_a_gradient_that_is_not_finite_is_refused(words):

@@ -131,38 +131,6 @@ def test_two_texts_are_held_out_however_long_they_are(words, monkeypatch):
     assert set(tokens.texts) == {0, 1}
 
 
-def test_first_tokens_and_padding_are_never_kept(subject):
-    kept = kept_states.kept_states(subject)
-    for batch, *masks in zip(
-        kept.tokens.batches, kept.tokens.fitted, kept.tokens.held_out, strict=True
-    ):
-        for mask in masks:
-            assert not mask[:, 0].any()
-            assert not mask[batch.attention_mask == 0].any()
-        assert not (masks[0].any(axis=1) & masks[1].any(axis=1)).any()  # held out by text
-
-
-def test_what_a_linear_map_makes_of_its_input_costs_nothing():
-    """States that are linear in each other, with a massive channel; and noise, which is not."""
-    source = np.random.default_rng(0)
-    x = source.standard_normal((800, 6)) * [1, 1, 1, 1, 1, 1000]
-    mixed = x @ (np.eye(6) + 0.3 * source.standard_normal((6, 6)))
-    noise = source.standard_normal((800, 6)) * x.std(axis=0)
-    states = [torch.tensor(s, dtype=torch.float32) for s in (x, mixed, noise)]
-    tokens = kept_states.KeptTokens([], [], [], np.arange(200) // 20)
-    fitted, held = [s[:600] for s in states], [s[600:] for s in states]
-    spreads = np.array(
-        [
-            np.bincount(tokens.texts, (h.double() - f.double().mean(0)).square().sum(-1).numpy())
-            for f, h in zip(fitted, held, strict=True)
-        ]
-    )
-    kept = kept_states.KeptStates(tokens, fitted, held, spreads)
-    linear, other = kept.unexplained(0, fitted[0], held[0])
-    assert linear.mean < 1e-4
-    assert other.mean == pytest.approx(1.0, abs=0.1)
-
-
 def test_both_share_one_pass(words):
     model = tiny_llama(3)
     subject, counted = make_subject(model, words, FEW), Counted(model)

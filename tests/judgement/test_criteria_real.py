@@ -3,12 +3,11 @@
 import json
 from itertools import islice
 
-import numpy as np
 import pytest
 
 import shallower as sh
 from shallower.judgement.criteria import criteria
-from shallower.runs import demo
+from shallower.studies import demo
 from tests.judgement import twins
 from tests.judgement.toy import make_subject
 
@@ -18,23 +17,6 @@ pytestmark = pytest.mark.slow  # the same twins tell by day of small models
 @pytest.fixture(scope="module")
 def subject(smol, passages):
     return make_subject(*smol, [*passages[0], *passages[1]][:8], max_length=16, batch_size=4)
-
-
-@pytest.mark.parametrize(
-    ("name", "tolerance"), [("angular", 1e-7), ("cosine", 1e-7), ("relative_l2", 4e-7)]
-)
-def test_the_ends_of_blocks(subject, states, name, tolerance):
-    costs = np.triu(criteria[name].costs(subject).blocks, 1)
-    expected = getattr(twins, name)(states)
-    np.testing.assert_array_less(np.abs(costs - expected), tolerance * np.maximum(1, expected))
-
-
-@pytest.mark.parametrize("name", ["block_influence", "magnitude"])
-def test_single_layers_over_all_tokens(subject, states, name):
-    costs = criteria[name].costs(subject)
-    means, errors = getattr(twins, name)(states)
-    np.testing.assert_allclose(np.diag(costs.blocks, 1), means, rtol=1e-6)
-    np.testing.assert_allclose(np.diag(costs.stderr, 1), errors, rtol=1e-5)
 
 
 def test_linear_maps_of_the_last_layers(subject, states):

@@ -320,38 +320,3 @@ def test_no_items_are_refused(words):
 
 
 # A real model.
-QUESTIONS = [
-    item("The capital of France is", "Rome", "Paris", "green", answer=1),
-    item("Question: Is the sun hot?\nAnswer:", " no", " yes", answer=1),
-    item("He opened the door and walked ", "banana", "inside the house.", answer=1),
-    item("Birds can", "fly", "read newspapers", answer=0),
-]
-
-
-@pytest.mark.slow
-def test_options_of_a_real_model(smol):
-    model, tokenizer = smol
-    judge = OptionsJudge(QUESTIONS, tokenizer, tokens=Tokens(64, 4))
-    for dropped in ((), range(12, 20)):
-        spaced = [
-            item(one.context.rstrip(), *(f" {o.strip()}" for o in one.options), answer=one.answer)
-            for one in QUESTIONS
-        ]
-        expected = margins(cut(model, dropped), tokenizer, spaced)
-        found = measured(judge, model, dropped)
-        np.testing.assert_allclose(found, -expected, atol=1e-3)
-        assert dropped or judge.accuracy(found) >= 0.75
-
-
-@pytest.mark.slow
-def test_the_divergence_of_a_real_model(smol, passages):
-    model, tokenizer = smol
-    texts, dropped = passages[1][:3], range(12, 20)
-    judge = KLJudge(judged_batches(tokenizer, texts, Tokens(24, 2)))
-    assert (measured(judge, model, ()) == 0).all()
-    whole, without, expected = cut(model, ()), cut(model, dropped), []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"][:24]
-        p, q = whole(ids)[:-1], without(ids)[:-1]
-        expected.append((np.exp(p) * (p - q)).sum())
-    np.testing.assert_allclose(measured(judge, model, dropped), expected, rtol=1e-4)

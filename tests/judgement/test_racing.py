@@ -8,7 +8,7 @@ from shallower.judgement.judges.judge import FIRST_LOOK, LossJudge, looks
 from shallower.judgement.racing import ALPHA, common_variance, lost, race
 from shallower.judgement.trials import Trials
 from shallower.models.layerwise import Layerwise
-from shallower.values.scores import Scores
+from shallower.results.scores import Scores
 from tests.conftest import mostly_slow, tiny_llama
 from tests.judgement.test_trials import batches
 

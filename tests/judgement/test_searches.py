@@ -1,6 +1,5 @@
 """Searches over sets of layers, against plain ones by models that are really cut."""
 
-import json
 from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
@@ -18,12 +17,12 @@ from shallower.judgement.criteria.searches import (
     ridge_regression,
     select,
 )
-from shallower.judgement.judges.judge import KLJudge, looks
+from shallower.judgement.judges.judge import looks
 from shallower.judgement.trials import Trials
-from tests.conftest import mostly_slow, tiny_llama, word_tokenizer
+from tests.conftest import tiny_llama, word_tokenizer
 from tests.documents import documents
 from tests.judgement import toy
-from tests.judgement.test_trials import Counted, Memory, key_of
+from tests.judgement.test_trials import Memory, key_of
 
 SEARCHES = ("greedy", "exhaustive", "evolution", "deepest", "random")
 TEXTS = documents(20, seed=3)
@@ -101,12 +100,6 @@ def test_sizes_that_cannot_be_are_refused(subject, name, n):
         criteria[name].plans(of_sizes(subject, n))
 
 
-def test_greedy_is_nested(subject):
-    plans = criteria["greedy"].plans(of_sizes(subject, 1, 2, 3, 4))
-    for n in (1, 2, 3):
-        assert set(plans[n].dropped) < set(plans[n + 1].dropped)
-
-
 def test_a_block_that_was_found_has_its_score(subject):
     for name in ("exhaustive", "greedy"):
         block = criteria[name].plans(of_sizes(subject, 1))[1].blocks[0]
@@ -126,13 +119,6 @@ def test_what_a_search_costs_does_not_depend_on_what_was_made_before(subject):
     assert costs["deepest"] == costs["random"] == {0}
 
 
-def test_a_search_for_the_second_time_runs_no_layer(subject):
-    criteria["greedy"].plans(of_sizes(subject, 4))
-    counted = Counted(subject.decoder.model)
-    criteria["greedy"].plans(of_sizes(subject, 1, 2, 3))
-    assert counted.runs <= 3 * len(TEXTS) * NUM_LAYERS  # some looks that the race could spare
-
-
 @pytest.mark.parametrize("name", ["greedy", "exhaustive", "evolution", "one_shot"])
 def test_a_search_that_was_killed_goes_on_to_the_same_plan_and_cost(subject, name):
     def search(journal):
@@ -148,12 +134,6 @@ def test_a_search_that_was_killed_goes_on_to_the_same_plan_and_cost(subject, nam
         rest = Memory(whole[:kept])
         assert search(rest) == expected
         assert sorted(map(key_of, rest)) == sorted(map(key_of, whole))
-
-
-def test_evolution_depends_on_its_seed_alone(subject):
-    fresh = toy.make_subject(subject.decoder.model, WORDS, TEXTS, batch_size=10)
-    first, second = (criteria["evolution"].plans(of_sizes(s, 3))[3] for s in (subject, fresh))
-    assert first == second
 
 
 def test_mutations_exchange_a_few_layers():
@@ -197,19 +177,6 @@ def test_one_shot_costs_a_path_and_all_that_follows_each_layer(subject):
     with subject.trials.counted() as count:
         criteria["one_shot"].costs(subject)
     assert count.layer_forwards == len(TEXTS) * NUM_LAYERS * (NUM_LAYERS + 1) // 2
-
-
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_the_whole_model_for_kl_adds_little_to_what_is_run_anyway(subject, n):
-    subject.trials = Trials(subject.layerwise, KLJudge(subject.trials.judge.batches))
-    left = NUM_LAYERS - n
-    with subject.trials.counted() as alone:
-        criteria["one_shot"].costs(subject)
-    with subject.trials.counted() as search:
-        for start in reversed(range(left + 1)):
-            subject.trials.scores(range(start, start + n))
-    assert alone.layer_forwards == len(TEXTS) * (NUM_LAYERS * (NUM_LAYERS + 1) // 2 + 1)
-    assert search.layer_forwards == len(TEXTS) * (left * (left + 3) // 2 + n)
 
 
 def plain_ridge(masks, scores, ridge):
@@ -302,40 +269,7 @@ def test_evolution_finds_layers_that_do_nothing_wherever_they_are(known):
         assert lost.mean <= best.mean + (n == 3) * 0.1
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(["greedy", "exhaustive", "evolution", "one_shot"], ["greedy", "exhaustive"])
-)
-def test_what_changes_least_is_found_by_the_divergence_too(known, name):
-    judge = KLJudge(known.trials.judge.batches)
-    trials = Trials(known.trials.model, judge)
-    subject = replace(known, trials=trials, sizes=(1, 2), made={})
-    plans = criteria[name].plans(subject)
-    assert plans[1].dropped in [(toy.IDENTITY,), (toy.SCALES,)]
-    cancel, nothing = tuple(range(*toy.PAIR)), (toy.IDENTITY, toy.SCALES)
-    either = {"exhaustive": [cancel], "evolution": [cancel, nothing]}
-    assert plans[2].dropped in either.get(name, [nothing])
-
-
 # The real model.
-@pytest.mark.slow
-def test_a_real_model_loses_what_plain_searches_choose(smol, data):
-    model, tokenizer = smol
-    lines = (data / "text" / "c4_eval.jsonl").read_text(encoding="utf-8").splitlines()[:6]
-    texts = [json.loads(line)["text"] for line in lines]
-
-    def loss(dropped):
-        with sh.without_layers(model, sorted(dropped)):
-            return sh.evaluate_loss(model, tokenizer, texts, max_length=64, progress=False).nats
-
-    subject = toy.make_subject(model, tokenizer, texts, sizes=(8,), max_length=64, batch_size=2)
-    blocks = [range(start, start + 8) for start in range(23)]
-    assert criteria["exhaustive"].plans(subject)[8].dropped == tuple(min(blocks, key=loss))
-    gone = ()
-    for n in (1, 2):
-        gone = min(((*gone, layer) for layer in range(30) if layer not in gone), key=loss)
-        assert criteria["greedy"].plans(of_sizes(subject, n))[n].dropped == tuple(sorted(gone))
-
-
 class Looked:
     """Trials of random scores, of which the items are counted that each cut is judged on."""
 

@@ -9,18 +9,16 @@ import torch
 import shallower as sh
 from shallower.errors import TextsError
 from shallower.evaluation.answers import write_answers
-from shallower.judgement.judges.judge import KLJudge, LossJudge, judged_batches
-from shallower.judgement.judges.speech import SpeechJudge
+from shallower.judgement.judges.judge import LossJudge, SpeechJudge, judged_batches
 from shallower.judgement.racing import race
 from shallower.judgement.trials import Trials, judge_inputs
 from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
+from shallower.results.verification import Verified
 from shallower.texts.splits import Splits
-from shallower.values.answers import Answer
 from shallower.values.plan import Plan
 from shallower.values.tokens import Tokens
-from shallower.values.verification import Verified
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import documents
 from tests.judgement.test_judges import cut, log_probabilities, measured, rows
@@ -88,16 +86,6 @@ def test_prompts_are_looked_at_in_their_order_with_both_answers(said):
     assert rows(judge.batches) == ids
     for batch, items in zip(judge.batches, judge.items, strict=True):
         assert batch.samples.tolist() == [item for item in items for _ in range(2)]
-
-
-def test_with_one_token_given_it_is_the_judge_of_texts(sharp, words):
-    texts = documents(7)
-    ids = [words(text)["input_ids"][:12] for text in texts]
-    said = [(Answer((first,), tuple(rest), False),) for first, *rest in ids]
-    judge = KLJudge(judged_batches(words, texts, Tokens(12, 3)))
-    speech = SpeechJudge(said, tokens=Tokens(12, 3))
-    assert (measured(speech, sharp, DROPPED) == measured(judge, sharp, DROPPED)).all()
-    assert (speech.weights == judge.weights).all()
 
 
 def test_other_words_are_other_items(said):

@@ -170,19 +170,6 @@ def test_a_race_that_was_killed_goes_on_to_the_same_plan(folder, raced):  # noqa
     assert len(read) > 1
 
 
-@pytest.mark.slow
-def test_looks_that_are_asked_for_together_are_one_pass(folder, reads):  # noqa: F811
-    streamed, _, tokenizer = both(folder)
-    for name in ("loss", "kl"):
-        judge = judge_of(name, tokenizer, TEXTS, tokens=Tokens(12, 4))
-        trials = Trials(Layerwise(streamed), judge)
-        trials.judge_together([(1,), (2, 3)], 1)
-        reads.clear()
-        trials.scores((1,)), trials.scores((2, 3))
-        expected = 2 if name == "loss" else 4  # the whole model's states, for either
-        assert reads["model.layers.5.mlp.up_proj.weight"] == expected - (name == "kl")
-
-
 def test_a_cut_that_cannot_be_judged_stops_no_other(folder):  # noqa: F811
     streamed, _, tokenizer = both(folder)
     judge = judge_of("loss", tokenizer, TEXTS, tokens=Tokens(12, 4))

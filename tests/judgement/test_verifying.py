@@ -12,11 +12,11 @@ from shallower.judgement import proposals
 from shallower.judgement.verifying import verifier_of
 from shallower.models.decoder import Decoder
 from shallower.patching.quick import QuickPatch
+from shallower.results.verification import Verified
 from shallower.texts.splits import Splits
 from shallower.values.layers import blocks_of
 from shallower.values.plan import Plan
 from shallower.values.tokens import Tokens
-from shallower.values.verification import Verified
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import documents
 from tests.judgement import toy

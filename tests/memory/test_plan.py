@@ -13,7 +13,7 @@ from shallower.memory.device import Room
 from shallower.memory.plan import Forward, ForwardStep, fitting, peak_of, plan_forward
 from shallower.models.decoder import Decoder
 from shallower.scanning.hidden_states import forward
-from shallower.values.memory import needed_device
+from shallower.values.estimates import needed_device
 from shallower.values.positions import Positions
 from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow, tiny_llama

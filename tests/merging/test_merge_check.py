@@ -20,7 +20,7 @@ from shallower.memory.placement import place_for
 from shallower.merging import merging
 from shallower.merging.low_rank import LowRank
 from shallower.models.identity import stored_digest
-from shallower.values.healing import Healing
+from shallower.results.healing import Healing
 from tests.cutting.card_tools import hub
 from tests.healing.cuts import HELD_OUT
 from tests.merging.merges import merged_by_peft, steps_apart, tensors

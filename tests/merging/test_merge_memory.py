@@ -6,7 +6,7 @@ import pytest
 
 from shallower.merging import merging
 from shallower.models.identity import stored_digest
-from shallower.values.healing import Healing
+from shallower.results.healing import Healing
 from tests.merging.merges import adapters_of, sparse_neox
 from tests.peaks import needs_linux, peak_of
 

@@ -64,7 +64,7 @@ def write_gguf(path, architecture="llama", model=None, left_out="nothing", merge
     for name, array in tensors(model or wide_llama()):
         if left_out not in name:
             writer.add_tensor(name, array)
-    return _written(writer, path)
+    return written(writer, path)
 
 
 def _add_tokenizer(writer, merges):
@@ -76,7 +76,8 @@ def _add_tokenizer(writer, merges):
     writer.add_eos_token_id(258)
 
 
-def _written(writer, path):
+def written(writer, path):
+    """Write all that was added, and give the path."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -116,7 +117,7 @@ FAMILIES = {
 def write_family(path, architecture, **sizes):
     """Write a random model of an architecture, its matrices quantised."""
     kind, sizes = GGMLQuantizationType.Q8_0, SIZES | FAMILIES.get(architecture, {}) | sizes
-    _written(_described(path, architecture, sizes), path)
+    written(_described(path, architecture, sizes), path)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -137,7 +138,7 @@ def write_family(path, architecture, **sizes):
             writer.add_tensor(name, quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array)
-    return _written(writer, path)
+    return written(writer, path)
 
 
 def _described(path, architecture, sizes):

@@ -25,271 +25,176 @@ class PrivateName(NamedTuple):
         return f"{self.module}.{self.name}"
 
 
-_TRANSFORMERS = (
-    PrivateName(
-        "transformers.core_model_loading", "revert_weight_conversion._weight_conversions",
-        "set to None on 4-bit models, whose loading transformers cannot run backwards to "
-        "save them; where adapters are merged on disk, to the ways that weights may be stored",
-    ),
-    PrivateName(
-        "transformers.modeling_utils", "PreTrainedModel._load_pretrained_model",
-        "replaced while a model is loaded to be streamed, of whose layers no tensor is read then",
-    ),
-    PrivateName(
-        "transformers.modeling_utils", "PreTrainedModel._tied_weights_keys",
-        "shared weights are named by their layers' numbers, which a cut changes",
-    ),
-    PrivateName(
-        "transformers.modeling_utils", "PreTrainedModel.all_tied_weights_keys",
-        "shared weights are named by their layers' numbers, which a cut changes",
-    ),
-    PrivateName(
-        "transformers.modeling_utils", "PreTrainedModel.hf_device_map",
-        "layers that are spread over devices get their new numbers",
-    ),
-    PrivateName(
-        "transformers.modeling_utils", "PreTrainedModel.hf_quantizer",
-        "removed from dequantised GGUF models, so that they are saved as plain ones",
-    ),
-    PrivateName(
-        "transformers.quantizers.base", "HfQuantizer.quantization_method",
-        "removed from dequantised GGUF models, so that they are saved as plain ones",
-    ),
-    PrivateName(
-        "transformers.quantizers.base", "HfQuantizer.is_quantized",
-        "removed from dequantised GGUF models, so that they are saved as plain ones",
-    ),
-    PrivateName(
-        "transformers.quantizers.quantizer_gguf", "GgufHfQuantizer.packed_modules",
-        "models whose weights are still GGUF blocks are refused",
-    ),
-    PrivateName(
-        "transformers.quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer.is_loaded_in_4bit",
-        "tells the dtype nf4",
-    ),
-    PrivateName(
-        "transformers.quantizers.quantizer_bnb_8bit", "Bnb8BitHfQuantizer.is_loaded_in_8bit",
-        "tells the dtype int8",
-    ),
-    PrivateName(
-        "transformers.configuration_utils", "PreTrainedConfig._name_or_path",
-        "removed from a cut's config.json if it is a path: transformers 4 wrote it there",
-    ),
-    PrivateName(
-        "transformers.configuration_utils", "PreTrainedConfig._heterogeneity_spec",
-        "settings of single layers move with them",
-    ),
-    PrivateName(
-        "transformers.integrations.heterogeneity.configuration_utils",
-        "_HeterogeneitySpec.per_layer_overrides",
-        "settings of single layers move with them",
-    ),
-    PrivateName(
-        "transformers.models.rwkv.modeling_rwkv", "RwkvModel._rescale_layers",
-        "weights that RWKV divides by their layer's number are put back before a cut",
-    ),
-    PrivateName(
-        "transformers.models.rwkv.modeling_rwkv", "RwkvModel.layers_are_rescaled",
-        "weights that RWKV divides by their layer's number are put back before a cut",
-    ),
-    PrivateName(
-        "transformers.utils.loading_report", "LOAD REPORT",
-        "the report on the weights is held back if the model is refused",
-    ),
-    PrivateName(
-        "transformers.utils.hub", "cached_files._raise_exceptions_for_missing_entries",
-        "a hub model without a plan is told from one that cannot be reached",
-    ),
-    PrivateName(
-        "transformers.modeling_gguf_pytorch_utils", "load_gguf_checkpoint.GGUFReader",
-        "taken from gguf at every call, so that a faster reader can stand in",
-    ),
-    PrivateName(
-        "transformers.modeling_gguf_pytorch_utils", "load_gguf_checkpoint.dequantize",
-        "taken from gguf at every call, so that a faster one can stand in",
-    ),
-    PrivateName(
-        "transformers.modeling_gguf_pytorch_utils", "get_gguf_hf_weights_map.get_tensor_name_map",
-        "taken from gguf at every call, so that the table is made once",
-    ),
-    PrivateName(
-        "transformers.modeling_gguf_pytorch_utils", "tqdm",
-        "its bar of GGUF tensors has no switch, and is left out",
-    ),
-    PrivateName(
-        "transformers.modeling_gguf_pytorch_utils", "TENSOR_PROCESSORS",
-        "makes the weights of a layer that waits in a GGUF file, for most architectures",
-    ),
-    PrivateName(
-        "transformers.modeling_gguf_pytorch_utils", "TensorProcessor.process",
-        "makes the weights of a layer that waits in a GGUF file, for most architectures",
-    ),
-    PrivateName(
-        "transformers.modeling_gguf_pytorch_utils", "get_gguf_hf_weights_map",
-        "says which tensors of a GGUF file become which weights",
-    ),
-    PrivateName(
-        "transformers.integrations.gguf.utils", "add_gguf_load_ops",
-        "makes the weights of a layer that waits in a GGUF file, for newer architectures",
-    ),
-    PrivateName(
-        "transformers.integrations.gguf.utils", "get_gguf_conversion_mapping",
-        "makes the weights of a layer that waits in a GGUF file, for newer architectures",
-    ),
-    PrivateName(
-        "transformers.integrations.gguf.reader", "load_gguf_state_dict",
-        "reads a tensor of a GGUF file when its layer is needed, for newer architectures",
-    ),
-    PrivateName(
-        "transformers.core_model_loading", "rename_source_key",
-        "says which tensors of a GGUF file become which weights",
-    ),
-    PrivateName(
-        "transformers.core_model_loading", "WeightConverter.add_tensor",
-        "converts the tensors of a GGUF file when their layer is needed",
-    ),
-    PrivateName(
-        "transformers.core_model_loading", "WeightConverter.convert",
-        "converts the tensors of a GGUF file when their layer is needed",
-    ),
-    PrivateName(
-        "transformers.quantizers.quantizer_gguf", "GgufHfQuantizer.get_state_dict",
-        "replaced while a GGUF file is loaded whose layers are to wait in it",
-    ),
-    PrivateName(
-        "transformers.quantizers.quantizer_gguf", "GgufHfQuantizer.supported",
-        "tells the newer architectures of GGUF files",
-    ),
-    PrivateName(
-        "transformers.quantizers.quantizer_gguf", "GgufHfQuantizer.quantized",
-        "which tensors of a GGUF file are blocks",
-    ),
-    PrivateName(
-        "transformers.modeling_utils", "PreTrainedModel._initialize_weights._is_hf_initialized",
-        "layers that wait in a GGUF file are not initialised",
-    ),
-    PrivateName(
-        "transformers.modeling_utils", "PreTrainedModel._skip_keys_device_placement",
-        "layers that wait in a GGUF file are given what transformers gives those on disk",
-    ),
-    PrivateName(
-        "transformers.trainer", "Trainer.compute_loss_context_manager",
-        "overridden, so that training computes in bfloat16 with float32 adapters",
-    ),
-    PrivateName(
-        "transformers.configuration_utils", "PreTrainedConfig._attn_implementation",
-        "tells models apart whose attention is computed otherwise, for the cache",
-    ),
-    PrivateName(
-        "transformers.configuration_utils", "PreTrainedConfig._experts_implementation",
-        "experts are rehearsed without loops over data",
-    ),
-    PrivateName(
-        "transformers.integrations.peft", "PeftAdapterMixin._hf_peft_config_loaded",
-        "removed from merged models, so that they are saved as plain ones",
-    ),
-)  # fmt: skip
+NAMES = {
+    "transformers.core_model_loading": {
+        "revert_weight_conversion._weight_conversions":
+            "set to None on 4-bit models, whose loading transformers cannot run backwards to "
+            "save them; where adapters are merged on disk, to the ways that weights may be "
+            "stored",
+        "rename_source_key": "says which tensors of a GGUF file become which weights",
+        "WeightConverter.add_tensor":
+            "converts the tensors of a GGUF file when their layer is needed",
+        "WeightConverter.convert": "converts the tensors of a GGUF file when their layer is needed",
+    },
+    "transformers.modeling_utils": {
+        "PreTrainedModel._load_pretrained_model":
+            "replaced while a model is loaded to be streamed, of whose layers no tensor is read "
+            "then",
+        "PreTrainedModel._tied_weights_keys":
+            "shared weights are named by their layers' numbers, which a cut changes",
+        "PreTrainedModel.all_tied_weights_keys":
+            "shared weights are named by their layers' numbers, which a cut changes",
+        "PreTrainedModel.hf_device_map":
+            "layers that are spread over devices get their new numbers",
+        "PreTrainedModel.hf_quantizer":
+            "removed from dequantised GGUF models, so that they are saved as plain ones",
+        "PreTrainedModel._initialize_weights._is_hf_initialized":
+            "layers that wait in a GGUF file are not initialised",
+        "PreTrainedModel._skip_keys_device_placement":
+            "layers that wait in a GGUF file are given what transformers gives those on disk",
+    },
+    "transformers.quantizers.base": {
+        "HfQuantizer.quantization_method":
+            "removed from dequantised GGUF models, so that they are saved as plain ones",
+        "HfQuantizer.is_quantized":
+            "removed from dequantised GGUF models, so that they are saved as plain ones",
+    },
+    "transformers.quantizers.quantizer_gguf": {
+        "GgufHfQuantizer.packed_modules": "models whose weights are still GGUF blocks are refused",
+        "GgufHfQuantizer.get_state_dict":
+            "replaced while a GGUF file is loaded whose layers are to wait in it",
+        "GgufHfQuantizer.supported": "tells the newer architectures of GGUF files",
+        "GgufHfQuantizer.quantized": "which tensors of a GGUF file are blocks",
+    },
+    "transformers.quantizers.quantizer_bnb_4bit": {
+        "Bnb4BitHfQuantizer.is_loaded_in_4bit": "tells the dtype nf4",
+    },
+    "transformers.quantizers.quantizer_bnb_8bit": {
+        "Bnb8BitHfQuantizer.is_loaded_in_8bit": "tells the dtype int8",
+    },
+    "transformers.configuration_utils": {
+        "PreTrainedConfig._name_or_path":
+            "removed from a cut's config.json if it is a path: transformers 4 wrote it there",
+        "PreTrainedConfig._heterogeneity_spec": "settings of single layers move with them",
+        "PreTrainedConfig._attn_implementation":
+            "tells models apart whose attention is computed otherwise, for the cache",
+        "PreTrainedConfig._experts_implementation": "experts are rehearsed without loops over data",
+    },
+    "transformers.integrations.heterogeneity.configuration_utils": {
+        "_HeterogeneitySpec.per_layer_overrides": "settings of single layers move with them",
+    },
+    "transformers.models.rwkv.modeling_rwkv": {
+        "RwkvModel._rescale_layers":
+            "weights that RWKV divides by their layer's number are put back before a cut",
+        "RwkvModel.layers_are_rescaled":
+            "weights that RWKV divides by their layer's number are put back before a cut",
+    },
+    "transformers.utils.loading_report": {
+        "LOAD REPORT": "the report on the weights is held back if the model is refused",
+    },
+    "transformers.utils.hub": {
+        "cached_files._raise_exceptions_for_missing_entries":
+            "a hub model without a plan is told from one that cannot be reached",
+    },
+    "transformers.modeling_gguf_pytorch_utils": {
+        "load_gguf_checkpoint.GGUFReader":
+            "taken from gguf at every call, so that a faster reader can stand in",
+        "load_gguf_checkpoint.dequantize":
+            "taken from gguf at every call, so that a faster one can stand in",
+        "get_gguf_hf_weights_map.get_tensor_name_map":
+            "taken from gguf at every call, so that the table is made once",
+        "tqdm": "its bar of GGUF tensors has no switch, and is left out",
+        "TENSOR_PROCESSORS":
+            "makes the weights of a layer that waits in a GGUF file, for most architectures",
+        "TensorProcessor.process":
+            "makes the weights of a layer that waits in a GGUF file, for most architectures",
+        "get_gguf_hf_weights_map": "says which tensors of a GGUF file become which weights",
+    },
+    "transformers.integrations.gguf.utils": {
+        "add_gguf_load_ops":
+            "makes the weights of a layer that waits in a GGUF file, for newer architectures",
+        "get_gguf_conversion_mapping":
+            "makes the weights of a layer that waits in a GGUF file, for newer architectures",
+    },
+    "transformers.integrations.gguf.reader": {
+        "load_gguf_state_dict":
+            "reads a tensor of a GGUF file when its layer is needed, for newer architectures",
+    },
+    "transformers.trainer": {
+        "Trainer.compute_loss_context_manager":
+            "overridden, so that training computes in bfloat16 with float32 adapters",
+    },
+    "transformers.integrations.peft": {
+        "PeftAdapterMixin._hf_peft_config_loaded":
+            "removed from merged models, so that they are saved as plain ones",
+    },
+    "bitsandbytes.nn.modules": {
+        "Linear4bit.support_avx512bf16_for_cpu":
+            "set to False, so that 4-bit weights are not repacked before they are trained on",
+        "Linear4bit.packing_format_for_cpu":
+            "tells 4-bit weights that were repacked, and their scales rounded",
+        "Params4bit.quant_state": "the scales of a 4-bit weight are kept as they were loaded",
+    },
+    "bitsandbytes.autograd._functions": {
+        "logger": "silenced: a line a layer and forward about int8's arithmetic",
+    },
+    "bitsandbytes.backends.cpu.ops": {
+        "logger": "silenced: advice to get a kernel from a hub",
+    },
+    "peft.tuners.lora.layer": {
+        "LoraLayer.cast_input_dtype_enabled": "set to False: autocast casts, to bfloat16",
+    },
+    "peft.peft_model": {
+        "PeftModel.peft_config":
+            "adapters name their model as it will be found; removed from merged models",
+    },
+    "accelerate.utils.modeling": {
+        "align_module_device": "weights that are offloaded are read for the fingerprint",
+    },
+    "accelerate.hooks": {
+        "add_hook_to_module._hf_hook":
+            "weights that are offloaded are changed where they are stored",
+    },
+    "torch.nn": {
+        "Module._state_dict_hooks": "4-bit models that cannot be saved exactly are refused",
+        "Module._state_dict_pre_hooks": "no forward reads it, so it is not hashed",
+        "Module._load_state_dict_pre_hooks": "no forward reads it, so it is not hashed",
+        "Module._load_state_dict_post_hooks": "no forward reads it, so it is not hashed",
+        "Module._parameters":
+            "empty weights are replaced by fake ones, on which a step is rehearsed",
+        "Module._buffers": "empty buffers are replaced by fake ones, on which a step is rehearsed",
+    },
+    "torch.nn.modules.module": {
+        "_global_forward_hooks": "models are not recalled while they are set",
+        "_global_forward_pre_hooks": "models are not recalled while they are set",
+    },
+    "torch._subclasses.fake_tensor": {
+        "FakeTensorMode": "a step is rehearsed on tensors without memory",
+    },
+    "torch": {
+        "ops.aten._grouped_mm":
+            "rehearsed in float32 too, which fake tensors refuse before torch 2.15",
+        "UntypedStorage._cdata": "tells the storages of a rehearsal apart",
+        "ops.aten._local_scalar_dense":
+            "fake tensors have no value to read, so that a rehearsal gives one",
+    },
+    "torch.utils.deterministic": {
+        "fill_uninitialized_memory": "off while training: it costs a twentieth of the time",
+    },
+    "gguf.gguf_reader": {
+        "GGUFReader._get_field_parts":
+            "overridden, so that no array is made for every token of a vocabulary",
+        "GGUFReader._get": "reads the numbers of a metadata array at once",
+        "GGUFReader.data": "overridden, so that the mapped file is sliced as a plain array",
+        "GGUFReader.gguf_scalar_to_np": "the dtypes of metadata arrays",
+        "GGUFReader.byte_order": "files of the other byte order are read by gguf alone",
+    },
+}  # fmt: skip
+"""By module."""
 
-_OTHERS = (
-    PrivateName(
-        "bitsandbytes.nn.modules", "Linear4bit.support_avx512bf16_for_cpu",
-        "set to False, so that 4-bit weights are not repacked before they are trained on",
-    ),
-    PrivateName(
-        "bitsandbytes.nn.modules", "Linear4bit.packing_format_for_cpu",
-        "tells 4-bit weights that were repacked, and their scales rounded",
-    ),
-    PrivateName(
-        "bitsandbytes.nn.modules", "Params4bit.quant_state",
-        "the scales of a 4-bit weight are kept as they were loaded",
-    ),
-    PrivateName(
-        "bitsandbytes.autograd._functions", "logger",
-        "silenced: a line a layer and forward about int8's arithmetic",
-    ),
-    PrivateName(
-        "bitsandbytes.backends.cpu.ops", "logger",
-        "silenced: advice to get a kernel from a hub",
-    ),
-    PrivateName(
-        "peft.tuners.lora.layer", "LoraLayer.cast_input_dtype_enabled",
-        "set to False: autocast casts, to bfloat16",
-    ),
-    PrivateName(
-        "peft.peft_model", "PeftModel.peft_config",
-        "adapters name their model as it will be found; removed from merged models",
-    ),
-    PrivateName(
-        "accelerate.utils.modeling", "align_module_device",
-        "weights that are offloaded are read for the fingerprint",
-    ),
-    PrivateName(
-        "accelerate.hooks", "add_hook_to_module._hf_hook",
-        "weights that are offloaded are changed where they are stored",
-    ),
-    PrivateName(
-        "torch.nn", "Module._state_dict_hooks",
-        "4-bit models that cannot be saved exactly are refused",
-    ),
-    *(
-        PrivateName("torch.nn", f"Module.{name}", "no forward reads it, so it is not hashed")
-        for name in (
-            "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"
-        )
-    ),
-    *(
-        PrivateName("torch.nn.modules.module", name, "models are not recalled while they are set")
-        for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
-    ),
-    PrivateName(
-        "torch.nn", "Module._parameters",
-        "empty weights are replaced by fake ones, on which a step is rehearsed",
-    ),
-    PrivateName(
-        "torch.nn", "Module._buffers",
-        "empty buffers are replaced by fake ones, on which a step is rehearsed",
-    ),
-    PrivateName(
-        "torch._subclasses.fake_tensor", "FakeTensorMode",
-        "a step is rehearsed on tensors without memory",
-    ),
-    PrivateName(
-        "torch", "ops.aten._grouped_mm",
-        "rehearsed in float32 too, which fake tensors refuse before torch 2.15",
-    ),
-    PrivateName(
-        "torch", "UntypedStorage._cdata",
-        "tells the storages of a rehearsal apart",
-    ),
-    PrivateName(
-        "torch", "ops.aten._local_scalar_dense",
-        "fake tensors have no value to read, so that a rehearsal gives one",
-    ),
-    PrivateName(
-        "torch.utils.deterministic", "fill_uninitialized_memory",
-        "off while training: it costs a twentieth of the time",
-    ),
-    PrivateName(
-        "gguf.gguf_reader", "GGUFReader._get_field_parts",
-        "overridden, so that no array is made for every token of a vocabulary",
-    ),
-    PrivateName(
-        "gguf.gguf_reader", "GGUFReader._get",
-        "reads the numbers of a metadata array at once",
-    ),
-    PrivateName(
-        "gguf.gguf_reader", "GGUFReader.data",
-        "overridden, so that the mapped file is sliced as a plain array",
-    ),
-    PrivateName(
-        "gguf.gguf_reader", "GGUFReader.gguf_scalar_to_np",
-        "the dtypes of metadata arrays",
-    ),
-    PrivateName(
-        "gguf.gguf_reader", "GGUFReader.byte_order",
-        "files of the other byte order are read by gguf alone",
-    ),
-)  # fmt: skip
-
-PRIVATE_NAMES = _TRANSFORMERS + _OTHERS
-"""All of them, by package."""
+PRIVATE_NAMES = [
+    PrivateName(module, name, used_for)
+    for module, names in NAMES.items()
+    for name, used_for in names.items()
+]
+"""All of them."""

@@ -4,12 +4,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     ModernBertDecoderConfig,
     ModernBertDecoderForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 import shallower as sh
@@ -19,35 +15,6 @@ from tests.models.checkpoints import CAUSAL
 
 
 # Architecture
-@pytest.mark.parametrize(
-    ("model", "path"),
-    [
-        (tiny_llama(3), "model.layers"),
-        (GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=9)), "transformer.h"),
-        (
-            OPTForCausalLM(
-                OPTConfig(
-                    vocab_size=9,
-                    hidden_size=8,
-                    ffn_dim=8,
-                    num_attention_heads=2,
-                    num_hidden_layers=3,
-                    word_embed_proj_dim=8,
-                )
-            ),
-            "model.decoder.layers",
-        ),
-    ],
-    ids=["llama", "gpt2", "opt"],
-)
-def test_layers_are_found_by_structure(model, path):
-    found = find_layers(model)
-    assert found.path == path
-    assert found.modules is model.get_submodule(path)
-    assert getattr(found.owner, found.name) is found.modules
-    assert len(found) == 3
-
-
 def test_a_head_that_is_called_decoder_does_not_mislead():
     config = ModernBertDecoderConfig(**CAUSAL, layer_types=["full_attention"] * 2)
     assert find_layers(ModernBertDecoderForCausalLM(config)).path == "model.layers"

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 import shallower as sh
 from shallower.evaluation.loss import evaluate_loss, measure_loss
@@ -38,11 +37,6 @@ def test_a_decoder_sees_layers_that_are_dropped(llama):
     assert Decoder.of(llama).identity != before
 
 
-def test_what_is_not_a_model_is_refused():
-    with pytest.raises(sh.ModelError, match="no transformers config"):
-        Decoder.of(nn.Linear(2, 2))
-
-
 def test_a_known_model_is_not_looked_into_again(llama, words, monkeypatch):
     found = Decoder.of(llama)
     expected = evaluate_loss(llama, words, TEXTS)
@@ -58,10 +52,3 @@ def test_a_known_model_is_not_looked_into_again(llama, words, monkeypatch):
     again = [part.states for part in stream(found, TokenBatches(words, TEXTS, Tokens()))]
     assert all(torch.equal(one, other) for one, other in zip(states, again, strict=True))
     assert len(Layerwise(found)) == 6
-
-
-def test_the_loss_of_a_cut_is_measured_on_a_known_model(llama, words):
-    found = Decoder.of(llama)
-    with sh.without_layers(llama, [2, 3]):
-        expected = evaluate_loss(llama, words, TEXTS)
-        assert measure_loss(found, words, TEXTS, tokens=Tokens()) == expected

@@ -13,8 +13,8 @@ import shallower as sh
 from shallower.models import loading
 from shallower.models.gguf_reading import faster_gguf
 from shallower.models.loading import load_model
-from shallower.runs import demo
-from tests.models.gguf_files import write_gguf
+from shallower.studies import demo
+from tests.models.gguf_files import write_gguf, written
 
 VALUES = {
     "strings": ["", "a", "zwei ä", "三", "\x00", "x" * 1000],
@@ -33,11 +33,7 @@ def write_metadata(path, endianess=GGUFEndian.LITTLE):
     writer.add_string("test.string", "text")
     writer.add_uint32("test.number", 7)
     writer.add_tensor("weight", np.arange(12, dtype=np.float32).reshape(3, 4))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return written(writer, path)
 
 
 def described(reader):

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from shallower.errors import ModelError
 from shallower.models import head as head_module
 from shallower.models.decoder import Decoder
-from shallower.models.head import FEWEST_ROWS, LOGITS_AT_ONCE, Head, part_sizes, replaced
+from shallower.models.head import FEWEST_ROWS, LOGITS_AT_ONCE, Head, part_sizes
 from tests.conftest import mostly_slow, tiny_llama
 from tests.families import FAST, families, random_model
 from tests.models.batches import batch
@@ -115,11 +115,6 @@ def test_a_model_whose_head_takes_more_than_states_runs_as_a_whole(kind):
     assert_same(model, head, batch())
 
 
-def test_the_same_head_without_those_takes_rows():
-    torch.manual_seed(0)
-    assert Head.of(Decoder.of(LlamaForCausalLM(tiny_llama(2).config).eval())).by_rows
-
-
 def test_nothing_is_made_of_tokens_that_nobody_asks_for(llama):
     head = Head.of(Decoder.of(llama))
     ids, mask = tensors(batch())
@@ -189,12 +184,6 @@ def test_a_forward_that_does_not_run_the_layers_is_told(llama):
         head.reached_by(lambda: None)
 
 
-def test_a_model_in_training_stays_there(llama):
-    llama.train()
-    Head.of(Decoder.of(llama))
-    assert all(module.training for module in llama.modules())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_logits_keep_their_dtype(dtype):
     model = tiny_llama(2).to(dtype)
@@ -211,15 +200,6 @@ def test_rows_are_shared_out_evenly(num_rows, vocab_size):
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= min(num_rows, FEWEST_ROWS)
     assert max(sizes) * vocab_size <= LOGITS_AT_ONCE or max(sizes) < 2 * FEWEST_ROWS
-
-
-def test_a_forward_is_replaced_within_another(llama):
-    first, second = (lambda: 1), (lambda: 2)
-    with replaced(llama, first):
-        with replaced(llama, second):
-            assert llama() == 2
-        assert llama() == 1
-    assert "forward" not in vars(llama)
 
 
 def test_a_head_without_memory_is_no_head_of_another_kind(llama, monkeypatch):

@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 import shallower as sh
 from shallower.cutting.checkpoint import identity_of
-from shallower.models.identity import identify, stored_dtype, weights_hash
+from shallower.models.identity import identify, weights_hash
 from shallower.models.loading import load_model
 from shallower.models.structure import structure_of
 from tests.conftest import mostly_slow, tiny_llama
@@ -90,21 +90,6 @@ def test_the_fingerprint_tells_swapped_layers():
     assert identify(model).fingerprint != before
 
 
-def test_the_fingerprint_tells_a_cut(llama):
-    before = identify(llama)
-    sh.drop_layers(llama, [5])
-    assert identify(llama).fingerprint != before.fingerprint
-    assert identify(llama).num_layers == 5
-
-
-@pytest.mark.parametrize(
-    ("dtype", "name"),
-    [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")],
-)
-def test_the_dtype_is_that_of_the_weights(llama, dtype, name):
-    assert stored_dtype(llama.to(dtype)) == name
-
-
 # The hash of all weights.
 def test_the_hash_of_the_weights_knows_every_value():
     model = tiny_llama()
@@ -141,10 +126,6 @@ def swapped(model):
 
 class Own(torch.Tensor):
     """A tensor whose functions may be any."""
-
-
-def of_own_tensors(model):
-    model.model.norm.weight = nn.Parameter(torch.ones(32).as_subclass(Own))
 
 
 def parametrized(model):

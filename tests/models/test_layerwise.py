@@ -28,16 +28,6 @@ def rest(layerwise, model, some, *, states, layers):
         return logits(model, some)
 
 
-def test_one_after_the_other_they_make_what_the_model_makes():
-    model, some = tiny_llama(), batch()
-    layerwise = Layerwise(model)
-    states = layerwise.embed(some)
-    for layer in range(4):
-        states = layerwise.run(some, states, (layer,))
-    found = rest(layerwise, model, some, states=states, layers=(4, 5))
-    assert torch.equal(found, logits(model, some))
-
-
 def test_a_model_of_nan_is_not_taken_for_one_of_several_streams():
     model = tiny_llama()
     with torch.no_grad():
@@ -60,12 +50,6 @@ def test_the_model_is_as_it_was_afterwards():
     layerwise.run(some, layerwise.embed(some), (2,))
     assert all("forward" not in vars(layer) for layer in model.model.layers)
     assert all(module.training for module in model.modules())
-
-
-def test_no_layer_at_all_gives_the_states_back():
-    layerwise, some = Layerwise(tiny_llama()), batch()
-    states = layerwise.embed(some)
-    assert layerwise.run(some, states, ()) is states
 
 
 @pytest.mark.parametrize("name", mostly_slow(FAST, FAST[::2]))

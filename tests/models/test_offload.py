@@ -5,7 +5,6 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shallower.models.architecture import find_layers, input_device
 from shallower.models.layerwise import Layerwise
 from shallower.models.offload import (
     execution_device,
@@ -27,10 +26,6 @@ def test_a_weight_is_found_where_it_is_stored():
     assert stored_weight(twin, "weight") is twin.weight
     assert execution_device(module) == torch.device("cpu")
     assert execution_device(twin) is None
-
-
-def test_token_ids_go_where_the_embedding_runs():
-    assert input_device(find_layers(offloaded(tiny_llama()))) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("layers", [None, [2]])

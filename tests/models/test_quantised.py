@@ -141,13 +141,6 @@ def test_a_model_that_transformers_loaded_is_saved_exactly_or_refused(
     assert_saved_exactly_or_refused(model, tmp_path / "saved", expected)
 
 
-def test_a_model_that_transformers_loaded_is_saved_exactly_before_its_first_forward(wide, tmp_path):
-    model = by_transformers(wide)
-    expected = stored(by_transformers(wide))
-    sh.save_model(model, None, tmp_path / "saved")
-    assert_same_state(stored(stock(tmp_path / "saved")), expected)
-
-
 def test_a_copy_of_a_quantised_model_is_saved_exactly_or_refused(quantised, tmp_path):
     expected = stored(quantised)
     logits_of(quantised)

@@ -12,7 +12,7 @@ from shallower.models.dtypes import CPU_FEATURES, choose_device_map, choose_dtyp
 from shallower.models.identity import stored_dtype
 from shallower.models.loading import load_model
 from shallower.models.source import ModelSource
-from shallower.values.stage_settings import EvalSettings
+from shallower.settings.stages import EvalSettings
 
 
 @pytest.fixture

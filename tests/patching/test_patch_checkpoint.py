@@ -16,9 +16,9 @@ from shallower.patching.patch import patch
 from shallower.patching.saving import patch_to_folder
 from shallower.patching.solver import Solver
 from shallower.processes import partial_folder
-from tests.cli.documents import tree
 from tests.conftest import mostly_slow
 from tests.examples import sentences
+from tests.folders import tree
 
 TEXTS = sentences(24, seed=1)
 BLOCKS = [range(2, 3), range(4, 5)]
@@ -71,29 +71,6 @@ def counted(monkeypatch):
     return done, last
 
 
-@pytest.mark.parametrize(
-    ("limit", "said"),
-    [
-        ({"fit": 1}, "resuming: solved 1 of 2 layers before a block\n"),
-        ({"step": 2}, "resuming: 2 of 6 steps of the patch were taken\n"),
-    ],
-)
-def test_a_patch_says_where_it_goes_on(learned, words, tmp_path, counted, capfd, limit, said):
-    _, last = counted
-    last.update(limit)
-    killed = tmp_path / "killed"
-    with pytest.raises(KeyboardInterrupt):
-        patch(copy.deepcopy(learned), words, BLOCKS, texts=TEXTS, checkpoint=killed)
-    last.clear()
-    assert "resuming:" not in capfd.readouterr().err
-    for progress in (None, False) if "fit" in limit else (None,):
-        kept = shutil.copytree(killed, tmp_path / str(progress))
-        again = copy.deepcopy(learned)
-        patch(again, words, BLOCKS, texts=TEXTS, checkpoint=kept, progress=progress)
-        shown = capfd.readouterr().err
-        assert (said in shown) == (progress is None)
-
-
 def weights_of(model):
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
@@ -105,7 +82,10 @@ def assert_same_weights(model, expected):
 
 
 @pytest.mark.parametrize("dtype", mostly_slow([torch.float32, torch.bfloat16], [torch.bfloat16]))
-def test_it_ends_the_same_wherever_it_was_cut_short(learned, words, tmp_path, counted, dtype):
+def test_it_ends_the_same_wherever_it_was_cut_short(
+    learned, words, tmp_path, counted, capfd, dtype
+):
+    """A patch says where it goes on, where progress is shown."""
     done, last = counted
     whole = copy.deepcopy(learned).to(dtype)
     expected = patch(whole, words, BLOCKS, texts=TEXTS)
@@ -113,6 +93,7 @@ def test_it_ends_the_same_wherever_it_was_cut_short(learned, words, tmp_path, co
     assert done == 2 * ["fit"] + 6 * ["step"]
     kept = tmp_path / "kept"
     done.clear()
+    resumed = []
     for limit in ({"fit": 1}, {"step": 2}, {"step": 4}, {}):
         last.clear()
         last.update(limit)
@@ -122,10 +103,17 @@ def test_it_ends_the_same_wherever_it_was_cut_short(learned, words, tmp_path, co
             with pytest.raises(KeyboardInterrupt):
                 patch(model, words, BLOCKS, texts=TEXTS, checkpoint=kept)
             assert_same_weights(model, before)
+            resumed += [line for line in capfd.readouterr().err.splitlines() if "resuming" in line]
         else:
-            assert patch(model, words, BLOCKS, texts=TEXTS, checkpoint=kept) == expected
+            again = patch(model, words, BLOCKS, texts=TEXTS, checkpoint=kept, progress=False)
+            assert again == expected
+            assert "resuming" not in capfd.readouterr().err
             assert_same_weights(model, whole.state_dict())
     assert (done.count("fit"), done.count("step")) == (2, 6)  # nothing twice
+    assert resumed == [
+        "resuming: solved 1 of 2 layers before a block",
+        "resuming: 2 of 6 steps of the patch were taken",
+    ]
 
 
 def test_of_another_patch_nothing_is_read(learned, words, kept, counted):

@@ -10,7 +10,7 @@ from shallower.memory.placement import place_weights
 from shallower.memory.rehearsal import build_empty
 from shallower.patching.least_squares import NormalEquations, solver_bytes
 from shallower.patching.memory import writer_widths
-from shallower.values.memory import OFFLOADED, WEIGHTS, usable
+from shallower.values.estimates import OFFLOADED, WEIGHTS, usable
 from tests.conftest import mostly_slow, write_jsonl
 from tests.healing.cuts import TEXTS
 from tests.memory_oracle import shape, tracked_forward

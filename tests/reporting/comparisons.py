@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from shallower.values.comparison import ComparedModel, CriteriaComparison, Row, Start
-from shallower.values.loss import Loss
-from shallower.values.scores import Estimate, Scores, Standing
-from shallower.values.task_scores import TaskScores
+from shallower.results.comparison import ComparedModel, CriteriaComparison, Row, Start
+from shallower.results.loss import Loss
+from shallower.results.scores import Estimate, Scores, Standing
+from shallower.results.task_scores import TaskScores
 from tests.reporting.stories import HOSTILE, VERSIONS, loss
-from tests.values.speeches import made
+from tests.results.speeches import made
 
 # What a choice costs: layers run, times texts; how far the choices are from the best; a few facts.
 COSTS = {

@@ -7,12 +7,12 @@ import numpy as np
 
 from shallower import Block, Loss, ModelIdentity, Plan, Scan, analyse_states
 from shallower.reporting.results import Continuations, Run
+from shallower.results.recommendation import Recommended
+from shallower.results.scores import Scores
+from shallower.results.verification import Candidate, Verified
+from shallower.settings.target import Target
 from shallower.values.identity import TextsIdentity
-from shallower.values.recommendation import Recommended
-from shallower.values.scores import Scores
-from shallower.values.target import Target
-from shallower.values.verification import Candidate, Verified
-from tests.values.speeches import made
+from tests.results.speeches import made
 
 HOSTILE = '<script>window.struck = true</script>"\'&<img src=x onerror="window.struck=1">'
 """What nobody should call a model."""

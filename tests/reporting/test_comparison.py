@@ -8,11 +8,10 @@ import pytest
 
 from shallower.judgement.choosing_size import knee
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.reporting.stories.cuts import criteria_table
 from shallower.reporting.story import Number
-from shallower.values.comparison import CriteriaComparison
+from shallower.results.comparison import CriteriaComparison
+from shallower.results.scores import UNKNOWN, Difference, Estimate, Standing
 from shallower.values.layers import ranges
-from shallower.values.scores import UNKNOWN, Difference, Estimate, Standing
 from tests.reporting.comparisons import (
     COSTS,
     QUICK,
@@ -176,15 +175,6 @@ def test_a_narrow_terminal_keeps_criteria_and_layers(whole, shown, judge):
         assert all(one in text for one in re.findall(r"\[\d+, \d+\)", ranges(row.dropped)))
 
 
-def test_it_says_what_was_measured_on_what(whole, shown):
-    text = " ".join(shown(whole, 300).split())
-    loss = "The loss of the whole model is 3.592 ± 0.021 nats a token, 0.333 of ln V, on 16,384"
-    assert loss in text
-    assert "16,384 tokens of 64 texts; V = 49,152. It has 30 layers." in text
-    assert "Judge: loss, nats a token; texts: 40 calibration, 24 selection, 64 test." in text
-    assert text.startswith("18 criteria on SmolLM2-135M")
-
-
 def test_what_is_recommended_says_by_what(whole):
     said = "What is recommended was chosen by losses after a quick patch."
     named = [replace(row, criterion="recommended") for row in rows_of(compared(), sizes=(1,))]
@@ -233,14 +223,6 @@ def test_what_is_not_known_is_a_dash_and_comes_last(whole, shown):
     ]  # fmt: skip
 
 
-def test_names_are_not_markup(shown):
-    model = replace(compared(), name="m[red]")
-    row = replace(rows_of(compared())[0], criterion="my[bold]own", model="m[red]")
-    text = shown(CriteriaComparison((model,), (row,)))
-    assert "my[bold]own" in text
-    assert "m[red]: what it loses" in text
-
-
 @pytest.mark.parametrize(
     ("forwards", "seconds", "expected"),
     [
@@ -253,11 +235,6 @@ def test_costs_are_read_by_people(forwards, seconds, expected):
     row = replace(rows_of(compared())[0], layer_forwards=forwards, choice_seconds=seconds)
     (line,) = cells(one_of([row]), TITLES["cut"]).values()
     assert f"{line['layer forwards']} {line['choice']}" == expected
-
-
-def test_the_table_of_criteria_has_their_words(printed):
-    text = printed(criteria_table([{"name": "odd", "summary": "Odd first.", "cost": "Nothing."}]))
-    assert re.search(r"odd +Odd first\. +Nothing\.", text)
 
 
 # The sentence: which cut is shown, and by which state cuts are ranked
@@ -428,13 +405,6 @@ def test_failures_are_warnings_with_the_reason(whole, shown):
     warnings = comparison_story(found, drawn=False).warnings
     assert warnings[0].startswith("the comparison is incomplete: 180 rows are measured; the same")
     assert not any("incomplete" in one for one in comparison_story(whole, drawn=False).warnings)
-
-
-def test_models_that_all_failed_are_shown(shown):
-    text = shown(CriteriaComparison((), (), failures=FAILURES), 300)
-    assert text.startswith("The layers of no/such-model")
-    assert "no/such-model could not be compared" in text
-    assert text.endswith("No criterion could be compared.\n")
 
 
 def test_cuts_that_could_not_be_made_are_told():

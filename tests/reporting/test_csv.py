@@ -8,7 +8,7 @@ import pytest
 
 from shallower import OutputError
 from shallower.reporting.writers.csv import write_comparison
-from shallower.values.comparison import CriteriaComparison
+from shallower.results.comparison import CriteriaComparison
 from tests.reporting.comparisons import compared, comparison, curve, rows_of, standing
 
 

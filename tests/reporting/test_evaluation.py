@@ -7,9 +7,9 @@ from shallower.reporting.stories.evaluation import (
     evaluation_parts,
     tasks_table,
 )
-from shallower.values.perplexity import Perplexity
-from shallower.values.scores import Scores
-from shallower.values.task_scores import TaskScores
+from shallower.results.perplexity import Perplexity
+from shallower.results.scores import Scores
+from shallower.results.task_scores import TaskScores
 
 
 def scores(task, metric, values, chance=None):

@@ -91,12 +91,6 @@ def test_the_heat_map_rings_the_best_blocks(six):
     assert crimson[:, half:].any()
 
 
-def test_the_title_is_drawn(six, tmp_path):
-    titled = draw(scan_of(6), tmp_path / "titled.png", "SmolLM2-135M")
-    assert six.shape == titled.shape
-    assert not np.array_equal(six, titled)
-
-
 def test_letters_that_the_font_lacks_are_no_warning(tmp_path):
     assert draw(scan_of(4), tmp_path / "map.png", "模型").size
 

@@ -8,10 +8,10 @@ import pytest
 from shallower.errors import OutputError
 from shallower.reporting.charts.comparison import groups_of
 from shallower.reporting.charts.models import all_cuts, borne_charts
+from shallower.reporting.report import read_story, report
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.runs.report import read_story, report
-from shallower.values.borne import LOSSES
-from shallower.values.comparison import CriteriaComparison, scan_place
+from shallower.results.borne import LOSSES
+from shallower.results.comparison import CriteriaComparison, scan_place
 from tests.reporting.comparisons import compared, comparison, curve, rows_of, starts
 from tests.reporting.stories import scan, write
 

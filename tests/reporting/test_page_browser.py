@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from shallower.runs.report import report
+from shallower.reporting.report import report
 from tests.reporting.comparisons import compared, comparison, curve
 from tests.reporting.stories import HOSTILE, made_run, write
 from tests.reporting.test_models import several

@@ -16,10 +16,10 @@ from shallower.reporting.stories.evaluation import (
 )
 from shallower.reporting.stories.run import run_story, speech_section
 from shallower.reporting.words import domain_learned
-from shallower.values.scores import Estimate, Scores
-from shallower.values.speech import MEASURES, WAYS
+from shallower.results.scores import Estimate, Scores
+from shallower.results.speech import MEASURES, WAYS
 from tests.reporting.stories import made_run
-from tests.values.speeches import made
+from tests.results.speeches import made
 
 SHARES = ("agreement", "acceptance", "repetition", "ends")
 

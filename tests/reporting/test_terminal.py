@@ -21,10 +21,10 @@ from shallower.reporting.stories.stages import (
     scan_table,
 )
 from shallower.reporting.story import Number, Section, Story, Table, text_of
+from shallower.results.gain import MeasuredGain
+from shallower.results.scores import Difference
 from shallower.values.counts import with_error
-from shallower.values.gain import MeasuredGain
 from shallower.values.layers import ranges
-from shallower.values.scores import Difference
 from tests.reporting.comparisons import compared, comparison, curve
 from tests.reporting.stories import loss, made_run
 from tests.values.test_gain import gain
@@ -98,9 +98,14 @@ def test_layers_are_broken_between_ranges_only(printed):
     assert re.findall(r"\[\d+, \d+\)", text) == re.findall(r"\[\d+, \d+\)", ranges(range(0, 40, 2)))
 
 
-def every_table(folder):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return made_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def every_table(run):
     """The main table of every command that has one."""
-    run = made_run(folder)
     curve_of = comparison_story(curve(), drawn=False)
     compared_of = comparison_story(comparison((compared(),)), drawn=False)
     several_of = comparison_story(comparison(), drawn=False)
@@ -120,8 +125,8 @@ def every_table(folder):
     "name",
     ["scan", "race", "gain", "plan", "curve", "compare", "several"],
 )
-def test_a_narrow_terminal_shows_layers_and_numbers_whole(printed, tmp_path, name, width):
-    table = every_table(tmp_path)[name]
+def test_a_narrow_terminal_shows_layers_and_numbers_whole(printed, every_table, name, width):
+    table = every_table[name]
     text = printed(replace(table, title="", note=""), width=width)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
     assert "…" not in text
@@ -136,9 +141,9 @@ def test_a_narrow_terminal_shows_layers_and_numbers_whole(printed, tmp_path, nam
 
 
 @pytest.mark.parametrize("width", [40, 60, 72, 80, 81, 100, 120])
-def test_no_word_of_a_table_is_broken(printed, tmp_path, width):
+def test_no_word_of_a_table_is_broken(printed, run, width):
     """Criteria and layers take what room there is, and numbers stay whole."""
-    found = made_run(tmp_path).recommended.verified
+    found = run.recommended.verified
     names = [("angular", "taylor_linear"), ("block_influence", "exchange"), ("contiguous",)]
     cuts = [replace(one, proposed_by=by) for one, by in zip(found.candidates, names, strict=True)]
     table = candidates_table(replace(found, candidates=tuple(cuts)))
@@ -160,8 +165,8 @@ def test_lines_of_an_evaluation_fit_eighty_columns(printed):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_what_has_no_room_is_named(printed, tmp_path):
-    text = printed(every_table(tmp_path)["compare"], width=40)
+def test_what_has_no_room_is_named(printed, every_table):
+    text = printed(every_table["compare"], width=40)
     assert "Not shown at this width: " in " ".join(text.split())
 
 
@@ -276,18 +281,20 @@ def test_gains_are_before_after_and_their_ratio(printed):
         assert part in shown, part
 
 
-def test_long_times_are_in_seconds(printed):
+def test_a_gain_tells_of_its_times_what_is_so(printed):
+    """Seconds where they are long, stars where a model does not fit, and what was measured."""
     slow = replace(gain().forecasts[0], prefill_before=115.028, prefill_after=84.4)
     text = printed(gain_table(replace(gain(), forecasts=(slow,))))
     assert "prefill 115.0 s * 84.4 s 0.734" in " ".join(text.split())
     assert "estimates by the roofline; * does not fit into the memory." in text
-
-
-def test_no_star_is_explained_where_none_is(printed):
-    forecast = replace(gain().forecasts[0], fits_before=True)
-    text = printed(gain_table(replace(gain(), forecasts=(forecast,))))
+    here = replace(slow, fits_before=True, device="here", source="the fastest of 7 probes here")
+    text = printed(gain_table(replace(gain(), forecasts=(here,))))
     assert "*" not in text
-    assert "Times: estimates by the roofline. Measured: medians of 3 turns;" in text
+    said = " ".join(text.split())
+    assert "Times: estimates by the roofline. This machine: the fastest of 7 probes here. " in said
+    assert "Measured: medians of 3 turns;" in said
+    text = printed(gain_table(gain(None)))
+    assert not any(words in text for words in ("This machine", "measured here"))
 
 
 def test_a_range_with_1_in_it_is_too_noisy_for_a_ratio(printed):
@@ -297,18 +304,6 @@ def test_a_range_with_1_in_it_is_too_noisy_for_a_ratio(printed):
     assert "measured here, prefill 1000 ms 900 ms too noisy [0.167, 2.300]" in text
     assert "measured here, token 1000 ms 800 ms 0.800 [0.700, 0.900]" in text
     assert "ratio: median, least and greatest of the turns' own" in text
-
-
-def test_this_machine_says_how_noisy_its_probes_were(printed):
-    here = replace(gain().forecasts[0], device="here", source="the fastest of 7 probes here")
-    assert "This machine: the fastest of 7 probes here." in printed(
-        gain_table(replace(gain(), forecasts=(here,)))
-    ).replace("\n", " ").replace("  ", " ")
-    assert "This machine" not in printed(gain_table(gain()))
-
-
-def test_no_gain_is_shown_that_was_not_measured(printed):
-    assert "measured here" not in printed(gain_table(gain(None)))
 
 
 PAIRS = [(0.12341, 0.12344), (1e-9, 2e-9), (0.5, 0.5), (0.5, math.inf)]

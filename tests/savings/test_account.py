@@ -177,13 +177,6 @@ def test_quantised_weights_are_read_as_they_are_stored(dtype):
     assert read[0] - read[1] == pytest.approx(less, rel=1e-3)
 
 
-def test_the_config_stays_as_it_is():
-    config = small_config("llama")
-    before = copy.deepcopy(config.to_dict())
-    count(config, "float32", context=4)
-    assert config.to_dict() == before
-
-
 def test_positions_that_were_not_learned_are_refused():
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
     assert count(config, "float32", context=31).parameters
@@ -258,17 +251,6 @@ def test_what_is_made_and_read_within_a_stretch_does_not_reach_memory():
     assert product.flops == 2 * 4 * 8 * 4
 
 
-def test_operations_know_their_layer():
-    model = nn.Sequential(nn.Linear(8, 16), Block(), Block(), nn.Linear(16, 4))
-    found = recorded(model, torch.ones(3, 8), layers=[model[1], model[2]])
-    places = [one.layer for one in found]
-    assert places == [None, *[0] * 5, *[1] * 5, None]
-    # A residual sum ends with its layer, so that layers can be taken out by themselves.
-    assert [o.flops for o in found if o.layer == 0] == [o.flops for o in found if o.layer == 1]
-    first, second = ([(o.read, o.written) for o in found if o.layer == i] for i in (0, 1))
-    assert first == second
-
-
 def test_rows_of_a_table_are_read_where_they_are_used():
     class Embedded(nn.Module):
         def __init__(self):
@@ -294,31 +276,6 @@ def test_new_keys_are_put_behind_those_of_a_cache():
     assert product.read == FLOAT * 2 * (51 * 8 + 8)
     copied, _ = recorded(Appending(), cached, new, torch.ones(2, 1, 8))
     assert (copied.read, copied.written) == (FLOAT * 2 * 51 * 8, FLOAT * 2 * 51 * 8)
-
-
-def test_fused_attention_is_one_product():
-    class Attention(nn.Module):
-        def forward(self, query, key, value):
-            return nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=True
-            )
-
-    query, key = torch.ones(1, 8, 10, 4), torch.ones(1, 2, 10, 4)
-    (one,) = recorded(Attention(), query, key, key)
-    assert one.flops == 4 * 8 * 10 * 10 * 4
-    assert (one.read, one.written) == (FLOAT * 4 * 10 * (8 + 2 + 2), FLOAT * 4 * 10 * 8)
-
-
-def test_heads_that_are_repeated_are_read_once():
-    class Repeating(nn.Module):
-        def forward(self, query, key):
-            wide = key[:, :, None].expand(1, 2, 4, 10, 4).reshape(1, 8, 10, 4)
-            return query @ wide.transpose(-1, -2)
-
-    repeat, product = recorded(Repeating(), torch.ones(1, 8, 10, 4), torch.ones(1, 2, 10, 4))
-    keys, query = FLOAT * 2 * 10 * 4, FLOAT * 8 * 10 * 4
-    assert (repeat.read, repeat.written) == (keys, keys)
-    assert product.read == keys + query
 
 
 def test_what_is_written_in_place_is_written_once():

@@ -9,7 +9,7 @@ from shallower.healing.losses import TrainingLoss
 from shallower.healing.training import add_adapters
 from shallower.models.decoder import Decoder
 from shallower.models.feed_forward import feed_forward_targets
-from shallower.values.recipe import Recipe
+from shallower.settings.recipe import Recipe
 from shallower.values.tokens import Tokens
 from tests.conftest import WORDS, word_tokenizer
 from tests.healing.cuts import FACTS

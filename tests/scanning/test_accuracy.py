@@ -13,9 +13,9 @@ from shallower import (
     Scan,
     TierError,
     _core,
-    _reference,
     analyse_states,
 )
+from tests import reference
 from tests.scanning.samples import (
     BOTH,
     DTYPES,
@@ -89,7 +89,7 @@ def test_equals_the_slow_twin(tier, dtype, values):
     states, exact = rounded(values, dtype)
     scan = analyse_states(states, ALL)
     for metric in ALL:
-        mean, stderr = _reference.mean_and_stderr(exact, metric)
+        mean, stderr = reference.mean_and_stderr(exact, metric)
         allowed = tolerance(metric, dtype, mean)
         np.testing.assert_allclose(scan.mean(metric), mean, rtol=0, atol=allowed)
         np.testing.assert_allclose(scan.stderr(metric), stderr, rtol=0, atol=allowed)
@@ -138,7 +138,7 @@ def test_a_tier_that_the_machine_lacks_is_refused(monkeypatch):
 def test_the_norms_equal_the_slow_twins_and_are_kept(values):
     states, exact = rounded(values, "bfloat16")
     scan = scan_of(states)
-    np.testing.assert_allclose(scan.norms(), _reference.norms(exact), rtol=1e-7)
+    np.testing.assert_allclose(scan.norms(), reference.norms(exact), rtol=1e-7)
     halves = [scan_of(states[part]) for part in (slice(1, None), slice(None, 1))]
     with TemporaryDirectory() as folder:
         scan.save(Path(folder) / "scan")
@@ -149,5 +149,5 @@ def test_the_norms_equal_the_slow_twins_and_are_kept(values):
 def test_the_standard_error_of_tiny_differences_keeps_its_digits():
     distances = 0.1 + 1e-6 * np.random.default_rng(5).standard_normal(50)
     states = np.concatenate([rows_at(distance, 65, outliers=False) for distance in distances])
-    _, expected = _reference.mean_and_stderr(states, "angular")
+    _, expected = reference.mean_and_stderr(states, "angular")
     assert analyse_states(states).stderr()[0, 1] == pytest.approx(expected[0, 1], rel=1e-6)

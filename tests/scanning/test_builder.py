@@ -16,10 +16,10 @@ from shallower import (
     Scan,
     ScanError,
     StatesError,
-    _reference,
     analyse_states,
 )
 from shallower.scanning.builder import ScanBuilder
+from tests import reference
 from tests.conftest import tiny_llama
 from tests.scanning.samples import exact_sums
 
@@ -56,7 +56,7 @@ def test_equals_the_slow_twin(lengths, seed):
     scan = analyse_states(states, METRICS, sequences=numbers)
     assert (scan.num_samples, scan.num_sequences) == (sum(lengths), len(lengths))
     for metric in METRICS:
-        mean, stderr = _reference.clustered(states, metric, numbers)
+        mean, stderr = reference.clustered(states, metric, numbers)
         np.testing.assert_allclose(scan.mean(metric), mean, rtol=1e-8, atol=1e-9)
         np.testing.assert_allclose(scan.stderr(metric), stderr, rtol=1e-6, atol=1e-8)
 
@@ -80,7 +80,7 @@ def test_no_digit_of_the_variance_is_lost(lengths, spread, seed):
         variance = analyse_states(states, (metric,), sequences=numbers).variance(metric)
         exact = np.array(units(states, metric))
         for pair, (first, second) in enumerate(zip(*np.triu_indices(4, 1), strict=True)):
-            expected = _reference.exact_variance(exact[:, pair].tolist(), numbers.tolist())
+            expected = reference.exact_variance(exact[:, pair].tolist(), numbers.tolist())
             got = Fraction(float(variance[first, second]))
             assert abs(got - expected) <= expected * Fraction(2) ** -50
             assert variance[second, first] == variance[first, second]
@@ -139,7 +139,7 @@ def test_a_sequence_longer_than_a_chunk(monkeypatch):
     cut = analyse_states(states, METRICS, sequences=numbers, keep_samples=True)
     assert values(cut) == values(whole)
     assert cut.samples().shape == (4, 10)
-    angular = [_reference.angular(sample)[np.triu_indices(5, 1)] for sample in states]
+    angular = [reference.angular(sample)[np.triu_indices(5, 1)] for sample in states]
     np.testing.assert_allclose(cut.samples()[1], np.sum(angular[1:31], axis=0), rtol=1e-6)
 
 
@@ -148,7 +148,7 @@ def test_a_resampling_draws_sequences():
     states = states_in(numbers, num_states=7)
     scan = analyse_states(states, sequences=numbers, keep_samples=True)
     found = scan.bootstrap(200, 3)
-    expected = _reference.bootstrap(scan.samples(), 200, 3, similarity=False)
+    expected = reference.bootstrap(scan.samples(), 200, 3, similarity=False)
     for n, wins in enumerate(expected, 1):
         assert (found[n].distribution * 200).round().tolist() == wins.tolist()
 

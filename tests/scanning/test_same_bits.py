@@ -1,7 +1,5 @@
 """The same bits in any layout, order, batch and number of threads."""
 
-import threading
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +12,6 @@ from shallower import (
     RejectedSamplesWarning,
     Rejection,
     Scan,
-    ScanError,
     StatesError,
     TextsIdentity,
     analyse_states,
@@ -23,16 +20,14 @@ from shallower.scanning.builder import ScanBuilder
 from tests.scanning.samples import (
     BOTH,
     DTYPES,
-    MODEL,
-    TEXTS,
     batches,
     bits,
-    model_of,
     random_states,
     rounded,
     scan_of,
     stored,
 )
+from tests.scanning.ticks import ticks_beside
 
 
 # The same bits
@@ -74,16 +69,6 @@ def test_any_layout_of_a_tensor_gives_the_same_bits(view):
     for states in (tensor, tensor.float(), tensor.bfloat16(), tensor.half()):
         plain = analyse_states(states.contiguous(), BOTH)
         assert bits(analyse_states(states, BOTH)) == bits(plain)
-
-
-def test_state_first_gives_the_same_bits_as_sample_first():
-    states = random_states((5, 7, 33), 2).astype(np.float32)
-    state_first = np.ascontiguousarray(states.transpose(1, 0, 2))
-    plain = bits(analyse_states(states, BOTH))
-    assert bits(analyse_states(state_first.transpose(1, 0, 2), BOTH)) == plain
-    builder = ScanBuilder(7, BOTH)
-    builder.add(state_first, range(5), state_first=True)
-    assert bits(builder.finish()) == plain
 
 
 def test_copying_in_small_parts_gives_the_same_bits(monkeypatch):
@@ -152,85 +137,10 @@ def test_merging_leaves_its_parts_as_they_were():
 # Threads of Python
 def test_other_threads_run_while_states_are_compared():
     states = random_states((12, 257, 512), 0).astype(np.float16).repeat(4, axis=0)
-    ticks, done = [], threading.Event()
-
-    def tick():
-        while not done.is_set():
-            ticks.append(time.perf_counter())
-            time.sleep(0.001)
-
-    ticker = threading.Thread(target=tick)
-    ticker.start()
-    begin = time.perf_counter()
-    analyse_states(states, threads=1)
-    end = time.perf_counter()
-    done.set()
-    ticker.join()
-    margin = (end - begin) / 5
-    within = sum(begin + margin < moment < end - margin for moment in ticks)
-    assert within >= 3, f"{within} ticks in {end - begin:.3f} s"
-
-
-def test_python_threads_can_compare_at_once():
-    states = random_states((20, 9, 64), 0)
-    expected, found = bits(analyse_states(states)), []
-
-    def compare():
-        found.append(bits(analyse_states(states, threads=2)))
-
-    workers = [threading.Thread(target=compare) for _ in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert found == [expected] * 8
+    assert ticks_beside(lambda: analyse_states(states, threads=1)) >= 3
 
 
 # A scan in the making
-def test_batches_build_the_same_scan_as_the_whole():
-    states = random_states((9, 4, 8), 0)
-    builder = ScanBuilder(4, BOTH, model=MODEL)
-    for start in (0, 4, 7):
-        builder.add(states[start : start + 4][: 9 - start], range(start, 9))
-    assert builder.finish().num_samples == 4 + 4 + 2
-    builder = ScanBuilder(4, BOTH, model=MODEL)
-    for batch in ([8, 0, 5], [1, 2, 3, 4, 6, 7]):
-        builder.add(states[batch], batch)
-    assert stored(builder.finish((TEXTS,))) == stored(scan_of(states))
-
-
-def test_an_interrupted_scan_goes_on_to_the_same_bits(tmp_path):
-    states = random_states((9, 4, 8), 0)
-    states[[2, 7], 1] = 0
-    with pytest.warns(RejectedSamplesWarning):
-        whole = scan_of(states)
-    first = ScanBuilder(4, BOTH, model=MODEL, content="its hash")
-    first.add(states[:5], range(5))
-    first.so_far(TEXTS).save(tmp_path / "scan")
-    second = ScanBuilder(4, BOTH, model=MODEL, content="its hash")
-    second.resume(Scan.load(tmp_path / "scan"), TEXTS)
-    second.add(states[5:], range(5, 9))
-    with pytest.warns(RejectedSamplesWarning, match="2 of 9"):
-        resumed = second.finish((TEXTS,))
-    assert stored(resumed) == stored(whole)
-    assert bits(resumed) == bits(whole)
-
-
-@pytest.mark.parametrize(
-    ("metrics", "model", "texts"),
-    [
-        (("angular",), MODEL, TEXTS),
-        (BOTH, None, TEXTS),
-        (BOTH, model_of(3, "e" * 64), TEXTS),
-        (BOTH, MODEL, TextsIdentity(24, 256, "1" * 64)),
-    ],
-)
-def test_a_scan_of_something_else_is_not_resumed(metrics, model, texts):
-    before = scan_of(random_states((5, 4, 8), 0))
-    with pytest.raises(ScanError):
-        ScanBuilder(4, metrics, model=model).resume(before, texts)
-
-
 def test_samples_that_never_became_states_are_counted():
     builder = ScanBuilder(4, BOTH)
     builder.add(random_states((5, 4, 8), 0), [0, 1, 3, 4, 6])

@@ -8,9 +8,9 @@ from shallower import (
     LayersError,
     MetricError,
     RejectedSamplesWarning,
-    _reference,
     analyse_states,
 )
+from tests import reference
 from tests.scanning.samples import (
     BOTH,
     MODEL,
@@ -43,15 +43,6 @@ def test_norms_too_far_apart_for_the_sums_are_rejected():
     assert scan.mean("norm_ratio")[0, 1] == 2
 
 
-def test_the_mean_is_of_angles_and_not_the_angle_of_the_mean():
-    states = np.array([[[1.0, 0], [1, 0]], [[1, 0], [0, 1]], [[1, 0], [-1, 0]]])
-    scan = analyse_states(states, BOTH)
-    assert scan.mean()[0, 1] == 0.5
-    assert scan.mean("cosine")[0, 1] == 0
-    assert scan.variance()[0, 1] == 0.25
-    assert scan.variance("cosine")[0, 1] == 1
-
-
 @given(batches())
 def test_equal_and_opposite_directions_are_exact(values):
     first = values[:, :1]
@@ -61,20 +52,6 @@ def test_equal_and_opposite_directions_are_exact(values):
     cosine = np.outer(side, side)
     assert np.array_equal(scan.mean("cosine"), cosine)
     assert np.array_equal(scan.mean(), (1 - cosine) / 2)
-
-
-@given(batches())
-def test_the_mean_is_symmetric_and_in_range(values):
-    scan = analyse_states(values, BOTH)
-    for metric, diagonal, least in (("angular", 0, 0), ("cosine", 1, -1)):
-        mean = scan.mean(metric)
-        assert mean.dtype == np.float64
-        assert mean.flags.writeable
-        assert np.array_equal(mean, mean.T)
-        assert np.array_equal(np.diagonal(mean), np.full(len(mean), diagonal))
-        assert mean.min() >= least
-        assert mean.max() <= 1
-        assert np.array_equal(scan.stderr(metric), scan.stderr(metric).T, equal_nan=True)
 
 
 def test_one_sample_has_no_standard_error():
@@ -104,7 +81,7 @@ def test_the_best_block_joins_the_pair_that_was_scored(values):
         cost = -mean if metric == "cosine" else mean
         for n in range(1, scan.num_layers):
             block = scan.best_block(n, metric)
-            assert block.start == _reference.best_start(cost, n)
+            assert block.start == reference.best_start(cost, n)
             assert len(block) == n
             joined = mean[block.start, block.stop]
             assert block.score == (1 - joined if metric == "cosine" else joined)
@@ -122,16 +99,6 @@ def test_of_equal_blocks_the_first_is_best(metric):
     assert equal.best_block(3, metric).score == 0
 
 
-@pytest.mark.parametrize("start", range(5))
-def test_the_best_block_can_lie_anywhere(start):
-    states = random_states((3, 7, 64), 6)
-    states[:, start + 2] = states[:, start]
-    scan = analyse_states(states, BOTH)
-    for metric in BOTH:
-        block = scan.best_block(2, metric)
-        assert (block.start, block.stop, block.score) == (start, start + 2, 0)
-
-
 def test_the_first_held_metric_decides_if_there_is_no_angle():
     states = random_states((3, 7, 8), 6)
     scan = analyse_states(states, ["cosine"])
@@ -140,32 +107,13 @@ def test_the_first_held_metric_decides_if_there_is_no_angle():
     assert analyse_states(states, ["cosine", "angular"]).plan(2).metric == "angular"
 
 
-@pytest.mark.parametrize("n", [0, -1, 6, 7, 100, 2**31, 2**63, 10**30, -(10**30)])
-def test_a_block_of_no_layer_or_of_all_is_refused(n):
+@pytest.mark.parametrize("n", [0, -1, 6, 10**30, True, np.True_, 2.5, "2", None, np.array([1, 2])])
+def test_a_block_of_no_layer_of_all_or_of_no_integer_is_refused(n):
     scan = analyse_states(random_states((2, 7, 4), 0), BOTH)
     with pytest.raises(LayersError):
         scan.best_block(n)
     with pytest.raises(LayersError):
         scan.plan(n, "cosine")
-
-
-@pytest.mark.parametrize(
-    "n", [True, False, np.True_, 1.0, 2.5, np.float64(2), "2", None, [2], np.array([1, 2])]
-)
-def test_a_block_needs_an_integer_size(n):
-    with pytest.raises(LayersError):
-        analyse_states(random_states((2, 7, 4), 0)).best_block(n)
-
-
-@pytest.mark.parametrize("integer", [np.int64, np.uint8])
-def test_any_kind_of_integer_is_a_size(integer):
-    scan = analyse_states(random_states((2, 7, 4), 0))
-    assert scan.best_block(integer(2)) == scan.best_block(2)
-
-
-def test_a_model_of_one_layer_has_no_block_to_drop():
-    with pytest.raises(LayersError):
-        analyse_states(random_states((2, 2, 4), 0)).best_block(1)
 
 
 def test_a_plan_drops_the_best_block_and_remembers_the_model():
@@ -187,10 +135,3 @@ def test_a_metric_that_is_not_held_is_refused(metric):
         scan.best_block(1, metric)
     with pytest.raises(MetricError):
         scan.plan(1, metric)
-
-
-def test_a_scan_says_what_it_holds():
-    scan = scan_of(random_states((5, 4, 8), 0))
-    assert repr(scan) == (
-        "Scan(num_layers=3, num_samples=5, num_rejected=0, metrics=('angular', 'cosine'))"
-    )

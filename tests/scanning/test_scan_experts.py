@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 import shallower as sh
 from shallower.memory import budget
 from shallower.scanning.scan_file import FORMAT, digest
-from shallower.scanning.shards import Shards, gather
+from shallower.scanning.shards import Shards, joined
+from shallower.settings.stages import ScanSettings
 from shallower.values.shard import Shard
-from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow
 from tests.cutting.mixtures import mixture
 from tests.documents import documents
@@ -78,18 +78,14 @@ def _bytes(scan):
 
 
 def test_shards_make_the_bytes_of_the_whole(mixtral, words, whole, tmp_path):
-    shards = Shards(mixtral, words, TEXTS, Tokens(12, 2), experts=True)
-    for index in range(3):
-        shard = Shard(index, 3)
-        (tmp_path / shard.file_of("scan")).write_bytes(
-            shards.scan(shard, progress=False).to_bytes()
-        )
-    gather([tmp_path]).save(tmp_path / "scan")
+    shards = Shards(mixtral, words, TEXTS, ScanSettings(**OPTIONS))
+    parts = [shards.scan(Shard(index, 3), progress=False) for index in range(3)]
+    joined(parts).save(tmp_path / "scan")
     assert (tmp_path / "scan").read_bytes() == whole.read_bytes()
-    plain = Shards(mixtral, words, TEXTS, Tokens(12, 2))
-    (tmp_path / shard.file_of("scan")).write_bytes(plain.scan(shard, progress=False).to_bytes())
-    with pytest.raises(sh.ScanError, match="settings"):
-        gather([tmp_path])
+    plain = Shards(mixtral, words, TEXTS, ScanSettings(**{**OPTIONS, "experts": False}))
+    assert plain.common["settings"] != shards.common["settings"]
+    with pytest.raises(sh.ScanError, match="it has no statistics of experts"):
+        joined([*parts[:2], plain.scan(Shard(2, 3), progress=False)])
 
 
 def test_an_interrupted_scan_goes_on_to_the_same_bytes(
@@ -135,15 +131,13 @@ def test_a_text_without_tokens_is_no_text_of_the_statistics(mixtral, words):
     assert found.experts.num_texts == 2
 
 
-def test_unused_experts_are_counted_once_all_shards_are_there(mixtral, words, tmp_path):
+def test_unused_experts_are_counted_once_all_shards_are_there(mixtral, words):
     """A shard alone says nothing of them: its error would be one here."""
-    shards = Shards(mixtral, words, ["w1 w2", "w3"], Tokens(12, 1), experts=True)
-    for shard in (Shard(0, 2), Shard(1, 2)):
-        (tmp_path / shard.file_of("scan")).write_bytes(
-            shards.scan(shard, progress=False).to_bytes()
-        )
+    settings = ScanSettings(max_length=12, batch_size=1, experts=True)
+    shards = Shards(mixtral, words, ["w1 w2", "w3"], settings)
+    parts = [shards.scan(Shard(index, 2), progress=False) for index in range(2)]
     with UNUSED:
-        gather([tmp_path])
+        joined(parts)
 
 
 def test_bfloat16_is_observed(words, whole):

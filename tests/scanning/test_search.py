@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower import Block, LayersError, MetricError, Plan, _reference, analyse_states
+from shallower import Block, LayersError, MetricError, analyse_states
+from tests import reference
 from tests.scanning.samples import exact_sums
 
 BOTH = ("angular", "cosine")
@@ -62,12 +63,6 @@ def test_the_best_blocks_are_all_blocks_in_order(scan, k, metric):
         assert found[0] == scan.best_block(n, metric)
 
 
-def test_there_are_no_more_blocks_than_starts():
-    scan = analyse_states(walk(3, 7, 0))
-    assert len(scan.best_blocks(2, 10**30)) == 5
-    assert len(scan.best_blocks(5, 10)) == 2
-
-
 @pytest.mark.parametrize("k", [0, -1, -(10**30), 1.0, "2", None, True])
 def test_no_best_blocks_are_refused(k):
     with pytest.raises(LayersError):
@@ -88,7 +83,7 @@ def test_the_best_plan_is_the_best_of_all(scan, data):
         return
     plan = scan.best_plan(n, max_blocks, protect_first=first, protect_last=last, metric=metric)
     costs = exact_costs(scan, metric)
-    expected = _reference.best_plan(costs, n, max_blocks, protect_first=first, protect_last=last)
+    expected = reference.best_plan(costs, n, max_blocks, protect_first=first, protect_last=last)
     assert [(block.start, block.stop) for block in plan.blocks] == expected
     for block in plan.blocks:
         assert block.score == scan.scored(block, metric).score
@@ -131,31 +126,6 @@ def test_two_good_blocks_apart_are_found_and_one_layer_stays_between_them():
     for blocks in (scan.best_plan(n, 12).blocks for n in range(1, 12)):
         gaps = [right.start - left.stop for left, right in pairwise(blocks)]
         assert all(gap >= 1 for gap in gaps)
-
-
-def test_protected_layers_stay():
-    states = walk(5, 9, 2, width=64)
-    states[:, 2] = states[:, 0]
-    states[:, 8] = states[:, 6]
-    scan = analyse_states(states)
-    assert scan.best_plan(2).blocks == (Block(0, 2),)
-    assert scan.best_plan(2, protect_first=1).blocks == (Block(6, 8),)
-    kept = scan.best_plan(2, protect_first=1, protect_last=1).blocks
-    assert kept[0].start >= 1
-    assert kept[-1].stop <= 7
-    assert scan.best_plan(5, 3, protect_first=1, protect_last=2).blocks == (Block(1, 6),)
-
-
-def test_a_plan_of_several_blocks_comes_back(tmp_path):
-    states = walk(5, 13, 1, width=64)
-    states[:, 4] = states[:, 2]
-    states[:, 9] = states[:, 6]
-    plan = analyse_states(states, ["cosine"]).best_plan(5, 2)
-    assert (plan.strategy, plan.metric, plan.num_layers) == ("similarity", "cosine", 12)
-    plan.save(tmp_path / "plan.json")
-    back = Plan.load(tmp_path / "plan.json")
-    assert back == plan
-    assert [block.score for block in back.blocks] == [block.score for block in plan.blocks]
 
 
 def test_eighty_layers_are_planned():

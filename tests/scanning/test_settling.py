@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower import Until, _reference
+from shallower import Until
 from shallower.scanning.settling import Asymptotic, Betting, Settling
-from shallower.values.until import Settled
+from shallower.settings.until import Settled
+from tests import reference
 
 NUM_LAYERS = 5
 SIZES = 1, 2, 4
@@ -48,7 +49,7 @@ def test_the_rule_says_what_its_slow_twin_says(exact, count, seed, tolerance, co
     samples = texts(count, seed=seed)
     found = settled_after(samples, Until(confidence, tolerance, SIZES, exact))
     for n, after in found.items():
-        expected = _reference.is_settled(
+        expected = reference.is_settled(
             of_size(samples, n), (1 - confidence) / 3, tolerance=tolerance, exact=exact
         )
         assert (after is not None) == expected, n

@@ -1,15 +1,13 @@
 """States on their way to the CPU: a stand-in for CUDA copies as late as it may, and records."""
 
-from contextlib import contextmanager
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from shallower.models import transfers
-from shallower.models.transfers import Gathered, HostCopies, SideStreams
+from shallower.models.transfers import Gathered, HostCopies
 from shallower.scanning.hidden_states import stream
 from shallower.values.positions import Positions
 from tests.conftest import tiny_llama
@@ -123,76 +121,6 @@ def test_layers_that_run_in_another_order_are_read_in_theirs(llama):
 
 
 # The calls to CUDA.
-class Recorded:
-    """A stand-in for torch.cuda that writes down who waits for whom."""
-
-    def __init__(self):
-        self.calls, self.inside = [], ["none"]
-        self.num_events = 0
-
-    def Stream(self, device):  # noqa: N802
-        return SimpleNamespace(
-            name=f"side of {device}",
-            wait_event=lambda event: self.calls.append(f"side of {device} waits for {event.name}"),
-        )
-
-    def Event(self):  # noqa: N802
-        self.num_events += 1
-        event = SimpleNamespace(name=f"event {self.num_events}")
-        event.record = lambda stream: self.calls.append(f"{event.name} on {stream.name}")
-        event.synchronize = lambda: self.calls.append(f"host waits for {event.name}")
-        return event
-
-    def current_stream(self, device):
-        return SimpleNamespace(name=f"computing of {device}")
-
-    @contextmanager
-    def stream(self, stream):
-        self.inside.append(stream.name)
-        yield
-        self.inside.pop()
-
-
-class Rows:
-    """Rows on a device, as far as the copy asks."""
-
-    def __init__(self, device):
-        self.device = device
-
-
-def test_a_copy_waits_for_what_computes_its_rows_and_only_the_host_for_the_copy(monkeypatch):
-    cuda = Recorded()
-    for name in ("Stream", "Event", "current_stream", "stream"):
-        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
-
-    class Target:
-        def copy_(self, rows, *, non_blocking):
-            cuda.calls.append(f"copy of {rows.device} in {cuda.inside[-1]}, {non_blocking}")
-
-    streams = SideStreams()
-    events = [streams.receive(Rows(f"cuda:{device}"), Target()) for device in (0, 1, 0)]
-    for event in events:
-        event.synchronize()
-    assert cuda.calls == [
-        "event 1 on computing of cuda:0",
-        "side of cuda:0 waits for event 1",
-        "copy of cuda:0 in side of cuda:0, True",
-        "event 2 on side of cuda:0",
-        "event 3 on computing of cuda:1",
-        "side of cuda:1 waits for event 3",
-        "copy of cuda:1 in side of cuda:1, True",
-        "event 4 on side of cuda:1",
-        "event 5 on computing of cuda:0",
-        "side of cuda:0 waits for event 5",
-        "copy of cuda:0 in side of cuda:0, True",
-        "event 6 on side of cuda:0",
-        "host waits for event 2",
-        "host waits for event 4",
-        "host waits for event 6",
-    ]
-    assert len(streams._streams) == 2
-
-
 def test_without_cuda_nothing_is_pinned_and_nothing_is_used_again(llama):
     class Refusing:
         def __getattr__(self, name):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower import Scan, ScanError, SettingsError, Until, _reference
+from shallower import Scan, ScanError, SettingsError, Until
 from shallower.models.offload import reading_of
+from tests import reference
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import broken_after, documents
 
@@ -100,7 +101,7 @@ def test_a_text_of_several_tokens_is_one_observation(scan, positions):
     means = done.samples().astype(float) / (done.num_samples / done.num_sequences)
     starts, stops = np.triu_indices(7, 1)
     for n, after in done.settled.by_size.items():
-        sure = _reference.is_settled(means[:, stops - starts == n], 0.1 / 3, tolerance=0.005)
+        sure = reference.is_settled(means[:, stops - starts == n], 0.1 / 3, tolerance=0.005)
         assert sure == (after is not None)
 
 

@@ -9,7 +9,7 @@ from shallower.errors import ProcessesError
 from shallower.memory import device
 from shallower.sharing import engines
 from shallower.sharing.engines import seats
-from shallower.values.memory import MemoryPlan
+from shallower.values.estimates import MemoryPlan
 from shallower.workers.local_workers import LocalWorkers, Seat
 from shallower.workers.ray_workers import threads_of
 from shallower.workers.units import Ledger, drive

@@ -8,6 +8,7 @@ import pytest
 from shallower.errors import CacheError, ProcessesError
 from shallower.judgement.trials import Trials
 from shallower.models.source import ModelSource
+from shallower.settings.studies import CompareSettings, CurveSettings
 from shallower.sharing import engines
 from shallower.sharing import share as sharing
 from shallower.sharing.share import open_work, share
@@ -17,7 +18,6 @@ from shallower.studies.compare import CompareStudy
 from shallower.studies.curve import CurveStudy
 from shallower.studies.measuring import Measuring
 from shallower.texts.sources import Texts
-from shallower.values.settings import CompareSettings, CurveSettings
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
 
@@ -89,7 +89,7 @@ def in_this_process(study):
     """Carry out the parts as a worker far away would; what it sends."""
     described = far(study)
     worker = open_work(described)
-    return [json.loads(worker.run(unit)) for unit in described["units"]]
+    return [json.loads(worker.run(unit))["entries"] for unit in described["units"]]
 
 
 def near(study, **how):

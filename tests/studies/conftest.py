@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from shallower.judgement.trials import Trials
 from shallower.studies import dry_run, speaking
 from tests.conftest import tiny_llama
 from tests.healing.cuts import documents
@@ -46,3 +47,20 @@ def trained(words):
 def learned(trained):
     """A copy of it."""
     return copy.deepcopy(trained)
+
+
+class Killed(BaseException):
+    """Ends a study as a kill would, where nothing catches it."""
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The judge and the cut of every trial from now on, each as often as it is made."""
+    made, note = [], Trials._note
+
+    def noted(self, key, *found):
+        made.append((self.judge.name, *key))
+        note(self, key, *found)
+
+    monkeypatch.setattr(Trials, "_note", noted)
+    return made

@@ -9,10 +9,10 @@ import pytest
 
 import shallower as sh
 from shallower.cli.output import called, remember_call
+from shallower.reporting.report import read_story
 from shallower.reporting.results import Run
 from shallower.reporting.words import out_of
-from shallower.runs.report import read_story
-from shallower.values.settings import CompareSettings, CurveSettings, RunSettings
+from shallower.settings.studies import CompareSettings, CurveSettings, RunSettings
 from tests import examples
 from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.card_tools import blocks_of_code, cut_by, one_line

@@ -110,7 +110,7 @@ def test_a_comparison_counts_its_choices_and_cuts(bars, learned, words, tmp_path
 def test_a_run_has_a_bar_of_its_stages_and_says_what_they_took(
     bars, learned, words, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(progress, "SECONDS_TO_BE_TOLD", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_TO_BE_SHOWN", 0.0)
     sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "run", n=1, top=1)
     run = of_whole(bars, "run")
     assert run.total == run.reached_by[-1] == 8 + 1 + 3

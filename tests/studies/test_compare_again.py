@@ -10,6 +10,7 @@ from shallower.judgement.criteria import is_built_in
 from shallower.judgement.trials import Trials
 from tests.conftest import tiny_llama
 from tests.documents import documents
+from tests.studies.conftest import Killed
 from tests.studies.test_compare import FEW, HELD_OUT, TEXTS, Odd
 
 UNTIMED = {"seconds": 0, "choice_seconds": 0}
@@ -20,60 +21,35 @@ def model():
     return tiny_llama()
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    """The cuts that are measured from now on, each as often as it is."""
-    cuts = []
-    note = Trials._note
-
-    def noted(self, key, *found):
-        cuts.append((self.judge.name, *key))
-        note(self, key, *found)
-
-    monkeypatch.setattr(Trials, "_note", noted)
-    return cuts
-
-
-def test_a_comparison_is_measured_once(model, words, tmp_path, measured):
+def test_a_comparison_is_measured_once(model, words, tmp_path, tried):
     asked = {"n": [1, 2], "criteria": FEW, "out": tmp_path / "out"}
     first = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-    assert measured
-    measured.clear()
+    assert tried
+    tried.clear()
     again = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
     assert again.to_json() == first.to_json()
-    assert measured == []
+    assert tried == []
     sh.compare(model, words, TEXTS, HELD_OUT, **asked, cache=False, overwrite=True)
-    assert measured
+    assert tried
 
 
-def test_more_criteria_measure_only_what_is_new(model, words, measured):
-    sh.compare(model, words, TEXTS, HELD_OUT, n=[1, 2], criteria=["exhaustive"])
-    before = list(measured)
-    measured.clear()
-    sh.compare(model, words, TEXTS, HELD_OUT, n=[1, 2], criteria=["exhaustive", "deepest"])
-    assert not set(map(str, before)) & set(map(str, measured))
-
-
-def test_other_weights_are_another_model(words, measured):
+def test_other_weights_are_another_model(words, tried):
     asked = {"n": [1], "criteria": ["deepest"]}
     sh.compare(tiny_llama(), words, TEXTS, HELD_OUT, **asked)
-    measured.clear()
+    tried.clear()
     changed = tiny_llama()
     with torch.no_grad():
         changed.model.layers[0].mlp.down_proj.weight[0, 0] += 1e-3
     sh.compare(changed, words, TEXTS, HELD_OUT, **asked)
-    assert measured
+    assert tried
 
 
 @pytest.mark.slow
-def test_a_comparison_goes_on_where_it_was_cut_short(model, words, measured, monkeypatch):
+def test_a_comparison_goes_on_where_it_was_cut_short(model, words, tried, monkeypatch):
     asked = {"n": [1, 2, 3], "criteria": ["greedy", "exhaustive", "evolution", "one_shot"]}
     whole = sh.compare(model, words, TEXTS, HELD_OUT, **asked, cache=False)
-    total = len(measured)
+    total = len(tried)
     measure, left = Trials.measure_states, [0]
-
-    class Killed(BaseException):
-        pass
 
     def until_killed(self, *arguments):
         left[0] -= 1
@@ -82,14 +58,14 @@ def test_a_comparison_goes_on_where_it_was_cut_short(model, words, measured, mon
         return measure(self, *arguments)
 
     monkeypatch.setattr(Trials, "measure_states", until_killed)
-    measured.clear()
+    tried.clear()
     for trials in (3, total // 8, total // 4, total // 3):
         left[0] = trials
         with pytest.raises(Killed):
             sh.compare(model, words, TEXTS, HELD_OUT, **asked)
     left[0] = 10**6
     done = sh.compare(model, words, TEXTS, HELD_OUT, **asked)
-    assert len(measured) == total
+    assert len(tried) == total
 
     def table(comparison):
         return [asdict(row) | UNTIMED for row in comparison.rows]

@@ -2,8 +2,7 @@
 
 import itertools
 import json
-import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,21 +10,12 @@ import torch
 
 import shallower as sh
 from shallower.experts.criteria import CRITERIA
-from shallower.judgement.criteria import experts, similarity
+from shallower.judgement.criteria import experts
 from shallower.judgement.judges import JUDGES
-from shallower.judgement.patched_trials import PatchedTrials
-from shallower.judgement.trials import Trials
 from shallower.models.experts import find_experts
-from shallower.models.source import ModelSource
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.sharing.share import open_work
-from shallower.sharing.study_work import CompareWork
-from shallower.store.store import Store, open_store
-from shallower.studies.compare import CompareStudy
-from shallower.studies.items import judged_items
-from shallower.texts.sources import Texts
-from shallower.values.scores import Estimate
-from shallower.values.settings import CompareSettings
+from shallower.results.scores import Estimate
+from shallower.studies.study import judged_items
 from tests.conftest import mostly_slow, word_tokenizer, write_jsonl
 from tests.cutting.mixtures import mixture
 from tests.judgement.test_judges import cut, margins
@@ -35,7 +25,6 @@ from tests.studies.test_judging import said_to
 LAST = 1
 
 EXHAUSTIVE, LAYERS = "exhaustive", "layers"
-SOME = "reap", "random", EXHAUSTIVE, LAYERS
 
 UNTIMED = {"seconds": 0, "choice_seconds": 0}
 
@@ -239,87 +228,6 @@ def on_disk(folder):
         write_jsonl(folder / f"{name}.jsonl", documents(start, count))
 
 
-def study(folder, store, **options):
-    """A comparison of what :func:`on_disk` has written."""
-    settings = CompareSettings(
-        **{"n": (1, 2), "unit": "experts", "criteria": SOME, "num_choosing": 4, **options}
-    )
-    return CompareStudy(
-        models=(ModelSource(folder / "model", "float32"),),
-        texts={"texts": Texts(str(folder / "texts.jsonl"))},
-        eval_texts=Texts(str(folder / "held_out.jsonl")),
-        settings=settings, out=None, store=store, progress=False,
-    )  # fmt: skip
-
-
-def timeless(found):
-    return [asdict(row) | UNTIMED for row in found.rows], found.models, found.skipped
-
-
-@pytest.fixture
-def tried(monkeypatch):
-    """The cuts and batches that are judged from now on."""
-    judged, note = [], Trials._note
-
-    def noted(self, key, *found):
-        judged.append((self.judge.name, *key))
-        note(self, key, *found)
-
-    monkeypatch.setattr(Trials, "_note", noted)
-    return judged
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("criteria", [SOME, None])
-def test_a_comparison_finds_all_that_its_parts_sent(tmp_path, tried, monkeypatch, criteria):
-    on_disk(tmp_path)
-    asked = {"n": (2,), "criteria": criteria}
-    alone = study(tmp_path, Store(tmp_path / "alone"), **asked).run()
-    shared = study(tmp_path, open_store(), **asked)
-    described = CompareWork(shared, on="ray").described()
-    worker = open_work(json.loads(json.dumps(described)))
-    for part in shared.parts():
-        shared.store.take(json.loads(worker.run(str(part))))
-    tried.clear()
-    monkeypatch.setattr(similarity, "_scan", lambda *_: pytest.fail("scanned again"))
-    assert timeless(shared.run()) == timeless(alone)
-    assert tried == []
-
-
-class Killed(BaseException):
-    """Ends a comparison as a kill would, where nothing catches it."""
-
-
-def test_a_comparison_that_was_killed_goes_on(tmp_path, tried, monkeypatch):
-    on_disk(tmp_path)
-
-    def cuts():
-        """The cuts of experts that were judged, each with its batch, by their judge."""
-        of_experts = (one for one in tried if any(isinstance(gone, tuple) for gone in one[1]))
-        return sorted(f"{judge} {sorted(gone)} {look}" for judge, gone, look in of_experts)
-
-    asked = {"n": (2,), "judge": "kl", "criteria": ("reap", EXHAUSTIVE)}
-    whole = study(tmp_path, Store(tmp_path / "alone"), **asked).run()
-    wanted, total = cuts(), len(tried)
-    note, left = Trials._note, [0]
-
-    def until_killed(self, *arguments):
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        note(self, *arguments)
-
-    monkeypatch.setattr(Trials, "_note", until_killed)
-    tried.clear()
-    for most in (7, total // 3):
-        left[0] = most
-        with pytest.raises(Killed):
-            study(tmp_path, open_store(), **asked).run()
-    left[0] = 10**6
-    assert timeless(study(tmp_path, open_store(), **asked).run()) == timeless(whole)
-    assert cuts() == wanted
-
-
 def test_shards_and_workers_come_to_the_same(shallower, tmp_path, monkeypatch):
     on_disk(tmp_path)
     command = (
@@ -339,54 +247,6 @@ def test_shards_and_workers_come_to_the_same(shallower, tmp_path, monkeypatch):
     found.append(shallower(*command, "--workers", "1").json["rows"])
     whole, *others = ([{**row, **UNTIMED} for row in rows] for rows in found)
     assert others == [whole, whole]
-
-
-def test_a_cut_of_experts_is_not_patched():
-    plan = sh.Plan(8, (), experts=sh.DroppedExperts(6, {LAST: (1, 4)}))
-    with pytest.raises(sh.PatchError, match="drops 2 experts a layer: prune by it, and heal"):
-        PatchedTrials(None, None).scores(plan)
-
-
-BY_DIVERGENCE = "--criteria", "reap,exhaustive,layers", "--judge", "kl"
-
-
-@pytest.mark.parametrize(
-    ("n", "criteria"),
-    [pytest.param(2, (), marks=pytest.mark.slow), (1, BY_DIVERGENCE)],
-    ids=["all", "some"],
-)
-def test_a_dry_run_says_the_least_passes_over_layers_on_disk(shallower, tmp_path, n, criteria):
-    on_disk(tmp_path)
-    command = (
-        "compare", tmp_path / "model", "--unit", "experts", "--n", n, "--texts",
-        tmp_path / "texts.jsonl", "--eval-texts", tmp_path / "held_out.jsonl", "--dtype",
-        "float32", "--stream", *criteria,
-    )  # fmt: skip
-    told = shallower(*command, "--dry-run", "--json").json
-    assert told["time"]["seconds"] > 0
-    planned = told["stream"]["passes"]
-    done = shallower(*command, "--json")
-    assert done.status == 0, done.err
-    passes = int(re.search(r"of layers from disk, in (\d+) passes", done.err)[1])
-    assert 0 < planned <= passes
-    assert (EXHAUSTIVE in {row["criterion"] for row in done.json["rows"]}) == bool(criteria)
-
-
-def test_the_command_leaves_a_page(shallower, tmp_path):
-    on_disk(tmp_path)
-    out = tmp_path / "out"
-    found = shallower(
-        "compare", tmp_path / "model", "--unit", "experts", "--n", "1,2", "--criteria",
-        "reap,frequency,layers", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
-        tmp_path / "held_out.jsonl", "--dtype", "float32", "--out", out,
-    )  # fmt: skip
-    assert found.status == 0, found.err
-    said = r"With [12] of 6 experts of every layer \([\d.]+ % of the parameters\)( or .*?)? gone"
-    assert re.search(said, " ".join(found.out.split()))
-    assert "Loss over the share of parameters" in (out / "report.html").read_text()
-    rows = json.loads((out / "comparison.json").read_text())["rows"]
-    assert [(row["n"], row["criterion"]) for row in rows][:2] == [(1, "reap"), (1, "frequency")]
-    assert f"{LAST}:1,4" in (out / "comparison.csv").read_text()
 
 
 def test_the_criteria_are_listed(shallower):

@@ -6,23 +6,20 @@ import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.errors import CriterionError, LayersError, ModelError, TextsError
-from shallower.evaluation import answers
+from shallower.errors import CriterionError, LayersError, TextsError
 from shallower.evaluation.answers import write_answers
-from shallower.judgement.trials import Trials
 from shallower.models.decoder import Decoder
 from shallower.models.source import ModelSource
 from shallower.reporting.results import Run
 from shallower.reporting.stories.run import run_story
-from shallower.sharing.share import open_work
+from shallower.settings.studies import CompareSettings, RunSettings
 from shallower.sharing.study_work import CompareWork
-from shallower.store.store import Store, open_store
+from shallower.store.store import open_store
 from shallower.studies.compare import CompareStudy
-from shallower.studies.items import items_fingerprint, judged_items
 from shallower.studies.run import RunStudy
+from shallower.studies.study import items_fingerprint, judged_items
 from shallower.texts.prompts import Prompt, prompt_ids
 from shallower.texts.sources import Texts
-from shallower.values.settings import CompareSettings, RunSettings
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
 from tests.healing.cuts import documents as progressions
@@ -59,29 +56,6 @@ def divergence(model, said, dropped):
     return sum(sums) / sum(len(one.written) for answers in said for one in answers)
 
 
-@pytest.fixture
-def judged(monkeypatch):
-    """The judge and the cut of every trial that is made from now on."""
-    made, note = [], Trials._note
-
-    def noted(self, key, *found):
-        made.append((self.judge.name, *key))
-        note(self, key, *found)
-
-    monkeypatch.setattr(Trials, "_note", noted)
-    return made
-
-
-@pytest.fixture
-def silent(monkeypatch):
-    """From the call on no model speaks."""
-
-    def be_silent():
-        monkeypatch.setattr(answers, "write_answers", lambda *_, **__: pytest.fail("it speaks"))
-
-    return be_silent
-
-
 # Comparisons.
 def test_a_comparison_chooses_and_scores_on_the_words_of_the_whole_model(sharp, words):
     done = sh.compare(sharp, words, TEXTS, HELD_OUT, **CHEAP, cache=False)
@@ -104,21 +78,6 @@ def test_a_comparison_chooses_and_scores_on_the_words_of_the_whole_model(sharp, 
     assert [row.standing.regret.mean for row in (best, deepest)] == pytest.approx(
         [row.score.mean - least for row in (best, deepest)]
     )
-
-
-def test_what_was_said_and_judged_is_neither_again(sharp, words, judged, silent):
-    first = sh.compare(sharp, words, TEXTS, HELD_OUT, **CHEAP)
-    assert {name for name, *_ in judged} == {"loss", "speech"}
-    judged.clear()
-    silent()
-    assert sh.compare(sharp, words, TEXTS, HELD_OUT, **CHEAP).rows == first.rows
-    assert judged == []
-    more = {**CHEAP, "criteria": ["exhaustive", "deepest", "random"]}
-    rows = sh.compare(sharp, words, TEXTS, HELD_OUT, **more).rows
-    assert [row.score for row in rows[:2]] == [row.score for row in first.rows[:2]]
-    assert not {key for key in judged if key[0] == "speech"} & {
-        ("speech", frozenset(row.dropped), 0) for row in first.rows
-    }
 
 
 def studies(folder, **options):
@@ -167,25 +126,6 @@ def test_workers_are_told_the_file_of_prompts(places):
     assert described["settings"]["prompts"] == str(places / "prompts.jsonl")
 
 
-@pytest.mark.slow
-def test_what_workers_judged_by_speech_is_found(places, tmp_path, judged, silent):
-    options = {"prompts": places / "prompts.jsonl", "criteria": ["greedy", "deepest"]}
-    alone = studies(places, **options)
-    object.__setattr__(alone, "store", Store(tmp_path / "alone"))
-    rows = alone.run().rows
-    study = studies(places, **options)
-    described = told(study)
-    worker = open_work(described)
-    for unit in described["units"]:
-        study.store.take(json.loads(worker.run(unit)))
-    judged.clear()
-    silent()
-    assert [(one.dropped, one.score) for one in study.run().rows] == [
-        (one.dropped, one.score) for one in rows
-    ]
-    assert judged == []
-
-
 def test_halves_of_our_own_prompts_choose_and_report():
     choosing, reporting = judged_items("speech", seed=0)
     assert len(choosing) == len(reporting) == 60
@@ -206,26 +146,13 @@ def test_a_prompt_that_is_there_twice_is_one():
     ("asked", "error", "named"),
     [
         ({"judge": "kl"}, CriterionError, "only the judge speech takes them, and .*--judge speech"),
-        ({"judge": "options"}, CriterionError, "judge options needs a file"),
-        ({"options": "x.jsonl"}, CriterionError, "no other judge takes one"),
         ({"prompts": ()}, TextsError, "no prompts"),
         ({"prompts": ASKED[:7]}, TextsError, "too few prompts for a selection and a test set: 7"),
-        ({"prompts": "gone.jsonl"}, TextsError, "no file of prompts gone.jsonl"),
     ],
 )
 def test_what_a_comparison_by_speech_cannot_do_is_one_sentence(sharp, words, asked, error, named):
     with pytest.raises(error, match=named):
         sh.compare(sharp, words, TEXTS, HELD_OUT, **{**CHEAP, **asked})
-
-
-def test_layers_on_disk_are_refused_before_anything_is_loaded(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("loaded"))
-    source = ModelSource(places / "tiny", "float32", "stream")
-    said = "all would be read by every token of an answer: leave out --stream, or the judge speech"
-    with pytest.raises(ModelError, match=said):
-        sh.compare(source, None, TEXTS, HELD_OUT, **CHEAP)
-    with pytest.raises(ModelError, match=said):
-        sh.run(source, None, CALIBRATION, **TAKEN, out=tmp_path / "out", n=1)
 
 
 # Runs.
@@ -279,37 +206,11 @@ def test_the_page_says_divergence_where_speech_has_raced(done):
     assert facts["selection prompts"].value.value == 4
 
 
-def test_a_run_that_is_known_runs_no_race_and_says_nothing(
-    done, sharp, words, warm, monkeypatch, tmp_path, judged
-):
-    written = []
-    write = answers.write_answers
-
-    def noted(decoder, *given, **options):
-        written.append(len(decoder))
-        return write(decoder, *given, **options)
-
-    monkeypatch.setattr(answers, "write_answers", noted)
-    again = sh.run(sharp, words, CALIBRATION, **TAKEN, out=tmp_path / "out", n=2, plan_only=True)
-    assert again.recommended.verified == done.recommended.verified
-    assert judged == []
-    assert 5 not in written  # the whole model
-
-
-@pytest.mark.slow
-def test_the_knee_is_of_divergences(sharp, words, tmp_path):
-    options = {**TAKEN, "plan_only": True}
-    found = sh.run(sharp, words, CALIBRATION, **options, out=tmp_path / "out")
-    assert found.recommended.reason.startswith(("the knee of the curve:", "the least size"))
-    assert found.recommended.verified.judge == "speech"
-
-
 @pytest.mark.parametrize(
     ("asked", "error", "named"),
     [
         ({"max_loss": 0.1}, LayersError, "max_loss beside the judge speech"),
         ({"judge": "kl"}, CriterionError, "unknown judge 'kl': a run races proposals by loss or"),
-        ({"prompts": ASKED[:7]}, TextsError, "too few prompts for a selection and a test set: 7"),
     ],
 )
 def test_what_a_run_by_speech_cannot_do_is_one_sentence(

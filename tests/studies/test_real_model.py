@@ -1,6 +1,5 @@
 """SmolLM2-135M from its GGUF file: the numbers, from the first text to the saved cut."""
 
-import json
 import shutil
 
 import numpy as np
@@ -9,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shallower as sh
-from shallower import _reference
 from shallower.models.identity import identify, stored_dtype
-from shallower.runs import demo
+from shallower.studies import demo
+from tests import reference
 from tests.cutting.checkpoints import read_json, stored
 
 BLOCK = sh.Block(11, 19)
@@ -77,15 +76,15 @@ def reloaded(cut):
 def test_a_scan_is_that_of_a_float64_oracle(scanned, own_states):
     assert (scanned.num_layers, scanned.num_samples, scanned.num_rejected) == (30, NUM_TEXTS, 0)
     for metric in ("angular", "cosine"):
-        mean, stderr = _reference.mean_and_stderr(own_states, metric)
+        mean, stderr = reference.mean_and_stderr(own_states, metric)
         assert np.abs(scanned.mean(metric) - mean).max() < 1e-5
         assert np.abs(scanned.stderr(metric) - stderr).max() < 1e-5
 
 
 def test_the_best_blocks_are_those_of_the_oracle(scanned, own_states):
-    mean, _ = _reference.mean_and_stderr(own_states, "angular")
+    mean, _ = reference.mean_and_stderr(own_states, "angular")
     for n in range(1, 30):
-        assert scanned.best_block(n).start == _reference.best_start(mean, n)
+        assert scanned.best_block(n).start == reference.best_start(mean, n)
 
 
 @pytest.mark.slow
@@ -167,15 +166,6 @@ def test_generation_from_the_cache_is_that_without_it(smol, reloaded, held_out):
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     cached = reloaded.generate(**encoded, use_cache=True, **options)
     assert torch.equal(cached, reloaded.generate(**encoded, use_cache=False, **options))
-
-
-def test_the_saved_cut_is_a_plain_checkpoint(smol, cut):
-    config = json.loads((cut / "config.json").read_text())
-    assert config["num_hidden_layers"] == 22
-    assert "quantization_config" not in config
-    plan = sh.Plan.load(cut / "shallower_plan.json")
-    assert plan.blocks == (BLOCK,)
-    plan.check_model(identify(smol[0]))
 
 
 def test_the_saved_tokenizer_is_the_same(smol, cut, held_out):

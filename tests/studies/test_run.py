@@ -16,9 +16,9 @@ from shallower.models.source import ModelSource
 from shallower.patching import checkpoint
 from shallower.patching.descent import Descent
 from shallower.reporting.results import Run
+from shallower.results.scores import Difference
 from shallower.studies import recommending
 from shallower.texts.sources import own_texts
-from shallower.values.scores import Difference
 from tests.documents import HELD_OUT, Unread
 from tests.healing.cuts import QUICK
 from tests.healing.cuts import documents as progressions
@@ -207,19 +207,6 @@ def test_a_wish_that_no_cut_fulfils_is_one_sentence(
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"seed": "x"}, sh.LayersError, "seed = 'x': expected a whole number, at least 0"),
-        ({"heal": "yes"}, sh.RecipeError, "heal = 'yes': expected True, False or a Recipe"),
-    ],
-)
-def test_settings_that_cannot_be_are_named(learned, words, tmp_path, options, error, message):
-    with pytest.raises(error, match=message):
-        sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", n=1, **options)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.usefixtures("warm")
 def test_without_a_wish_it_is_the_knee(learned, words, tmp_path):
     done = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out")
@@ -323,19 +310,12 @@ def test_the_results_are_there_when_the_checkpoint_is_another_model(
 
 
 # Bad input.
-@pytest.mark.parametrize("texts", [[], ["", ""], TEXTS[:5]])
-def test_too_few_texts_leave_nothing(llama, words, tmp_path, texts):
+@pytest.mark.parametrize(
+    ("texts", "report"), [(["", ""], HELD_OUT), (TEXTS[:5], HELD_OUT), (TEXTS, ["w1", ""])]
+)
+def test_too_few_texts_leave_nothing(llama, words, tmp_path, texts, report):
     with pytest.raises((TextsError, sh.StatesError)):
-        sh.run(llama, words, texts, eval_texts=HELD_OUT, out=tmp_path / "out", n=1)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("eval_texts", [[], ["w1", ""]])
-def test_a_run_without_held_out_texts_is_refused_before_the_scan(
-    llama, words, tmp_path, eval_texts
-):
-    with pytest.raises(TextsError):
-        sh.run(llama, words, TEXTS, eval_texts=eval_texts, out=tmp_path / "out", n=1)
+        sh.run(llama, words, texts, eval_texts=report, out=tmp_path / "out", n=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -351,6 +331,7 @@ def stored(learned, words, tmp_path):
     [
         ({"heal_steps": 2}, sh.RecipeError, "heal_steps .*without heal"),
         ({"heal_steps": 2, "heal": QUICK}, sh.RecipeError, "heal_steps"),
+        ({"heal": "yes"}, sh.RecipeError, "heal = 'yes': expected True, False or a Recipe"),
         ({"tops": 3}, sh.SettingsError, "no setting 'tops': did you mean top?"),
         ({"prompts": "w1 w2"}, sh.TextsError, "there is no file of prompts w1 w2"),
         ({"prompts": 3}, sh.TextsError, "prompts must be a file or a sequence, got int .*--speech"),

@@ -10,13 +10,13 @@ import pytest
 import shallower as sh
 from shallower.healing.checks import require_healable
 from shallower.models.decoder import Decoder
+from shallower.settings.studies import RunSettings
 from shallower.store.given_models import InMemory
 from shallower.store.store import open_store
 from shallower.studies import recommending
 from shallower.studies.answers import PATCH_ANSWERS, WantedAnswers
 from shallower.studies.run import RunStudy
 from shallower.texts.prompts import Prompt
-from shallower.values.settings import RunSettings
 from tests.documents import assert_same, state_of
 from tests.families import random_model
 from tests.healing.cuts import QUICK, documents
@@ -206,22 +206,6 @@ def test_answers_that_cannot_be_are_refused_before_anything_is_written(
 ):
     with pytest.raises(error, match=message):
         run(**options)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def streamed(learned, words, tmp_path):
-    """A run of a model whose layers are streamed from disk."""
-    sh.save_model(learned, words, tmp_path / "stored")
-    source = sh.ModelSource(tmp_path / "stored", "float32", "stream")
-    return lambda **options: sh.run(
-        source, None, TEXTS, **{**TAKEN, "n": 1}, out=tmp_path / "out", **options
-    )
-
-
-def test_a_model_on_disk_is_not_read_for_each_token(streamed, tmp_path):
-    with pytest.raises(sh.ModelError, match=r"are streamed .* leave out the answers \(answers"):
-        streamed(answers=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -10,9 +10,8 @@ from gguf import GGMLQuantizationType, GGUFReader
 import shallower as sh
 from shallower.models.source import ModelSource
 from shallower.reporting.results import Run
-from shallower.reporting.stories.run import run_story
+from shallower.settings.studies import RunSettings
 from shallower.studies.run import RunStudy
-from shallower.values.settings import RunSettings
 from tests.cutting.gguf_files import write
 from tests.healing.cuts import documents
 from tests.models.gguf_files import write_family
@@ -45,6 +44,7 @@ def test_every_tensor_that_stays_keeps_its_type_and_bytes(source, done):
         ".shallower.json", "README.md", "checkpoint.gguf", "mergekit.yaml", "prune_layers.txt",
         "shallower_plan.json",
     }  # fmt: skip
+    assert Run.load(done.out).checkpoint == done.checkpoint
     before, after = tensors(source), tensors(done.checkpoint)
     assert GGMLQuantizationType.Q8_0 in {kind for kind, _ in after.values()}
     kept = [layer for layer in range(4) if layer not in done.recommended.plan.dropped]
@@ -77,22 +77,6 @@ def test_of_the_proposals_the_one_that_loses_least_as_it_is_cut_wins(done):
     best, *others = done.recommended.verified.candidates
     assert others
     assert all(best.score <= one.score for one in others if not one.lost_early)
-
-
-def test_the_page_speaks_of_the_file(done):
-    results = json.loads((done.out / "results.json").read_text())
-    assert results["checkpoint"] == "checkpoint/checkpoint.gguf"
-    assert Run.load(done.out).checkpoint == done.checkpoint
-    story = run_story(done, drawn=False)
-    size = done.checkpoint.stat().st_size
-    saved = {fact.name: fact for fact in story.savings}
-    assert (
-        saved["weights on disk"].value == f"{size / 1e6:,.0f} MB, of {done.source[1] / 1e6:,.0f} MB"
-    )
-    assert saved["weights on disk"].source == "size of checkpoint.gguf"
-    assert not any("dequantised" in warning for warning in story.warnings)
-    commands = [one for section in story.sections for one in section.commands]
-    assert any("--as-gguf" in one for one in commands if one.startswith("shallower prune"))
 
 
 @pytest.mark.usefixtures("warm")

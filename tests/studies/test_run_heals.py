@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shallower as sh
+from shallower.reporting.report import read_story
 from shallower.reporting.results import Run
-from shallower.runs.report import read_story
 from shallower.studies.healing_stage import HealingStage
 from tests.conftest import write_jsonl
 from tests.cutting.card_tools import blocks_of_code, one_line

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import shallower as sh
 from shallower.evaluation import answers
+from shallower.reporting.report import read_story
 from shallower.reporting.results import Run
-from shallower.runs.report import read_story
+from shallower.results.speech import MEASURES, WAYS
 from shallower.studies.run import RunStudy
-from shallower.studies.speaking import NUM_SAMPLES, SpeechOnPrompts
-from shallower.values.speech import MEASURES, WAYS
+from shallower.studies.speaking import NUM_SAMPLES
 from tests.documents import assert_same, state_of
 from tests.evaluation.answering import plain_answer
 from tests.healing.cuts import documents
@@ -29,27 +29,12 @@ pytestmark = pytest.mark.usefixtures("warm")
 
 
 @pytest.fixture(scope="module")
-def heard():
-    """The names of the cuts that generated in the run that has ended, in order."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def done(trained, words, kept, heard, tmp_path_factory):
+def done(trained, words, kept, tmp_path_factory):
     """A run that has ended."""
     model = copy.deepcopy(trained)
     before = state_of(model)
     out = tmp_path_factory.mktemp("run") / "out"
-    with pytest.MonkeyPatch.context() as patched:
-        plain = SpeechOnPrompts.compare
-        patched.setattr(
-            SpeechOnPrompts,
-            "compare",
-            lambda self, model, name, whole=None: (
-                heard.append(name) or plain(self, model, name, whole)
-            ),
-        )
-        found = sh.run(model, words, TEXTS, **TAKEN, out=out)
+    found = sh.run(model, words, TEXTS, **TAKEN, out=out)
     assert_same(before, state_of(model))
     return found
 
@@ -97,11 +82,6 @@ def test_every_state_speaks_as_if_measured_alone(done, learned, words):
     assert 0 < patched < bare
 
 
-def test_only_cuts_whose_speech_is_in_the_results_generate(done, heard):
-    assert heard == ["model", "patched", "cut"]
-    assert {*done.speech} == {"whole", *heard[1:]}
-
-
 def test_samples_are_what_was_said_greedily_to_the_first_prompts(done, learned, words):
     assert len(done.continuations) == NUM_SAMPLES == len(PROMPTS) - 1
     texts = ["w5 w7 w11", "w1 w2", "w40 w41 w42 w43", "w9"]
@@ -129,15 +109,6 @@ def test_the_results_are_read_again(done):
         (place / "scan.safetensors").write_bytes((done.out / "scan.safetensors").read_bytes())
         with pytest.raises(sh.OutputError, match="is not of a run, or is damaged"):
             Run.load(place)
-
-
-def test_the_page_has_the_table_and_the_samples(done):
-    story = read_story(done.out, drawn=False)
-    (section,) = (one for one in story.sections if one.title == "How it speaks")
-    assert section.tables[0].head == ("", "whole", "cut", "patched")
-    assert len(section.samples) == NUM_SAMPLES
-    assert {*section.samples[0].continued} == {"whole", "cut", "patched"}
-    assert story.data["speech"]["cut"]["prompts"] == len(PROMPTS)
 
 
 def test_a_plan_alone_has_the_speech_of_the_bare_cut(learned, words, tmp_path):
@@ -193,12 +164,3 @@ def test_given_prompts_that_do_not_fit_are_refused_before_the_scan(short, words,
     with pytest.raises(sh.TextsError, match="prompt 2 with an answer of 8 tokens has 33 tokens"):
         sh.run(short, words, TEXTS, **asked, out=tmp_path / "out")
     assert not (tmp_path / "out" / "scan.safetensors").exists()
-
-
-def test_given_prompts_and_layers_on_disk_are_refused(learned, words, tmp_path):
-    sh.save_model(learned, words, tmp_path / "tiny")
-    streamed, tokenizer = sh.load_model(tmp_path / "tiny", "float32", "stream", progress=False)
-    with pytest.raises(
-        sh.ModelError, match=r"the layers are streamed from disk, .* leave out --stream"
-    ):
-        sh.run(streamed, tokenizer, TEXTS, **TAKEN, out=tmp_path / "out")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import shallower as sh
 from shallower.patching.states import divide
+from shallower.results.speech import Answer
 from shallower.texts.batches import tokenise
 from shallower.texts.prompts import prompts_fingerprint, read_prompts
 from shallower.texts.sequences import (
@@ -24,7 +25,6 @@ from shallower.texts.sequences import (
     read_samples,
     usable_answers,
 )
-from shallower.values.answers import Answer
 from shallower.values.identity import ModelIdentity
 from shallower.values.tokens import Tokens
 from tests.conftest import word_tokenizer

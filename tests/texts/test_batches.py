@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from shallower.errors import TextsError
 from shallower.texts.batches import WINDOW, TokenBatches
@@ -95,12 +93,6 @@ def test_texts_are_read_a_window_at_a_time(words):
     assert next(taken) <= 2 * WINDOW * 2 + 1
 
 
-def test_a_generator_is_read_once_and_texts_are_not_kept(words):
-    texts = (sentence(n) for n in range(1, 50))
-    assert len(rows(TokenBatches(words, texts, Tokens(8, 4)))) == 49
-    assert next(texts, None) is None
-
-
 def test_an_error_of_the_texts_themselves_passes_through(words):
     def broken():
         yield "w1"
@@ -161,14 +153,6 @@ def test_a_limit_that_is_no_positive_integer_is_refused(words, name, value):
 def test_a_lone_surrogate_is_refused_with_its_place(words):
     with pytest.raises(TextsError, match=r"cannot tokenise a text among 2 \.\. 3"):
         list(TokenBatches(words, ["w1", "w2", "\ud800", "w3"], Tokens(8, 2)))
-
-
-def test_a_failure_of_the_tokenizer_is_named(words):
-    backend = Tokenizer(models.WordLevel({"w0": 0}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    with pytest.raises(TextsError, match="cannot tokenise"):
-        list(TokenBatches(tokenizer, ["w0", "unheard"], Tokens(8, 2)))
 
 
 def test_a_tokenizer_without_pad_token_will_do(words):
@@ -253,8 +237,3 @@ def test_skipping_past_the_end_says_how_far_it_came(words):
     batches = TokenBatches(words, ["w1", "w2"], Tokens(8, 3))
     assert batches.skip(1000).num_texts == 2
     assert rows(batches) == {}
-
-
-def test_skipping_refuses_a_wrong_text_as_reading_does(words):
-    with pytest.raises(TextsError, match="text 1 is of type int"):
-        TokenBatches(words, ["w1", 2], Tokens(8, 1)).skip(2)

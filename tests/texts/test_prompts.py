@@ -273,10 +273,6 @@ def test_a_text_is_continued_and_not_ended(base):
     assert not has_template(base)
 
 
-def test_a_text_is_all_tokens_where_the_tokenizer_adds_none(words):
-    assert asked(words, text="w1 w2") == "w1 w2"
-
-
 def test_a_chat_is_written_by_the_template_up_to_the_answer(chat):
     assert has_template(chat)
     expected = "<s> <|user|> w1 w2 <|end|> <|assistant|>"

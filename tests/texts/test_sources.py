@@ -172,13 +172,6 @@ def test_wrong_texts_are_found_by_a_check(write, name, content, words):
         Texts(write(name, content)).check()
 
 
-def test_parquet_without_text_is_found_by_a_check(parquet):
-    with pytest.raises(TextsError, match="no column `text`"):
-        Texts(parquet({"txt": ["one"]})).check()
-    with pytest.raises(TextsError, match="there are no texts in"):
-        Texts(parquet({"text": pa.array([], pa.string())})).check()
-
-
 def test_count_of_a_parquet_file_is_its_number_of_rows(parquet):
     source = parquet({"text": ["one", "two", "three"]})
     assert Texts(source).count() == 3
@@ -324,12 +317,6 @@ def test_without_datasets_parquet_and_hub_say_what_to_install(parquet, write, mo
         with pytest.raises(MissingExtraError, match=r"datasets: pip install 'shallower\[texts\]'"):
             Texts(needing)
     assert list(Texts(write("a.txt", "one\n"))) == ["one"]
-
-
-def test_a_missing_file_is_named_before_a_missing_package(monkeypatch):
-    monkeypatch.setattr("shallower.texts.sources.find_spec", lambda _: None)
-    with pytest.raises(TextsError, match="there is no text file"):
-        Texts("none.parquet")
 
 
 @pytest.fixture

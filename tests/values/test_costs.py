@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import shallower as sh
-from shallower import Block, Costs, CostsError, LayersError, PlanError, ScanError, _reference
+from shallower import Block, Costs, CostsError, LayersError, PlanError, ScanError
 from shallower.values.plan import STRATEGIES
+from tests import reference
 
 UNKNOWN = Fraction(10) ** 400
 """More than any sum of float64."""
@@ -73,7 +74,7 @@ def check_search(costs, exact, data):
     first = data.draw(st.integers(0, num_layers - n))
     last = data.draw(st.integers(0, num_layers - n - first))
     max_blocks = data.draw(st.integers(1, 4))
-    wanted = _reference.best_plan(exact, n, max_blocks, protect_first=first, protect_last=last)
+    wanted = reference.best_plan(exact, n, max_blocks, protect_first=first, protect_last=last)
     options = {"protect_first": first, "protect_last": last}
     if sum(exact[block] for block in wanted) < UNKNOWN / 2:
         plan = costs.best_plan(n, max_blocks, **options)
@@ -130,7 +131,7 @@ def test_samples_of_any_criterion_are_resampled():
     matrix[np.triu_indices(6, 1)] = samples.mean(axis=0)
     costs = Costs.of_blocks(matrix, metric="any", samples=samples)
     found = costs.bootstrap(200, 5)
-    expected = _reference.bootstrap(samples.astype(np.float32), 200, 5, similarity=False)
+    expected = reference.bootstrap(samples.astype(np.float32), 200, 5, similarity=False)
     for n, wins in enumerate(expected, 1):
         assert (found[n].distribution * 200).round().tolist() == wins.tolist()
         assert found[n].start == costs.best_block(n).start

@@ -3,7 +3,7 @@
 import pytest
 
 from shallower.errors import ModelError
-from shallower.values.memory import MemoryPlan, format_size, needed_device, parse_size, usable
+from shallower.values.estimates import MemoryPlan, format_size, needed_device, parse_size, usable
 
 
 @pytest.mark.parametrize(

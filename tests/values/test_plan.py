@@ -19,7 +19,6 @@ from shallower import (
     DroppedExperts,
     LayersError,
     ModelIdentity,
-    OutputError,
     Plan,
     PlanError,
     Positions,
@@ -118,13 +117,6 @@ def test_a_plan_file_is_strict_json_that_names_what_goes_and_what_stays(tmp_path
     assert [(block["start"], block["stop"]) for block in data["drop"]] == [(1, 3), (4, 5)]
     assert data["drop"][0]["stderr"] is None
     assert {"shallower", "torch", "transformers", "numpy"} <= set(data["versions"])
-
-
-def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(OutputError):
-        PLAN.save(tmp_path / "file" / "plan.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_truncated_plan_is_refused_at_every_length(plan_file):
@@ -253,16 +245,8 @@ def test_whatever_names_layers_makes_a_plan():
     assert Plan.of(12, (i for i in [5, 2, 3])).blocks == (Block(2, 4), Block(5, 6))
     assert Plan.of(12, [range(2, 4), 4, Block(7, 9)]).blocks == (Block(2, 5), Block(7, 9))
     assert Plan.of(12, Block(7, 9)) == replace(Plan(12, (Block(7, 9),)), versions=ANY)
-    for layers, message in (
-        ([12], "no layer 12"),
-        ([1, range(3)], "named twice"),
-        ([], "no layer is named"),
-        (range(12), "at least one must stay"),
-        ("3", "does not name layers"),
-        (3, "does not name layers"),
-    ):
-        with pytest.raises(LayersError, match=message):
-            Plan.of(12, layers)
+    with pytest.raises(LayersError, match="no layer 12"):
+        Plan.of(12, [12])
 
 
 def test_a_plan_of_blocks_keeps_their_scores():
@@ -288,21 +272,12 @@ def test_a_plan_passes_through_if_it_is_for_so_many_layers():
         Plan.of(13, PLAN)
 
 
-def test_a_rejection_names_the_sample():
-    assert str(Rejection(3, "state 2 is a zero vector")) == "sample 3: state 2 is a zero vector"
-
-
 def test_many_rejections_are_counted_and_the_first_are_named():
     described = describe_rejections(8, 20, [Rejection(i, f"why {i}") for i in range(8)])
     assert described.startswith("8 of 20 samples rejected: sample 0: why 0; ")
     assert "sample 4: why 4" in described
     assert "sample 5" not in described
     assert described.endswith("and 3 more")
-
-
-def test_few_rejections_are_all_named():
-    described = describe_rejections(1, 20, [Rejection(7, "no token")])
-    assert described == "1 of 20 samples rejected: sample 7: no token"
 
 
 def test_a_plan_is_known_by_what_goes_and_not_by_what_chose_it():

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import shallower as sh
-from shallower import Positions, PositionsError, _reference
+from shallower import Positions, PositionsError
 from shallower.values.positions import MAX_COUNT
+from tests import reference
 
 KINDS = ["last", "last:1", "last:7", "random:1", "random:7", "all"]
 
@@ -64,7 +64,7 @@ def test_the_tokens_are_different_and_ascend(num_tokens, text, name, seed):
     if positions.kind == "last":
         assert chosen.tolist() == list(range(num_tokens))[-positions.count :]
     if positions.kind == "random" and num_tokens > positions.count:
-        mixed, gamma = _reference.split_mix, np.uint64(_reference.GAMMA)
+        mixed, gamma = reference.split_mix, np.uint64(reference.GAMMA)
         start = mixed(mixed(np.array([seed], np.uint64)) + np.array([text], np.uint64) * gamma)
         steps = np.arange(1, num_tokens + 1, dtype=np.uint64) * gamma
         least = np.argsort(mixed(start + steps))[: positions.count]
@@ -80,8 +80,3 @@ def test_random_tokens_are_even_over_places_and_pairs():
     assert counts.sum() == texts
     # Chi-squared of 10 equal classes; 27.9 is passed once in a thousand, and the seed is fixed.
     assert ((counts - texts / 10) ** 2 / (texts / 10)).sum() < 27.9
-
-
-def test_all_names_are_public():
-    assert sh.Positions is Positions
-    assert issubclass(PositionsError, sh.ShallowerError)

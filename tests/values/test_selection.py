@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from shallower import Block, LayersError, deepest_block
 from shallower.values.layers import parse_layers, parse_sizes
 
-INDICES = st.integers(0, 999_999_999)
 SPACES = st.sampled_from(["", " ", "  ", "\t"])
 
 
@@ -36,21 +35,10 @@ def test_the_deepest_block_spares_the_last_layer_alone(num_layers, data):
     assert block.start == num_layers - 1 - n
 
 
-@pytest.mark.parametrize("n", [0, -1, 6, 7, 10**30, -(10**30)])
-def test_a_deepest_block_that_is_none_or_all_is_refused(n):
-    with pytest.raises(LayersError, match="1 <= n <= 5"):
-        deepest_block(6, n)
-
-
-@pytest.mark.parametrize("n", [True, False, 1.0, 2.5, "3", None, float("nan")])
-def test_a_deepest_block_needs_an_integer(n):
+@pytest.mark.parametrize("n", [0, -1, 6, 10**30, True, 2.5, "3", None])
+def test_a_deepest_block_that_is_none_or_all_or_no_number_is_refused(n):
     with pytest.raises(LayersError):
         deepest_block(6, n)
-
-
-def test_a_model_of_one_layer_has_no_deepest_block():
-    with pytest.raises(LayersError):
-        deepest_block(1, 1)
 
 
 def test_layers_are_indices_and_half_open_ranges():

@@ -16,6 +16,7 @@ import pytest
 
 import shallower
 from shallower.errors import ProcessesError, TextsError
+from shallower.settings.stages import EvalSettings
 from shallower.sharing.eval_work import EvalWork
 from shallower.sharing.scan_work import ScanWork
 from shallower.sharing.share import share
@@ -24,8 +25,7 @@ from shallower.store.store import Store
 from shallower.studies.evaluate import EvalJob, measures_of
 from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
-from shallower.values.memory import MemoryPlan
-from shallower.values.stage_settings import EvalSettings
+from shallower.values.estimates import MemoryPlan
 from shallower.workers import ray_workers
 from shallower.workers.ray_workers import RayWorkers
 from shallower.workers.units import Ledger, drive

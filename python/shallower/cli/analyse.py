@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..settings.options import Option
+from ..settings.stages import ScanSettings
 from ..values.files import HEAT_MAP_FILE, SCAN_FILE
-from ..values.options import Option
-from ..values.stage_settings import ScanSettings
 from .options import Out, Way
 from .output import reuse, say_dry_run, say_scan
 

@@ -3,8 +3,8 @@
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
-from ..values.memory import format_size
-from ..values.options import Option
+from ..settings.options import Option
+from ..values.estimates import format_size
 from .options import Json
 from .output import print_json, show
 

@@ -1,4 +1,4 @@
-"""``shallower compare`` and ``curve``. Their options are the fields of ``values/settings.py``."""
+"""``shallower compare`` and ``curve``. Their options are the fields of ``settings/studies.py``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import TextsError
-from ..values import options as option
-from ..values.options import Option
-from ..values.settings import CompareSettings, CurveSettings
+from ..settings import options as option
+from ..settings.options import Option
+from ..settings.studies import CompareSettings, CurveSettings
 from .config import Config
 from .options import Loading, Share, Way, read_texts
 from .output import called, carry_out, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
+    from ..results.comparison import CriteriaComparison
     from ..studies.compare import CompareStudy
-    from ..values.comparison import CriteriaComparison
 
 
 Models = Annotated[
@@ -158,8 +158,8 @@ def _described(study: "CompareStudy") -> dict[str, Any]:
 
 def say_comparison(comparison: "CriteriaComparison", study: "CompareStudy", as_json: bool) -> int:
     """Print a comparison, and write its page; the exit status."""
+    from ..reporting.report import save_report
     from ..reporting.stories.comparison import comparison_story
-    from ..runs.report import save_report
 
     page, story = None, None
     if study.out is not None:

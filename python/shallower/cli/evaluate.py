@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import PlanError, SettingsError
-from ..values.options import Option
-from ..values.stage_settings import EvalSettings
+from ..settings.options import Option
+from ..settings.stages import EvalSettings
 from .options import Cut, DeviceMemory, Loading, Model, Share, Way
 from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known, work_of
 
@@ -45,7 +45,7 @@ def eval_command(
 
     Or of one checkpoint --against another, as a patched cut and its source.
     """
-    from ..studies.evaluate import EvalJob, EvalPair, asked_of, measures_of
+    from ..studies.evaluate import EvalJob, EvalPair, items_in, measures_of
 
     shared, is_shard = part.read(), part.shard is not None
     layers, experts = cut.read_all() if cut.is_named else (None, None)
@@ -70,7 +70,7 @@ def eval_command(
         if not is_shard:
             job.check_place()
         job.prepare()
-        named = {"against": against, **asked_of(settings)}
+        named = {"against": against, **items_in(settings)}
         say_dry_run(_described(job, work or pair or job, named), way.as_json)
     elif work is not None and work.shard is not None:
         job.prepare()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from ..models.dtypes import QUANTISED, stored_quantisation
 from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE
-from ..values import options as option
+from ..settings import options as option
 from .options import Cut, Json, Loading, Model
 from .output import print_json, show
 

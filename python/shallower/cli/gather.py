@@ -10,7 +10,8 @@ from .options import Json, Out, Overwrite, TrustRemoteCode
 from .output import eval_names, say_eval, say_scan, warn
 
 if TYPE_CHECKING:
-    from ..sharing.measured import Evaluation
+    from ..sharing.eval_work import Evaluation
+    from ..values.plan import Plan
 
 
 def gather_command(
@@ -34,10 +35,11 @@ def gather_command(
     it writes all that one process does: the model is loaded for its shape, and of what shards have
     nothing is measured.
     """
-    from ..sharing.share import gather
+    from ..sharing.share import gathered
     from .compare import say_comparison
 
-    kind, found = gather(parts, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    trusts = {"trust_remote_code": trust_remote_code}
+    kind, found = gathered(parts, out, overwrite=overwrite, **trusts)
     if kind == "scan":
         scanned, written = found
         say_scan(scanned, written, as_json)
@@ -49,11 +51,12 @@ def gather_command(
     return say_comparison(done, study, as_json)
 
 
-def _say_eval(found: "Evaluation", is_kept: bool, *, out: Path, as_json: bool) -> None:
-
-    of, written = found.of, [out / EVAL_FILE]
-    names = eval_names(of.model.name, of.plan)
-    say_eval(found.values, of.model.dtype, of.plan, names=names, written=written, as_json=as_json)
+def _say_eval(
+    found: "Evaluation", plan: "Plan | None", is_kept: bool, *, out: Path, as_json: bool
+) -> None:
+    names, dtype = eval_names(found.model.name, plan), found.model.dtype
+    written = [out / EVAL_FILE]
+    say_eval(found.values, dtype, plan, names=names, written=written, as_json=as_json)
     if not is_kept:
         warn(
             "eval will not find this in the cache: the model or the texts are not here as the "

@@ -1,4 +1,4 @@
-"""``shallower heal``, whose options are the fields of ``values/recipe.py``; ``shallower merge``."""
+"""``shallower heal``, with the options of ``settings/recipe.py``; ``shallower merge``."""
 
 from dataclasses import asdict, replace
 from functools import partial
@@ -10,9 +10,9 @@ import typer
 from ..errors import RecipeError, TextsError
 from ..models.source import ModelSource
 from ..processes import is_main_process, num_processes
-from ..values.memory import EXPERTS
-from ..values.options import Option
-from ..values.recipe import STEPS, HealingDtype, Recipe
+from ..settings.options import Option
+from ..settings.recipe import STEPS, HealingDtype, Recipe
+from ..values.estimates import EXPERTS
 from .options import (
     ANSWERS,
     AnswerTokens,
@@ -29,9 +29,9 @@ from .output import print_json, reuse, say_dry_run, show
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from ..results.healing import Healing
+    from ..results.speech import Answer
     from ..studies.answers import WantedAnswers
-    from ..values.answers import Answer
-    from ..values.healing import Healing
 
 
 def heal_command(
@@ -243,7 +243,7 @@ def _fit_to_memory(
 
 def _say_again(out: Path, as_json: bool) -> None:
     """Print a healing from its folder."""
-    from ..values.healing import Healing
+    from ..results.healing import Healing
 
     healing = Healing.load(out)
     if not as_json:
@@ -262,7 +262,7 @@ def _planned(
 ) -> dict[str, Any]:
     """The settings of a healing, and the memory, disk and time that it will need."""
     from ..forecasts.forecast import memory_forecast
-    from ..forecasts.speed import told
+    from ..forecasts.speed import or_unknown
     from ..forecasts.work import forecast, of_healing
     from ..healing.checks import check_disk, check_original, resolve
     from ..healing.cut import plan_of_cut
@@ -301,7 +301,7 @@ def _planned(
         said["temporary"] = Disk(taken, free_bytes(temporary()))
     if device_memory is None:  # else it is of a card that is not here
         training["num_written"] = 0 if answers is None else answers.num_written
-        said["time"] = told(lambda: forecast(*of_healing(cut, plan, resolved, **training)))
+        said["time"] = or_unknown(lambda: forecast(*of_healing(cut, plan, resolved, **training)))
     return {"heal": model, **resolved.to_json(), **said}
 
 
@@ -325,11 +325,11 @@ def merge_command(
     not fit into memory, every weight is compared with its sum instead.
     """
     from ..merging.adapter_config import remembered_base
+    from ..results.healing import Healing
     from ..storage import check_apart, check_free, check_room, free_bytes
     from ..store.done import Output
     from ..store.inputs import adapters_inputs
     from ..values.estimates import Disk
-    from ..values.healing import Healing
 
     check_apart(out, [adapters, model])
     store = way.open_store()

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import typer
 from typer.core import TyperCommand
 
-from ..values.options import Group
+from ..settings.options import Group
 
 FEW = 10
 """Options of a command, at most, that are shown without being asked for all of them."""

@@ -13,10 +13,10 @@ from ..errors import LayersError, ModelError, ScanError
 from ..models.dtypes import STREAM
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
-from ..values import options as option
-from ..values.options import Option, options_of
-from ..values.settings import CompareSettings, RunSettings
-from ..values.stage_settings import EvalSettings
+from ..settings import options as option
+from ..settings.options import Option, options_of
+from ..settings.stages import EvalSettings
+from ..settings.studies import CompareSettings, RunSettings
 from .help import ALL
 
 if TYPE_CHECKING:

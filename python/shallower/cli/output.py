@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from ..reporting.stories.evaluation import Values
     from ..reporting.writers.terminal import Part
     from ..scanning.scan import Scan
-    from ..scanning.shards import ScannedShard
-    from ..sharing.measured import MeasuredShard
+    from ..sharing.shards import MadeShard
     from ..sharing.share import AnyWork
-    from ..sharing.study_work import StudyShard
     from ..store.done import Output
     from ..studies.compare import CompareStudy
     from ..studies.study import Study
@@ -178,11 +176,12 @@ def work_of(kind: str, job: Any, part: dict[str, Any]) -> Any:
 
 def make_shard_of(work: "AnyWork", as_json: bool) -> None:
     """Make the shard of a work, unless it is there, and print what it has, and its file."""
+    from ..sharing.shards import MadeShard
     from ..sharing.share import make_shard
 
     assert work.shard is not None
     made, place = work.made(work.shard), make_shard(work)
-    facts, lines = _SHARDS[work.kind](work.content.load(place))
+    facts, lines = _SHARDS[work.kind](MadeShard.load(place))
     if as_json:
         print_json({"shard": str(work.shard), **facts, "written": [str(place)]})
     else:
@@ -210,27 +209,30 @@ def _of_batches(shard: "Shard", total: int, **counts: int) -> tuple[dict[str, An
     return facts, f"batches [{mine.start}, {mine.stop}) of {total}"
 
 
-def _of_scan(done: "ScannedShard") -> tuple[dict[str, Any], list[str]]:
+def _of_scan(done: "MadeShard") -> tuple[dict[str, Any], list[str]]:
+    from ..scanning.scan_file import read_text
     from ..values.counts import counted
 
-    sums, total = done.contents.sums, done.of.num_batches
+    (value,), total = done.values.values(), done.common["number of batches"]
+    sums = read_text(value["content"]).sums
     counts = {"num_samples": sums.count, "num_rejected": sums.rejected}
     facts, words = _of_batches(done.shard, total, **counts)
     return facts, [f"{words}, {counted(sums.count, 'sample')}"]
 
 
-def _of_eval(done: "MeasuredShard") -> tuple[dict[str, Any], list[str]]:
+def _of_eval(done: "MadeShard") -> tuple[dict[str, Any], list[str]]:
     from ..values.counts import counted
 
     facts, lines = {}, []
-    for kind, part in done.parts.items():
-        count = len(part.items)
-        facts[kind], words = _of_batches(done.shard, part.num_batches, num_measured=count)
+    (value,), totals = done.values.values(), done.common["number of batches"]
+    for kind, part in value["tallies"].items():
+        count = len(part["items"])
+        facts[kind], words = _of_batches(done.shard, totals[kind], num_measured=count)
         lines.append(f"{kind}, {words}, {counted(count, 'text' if kind == 'loss' else 'window')}")
     return facts, lines
 
 
-def _of_study(done: "StudyShard") -> tuple[dict[str, Any], list[str]]:
+def _of_study(done: "MadeShard") -> tuple[dict[str, Any], list[str]]:
     units = done.described["units"]
     mine = units[done.shard.index :: done.shard.count]
     facts = {"parts": mine, "num_parts": len(units)}

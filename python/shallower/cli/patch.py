@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..errors import ModelError
 from ..models.source import ModelSource
+from ..settings.options import Option
+from ..settings.stages import PatchSettings
 from ..values.layers import ranges
-from ..values.options import Option
 from ..values.schema import plain
-from ..values.stage_settings import PatchSettings
 from .options import (
     Answers,
     AnswerTokens,
@@ -29,10 +29,10 @@ from .options import (
 from .output import print_json, reuse, say_dry_run, show
 
 if TYPE_CHECKING:
+    from ..results.speech import Answer
     from ..studies.answers import WantedAnswers
-    from ..values.answers import Answer
+    from ..values.estimates import MemoryPlan
     from ..values.layers import Block
-    from ..values.memory import MemoryPlan
     from ..values.plan import Plan
     from ..values.tokens import Tokens
 
@@ -165,8 +165,8 @@ def _patchable(
     PatchError if it cannot be, OutputError where they or its checkpoint have no room.
     """
     from ..cutting.plans import agreed_plan
+    from ..results.patch import check_patchable
     from ..storage import check_room
-    from ..values.patch import check_patchable
 
     place.check()
     plan = agreed_plan(str(place.path), place.count_layers(), named)
@@ -187,12 +187,12 @@ def _asked(
 
     A model on disk is not read for each of their tokens.
     """
-    if answers is False or (answers is None and place.waits_on_disk):
+    if answers is False or (answers is None and place.is_streamed):
         return None
     wanted = wanted_answers(answers or "", num_tokens=num_tokens)
     if answers is None:
         return replace(wanted, chats_only=True)
-    if not wanted.are_there and place.waits_on_disk:
+    if not wanted.are_there and place.is_streamed:
         raise ModelError(
             "--answers beside --stream: all layers would be read once a token of every answer; "
             "give a file that has the answers, or leave one of the two out"
@@ -250,9 +250,9 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
     from ..models.unsaved import unsaved
     from ..reporting.stories.stages import losses_table, patch_table
     from ..reporting.words import by_choice, costs, dequantised, domain_learned
+    from ..results.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
+    from ..results.patch import Patch
     from ..savings.weights import stored_bytes
-    from ..values.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
-    from ..values.patch import Patch
 
     measured = {
         domain: {name: Loss.from_json(loss) for name, loss in losses.items()}
@@ -287,7 +287,7 @@ def _planned(
     **more: Any,
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
-    from ..forecasts.speed import told
+    from ..forecasts.speed import or_unknown
     from ..forecasts.work import forecast, of_patch, plan_passes
     from ..memory.checkpoints import left_bytes
     from ..models.unsaved import unsaved
@@ -296,14 +296,14 @@ def _planned(
 
     counted = cache(lambda: of_patch(place, dropped, texts, **more))
     planned: dict[str, Any] = {}
-    if place.waits_on_disk:
-        planned["stream"] = told(lambda: plan_passes(place, counted().work.passes))
+    if place.is_streamed:
+        planned["stream"] = or_unknown(lambda: plan_passes(place, counted().work.passes))
     planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
     planned["temporary"] = Disk(needed, free_bytes(temporary()))
     if lost := unsaved(place):
         planned["not_saved"] = lost
     if is_here:
-        planned["time"] = told(lambda: forecast(counted()))
+        planned["time"] = or_unknown(lambda: forecast(counted()))
     return planned
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..values import options as option
+from ..settings import options as option
+from ..settings.options import Option
 from ..values.files import PLAN_FILE, SCAN_FILE
-from ..values.options import Option
 from .options import DryRun, Json, Overwrite
 from .output import print_json, show
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
-from ..values import options as option
-from ..values.memory import format_size
-from ..values.options import Option
+from ..settings import options as option
+from ..settings.options import Option
+from ..values.estimates import format_size
 from .options import Cut, Loading, Model, Way
 from .output import print_json, reuse, say_dry_run, show, upload_line
 

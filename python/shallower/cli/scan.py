@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..values.stage_settings import ScanSettings
+from ..settings.stages import ScanSettings
 from .options import (
     DeviceMemory,
     Loading,
@@ -61,6 +61,8 @@ def scan_command(
         _carry_out(job, work, way.as_json)
     if job.known is not None:
         say_known(job.known.made, job.out)
+    elif job.found:
+        say_known(job.found[0])
 
 
 def _carry_out(job: "ScanJob", work: "ScanWork | None", as_json: bool) -> None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.dtypes import QUANTISED
 from ..storage import RESULT_RECORD, rewrite
-from ..values.commands import command_line, option_words, shell_lines
 from ..values.counts import counted, with_error
 from ..values.files import PLAN_FILE
 from ..values.layers import Block, drop_option, ranges
 from ..values.plan import Plan
+from ..values.provenance import command_line, option_words, shell_lines
 from .card_uses import CODE, NOT_HEALED, loading, purpose
 from .exports import (
     MERGEKIT_FILE,
@@ -36,7 +36,7 @@ from .metadata import (
 from .source import CARD_FILE, FRONT_MATTER, PLACEHOLDER, UncutModel
 
 if TYPE_CHECKING:
-    from ..values.loss import Loss
+    from ..results.loss import Loss
 
 
 _CARD = """\

@@ -23,10 +23,10 @@ from ..models.place import CONFIG_FILE, read_json
 from ..processes import partial_folder
 from ..progress import BytesProgress, say_goes_on, track_copy
 from ..storage import check_room, resumable_folder
+from ..values.estimates import parse_size
 from ..values.files import PLAN_FILE
 from ..values.identity import ModelIdentity
 from ..values.layers import MAX_LAYERS
-from ..values.memory import parse_size
 from ..values.plan import Plan
 from .cards import exports
 from .checkpoint_files import (

@@ -40,7 +40,7 @@ _OTHER_WEIGHTS = (
     ".pickle",
 )
 _NOT_CARRIED = {CONFIG_FILE, "params.json", "job", *EXPORT_FILES, *OF_ONE_MODEL}
-"""Rewritten here, the layer count of another format, or told of that model alone."""
+"""Rewritten here, the layer count of another format, or of that model alone."""
 TEMPLATES_FOLDER = "additional_chat_templates"
 
 

@@ -32,7 +32,7 @@ class Slice:
     """A tensor in a layer that holds a part for every expert."""
 
     path: str  # of its module in the layer
-    name: str  # in the module
+    name: str  # its name in the module
     axis: int  # along which the experts lie
 
     def of(self, tensor: torch.Tensor, kept: Sequence[int], num_experts: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ..values.plan import Plan
 from .source import CARD_FILE, PLACEHOLDER, UncutModel
 
 if TYPE_CHECKING:
-    from ..values.loss import Loss
+    from ..results.loss import Loss
 
 MERGEKIT_FILE = "mergekit.yaml"
 PRUNE_LAYERS_FILE = "prune_layers.txt"

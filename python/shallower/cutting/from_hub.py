@@ -38,8 +38,8 @@ from ..texts.hub import (
     warn_of_mirror,
 )
 from ..texts.quiet import hushed
-from ..values.hashing import hash_of
-from ..values.memory import format_size
+from ..values.estimates import format_size
+from ..values.provenance import hash_of
 from .checkpoint import PreparedCut
 from .checkpoint_files import INDEX_FILE, SINGLE_FILE, Piece, is_beside, stored_dtype
 from .source import MAX_CARRIED_BYTES, MODULES_FILE, hub_id, module_folders
@@ -413,7 +413,7 @@ def _weights(snapshot: Path, there: Collection[str]) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a file of weights has a name of its own, as the core asks for; others it refuses."""
+    """Whether a file of weights has a name of its own, which the core requires."""
     return name.endswith(".safetensors") and Path(name).name == name
 
 

@@ -17,9 +17,9 @@ from .._core import Gguf
 from ..errors import ModelError
 from ..progress import BytesProgress, track_copy
 from ..storage import check_free, check_ours, new_file, new_folder, write_file
+from ..values.experts import Routing
 from ..values.files import PLAN_FILE
 from ..values.plan import Plan
-from ..values.routing import Routing
 from .cards import exports
 from .exports import CutFacts, export_path
 from .mixture import Mixture
@@ -27,7 +27,7 @@ from .plans import NamedExperts, NamedLayers, agreed_plan
 from .source import GGUF_KEYS, find_source
 
 if TYPE_CHECKING:
-    from ..values.loss import Loss
+    from ..results.loss import Loss
 
 EXPERT_KEYS = ("count", "used_count", "group_count", "group_used_count")
 """The keys by which a GGUF file says how a token is sent to experts, behind ``ARCH.expert_``."""

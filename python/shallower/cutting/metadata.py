@@ -20,7 +20,7 @@ from .source import FRONT_MATTER, place_name
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from ..values.loss import Loss
+    from ..results.loss import Loss
 
 LAYERS_TAG, EXPERTS_TAG = "layer-pruning", "expert-pruning"
 

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ExpertsError, InMemoryOnlyError, ModelError
-from ..values.experts import DroppedExperts
+from ..values.experts import DroppedExperts, Routing
 from ..values.layers import ranges
-from ..values.routing import Routing
 from .checkpoint_files import StoredTensor
 from .tensor_names import SINGLE_EXPERT, module_of
 
@@ -23,8 +22,8 @@ _PACKED = ("I16", "I32", "I64", "U16", "U32", "U64")
 class StoredLayer:
     """A layer with routed experts as stock loaders store it, by the names of tensors in it."""
 
-    stacks: Mapping[str, int]  # with a part for every expert: the length of the outermost axis
-    whole: frozenset[str]  # of which no expert has a part
+    stacks: Mapping[str, int]  # those with a part for every expert: length of axis 0
+    whole: frozenset[str]  # those without parts of experts
     heads: frozenset[str]  # first parts of names that may belong to the mixture
 
     def is_stack(self, name: str, tensor: StoredTensor, *, num_experts: int) -> bool:
@@ -41,7 +40,7 @@ class StoredLayer:
             return _checked(name, tensor, (num_experts, self.stacks[kin]))
         if kin is None and name.partition(".")[0] in self.heads:
             raise ModelError(
-                f"the tensor {name} beside the experts is none that transformers knows, and "
+                f"the tensor {name} beside the experts is unknown to transformers, and "
                 f"may hold a part for each of them: drop experts from a checkpoint without it"
             )
         return False
@@ -80,7 +79,7 @@ class Mixture:
 
     name: str  # of the model, for errors
     routing: Routing
-    layers: frozenset[int]  # with experts
+    layers: frozenset[int]  # layers with experts
 
     @property
     def num_experts(self) -> int:

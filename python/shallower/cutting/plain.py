@@ -15,9 +15,9 @@ from typing import Any, TypeGuard
 from ..errors import ModelError
 from ..models.fingerprint import Shape
 from ..models.layer_config import shorten
+from ..values.experts import Routing
 from ..values.identity import title_of
 from ..values.plan import Plan
-from ..values.routing import Routing
 from .mixture import Mixture, StoredLayer
 from .tensor_names import SINGLE_EXPERT, edit_config
 

@@ -25,11 +25,11 @@ from ..models.loading import load_model, load_weights
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
 from ..models.unsaved import warn_unsaved
+from ..results.loss import Loss
 from ..storage import check_apart, new_folder
 from ..texts.quiet import hushed
 from ..values.files import PLAN_FILE
 from ..values.layers import Layers
-from ..values.loss import Loss
 from ..values.plan import Plan, check_plan
 from .cards import exports
 from .exports import CutFacts

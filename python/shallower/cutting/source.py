@@ -31,7 +31,7 @@ GGUF_KEYS = {
     "general.tags": "tags",
     "general.base_model.0.repo_url": "base_model",
 }
-"""The keys of a GGUF file that a card speaks of, and the card's words for them."""
+"""The keys of a GGUF file that a card names, and the card's words for them."""
 
 FILE_TYPES = (
     "F32", "F16", "Q4_0", "Q4_1", None, None, None, "Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S",

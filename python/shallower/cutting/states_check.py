@@ -16,7 +16,7 @@ from ..models.loading import loader_with_head
 from .saving import loader_like
 
 SHORT, LONG = 9, 64
-"""Tokens of the sequences that are compared, where no sliding window asks for more."""
+"""Tokens of the sequences that are compared, where no sliding window needs more."""
 
 MOST_WINDOW = 1024
 """The longest sliding window that a sequence goes beyond."""

@@ -23,6 +23,7 @@ from ..memory.streaming import Forwards
 from ..models.architecture import evaluating, swapped
 from ..models.decoder import Decoder
 from ..progress import Advance, part, track
+from ..results.speech import Answer
 from ..texts.batches import Batch, padded
 from ..texts.prompts import (
     Prompt,
@@ -33,7 +34,6 @@ from ..texts.prompts import (
     training_prompts,
 )
 from ..texts.quiet import hushed
-from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.tokens import BatchSize, Tokens
 from .loss import fitting_tokens, logits_at
@@ -127,7 +127,7 @@ def write_answers(
     answers go on. Raises ModelError where the model cannot generate text, or its layers cannot be
     run one by one, and TextsError as :func:`check_prompts`.
     """
-    check_speaks(decoder)
+    check_generates(decoder)
     check_prompts(decoder, prompts, num_tokens)
     ends, most = ends_of(decoder.model, tokenizer), len(prompts) * num_tokens
     if decoder.is_streamed:
@@ -167,10 +167,10 @@ def check_at_hand(decoder: Decoder) -> None:
             "the layers are streamed from disk, and every token of every answer would read all of "
             "them: leave out --stream, or what the model is to say (speech, --speech)"
         )
-    check_speaks(decoder)
+    check_generates(decoder)
 
 
-def check_speaks(decoder: Decoder) -> None:
+def check_generates(decoder: Decoder) -> None:
     """Refuse, by ModelError, a model that cannot generate text."""
     if not decoder.model.can_generate():
         raise ModelError(

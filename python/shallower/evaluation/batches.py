@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RejectedSamplesWarning, TextsError
+from ..results.loss import Loss
+from ..results.perplexity import Perplexity
+from ..results.scores import Scores
 from ..texts.batches import AnyTexts, Batch, TokenBatches, Unpadded, padded, untouched
 from ..values.counts import counted
-from ..values.loss import Loss
-from ..values.perplexity import Perplexity
 from ..values.plan import describe_rejections
-from ..values.scores import Scores
 from ..values.tokens import Tokens
 
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from ..errors import CacheError, LayersError, PlanError
 from ..models.source import ModelSource
+from ..results.scores import Scores
 from ..values.plan import Gone
 from ..values.schema import of_type
-from ..values.scores import Scores
 
 if TYPE_CHECKING:
     from .batches import AllBatches

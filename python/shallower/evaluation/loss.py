@@ -1,4 +1,4 @@
-"""The next-token loss of a model on texts, by one process or shared among several."""
+"""The next-token loss of a model on texts, by one process or several; perplexity of one text."""
 
 import math
 import pickle
@@ -23,14 +23,15 @@ from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import LOGITS_AT_ONCE, Head
 from ..progress import track
+from ..results.loss import Loss, TextLoss
+from ..results.perplexity import Perplexity
+from ..results.scores import Scores
 from ..texts.batches import Batch, TokenBatches
 from ..texts.sources import own_texts
-from ..values.loss import Loss, TextLoss
 from ..values.plan import Plan, gone_by
 from ..values.schema import of_type
-from ..values.scores import Scores
 from ..values.tokens import BatchSize, Tokens
-from .batches import AllBatches, batches_of_texts, nothing_to_predict
+from .batches import AllBatches, batches_of_texts, batches_of_windows, nothing_to_predict
 from .kept import ResultStore, cut_of, look_of, loss_journal, recall, recorded, sums_of
 
 Share = TypeVar("Share")
@@ -79,7 +80,7 @@ def evaluate_loss(
 
     Example:
         >>> import shallower as sh
-        >>> from shallower.runs.demo import model_path
+        >>> from shallower.studies.demo import model_path
         >>> model, tokenizer = sh.load_model(model_path(), dtype="float32")
         >>> loss = sh.evaluate_loss(model, tokenizer, ["The cat sat on the mat."])
         >>> print(loss.nats, "nats a token, on", loss.num_texts, "text")
@@ -373,3 +374,48 @@ def _picklable(error: Exception | None) -> Exception | None:
         name = type(error).__name__
         return ModelError(f"another process could not measure its share: {name}: {error}")
     return error
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel | Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    context: int = 2048,
+    bos: bool = False,
+    batch_size: BatchSize = "auto",
+    progress: bool | None = None,
+    description: str = "perplexity",
+) -> Perplexity:
+    """Measure the perplexity of a text as papers do that of WikiText-2.
+
+    The whole text is tokenised as one, without special tokens, and cut into windows of ``context``
+    tokens side by side; what fills no window at the end does not count. The first token of a window
+    is given; all others are predicted, each from those before it in its window (as in GPTQ, arXiv
+    2210.17323).
+
+    Args:
+        model: a causal language model of transformers, quantised or not, on any device.
+        tokenizer: its tokenizer.
+        text: the text, as long as one window at least.
+        context: tokens of a window.
+        bos: begin every window with the beginning-of-text token, in place of one token of text;
+            then all tokens of the text are predicted.
+        batch_size: windows in one forward; ``auto`` is as many as the device has memory for, on a
+            CPU 8 at most.
+        progress: a bar with ETA on standard error; by default if that is a terminal.
+        description: the name of the bar.
+
+    Returns:
+        The perplexity, its standard error over windows, and how it was measured.
+
+    Raises:
+        TextsError: the text is shorter than a window; a window is longer than the positions that
+            the model has learned; there is no beginning-of-text token.
+        ModelError: the loss is not finite.
+    """
+    decoder = Decoder.of(model)
+    fitted = fitting_tokens(decoder, Tokens(context, batch_size))
+    windows = batches_of_windows(tokenizer, text, fitted, bos=bos)
+    sums, _ = nats_of(decoder, windows.numbered, description=description, progress=progress)
+    return windows.perplexity(Scores(sums, windows.weights))

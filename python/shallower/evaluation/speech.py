@@ -23,12 +23,11 @@ from ..models.architecture import evaluating
 from ..models.decoder import Decoder
 from ..models.head import Head
 from ..progress import part, track
+from ..results.scores import Scores
+from ..results.speech import ON_WORDS, WAYS, Answer, Speech, repeated
 from ..texts.batches import Batch, padded
 from ..texts.prompts import Prompt, given_prompts, prompt_ids
-from ..values.answers import Answer
-from ..values.hashing import hash_of
-from ..values.scores import Scores
-from ..values.speech import ON_WORDS, WAYS, Speech, repeated
+from ..values.provenance import hash_of
 from ..values.tokens import SPEECH_TOKENS, BatchSize, Tokens
 from .answers import write_answers
 from .loss import FORWARD, LOGITS_PER_CHUNK, predicting_tokens, summed_losses

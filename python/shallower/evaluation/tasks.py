@@ -16,13 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ShallowerError, TextsError, one_sentence
 from ..models.decoder import Decoder
+from ..results.scores import Scores
+from ..results.task_scores import TaskScores
+from ..settings.stages import EvalSettings
+from ..settings.studies import CompareSettings
 from ..texts.quiet import hushed
-from ..values.hashing import hash_of
-from ..values.provenance import LM_EVAL, versions
-from ..values.scores import Scores
-from ..values.settings import CompareSettings
-from ..values.stage_settings import EvalSettings
-from ..values.task_scores import TaskScores
+from ..values.provenance import LM_EVAL, hash_of, versions
 from ..values.tokens import BatchSize
 from .task_files import TaskGroup, find_tasks
 from .task_model import TaskModel

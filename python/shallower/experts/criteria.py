@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ExpertsError
+from ..results.scores import Estimate
 from ..values.counts import counted
-from ..values.experts import DroppedExperts, check_counts
-from ..values.routing import Routing
+from ..values.experts import DroppedExperts, Routing, check_counts
 from ..values.schema import finite, plain
-from ..values.scores import Estimate
 from .statistics import ExpertStatistics
 
 Array = NDArray[np.float64]
@@ -32,7 +31,7 @@ class ExpertCriterion:
 
     what: str  # the score in words
     kind: Literal["total", "mean", "set", "weights", "drawn"]
-    value: str = ""  # that is summed, of :class:`ExpertStatistics`
+    value: str = ""  # the summed value of :class:`ExpertStatistics`
     paper: str = ""  # its source
     highest_go: bool = False  # the highest scores go first instead
 
@@ -146,7 +145,7 @@ class ChosenExperts:
     """The experts of a layer that go, and how near the next one was."""
 
     layer: int
-    experts: tuple[int, ...]  # that go, ascending
+    experts: tuple[int, ...]  # dropped experts, ascending
     scores: tuple[float, ...]  # of each; NaN where the criterion has none
     last: Estimate  # the score of the last to go
     next: Estimate  # of the first that stays

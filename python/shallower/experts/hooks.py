@@ -126,7 +126,7 @@ class ExpertHooks:
             self._forget()
 
     def turn_to(self, batch: Batch | None) -> None:
-        """Count what has run since the last call, and go on with a batch or with none."""
+        """Count what has run since the last call, and continue with a batch or with none."""
         if self._batch is not None:
             rows = np.nonzero(self._batch.attention_mask)[0]
             experts = self.statistics.routing.num_experts
@@ -165,7 +165,7 @@ class ExpertHooks:
 
 
 class _Layer:
-    """The hooks of one layer: on its experts, and on what tells the stream before them."""
+    """The hooks of one layer: on its experts, and on the stream before them."""
 
     def __init__(
         self, hooks: ExpertHooks, place: int, *, one: RoutedExperts, layer: nn.Module

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .._core import ExpertSums
 from ..errors import ExpertsError, ScanError
 from ..values.counts import counted
-from ..values.routing import Routing
+from ..values.experts import Routing
 from ..values.schema import of_type, read
 
 VALUES = ("gate", "norm", "square", "gated", "gated_square", "moved")

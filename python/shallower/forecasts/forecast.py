@@ -16,12 +16,12 @@ from ..models.dtypes import (
     stored_quantisation,
 )
 from ..models.source import ModelSource
+from ..settings.recipe import Recipe
+from ..values.estimates import MemoryPlan
 from ..values.files import PLAN_FILE
 from ..values.layers import deepest_block
-from ..values.memory import MemoryPlan
 from ..values.plan import Plan
 from ..values.positions import Positions
-from ..values.recipe import Recipe
 from ..values.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _forward(what: Stage, positions: str | Positions, *, experts: bool) -> "Forw
 
 def memory_facts(source: ModelSource, plan: MemoryPlan) -> dict[str, Any]:
     """A forecast for a dry run, with the way out where it does not fit."""
-    if plan.fits or source.waits_on_disk:
+    if plan.fits or source.is_streamed:
         return {"memory": plan}
     return {"memory": plan, "way out": "stream the layers from disk (--stream)"}
 

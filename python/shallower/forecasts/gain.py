@@ -18,8 +18,8 @@ from ..models.dtypes import (
 )
 from ..models.place import check_place
 from ..models.source import ModelSource
+from ..results.gain import Gain, MeasuredGain, Sizes
 from ..savings.devices import DEVICES, HERE, Device, find_device
-from ..values.gain import Gain, MeasuredGain, Sizes
 from ..values.layers import Layers
 from ..values.plan import Plan
 from ..values.provenance import versions

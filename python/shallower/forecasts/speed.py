@@ -72,8 +72,8 @@ class Work:
         return [getattr(self, one.name) for one in fields(self)[:-1]]
 
 
-def told(way: Callable[[], Any]) -> Any:
-    """What something takes; or why that cannot be told, whatever a family does without weights."""
+def or_unknown(way: Callable[[], Any]) -> Any:
+    """What something takes; or why that is unknown, whatever a family does without weights."""
     try:
         return way()
     except Exception as error:
@@ -82,7 +82,7 @@ def told(way: Callable[[], Any]) -> Any:
 
 def device_of(source: ModelSource) -> torch.device:
     """The device that computes with a resolved model; layers streamed from disk come to a GPU."""
-    waits = source.waits_on_disk and torch.cuda.is_available()
+    waits = source.is_streamed and torch.cuda.is_available()
     on_cpu = str(source.device_map) in ("None", "cpu", STREAM) and not waits
     return torch.device("cpu") if on_cpu else main_device()
 

@@ -20,12 +20,12 @@ from ..patching.memory import DEFAULT_PATCH_BATCH
 from ..patching.patch import fitted_tokens
 from ..patching.states import divide
 from ..processes import slowed, worked
+from ..results.speech import WAYS
+from ..settings.recipe import GLOBAL_BATCH, Resolved
 from ..texts.batches import tokenise
 from ..texts.sources import Texts, own_texts
 from ..values.estimates import Time
 from ..values.plan import Plan
-from ..values.recipe import GLOBAL_BATCH, Resolved
-from ..values.speech import WAYS
 from ..values.tokens import Tokens
 from .speed import Work, measure_speed
 

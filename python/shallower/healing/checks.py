@@ -26,11 +26,11 @@ from ..models.quantised import check_stored
 from ..models.source import ModelSource
 from ..patching.memory import temporary_bytes
 from ..processes import num_processes
+from ..settings.presets import ModelFacts
+from ..settings.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..storage import check_room
 from ..texts.sequences import read_samples
 from ..values.plan import Plan
-from ..values.presets import ModelFacts
-from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 
 CHECKPOINTS = 3
 """Checkpoints of a training that are there at once: the best, the last, and the next one."""

@@ -28,18 +28,18 @@ from ..models.identity import stored_digest
 from ..models.source import ModelSource
 from ..processes import is_main_process
 from ..progress import say_goes_on
+from ..results.healing import Healing
+from ..results.loss import Loss
+from ..results.speech import Answer
+from ..settings.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..storage import check_apart, check_free, write_file
 from ..texts.batches import TokenBatches
 from ..texts.sequences import ReadOnce, Samples, check_answers, read_samples, usable_answers
 from ..texts.sources import place_of_texts
 from ..texts.splits import refuse_shared
-from ..values.answers import Answer
 from ..values.counts import counted
 from ..values.files import HEALING_FILE
-from ..values.healing import Healing
 from ..values.identity import TextsIdentity
-from ..values.loss import Loss
-from ..values.recipe import GLOBAL_BATCH, Recipe, Resolved
 from ..values.tokens import Tokens
 from .bar import steps_bar
 from .checks import (

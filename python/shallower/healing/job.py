@@ -1,7 +1,7 @@
 """A healing as it was called, and its folders: the work, the patched cut, peft's repository.
 
 A healing depends on its recipe, its texts and its last marked checkpoint alone. The size of a
-forward and recomputation are not part of the job, so they may change before it goes on.
+forward and recomputation are not part of the job, so they may change before it resumes.
 """
 
 import hashlib
@@ -30,16 +30,16 @@ from ..patching.patch import with_patch
 from ..patching.saving import save_patched
 from ..processes import is_main_process, partial_folder
 from ..progress import say_goes_on
+from ..results.healing import Healing
+from ..results.loss import Loss
+from ..results.speech import Answer
+from ..settings.recipe import Resolved
 from ..storage import resumable_folder, write_file
 from ..texts.sequences import ReadOnce
-from ..values.answers import Answer
 from ..values.files import HEALING_FILE, PATCH_FILE, PLAN_FILE
-from ..values.hashing import hash_of
-from ..values.healing import Healing
 from ..values.identity import TextsIdentity
-from ..values.loss import Loss
 from ..values.plan import Plan
-from ..values.recipe import Resolved
+from ..values.provenance import hash_of
 from .loaded_models import OriginalModel, placed
 from .ranks import agree
 
@@ -61,8 +61,8 @@ class HealingJob:
     cut: str  # folder or hub id
     plan: Plan
     recipe: Resolved
-    texts: ReadOnce  # to train on
-    answers: Sequence[Answer]  # to train on beside the texts, those that can be
+    texts: ReadOnce  # texts to train on
+    answers: Sequence[Answer]  # usable answers to train on
     held_out: list[str] | None  # texts, if there are any
     original: OriginalModel | None  # the uncut model, if it is named
     merge: bool  # fold the adapters into the cut
@@ -216,7 +216,7 @@ def patched_cut(job: HealingJob, out: Path, dtype: str) -> Path:
 
 
 def _patch_job(job: HealingJob, original: str) -> str:
-    """The hash that tells this patch from any other; of endless texts, the first count."""
+    """The hash by which this patch is known; of endless texts, the first count."""
     digest = hashlib.sha256()
     for text in islice(job.texts, _HASHED_TEXTS):
         if not isinstance(text, str):

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from ..models.architecture import evaluating
 from ..models.decoder import Decoder
-from ..models.divergence import divergence_terms
-from ..models.head import FEWEST_ROWS, Head, part_sizes, replaced
+from ..models.head import FEWEST_ROWS, Head, divergence_terms, part_sizes, replaced
 
 _ROWS = 128
 """Rows of logits that are in float32 at a time, at most."""

@@ -16,11 +16,10 @@ from ..models.experts import unquantised
 from ..models.feed_forward import feed_forward_targets
 from ..models.layer_config import heads_of
 from ..models.loading import layers_of
-from ..values.memory import EXPERTS, MemoryPlan, format_size, needed_device, usable
-from ..values.recipe import GLOBAL_BATCH, Resolved
+from ..settings.recipe import GLOBAL_BATCH, Resolved
+from ..values.estimates import EXPERTS, MemoryPlan, format_size, needed_device, usable
 from .losses import Teacher, TrainingLoss
-from .recomputation import recompute_activations
-from .training import add_adapters
+from .training import add_adapters, recompute_activations
 
 MOST_KEPT, MOST_RECOMPUTED = 4, 8
 """Texts in one forward at most, without recomputation and with it."""

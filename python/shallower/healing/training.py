@@ -27,17 +27,29 @@ from ..models.dtypes import computing
 from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
 from ..processes import num_processes
+from ..results.healing import HeldOutLoss, OptimiserStep
+from ..results.loss import FIGURES, Loss
+from ..settings.recipe import GLOBAL_BATCH, Resolved
 from ..texts.quiet import hushed
 from ..texts.sequences import Sample, Samples, collate, mixed_order
-from ..values.healing import HeldOutLoss, OptimiserStep
-from ..values.loss import FIGURES, Loss
-from ..values.recipe import GLOBAL_BATCH, Resolved
 from . import trainer_checkpoints
 from .bar import Reach, Throughput
 from .determinism import deterministic
 from .losses import Teacher, TrainingLoss
 from .ranks import agree
-from .recomputation import RECOMPUTING
+
+_RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+RECOMPUTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
+"""What transformers calls it; it was renamed with 5.23."""
+
+
+def recompute_activations(model: Any, on: bool) -> None:
+    """Have activations recomputed in the backward pass, or kept."""
+    if on:
+        getattr(model, "_".join((RECOMPUTING, "enable")))({"use_reentrant": False})
+    else:
+        getattr(model, "_".join((RECOMPUTING, "disable")))()
+
 
 with hushed():  # the Trainer imports peft, and that bitsandbytes, which advises to get a kernel
     from transformers import (

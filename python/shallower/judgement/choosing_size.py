@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import PlanError
+from ..results.scores import Difference
+from ..settings.target import Target
 from ..values.counts import counted
-from ..values.memory import format_size
-from ..values.scores import Difference
-from ..values.target import Target
+from ..values.estimates import format_size
 
 STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Sizes of which a curve is made, up to half of the layers."""
@@ -90,7 +90,7 @@ class _Limit(NamedTuple):
     leaves: str  # what a cut does that keeps to it
     in_words: Callable[[float], str]
     has: str  # what a model does that has so much, a value to follow
-    option: str  # that names it
+    option: str  # the option that names it
 
 
 def _limit_of(target: Target) -> _Limit | None:

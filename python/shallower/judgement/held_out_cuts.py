@@ -12,11 +12,11 @@ from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
+from ..results.comparison import ComparedModel
+from ..results.loss import Loss
+from ..results.scores import Scores
 from ..texts.sources import OWN_TOKENS
-from ..values.comparison import ComparedModel
-from ..values.loss import Loss
 from ..values.plan import Plan
-from ..values.scores import Scores
 from ..values.tokens import Tokens
 from .judges.judge import Judge, LossJudge
 from .patched_trials import PatchedTrials, kept_patched

@@ -13,9 +13,9 @@ from ..memory.budget import BUDGET
 from ..memory.streaming import look_at_states
 from ..models.layerwise import rows
 from ..patching.least_squares import NormalEquations
+from ..results.scores import Scores
 from ..texts.batches import Batch
 from ..values.counts import counted
-from ..values.scores import Scores
 from .subject import Subject
 from .token_states import evenly
 

@@ -21,11 +21,11 @@ from ..evaluation.kept import (
 )
 from ..memory.prefix_cache import Place
 from ..patching.quick import QuickPatch, out_of_memory
+from ..results.patch import check_patchable
+from ..results.scores import Scores
 from ..values.layers import blocks_of
-from ..values.patch import check_patchable
 from ..values.plan import Plan
 from ..values.schema import of_type
-from ..values.scores import Scores
 from .trials import AnyCut, Trials, judge_inputs
 
 Cut = frozenset[int]

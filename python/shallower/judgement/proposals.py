@@ -70,7 +70,7 @@ def block_layers(num_layers: int, n: int) -> int:
 def proposing_texts(subject: Subject) -> Subject:
     """The subject on the texts that criteria look at to propose."""
     batches = evenly(subject.batches, PROPOSING_TEXTS)
-    return replace(subject, batches=batches, made={})
+    return replace(subject, batches=batches, store=None, made={})
 
 
 def proposing_layers(subject: Subject) -> int:
@@ -106,7 +106,7 @@ def _all_costs(
 
 
 def _measured(subject: Subject) -> Iterator[tuple[str, Costs | str]]:
-    """The costs by each criterion; one that fails says why, and the others go on."""
+    """The costs by each criterion; one that fails gives the reason, and the others continue."""
     for criterion in PROPOSERS:
         try:
             yield criterion.name, criterion.costs(subject)

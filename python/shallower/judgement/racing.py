@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import digamma, polygamma, stdtrit
 
-from ..values.scores import Scores
+from ..results.scores import Scores
 from .trials import Trials
 
 ALPHA = 0.05

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ..cutting.in_model import without_layers
+from ..evaluation.kept import ResultStore
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -30,6 +31,7 @@ class Subject:
     sizes: Sequence[int]  # how many layers are to go, ascending
     texts: tuple[TextsIdentity, ...] = ()  # of calibration
     seed: int = 0  # of whatever is drawn
+    store: ResultStore | None = None  # of the model's results, where scans lie
     # By name, of :meth:`shared`, and layers that it ran.
     made: dict[Hashable, tuple[object, int]] = field(default_factory=dict)
     ran: int = 0  # layers that :meth:`counting` has counted, times texts

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from ..errors import RejectedSamplesWarning, StatesError
 from ..memory.streaming import look_at_states
 from ..models.layerwise import token_rows
+from ..results.scores import Scores
 from ..texts.batches import Batch
 from ..values.costs import Costs
 from ..values.plan import NAMED_REJECTIONS, Rejection, describe_rejections
 from ..values.positions import Positions
-from ..values.scores import Scores
 from .subject import Subject
 
 ALL_TOKENS = Positions("all", 0)

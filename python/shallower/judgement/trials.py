@@ -28,9 +28,9 @@ from ..evaluation.kept import (
 from ..memory.prefix_cache import Place, Prefixes
 from ..models.architecture import swapped
 from ..models.layerwise import Layerwise
+from ..results.scores import Scores
 from ..values.layers import layer_count
 from ..values.plan import Gone, Plan, gone_by
-from ..values.scores import Scores
 from .judges.judge import Judge
 
 AnyCut = Plan | Iterable[int]

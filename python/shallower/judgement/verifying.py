@@ -16,13 +16,13 @@ from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..patching.quick import QuickPatch
 from ..progress import part, track
+from ..results.scores import Difference, Scores
+from ..results.verification import AFTER, Candidate, Verified
 from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits, TokenisedSplits
 from ..values.layers import blocks_of, check_size, layer_count, ranges
 from ..values.plan import VERIFIED, Plan
-from ..values.scores import Difference, Scores
 from ..values.tokens import Tokens
-from ..values.verification import AFTER, Candidate, Verified
 from .judges.judge import Judge, LossJudge, judged_batches
 from .patched_trials import PatchedTrials, kept_patched
 from .proposals import (
@@ -197,7 +197,7 @@ class _Verification:
     n: int
     proposals: Proposals  # of the caller; the others are added
     count: Count  # layers so far, which bound search and race
-    named: list[Cut] = field(default_factory=list)  # by criteria and the caller
+    named: list[Cut] = field(default_factory=list)  # cuts of criteria and of the caller
 
     def __post_init__(self) -> None:
         self.subject, self.patched = self.verifier.subject, self.verifier.patched

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import ModelError
 from ..processes import memory_limits
-from ..values.memory import parse_size
+from ..values.estimates import parse_size
 
 
 class Room(NamedTuple):
@@ -39,7 +39,7 @@ def num_cards() -> int:
 
 
 def free_memory() -> None:
-    """Give the memory of models that nobody holds back to the device."""
+    """Give the memory of unused models back to the device."""
     gc.collect()  # modules and hooks know one another
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

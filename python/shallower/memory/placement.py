@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
 from ..models.architecture import beside_layers, find_layers
-from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan, format_size
+from ..values.estimates import OFFLOADED, WEIGHTS, MemoryPlan, format_size
 from .device import available_bytes, free_memory
 from .rehearsal import build_empty
 

@@ -20,7 +20,7 @@ from ..models.identity import stored_dtype
 from ..models.layer_config import heads_of
 from ..models.offload import is_offloaded
 from ..texts.batches import Batch
-from ..values.memory import OFFLOADED, MemoryPlan, usable
+from ..values.estimates import OFFLOADED, MemoryPlan, usable
 from ..values.tokens import DEFAULT_BATCH, Tokens
 from .budget import BUDGET
 from .device import Room, available_bytes

@@ -124,7 +124,7 @@ class Prefixes:
         return found
 
     def _settled(self, states: torch.Tensor) -> torch.Tensor:
-        """States where they wait between two layers: on the CPU, while those of others run."""
+        """States between two layers: on the CPU, while those of others run."""
         return states.cpu() if self.model.is_streamed else states
 
     def groups(self, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import ModelError, RecipeError
+from ..settings.recipe import Resolved
 from ..texts.batches import Batch
-from ..values.recipe import Resolved
 from .device import free_memory
 
 Result = TypeVar("Result")

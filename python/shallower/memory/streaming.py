@@ -26,7 +26,7 @@ from ..models.offload import reading_of
 from ..models.transfers import Gathered, HostCopies, HostCopy, is_apart
 from ..texts.batches import Batch
 from ..values.counts import counted
-from ..values.memory import format_size
+from ..values.estimates import format_size
 from .budget import BUDGET
 from .rehearsal import build_empty
 from .weights import num_parameters

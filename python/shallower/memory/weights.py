@@ -9,7 +9,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from ..models.dtypes import QUANTISED
 from ..models.experts import stacked_weights
-from ..values.memory import EXPERTS
+from ..values.estimates import EXPERTS
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 """Weights that share a scale in bitsandbytes' 4 bits; scales that share one themselves."""

@@ -20,8 +20,8 @@ from ..models.architecture import find_layers, input_device
 from ..models.identity import identify
 from ..models.source import ModelSource
 from ..models.unsaved import warn_unsaved
+from ..results.healing import Healing
 from ..texts.quiet import hushed
-from ..values.healing import Healing
 from .low_rank import exact_products
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}

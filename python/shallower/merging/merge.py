@@ -14,12 +14,12 @@ from ..cutting.source import CARD_FILE, PLACEHOLDER, find_source
 from ..errors import MissingExtraError, ModelError, OutputError, why
 from ..models.source import ModelSource
 from ..reporting.charts.run import healing_chart
+from ..results.healing import Healing
+from ..settings.recipe import GLOBAL_BATCH
 from ..storage import check_apart, check_free, new_folder, write_file
-from ..values.commands import command_line, option_words
 from ..values.counts import counted
 from ..values.files import HEALING_FIGURE, HEALING_FILE, PATCH_FILE, PLAN_FILE
-from ..values.healing import Healing
-from ..values.recipe import GLOBAL_BATCH
+from ..values.provenance import command_line, option_words
 from .adapter_config import remembered_base
 from .merging import Merging
 

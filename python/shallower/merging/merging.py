@@ -29,10 +29,10 @@ from ..models.identity import stored_digest
 from ..models.loading import read_config
 from ..models.source import ModelSource
 from ..progress import track
+from ..results.healing import Healing, Merge
+from ..settings.recipe import Resolved
+from ..values.estimates import format_size
 from ..values.files import PLAN_FILE
-from ..values.healing import Healing, Merge
-from ..values.memory import format_size
-from ..values.recipe import Resolved
 from ..values.tokens import Tokens
 from .in_memory import TOLERANCE, adapted_logits, another_model, merge_in_memory, probe_logits
 from .low_rank import Deviations, LowRank
@@ -61,7 +61,7 @@ class Merging:
     base: str  # the cut, a folder or hub id
     adapters: Path  # their folder
     healing: Healing  # their record
-    held_out: list[str] | None = None  # to measure the merged model on
+    held_out: list[str] | None = None  # texts to measure the merged model on
     trained: torch.Tensor | None = None  # logits on `PROBE` as trained, (1, T, V) float32
     progress: bool | None = None  # by default if standard error is a terminal
     trust_remote_code: bool = False

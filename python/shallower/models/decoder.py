@@ -32,8 +32,8 @@ class Decoder:
     layers: DecoderLayers  # as they are at each access
     config: Any  # of the decoder
     device: torch.device  # of token ids
-    positions: int | None  # that it has learned; None if it computes them, as by RoPE
-    files: str | None = None  # a hash of those that it was loaded from, where they are known
+    positions: int | None  # number of learned positions; None for computed ones, as RoPE
+    files: str | None = None  # a hash of the files that it was loaded from, if known
 
     @classmethod
     def of(cls, model: "nn.Module | Decoder", files: str | None = None) -> "Decoder":
@@ -76,7 +76,7 @@ class Decoder:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether layers wait on disk, so that each should be read for many batches."""
+        """Whether layers are streamed from disk, so that each should be read for many batches."""
         return any(map(is_on_disk, self.layers.modules))
 
     @cached_property

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ModelError
 from ..processes import first_processor
-from ..values.recipe import Resolved
+from ..settings.recipe import Resolved
 
 if TYPE_CHECKING:
     import torch

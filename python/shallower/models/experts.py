@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
-from ..values.memory import format_size
-from ..values.routing import Routing
+from ..values.estimates import format_size
+from ..values.experts import Routing
 from .architecture import DecoderLayers, find_layers, text_config
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -259,3 +259,16 @@ def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     finite = expected.float().nan_to_num(0, 0, 0)
     tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps) * float(finite.abs().max())
     return torch.allclose(found.float(), expected.float(), 0, tolerance, equal_nan=True)
+
+
+def divergence_terms(
+    log_p: torch.Tensor, log_q: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The terms of KL(p ‖ q), and p and q, from normalised (R, V) logits, which are overwritten.
+
+    A term is p (log p - log q) + q - p, so that rounding cancels: equal logits give 0 exactly.
+    """
+    p = log_p.exp()
+    terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)
+    q = log_q.exp_()
+    return terms.add_(q).sub_(p), p, q

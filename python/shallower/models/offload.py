@@ -67,7 +67,7 @@ _READINGS: "WeakKeyDictionary[nn.Module, Reading]" = WeakKeyDictionary()
 
 
 def reading_of(model: nn.Module) -> Reading:
-    """Give what was read of a model so far, which goes on being counted there."""
+    """Give what was read of a model so far; later reads are counted there."""
     if model not in _READINGS:
         _READINGS[model] = Reading(stored_bytes(model))
     return _READINGS[model]
@@ -79,7 +79,7 @@ def is_on_disk(module: nn.Module) -> bool:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Count the bytes of the weights of a module that wait in files, as they are stored."""
+    """Count the bytes of the weights of a module in files, as they are stored."""
     return sum(stop - start for _, start, stop in set(_in_files(module)))
 
 

@@ -12,7 +12,7 @@ from ..errors import MissingExtraError, ModelError, why
 from ..progress import track
 from ..texts.hub import hub_answers, hub_refusal
 from ..texts.quiet import hushed
-from ..values.commands import command_line
+from ..values.provenance import command_line
 from .layer_config import num_decoder_layers
 
 CONFIG_FILE = "config.json"

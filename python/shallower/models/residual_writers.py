@@ -24,7 +24,7 @@ TOLERANCE = 0.02
 class Writer:
     """A linear map into the residual stream."""
 
-    name: str  # in its layer
+    name: str  # its name in the layer
     module: nn.Module  # an `nn.Linear`, or a transposed `Conv1D` of transformers
     scale: float  # of its output on its way into the stream
 

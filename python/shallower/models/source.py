@@ -83,7 +83,7 @@ class ModelSource:
         return sum(file.stat().st_size for file in self.weight_files)
 
     @property
-    def waits_on_disk(self) -> bool:
+    def is_streamed(self) -> bool:
         """Whether its layers are read from disk as they run."""
         return self.device_map == STREAM
 
@@ -138,7 +138,7 @@ class ModelSource:
 
         config = read_config(self.path, self.gguf_file, self.trust_remote_code)
         check_stored(str(self), config, self.dtype)
-        if self.waits_on_disk:
+        if self.is_streamed:
             check_stored_plain(str(self), config)
         return config
 

@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..values.hashing import hash_of
+from ..values.provenance import hash_of
 
 _PACKAGES = {
     *("shallower", "torch", "transformers", "tokenizers", "accelerate", "bitsandbytes", "peft"),
@@ -76,7 +76,7 @@ class _UnknownError(Exception):
 
 
 class _Values:
-    """Values as JSON; one that was met before is its number, and code is noted by its module."""
+    """Values as JSON; a repeated one is its number, and code is noted by its module."""
 
     def __init__(self) -> None:
         self._met: dict[int, tuple[int, Any]] = {}  # with the value, whose id stays its own

@@ -85,7 +85,7 @@ class SideStreams:
     def begin(self, device: torch.device) -> Upload:
         """Begin a copy to a CUDA device, into tensors that were just made there.
 
-        What has been asked of the device until now may still use their memory.
+        What is queued on the device may still use their memory.
         """
         begun = torch.cuda.Event()
         begun.record(torch.cuda.current_stream(device))
@@ -107,7 +107,7 @@ class SideStreams:
             upload.copied.record(side)
 
     def arrive(self, upload: Upload) -> None:
-        """Let all that is asked of the device from now on wait for the end of a copy."""
+        """Let all that is queued on the device from now on begin after the end of a copy."""
         torch.cuda.current_stream(upload.device).wait_event(upload.copied)
 
     def _beside(self, device: torch.device) -> torch.cuda.Stream:
@@ -146,7 +146,7 @@ class HostCopies:
             while coming:
                 yield self._arrived(*coming.popleft())
         finally:
-            while coming:  # what nobody waits for any more
+            while coming:  # what is not needed any more
                 self._arrived(*coming.popleft())
 
     def _arrived(self, target: torch.Tensor, upload: Upload) -> torch.Tensor:

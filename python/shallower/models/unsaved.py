@@ -15,7 +15,7 @@ from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
 from ..errors import ModelError
 from ..values.counts import counted
-from ..values.memory import format_size
+from ..values.estimates import format_size
 from .loading import empty_model, layers_of, read_config
 from .offload import places_in
 from .source import ModelSource

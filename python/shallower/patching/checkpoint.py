@@ -1,4 +1,4 @@
-"""The work of a patch so far, from which the same patch goes on: matrices solved, steps taken."""
+"""The work of a patch so far, from which the same patch resumes: matrices solved, steps taken."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from torch import nn
 
 from ..errors import OutputError
 from ..models.offload import stored_weight
+from ..results.patch import Fit
 from ..storage import check_room, new_file
 from ..texts.batches import Batch
-from ..values.hashing import hash_of
-from ..values.patch import Fit
 from ..values.plan import Plan
+from ..values.provenance import hash_of
 from ..values.schema import fields_of
 from .changes import Changes
 

@@ -14,11 +14,11 @@ class PatchLayers:
     """The layers that a full patch runs, by what they run on."""
 
     num_layers: int  # of the whole model
-    num_blocks: int  # that go; the layer before each is solved
+    num_blocks: int  # blocks that go; the layer before each is solved
     walked: int  # of both models up to the last block, on all batches
     judged: int  # for losses before and after, and behind solved layers, on held-out batches
     rest: int  # of the whole model behind the last block, on the batches to descend on
-    moved: int  # by each step: left from the one before the first block on
+    moved: int  # in each step: those from the one before the first block on
 
     @classmethod
     def of(cls, num_layers: int, dropped: Iterable[int]) -> "PatchLayers":

@@ -180,10 +180,7 @@ def kept_bytes(layers: Iterable[nn.Module]) -> int:
 
 
 def graph_bytes(layer: nn.Module, tokens: int) -> int:
-    """Estimate the bytes of the graph of a layer's forward on so many tokens, with padding.
-
-    Twice the inputs and outputs of its linear maps.
-    """
+    """Estimate the bytes of a layer's graph for so many tokens: twice its maps' in and outputs."""
     maps = [m.weight for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
     size = max((weight.itemsize for weight in maps if weight.is_floating_point()), default=2)
     return 2 * size * tokens * sum(sum(weight.shape) for weight in maps)

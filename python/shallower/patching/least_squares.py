@@ -182,7 +182,7 @@ class HeldOut:
     """Held-out tokens."""
 
     others: Rows = field(default_factory=Rows)  # all but the first of every text
-    firsts: Rows = field(default_factory=Rows)  # with massive activations
+    firsts: Rows = field(default_factory=Rows)  # first tokens, with massive activations
 
     def relative_error(self, solution: torch.Tensor) -> float:
         """Sum both kinds' squared errors of a (D, F) map, as shares of the states' squares.

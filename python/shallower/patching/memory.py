@@ -19,7 +19,7 @@ from ..models.dtypes import plain_dtype
 from ..models.feed_forward import Targets, feed_forward_targets
 from ..models.source import ModelSource
 from ..texts.batches import Batch
-from ..values.memory import OFFLOADED, WEIGHTS, MemoryPlan, usable
+from ..values.estimates import OFFLOADED, WEIGHTS, MemoryPlan, usable
 from ..values.tokens import Tokens
 from .descent import graph_bytes, kept_bytes, matrices
 from .least_squares import solver_bytes
@@ -60,7 +60,7 @@ class PatchStep:
         )
 
     def parts(self, texts: int, recompute: bool | None = None) -> dict[str, int]:
-        """Count the bytes as ``memory.plan.Step``; what does not fit a GPU waits beside it."""
+        """Count the bytes as ``memory.plan.Step``; what does not fit a GPU stays beside it."""
         model, weights = self._states.model, sum(self._states.weights.values())
         forward, losses = (
             step.parts(texts)["activations"] for step in (self._states, self._losses)
@@ -128,7 +128,7 @@ def temporary_bytes(
     """
     on_cpu, on_disk = not torch.cuda.is_available(), False
     if isinstance(model, ModelSource):
-        source, on_disk = model.resolved(), model.waits_on_disk
+        source, on_disk = model.resolved(), model.is_streamed
         model = build_empty(source.read_config(), plain_dtype(source.dtype))
     most = patch_tokens(num_parameters(model), on_cpu=on_cpu) if of_run else num_tokens
     most = most or (CPU_TOKENS if on_cpu else NUM_TOKENS)

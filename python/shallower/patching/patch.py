@@ -18,13 +18,13 @@ from ..errors import PatchError
 from ..models.architecture import text_config
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
+from ..results.patch import Patch, check_patchable
+from ..results.speech import Answer
+from ..settings.stages import PatchSettings
 from ..texts.batches import AnyTexts
 from ..texts.sequences import check_answers, mixed, usable_answers
-from ..values.answers import Answer
 from ..values.layers import Layers
-from ..values.patch import Patch, check_patchable
 from ..values.plan import Plan
-from ..values.stage_settings import PatchSettings
 from .changes import Changes
 from .solver import Solver
 from .states import divide, no_layer_before

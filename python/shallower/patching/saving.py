@@ -22,23 +22,23 @@ from ..models.source import ModelSource, place_of
 from ..models.unsaved import warn_unsaved
 from ..progress import track
 from ..reporting.words import by_choice, came_back
+from ..results.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
+from ..results.patch import Patch, check_patchable
+from ..results.scores import Estimate
+from ..results.speech import Answer
+from ..settings.stages import PatchSettings
 from ..storage import check_apart, check_free, check_room, resumable_folder
 from ..texts.sources import OWN_TOKENS, place_of_texts
-from ..values.answers import Answer
-from ..values.commands import option_words
 from ..values.counts import counted
 from ..values.files import PATCH_FILE
 from ..values.layers import Layers, drop_option
-from ..values.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
-from ..values.patch import Patch, check_patchable
 from ..values.plan import Plan
-from ..values.scores import Estimate
-from ..values.stage_settings import PatchSettings
+from ..values.provenance import option_words
 from ..values.tokens import Tokens
 from .patch import patch
 
 _KEPT = "patching"
-"""The folder of what a patch that was cut short goes on from."""
+"""The folder that an interrupted patch resumes from."""
 
 _PATCHED = "matrices beside it were solved anew by least squares."
 

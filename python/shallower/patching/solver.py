@@ -13,10 +13,10 @@ from ..models.layerwise import Layerwise
 from ..models.offload import is_on_disk, resident
 from ..models.residual_writers import Writer, find_writers
 from ..progress import Advance, part, say_goes_on, track
+from ..results.patch import Fit, Patch
 from ..storage import check_temporary
 from ..texts.batches import Batch
 from ..values.layers import layer_count
-from ..values.patch import Fit, Patch
 from ..values.plan import Plan
 from .changes import Changes
 from .checkpoint import PatchCheckpoint

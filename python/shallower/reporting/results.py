@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..cutting.metadata import card_text, with_results
 from ..errors import OutputError, ShallowerError, raise_output_error, why
+from ..results.healing import Healing
+from ..results.loss import Loss
+from ..results.recommendation import Recommended
+from ..results.speech import Speech
+from ..settings.target import Target
 from ..storage import claimed, holds, rewrite, sha256_of, write_file
 from ..values.files import (
     CHECKPOINT_FOLDER,
@@ -19,14 +24,9 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ..values.healing import Healing
 from ..values.layers import layer_count
-from ..values.loss import Loss
 from ..values.plan import Plan
-from ..values.recommendation import Recommended
 from ..values.schema import of_type
-from ..values.speech import Speech
-from ..values.target import Target
 from .stories.evaluation import Values, evaluation_record
 from .words import compared, costs, domain_learned
 
@@ -66,7 +66,7 @@ class Run:
     speech: Mapping[str, Speech] = field(default_factory=dict)
     difference: float = math.nan  # of logits, the reloaded checkpoint to the model, at most
     healing: Healing | None = None
-    command: str = ""  # that makes it again, without places
+    command: str = ""  # the command line to make it again, without places
     loaded: str = "MODEL"  # the model's words in a command line
     evaluated: str = ""  # options of `shallower eval` for the test set
     # Name of the model's folder or file, bytes of its weights.

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..results.scores import Estimate, Scores
+from ..results.task_scores import TaskScores
 from ..values.counts import with_error
 from ..values.schema import finite
-from ..values.scores import Estimate, Scores
-from ..values.task_scores import TaskScores
 from .charts.drawing import Drawing
 
 STORY_FORMAT = "shallower.report"
@@ -133,7 +133,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     drawings: tuple[Drawing, ...] = ()
     samples: tuple[PromptSample, ...] = ()  # of generation
-    commands: tuple[str, ...] = ()  # for a shell
+    commands: tuple[str, ...] = ()  # lines for a shell
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +142,10 @@ class Story:
 
     kind: str  # `run`, `comparison` or `curve`
     title: str  # the model
-    sentence: str  # all in one
+    sentence: str  # the result in one sentence
     strips: tuple[Strip, ...] = ()  # layers that go
     steps: tuple[ModelState, ...] = ()  # the cost, state by state
-    cost: str = ""  # in words
+    cost: str = ""  # in a few words
     savings: tuple[Fact, ...] = ()
     warnings: tuple[str, ...] = ()  # before it is trusted
     sections: tuple[Section, ...] = ()

@@ -5,13 +5,13 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..values.commands import command_line, shell_lines
+from ..results.loss import Loss, recovered
+from ..results.patch import Patch
+from ..results.scores import UNKNOWN, Difference, Estimate
 from ..values.counts import counted, with_error
 from ..values.layers import Block, blocks_of, drop_option, ranges
-from ..values.loss import Loss, recovered
-from ..values.patch import Patch
+from ..values.provenance import command_line, shell_lines
 from ..values.schema import plain
-from ..values.scores import UNKNOWN, Difference, Estimate
 from .story import Fact, Number, Section
 
 SMALL = 1_000_000_000

@@ -62,7 +62,7 @@ class Operation:
     read: int = 0  # bytes, weights included
     written: int = 0  # bytes
     launches: int = 0  # operations of torch that it is made of
-    layer: int | None = None  # that it is in; None outside of them
+    layer: int | None = None  # its layer; None outside of these
 
 
 @dataclass(slots=True)
@@ -290,7 +290,7 @@ class Account:
     """What a model holds, and what its forwards compute, read and write."""
 
     parameters: int  # values of its weights; those that it shares count once
-    weight_bytes: int  # with buffers
+    weight_bytes: int  # bytes of weights and buffers
     cache_bytes: int  # keys, values and other memory of all texts
     cache_growth: int  # bytes of one more token of one text
     prefill: tuple[Operation, ...]  # a forward of the context

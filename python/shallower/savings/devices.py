@@ -16,7 +16,7 @@ class Device:
     """A machine as the roofline sees it."""
 
     name: str  # as `--forecast-device` takes it
-    title: str  # for people
+    title: str  # a name for people
     flops: Mapping[str, float]  # operations a second at most by dtype of the weights, dense
     bandwidth: float  # bytes a second between memory and processor
     memory: int  # bytes

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from ..models.decoder import Decoder
 from ..models.identity import stored_dtype
-from ..values.gain import Forecast, Sizes
-from ..values.target import Target
+from ..results.gain import Forecast, Sizes
+from ..settings.target import Target
 from .account import Account, Operation, count
 from .devices import HERE, Device, find_device
 from .timing import own_device, this_machine

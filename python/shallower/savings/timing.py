@@ -17,7 +17,7 @@ from ..memory.rehearsal import LiveBytes
 from ..models.architecture import evaluating
 from ..models.dtypes import QUANTISED
 from ..processes import first_processor
-from ..values.gain import MeasuredGain
+from ..results.gain import MeasuredGain
 from .account import cache_of
 from .devices import DEVICES, HERE, Device, known_as
 
@@ -62,7 +62,7 @@ def this_machine(dtype: str, clock: Callable[[], float] = time.perf_counter) -> 
     size = _WIDTH * _WIDTH * plain.itemsize
     count = -(-streamed // size)
     with torch.inference_mode():
-        # Written once, as a page of zeros that nobody wrote lies in no memory.
+        # Written once, as an unwritten page of zeros lies in no memory.
         matrices = torch.full((count, _WIDTH, _WIDTH), 0.5, dtype=plain, device=device)
         row = torch.ones((1, _WIDTH), dtype=plain, device=device)
         rows = row.expand(_ROWS, _WIDTH).contiguous()

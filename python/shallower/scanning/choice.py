@@ -118,7 +118,7 @@ def choose(
         if experts is None:
             if criterion != DEFAULT:
                 raise LayersError(
-                    f"how experts are chosen is said ({criterion}), and not how many go: name "
+                    f"a criterion of experts is given ({criterion}), and not how many go: name "
                     f"their number (experts, --experts), or leave out the criterion"
                 )
             return chosen
@@ -127,7 +127,7 @@ def choose(
         raise LayersError("nothing is to go: name a number of layers (--n), or of experts")
     elif of_layers != ("similarity", None, 1, 0, 0, 0, 0):
         raise LayersError(
-            "how layers are chosen is said, and not how many go: name their number (n, --n), or "
+            "options for layers are given, and not how many go: name their number (n, --n), or "
             "leave out all options but experts, criterion and seed"
         )
     else:

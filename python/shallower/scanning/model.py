@@ -18,14 +18,15 @@ from ..models.decoder import Decoder
 from ..models.source import place_of
 from ..processes import refuse_several
 from ..progress import say_goes_on, track
+from ..settings.stages import ScanSettings
 from ..storage import check_apart
 from ..texts.batches import AnyTexts, Batch, TokenBatches
 from ..texts.sources import place_of_texts
-from ..values.stage_settings import ScanSettings
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
 from .hidden_states import forward, states_of
 from .scan import Scan, deciding
 from .settling import JUDGED, Settling
+from .stored import LARGE_BYTES, ScanStore, keep_scan, known_scan, scan_inputs
 
 
 def scan(
@@ -148,6 +149,40 @@ def scan(
         samples = done.contents.samples if settings.keep_samples else None
         return Scan(replace(done.contents, samples=samples), settling.settled)
     return done
+
+
+def stored_scan(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: AnyTexts,
+    *,
+    settings: ScanSettings,
+    store: ScanStore,
+    checkpoint: Path | None = None,
+    progress: bool | None = None,
+) -> Scan:
+    """Scan texts, which are read twice, unless a command has scanned the same tokens.
+
+    Samples are kept in the store, too, where that takes few bytes. Raises as :func:`scan`, and
+    CacheError.
+    """
+    experts = settings.experts
+    tokens = fitting(decoder, settings.tokens, forward(settings.positions, experts=experts))
+    read = TokenBatches(tokenizer, texts, tokens)
+    looks = [len(batch) for window in read.unpadded() for batch in window]
+    inputs = scan_inputs((read.identity,), looks, settings, num_rejected=read.num_rejected)
+    scanned = known_scan(store, inputs, keep_samples=settings.keep_samples)
+    if scanned is None:
+        pairs = len(decoder) * (len(decoder) + 1) // 2
+        is_small = 4 * pairs * len(settings.metrics) * read.num_texts <= LARGE_BYTES
+        keeps = settings.keep_samples or (is_small and not experts)
+        more = replace(settings, batch_size=tokens.texts, keep_samples=keeps)
+        how: Any = {"checkpoint": checkpoint, "progress": progress}
+        scanned = scan(decoder, tokenizer, texts, settings=more, **how)
+        keep_scan(store, inputs, scanned)
+    if settings.keep_samples:
+        return scanned
+    return Scan(replace(scanned.contents, samples=None))
 
 
 def _unsettled(windows: Iterator[list[Batch]], settling: Settling | None) -> Iterator[list[Batch]]:

@@ -14,13 +14,13 @@ from .._core import Cka
 from ..errors import LayersError, MetricError, ScanError
 from ..experts.criteria import DEFAULT, experts_to_drop
 from ..experts.statistics import ExpertStatistics
+from ..settings.until import Settled
 from ..values.costs import BootstrappedStart, Costs
 from ..values.counts import counted
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
 from ..values.plan import Plan, Rejection, check_plan
 from ..values.positions import Positions
-from ..values.until import Settled
 from .scan_file import Contents, merged, read_scan, write_scan
 
 NO_DISTANCE = "norm_ratio"

@@ -1,15 +1,16 @@
 """Contents of a scan: merged, written to a file, and read without loss.
 
-A scan of some of the texts, a shard, is the same with an entry that says which it is. The file is
-safetensors with a header in JSON. It holds the core's own bytes (``sums``, and ``cka`` if there is
-one), and the values of single samples if they are kept. Statistics of experts are the core's bytes
-(``experts``), ratios of weights, and an entry in the header.
+The file is safetensors with a header in JSON. It holds the core's own bytes (``sums``, and ``cka``
+if there is one), and the values of single samples if they are kept. Statistics of experts are the
+core's bytes (``experts``), ratios of weights, and an entry in the header.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,19 +21,15 @@ from numpy.typing import NDArray
 from .._core import Cka, ExpertSums, Sums
 from ..errors import ExpertsError, MetricError, PositionsError, ScanError, StatesError, why
 from ..experts.statistics import ExpertStatistics
+from ..settings.until import Settled
 from ..storage import write_file
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
 from ..values.schema import of_type, read
-from ..values.shard import ShardOfScan
-from ..values.until import Settled
 
 FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
-
-SHARD_FORMAT = "shallower.shard.2"
-"""The key of the metadata of a shard's file, which is a scan of some of its texts."""
 
 T = TypeVar("T", Sums, Cka, ExpertSums)
 
@@ -147,8 +144,13 @@ def write_scan(path: str | Path, contents: Contents) -> None:
     write_file(Path(path), scan_bytes(contents))
 
 
-def scan_bytes(contents: Contents, shard: ShardOfScan | None = None) -> bytes:
-    """The file of a scan, or of a shard of one."""
+def scan_text(contents: Contents) -> str:
+    """The file of a scan as text, for a value of JSON."""
+    return b64encode(scan_bytes(contents)).decode()
+
+
+def scan_bytes(contents: Contents) -> bytes:
+    """The file of a scan."""
     from safetensors.numpy import save
 
     header: dict[str, Any] = {
@@ -172,11 +174,8 @@ def scan_bytes(contents: Contents, shard: ShardOfScan | None = None) -> bytes:
             arrays[PAIRS] = np.frombuffer(contents.experts.pairs.to_bytes(), np.uint8)
     for metric, values in (contents.samples or {}).items():
         arrays[_samples_name(metric)] = values
-    if shard is not None:
-        header["shard"] = asdict(shard)
     header["sha256"] = digest(header, arrays)
-    key = FORMAT if shard is None else SHARD_FORMAT
-    return save(arrays, metadata={key: json.dumps(header)})
+    return save(arrays, metadata={FORMAT: json.dumps(header)})
 
 
 def read_scan(path: str | Path) -> Contents:
@@ -184,25 +183,33 @@ def read_scan(path: str | Path) -> Contents:
 
     ScanError: the file is not there, is truncated, damaged or of another version, or is not a scan.
     """
-    return _read(path, FORMAT)[0]
+    from safetensors import safe_open
 
-
-def read_shard(path: str | Path) -> tuple[Contents, ShardOfScan]:
-    """Read a shard of a scan, and check it; raises as :func:`read_scan`."""
-    contents, shard = _read(path, SHARD_FORMAT)
-    assert shard is not None
-    return contents, shard
-
-
-def _read(path: str | Path, key: str) -> tuple[Contents, ShardOfScan | None]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
+    with _reading(path):
         if not Path(path).is_file():
             raise ScanError(f"there is no scan file {path}")
         with safe_open(str(path), framework="numpy") as file:
-            _check_version(path, file.metadata() or {}, key)
-            return _contents(file, key)
+            header = _header(path, file.metadata() or {})
+            return _contents(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def read_text(text: Any) -> Contents:
+    """Read what :func:`scan_text` gave; ScanError for anything else."""
+    from safetensors.numpy import load
+
+    with _reading("it"):
+        content = b64decode(of_type(str, text), validate=True)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return _contents(_header("it", header["__metadata__"]), load(content))
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Raise what is wrong with a file, which is read meanwhile, as a ScanError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (SafetensorError, OSError) as error:
         raise ScanError(
             f"{path} is truncated, or not a scan of shallower ({why(error, path)}): expected the "
@@ -235,17 +242,11 @@ def _samples_name(metric: str) -> str:
     return f"{metric}.samples"
 
 
-def _check_version(path: str | Path, metadata: Mapping[str, str], key: str) -> None:
-    """Refuse the scans of other versions in words of their own, and shards for whole scans."""
-    if key in metadata:
-        return
-    if SHARD_FORMAT in metadata:
-        raise ScanError(
-            f"{path} is a shard of a scan: put all of them together first (shallower gather)"
-        )
+def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The header of a scan; those of other versions are refused in words of their own."""
     if FORMAT in metadata:
-        raise ScanError(f"{path} is a whole scan: expected shards of one, as scan --shard makes")
-    kind, _, number = key.rpartition(".")
+        return of_type(dict, json.loads(metadata[FORMAT]))
+    kind, _, number = FORMAT.rpartition(".")
     others = (re.fullmatch(re.escape(kind) + r"\.(\d{1,9})", key) for key in metadata)
     for found in filter(None, others):
         way = "scan again" if int(found[1]) < int(number) else "update shallower, or scan again"
@@ -253,12 +254,10 @@ def _check_version(path: str | Path, metadata: Mapping[str, str], key: str) -> N
             f"{path} is a scan file of version {found[1]}, and this shallower reads version "
             f"{number}: {way}"
         )
-    raise ValueError(f"its metadata has no {key}")
+    raise ValueError(f"its metadata has no {FORMAT}")
 
 
-def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
-    header = of_type(dict, json.loads(file.metadata()[key]))
-    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def _contents(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Contents:
     if header.pop("sha256") != digest(header, arrays):
         raise ValueError("its checksum does not fit its content")
     sums = _stored(Sums, SUMS, arrays.pop(SUMS))
@@ -282,7 +281,7 @@ def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
     model = read(ModelIdentity | None, header["model"])
     if model and model.num_layers != sums.num_states - 1:
         raise ValueError(f"it is of {sums.num_states - 1} layers, its model has {model.num_layers}")
-    contents = Contents(
+    return Contents(
         sums,
         read(tuple[Rejection, ...], header["rejections"]),
         model,
@@ -294,7 +293,6 @@ def _contents(file: Any, key: str) -> tuple[Contents, ShardOfScan | None]:
         experts,
         read(str | None, header.get("content")),
     )
-    return contents, read(ShardOfScan, header["shard"]) if key == SHARD_FORMAT else None
 
 
 def _stored(kind: type[T], name: str, array: NDArray[Any]) -> T:

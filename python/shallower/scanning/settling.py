@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ScanError
-from ..values.until import Settled, Until
+from ..settings.until import Settled, Until
 
 JUDGED = 128
 """Texts from one judgement to the next, whatever the batch: each is a chance to be wrong."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import ProcessesError
 from ..models.dtypes import STREAM, DeviceMap
 from ..models.source import ModelSource
-from ..processes import asked_threads, processors
+from ..processes import processors, requested_threads
 from ..progress import say_goes_on, track
-from ..values.memory import MemoryPlan, format_size, needed_device, usable
+from ..values.estimates import MemoryPlan, format_size, needed_device, usable
 from ..workers.local_workers import LocalWorkers, Seat
 from ..workers.units import Engine, Job, Ledger, drive
 
@@ -84,7 +84,7 @@ def seats(device_map: DeviceMap, workers: int | None, memory: Memory) -> list[Se
     """
     cards = cards_for(device_map)
     if not cards and (workers or 1) == 1:
-        return [Seat(asked_threads() or processors())]
+        return [Seat(requested_threads() or processors())]
     plan = memory()
     needed = needed_device(plan.peak_bytes or 0)
     each, most = _shares(cards, plan, needed)
@@ -94,7 +94,7 @@ def seats(device_map: DeviceMap, workers: int | None, memory: Memory) -> list[Se
             f"{count} workers take {format_size(count * needed)} of memory, {format_size(needed)} "
             f"each, more than there is: expected at most {max(1, most)} (workers, --workers)"
         )
-    threads = asked_threads() or max(1, processors() // count)
+    threads = requested_threads() or max(1, processors() // count)
     if not cards:
         return [Seat(threads)] * count
     first = [worker * each % len(cards) for worker in range(count)]

@@ -1,32 +1,141 @@
-"""An evaluation that is shared, in shards of its batches: of losses, not of tasks and speech."""
+"""An evaluation that is shared, in parts of its batches: of losses, not of tasks and speech."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ShallowerError
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ScanError, ShallowerError, why
 from ..models.source import ModelSource
 from ..reporting.results import write_evaluation
+from ..results.loss import Loss
+from ..results.perplexity import Perplexity
+from ..results.scores import Scores
+from ..settings.stages import EvalSettings
 from ..store.given_models import ModelStore
 from ..store.inputs import machine
 from ..store.store import Store, open_store
 from ..studies.evaluate import EvalJob, Result, Results, measures_of
 from ..values.files import EVAL_FILE
+from ..values.identity import ModelIdentity
 from ..values.plan import Plan
-from ..values.provenance import forward_versions
+from ..values.schema import plain_fields, read
 from ..values.shard import Shard
-from ..values.stage_settings import EvalSettings
-from .measured import Evaluation, MeasuredShard, Tally, evaluation_of
+from .shards import DAMAGES, MadeShard, values_of
 from .work import Batches, OpenedBatches
 
 if TYPE_CHECKING:
-    from ..values.scores import Scores
+    from ..results.scores import Scores
 
-_DESCRIBED = ("source", "settings", "plan", "device_memory")
-"""What a shard says of its evaluation, from which a process makes it again."""
+SIDES = ("base", "cut")
+"""The whole model, and that without layers."""
+
+LEAST = {
+    "loss": {"num_rejected": 0, "vocab_size": 2},
+    "perplexity": {"bos": 0, "context": 2, "num_rest": 0},
+}
+"""What a part says of a measure beside its losses, and the least that it can be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a part has of one measure."""
+
+    num_items: int  # texts, or windows, in all
+    settings: Mapping[str, int]  # of a result beside its losses, by the names of ``LEAST``
+    items: tuple[int, ...]  # (S,) the indices of the part's texts among all, ascending
+    counts: tuple[int, ...]  # (S,) the predicted tokens of each
+    num_bytes: tuple[int, ...] | None  # (S,) the bytes of what is predicted, where counted
+    nats: Mapping[str, NDArray[np.float64]]  # (S,) the summed losses of each, by side
+
+    def __post_init__(self) -> None:
+        of_each = [self.counts, *self.nats.values()]
+        of_each += [] if self.num_bytes is None else [self.num_bytes]
+        if any(len(one) != len(self.items) for one in of_each):
+            raise ValueError(f"it has not a value for each of {len(self.items)} texts")
+        if [*self.items] != sorted({*self.items}) or min(self.counts, default=1) < 1:
+            raise ValueError("its texts do not ascend, or have no tokens")
+        if self.num_items < 1:
+            raise ValueError("it is of no texts")
+        if not all(np.isfinite(one).all() for one in self.nats.values()):
+            raise ValueError("a loss is not finite")
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPart:
+    """What a unit of an evaluation found."""
+
+    machine: Mapping[str, Any]  # on which the last bits depend
+    model: ModelIdentity  # the whole one
+    tallies: Mapping[str, Tally]  # by the measure, ``loss`` or ``perplexity``
+
+    def __post_init__(self) -> None:
+        for kind, part in self.tallies.items():
+            least, found = LEAST[kind], part.settings
+            if {*found} != {*least} or any(found[one] < value for one, value in least.items()):
+                raise ValueError(f"{kind}: it says {dict(found)}: expected at least {least}")
+        if len({(*part.nats,) for part in self.tallies.values()} & {SIDES, SIDES[:1]}) != 1:
+            raise ValueError("it has no measure, or not one of the same sides")
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What all parts have alike of each measure."""
+        return {
+            kind: (part.num_items, part.settings, {*part.nats}, part.num_bytes is None)
+            for kind, part in self.tallies.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was found of a model, and of a cut of it."""
+
+    values: Mapping[str, Mapping[str, Any]]  # losses or perplexities, by measure and side
+    model: ModelIdentity  # the whole one
+    machine: Mapping[str, Any] | None  # that which measured; None for several that differ
+
+
+def evaluation_of(parts: Sequence[MeasuredPart]) -> Evaluation:
+    """Put the parts of an evaluation together, to the bits of one process."""
+    first, values = parts[0], {}
+    if any(one.measured != first.measured for one in parts):
+        raise ScanError("the shards are of different measures or cuts: measure them again")
+    for kind, part in first.tallies.items():
+        of_kind = [one.tallies[kind] for one in parts]
+        items = [item for one in of_kind for item in one.items]
+        if len(items) != part.num_items or len({*items}) != len(items):
+            raise ScanError(
+                f"the shards have {len(items):,} losses of {part.num_items:,}, or one twice: "
+                f"measure them again"
+            )
+        counts = _in_order(items, [one.counts for one in of_kind])
+        sizes = [one.num_bytes for one in of_kind if one.num_bytes is not None]
+        num_bytes = _in_order(items, sizes) if sizes else None
+        values[kind] = {
+            side: _value(part, Scores(_in_order(items, nats), counts), num_bytes)
+            for side in part.nats
+            if (nats := [one.nats[side] for one in of_kind])
+        }
+    is_one = all(one.machine == first.machine for one in parts)
+    return Evaluation(values, first.model, first.machine if is_one else None)
+
+
+def _in_order(items: Sequence[int], found: Sequence[Any]) -> NDArray[np.float64]:
+    """(S,) the values of all shards, in the order of their texts."""
+    return np.concatenate(found)[np.argsort(items)].astype(np.float64)
+
+
+def _value(part: Tally, scores: Scores, num_bytes: NDArray[np.float64] | None) -> Loss | Perplexity:
+    """The result of one side, of the scores of all texts or windows."""
+    of = part.settings
+    if "context" in of:
+        return Perplexity(of["context"], bool(of["bos"]), of["num_rest"], scores)
+    return Loss.of_scores(scores, num_bytes, **of)
 
 
 class OpenedEval(OpenedBatches):
@@ -48,18 +157,22 @@ class OpenedEval(OpenedBatches):
             job.plan.check_model(self._decoder.identity)
         self._all = {one.kind: one.batches(tokenizer, job.fitted(one)) for one in job.measures}
         self._kept = ModelStore.of(source, self.store)
+        self.common = self._common()
         return self
 
-    @property
-    def common(self) -> Mapping[str, object]:
-        """What is the same wherever the same evaluation is opened."""
-        model = self._decoder.identity
+    def _common(self) -> Mapping[str, object]:
+        """What is the same wherever the same evaluation is opened, by the words of an error."""
+        model, every = self._decoder.identity, self._all
+        cut = self._sides.get("cut")
+        gone = [] if cut is None else [cut.words, cut.experts]
         return {
             "dtype": model.dtype,
-            "model": model.fingerprint,
-            "weights": self._decoder.content,
-            "texts": {kind: one.fingerprint for kind, one in self._all.items()},
-            "number of batches": {kind: len(one.batches) for kind, one in self._all.items()},
+            "model": str(replace(model, name="the model")),
+            "weights": str(self._decoder.content)[:12],
+            "cut": ", ".join(str(one) for one in gone if one) or "none",
+            "measures": {kind: f"batches of {one.batch_size}" for kind, one in every.items()},
+            "texts": {kind: f"{one.num_items}, {one.fingerprint}" for kind, one in every.items()},
+            "number of batches": {kind: len(one.batches) for kind, one in every.items()},
         }
 
     def texts_of(self, shard: Shard) -> dict[str, list[int]]:
@@ -70,24 +183,14 @@ class OpenedEval(OpenedBatches):
             found[kind] = [indices[0], indices[-1] + 1] if indices else [0, 0]
         return found
 
-    def run(self, unit: str) -> bytes:
-        """Measure one shard, of the model and of its cut."""
+    def value(self, unit: str) -> dict[str, Any]:
+        """Measure one part, of the model and of its cut."""
         shard = Shard.parse(unit)
-        done = MeasuredShard(
-            shard,
-            self.described["job"],
-            forward_versions(),
-            machine=machine(),
-            described={name: self.described[name] for name in _DESCRIBED},
-            model=self._decoder.identity,
-            weights=self._decoder.content,
-            plan=self._sides.get("cut"),
-            parts={kind: self._part(kind, shard) for kind in self._all},
-        )
-        return done.to_bytes()
+        tallies = {kind: self._part(kind, shard) for kind in self._all}
+        return plain_fields(MeasuredPart(machine(), self._decoder.identity, tallies))
 
     def _part(self, kind: str, shard: Shard) -> Tally:
-        """What a shard has of one measure."""
+        """What a part has of one measure."""
         every, nats = self._all[kind], {}
         looks = shard.of(len(every.batches))
         numbers = sorted(number for look in looks for number in every.numbered[look].samples)
@@ -96,10 +199,7 @@ class OpenedEval(OpenedBatches):
             nats[side] = scores.sums[numbers]
         items, sizes = every.indices(looks), every.num_bytes
         return Tally(
-            num_batches=len(every.batches),
-            batch_size=every.batch_size,
             num_items=every.num_items,
-            fingerprint=every.fingerprint,
             settings={**every.settings, **({"vocab_size": vocab_size} if kind == "loss" else {})},
             items=tuple(items),
             counts=tuple(map(int, every.weights[numbers])),
@@ -128,8 +228,7 @@ class OpenedEval(OpenedBatches):
 class EvalWork(Batches):
     """An evaluation."""
 
-    kind, results = "eval", EVAL_FILE
-    opens, content = OpenedEval, MeasuredShard
+    kind, results, opens = "eval", EVAL_FILE, OpenedEval
 
     def prepare(self) -> None:
         """Refuse tasks, speech, whose items do not fall into shards, and texts that were given."""
@@ -149,33 +248,36 @@ class EvalWork(Batches):
             "device_memory": job.device_memory,
         }
 
-    def joined(self, shards: Sequence[MeasuredShard]) -> Results:
-        """Put shards together, and remember what they found."""
-        found = evaluation_of(shards)
-        _keep(found, self.job)
+    def joined(self, values: Sequence[Any]) -> Results:
+        """Put parts together, and remember what they found."""
+        found = evaluation_of([read(MeasuredPart, value) for value in values])
+        _keep(found, self.job, self.job.job)
         return {
-            kind: {side: Result(value, found.of.model) for side, value in sides.items()}
+            kind: {side: Result(value, found.model) for side, value in sides.items()}
             for kind, sides in found.values.items()
         }
 
     @classmethod
     def gather(
-        cls, shards: Sequence[MeasuredShard], out: Path, *, overwrite: bool, **_: bool
-    ) -> tuple[Evaluation, bool]:
+        cls, shards: Sequence[MadeShard], out: Path, *, overwrite: bool, **_: bool
+    ) -> tuple[Evaluation, Plan | None, bool]:
         """Put shards together, and write what was found.
 
-        It is remembered where model and texts lie here as the shards say. Returns it, and whether
-        it is.
+        It is remembered where model and texts lie here as the shards say. Returns it, the plan of
+        the cut, and whether it is.
         """
-        found = evaluation_of(shards)
-        dtype, plan = found.of.model.dtype, found.of.plan
-        write_evaluation(out, found.values, dtype, plan=plan, overwrite=overwrite)
+        found, described = evaluation_of(values_of(shards, MeasuredPart)), shards[0].described
         try:
-            if found.of.described["source"]["trust_remote_code"]:  # by the word of a file
-                return found, False
-            return found, _keep(found, _job_of(found.of.described, open_store()))
+            plan = described["plan"] and Plan.from_json(described["plan"])
+        except DAMAGES as error:
+            raise ScanError(f"shard {shards[0].shard} is damaged: {why(error)}") from error
+        write_evaluation(out, found.values, found.model.dtype, plan=plan, overwrite=overwrite)
+        try:
+            if described["source"]["trust_remote_code"]:  # by the word of a file
+                return found, plan, False
+            return found, plan, _keep(found, _job_of(described, open_store()), shards[0].job)
         except (ShallowerError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            return found, False  # it describes nothing that is here
+            return found, plan, False  # it describes nothing that is here
 
 
 def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
@@ -189,13 +291,14 @@ def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
     )
 
 
-def _keep(found: Evaluation, job: EvalJob) -> bool:
-    """Remember what shards found, if they are of this very job, as what one process measured."""
+def _keep(found: Evaluation, job: EvalJob, measured: str | None) -> bool:
+    """Remember what was found, if it is of this very job, as what one process measured."""
     keys, kept = job.keys, job.kept
-    if None in (found.machine, kept.model, job.job, *keys.values()) or found.of.job != job.job:
+    if None in (found.machine, kept.model, job.job, *keys.values()) or measured != job.job:
         return False
     kept = replace(kept, model={**(kept.model or {}), "machine": found.machine})
     for measure in job.measures:
         for side, value in found.values[measure.kind].items():
-            measure.keep(kept, keys[measure.kind], job.sides[side], value, found.of.model)
+            of: Any = {"plan": job.sides[side], "model": found.model}
+            measure.keep(kept, keys[measure.kind], value, **of)
     return True

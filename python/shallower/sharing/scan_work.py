@@ -9,15 +9,16 @@ from ..errors import ProcessesError, ScanError
 from ..models.source import ModelSource
 from ..reporting.charts.heat_map import draw_heat_map
 from ..scanning.scan import Scan
-from ..scanning.scan_file import scan_bytes
-from ..scanning.shards import ScannedShard, Shards, joined_shards
+from ..scanning.scan_file import read_text, scan_bytes, scan_text
+from ..scanning.shards import Shards, joined
+from ..settings.stages import ScanSettings
 from ..storage import absolute, check_free, claimed, holds, write_file
 from ..store.inputs import texts_content
 from ..texts.sources import Texts, place_of_texts
 from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 from ..values.positions import Positions
 from ..values.shard import Shard
-from ..values.tokens import Tokens
+from .shards import MadeShard, values_of
 from .work import Batches, OpenedBatches
 
 
@@ -32,29 +33,26 @@ class OpenedScan(OpenedBatches):
         texts = Texts(**described["texts"])
         self.agree("texts", texts.source, lambda: texts_content(texts, self.store))
         model, tokenizer = source.load(progress=self.progress)
-        return Shards(
+        self._batches = Shards(
             Decoder.of(model, self.content),
             tokenizer,
             texts,
-            Tokens(**described["tokens"]),
-            positions=Positions(**described["positions"]),
-            job=described["job"],
-            **described["options"],
+            ScanSettings(**described["settings"], positions=Positions(**described["positions"])),
         )
+        return self._batches
 
-    def run(self, unit: str) -> bytes:
-        """Scan one shard; by hand it goes on where it was interrupted."""
+    def value(self, unit: str) -> dict[str, Any]:
+        """Scan one part; by hand it goes on where it was interrupted."""
         checkpoint = self.folder and self.folder / "begun"
         shard, progress = Shard.parse(unit), self.progress
-        done: ScannedShard = self.batches.scan(shard, checkpoint=checkpoint, progress=progress)
-        return done.to_bytes()
+        found = self._batches.scan(shard, checkpoint=checkpoint, progress=progress)
+        return {"content": scan_text(found)}
 
 
 class ScanWork(Batches):
     """A scan."""
 
-    kind, results = "scan", SCAN_FILE
-    opens, content = OpenedScan, ScannedShard
+    kind, results, opens = "scan", SCAN_FILE, OpenedScan
 
     def prepare(self) -> None:
         """Refuse what only a scan of one process can do, and texts that were given."""
@@ -72,25 +70,24 @@ class ScanWork(Batches):
         self.job.identify()
         job, found = self.job, super().described()
         found["expects"]["texts"] = texts_content(job.texts, job.store)
-        options = ("metrics", "threads", "keep_samples", "experts")
+        options = ("max_length", "batch_size", "metrics", "threads", "keep_samples", "experts")
         return {
             **found,
             "texts": _described_texts(job.texts),
-            "tokens": asdict(job.tokens),
+            "settings": {name: getattr(job, name) for name in options},
             "positions": asdict(job.positions),
-            "options": {name: getattr(job, name) for name in options},
         }
 
-    def joined(self, shards: Sequence[ScannedShard]) -> tuple[Scan, list[Path]]:
-        """Put shards together, and write the scan and its heat map."""
-        return self.job.finish(joined_shards(shards))
+    def joined(self, values: Sequence[Any]) -> tuple[Scan, list[Path]]:
+        """Put parts together, and write the scan and its heat map."""
+        return self.job.finish(joined([read_text(value["content"]) for value in values]))
 
     @classmethod
     def gather(
-        cls, shards: Sequence[ScannedShard], out: Path, *, overwrite: bool, **_: bool
+        cls, shards: Sequence[MadeShard], out: Path, *, overwrite: bool, **_: bool
     ) -> tuple[Scan, list[Path]]:
         """Put shards together, and write the scan and its heat map."""
-        scanned, file = joined_shards(shards), out / SCAN_FILE
+        scanned, file = scan_of(shards), out / SCAN_FILE
         content = scan_bytes(scanned.contents)
         overwrite = overwrite or holds(file, content)
         for name in (SCAN_FILE, HEAT_MAP_FILE):
@@ -98,6 +95,11 @@ class ScanWork(Batches):
         with claimed(file, overwrite):
             write_file(file, content)
             return scanned, [file, *draw_heat_map(scanned, out)]
+
+
+def scan_of(shards: Sequence[MadeShard]) -> Scan:
+    """The scan of all shards; ScanError: one is damaged. StatesError: no sample was accepted."""
+    return joined([read_text(one["content"]) for one in values_of(shards, dict[str, str])])
 
 
 def _described_texts(texts: object) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import ScanError
+from ..scanning.scan import Scan
 from ..storage import check_apart, resumable_file, write_file
-from ..values.shard import kind_of, read_shards
 from ..workers.units import Job
 from .engines import hand_out
 from .eval_work import EvalWork
-from .scan_work import ScanWork
+from .scan_work import ScanWork, scan_of
+from .shards import read_shards
 from .study_work import CompareWork, CurveWork, StudyWork
 from .work import Opened
 
@@ -72,12 +74,12 @@ def make_shard(work: AnyWork) -> Path:
     if work.made(work.shard) is None:
         described = work.described()
         with resumable_file(place, str(described["job"]), work.job.overwrite) as folder:
-            content = open_work(described, folder, work.job).shard(work.shard)
-            write_file(folder / place.name, content)
+            made = open_work(described, folder, work.job).shard(work.shard)
+            write_file(folder / place.name, made.to_bytes())
     return place
 
 
-def gather(
+def gathered(
     parts: Iterable[Path], out: Path, *, overwrite: bool = False, trust_remote_code: bool = False
 ) -> tuple[str, Any]:
     """Put the shards of a work together into a folder; the shards stay.
@@ -86,8 +88,31 @@ def gather(
     :func:`shallower.gather`, and OutputError.
     """
     parts = list(parts)
-    work = KINDS[kind_of(parts)]
+    shards = read_shards(parts)
+    work = KINDS[shards[0].kind]
     check_apart(out / work.results, [part for part in parts if not part.is_dir()])
-    shards = read_shards(parts, work.content.load, work.kind)
     trusts = {"trust_remote_code": trust_remote_code}
     return work.kind, work.gather(shards, out, overwrite=overwrite, **trusts)
+
+
+def gather(parts: Iterable[str | Path]) -> Scan:
+    """Put the shards of a scan together, to the bytes of the scan that one process makes.
+
+    Args:
+        parts: files of shards, as ``shallower scan --shard`` writes them, or folders of such, in
+            any order. A shard that is there twice counts once.
+
+    Returns:
+        The scan.
+
+    Raises:
+        ScanError: shards are missing, damaged, or of different scans: of other models, texts,
+            settings or versions.
+        StatesError: no sample of all was accepted.
+    """
+    shards = read_shards(parts)
+    if shards[0].kind != ScanWork.kind:
+        raise ScanError(
+            f"these are shards of the kind {shards[0].kind}, not of a scan: use shallower gather"
+        )
+    return scan_of(shards)

@@ -6,12 +6,11 @@ several choose at once, the whole model's answers, and a curve's scan and costs.
 the study, because all of its settings decide them.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -28,51 +27,22 @@ from ..models.source import ModelSource
 from ..progress import part, track
 from ..storage import absolute
 from ..store.inputs import check_machine, check_made_by, made_by, model_inputs
-from ..store.store import Store, open_store
+from ..store.store import Entries, Store, open_store
 from ..studies.compare import CompareStudy
 from ..studies.curve import CurveStudy
 from ..studies.study import Part, Study
 from ..texts.sources import Texts
-from ..values.memory import MemoryPlan
-from ..values.shard import NAMES, Shard
+from ..values.estimates import MemoryPlan
 from ..workers.units import Ledger
 from .engines import memory_of
-from .json_shards import JsonShard
+from .shards import MadeShard
 from .work import Opened, SharedWork
 
 _STUDIES: dict[str, Any] = {one.KIND: one for one in (CompareStudy, CurveStudy)}
 
 
-@dataclass(frozen=True, slots=True)
-class StudyShard(JsonShard):
-    """Every N-th part of a study.
-
-    Attributes:
-        shard: which it is.
-        job: a hash of all that the study depends on.
-        described: the study, from which a process makes it again.
-        entries: what the store of the parts has.
-        failed: why parts of several models could not be measured.
-    """
-
-    FORMAT = "shallower.study.shard.2"
-
-    shard: Shard
-    job: str
-    described: Mapping[str, Any]
-    entries: Mapping[str, Any]
-    failed: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        for name in ("kind", "models", "places", "texts", "settings", "identities", "units"):
-            self.described[name]  # KeyError says which is missing
-        _ = self.common
-
-    @property
-    def common(self) -> dict[str, object]:
-        """What all shards of a study have in common, by the words of an error."""
-        versions = self.described["expects"]["versions"]
-        return {"number of shards": self.shard.count, "versions": versions, "inputs": self.job}
+DESCRIBED = ("models", "places", "texts", "settings", "identities", "expects")
+"""What a shard says of its study, from which a process makes it again."""
 
 
 def opened(
@@ -118,7 +88,7 @@ def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_known(study: Study[Any], part: Part[Any]) -> bool:
     """Whether the store has the measurements of a part."""
-    return study.store.get("part", study.part_inputs(part)) is not None
+    return study.store.get("study", study.part_inputs(part)) is not None
 
 
 class OpenedStudy(Opened):
@@ -137,40 +107,42 @@ class OpenedStudy(Opened):
         self._parts = dict(zip(described["units"], self._study.parts(), strict=True))
         self._make = self._study.maker()
 
-    def run(self, unit: str) -> bytes:
-        """Measure a part; what its store has more, unless it is that of the driver."""
+    def value(self, unit: str) -> dict[str, Any]:
+        """Measure a part into the store."""
         part = self._parts[unit]
         if not is_known(self._study, part):
             self._make(part)
-            self.store.put("part", self._study.part_inputs(part), {"part": unit})
-        is_sent = self.folder is None and self.described["store"] is None
-        return json.dumps(self.store.give(self._sent) if is_sent else {}).encode()
+            self.store.put("study", self._study.part_inputs(part), {"part": unit})
+        return {"part": unit}
 
-    def shard(self, shard: Shard) -> bytes:
-        """Measure every N-th part."""
-        mine = self.described["units"][shard.index :: shard.count]
-        failed: dict[str, str] = {}
+    def entries(self) -> Entries:
+        """Give what its store has more, unless it is that of the driver."""
+        is_sent = self.described["store"] is None
+        return self.store.give(self._sent) if is_sent else {}
+
+    def values(self, units: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
+        """Measure some parts; of several models the others go on."""
+        found: dict[str, Any] = {}
         is_one = len(self._study.models) == 1
-        with track(f"{self._study.KIND}, shard {shard}", len(mine), self.progress):
-            for unit in mine:
+        with track(f"{self._study.KIND}, {len(units)} parts", len(units), self.progress):
+            for unit in units:
                 alone = nullcontext() if is_one else others_go_on(unit, failed)
                 with part(1, unit), track(unit), alone:
-                    self.run(unit)
-        entries, job = self.store.give({}), self.described["job"]
-        return StudyShard(shard, job, self.described, entries, failed).to_bytes()
+                    found[unit] = self.value(unit)
+        return found
 
 
 class StudyWork(SharedWork):
     """A study: a unit is a part, whose measurements go into the store."""
 
-    opens, content = OpenedStudy, StudyShard
-    unit_names, is_exact = "parts", False  # what a worker sends depends on what it has sent
+    opens, is_exact = OpenedStudy, False  # what a worker sends depends on what it has sent
 
     def prepare(self) -> None:
         """Refuse what cannot be, as :meth:`Study.check`."""
         self.job.check()
         self.models = [one for one in self.job.models if isinstance(one, ModelSource)]
-        self.reads, self.units = self.job.reads, list(map(str, self.job.parts()))
+        self.store, self._parts = self.job.store, {str(one): one for one in self.job.parts()}
+        self.reads, self.units = self.job.reads, [*self._parts]
 
     @property
     def is_known(self) -> bool:
@@ -218,13 +190,9 @@ class StudyWork(SharedWork):
         """Hold the folder of the study."""
         return self.job.alone()
 
-    def done(self) -> list[str]:
-        """The parts that the store has."""
-        return [str(part) for part in self.job.parts() if is_known(self.job, part)]
-
-    def keep(self, unit: str, content: bytes) -> None:
-        """Put into the store what a worker has measured."""
-        self.job.store.take(json.loads(content))
+    def inputs(self, unit: str) -> dict[str, Any]:
+        """All that the measurements of a part depend on, whichever study it is of."""
+        return self.job.part_inputs(self._parts[unit])
 
     def give_up(self, ledger: Ledger) -> None:
         """Say which parts failed too often: the study measures them itself."""
@@ -241,7 +209,7 @@ class StudyWork(SharedWork):
     @classmethod
     def gather(
         cls,
-        shards: Sequence[StudyShard],
+        shards: Sequence[MadeShard],
         out: Path,
         *,
         overwrite: bool,
@@ -254,7 +222,9 @@ class StudyWork(SharedWork):
         without ``trust_remote_code``.
         """
         described, store = shards[0].described, open_store()
-        check_made_by(described["expects"]["versions"])
+        if missing := [name for name in DESCRIBED if name not in described]:
+            raise ScanError(f"the shards do not describe their {cls.kind}: {', '.join(missing)}")
+        check_made_by(shards[0].versions)
         if store.folder is None:
             raise ProcessesError("there is no cache to put shards into: name one (SHALLOWER_CACHE)")
         has_code = any(of["trust_remote_code"] for of in described["models"])
@@ -263,8 +233,6 @@ class StudyWork(SharedWork):
                 "gather runs no code that comes with a model or with tasks by the word of a file: "
                 "allow it yourself (trust_remote_code=True, --trust-remote-code)"
             )
-        if described["kind"] != cls.kind:
-            raise ScanError(f"these are no shards of a {NAMES[cls.kind]}")
         given = [one["path"] for one in described["models"]]
         is_here = described["places"] == list(map(absolute, given))
         study = opened(described, store, as_named=is_here, out=out, overwrite=overwrite)

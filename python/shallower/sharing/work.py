@@ -1,9 +1,10 @@
 """What a kind of work supplies to be shared: what it is of, what workers open, where results go."""
 
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,14 +15,15 @@ from ..errors import OutputError, ProcessesError, ScanError, SettingsError, rais
 from ..models.source import ModelSource
 from ..storage import absolute, claimed, write_file
 from ..store.inputs import check_made_by, made_by, model_content
-from ..store.store import open_store
-from ..values.memory import MemoryPlan
-from ..values.shard import NAMES, Shard, read_shards
+from ..store.store import Entries, Store, open_store
+from ..values.estimates import MemoryPlan
+from ..values.shard import NAMES, Shard
 from ..workers.units import Ledger
 from .engines import cards_for, seats
+from .shards import MadeShard
 
 NUM_SHARDS = 64
-"""A work that workers share falls into so many shards, whatever their number."""
+"""A scan or an eval that workers share falls into so many shards, whatever their number."""
 
 NUM_STREAMED = 8
 """So many, where each reads the whole model, and the number of workers is not known."""
@@ -29,15 +31,15 @@ NUM_STREAMED = 8
 INCOMPLETE_FILE = "incomplete.json"
 """Names the shards that were given up, with their texts and errors."""
 
+PARTS_FOLDER = ".parts"
+"""The store of the parts of a scan or an eval, in its folder until all are done."""
+
 
 class Opened(ABC):
-    """A work that is opened: by a worker, or by hand a ``job`` with a ``folder`` for what is begun.
+    """A work, opened by a worker, or by hand its ``job`` with a ``folder`` for what is begun."""
 
-    ``hello`` is what all workers must have in common, and the texts of every shard, for a record of
-    those that failed. ProcessesError: packages are not those of whoever described it.
-    """
-
-    hello: Mapping[str, Any] = {"common": {}, "texts": {}}
+    common: Mapping[str, Any] = {}  # to all processes, by the words of an error
+    texts: Mapping[str, Any] = {}  # of every unit, for a record of those that failed
 
     def __init__(
         self, described: Mapping[str, Any], folder: Path | None = None, job: Any = None
@@ -46,49 +48,67 @@ class Opened(ABC):
         self.described, self.folder, self.job = described, folder, job
         self.progress = False if folder is None else None
 
-    @abstractmethod
-    def run(self, unit: str) -> bytes:
-        """Do one unit."""
+    @property
+    def hello(self) -> dict[str, Any]:
+        """What a worker says once it has opened the work."""
+        return {"common": self.common, "texts": self.texts}
 
-    def shard(self, shard: Shard) -> bytes:
-        """Give the file of a shard."""
-        return self.run(str(shard))
+    @abstractmethod
+    def value(self, unit: str) -> dict[str, Any]:
+        """Do one unit: what was found, as plain JSON."""
+
+    def entries(self) -> Entries:
+        """Give what the store has more than was given before."""
+        return {}
+
+    def values(self, units: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
+        """Do some units, one after the other; ``failed`` gets those that others do without."""
+        return {unit: self.value(unit) for unit in units}
+
+    def run(self, unit: str) -> bytes:
+        """Do one unit, for whoever described the work."""
+        return json.dumps({"value": self.value(unit), "entries": self.entries()}).encode()
+
+    def shard(self, shard: Shard) -> MadeShard:
+        """Do every N-th unit."""
+        described, failed = self.described, dict[str, str]()
+        values = self.values(described["units"][shard.index :: shard.count], failed)
+        return MadeShard(
+            described["kind"],
+            shard,
+            described["job"],
+            versions=described["expects"]["versions"],
+            common=self.common,
+            described=described,
+            values=values,
+            entries=self.entries(),
+            failed=failed,
+        )
 
 
 class SharedWork(ABC):
     """A scan, an eval or a study, and who does which part of it.
 
-    A kind supplies what stands here without a value; how it is ``described`` as plain JSON, without
-    weights and texts, and its folder ``held``; which units are ``done``, how the result of one is
-    kept and that of none said (``keep``, ``give_up``); and how all results come together: where
-    they were kept (``finish``), or from anywhere (``gather``).
-
-    Attributes:
-        job: the :class:`ScanJob`, :class:`EvalJob` or :class:`Study`.
-        out: its folder; None for none.
-        shard: which part is made by hand; None where workers share all of it.
-        on: where workers are: ``local`` processes, or those of a ``ray`` cluster.
-        workers: their number; on a cluster as many as it has room for by default.
-        models: what workers load.
-        reads: the places that are read, by their text.
-        units: what workers do, one at a time.
+    The value of each unit goes into a store. A kind supplies what stands here without a value, and
+    how all values come together: of the store (``finish``), or of shards (``gather``).
     """
 
     kind: ClassVar[str]
     results: ClassVar[str]
     opens: ClassVar[type[Opened]]
-    content: ClassVar[Any]
-    models: Sequence[ModelSource]
-    reads: Sequence[object]
-    units: Sequence[str]
+    unit_names, is_exact = "parts", True
+    models: Sequence[ModelSource]  # what workers load
+    reads: Sequence[object]  # the places that are read, by their text
+    units: Sequence[str]  # what workers do, one at a time
+    store: Store  # of the values of units
 
     def __init__(
         self,
-        job: Any,
+        job: Any,  # a :class:`ScanJob`, :class:`EvalJob` or :class:`Study`
         *,
-        shard: Shard | None = None,
-        on: Literal["local", "ray"] = "local",
-        workers: int | None = None,
+        shard: Shard | None = None,  # the part that is made by hand; else workers share all
+        on: Literal["local", "ray"] = "local",  # processes, or workers of a cluster
+        workers: int | None = None,  # by default as many as a cluster has room for
     ) -> None:
         self.job, self.shard, self.on, self.workers = job, shard, on, workers
         self.out: Path | None = job.out
@@ -103,9 +123,34 @@ class SharedWork(ABC):
         if workers is not None and workers < 1:
             raise ProcessesError(f"workers (--workers) is {workers}: expected at least 1")
 
+    @property
+    def is_known(self) -> bool:
+        """Whether all of it is known before."""
+        return False
+
     @abstractmethod
     def prepare(self) -> None:
         """Refuse what cannot be shared, and set ``models``, ``reads`` and ``units``."""
+
+    @abstractmethod
+    def memory(self) -> MemoryPlan:
+        """Forecast what a replica takes."""
+
+    @abstractmethod
+    def described(self) -> dict[str, Any]:
+        """Describe the work as plain JSON, without weights and texts."""
+
+    @abstractmethod
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the place of the results against other processes."""
+
+    @abstractmethod
+    def give_up(self, ledger: Ledger) -> None:
+        """Say which units failed too often; ProcessesError where nothing can be done without."""
+
+    @abstractmethod
+    def finish(self) -> Any:
+        """Put the values of all units together, as one process finds them."""
 
     def ready(self, worker: str, hello: Mapping[str, Any]) -> None:
         """Hold what a worker has opened against the first one's; ProcessesError."""
@@ -117,6 +162,24 @@ class SharedWork(ABC):
                     f"name what is chosen by machine (--dtype), or use like machines"
                 )
         self._texts = hello["texts"]
+
+    def inputs(self, unit: str) -> dict[str, Any]:
+        """All that the value of a unit depends on."""
+        return {"job": self.job.job, "unit": unit}
+
+    def value(self, unit: str) -> dict[str, Any] | None:
+        """The value of a unit; None where it is not done."""
+        return self.store.get("study", self.inputs(unit))
+
+    def done(self) -> list[str]:
+        """The units that were done before."""
+        return [unit for unit in self.units if self.value(unit) is not None]
+
+    def keep(self, unit: str, content: bytes) -> None:
+        """Keep what a worker has found."""
+        found = json.loads(content)
+        self.store.take(found["entries"])
+        self.store.put("study", self.inputs(unit), found["value"])
 
     def place(self, shard: Shard) -> Path:
         """The file of a shard; SettingsError for a work without a folder."""
@@ -134,12 +197,12 @@ class SharedWork(ABC):
             return None
         fault = f"{place} exists already, and is no shard of this work"
         try:
-            found = self.content.load(place)
+            found = MadeShard.load(place)
             if (job := self.job.job) is None:
                 fault = (
                     f"{place} exists already, and the files of model and texts do not show of what"
                 )
-            elif (found.shard, found.job, found.is_complete) == (shard, job, True):
+            elif (found.shard, found.job) == (shard, job):
                 return datetime.fromtimestamp(place.stat().st_mtime, UTC).isoformat()
         except ScanError as error:
             fault = str(error)
@@ -160,9 +223,9 @@ class OpenedBatches(Opened):
         source = ModelSource(**described["source"]) if job is None else job.source
         self.content = described["expects"]["model"]
         self.agree("model", str(source), lambda: model_content(source, self.store))
-        of = self.batches = self.open(source)
-        texts = {unit: of.texts_of(Shard.parse(unit)) for unit in described["units"]}
-        self.hello = {"common": of.common, "texts": texts}
+        of = self.open(source)
+        self.common = of.common
+        self.texts = {unit: of.texts_of(Shard.parse(unit)) for unit in described["units"]}
 
     def agree(self, name: str, place: str | None, found: Callable[[], Any]) -> None:
         """Refuse what is not what the driver has: ProcessesError."""
@@ -176,16 +239,16 @@ class OpenedBatches(Opened):
 
 
 class Batches(SharedWork):
-    """A scan or an eval: a unit is a shard of its batches, and lies in the folder as a file."""
+    """A scan or an eval: a unit is an equal part of its batches."""
 
-    unit_names, is_exact, is_known = "shards", True, False
+    unit_names = "shards"
 
     def prepare(self) -> None:
-        """Set the shards; each of a model that is streamed reads all of it."""
+        """Set the units; each of a model that is streamed reads all of it."""
         source = self.job.source
-        count = (self.workers or NUM_STREAMED) if source.waits_on_disk else NUM_SHARDS
-        self.shards = [Shard(index, count) for index in range(count)]
-        self.models, self.units = [source], list(map(str, self.shards))
+        count = (self.workers or NUM_STREAMED) if source.is_streamed else NUM_SHARDS
+        count = count if self.shard is None else self.shard.count
+        self.models, self.units = [source], [str(Shard(index, count)) for index in range(count)]
 
     def memory(self) -> MemoryPlan:
         """Forecast what a replica takes."""
@@ -226,15 +289,18 @@ class Batches(SharedWork):
                 self.out = Path(held.enter_context(TemporaryDirectory(prefix="shallower-")))
             else:
                 held.enter_context(claimed(self.job.file, overwrite=True))
+            assert self.out is not None
+            if self.job.job is None:  # nobody knows of what the parts are that are there
+                shutil.rmtree(self.out / PARTS_FOLDER, ignore_errors=True)
+            self.store = Store(self.out / PARTS_FOLDER)
+            if common := self.store.get("study", self.inputs("common")):
+                self._first = "an earlier worker", common
             yield
 
-    def done(self) -> list[str]:
-        """The shards that lie in the folder; OutputError for one of other work."""
-        return [str(shard) for shard in self.shards if self.made(shard)]
-
-    def keep(self, unit: str, content: bytes) -> None:
-        """Write a shard."""
-        write_file(self.place(Shard.parse(unit)), content)
+    def ready(self, worker: str, hello: Mapping[str, Any]) -> None:
+        """Hold what a worker has opened against the first one's, also of a command before."""
+        super().ready(worker, hello)
+        self.store.put("study", self.inputs("common"), hello["common"])
 
     def give_up(self, ledger: Ledger) -> None:
         """Write what was given up, and say so: ProcessesError."""
@@ -260,13 +326,18 @@ class Batches(SharedWork):
         )
 
     def finish(self) -> Any:
-        """Put the shards of the folder together, which go then."""
-        places = list(map(self.place, self.shards))
-        done = self.joined(read_shards(places, self.content.load, self.kind))
-        for place in places:
-            place.unlink()
+        """Put the values of all units together; their store goes then. OutputError: one is lost."""
+        assert self.out is not None
+        values = [self.value(unit) for unit in self.units]
+        if None in values:
+            raise OutputError(
+                f"{self.out / PARTS_FOLDER} has not kept all that workers found: free its disk, "
+                f"and run the same command again"
+            )
+        done = self.joined(values)
+        shutil.rmtree(self.out / PARTS_FOLDER, ignore_errors=True)
         return done
 
     @abstractmethod
-    def joined(self, shards: Sequence[Any]) -> Any:
-        """Put shards together, as what one process finds."""
+    def joined(self, values: Sequence[Any]) -> Any:
+        """Put values together, as what one process finds."""

@@ -20,8 +20,7 @@ from ..storage import RECORD, RESULT_RECORD
 from ..texts.sources import Texts
 from ..values.counts import counted
 from ..values.files import OF_ONE_MODEL, SCAN_FILE
-from ..values.hashing import hash_of
-from ..values.provenance import versions
+from ..values.provenance import hash_of, versions
 from ..values.tokens import Tokens
 from .records import (
     MODELS,

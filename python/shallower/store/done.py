@@ -17,7 +17,7 @@ from ..cutting.source import find_source
 from ..models.source import ModelSource
 from ..storage import sha256_of
 from ..texts.sources import Texts
-from ..values.hashing import hash_of
+from ..values.provenance import hash_of
 from .inputs import inputs_of, model_inputs
 from .store import Entry, Store
 

@@ -27,7 +27,7 @@ class InMemory:
         return place_of(self.model)
 
     @property
-    def waits_on_disk(self) -> bool:
+    def is_streamed(self) -> bool:
         """Whether its layers are read from disk as they run."""
         from ..models.decoder import Decoder
 

@@ -26,13 +26,12 @@ from ..merging.adapter_config import CONFIG_FILE as ADAPTERS_FILE
 from ..merging.adapter_config import remembered_base
 from ..models.place import of_hub
 from ..models.source import ModelSource
-from ..processes import asked_threads, first_processor, processors
+from ..processes import first_processor, processors, requested_threads
 from ..progress import track
 from ..storage import RECORD, RESULT_RECORD, sha256_of
 from ..texts.hub import hub_absence, hub_files
 from ..texts.sources import Texts
-from ..values.hashing import hash_of
-from ..values.provenance import versions
+from ..values.provenance import hash_of, versions
 from ..values.tokens import Tokens
 from .store import Store
 
@@ -106,7 +105,7 @@ def computed() -> dict[str, Any]:
                 del changed[name]
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             changed[f"autocast {device}"] = str(torch.get_autocast_dtype(device))
-    return {"machine": machine(), "threads": asked_threads() or processors(), "torch": changed}
+    return {"machine": machine(), "threads": requested_threads() or processors(), "torch": changed}
 
 
 def _loaded_by(source: ModelSource) -> dict[str, Any]:

@@ -34,8 +34,7 @@ from ..values.files import (
     REPORT_FILE,
     RESULTS_FILE,
 )
-from ..values.hashing import hash_of
-from ..values.provenance import versions
+from ..values.provenance import hash_of, versions
 from ..values.schema import fields_of, of_type, plain_fields
 from .inputs import (
     hash_of_card,

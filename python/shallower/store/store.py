@@ -20,7 +20,7 @@ from time import monotonic, sleep, time
 from typing import Any
 
 from ..errors import CacheError, why
-from ..values.hashing import hash_of
+from ..values.provenance import hash_of
 from ..values.schema import of_type
 
 FOLDER_VARIABLE = "SHALLOWER_CACHE"
@@ -442,7 +442,7 @@ def _lay_out(connection: sqlite3.Connection) -> None:
 def _choose_mode(connection: sqlite3.Connection, folder: Path) -> None:
     """Write ahead to a log (WAL), which a kill cannot hurt; where that cannot be, to a journal."""
     is_shared = file_system(folder).startswith(_NETWORKS)
-    if is_shared:
+    if is_shared and folder == store_folder():
         warnings.warn(
             f"the store lies on a network folder ({folder}), where it is slow, without a log: "
             f"the variable {FOLDER_VARIABLE} names another one",

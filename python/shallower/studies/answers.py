@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError, ModelError, TextsError
 from ..progress import part, track
+from ..results.speech import Answer
 from ..texts.prompts import (
     Prompt,
     has_template,
@@ -20,9 +21,8 @@ from ..texts.prompts import (
     training_prompts,
 )
 from ..texts.sequences import answered
-from ..values.answers import Answer
 from ..values.counts import counted
-from ..values.hashing import hash_of
+from ..values.provenance import hash_of
 from ..values.schema import of_type, read
 from ..values.tokens import BatchSize
 
@@ -72,9 +72,9 @@ class KeptAnswers:
         description: str = "answers",
     ) -> list[Answer]:
         """Answer prompts as :func:`write_answers`; CacheError where the store is damaged."""
-        from ..evaluation.answers import check_prompts, check_speaks, ends_of, write_answers
+        from ..evaluation.answers import check_generates, check_prompts, ends_of, write_answers
 
-        check_speaks(decoder)
+        check_generates(decoder)
         check_prompts(decoder, prompts, num_tokens)
         # In passes over layers on disk all answers go on.
         at_once = len(prompts) if decoder.is_streamed else AT_ONCE

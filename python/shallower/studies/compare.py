@@ -20,18 +20,16 @@ from ..errors import (
 from ..models.source import ModelSource
 from ..processes import refuse_several
 from ..progress import whole
+from ..results.comparison import CriteriaComparison
+from ..settings.studies import CRITERIA, EXPERT_CRITERIA, CompareSettings
 from ..store.given_models import InMemory, ModelStore, given_models
 from ..store.store import Entry, open_store
 from ..texts.prompts import Prompt, prompts_fingerprint
-from ..values.comparison import CriteriaComparison
 from ..values.experts import check_counts
 from ..values.files import COMPARISON_FILE, COMPARISON_TABLE
-from ..values.hashing import hash_of
 from ..values.layers import check_sizes
-from ..values.provenance import LM_EVAL, versions
-from ..values.settings import CRITERIA, EXPERT_CRITERIA, CompareSettings
-from .items import Items, items_fingerprint, judged_items
-from .study import SINGLE_LAYERS, WHOLE, Part, Study
+from ..values.provenance import LM_EVAL, hash_of, versions
+from .study import SINGLE_LAYERS, WHOLE, Items, Part, Study, items_fingerprint, judged_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -383,7 +381,7 @@ class CompareStudy(Study[CompareSettings]):
                 self.write_comparison(self._joined(outcomes, failures, ended=False))
         comparison = self._joined(outcomes, failures)
         if not failures and all(outcome.is_complete for outcome in outcomes):
-            self.store.put(self.KIND, self.inputs, comparison.to_json())
+            self.store.put("study", self.inputs, comparison.to_json())
         return comparison
 
     def _measure_one(

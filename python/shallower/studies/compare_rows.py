@@ -1,11 +1,10 @@
 """The rows of a comparison on one model that is loaded: what each criterion drops, and its cost."""
 
 import math
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..errors import (
     one_sentence,
     others_go_on,
 )
-from ..evaluation.kept import ResultStore, recalled
+from ..evaluation.kept import ResultStore
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.criteria import RecommendedPlan
 from ..judgement.criteria.experts import EverySet
@@ -36,11 +35,7 @@ from ..models.decoder import Decoder
 from ..models.experts import find_experts
 from ..models.source import ModelSource
 from ..progress import say_goes_on, stage, track
-from ..scanning.scan_file import scan_bytes
-from ..storage import write_file
-from ..store.given_models import InMemory
-from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
-from ..values.comparison import (
+from ..results.comparison import (
     ComparedModel,
     MeasuredRow,
     Row,
@@ -48,14 +43,15 @@ from ..values.comparison import (
     scan_place,
     with_regrets,
 )
+from ..results.loss import Loss
+from ..results.scores import Estimate, Scores, Standing
+from ..settings.recipe import Recipe
+from ..settings.studies import CompareSettings, State
+from ..store.given_models import InMemory
+from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
 from ..values.experts import check_counts
 from ..values.layers import check_sizes
-from ..values.loss import Loss
 from ..values.plan import Gone, Plan
-from ..values.recipe import Recipe
-from ..values.schema import plain, read
-from ..values.scores import Estimate, Scores, Standing
-from ..values.settings import CompareSettings, State
 from .measures import ScoresOnTasks
 from .measuring import Measured, Measuring
 from .starts import starts_of, wants_scans
@@ -210,6 +206,7 @@ class _Choosing:
             settings.n,
             texts=(on.identity,),
             seed=settings.seed,
+            store=self.store,
         )
         where = {"fitted": on.fitted, "seed": settings.seed, "unit": settings.unit}
         self._chosen_on = {**where, **judge_inputs(judge)}
@@ -224,22 +221,11 @@ class _Choosing:
 
     def starts(self) -> tuple[Start, ...]:
         """Where the most alike blocks start; the scan is put below the folder of the study."""
-        known = self.store.get("scan", self._scanned_on)
-        if known is None:
-            with self.subject.counting():
-                scan = shared_scan(self.subject)
-            content = b64encode(scan_bytes(scan.contents)).decode()
-            known = {"starts": plain(starts_of(scan)), "content": content}
-            self.store.put("scan", self._scanned_on, known)
+        with self.subject.counting():
+            scanned = shared_scan(self.subject)
         if self.study.out is not None:
-            place = self.study.folder / scan_place(self.model, self.texts)
-            write_file(place, b64decode(known["content"]))
-        return recalled(partial(read, tuple[Start, ...]), known["starts"], "a scan")
-
-    @property
-    def _scanned_on(self) -> dict[str, Any]:
-        """What a scan depends on beside the model."""
-        return {"fitted": self.on.fitted, "batch_size": self.measuring.tokens.batch_size}
+            scanned.save(self.study.folder / scan_place(self.model, self.texts))
+        return starts_of(scanned)
 
     def say_goes_on(self) -> None:
         """Say what is known of a comparison that was cut short."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.source import ModelSource
 from ..processes import refuse_several
+from ..results.comparison import CriteriaComparison
+from ..settings.studies import CurveSettings
 from ..store.given_models import given_model
 from ..store.store import open_store
-from ..values.comparison import CriteriaComparison
-from ..values.settings import CurveSettings
 from .compare import CompareStudy
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from ..models.source import ModelSource
+from ..settings.studies import CompareSettings, RunSettings
 from ..values.files import CHECKPOINT_FOLDER, SMALL
-from ..values.settings import CompareSettings, RunSettings
 
 
 def study_bytes(study: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
-from ..forecasts.speed import Work, device_of, told
+from ..forecasts.speed import Work, device_of, or_unknown
 from ..forecasts.work import (
     CHECKED,
     Counted,
@@ -41,14 +41,13 @@ from ..patching.counts import SOLVING, PatchLayers
 from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import patch_tokens
 from ..patching.states import MAX_HELD_OUT
+from ..results.speech import WAYS
+from ..settings.recipe import Recipe
+from ..settings.studies import CompareSettings, RunSettings
 from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
-from ..values.estimates import Disk, Divided
-from ..values.memory import MemoryPlan
-from ..values.recipe import Recipe
-from ..values.settings import CompareSettings, RunSettings
-from ..values.speech import WAYS
+from ..values.estimates import Disk, Divided, MemoryPlan
 from ..values.tokens import SPEECH_TOKENS
 from .answers import WantedAnswers
 from .compare import CompareStudy
@@ -85,11 +84,11 @@ def describe(study: Study[Any]) -> dict[str, Any]:
         described |= {"not_saved": lost} if (lost := unsaved(whole)) else {}
     if patches(study.settings):
         ways["temporary"] = lambda: Disk(temporary_of(study), free_bytes(temporary()))
-    if any(model.waits_on_disk for model in study.models):
+    if any(model.is_streamed for model in study.models):
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")
         )
-    return {**described, **{name: told(way) for name, way in ways.items()}}
+    return {**described, **{name: or_unknown(way) for name, way in ways.items()}}
 
 
 def _peak(plan: MemoryPlan) -> int:
@@ -295,7 +294,7 @@ class _Model:
 
     def _spoken(self, left: int) -> Iterator[Work]:
         """How a model of so many layers speaks, judged by the whole one."""
-        if self.study.prompts and not self.source.waits_on_disk:
+        if self.study.prompts and not self.source.is_streamed:
             ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
             prompts = np.array([len(one) for one in ids])
             yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)

@@ -14,18 +14,17 @@ from ..errors import TextsError
 from ..evaluation.kept import recalled
 from ..models.source import ModelSource
 from ..processes import check_alone
+from ..settings.stages import EvalSettings
 from ..storage import check_apart, check_free, check_room
 from ..store.given_models import ModelStore
 from ..store.inputs import inputs_of, job_of, model_content
 from ..store.store import Store
-from ..values.estimates import Time
+from ..values.estimates import MemoryPlan, Time
 from ..values.files import EVAL_FILE, SMALL
 from ..values.identity import ModelIdentity
 from ..values.layers import Block
-from ..values.memory import MemoryPlan
 from ..values.plan import Plan, key_of
 from ..values.schema import read
-from ..values.stage_settings import EvalSettings
 from ..values.tokens import Tokens
 from .measures import LossOfTexts, Measure, PerplexityOfText, ScoresOnTasks
 from .speaking import SpeechOnPrompts
@@ -45,7 +44,7 @@ MEASURES: Sequence[type[Measure[Any]]] = (
 """What can be measured, in the order in which it is printed."""
 
 
-def asked_of(settings: EvalSettings) -> dict[str, Any]:
+def items_in(settings: EvalSettings) -> dict[str, Any]:
     """What is to be measured: by the options of measures what they are of."""
     found = {one.option: getattr(settings, one.option) for one in MEASURES}
     return {option: what for option, what in found.items() if what not in (None, False)}
@@ -53,12 +52,12 @@ def asked_of(settings: EvalSettings) -> dict[str, Any]:
 
 def measures_of(settings: EvalSettings, *, is_shared: bool) -> list[Measure[Any]]:
     """Make the measures that are asked for; TextsError if there is none."""
-    asked = asked_of(settings)
+    asked = items_in(settings)
     if not asked:
         *others, last = (f"--{one.option}" for one in MEASURES)
         raise TextsError(f"name what to measure: {', '.join(others)} or {last}")
     wanted = [one for one in MEASURES if one.option in asked]
-    return [one.asked_by(settings, is_shared=is_shared) for one in wanted]
+    return [one.of_settings(settings, is_shared=is_shared) for one in wanted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +140,10 @@ class EvalJob:
         identity = recalled(lambda known: read(ModelIdentity, known["model"]), entry.value, _ENTRY)
         return Result(recalled(measure.read, entry.value, _ENTRY), identity, entry.made)
 
-    def keep(
-        self, measure: Measure[Any], plan: Plan | None, value: Any, model: ModelIdentity
-    ) -> Result:
+    def keep(self, measure: Measure[Any], side: str, value: Any, *, model: ModelIdentity) -> Result:
         """Keep a result that was just measured; ``model`` is the whole one."""
-        measure.keep(self.kept, self.keys[measure.kind], plan, value, model)
-        return Result(value, model)
+        key, plan = self.keys[measure.kind], self.sides[side]
+        return Result(measure.keep(self.kept, key, value, plan=plan, model=model), model)
 
     @cached_property
     def whole(self) -> dict[str, Result | None]:
@@ -198,12 +195,12 @@ class EvalJob:
         The time is that of ``others``, too, which are measured after it.
         """
         from ..forecasts.forecast import memory_facts
-        from ..forecasts.speed import told
+        from ..forecasts.speed import or_unknown
 
         plan = memory or self.memory(self.source)
         described = {**memory_facts(self.source, plan), **self._stream()}
         if self.device_memory is None:  # else it is of a card that is not here
-            described["time"] = told(lambda: self._time(plan.micro_batch, others))
+            described["time"] = or_unknown(lambda: self._time(plan.micro_batch, others))
         return described
 
     def counted(self, texts: int) -> "Counted":
@@ -231,7 +228,7 @@ class EvalJob:
         from ..forecasts.work import CHECKED, plan_passes
 
         speech = [one for one in self.measures if isinstance(one, SpeechOnPrompts)]
-        if not speech or not self.source.waits_on_disk:
+        if not speech or not self.source.is_streamed:
             return {}
         passes = [CHECKED, (len(self.measures) * len(self.sides), 0)]
         for one in speech:  # each token of both ways, those words, and their judgement
@@ -286,12 +283,12 @@ class EvalJob:
         missing = [one for one in self.measures if len(found[one.kind]) < len(self.sides)]
         for measure in missing:
             if measure.whole is not None:
-                self._meet(measure, self._loaded(measure.whole), measure.whole)
+                self._take_reference(measure, self._loaded(measure.whole), measure.whole)
         identity, waiting = self._measured(missing, found)
         for measure, side, value in waiting:
             assert measure.whole is not None
             completed = measure.complete(value, self._loaded(measure.whole)[0])
-            found[measure.kind][side] = self.keep(measure, self.sides[side], completed, identity)
+            found[measure.kind][side] = self.keep(measure, side, completed, model=identity)
         return {kind: {side: some[side] for side in self.sides} for kind, some in found.items()}
 
     @property
@@ -312,7 +309,7 @@ class EvalJob:
                 pass  # refused, if it is, before anything is measured
         for measure in missing:
             if measure.whole is None:
-                self._meet(measure, loaded, self.source)
+                self._take_reference(measure, loaded, self.source)
         waiting = []  # until all layers are back, or the other model is loaded
         for side, plan in self.sides.items():
             with without_layers(decoder.model, plan) if plan else nullcontext():
@@ -324,18 +321,18 @@ class EvalJob:
                     if measure.needs_whole:
                         waiting.append((measure, side, value))
                     else:
-                        found[measure.kind][side] = self.keep(measure, plan, value, identity)
+                        found[measure.kind][side] = self.keep(measure, side, value, model=identity)
         for measure, side, value in waiting:
             if measure.whole is None:
                 completed = measure.complete(value, decoder)
-                kept = self.keep(measure, self.sides[side], completed, identity)
+                kept = self.keep(measure, side, completed, model=identity)
                 found[measure.kind][side] = kept
         return identity, [one for one in waiting if one[0].whole is not None]
 
-    def _meet(self, measure: Measure[Any], loaded: "Loaded", source: ModelSource) -> None:
+    def _take_reference(self, measure: Measure[Any], loaded: "Loaded", source: ModelSource) -> None:
         """Let a measure see the whole model, which ``source`` names."""
         store = ModelStore.of(source, self.store)
-        measure.meet(loaded, tokens=self.fitted(measure), store=store)
+        measure.take_reference(loaded, tokens=self.fitted(measure), store=store)
 
     def _loaded(self, source: ModelSource) -> "Loaded":
         """A model and its tokenizer; the memory of one before it is free."""
@@ -345,7 +342,7 @@ class EvalJob:
 
         free_memory()
         model, tokenizer = source.load()
-        if source.waits_on_disk:
+        if source.is_streamed:
             self.readings.append(reading_of(model))
         return Decoder.of(model), tokenizer
 

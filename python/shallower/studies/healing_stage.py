@@ -21,13 +21,13 @@ from ..models.decoder import Decoder
 from ..models.identity import stored_digest, stored_dtype
 from ..models.source import ModelSource
 from ..reporting.results import Run
+from ..results.healing import Healing
+from ..results.loss import Loss
+from ..results.speech import Answer
+from ..settings.recipe import Recipe
+from ..settings.studies import RunSettings
 from ..store.given_models import ModelStore
-from ..values.answers import Answer
 from ..values.files import CHECKPOINT_FOLDER, HEALED_FOLDER
-from ..values.healing import Healing
-from ..values.loss import Loss
-from ..values.recipe import Recipe
-from ..values.settings import RunSettings
 from .speaking import SpeechOnPrompts
 from .study import Study
 

@@ -11,9 +11,9 @@ from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge
 from ..models.decoder import Decoder
 from ..progress import track
+from ..results.speech import Answer
 from ..texts.batches import TokenisedText
 from ..texts.prompts import Prompt
-from ..values.answers import Answer
 from ..values.tokens import Tokens
 from .answers import KeptAnswers
 from .speaking import SpeechOnPrompts

@@ -13,20 +13,20 @@ from ..errors import ProcessesError, SettingsError
 from ..evaluation.kept import recalled
 from ..evaluation.task_files import check_names, files_in, files_of
 from ..models.source import ModelSource
+from ..results.loss import Loss
+from ..results.perplexity import Perplexity
+from ..results.task_scores import TaskScores
+from ..settings.options import parse_names
+from ..settings.stages import EvalSettings
+from ..settings.studies import CompareSettings
 from ..storage import absolute
 from ..store.inputs import hash_of_files, texts_content
 from ..store.store import Store
 from ..texts.sources import Texts, read_whole
-from ..values.hashing import hash_of
 from ..values.identity import ModelIdentity
-from ..values.loss import Loss
-from ..values.options import parse_names
-from ..values.perplexity import Perplexity
 from ..values.plan import Plan, key_of
+from ..values.provenance import hash_of
 from ..values.schema import plain
-from ..values.settings import CompareSettings
-from ..values.stage_settings import EvalSettings
-from ..values.task_scores import TaskScores
 from ..values.tokens import BatchSize, Tokens
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Measure(ABC, Generic[T]):
     result: Any
     shared: Sequence[str] | None = None
     apart: str = "measure it apart"
-    asked: EvalSettings | None = None
+    named_by: EvalSettings | None = None
     needs_whole: bool = False
     tokens: Tokens = Tokens()
     source: str | None = None
@@ -75,10 +75,10 @@ class Measure(ABC, Generic[T]):
         """Make it of its option; what other processes read too, where it is shared, is named."""
 
     @classmethod
-    def asked_by(cls, settings: EvalSettings, *, is_shared: bool) -> Self:
+    def of_settings(cls, settings: EvalSettings, *, is_shared: bool) -> Self:
         """Make it as settings ask for it."""
         made = cls.of(getattr(settings, cls.option), settings, is_shared=is_shared)
-        made.asked = settings
+        made.named_by = settings
         return made
 
     @abstractmethod
@@ -96,10 +96,10 @@ class Measure(ABC, Generic[T]):
                 f"--{self.option} is measured by one process: leave out --shard, --workers and "
                 f"--on, and {self.apart}"
             )
-        if self.asked is None:
+        if self.named_by is None:
             raise ProcessesError("workers read texts themselves: name a file or a dataset")
-        place = absolute(getattr(self.asked, self.option))
-        return {self.option: place} | {name: getattr(self.asked, name) for name in self.shared}
+        place = absolute(getattr(self.named_by, self.option))
+        return {self.option: place} | {name: getattr(self.named_by, name) for name in self.shared}
 
     def key(self, store: Store) -> dict[str, Any] | None:
         """Give what its results in the store are found by, beside the model and the cut."""
@@ -115,7 +115,7 @@ class Measure(ABC, Generic[T]):
         """
         yield from ()
 
-    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
+    def take_reference(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """See the whole model before anything is measured; ``store`` has that one's results."""
 
     @abstractmethod
@@ -144,17 +144,19 @@ class Measure(ABC, Generic[T]):
         if known is not None:
             return recalled(self.read, known, "a measurement")
         if store is not None:
-            self.meet(loaded, tokens=tokens, store=store)
+            self.take_reference(loaded, tokens=tokens, store=store)
         with without_layers(decoder.model, plan) if plan else nullcontext():
             value = self.measure(loaded, tokens=tokens, plan=plan, store=store)
-        return self.keep(store, key, plan, self.complete(value, decoder), decoder.identity)
+        found = self.complete(value, decoder)
+        return self.keep(store, key, found, plan=plan, model=decoder.identity)
 
     def keep(
         self,
         store: "ResultStore | None",
         key: Mapping[str, Any] | None,
-        plan: Plan | None,
         value: T,
+        *,
+        plan: Plan | None,
         model: ModelIdentity,
     ) -> T:
         """Keep a result of a model without what a plan drops; ``model`` is the whole one."""

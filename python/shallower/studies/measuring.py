@@ -29,21 +29,21 @@ from ..models.source import ModelSource
 from ..patching.patch import with_patch
 from ..patching.quick import QuickPatch
 from ..progress import track
+from ..results.loss import Loss
+from ..results.scores import Scores
+from ..results.speech import Speech
+from ..results.task_scores import TaskScores
 from ..scanning.scan import Scan
+from ..settings.recipe import Recipe
+from ..settings.studies import State
 from ..store.given_models import ModelStore
 from ..texts.batches import Batch, TokenBatches, tokenise
 from ..texts.prompts import prompts_fingerprint
 from ..texts.splits import TokenisedSplits
-from ..values.hashing import hash_of
 from ..values.identity import TextsIdentity
-from ..values.loss import Loss
 from ..values.plan import Gone, Plan, gone_by, key_of
-from ..values.recipe import Recipe
+from ..values.provenance import hash_of
 from ..values.schema import plain_fields, read
-from ..values.scores import Scores
-from ..values.settings import State
-from ..values.speech import Speech
-from ..values.task_scores import TaskScores
 from .judging import Judges
 from .measures import ScoresOnTasks
 from .speaking import SpeechOnPrompts, speech_of
@@ -303,7 +303,7 @@ class Measuring:
         """Speech beside the whole model, which has answered; None where no speech is measured."""
         if self._speech is not None:
             loaded, tokens = (self.decoder, self.tokenizer), self._speech.tokens
-            self._speech.meet(loaded, tokens=tokens, store=self._store)
+            self._speech.take_reference(loaded, tokens=tokens, store=self._store)
         return self._speech
 
     @cached_property

@@ -30,12 +30,17 @@ from ..patching.patch import patch_tokens, with_patch
 from ..patching.saving import save_patched
 from ..progress import stage, track
 from ..reporting.results import Run, weights_mark
+from ..results.patch import Patch
+from ..results.recommendation import Recommended
+from ..results.scores import Difference, Scores
+from ..results.speech import Answer
 from ..savings.timing import own_device
 from ..savings.weights import stored_bytes
-from ..scanning.model import scan
+from ..scanning.model import stored_scan
 from ..scanning.scan import Scan
+from ..settings.stages import ScanSettings
+from ..settings.studies import RunSettings
 from ..storage import write_file
-from ..values.answers import Answer
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -44,11 +49,7 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ..values.patch import Patch
 from ..values.plan import Plan
-from ..values.recommendation import Recommended
-from ..values.scores import Difference, Scores
-from ..values.settings import RunSettings
 from .answers import WantedAnswers
 from .measuring import Measuring
 from .speaking import SpeechOnPrompts
@@ -165,15 +166,19 @@ class Recommending:
     def _scan(self) -> Scan:
         """The comparison of all layers, as it lies in the folder."""
         measuring = self._measuring
-        scanned = scan(
-            self._model,
-            self._tokenizer,
-            measuring.split.fit[:SCAN_TEXTS],
+        settings = ScanSettings(
             max_length=measuring.tokens.max_length,
             batch_size=measuring.tokens.batch_size,
             threads=self._settings.threads,
-            checkpoint=self._out / PARTIAL_FILE,
             keep_samples=True,
+        )
+        scanned = stored_scan(
+            self._decoder,
+            self._tokenizer,
+            measuring.split.fit[:SCAN_TEXTS],
+            settings=settings,
+            store=self._store,
+            checkpoint=self._out / PARTIAL_FILE,
             progress=self._study.progress,
         )
         scanned.save(self._out / SCAN_FILE)
@@ -327,7 +332,7 @@ class Recommending:
             said = {"cut": cut} if patched is None else {"cut": cut, "patched": patched}
             judged = {name: speech.complete(one, decoder) for name, one in said.items()}
         key, whole = speech.key(self._study.store), self._measuring.speech_of_whole
-        speech.keep(self._store, key, plan, judged["cut"], decoder.identity)
+        speech.keep(self._store, key, judged["cut"], plan=plan, model=decoder.identity)
         measured = {**({"whole": whole} if whole else {}), **judged}
         return replace(results, speech=measured, continuations=speech.samples(said))
 

@@ -15,6 +15,8 @@ from ..processes import refuse_several
 from ..progress import say_goes_on, stage, whole
 from ..reporting.results import Run, weights_mark
 from ..savings.devices import HERE, find_device
+from ..settings.recipe import STEPS, Recipe
+from ..settings.studies import RunSettings
 from ..store.given_models import given_model
 from ..store.store import open_store
 from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint
@@ -29,11 +31,8 @@ from ..values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ..values.recipe import STEPS, Recipe
-from ..values.settings import RunSettings
 from .answers import WantedAnswers, answers_for
-from .items import Items, items_fingerprint, judged_items
-from .study import NUM_PROMPTS, Study
+from .study import NUM_PROMPTS, Items, Study, items_fingerprint, judged_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -224,7 +223,7 @@ class RunStudy(Study[RunSettings]):
     def wanted_answers(self) -> WantedAnswers | None:
         """What the whole model is to say, to patch and to train on; None for nothing."""
         given, heal = self.settings.answers, self.settings.heal
-        if given is False or (given is None and self._asks_no_answers):
+        if given is False or (given is None and self._takes_no_answers):
             return None
         recipe = heal if isinstance(heal, Recipe) else Recipe(steps=self.settings.heal_steps)
         count = answers_for(recipe.steps or STEPS if heal else None)
@@ -232,10 +231,10 @@ class RunStudy(Study[RunSettings]):
         return WantedAnswers(prompts, count, seed=self.settings.seed, chats_only=given is None)
 
     @property
-    def _asks_no_answers(self) -> bool:
+    def _takes_no_answers(self) -> bool:
         """Whether no answers are learned from, or every token of them would read all layers."""
         learns = self.settings.patch and not self.settings.plan_only
-        return not learns or any(model.waits_on_disk for model in self.models)
+        return not learns or any(model.is_streamed for model in self.models)
 
     @staticmethod
     def _job_in(values: Any) -> Any:

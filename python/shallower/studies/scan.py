@@ -1,7 +1,7 @@
 """A scan of a model into a folder, checked first; ``scanning/model.py`` resumes it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from operator import length_hint
 from pathlib import Path
@@ -14,18 +14,18 @@ from ..reporting.charts.heat_map import draw_heat_map
 from ..scanning.builder import check_metrics
 from ..scanning.scan import Scan, deciding
 from ..scanning.settling import JUDGED
+from ..settings.stages import ScanSettings
+from ..settings.until import Settled
 from ..storage import check_apart, check_free, check_room, claimed
 from ..store.done import Output
+from ..store.given_models import ModelStore
 from ..store.inputs import inputs_of, job_of, model_content, texts_content
 from ..store.store import Entry, Store
 from ..texts.sources import Texts, place_of_texts
-from ..values.estimates import Time
+from ..values.estimates import MemoryPlan, Time
 from ..values.files import HEAT_MAP_FILE, PARTIAL_FILE, SCAN_FILE, SMALL
-from ..values.memory import MemoryPlan
 from ..values.schema import read
 from ..values.shard import Shard
-from ..values.stage_settings import ScanSettings
-from ..values.until import Settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,32 +36,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ScanJob(ScanSettings):
-    """A scan of a model by settings into a folder, which is checked when it is made.
-
-    Attributes:
-        source: the model.
-        texts: calibration texts; of a file the first one is read.
-        out: the folder for ``scan.safetensors`` and, where it can be drawn, ``heat_map.png``.
-        overwrite: replace what is there, once the new is complete.
-        device_memory: the memory that may be used, as ``16GB``; what is free by default.
-        store: what is remembered of earlier scans.
-        shard: which part of it is made alone, beside what is there.
-        known: of this very scan in this place, if it was made before.
-
-    Raises:
-        OutputError: a place is taken, or is not one to write to.
-        MetricError, TextsError, PositionsError, LayersError: an option that no scan has.
-        ModelError: experts are asked for, and the model's config counts none.
-    """
+    """A scan of a model by settings into a folder, which is checked when it is made."""
 
     source: ModelSource
-    texts: Iterable[str]
-    out: Path
-    overwrite: bool = False
-    device_memory: str | None = None
+    texts: Iterable[str]  # calibration texts; of a file the first one is read
+    out: Path  # for ``scan.safetensors`` and, where it can be drawn, ``heat_map.png``
+    overwrite: bool = False  # what is there, once the new is complete
+    device_memory: str | None = None  # as ``16GB``; what is free by default
     store: Store = field(default_factory=lambda: Store(None))
-    shard: Shard | None = None
-    known: Entry | None = field(init=False, default=None)
+    shard: Shard | None = None  # the part that is made alone, beside what is there
+    known: Entry | None = field(init=False, default=None)  # of this very scan in this place
+    found: list[str] = field(default_factory=list, init=False)  # when another command made it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +110,7 @@ class ScanJob(ScanSettings):
         ModelError: the config does not say how many layers the model has.
         """
         from ..forecasts.forecast import memory_facts
-        from ..forecasts.speed import told
+        from ..forecasts.speed import or_unknown
 
         num_layers, plan = self.source.count_layers(), memory or self.memory(self.source)
         described = {
@@ -137,11 +122,11 @@ class ScanJob(ScanSettings):
             **memory_facts(self.source, plan),
         }
         if self.device_memory is None:  # else it is of a card that is not here
-            described["time"] = told(lambda: self._time(plan.micro_batch))
+            described["time"] = or_unknown(lambda: self._time(plan.micro_batch))
         if self.stops is not None:
             described["until"] = str(self.stops.of(num_layers))
         if self.source.device_map == STREAM:
-            described["stream"] = told(self._planned)
+            described["stream"] = or_unknown(self._planned)
         return {**described, "write": [str(self.file)]}
 
     def _planned(self) -> "StreamPlan":
@@ -171,7 +156,7 @@ class ScanJob(ScanSettings):
         """What was read of a model whose layers are streamed from disk; None of one in memory."""
         from ..models.offload import reading_of
 
-        return reading_of(model) if self.source.waits_on_disk else None
+        return reading_of(model) if self.source.is_streamed else None
 
     def memory(self, source: ModelSource, processes: int = 1) -> MemoryPlan:
         """Forecast what a forward takes; ``processes`` as :func:`memory_forecast`."""
@@ -251,10 +236,17 @@ class ScanJob(ScanSettings):
 
     def _scan(self, model: Any, tokenizer: Any, checkpoint: Path) -> Scan:
         from ..models.decoder import Decoder
-        from ..scanning.model import scan
+        from ..scanning.model import scan, stored_scan
 
-        options = {one.name: getattr(self, one.name) for one in fields(ScanSettings)}
+        settings = ScanSettings(
+            **{one.name: getattr(self, one.name) for one in fields(ScanSettings)}
+        )
         if self.device_memory is not None:
-            options["batch_size"] = self.memory(self.source.resolved()).micro_batch
-        decoder = Decoder.of(model, self.content)
-        return scan(decoder, tokenizer, self.texts, checkpoint=checkpoint, **options)
+            planned = self.memory(self.source.resolved())
+            settings = replace(settings, batch_size=planned.micro_batch)
+        decoder, texts = Decoder.of(model, self.content), self.texts
+        how: Any = {"settings": settings, "checkpoint": checkpoint}
+        if self._inputs is None or self.stops is not None:
+            return scan(decoder, tokenizer, texts, **how)
+        store = replace(ModelStore.of(self.source, self.store), found=self.found)
+        return stored_scan(decoder, tokenizer, texts, store=store, **how)

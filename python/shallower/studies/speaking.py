@@ -1,4 +1,4 @@
-"""How models speak beside the whole one, on prompts, as a measure; and samples of what they say."""
+"""Speech as a measure: what a model generates beside the whole one, on prompts, with samples."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
+from ..results.speech import Answer, Speech
+from ..settings.stages import EvalSettings
 from ..store.inputs import model_inputs
 from ..store.store import Store
 from ..texts.prompts import Prompt, prompt_ids, prompts_fingerprint, read_prompts
-from ..values.answers import Answer
 from ..values.plan import Plan
-from ..values.speech import Speech
-from ..values.stage_settings import EvalSettings
 from ..values.tokens import SPEECH_TOKENS, BatchSize, Tokens
 from .answers import KeptAnswers
 from .measures import Measure, bar_of
@@ -110,7 +109,7 @@ class SpeechOnPrompts(Measure[Speech]):
         ids, size = prompt_ids(tokenizer, self.prompts), batch_size or self.batch_size
         return Speaking(tokenizer, ids, self.num_tokens, self.seed, size, self.progress)
 
-    def meet(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
+    def take_reference(self, loaded: "Loaded", *, tokens: Tokens, store: "ResultStore") -> None:
         """Let the whole model speak, and keep its states at its words."""
         from ..evaluation.speech import Reference
 

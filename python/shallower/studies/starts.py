@@ -5,10 +5,10 @@ import math
 import numpy as np
 
 from ..errors import ScanError
+from ..results.comparison import Start
 from ..scanning.scan import Scan
-from ..values.comparison import Start
+from ..settings.studies import CompareSettings
 from ..values.costs import NUM_RESAMPLES, BootstrappedStart
-from ..values.settings import CompareSettings
 from .study import Study
 
 

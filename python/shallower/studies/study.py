@@ -19,24 +19,53 @@ from ..cutting.source import typed_place
 from ..errors import ModelError, TextsError
 from ..models.source import ModelSource
 from ..processes import check_alone, held
+from ..settings.studies import Prompts, StudySettings
 from ..storage import check_apart, check_free, check_room, write_file
 from ..store.given_models import InMemory, ModelStore, inputs_of_one
 from ..store.inputs import items_of, texts_inputs
 from ..store.store import Entry, Store
-from ..texts.prompts import Prompt, given_prompts, read_prompts
+from ..texts.options import OptionItem, options_fingerprint, read_options
+from ..texts.prompts import Prompt, given_prompts, prompts_fingerprint, read_prompts
 from ..texts.sequences import ReadOnce
 from ..texts.sources import Texts, place_of_texts
-from ..values.commands import option_words
+from ..texts.splits import two_splits
 from ..values.counts import summed
-from ..values.hashing import hash_of
-from ..values.settings import StudySettings
+from ..values.provenance import hash_of, option_words
 from .disk import study_bytes, temporary_of
-from .items import Items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..texts.splits import Splits
+
+Items = Sequence[OptionItem] | Sequence[Prompt]
+
+
+def judged_items(
+    judge: str, *, options: str | Path | None = None, prompts: Prompts = None, seed: int
+) -> tuple[Items, Items]:
+    """Read the selection and test items; none of a judge of texts.
+
+    Prompts of the judge ``speech`` are by default our own. Raises TextsError for what is none, and
+    for fewer than 8 items.
+    """
+    if judge == "options" and options is not None:
+        return two_splits(read_options(options), seed=seed)
+    if judge == "speech":
+        named = ("prompts", "prompts, --prompts, --speech")
+        return two_splits(given_prompts(prompts), key=_asked, what=named, seed=seed)
+    return (), ()
+
+
+def _asked(prompt: Prompt) -> str:
+    """What a prompt asks, whatever was answered."""
+    return json.dumps([prompt.text, [*map(dict, prompt.messages)]])
+
+
+def items_fingerprint(judge: str, items: Any) -> str:
+    """SHA-256 of items of a judge, whatever file they are in; that of nothing where it has none."""
+    return prompts_fingerprint(items) if judge == "speech" else options_fingerprint(items)
+
 
 Settings = TypeVar("Settings", bound=StudySettings)
 
@@ -79,7 +108,7 @@ class Study(Generic[Settings]):
     """
 
     KIND: ClassVar[str]
-    """The command, under whose name the store keeps the study."""
+    """The command."""
 
     SETTINGS: ClassVar[type[StudySettings]]
 
@@ -187,8 +216,8 @@ class Study(Generic[Settings]):
         return ", ".join([*several, f"n = {n}", strategy, state])
 
     def refuse_on_disk(self, work: str, way_out: str) -> None:
-        """Refuse work that reads all layers often, where they wait on disk: ModelError."""
-        if any(model.waits_on_disk for model in self.models):
+        """Refuse work that reads all layers often, where these are streamed: ModelError."""
+        if any(model.is_streamed for model in self.models):
             raise ModelError(
                 f"the layers of the model are streamed (--stream), and all would be read by "
                 f"{work}: {way_out}"
@@ -199,7 +228,7 @@ class Study(Generic[Settings]):
     ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Load a model; what is read of layers on disk from here on is counted."""
         loaded, tokenizer = model.load(self.progress)
-        if model.waits_on_disk:
+        if model.is_streamed:
             from ..models.offload import reading_of
 
             self.readings.append(reading_of(loaded))
@@ -381,7 +410,7 @@ class Study(Generic[Settings]):
     @cached_property
     def entry(self) -> Entry | None:
         """The whole study in the store, if it is cached."""
-        return self.store.find(self.KIND, self.inputs)
+        return self.store.find("study", self.inputs)
 
     # What lies in its folder.
     @property
@@ -426,10 +455,10 @@ def model_words(model: ModelSource | InMemory, *, dtype: bool = False) -> list[s
     With the options that load it, but its ``dtype`` only on demand.
     """
     if not isinstance(model, ModelSource):
-        return ["MODEL", *option_words({"stream": model.waits_on_disk})]
+        return ["MODEL", *option_words({"stream": model.is_streamed})]
     options: dict[str, Any] = {"dtype": model.dtype if dtype and model.dtype != "auto" else None}
     options |= {"gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
-    options |= {"stream": model.waits_on_disk}
+    options |= {"stream": model.is_streamed}
     return [typed_place(model.path), *option_words(options)]
 
 

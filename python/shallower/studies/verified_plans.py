@@ -13,14 +13,14 @@ from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
+from ..results.scores import Difference
+from ..results.verification import Verified
 from ..savings.roofline import cost_by_layer
 from ..scanning.scan import Scan
+from ..settings.target import Target
 from ..texts.splits import TokenisedSplits
 from ..values.plan import Plan
-from ..values.scores import Difference
-from ..values.target import Target
 from ..values.tokens import Tokens
-from ..values.verification import Verified
 from .judging import Judges
 from .study import Study
 

@@ -34,7 +34,7 @@ def hub_answers(address: str) -> bool:
 
 
 def hub_absence() -> str | None:
-    """Say that the hub cannot be reached; None where it can, or is not to be asked."""
+    """Say that the hub cannot be reached; None where it can, or must not be used."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or hub_answers(constants.ENDPOINT):

@@ -22,7 +22,7 @@ class OptionItem:
     context: str
     options: tuple[str, ...]  # two at least
     answer: int  # index of the right one
-    line: int = field(default=0, compare=False)  # in its file, for errors
+    line: int = field(default=0, compare=False)  # the line in its file, for errors
 
 
 def read_options(source: str | Path) -> list[OptionItem]:

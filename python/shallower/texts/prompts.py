@@ -34,7 +34,7 @@ _ONE_DAY = """\
 | replace("%H", "12") | replace("%M", "00") | replace("%S", "00") }}
 {%- endmacro %}
 """
-"""What tells a template the day: the one that Llama 3's template names where nobody tells it."""
+"""The day that templates are given: that which Llama 3's names by default."""
 
 _ANSWER = "shallower"
 """An answer in place of any, to see what a template writes behind one."""
@@ -48,12 +48,12 @@ class Prompt:
     """
 
     text: str | None = None  # None for a chat alone
-    messages: tuple[Mapping[str, str], ...] = ()  # with `role` and `content`; none for a text
+    messages: tuple[Mapping[str, str], ...] = ()  # each with `role` and `content`
     kind: str = ""  # such as `story`
     answer: str | None = None  # of a model
-    ended: bool | None = None  # by itself; None where that is not known
+    ended: bool | None = None  # whether it ended by itself
     model: str | None = None  # of the answer, if known
-    line: int = field(default=0, compare=False)  # in its file, for errors
+    line: int = field(default=0, compare=False)  # the line in its file, for errors
 
     def shown(self, tokenizer: "PreTrainedTokenizerBase") -> str:
         """Give what a person reads of it: the text, or the last message of the chat."""

@@ -26,7 +26,7 @@ _SWITCHES = (
     ("datasets", "are_progress_bars_disabled", "{}able_progress_bars"),
     ("transformers.utils.logging", "is_progress_bar_enabled", "{}able_progress_bar"),
 )
-"""Modules, what tells whether their bars are on or off, and what turns them en- or disabled."""
+"""Modules, what says whether their bars are enabled, and what turns them on or off."""
 
 
 @contextmanager
@@ -44,39 +44,39 @@ MOST_WAIT = 60.0
 """Seconds that the hub may ask to wait for an answer, at most."""
 
 _CLIENT = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
-"""Who says what the hub's client waits for."""
+"""The loggers of the hub client's pauses."""
 
 
-class _Heard(local):
-    """Why the client waits, as the last warning in a thread says."""
+class _Fault(local):
+    """Why the client pauses, by the last warning in a thread."""
 
     why = "the hub does not answer"
 
 
-class _Waits(logging.Handler):
-    """Say why the hub's client waits, and how long; TimeoutError where that is too long."""
+class _Pauses(logging.Handler):
+    """Show why the hub's client pauses, and how long; TimeoutError where that is too long."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._of_thread = _Heard()
+        self._of_thread = _Fault()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a warning of the client: of what went wrong, or of the wait that follows it."""
-        text, heard = record.getMessage(), self._of_thread
+        text, fault = record.getMessage(), self._of_thread
         if wait := re.search(r"(?:Waiting|Retrying in) ([\d.]+)s", text):
             seconds = float(wait[1])
             if seconds > MOST_WAIT:
                 raise TimeoutError(
-                    f"{heard.why}, and the next request may come in {seconds:.0f} s: try again then"
+                    f"{fault.why}, and the next request may come in {seconds:.0f} s: try again then"
                 )
-            say(f"{heard.why}: asking again in {seconds:.0f} s")
+            say(f"{fault.why}: asking again in {seconds:.0f} s")
         elif url := re.search(r"(https?://[^/\s]+)", text):
             status = re.search(r"HTTP Error (\d+)", text)
-            heard.why = f"{url[1]} " + (
+            fault.why = f"{url[1]} " + (
                 f"answers with status {status[1]}" if status else "is silent"
             )
             if text.endswith("Trying to resume download..."):
-                say(f"{heard.why}: asking again")
+                say(f"{fault.why}: asking again")
 
 
 class _Theirs:
@@ -116,5 +116,5 @@ class _Theirs:
                 self._turn_on.pop()()
 
 
-_WAITS = _Waits()
+_WAITS = _Pauses()
 _THEIRS = _Theirs()

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from ..errors import RejectedSamplesWarning, TextsError
 from ..processes import is_main_process
-from ..values.answers import Answer
+from ..results.speech import Answer
+from ..settings.recipe import GLOBAL_BATCH
 from ..values.counts import counted
 from ..values.identity import AnswersIdentity, ModelIdentity, TextsIdentity
 from ..values.plan import Rejection, describe_rejections
-from ..values.recipe import GLOBAL_BATCH
 from ..values.tokens import Tokens
 from .batches import AnyTexts, TokenBatches, TokenisedText, tokenise
 from .prompts import Prompt, answer_ids, prompt_ids

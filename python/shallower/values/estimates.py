@@ -1,10 +1,15 @@
-"""What a dry run says of a study: its texts, disk and time, and what cannot be estimated."""
+"""What a dry run says: texts, memory, disk and time, and what cannot be estimated."""
 
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
+from types import MappingProxyType
 from typing import Any
 
-from .memory import format_size
+from ..errors import ModelError, ShallowerError
+from .schema import plain_fields
 
 SETS = {"fit": "calibration", "choose": "selection", "report": "test"}
 """The three sets of texts by their names in files, in words."""
@@ -94,3 +99,92 @@ def _rounded(seconds: float) -> str:
     unit = next(name for name, most in units if seconds < most)
     count = max(1.0, seconds / sizes[unit])
     return f"{round(count / 10) * 10 if count >= 30 else round(count)} {unit}"
+
+
+RESERVED_SHARE = 0.05
+"""Share of a device that is left free: blocks that the allocator cannot use."""
+
+RESERVED_BYTES = 1 << 29
+"""Left free beside it: the context of a GPU, its kernels and the libraries' workspaces."""
+
+EXPERTS = "routed experts"
+"""The part of a plan that is the weights of routed experts, which nf4 and int8 leave plain."""
+
+WEIGHTS, OFFLOADED = "weights on the device", "weights offloaded"
+"""Parts of a plan that divides the weights; the second lies elsewhere, and not in the peak."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(size: int | str, error: type[ShallowerError] = ModelError) -> int:
+    """Read a number of bytes: ``16GB`` or ``80G`` (10^9 each), ``16GiB`` (2^30 each), or plain."""
+    match = None if isinstance(size, bool) else _SIZE.fullmatch(str(size).strip())
+    unit, binary = (match[2].lower(), bool(match[3])) if match else ("", False)
+    if match and (unit or not binary):
+        count = int(Decimal(match[1]) * (_BINARY_UNITS if binary else _UNITS)[unit])
+        if 1 <= count < 2**63:
+            return count
+    raise error(f"unknown size {size!r}: expected bytes, as 16GB, 80G or 16GiB")
+
+
+def format_size(size: int) -> str:
+    """Write a number of bytes for people, in GB of 10^9 bytes, or in MB below a tenth of one."""
+    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"
+
+
+def usable(device_bytes: int) -> int:
+    """Count the bytes of a device that a plan may take: those that are free, less the reserve."""
+    return max(0, int(device_bytes * (1 - RESERVED_SHARE)) - RESERVED_BYTES)
+
+
+def needed_device(peak_bytes: int) -> int:
+    """Count the bytes of a device that has room for a peak, the reverse of :func:`usable`."""
+    return math.ceil((peak_bytes + RESERVED_BYTES + 1) / (1 - RESERVED_SHARE))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory that a step needs of a device, and what was chosen so that it fits.
+
+    Attributes:
+        peak_bytes: bytes that are held at once at the peak, weights included; None where the
+            family of the model cannot be rehearsed, so that nothing is known.
+        micro_batch: texts in one forward.
+        gradient_checkpointing: whether activations are recomputed in the backward pass; None
+            where there is none.
+        device_bytes: memory of the device that is free, or all of a card that is not here.
+        parts: bytes at the peak by what they are for.
+    """
+
+    peak_bytes: int | None
+    micro_batch: int
+    gradient_checkpointing: bool | None
+    device_bytes: int
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has room, a reserve aside; True where the need is unknown."""
+        return self.peak_bytes is None or self.peak_bytes <= usable(self.device_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the attributes as plain JSON values."""
+        return plain_fields(self)
+
+    def __str__(self) -> str:
+        texts = "1 text" if self.micro_batch == 1 else f"{self.micro_batch} texts"
+        choice = f"{texts} a forward"
+        if self.gradient_checkpointing is not None:
+            choice += f", {'with' if self.gradient_checkpointing else 'without'} recomputation"
+        device = format_size(self.device_bytes)
+        if self.peak_bytes is None:
+            return f"unknown for a model of this family, of {device}; {choice}"
+        held = {name: size for name, size in self.parts.items() if size}
+        parts = ", ".join(f"{name} {format_size(size)}" for name, size in held.items())
+        fits = "" if self.fits else ", which does not fit"
+        return f"{format_size(self.peak_bytes)} of {device}{fits} ({parts}); {choice}"

@@ -6,7 +6,7 @@ PLAN_FILE = "shallower_plan.json"
 PATCH_FILE = "shallower_patch.json"
 HEALING_FILE = "healing.json"
 HEALING_FIGURE = "healing.png"
-"""What is told of a patch and of a healing, beside the model that they made."""
+"""Records of a patch and of a healing, beside the model that they made."""
 
 SCAN_FILE = "scan.safetensors"
 PARTIAL_FILE = "scan.partial.safetensors"
@@ -41,4 +41,4 @@ _OF_MODELS = (PLAN_FILE, PATCH_FILE, HEALING_FILE, HEALING_FIGURE, EVAL_FILE, GA
 _OF_STUDIES = (COMPARISON_FILE, COMPARISON_TABLE, RESULTS_FILE)
 _PAGES = (HEAT_MAP_FILE, REPORT_FILE, "report.md", "report.json")
 OF_ONE_MODEL = frozenset((*_OF_MODELS, *_OF_STUDIES, *_PAGES))
-"""Files that tell of one model, and of none that is made from it."""
+"""Files about one model, and about none that is made from it."""

@@ -56,7 +56,7 @@ class AnswersIdentity:
     """Identity of the answers of a healing, without those that were left out."""
 
     num_answers: int
-    num_tokens: int  # that are predicted
+    num_tokens: int  # predicted tokens
     fingerprint: str  # hash of all tokens, those of the prompts too
 
     def __str__(self) -> str:

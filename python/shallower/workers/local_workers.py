@@ -68,9 +68,9 @@ class LocalWorkers(Engine):
         """Wait for messages and deaths."""
         waiting = wait([connection for _, connection in self._workers.values()], SECONDS)
         named = [name for name, (_, connection) in self._workers.items() if connection in waiting]
-        return [self._heard(worker) for worker in named]
+        return [self._event_of(worker) for worker in named]
 
-    def _heard(self, worker: str) -> Event:
+    def _event_of(self, worker: str) -> Event:
         process, connection = self._workers[worker]
         try:
             return Event(worker, *connection.recv())

@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import MissingExtraError, ProcessesError, ShallowerError, why
-from ..processes import asked_threads, processors
-from ..values.memory import MemoryPlan, needed_device
+from ..processes import processors, requested_threads
+from ..values.estimates import MemoryPlan, needed_device
 from .units import SECONDS, Engine, Event, Job, Message, Worker
 
 CONNECT_SECONDS = 5.0
@@ -102,7 +102,7 @@ class RayWorkers(Engine):
             else (int(node.get("CPU", 0)), 1)
             for node in nodes
         ]
-        self._needs["CPU"] = asked_threads() or threads_of(shares, self.count)
+        self._needs["CPU"] = requested_threads() or threads_of(shares, self.count)
 
     @property
     def nobody(self) -> ShallowerError:
@@ -160,7 +160,7 @@ class RayWorkers(Engine):
             return []
         done, _ = ray.wait(list(self._waiting), num_returns=1, timeout=SECONDS)
         self._look_for_room(bool(done))
-        return [self._heard(reference) for reference in done]
+        return [self._event_of(reference) for reference in done]
 
     def _look_for_room(self, is_placed: bool) -> None:
         """Say that no worker has a place yet, and wait for one no longer than is said."""
@@ -183,7 +183,7 @@ class RayWorkers(Engine):
             until = datetime.now() + timedelta(seconds=ROOM_SECONDS - waited)
             print(f"{where}; waiting until {until:%H:%M:%S}", file=sys.stderr, flush=True)
 
-    def _heard(self, reference: Any) -> Event:
+    def _event_of(self, reference: Any) -> Event:
         import ray
         from ray.exceptions import RayError
 

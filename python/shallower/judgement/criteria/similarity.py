@@ -1,6 +1,6 @@
 """Criteria of blocks: how alike the states at both ends of a block are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,8 @@ from ...scanning.builder import ScanBuilder
 from ...scanning.cka import MIN_BATCH
 from ...scanning.hidden_states import states_of
 from ...scanning.scan import Scan
+from ...scanning.stored import keep_scan, known_scan, scan_inputs
+from ...settings.stages import ScanSettings
 from ...values.costs import Costs
 from ...values.counts import counted
 from ...values.plan import Plan
@@ -26,14 +28,12 @@ from ..kept_states import kept_states
 from ..subject import Subject
 from ..token_states import ALL_TOKENS
 
-METRICS = ("angular", "cosine", "relative_l2")
-
 CKA_BATCH = 64
 """Texts in a minibatch of CKA, at most."""
 
 
 class Scanned(Criterion):
-    """A criterion of the one scan at the last tokens of texts that such criteria share."""
+    """A criterion of the one pass at the last tokens of texts that such criteria share."""
 
     cost = (
         "One pass over the texts, shared by angular, cosine, relative_l2 and cka; last tokens "
@@ -91,6 +91,10 @@ class RelativeL2(Scanned):
     name = "relative_l2"
     summary = "Mean length of what a block adds, over that of its input, at the last token."
 
+    def costs(self, subject: Subject) -> Costs:
+        """Read them beside the scan."""
+        return _shared(subject, BESIDE).costs(self.name)
+
 
 class LinearCka(Scanned):
     """1 less the linear CKA of x⁽ˡ⁾ and x⁽ᵐ⁾ across texts, at the last token (2010.15327, eq. 2).
@@ -105,7 +109,7 @@ class LinearCka(Scanned):
 
     def costs(self, subject: Subject) -> Costs:
         """Compare minibatches; a CriterionError refuses fewer than 4 texts."""
-        scanned = shared_scan(subject)
+        scanned = _shared(subject, BESIDE)
         if scanned.num_samples < MIN_BATCH:
             raise CriterionError(
                 f"the criterion {self.name} compares how texts lie towards one another: "
@@ -121,33 +125,65 @@ class LinearCka(Scanned):
         )
 
 
+SCAN, OF_EXPERTS, BESIDE = "scan", "scan with experts", "scan by other metrics"
+"""What one pass gives: the scan of ``shallower scan``, and what that has not."""
+
+
 def shared_scan(subject: Subject, *, experts: bool = False) -> Scan:
     """Compare all states at the last tokens of calibration texts, once for all criteria.
 
-    CKA needs enough texts. Rejected ones are counted with a warning; StatesError if none is left.
-    ``experts`` gathers their statistics as well, and no CKA.
+    A scan of the same tokens in the store of the subject is not made again. Rejected texts are
+    counted with a warning; StatesError if none is left. ``experts`` gathers their statistics too.
     """
-    return subject.shared(("scan", experts), lambda: _scan(subject, experts))
+    name = OF_EXPERTS if experts else SCAN
+    if name in subject.made:
+        return _shared(subject, name)
+    looks = [len(batch) for batch in subject.batches]
+    inputs = scan_inputs(subject.texts, looks, ScanSettings(experts=experts))
+    known = known_scan(subject.store, inputs, keep_samples=not experts)
+    if known is not None:
+        subject.made[name] = known, subject.num_layers * subject.num_texts
+        return _shared(subject, name)
+    scanned = _shared(subject, name)
+    keep_scan(subject.store, inputs, scanned)
+    return scanned
 
 
-def _scan(subject: Subject, experts: bool) -> Scan:
+def _shared(subject: Subject, name: str) -> Scan:
+    """One of the scans of a subject; the others that its pass gives are shared, too."""
+
+    def make() -> Scan:
+        pass_of = (OF_EXPERTS,) if name == OF_EXPERTS else (SCAN, BESIDE)
+        found = _scans(subject, [one for one in pass_of if one not in subject.made])
+        ran = subject.num_layers * subject.num_texts
+        subject.made.update({other: (scan, ran) for other, scan in found.items() if other != name})
+        return found[name]
+
+    return subject.shared(name, make)
+
+
+def _scans(subject: Subject, names: Sequence[str]) -> dict[str, Scan]:
+    """Compare all states in one pass over the texts, by each of some scans."""
     positions, count = Positions(), subject.num_texts
-    minibatches = -(-count // CKA_BATCH)
-    hooks = ExpertHooks(subject.decoder) if experts else None
-    builder = ScanBuilder(
-        subject.num_layers + 1,
-        METRICS,
-        model=subject.decoder.identity,
-        positions=positions,
-        cka_batch=-(-count // minibatches) if count >= MIN_BATCH and not experts else None,
-        experts=hooks.statistics if hooks else None,
-        keep_samples=not experts,
-    )
+    hooks = ExpertHooks(subject.decoder) if OF_EXPERTS in names else None
+    minibatch, metrics = -(-count // -(-count // CKA_BATCH)), ScanSettings().metrics
+    more: dict[str, dict[str, Any]] = {
+        SCAN: {"metrics": metrics, "keep_samples": True},
+        OF_EXPERTS: {"metrics": metrics, "experts": hooks and hooks.statistics},
+        BESIDE: {
+            "metrics": ("relative_l2",),
+            "cka_batch": minibatch if count >= MIN_BATCH else None,
+        },
+    }
+    of: Any = {"model": subject.decoder.identity, "positions": positions}
+    builders = {name: ScanBuilder(subject.num_layers + 1, **more[name], **of) for name in names}
     (found,) = states_of(subject.decoder, [[*subject.batches]], positions, experts=hooks)
-    bar = track("scan", count)
-    with hooks or nullcontext(), closing(found) as parts, bar as advance:
-        builder.take(parts, advance)
-    return builder.finish(subject.texts)
+    with hooks or nullcontext(), closing(found) as parts, track("scan", count) as advance:
+        for part in parts:
+            for builder in builders.values():
+                builder.take([part])
+            advance(part.steps)
+    return {name: builder.finish(subject.texts) for name, builder in builders.items()}
 
 
 class LinearMap(Criterion):

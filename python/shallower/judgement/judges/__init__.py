@@ -7,9 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...texts.batches import AnyTexts
 from ...values.tokens import Tokens
-from .judge import Judge, KLJudge, LossJudge, judged_batches
+from .judge import Judge, KLJudge, LossJudge, SpeechJudge, judged_batches
 from .options import OptionsJudge
-from .speech import SpeechJudge
 
 JUDGES: dict[str, type[Judge]] = {
     judge.name: judge for judge in (LossJudge, KLJudge, OptionsJudge, SpeechJudge)

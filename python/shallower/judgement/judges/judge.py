@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import astuple
 from itertools import chain
 from typing import ClassVar
 
@@ -13,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from ...errors import CriterionError, ModelError, TextsError
 from ...evaluation.loss import LOGITS_PER_CHUNK, logits_at, predicting_tokens, summed_losses
 from ...memory.budget import BUDGET
-from ...models.divergence import divergence_terms
-from ...models.head import Head
+from ...models.head import Head, divergence_terms
 from ...models.layerwise import Layerwise
+from ...results.speech import Answer
 from ...texts.batches import AnyTexts, Batch, TokenBatches, padded
+from ...values.provenance import hash_of
 from ...values.tokens import Tokens
 
 FIRST_LOOK = 2
@@ -31,7 +33,7 @@ class Judge(ABC):
     chance: float | None = None  # accuracy of a guess; None where nothing is right or wrong
     content: str = ""  # a hash of items that are unknown before a model is loaded
     batches: Sequence[Batch]  # of the items, in the order in which they are judged
-    items: Sequence[NDArray[np.int64]]  # by batch, indices ascending, over batches consecutive
+    items: Sequence[NDArray[np.int64]]  # indices by batch, ascending; consecutive over batches
     weights: NDArray[np.float64]  # (S,) float64, what each item counts
 
     @property
@@ -174,3 +176,24 @@ def looks(num_items: int, at_once: int) -> list[slice]:
             found.append(slice(first, min(first + at_once, stop)))
         start, stop = stop, min(2 * stop, num_items)
     return found
+
+
+class SpeechJudge(KLJudge):
+    """KL(p ‖ q) on the whole model's answers, p its next-token distribution and q that of the cut.
+
+    An item is a prompt with its answers in ``said``, weighted by their tokens.
+    """
+
+    name = "speech"
+
+    def __init__(self, said: Sequence[Sequence[Answer]], *, tokens: Tokens) -> None:
+        if not said:
+            raise TextsError("there are no prompts that a cut could be judged on")
+        batches = []
+        for look in looks(len(said), max(1, tokens.texts // len(said[0]))):
+            numbered = range(look.start, look.stop)
+            rows = [(index, answer) for index in numbered for answer in said[index]]
+            ids = [(index, np.array(one.ids, np.int64)) for index, one in rows]
+            batches.append(padded(ids, np.array([len(one.given) for _, one in rows])))
+        super().__init__(batches)
+        self.content = hash_of([[astuple(one) for one in answers] for answers in said])

@@ -7,10 +7,10 @@ from functools import partial
 from itertools import product
 from typing import Any, Literal
 
-from ...values.comparison import ComparedModel, CriteriaComparison, Row
-from ...values.scores import Standing
-from ...values.settings import STATES, State
-from ...values.speech import Speech
+from ...results.comparison import ComparedModel, CriteriaComparison, Row
+from ...results.scores import Standing
+from ...results.speech import Speech
+from ...settings.studies import STATES, State
 from ..words import patch_words, patched_name
 from .drawing import SERIES, Drawing
 from .plots import (
@@ -42,7 +42,7 @@ _STYLES = {
     "reap": ("green", "o"), "easy-ep": ("green", "s"),
     "reconstruction": ("pink", "o"), "aimer": ("olive", "o"),
 }  # fmt: skip
-"""Colours tell kinds of criteria apart, markers the criteria of one kind."""
+"""A colour for each kind of criteria, a marker for each criterion of a kind."""
 
 _OTHERS = tuple((colour, marker) for marker in "P*h<>dp8" for colour in ("olive", "muted"))
 """Styles of criteria that are not known here, in the order in which they come."""
@@ -61,7 +61,7 @@ class Group:
     rows: Sequence[Row]  # every choice in every state
     settings: Mapping[str, Any]  # those that are shown
     judge: str
-    state: State  # that ranks cuts: the last of every size; if not by the loss, bare
+    state: State  # the state that ranks cuts; bare, unless the loss judges
     unit: str  # of a regret in that state
 
     @property

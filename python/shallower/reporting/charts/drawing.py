@@ -92,7 +92,7 @@ class Drawing:
 
     name: str  # of its files, and in the page
     title: str  # a headline
-    text: str  # for people who do not see it
+    text: str  # alternative text
     figure: "Figure"
     marks: tuple[Mark, ...] = ()  # texts at its points
     cells: Cells | None = None  # of a heat map

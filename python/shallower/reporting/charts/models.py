@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...results.borne import LOSSES, BestCut, Borne, borne
+from ...results.comparison import ComparedModel, Start
 from ...scanning.scan import Scan
-from ...values.borne import LOSSES, BestCut, Borne, borne
-from ...values.comparison import ComparedModel, Start
+from ...settings.studies import State
 from ...values.layers import ranges
-from ...values.settings import State
 from .comparison import STATE_STYLES, Group
 from .drawing import Drawing
 from .heat_map import heat_maps

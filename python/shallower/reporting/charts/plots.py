@@ -37,15 +37,15 @@ class Point:
     x: float
     y: float
     stderr: float  # NaN where there is none
-    name: str  # in a few words
+    name: str  # what was measured, in a few words
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """Points that belong together."""
 
-    name: str  # in the legend
-    points: tuple[Point, ...]  # by x
+    name: str  # its name in the legend
+    points: tuple[Point, ...]  # in the order of x
     colour: str  # of figures
     style: Literal["solid", "dashed", "dotted"] = "solid"
     marker: str = ""  # of matplotlib; by default by its place

@@ -5,10 +5,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from ...results.healing import Healing
+from ...results.verification import Verified
 from ...scanning.scan import Scan
-from ...values.healing import Healing
 from ...values.layers import ranges
-from ...values.verification import Verified
 from .drawing import Drawing
 from .heat_map import Shares, heat_maps
 from .plots import Axis, Line, Point, dot_chart, line_chart

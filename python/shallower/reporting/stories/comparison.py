@@ -3,15 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from ...results.comparison import ComparedModel, CriteriaComparison, Row
+from ...results.scores import Standing
 from ...scanning.scan import Scan
-from ...values.commands import command_line
-from ...values.comparison import ComparedModel, CriteriaComparison, Row
+from ...settings.studies import State
 from ...values.counts import counted
 from ...values.estimates import splits_words
 from ...values.files import COMPARISON_FILE
 from ...values.layers import layer_count, ranges
-from ...values.scores import Standing
-from ...values.settings import State
+from ...values.provenance import command_line
 from ..charts.comparison import Group, group_charts, groups_of
 from ..charts.models import titled_starts
 from ..story import Fact, ModelState, Number, Section, Story, Strip

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ...values.comparison import Row
+from ...results.comparison import Row
+from ...results.loss import Loss
+from ...results.scores import TIE, Estimate, Standing
+from ...results.speech import Speech
+from ...results.task_scores import TaskScores
+from ...settings.studies import State
 from ...values.counts import counted
-from ...values.loss import Loss
-from ...values.scores import TIE, Estimate, Standing
-from ...values.settings import State
-from ...values.speech import Speech
-from ...values.task_scores import TaskScores
 from ..charts.comparison import DIVERGENCES, Group
 from ..story import Cell, Number, Table
 from ..words import (
@@ -166,7 +166,7 @@ def _in(group: Group, state: State) -> list[Row]:
 
 
 def speech_of_cuts(group: Group, whole: Speech, state: State) -> Table:
-    """Tabulate how all cuts in one state speak beside the whole model."""
+    """Tabulate the generation of all cuts in one state beside the whole model."""
     rows: list[tuple[Cell, ...]] = []
     for row in _in(group, state):
         cells: list[Cell] = [speech_cell(name, row.speech) for name in CURVE_MEASURES]

@@ -7,13 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...cutting.metadata import dataset_of, loss_results, one_result
+from ...results.perplexity import Perplexity
+from ...results.scores import Difference, Estimate, Scores
+from ...results.speech import WAYS, Speech
+from ...results.task_scores import TaskScores
 from ...values.counts import counted
-from ...values.perplexity import Perplexity
 from ...values.plan import Plan
 from ...values.schema import plain_fields
-from ...values.scores import Difference, Estimate, Scores
-from ...values.speech import WAYS, Speech
-from ...values.task_scores import TaskScores
 from ..story import Cell, Number, Table
 from ..words import loss_words
 

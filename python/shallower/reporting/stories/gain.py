@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from statistics import median
 
+from ...results.gain import Forecast, Gain, MeasuredGain
 from ...savings.devices import HERE
 from ...values.counts import counted
-from ...values.gain import Forecast, Gain, MeasuredGain
 from ..story import Table
 
 Row = tuple[str, str, str, str]

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...results.borne import LOSSES, Borne, borne
+from ...results.comparison import ComparedModel
 from ...scanning.scan import Scan
-from ...values.borne import LOSSES, Borne, borne
-from ...values.comparison import ComparedModel
 from ...values.schema import plain
 from ..charts.comparison import Group
 from ..charts.models import (

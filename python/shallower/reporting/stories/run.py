@@ -6,8 +6,10 @@ from pathlib import Path
 
 from ...errors import MetricError, ScanError
 from ...models.dtypes import QUANTISED
+from ...results.gain import Gain
+from ...results.recommendation import Recommended
+from ...results.scores import Estimate
 from ...savings.weights import CheckpointSize, count_weights
-from ...values.commands import command_line
 from ...values.costs import NUM_RESAMPLES
 from ...values.counts import counted
 from ...values.estimates import splits_words
@@ -19,10 +21,8 @@ from ...values.files import (
     RESULTS_FILE,
     SCAN_FILE,
 )
-from ...values.gain import Gain
 from ...values.layers import drop_option
-from ...values.recommendation import Recommended
-from ...values.scores import Estimate
+from ...values.provenance import command_line
 from ..charts.run import healing_chart, race_charts, scan_charts
 from ..results import Continuations, Run
 from ..story import Fact, ModelState, Number, PromptSample, Section, Story, Strip, Table
@@ -59,7 +59,7 @@ UNLIKE = 3.0
 UNFINISHED = (
     "the run has not ended: these are the results so far; call shallower run again to resume"
 )
-"""The warning of a run that was cut short, or goes on."""
+"""The warning of a run that was interrupted, or is running."""
 
 _STATES = ("whole", "cut", "patched", "healed")
 _SETS = {"losses": "", "out_of_domain": " out of domain"}
@@ -83,7 +83,7 @@ def choice_parts(run: Run) -> list[str | Table]:
 
 
 def speech_section(run: Run) -> Section:
-    """Show how the models of a run speak beside the whole one, by figures and by samples."""
+    """Show the generation of a run's models beside the whole one, by figures and by samples."""
     lines = ["Samples are of the likeliest tokens; the figures are of all prompts."]
     best = run.recommended
     speech = {name: run.speech[name] for name in _STATES if name in run.speech}

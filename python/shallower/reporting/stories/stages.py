@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 
 from ...experts.criteria import CRITERIA
 from ...experts.statistics import ExpertStatistics
+from ...results.healing import Healing
+from ...results.loss import Loss, recovered
+from ...results.patch import Patch
+from ...results.scores import Estimate
+from ...results.verification import Candidate, Verified
 from ...scanning.choice import ScanChoice
 from ...scanning.scan import Scan
 from ...values.costs import BootstrappedStart
 from ...values.counts import counted
-from ...values.healing import Healing
 from ...values.layers import Block, blocks_of, drop_option, layer_count, ranges
-from ...values.loss import Loss, recovered
-from ...values.patch import Patch
 from ...values.plan import Plan
-from ...values.scores import Estimate
-from ...values.verification import Candidate, Verified
 from ..story import Cell, Number, Table
 from ..words import by_choice, came_back, range_cell
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...results.comparison import COLUMNS, ComparedModel, CriteriaComparison, Row
+from ...results.scores import Estimate, Scores
+from ...results.speech import MEASURES
+from ...results.task_scores import TaskScores
 from ...storage import write_file
-from ...values.comparison import COLUMNS, ComparedModel, CriteriaComparison, Row
 from ...values.schema import finite
-from ...values.scores import Estimate, Scores
-from ...values.speech import MEASURES
-from ...values.task_scores import TaskScores
 
 
 def write_comparison(comparison: CriteriaComparison, path: str | Path) -> None:

@@ -1,1 +1,0 @@
-"""Over whole studies: the page of a folder (``report``), and the demo."""

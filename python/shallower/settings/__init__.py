@@ -1,0 +1,1 @@
+"""Settings of studies and stages, whose fields are the options of the commands."""
