@@ -8,123 +8,37 @@ that the user can cause ends with exit status 2 and one sentence.
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 SUMMARY = """\
   Find the layers a large language model can do without, cut them out, measure
   the cost. Layers are counted from 0 and ranges are half-open."""
 
 
-class Command(NamedTuple):
-    """A command as the table of all commands shows it.
-
-    Attributes:
-        module: its module below ``shallower.cli``; the function is named by the command.
-        summary: one line of help, the first of the function's docstring.
-        example: arguments that show it.
-    """
-
-    module: str
-    summary: str
-    example: str
-
-
 COMMANDS = {
-    "scan": Command(
-        "scan",
-        "Compare all layers of a model on texts, in one pass.",
-        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --out scans/smol",
-    ),
-    "gather": Command(
-        "gather",
-        "Put the shards of a scan, eval, comparison or curve together.",
-        "scans/shards --out scans/smol",
-    ),
-    "analyse": Command(
-        "analyse",
-        "Compare all layers by hidden states in a file, without a model.",
-        "states.safetensors --out scans/smol",
-    ),
-    "plan": Command(
-        "plan",
-        "Choose the layers or experts to drop from a scan.",
-        "scans/smol --n 8 --out plans/smol-8",
-    ),
-    "compare": Command(
-        "compare",
-        "Compare criteria by what they remove and what that costs.",
-        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 1,2,4 "
-        "--out comparisons/smol",
-    ),
-    "curve": Command(
-        "compare",
-        "Measure what a model loses as more and more of its layers go.",
-        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 1,2,4,8 "
-        "--out curves/smol",
-    ),
-    "prune": Command(
-        "prune",
-        "Drop layers or experts, and save a standard checkpoint.",
-        "HuggingFaceTB/SmolLM2-135M --drop 12:20 --out cut",
-    ),
-    "eval": Command(
-        "evaluate",
-        "Measure loss, perplexity, tasks and speech before and after a cut.",
-        "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20",
-    ),
-    "gain": Command(
-        "gain",
-        "Count and forecast what a cut saves, by the config alone.",
-        "HuggingFaceTB/SmolLM2-135M --drop 12:20 --forecast-device a100-80",
-    ),
-    "patch": Command(
-        "patch",
-        "Drop layers and repair the cut in minutes, adding no parameter.",
-        "HuggingFaceTB/SmolLM2-135M --drop 12:20 --texts c4.jsonl --out patched",
-    ),
-    "heal": Command(
-        "heal",
-        "Heal a cut by training low-rank adapters.",
-        "cut --texts c4.jsonl --eval-texts c4_eval.jsonl --steps 200 --out healed --merge",
-    ),
-    "merge": Command(
-        "heal",
-        "Fold the adapters of heal into the weights of the cut.",
-        "adapters --out healed",
-    ),
-    "run": Command(
-        "run",
-        "Recommend one shallower model, and make it.",
-        "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl --n 8 "
-        "--out runs/smol",
-    ),
-    "demo": Command(
-        "run",
-        "Run the whole way on a small model, without a download.",
-        "--out shallower-demo",
-    ),
-    "reproduce": Command(
-        "reproduce",
-        "Make a result again from its record, and compare all of it.",
-        "patched --model SmolLM2-135M --texts c4.jsonl",
-    ),
-    "report": Command(
-        "report",
-        "Write the page of a run or a comparison.",
-        "runs/smol",
-    ),
-    "cache": Command(
-        "cache",
-        "Show or clear the cache of measurements.",
-        "--clear",
-    ),
-    "info": Command(
-        "info",
-        "Show what a bug report needs: versions, tiers and the machine.",
-        "--json",
-    ),
+    "scan": "Compare all layers of a model on texts, in one pass.",
+    "gather": "Put the shards of a scan, eval, comparison or curve together.",
+    "analyse": "Compare all layers by hidden states in a file, without a model.",
+    "plan": "Choose the layers or experts to drop from a scan.",
+    "compare": "Compare criteria by what they remove and what that costs.",
+    "curve": "Measure what a model loses as more and more of its layers go.",
+    "prune": "Drop layers or experts, and save a standard checkpoint.",
+    "eval": "Measure loss, perplexity, tasks and speech before and after a cut.",
+    "gain": "Count and forecast what a cut saves, by the config alone.",
+    "patch": "Drop layers and repair the cut in minutes, adding no parameter.",
+    "heal": "Heal a cut by training low-rank adapters.",
+    "merge": "Fold the adapters of heal into the weights of the cut.",
+    "run": "Recommend one shallower model, and make it.",
+    "demo": "Run the whole way on a small model, without a download.",
+    "reproduce": "Make a result again from its record, and compare all of it.",
+    "report": "Write the page of a run or a comparison.",
+    "cache": "Show or clear the cache of measurements.",
+    "info": "Show what a bug report needs: versions, tiers and the machine.",
 }
+"""The commands by their names, each with the first sentence of its docstring."""
 
+MODULES = {"curve": "compare", "eval": "evaluate", "merge": "heal", "demo": "run"}
+"""The modules of commands that are not named like these."""
 
 INSTALL, SHOW = "--install-completion", "--show-completion"
 """Typer's options of the whole program."""
@@ -135,7 +49,7 @@ COMPLETE = "_SHALLOWER_COMPLETE"
 
 def help_text() -> str:
     """Write the help of the whole program, at most 80 columns wide."""
-    commands = "\n".join(f"  {name:<10}  {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10}  {summary}" for name, summary in COMMANDS.items())
     return (
         f"Usage: shallower COMMAND ...\n\n{SUMMARY}\n\nCommands:\n{commands}\n\nOptions:\n"
         f"  {'--version':<20}  Show the version.\n"
@@ -161,15 +75,15 @@ def parser(name: str) -> Any:
 
     import typer
 
-    from .help import GroupedCommand
+    from .help import GroupedCommand, example
     from .options import with_options
 
     # Without rich: its boxes break at 80 columns, and importing it takes as long as all else.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     names = {"help_option_names": [*HELP[:2]]}
-    module = import_module(f".{COMMANDS[name].module}", __name__)
+    module = import_module(f".{MODULES.get(name, name)}", __name__)
     command = with_options(getattr(module, f"{name}_command"))
-    app.command(name, cls=GroupedCommand, epilog=_example(name), context_settings=names)(command)
+    app.command(name, cls=GroupedCommand, epilog=example(name), context_settings=names)(command)
     found: Any = typer.main.get_command(app)
     for one in found.params:
         if one.param_type_name == "argument":  # its metavar says what it is
@@ -191,21 +105,6 @@ def program() -> Any:
 
     app = typer.Typer(cls=Commands, callback=lambda: None, rich_markup_mode=None)
     return typer.main.get_command(app)
-
-
-def _example(name: str) -> str:
-    """The example of a command, on lines for a shell that do not part an option from its value."""
-    from textwrap import wrap
-
-    options = COMMANDS[name].example.replace(" ", "\xa0").replace("\xa0--", " --")
-    lines = wrap(
-        f"shallower {name} {options}",
-        68,
-        subsequent_indent="    ",
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
-    return "\b\nExample:\n  " + " \\\n  ".join(lines).replace("\xa0", " ")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -382,33 +281,27 @@ PATIENCE = 3.0
 def _refuse_several(name: str) -> None:
     """Refuse, under torchrun, a command that every process would carry out alone."""
     from ..errors import ProcessesError
-    from ..processes import is_main_process, refuse_several
+    from ..processes import refuse_several
 
+    work = "scans are" if name == "scan" else f"{name} is"
     try:
         if name not in SHARED:
-            work = "scans are" if name == "scan" else f"{name} is"
             refuse_several(work, spreads=name in SPREAD)
     except ProcessesError as error:
-        if is_main_process():
-            _fail(str(error))
-        _wait_for_the_end()
-        raise SystemExit(2) from error
+        _fail(str(error), once=True)
 
 
-def _fail(message: str) -> NoReturn:
-    """End with a sentence: of several processes, with that of the main one, if it fails too."""
-    from ..processes import is_main_process
+def _fail(message: str, *, once: bool = False) -> NoReturn:
+    """End with a sentence: of several processes, with that of the main one, if it fails too.
 
-    if not is_main_process():
-        _wait_for_the_end()
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def _wait_for_the_end() -> None:
-    """Wait, in a process that is not the main one: torchrun ends all others when one ends, even
-    before that one has printed why.
+    The others wait for it: torchrun ends all when one ends, even before it has printed why.
     """
     from time import sleep
 
-    sleep(PATIENCE)
+    from ..processes import is_main_process
+
+    if not is_main_process():
+        sleep(PATIENCE)
+    if is_main_process() or not once:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

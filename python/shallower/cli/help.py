@@ -69,3 +69,41 @@ ALL: Any = typer.Option(
     expose_value=False,
 )
 """The option of every command that shows its whole help."""
+
+
+_SETS = "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --eval-texts c4_eval.jsonl"
+
+EXAMPLES = {
+    "scan": "HuggingFaceTB/SmolLM2-135M --texts c4.jsonl --out scans/smol",
+    "gather": "scans/shards --out scans/smol",
+    "analyse": "states.safetensors --out scans/smol",
+    "plan": "scans/smol --n 8 --out plans/smol-8",
+    "compare": f"{_SETS} --n 1,2,4 --out comparisons/smol",
+    "curve": f"{_SETS} --n 1,2,4,8 --out curves/smol",
+    "prune": "HuggingFaceTB/SmolLM2-135M --drop 12:20 --out cut",
+    "eval": "HuggingFaceTB/SmolLM2-135M --texts c4_eval.jsonl --drop 12:20",
+    "gain": "HuggingFaceTB/SmolLM2-135M --drop 12:20 --forecast-device a100-80",
+    "patch": "HuggingFaceTB/SmolLM2-135M --drop 12:20 --texts c4.jsonl --out patched",
+    "heal": "cut --texts c4.jsonl --eval-texts c4_eval.jsonl --steps 200 --out healed --merge",
+    "merge": "adapters --out healed",
+    "run": f"{_SETS} --n 8 --out runs/smol",
+    "demo": "--out shallower-demo",
+    "reproduce": "patched --model SmolLM2-135M --texts c4.jsonl",
+    "report": "runs/smol",
+    "cache": "--clear",
+    "info": "--json",
+}
+"""Arguments that show each command."""
+
+
+def example(name: str) -> str:
+    """The example of a command, on lines for a shell that do not part an option from its value."""
+    options = EXAMPLES.get(name, "").replace(" ", "\xa0").replace("\xa0--", " --")
+    lines = wrap(
+        f"shallower {name} {options}",
+        68,
+        subsequent_indent="    ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return "\b\nExample:\n  " + " \\\n  ".join(lines).replace("\xa0", " ")
