@@ -5,7 +5,6 @@ Layers are counted from 0 and ranges are half-open, everywhere. Importing this p
 nothing else: a name is imported when it is first used.
 """
 
-import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from .forecasts.forecast import memory_forecast as memory_forecast
     from .forecasts.gain import gain as gain
     from .healing.heal import heal as heal
-    from .judgement.criteria import criteria as criteria
     from .judgement.criterion import Criterion as Criterion
     from .merging.merge import merge as merge
     from .models.loading import load_model as load_model
@@ -95,11 +93,65 @@ if TYPE_CHECKING:
     from .values.plan import Rejection as Rejection
     from .values.positions import Positions as Positions
 
-_IMPORTED = re.compile(r"^    from \.(\S+) import (\w+) as \2$", re.MULTILINE)
+_NAMES = {
+    "_core": "__version__",
+    "cutting.for_states": "ForStates",
+    "cutting.in_model": "drop_experts drop_layers without_layers",
+    "cutting.prune": "plan_prune prune",
+    "cutting.saving": "save_model verify_checkpoint",
+    "errors": (
+        "CacheError CostsError CriterionError ExpertsError InMemoryOnlyError LayersError "
+        "MetricError MissingExtraError ModelError OutputError PatchError PlanError PositionsError "
+        "ProcessesError RecipeError RejectedSamplesWarning ScanError SettingsError ShallowerError "
+        "StatesError TextsError ThreadsError TierError"
+    ),
+    "evaluation.answers": "answer_prompts",
+    "evaluation.loss": "evaluate_loss evaluate_perplexity",
+    "evaluation.speech": "evaluate_speech",
+    "evaluation.tasks": "evaluate_tasks",
+    "forecasts.forecast": "memory_forecast",
+    "forecasts.gain": "gain",
+    "healing.heal": "heal",
+    "judgement.criteria": "criteria",
+    "judgement.criterion": "Criterion",
+    "merging.merge": "merge",
+    "models.loading": "load_model",
+    "models.source": "ModelSource",
+    "patching.patch": "patch",
+    "patching.saving": "save_patched",
+    "reporting.charts.heat_map": "save_heat_map",
+    "reporting.report": "report",
+    "scanning.analyse": "analyse_states",
+    "scanning.model": "scan",
+    "scanning.scan": "Scan",
+    "sharing.share": "gather",
+    "studies.compare": "compare",
+    "studies.curve": "curve",
+    "studies.run": "run",
+    "results.speech": "Answer Speech",
+    "results.comparison": "CriteriaComparison",
+    "values.costs": "BootstrappedStart Costs",
+    "values.experts": "DroppedExperts",
+    "results.gain": "Gain",
+    "results.healing": "Healing",
+    "values.identity": "ModelIdentity TextsIdentity",
+    "values.layers": "Block deepest_block",
+    "results.loss": "Loss",
+    "values.estimates": "MemoryPlan",
+    "results.patch": "Patch",
+    "results.perplexity": "Perplexity",
+    "values.plan": "Plan Rejection",
+    "values.positions": "Positions",
+    "settings.recipe": "Recipe",
+    "settings.studies": "CompareSettings CurveSettings RunSettings",
+    "settings.stages": "PatchSettings ScanSettings",
+    "results.task_scores": "TaskScores",
+    "settings.until": "Until",
+    "results.verification": "Verified",
+}
+"""The public names of each module that they are imported from; their types are imported above."""
 
-with open(__file__, encoding="utf-8") as _own:  # noqa: PTH123  without pathlib, which takes longer
-    _HOMES = {name: module for module, name in _IMPORTED.findall(_own.read())}
-"""The module of each public name, as type checkers read them above."""
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_HOMES)
 
