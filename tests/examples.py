@@ -135,10 +135,11 @@ def links(text):
 
 
 def anchors(text):
-    """The anchors of the headings of Markdown."""
+    """The anchors of the headings of Markdown, and of the names that API pages are made from."""
     prose = re.sub(FENCED, "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)", prose, re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}
+    names = re.findall(r"^::: (\S+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings} | {*names}
 
 
 def with_output(blocks):

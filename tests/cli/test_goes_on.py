@@ -1,5 +1,6 @@
 """A command that was cut short says where it goes on when it is called again."""
 
+import re
 import shutil
 
 import pytest
@@ -80,11 +81,10 @@ def test_a_scan_does_not_go_on_with_other_weights(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_comparison_says_how_many_choices_are_known(cut_short, asked):
+def test_a_comparison_says_how_many_trials_are_known(cut_short, asked):
     command = ("compare", *asked, "--n", "1,2", "--criteria", "greedy,deepest")
     said = cut_short(command, _Choosing, "_choice", 3)
-    assert said.startswith("resuming: 3 of 4 choices and ")
-    assert said.endswith(" trials of cuts are cached")
+    assert re.fullmatch(r"resuming: \d+ trials of cuts are cached", said)
 
 
 @pytest.mark.filterwarnings("default:the cut is not patched")

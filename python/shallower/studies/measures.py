@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from uuid import uuid4
 
@@ -25,7 +24,7 @@ from ..store.store import Store
 from ..texts.sources import Texts, read_whole
 from ..values.identity import ModelIdentity
 from ..values.plan import Plan, key_of
-from ..values.provenance import hash_of
+from ..values.provenance import LM_EVAL, hash_of, versions
 from ..values.schema import plain
 from ..values.tokens import BatchSize, Tokens
 
@@ -325,9 +324,9 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
                 "files": hash_of_files(files, store),
                 "settings": {name: getattr(given, name) for name in drawn},
                 "batch_size": given.batch_size,
-                "lm_eval": version("lm_eval"),
+                "lm_eval": versions(LM_EVAL)[LM_EVAL],
             }
-        except (OSError, PackageNotFoundError):  # loading them says what is wrong
+        except (OSError, KeyError):  # loading them says what is wrong
             return None
 
     @cached_property
