@@ -40,6 +40,14 @@ def written(folder, **files):
     return folder / "shallower"
 
 
+def test_every_kind_of_store_entry_is_in_the_table():
+    code = "".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
+    kinds = {*re.findall(r"\.(?:put|journal)\(\s*\"(\w+)\"", code)}
+    table = ARCHITECTURE.partition("## Entries of the store")[2].partition("## Decisions")[0]
+    assert kinds <= {*re.findall(r"^\| `(\w+)`", table, re.MULTILINE)}
+    assert len(re.findall(r"^\| `", table, re.MULTILINE)) == 8
+
+
 # The law
 def test_every_room_is_in_the_law():
     rooms = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
