@@ -27,8 +27,8 @@ from shallower.values.counts import with_error
 from shallower.values.layers import ranges
 from tests.reporting.comparisons import compared, comparison, curve
 from tests.reporting.stories import loss, made_run
-from tests.values.test_gain import gain
-from tests.values.test_verification import GIVEN_UP, LOSER, LOST_EARLY, TIE, WINNER, verified
+from tests.results.test_gain import gain
+from tests.results.test_verification import GIVEN_UP, LOSER, LOST_EARLY, TIE, WINNER, verified
 
 
 def row_of(text, *words):
