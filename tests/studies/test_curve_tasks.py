@@ -8,7 +8,7 @@ import pytest
 
 import shallower as sh
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.studies import compare_rows
+from shallower.studies import compare_rows, measures
 from shallower.values import provenance
 from tests.healing.cuts import documents as progressions
 
@@ -109,6 +109,20 @@ def test_other_items_are_another_curve(learned, words, tmp_path, folder, monkeyp
     (folder / "next.jsonl").write_text("\n".join(items[1:]) + "\n")
     with pytest.raises(sh.OutputError, match=r"comparison\.json exists already"):
         sh.curve(learned, words, TEXTS, **options)
+
+
+def test_scores_on_tasks_with_a_file_that_is_unreadable_are_not_those_of_no_tasks(
+    learned, words, tmp_path, folder, monkeypatch
+):
+    options = {**TAKEN, "states": ["cut"], "tasks_dir": folder}
+    sh.curve(learned, words, TEXTS, **{**options, "tasks": []}, out=tmp_path / "bare")
+
+    def unreadable(*_):
+        raise PermissionError("notes.txt")
+
+    monkeypatch.setattr(measures, "hash_of_files", unreadable)
+    curve = sh.curve(learned, words, TEXTS, **options, out=tmp_path / "out")
+    assert [len(one.tasks) for one in (*curve.models, *curve.rows)] == [1, 1]
 
 
 def test_another_lm_eval_is_another_curve_and_is_told(

@@ -316,31 +316,35 @@ class ScoresOnTasks(Measure[tuple[TaskScores, ...]]):
         if store.folder is None:
             return None
         files = files_of(self.names, tasks_dir=given.tasks_dir, data=given.data)
-        if files is None:
-            return {"items": self.identity, "batch_size": given.batch_size}
-        try:
-            return {
-                "tasks": list(self.names),
-                "files": hash_of_files(files, store),
-                "settings": {name: getattr(given, name) for name in drawn},
-                "batch_size": given.batch_size,
-                "lm_eval": versions(LM_EVAL)[LM_EVAL],
-            }
-        except (OSError, KeyError):  # loading them says what is wrong
+        harness = versions(LM_EVAL).get(LM_EVAL)
+        if harness is None:  # loading them says that it is missing
             return None
+        try:
+            hashed = None if files is None else hash_of_files(files, store)
+        except OSError:  # of a file that maybe no task reads
+            hashed = None
+        if hashed is None:
+            return {"items": self.identity, "batch_size": given.batch_size}
+        return {
+            "tasks": list(self.names),
+            "files": hashed,
+            "settings": {name: getattr(given, name) for name in drawn},
+            "batch_size": given.batch_size,
+            "lm_eval": harness,
+        }
 
     @cached_property
     def identity(self) -> str:
         """A hash of the tasks with their items, and of the files given: they may have code.
 
-        One of its own where that imports what is not found.
+        One of its own where a file cannot be read, or imports what is not found.
         """
         chosen, folder = self.chosen.identity, self.settings.tasks_dir
         try:
             files = files_in(folder) if folder else []
-        except LookupError:
+            return hash_of([chosen, hash_of_files(files, Store(None))])
+        except (LookupError, OSError):
             return uuid4().hex
-        return hash_of([chosen, hash_of_files(files, Store(None))])
 
     @cached_property
     def chosen(self) -> "ChosenTasks":
