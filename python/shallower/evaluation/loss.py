@@ -28,11 +28,12 @@ from ..results.perplexity import Perplexity
 from ..results.scores import Scores
 from ..texts.batches import Batch, TokenBatches
 from ..texts.sources import own_texts
+from ..values.entries import ResultStore, recall
 from ..values.plan import Plan, gone_by
 from ..values.schema import of_type
 from ..values.tokens import BatchSize, Tokens
 from .batches import AllBatches, batches_of_texts, batches_of_windows, nothing_to_predict
-from .kept import ResultStore, cut_of, look_of, loss_journal, recall, recorded, sums_of
+from .kept import cut_of, look_of, loss_journal, recorded, sums_of
 
 Share = TypeVar("Share")
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..cutting.cards import adapters_card
 from ..cutting.source import CARD_FILE, find_source
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
-from ..evaluation.kept import ResultStore, Stores
+from ..evaluation.kept import Stores
 from ..merging.adapter_config import CONFIG_FILE, read_adapter_config
 from ..merging.merge import copy_beside, copy_files, healing_rows
 from ..merging.stored_adapters import WEIGHTS_FILE
@@ -36,6 +36,7 @@ from ..results.speech import Answer
 from ..settings.recipe import Resolved
 from ..storage import resumable_folder, write_file
 from ..texts.sequences import ReadOnce
+from ..values.entries import ResultStore
 from ..values.files import HEALING_FILE, PATCH_FILE, PLAN_FILE
 from ..values.identity import TextsIdentity
 from ..values.plan import Plan

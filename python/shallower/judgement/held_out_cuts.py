@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.kept import ResultStore
 from ..evaluation.loss import measure_loss, out_of_domain_texts
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
@@ -16,6 +15,7 @@ from ..results.comparison import ComparedModel
 from ..results.loss import Loss
 from ..results.scores import Scores
 from ..texts.sources import OWN_TOKENS
+from ..values.entries import ResultStore
 from ..values.plan import Plan
 from ..values.tokens import Tokens
 from .judges.judge import Judge, LossJudge

@@ -10,19 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ModelError, PatchError
-from ..evaluation.kept import (
-    ResultStore,
-    TrialJournal,
-    layers_of,
-    look_of,
-    recall,
-    seconds_of,
-    sums_of,
-)
+from ..evaluation.kept import layers_of, look_of, seconds_of, sums_of
 from ..memory.prefix_cache import Place
 from ..patching.quick import QuickPatch, out_of_memory
 from ..results.patch import check_patchable
 from ..results.scores import Scores
+from ..values.entries import ResultStore, TrialJournal, recall
 from ..values.layers import blocks_of
 from ..values.plan import Plan
 from ..values.schema import of_type

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import CacheError, CostsError, OutputError, one_sentence
-from ..evaluation.kept import ResultStore
 from ..values.costs import Costs
+from ..values.entries import ResultStore
 from ..values.layers import blocks_of
 from .criteria.layer_change import BlockInfluence, Magnitude, XMerge
 from .criteria.similarity import Angular, LinearCka, RelativeL2

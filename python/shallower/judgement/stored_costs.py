@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import CriterionError
-from ..evaluation.kept import ResultStore
 from ..values.costs import Costs
+from ..values.entries import ResultStore
 from ..values.layers import layer_count
 from ..values.plan import Plan
 from ..values.positions import Positions

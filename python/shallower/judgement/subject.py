@@ -9,11 +9,11 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ..cutting.in_model import without_layers
-from ..evaluation.kept import ResultStore
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
 from ..texts.batches import Batch
+from ..values.entries import ResultStore
 from ..values.identity import TextsIdentity
 from ..values.plan import Plan
 from .trials import Trials

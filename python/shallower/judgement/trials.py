@@ -14,21 +14,12 @@ from numpy.typing import NDArray
 
 from ..cutting.in_model import without_layers
 from ..errors import LayersError, ModelError
-from ..evaluation.kept import (
-    ResultStore,
-    TrialJournal,
-    cut_journal,
-    cut_of,
-    look_of,
-    recall,
-    recorded,
-    seconds_of,
-    sums_of,
-)
+from ..evaluation.kept import cut_journal, cut_of, look_of, recorded, seconds_of, sums_of
 from ..memory.prefix_cache import Place, Prefixes
 from ..models.architecture import swapped
 from ..models.layerwise import Layerwise
 from ..results.scores import Scores
+from ..values.entries import ResultStore, TrialJournal, recall
 from ..values.layers import layer_count
 from ..values.plan import Gone, Plan, gone_by
 from .judges.judge import Judge

@@ -10,7 +10,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import LayersError, ModelError, PatchError, PlanError, TextsError
-from ..evaluation.kept import ResultStore, recalled
 from ..evaluation.loss import fitting_tokens
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise
@@ -20,6 +19,7 @@ from ..results.scores import Difference, Scores
 from ..results.verification import AFTER, Candidate, Verified
 from ..texts.batches import TokenBatches
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits, TokenisedSplits
+from ..values.entries import ResultStore, recalled
 from ..values.layers import blocks_of, check_size, layer_count, ranges
 from ..values.plan import VERIFIED, Plan
 from ..values.tokens import Tokens

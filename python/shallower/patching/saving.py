@@ -14,7 +14,7 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut
 from ..cutting.source import CARD_FILE
 from ..errors import PatchError, raise_output_error
-from ..evaluation.kept import ResultStore, Stores, UnsavedResults, unkept
+from ..evaluation.kept import Stores, UnsavedResults, unkept
 from ..evaluation.loss import measure_loss, out_of_domain_texts, require_predictable
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
@@ -30,6 +30,7 @@ from ..settings.stages import PatchSettings
 from ..storage import check_apart, check_free, check_room, resumable_folder
 from ..texts.sources import OWN_TOKENS, place_of_texts
 from ..values.counts import counted
+from ..values.entries import ResultStore
 from ..values.files import PATCH_FILE
 from ..values.layers import Layers, drop_option
 from ..values.plan import Plan
@@ -157,11 +158,11 @@ def patch_to_folder(
     source: ModelSource | None = None,
     stores: Stores = unkept,
 ) -> tuple[Patch, dict[str, dict[str, Loss]]]:
-    """Patch a model in place, or resume that, save it, and measure it on text for no choice.
+    """Patch a model in place, save it, and measure it on text that no choice was made on.
 
-    Without ``eval_texts`` nothing is measured. The losses, in nats a token, are named ``whole``,
-    ``cut`` and ``patched``, by their texts; those of a model from ``source`` are cached in
-    ``stores``.
+    An interrupted patch resumes. Without ``eval_texts`` nothing is measured. The losses, in nats a
+    token, are named ``whole``, ``cut`` and ``patched``, by their texts; those of a model from
+    ``source`` are cached in ``stores``.
     """
     settings = settings or PatchSettings()
     check_apart(out, [place_of(model), place_of_texts(texts), place_of_texts(eval_texts)])

@@ -22,11 +22,12 @@ from ..settings.stages import ScanSettings
 from ..storage import check_apart
 from ..texts.batches import AnyTexts, Batch, TokenBatches
 from ..texts.sources import place_of_texts
+from ..values.entries import ResultStore
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
 from .hidden_states import forward, states_of
 from .scan import Scan, deciding
 from .settling import JUDGED, Settling
-from .stored import LARGE_BYTES, ScanStore, keep_scan, known_scan, scan_inputs
+from .stored import LARGE_BYTES, keep_scan, known_scan, scan_inputs
 
 
 def scan(
@@ -157,7 +158,7 @@ def stored_scan(
     texts: AnyTexts,
     *,
     settings: ScanSettings,
-    store: ScanStore,
+    store: ResultStore,
     checkpoint: Path | None = None,
     progress: bool | None = None,
 ) -> Scan:

@@ -2,26 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
-from ..errors import CacheError, ScanError
 from ..settings.stages import ScanSettings
+from ..values.entries import ResultStore, recalled
 from ..values.identity import TextsIdentity
 from .scan import Scan
 from .scan_file import read_text, scan_text
 
 LARGE_BYTES = 64 << 20
 """Samples of more bytes are not kept for others."""
-
-
-class ScanStore(Protocol):
-    """Results of one model that outlive the process."""
-
-    def get(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Give what was put under the same kind and inputs; None if there is nothing."""
-
-    def put(self, kind: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
-        """Keep a result, whole or not at all."""
 
 
 def scan_inputs(
@@ -46,23 +36,17 @@ def scan_inputs(
 
 
 def known_scan(
-    store: ScanStore | None, inputs: Mapping[str, Any], *, keep_samples: bool = False
+    store: ResultStore | None, inputs: Mapping[str, Any], *, keep_samples: bool = False
 ) -> Scan | None:
     """Look a scan up, which may have to have its samples; CacheError for a damaged one."""
     known = None if store is None else store.get("scan", inputs)
     if known is None:
         return None
-    try:
-        contents = read_text(known.get("content"))
-    except ScanError as error:
-        raise CacheError(
-            f"a scan in the store is damaged ({error}): remove it (shallower cache --clear), or "
-            f"make it anew (--no-cache)"
-        ) from error
+    contents = recalled(lambda one: read_text(one.get("content")), known, "a scan")
     return None if keep_samples and contents.samples is None else Scan(contents)
 
 
-def keep_scan(store: ScanStore | None, inputs: Mapping[str, Any], scanned: Scan) -> None:
+def keep_scan(store: ResultStore | None, inputs: Mapping[str, Any], scanned: Scan) -> None:
     """Keep a scan, unless its samples take too many bytes."""
     samples = scanned.contents.samples or {}
     if store is not None and sum(one.nbytes for one in samples.values()) <= LARGE_BYTES:

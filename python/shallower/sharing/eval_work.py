@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,6 @@ from ..values.schema import plain_fields, read
 from ..values.shard import Shard
 from .shards import DAMAGES, MadeShard, values_of
 from .work import Batches, OpenedBatches
-
-if TYPE_CHECKING:
-    from ..results.scores import Scores
 
 SIDES = ("base", "cut")
 """The whole model, and that without layers."""
@@ -207,7 +204,7 @@ class OpenedEval(OpenedBatches):
             nats=nats,
         )
 
-    def _scores(self, kind: str, shard: Shard, plan: Plan | None) -> "tuple[Scores, int]":
+    def _scores(self, kind: str, shard: Shard, plan: Plan | None) -> tuple[Scores, int]:
         """The scores of a shard without what a plan drops, and the size of the vocabulary."""
         from ..cutting.in_model import without_layers
         from ..evaluation.loss import scores_of

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from ..evaluation.kept import ResultStore
     from ..models.decoder import Decoder
+    from ..values.entries import ResultStore
 
 AT_ONCE = 32
 """Prompts that are answered together, and kept."""

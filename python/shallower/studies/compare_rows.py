@@ -20,7 +20,6 @@ from ..errors import (
     one_sentence,
     others_go_on,
 )
-from ..evaluation.kept import ResultStore
 from ..forecasts.gain import GAIN_DEVICE, gain
 from ..judgement.criteria import RecommendedPlan
 from ..judgement.criteria.experts import EverySet
@@ -49,6 +48,7 @@ from ..settings.recipe import Recipe
 from ..settings.studies import CompareSettings, State
 from ..store.given_models import InMemory
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
+from ..values.entries import ResultStore
 from ..values.experts import check_counts
 from ..values.layers import check_sizes
 from ..values.plan import Gone, Plan

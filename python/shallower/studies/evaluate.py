@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..cutting.plans import NamedExperts, agreed_plan
 from ..errors import TextsError
-from ..evaluation.kept import recalled
 from ..models.source import ModelSource
 from ..processes import check_alone
 from ..settings.stages import EvalSettings
@@ -19,6 +18,7 @@ from ..storage import check_apart, check_free, check_room
 from ..store.given_models import ModelStore
 from ..store.inputs import inputs_of, job_of, model_content
 from ..store.store import Store
+from ..values.entries import recalled
 from ..values.estimates import MemoryPlan, Time
 from ..values.files import EVAL_FILE, SMALL
 from ..values.identity import ModelIdentity
@@ -109,7 +109,8 @@ class EvalJob:
     def keys(self) -> dict[str, dict[str, Any] | None]:
         """What a measure's results are found by beside model and layers, by its kind."""
         assumed = {} if self.device_memory is None else {"device_memory": self.device_memory}
-        keys = {one.kind: one.key(self.store) for one in self.measures}
+        is_known = self.kept.model is not None
+        keys = {one.kind: one.key(self.store) if is_known else None for one in self.measures}
         return {kind: key and {**key, **assumed} for kind, key in keys.items()}
 
     @cached_property

@@ -5,7 +5,6 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.kept import ResultStore
 from ..evaluation.loss import fitting_tokens
 from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge
@@ -14,6 +13,7 @@ from ..progress import track
 from ..results.speech import Answer
 from ..texts.batches import TokenisedText
 from ..texts.prompts import Prompt
+from ..values.entries import ResultStore
 from ..values.tokens import Tokens
 from .answers import KeptAnswers
 from .speaking import SpeechOnPrompts

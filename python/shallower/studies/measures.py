@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from uuid import uuid4
 
 from ..errors import ProcessesError, SettingsError
-from ..evaluation.kept import recalled
 from ..evaluation.task_files import check_names, files_in, files_of
 from ..models.source import ModelSource
 from ..results.loss import Loss
@@ -22,6 +21,7 @@ from ..storage import absolute
 from ..store.inputs import hash_of_files, texts_content
 from ..store.store import Store
 from ..texts.sources import Texts, read_whole
+from ..values.entries import recalled
 from ..values.identity import ModelIdentity
 from ..values.plan import Plan, key_of
 from ..values.provenance import LM_EVAL, hash_of, versions
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..evaluation.batches import AllBatches
-    from ..evaluation.kept import ResultStore
     from ..evaluation.tasks import ChosenTasks
     from ..forecasts.speed import Work
     from ..models.decoder import Decoder
+    from ..values.entries import ResultStore
 
     Loaded = tuple[Decoder, PreTrainedTokenizerBase]
 

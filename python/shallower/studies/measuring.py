@@ -14,7 +14,7 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
 from ..evaluation.batches import batches_of_texts
-from ..evaluation.kept import ResultStore, UnsavedResults, recalled
+from ..evaluation.kept import UnsavedResults
 from ..evaluation.loss import fitting_tokens
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge
@@ -40,6 +40,7 @@ from ..store.given_models import ModelStore
 from ..texts.batches import Batch, TokenBatches, tokenise
 from ..texts.prompts import prompts_fingerprint
 from ..texts.splits import TokenisedSplits
+from ..values.entries import ResultStore, recalled
 from ..values.identity import TextsIdentity
 from ..values.plan import Gone, Plan, gone_by, key_of
 from ..values.provenance import hash_of

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
-from ..evaluation.kept import ResultStore
 from ..evaluation.loss import nats_of
 from ..evaluation.speech import Spoken
 from ..forecasts.gain import GAIN_DEVICE, gain
@@ -41,6 +40,7 @@ from ..scanning.scan import Scan
 from ..settings.stages import ScanSettings
 from ..settings.studies import RunSettings
 from ..storage import write_file
+from ..values.entries import ResultStore
 from ..values.files import (
     CHECKPOINT_FOLDER,
     GAIN_FILE,
@@ -250,7 +250,8 @@ class Recommending:
         if not self._settings.plan_only:
             results.save()
         with stage("speech of the whole model"):
-            speech, _ = self.speech, self._measuring.speech_of_whole  # before it is changed
+            speech = self.speech
+            self._measuring.speech_of_whole  # noqa: B018 - kept, before the model is changed
         if self._settings.plan_only:
             return self._with_speech(results, plan, None)
         if not self._settings.patch:
@@ -323,17 +324,18 @@ class Recommending:
 
     def _with_speech(self, results: Run | None, plan: Plan, patched: Spoken | None) -> Run | None:
         """Add how the models speak: the whole one, the bare cut and the patched one."""
-        speech, decoder = self.speech, self._decoder
-        if results is None or speech is None:
+        speech, whole = self.speech, self._measuring.speech_of_whole
+        if results is None or speech is None or whole is None:
             return results
+        decoder = self._decoder
         with stage("speech of the cut"):
             with without_layers(self._model, plan.blocks):
                 cut = speech.compare(Decoder.of(self._model), "cut")
             said = {"cut": cut} if patched is None else {"cut": cut, "patched": patched}
             judged = {name: speech.complete(one, decoder) for name, one in said.items()}
-        key, whole = speech.key(self._study.store), self._measuring.speech_of_whole
+        key = speech.key(self._study.store)
         speech.keep(self._store, key, judged["cut"], plan=plan, model=decoder.identity)
-        measured = {**({"whole": whole} if whole else {}), **judged}
+        measured = {"whole": whole, **judged}
         return replace(results, speech=measured, continuations=speech.samples(said))
 
     def _write_plan(self, plan: Plan) -> None:

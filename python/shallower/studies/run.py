@@ -37,7 +37,7 @@ from .study import NUM_PROMPTS, Items, Study, items_fingerprint, judged_items
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..evaluation.kept import ResultStore
+    from ..values.entries import ResultStore
     from .healing_stage import HealingStage
 
 RUN_FILES = (CHECKPOINT_FOLDER, SCAN_FILE, PLAN_FILE, GAIN_FILE, HEAT_MAP_FILE, RESULTS_FILE)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from ..evaluation.kept import ResultStore
     from ..evaluation.speech import Reference, Speaking, Spoken
     from ..forecasts.speed import Work
     from ..models.decoder import Decoder
     from ..reporting.results import Continuations
+    from ..values.entries import ResultStore
     from .measures import Loaded
     from .study import Study
 

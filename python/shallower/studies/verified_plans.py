@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError
-from ..evaluation.kept import ResultStore
 from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.weights import num_parameters
@@ -19,6 +18,7 @@ from ..savings.roofline import cost_by_layer
 from ..scanning.scan import Scan
 from ..settings.target import Target
 from ..texts.splits import TokenisedSplits
+from ..values.entries import ResultStore
 from ..values.plan import Plan
 from ..values.tokens import Tokens
 from .judging import Judges
