@@ -10,7 +10,7 @@ from ..values.plan import Plan
 
 
 def plan_of_cut(path: str) -> Plan:
-    """Read the plan beside a cut, in its folder or at the hub; not one for states."""
+    """Read the plan beside a cut, in its folder or at the hub; PlanError refuses one for states."""
     folder = Path(path).expanduser()
     if folder.suffix == ".gguf" and not folder.is_dir():
         raise ModelError(

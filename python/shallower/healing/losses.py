@@ -84,7 +84,10 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _MeanLoss(torch.autograd.Function):
-    """The same from final states, (N, D), to which alone gradients are kept; the head gets none."""
+    """The same from final states, (N, D), whose logits exist a few rows at a time.
+
+    Gradients are kept to the states alone; the head gets none.
+    """
 
     @staticmethod
     def forward(
@@ -231,6 +234,9 @@ class TrainingLoss:
     def of(
         outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int
     ) -> torch.Tensor:
-        """The loss made inside a forward, or by its logits; the divisor has the Trainer's name."""
+        """The loss that a forward inside :meth:`made_inside` made, or one of its logits.
+
+        The divisor is ``num_items_in_batch``, the Trainer's name for it.
+        """
         loss: torch.Tensor | None = outputs.get("loss")
         return summed_loss(outputs["logits"], labels) / num_items_in_batch if loss is None else loss

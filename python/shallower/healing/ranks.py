@@ -25,7 +25,7 @@ from ..processes import is_main_process, local_rank, num_processes
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
-"""How long processes wait for a main one that measures or writes; torchrun ends them with it."""
+"""How long processes wait for one another; torchrun ends all others when one of them ends."""
 
 SECONDS_TO_BE_ENDED = 10.0
 
@@ -100,7 +100,10 @@ def agree(decide: Callable[[], T]) -> T:
 
 
 def own_device_map() -> dict[str, int] | None:
-    """The GPU of this process by its number on its machine, as a device map; None without CUDA."""
+    """Give this process the GPU of its number on its machine, as a device map; None without CUDA.
+
+    ProcessesError for more processes than GPUs.
+    """
     if not torch.cuda.is_available():
         return None
     index = local_rank() if num_processes() > 1 else 0

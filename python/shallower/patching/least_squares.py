@@ -251,7 +251,9 @@ def _nearest(ridge: float) -> int:
 class SolverBytes(NamedTuple):
     """What normal equations take on their device."""
 
-    held: int  # sums, kept and held-out tokens and the old matrix, all the time
+    # Sums, kept and held-out tokens, from the first batch to the last solution; and the old matrix
+    # beside the solutions that are tried.
+    held: int
     adding: int  # beside these while the tokens of a batch are added
     solving: int  # beside these while the equations are solved
 

@@ -201,7 +201,7 @@ def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
 def patch_tokens(parameters: int, *, on_cpu: bool) -> int:
     """The tokens that the patch of a run fits: ``PATCH_TOKENS``, or fewer on a CPU.
 
-    There it is less for more than some 150 million parameters, but at least a sixth.
+    On a CPU a model of more than some 150 million parameters gets fewer, but at least a sixth.
     """
     if not on_cpu:
         return PATCH_TOKENS

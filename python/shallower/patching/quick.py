@@ -50,7 +50,7 @@ class QuickFits:
     """What a quick patch has changed."""
 
     layers: tuple[int, ...]  # whose last matrix was solved, ascending
-    ridges: tuple[float, ...]  # of each, as a share of its inputs' mean square
+    ridges: tuple[float, ...]  # of each, as a share of its inputs' mean square where it was chosen
 
 
 @dataclass(slots=True)

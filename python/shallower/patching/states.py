@@ -177,9 +177,9 @@ def missing_rows(
 def _missing(
     model: Layerwise, layer: int, writers: Sequence[Writer], states: StateSet
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Run a layer: inputs (B, T, F), what is missing to states (B, T, D), and these.
+    """Run a layer batch by batch: inputs (B, T, F), and what is missing to states (B, T, D).
 
-    First tokens are moved no farther than ``FARTHEST``.
+    Then these states that are aimed at, first tokens no farther than ``FARTHEST``.
     """
     for index, batch in enumerate(states.batches):
         with _inputs([writer.module for writer in writers]) as taken:
