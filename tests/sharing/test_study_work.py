@@ -12,10 +12,9 @@ from shallower.settings.studies import CompareSettings, CurveSettings
 from shallower.sharing import engines
 from shallower.sharing import share as sharing
 from shallower.sharing.share import open_work, share
-from shallower.sharing.study_work import CompareWork, CurveWork, is_known
+from shallower.sharing.study_work import StudyWork, is_known
 from shallower.store.store import Store, open_store
 from shallower.studies.compare import CompareStudy
-from shallower.studies.curve import CurveStudy
 from shallower.studies.measuring import Measuring
 from shallower.texts.sources import Texts
 from tests.conftest import tiny_llama, write_jsonl
@@ -57,7 +56,7 @@ def curve(folder, out, *, store=None, **options):
     settings = CurveSettings(
         **{"n": (1, 2), "max_length": 16, "top": 2, "patch_tokens": 256, **options}
     )
-    return CurveStudy(**given(folder), settings=settings, out=out, store=store or open_store())
+    return CompareStudy(**given(folder), settings=settings, out=out, store=store or open_store())
 
 
 def rows(found):
@@ -94,8 +93,7 @@ def in_this_process(study):
 
 def near(study, **how):
     """A study that workers share, here if nothing else is said."""
-    kind = CompareWork if study.KIND == "compare" else CurveWork
-    return kind(study, **({"workers": 2} | how))
+    return StudyWork(study, **({"workers": 2} | how))
 
 
 def far(study):

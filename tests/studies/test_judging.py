@@ -13,7 +13,7 @@ from shallower.models.source import ModelSource
 from shallower.reporting.results import Run
 from shallower.reporting.stories.run import run_story
 from shallower.settings.studies import CompareSettings, RunSettings
-from shallower.sharing.study_work import CompareWork
+from shallower.sharing.study_work import StudyWork
 from shallower.store.store import open_store
 from shallower.studies.compare import CompareStudy
 from shallower.studies.run import RunStudy
@@ -118,7 +118,7 @@ def test_prompts_and_seed_are_known_by_content_and_not_by_place(places, tmp_path
 
 def told(study):
     """A comparison as workers are told it."""
-    return json.loads(json.dumps(CompareWork(study, on="ray").described()))
+    return json.loads(json.dumps(StudyWork(study, on="ray").described()))
 
 
 def test_workers_are_told_the_file_of_prompts(places):

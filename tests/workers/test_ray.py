@@ -20,7 +20,7 @@ from shallower.settings.stages import EvalSettings
 from shallower.sharing.eval_work import EvalWork
 from shallower.sharing.scan_work import ScanWork
 from shallower.sharing.share import share
-from shallower.sharing.study_work import CompareWork
+from shallower.sharing.study_work import StudyWork
 from shallower.store.store import Store
 from shallower.studies.evaluate import EvalJob, measures_of
 from shallower.studies.scan import ScanJob
@@ -205,7 +205,7 @@ def test_a_cluster_sends_all_that_a_comparison_takes(tmp_path, words, measured):
     alone = comparison(tmp_path, store=Store(tmp_path / "alone")).run()
     study = comparison(tmp_path)
     measured.clear()
-    share(CompareWork(study, on="ray"))
+    share(StudyWork(study, on="ray"))
     assert rows(study.run()) == rows(alone)
     assert measured == []
 

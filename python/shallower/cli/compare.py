@@ -99,11 +99,10 @@ def _compare(
     way: Way,
 ) -> int:
     from ..studies.compare import CompareStudy
-    from ..studies.curve import CurveStudy
 
     named, held_out = _read(sets.texts, sets.eval_texts)
     sources, shared = [loading.of(model) for model in models or ()], part.read()
-    study = (CurveStudy if isinstance(settings, CurveSettings) else CompareStudy)(
+    study = CompareStudy(
         models=sources,
         texts=named,
         eval_texts=held_out,
@@ -144,7 +143,7 @@ def _described(study: "CompareStudy") -> dict[str, Any]:
     settings = study.settings
     names = settings.criteria
     shown = {
-        study.KIND: ", ".join(map(str, study.models)),
+        settings.COMMAND: ", ".join(map(str, study.models)),
         "texts": ", ".join(study.splits),
         "n": list(settings.n),
         "criteria": "all" if names is None else ",".join(map(str, names)),

@@ -192,7 +192,7 @@ def make_shard_of(work: "AnyWork", as_json: bool) -> None:
 
 def carry_out(study: "CompareStudy", part: dict[str, Any], as_json: bool) -> Any:
     """Make a study, or let workers share it; of a shard print what it has, and give None."""
-    work = work_of(study.KIND, study, part)
+    work = work_of(study.settings.COMMAND, study, part)
     if work is None:
         return study.run()
     if work.shard is None:

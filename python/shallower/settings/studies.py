@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import CriterionError, LayersError, PatchError, RecipeError, TextsError
 from ..values.estimates import parse_size
@@ -46,7 +46,9 @@ _WITHOUT_EFFECT = {"threads", "max_texts", "max_eval_texts", "device_memory", "p
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings(Settings):
-    """What every study can be set to."""
+    """What every study can be set to, and the command that they are the options of."""
+
+    COMMAND: ClassVar[str]
 
     max_texts: int = option.measures(1024, "Read the first N calibration texts only.", "N", least=1)
     max_eval_texts: int = option.measures(
@@ -115,6 +117,8 @@ class RunSettings(RacingSettings):
         LayersError, CriterionError, RecipeError, TextsError: a setting that is out of range or
             contradicts another.
     """
+
+    COMMAND = "run"
 
     n: int | None = option.basic(None, "Layers that are to go.", "N")
     fraction: float | None = option.target(
@@ -265,6 +269,8 @@ class CompareSettings(RacingSettings, TaskSettings):
             range, is named twice or contradicts another.
     """
 
+    COMMAND = "compare"
+
     max_texts: int = 80
     max_eval_texts: int = 64
     num_choosing: int = 16
@@ -399,6 +405,8 @@ class CompareSettings(RacingSettings, TaskSettings):
 @dataclass(frozen=True, kw_only=True)
 class CurveSettings(CompareSettings):
     """Settings of :func:`shallower.curve`: more texts, few criteria and full patches."""
+
+    COMMAND = "curve"
 
     max_texts: int = 1024
     max_eval_texts: int = 256

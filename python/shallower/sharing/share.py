@@ -15,7 +15,7 @@ from .engines import hand_out
 from .eval_work import EvalWork
 from .scan_work import ScanWork, scan_of
 from .shards import read_shards
-from .study_work import CompareWork, CurveWork, StudyWork
+from .study_work import SETTINGS, StudyWork
 from .work import Opened
 
 OPENER = f"{__name__}:open_work"
@@ -23,7 +23,11 @@ OPENER = f"{__name__}:open_work"
 
 AnyWork = ScanWork | EvalWork | StudyWork
 
-KINDS: dict[str, Any] = {one.kind: one for one in (ScanWork, EvalWork, CompareWork, CurveWork)}
+KINDS: dict[str, Any] = {
+    **{one.kind: one for one in (ScanWork, EvalWork)},
+    **dict.fromkeys(SETTINGS, StudyWork),
+}
+"""What is shared, by its command."""
 
 
 def open_work(described: Mapping[str, Any], folder: Path | None = None, job: Any = None) -> Opened:
@@ -92,7 +96,7 @@ def gathered(
     work = KINDS[shards[0].kind]
     check_apart(out / work.results, [part for part in parts if not part.is_dir()])
     trusts = {"trust_remote_code": trust_remote_code}
-    return work.kind, work.gather(shards, out, overwrite=overwrite, **trusts)
+    return shards[0].kind, work.gather(shards, out, overwrite=overwrite, **trusts)
 
 
 def gather(parts: Iterable[str | Path]) -> Scan:

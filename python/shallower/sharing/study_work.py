@@ -25,12 +25,12 @@ from ..errors import (
 )
 from ..models.source import ModelSource
 from ..progress import part, track
+from ..settings.studies import CompareSettings, CurveSettings
 from ..storage import absolute
 from ..store.inputs import check_machine, check_made_by, made_by, model_inputs
 from ..store.store import Entries, Store, open_store
 from ..studies.compare import CompareStudy
-from ..studies.curve import CurveStudy
-from ..studies.study import Part, Study
+from ..studies.study import Part
 from ..texts.sources import Texts
 from ..values.estimates import MemoryPlan
 from ..workers.units import Ledger
@@ -38,8 +38,8 @@ from .engines import memory_of
 from .shards import MadeShard
 from .work import Opened, SharedWork
 
-_STUDIES: dict[str, Any] = {one.KIND: one for one in (CompareStudy, CurveStudy)}
-
+SETTINGS = {one.COMMAND: one for one in (CompareSettings, CurveSettings)}
+"""The settings of a study that is shared, by its command."""
 
 DESCRIBED = ("models", "places", "texts", "settings", "identities", "expects")
 """What a shard says of its study, from which a process makes it again."""
@@ -47,7 +47,7 @@ DESCRIBED = ("models", "places", "texts", "settings", "identities", "expects")
 
 def opened(
     described: Mapping[str, Any], store: Store, *, as_named: bool, **more: Any
-) -> Study[Any]:
+) -> CompareStudy:
     """Open a study that another process described; models ``as_named`` there, or by whole places.
 
     ProcessesError: processors, models or texts are not those of that process.
@@ -60,12 +60,11 @@ def opened(
     ]
     texts = {name: Texts(place, n) for name, place, n in described["texts"]}
     eval_texts = texts.pop("", None)
-    kind = _STUDIES[described["kind"]]
-    study: Study[Any] = kind(
+    study = CompareStudy(
         models=models,
         texts=texts,
         eval_texts=eval_texts,
-        settings=kind.SETTINGS(**described["settings"]),
+        settings=SETTINGS[described["kind"]](**described["settings"]),
         store=store,
         identities=described["identities"],
         **more,
@@ -86,7 +85,7 @@ def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "model": model, "machine": None, "threads": None}
 
 
-def is_known(study: Study[Any], part: Part[Any]) -> bool:
+def is_known(study: CompareStudy, part: Part[Any]) -> bool:
     """Whether the store has the measurements of a part."""
     return study.store.get("study", study.part_inputs(part)) is not None
 
@@ -124,7 +123,9 @@ class OpenedStudy(Opened):
         """Measure some parts; of several models the others go on."""
         found: dict[str, Any] = {}
         is_one = len(self._study.models) == 1
-        with track(f"{self._study.KIND}, {len(units)} parts", len(units), self.progress):
+        with track(
+            f"{self._study.settings.COMMAND}, {len(units)} parts", len(units), self.progress
+        ):
             for unit in units:
                 alone = nullcontext() if is_one else others_go_on(unit, failed)
                 with part(1, unit), track(unit), alone:
@@ -135,11 +136,21 @@ class OpenedStudy(Opened):
 class StudyWork(SharedWork):
     """A study: a unit is a part, whose measurements go into the store."""
 
-    opens, is_exact = OpenedStudy, False  # what a worker sends depends on what it has sent
+    opens, results = OpenedStudy, CompareStudy.RESULTS
+    is_exact = False  # what a worker sends depends on what it has sent
 
     def prepare(self) -> None:
-        """Refuse what cannot be, as :meth:`Study.check`."""
+        """Refuse what cannot be, as :meth:`Study.check`; and healings of a shard.
+
+        Shards do not have them, and ``gather`` would leave them out.
+        """
+        self.kind = self.job.settings.COMMAND
         self.job.check()
+        if self.shard is not None and "healed" in self.job.settings.states:
+            raise SettingsError(
+                "a shard heals no cut: leave out healed (states, --states), or share the work by "
+                "workers (--workers)"
+            )
         self.models = [one for one in self.job.models if isinstance(one, ModelSource)]
         self.store, self._parts = self.job.store, {str(one): one for one in self.job.parts()}
         self.reads, self.units = self.job.reads, [*self._parts]
@@ -214,16 +225,16 @@ class StudyWork(SharedWork):
         *,
         overwrite: bool,
         trust_remote_code: bool,
-    ) -> tuple[Study[Any], Any]:
+    ) -> tuple[CompareStudy, Any]:
         """Carry out the study of some shards, caching only the entries that it asks for.
 
         Returns it, and its results. ProcessesError: shards are without a measurement, or of other
         packages, processors, models or texts than are here; or of a model that runs its own code,
         without ``trust_remote_code``.
         """
-        described, store = shards[0].described, open_store()
+        kind, described, store = shards[0].kind, shards[0].described, open_store()
         if missing := [name for name in DESCRIBED if name not in described]:
-            raise ScanError(f"the shards do not describe their {cls.kind}: {', '.join(missing)}")
+            raise ScanError(f"the shards do not describe their {kind}: {', '.join(missing)}")
         check_made_by(shards[0].versions)
         if store.folder is None:
             raise ProcessesError("there is no cache to put shards into: name one (SHALLOWER_CACHE)")
@@ -246,30 +257,9 @@ class StudyWork(SharedWork):
         if lacking := [name for name in lacking if name not in failed]:
             raise ProcessesError(
                 f"the shards have no measurement of {', '.join(lacking[:3])}: delete them, and "
-                f"make them anew ({cls.kind} --shard)"
+                f"make them anew ({kind} --shard)"
             )
         return study, cls(study, shard=shards[0].shard).finish()
-
-
-class CompareWork(StudyWork):
-    """A comparison."""
-
-    kind, results = CompareStudy.KIND, CompareStudy.RESULTS
-
-    def prepare(self) -> None:
-        """Refuse healings of a shard, which shards do not have and ``gather`` would leave out."""
-        super().prepare()
-        if self.shard is not None and "healed" in self.job.settings.states:
-            raise SettingsError(
-                "a shard heals no cut: leave out healed (states, --states), or share the work by "
-                "workers (--workers)"
-            )
-
-
-class CurveWork(CompareWork):
-    """A comparison with the settings of a curve."""
-
-    kind = CurveStudy.KIND
 
 
 def _plain(value: Any) -> Any:

@@ -93,7 +93,7 @@ class SharedWork(ABC):
     how all values come together: of the store (``finish``), or of shards (``gather``).
     """
 
-    kind: ClassVar[str]
+    kind: str
     results: ClassVar[str]
     opens: ClassVar[type[Opened]]
     unit_names, is_exact = "parts", True

@@ -126,8 +126,6 @@ class CompareStudy(Study[CompareSettings]):
     ``found`` is when each result was measured that the store had; filled by :meth:`run`.
     """
 
-    KIND = "compare"
-    SETTINGS = CompareSettings
     RESULTS = COMPARISON_FILE
     leaves = (COMPARISON_FILE, COMPARISON_TABLE)
 
@@ -367,7 +365,8 @@ class CompareStudy(Study[CompareSettings]):
         settings = self.settings
         each = len(self.criteria) * (1 + len(settings.n) * len(settings.states))
         each = (each + 1 + settings.truth) * (settings.judge != "none") + wants_scans(self)
-        with whole(self.KIND, len(self.models) * (1 + len(self.splits) * each), self.progress):
+        steps = len(self.models) * (1 + len(self.splits) * each)
+        with whole(settings.COMMAND, steps, self.progress):
             return self._measured()
 
     def _measured(self) -> CriteriaComparison:

@@ -1,7 +1,6 @@
 """A curve: a comparison of few criteria on one model, with more texts and full patches."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +61,7 @@ def curve(
         [(1, 'angular', 'cut'), (2, 'angular', 'cut')]
     """
     refuse_several("curves are")
-    study = CurveStudy(
+    study = CompareStudy(
         models=(given_model(model, tokenizer),),
         texts=texts,
         eval_texts=eval_texts,
@@ -73,11 +72,3 @@ def curve(
         progress=progress,
     )
     return study.run()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveStudy(CompareStudy):
-    """A comparison with the settings of a curve."""
-
-    KIND = "curve"
-    SETTINGS = CurveSettings

@@ -140,7 +140,6 @@ def run(
 class RunStudy(Study[RunSettings]):
     """A run, which is checked when it is made."""
 
-    KIND = "run"
     RESULTS = RESULTS_FILE
 
     @property

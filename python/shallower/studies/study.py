@@ -107,11 +107,6 @@ class Study(Generic[Settings]):
     read.
     """
 
-    KIND: ClassVar[str]
-    """The command."""
-
-    SETTINGS: ClassVar[type[StudySettings]]
-
     RESULTS: ClassVar[str]
     """The file of the results, which says whose they are."""
 
@@ -317,7 +312,7 @@ class Study(Generic[Settings]):
         if self.command:
             return self.command
         models = (word for model in self.models for word in model_words(model, dtype=True))
-        words = ["shallower", self.KIND, *models]
+        words = ["shallower", self.settings.COMMAND, *models]
         for texts in self.named_texts.values():
             words += ["--texts", _texts_word(texts, "TEXTS")]
         if self.eval_texts is not None:
@@ -405,7 +400,7 @@ class Study(Generic[Settings]):
     @cached_property
     def job(self) -> str | None:
         """A hash of all that the study depends on; None where that is not known."""
-        return None if self.inputs is None else self.store.key(self.KIND, self.inputs)
+        return None if self.inputs is None else self.store.key(self.settings.COMMAND, self.inputs)
 
     @cached_property
     def entry(self) -> Entry | None:
