@@ -27,7 +27,7 @@ from ..values.plan import Plan
 from ..values.schema import plain_fields, read
 from ..values.shard import Shard
 from .shards import DAMAGES, MadeShard, values_of
-from .work import Batches, OpenedBatches
+from .work import Batches, Opened, agree, opened_source, progress_of, texts_of
 
 SIDES = ("base", "cut")
 """The whole model, and that without layers."""
@@ -135,29 +135,39 @@ def _value(part: Tally, scores: Scores, num_bytes: NDArray[np.float64] | None) -
     return Loss.of_scores(scores, num_bytes, **of)
 
 
-class OpenedEval(OpenedBatches):
-    """An evaluation that is opened: a model, of which any shard can be measured.
+def open_eval(described: Mapping[str, Any], folder: Path | None, job: Any) -> Opened:
+    """Check the texts, and load the model: PlanError for a plan of another one."""
+    source, store = opened_source(described, job)
+    of = job or _job_of(described, store)
+    for one in of.measures:
+        agree(described, job, one.kind, one.source, partial(one.inputs, store))
+    parts = EvalParts(of, source, described["expects"]["model"], store, progress_of(folder))
+    return Opened(described, parts.value, parts.common, texts_of(parts, described))
 
-    Raises PlanError for a plan of another model, and what the measures raise.
-    """
 
-    def open(self, source: ModelSource) -> "OpenedEval":
-        """Check the texts, and load the model."""
+class EvalParts:
+    """A model that is loaded, and all batches of an evaluation, of which any can be measured."""
+
+    def __init__(
+        self,
+        job: EvalJob,
+        source: ModelSource,
+        content: str | None,
+        store: Store,
+        progress: bool | None,
+    ) -> None:
         from ..models.decoder import Decoder
 
-        job: Any = self.job or _job_of(self.described, self.store)
-        for one in job.measures:
-            self.agree(one.kind, one.source, partial(one.inputs, self.store))
-        model, tokenizer = source.load(progress=self.progress)
-        self._decoder, self._sides = Decoder.of(model, self.content), job.sides
+        model, tokenizer = source.load(progress=progress)
+        self._decoder, self._sides = Decoder.of(model, content), job.sides
         if job.plan:
             job.plan.check_model(self._decoder.identity)
-        self._all = {one.kind: one.batches(tokenizer, job.fitted(one)) for one in job.measures}
-        self._kept = ModelStore.of(source, self.store)
-        self.common = self._common()
-        return self
+        measures: Any = job.measures  # those whose items fall into batches
+        self._all = {one.kind: one.batches(tokenizer, job.fitted(one)) for one in measures}
+        self._kept, self._progress = ModelStore.of(source, store), progress
 
-    def _common(self) -> Mapping[str, object]:
+    @property
+    def common(self) -> dict[str, Any]:
         """What is the same wherever the same evaluation is opened, by the words of an error."""
         model, every = self._decoder.identity, self._all
         cut = self._sides.get("cut")
@@ -218,14 +228,14 @@ class OpenedEval(OpenedBatches):
                 looks=shard.of(len(every.batches)),
                 store=self._kept,
                 name=f"{kind} {cut}shard {shard}",
-                progress=self.progress,
+                progress=self._progress,
             )
 
 
 class EvalWork(Batches):
     """An evaluation."""
 
-    kind, results, opens = "eval", EVAL_FILE, OpenedEval
+    kind, results, opens = "eval", EVAL_FILE, staticmethod(open_eval)
 
     def prepare(self) -> None:
         """Refuse tasks, speech, whose items do not fall into shards, and texts that were given."""

@@ -1,12 +1,11 @@
 """A scan that is shared, in shards of its batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..errors import ProcessesError, ScanError
-from ..models.source import ModelSource
 from ..reporting.charts.heat_map import draw_heat_map
 from ..scanning.scan import Scan
 from ..scanning.scan_file import read_text, scan_bytes, scan_text
@@ -19,40 +18,36 @@ from ..values.files import HEAT_MAP_FILE, SCAN_FILE
 from ..values.positions import Positions
 from ..values.shard import Shard
 from .shards import MadeShard, values_of
-from .work import Batches, OpenedBatches
+from .work import Batches, Opened, agree, opened_source, progress_of, texts_of
 
 
-class OpenedScan(OpenedBatches):
-    """A scan that is opened."""
+def open_scan(described: Mapping[str, Any], folder: Path | None, job: Any) -> Opened:
+    """Check the texts, and load the model; a part by hand goes on where it was interrupted."""
+    from ..models.decoder import Decoder
 
-    def open(self, source: ModelSource) -> Shards:
-        """Check the texts, and load the model."""
-        from ..models.decoder import Decoder
+    source, store = opened_source(described, job)
+    texts, progress = Texts(**described["texts"]), progress_of(folder)
+    agree(described, job, "texts", texts.source, lambda: texts_content(texts, store))
+    model, tokenizer = source.load(progress=progress)
+    shards = Shards(
+        Decoder.of(model, described["expects"]["model"]),
+        tokenizer,
+        texts,
+        ScanSettings(**described["settings"], positions=Positions(**described["positions"])),
+    )
 
-        described = self.described
-        texts = Texts(**described["texts"])
-        self.agree("texts", texts.source, lambda: texts_content(texts, self.store))
-        model, tokenizer = source.load(progress=self.progress)
-        self._batches = Shards(
-            Decoder.of(model, self.content),
-            tokenizer,
-            texts,
-            ScanSettings(**described["settings"], positions=Positions(**described["positions"])),
-        )
-        return self._batches
-
-    def value(self, unit: str) -> dict[str, Any]:
-        """Scan one part; by hand it goes on where it was interrupted."""
-        checkpoint = self.folder and self.folder / "begun"
-        shard, progress = Shard.parse(unit), self.progress
-        found = self._batches.scan(shard, checkpoint=checkpoint, progress=progress)
+    def value(unit: str) -> dict[str, Any]:
+        begun = folder and folder / "begun"
+        found = shards.scan(Shard.parse(unit), checkpoint=begun, progress=progress)
         return {"content": scan_text(found)}
+
+    return Opened(described, value, shards.common, texts_of(shards, described))
 
 
 class ScanWork(Batches):
     """A scan."""
 
-    kind, results, opens = "scan", SCAN_FILE, OpenedScan
+    kind, results, opens = "scan", SCAN_FILE, staticmethod(open_scan)
 
     def prepare(self) -> None:
         """Refuse what only a scan of one process can do, and texts that were given."""

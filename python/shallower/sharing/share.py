@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ScanError
 from ..scanning.scan import Scan
 from ..storage import check_apart, resumable_file, write_file
+from ..store.inputs import check_made_by
 from ..workers.units import Job
 from .engines import hand_out
 from .eval_work import EvalWork
@@ -36,6 +37,7 @@ def open_work(described: Mapping[str, Any], folder: Path | None = None, job: Any
 
     ProcessesError: packages, models or texts are not those of that process.
     """
+    check_made_by(described["expects"]["versions"])
     return KINDS[described["kind"]].opens(described, folder, job)
 
 

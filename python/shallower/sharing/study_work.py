@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -28,7 +29,7 @@ from ..progress import part, track
 from ..settings.studies import CompareSettings, CurveSettings
 from ..storage import absolute
 from ..store.inputs import check_machine, check_made_by, made_by, model_inputs
-from ..store.store import Entries, Store, open_store
+from ..store.store import Store, open_store
 from ..studies.compare import CompareStudy
 from ..studies.study import Part
 from ..texts.sources import Texts
@@ -36,7 +37,7 @@ from ..values.estimates import MemoryPlan
 from ..workers.units import Ledger
 from .engines import memory_of
 from .shards import MadeShard
-from .work import Opened, SharedWork
+from .work import Opened, SharedWork, nothing, progress_of
 
 SETTINGS = {one.COMMAND: one for one in (CompareSettings, CurveSettings)}
 """The settings of a study that is shared, by its command."""
@@ -90,53 +91,41 @@ def is_known(study: CompareStudy, part: Part[Any]) -> bool:
     return study.store.get("study", study.part_inputs(part)) is not None
 
 
-class OpenedStudy(Opened):
-    """A study that is opened; its model stays loaded from one part to the next."""
+def open_study(described: Mapping[str, Any], folder: Path | None, _: Any) -> Opened:
+    """Open a study; its model stays loaded from one part to the next."""
+    own = folder or Path(mkdtemp(prefix="shallower-"))
+    store = Store(Path(described["store"] or own / "store"))
+    study = opened(described, store, as_named=False, out=own / "out", progress=False)
+    if folder is None:
+        finalize(study, shutil.rmtree, own, ignore_errors=True)
+    parts = dict(zip(described["units"], study.parts(), strict=True))
+    make, sent = study.maker(), dict[str, int]()
 
-    def __init__(
-        self, described: Mapping[str, Any], folder: Path | None = None, job: Any = None
-    ) -> None:
-        super().__init__(described, folder, job)
-        own = folder or Path(mkdtemp(prefix="shallower-"))
-        if folder is None:
-            finalize(self, shutil.rmtree, own, ignore_errors=True)
-        self.store = Store(Path(described["store"] or own / "store"))
-        self._sent: dict[str, int] = {}
-        self._study = opened(described, self.store, as_named=False, out=own / "out", progress=False)
-        self._parts = dict(zip(described["units"], self._study.parts(), strict=True))
-        self._make = self._study.maker()
-
-    def value(self, unit: str) -> dict[str, Any]:
-        """Measure a part into the store."""
-        part = self._parts[unit]
-        if not is_known(self._study, part):
-            self._make(part)
-            self.store.put("study", self._study.part_inputs(part), {"part": unit})
+    def value(unit: str) -> dict[str, Any]:
+        if not is_known(study, parts[unit]):
+            make(parts[unit])
+            store.put("study", study.part_inputs(parts[unit]), {"part": unit})
         return {"part": unit}
 
-    def entries(self) -> Entries:
-        """Give what its store has more, unless it is that of the driver."""
-        is_sent = self.described["store"] is None
-        return self.store.give(self._sent) if is_sent else {}
-
-    def values(self, units: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
-        """Measure some parts; of several models the others go on."""
+    def values(units: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        is_one = len(self._study.models) == 1
-        with track(
-            f"{self._study.settings.COMMAND}, {len(units)} parts", len(units), self.progress
-        ):
+        name, is_one = f"{described['kind']}, {len(units)} parts", len(study.models) == 1
+        with track(name, len(units), progress_of(folder)):
             for unit in units:
                 alone = nullcontext() if is_one else others_go_on(unit, failed)
                 with part(1, unit), track(unit), alone:
-                    found[unit] = self.value(unit)
+                    found[unit] = value(unit)
         return found
+
+    is_sent = described["store"] is None  # else its store is that of the driver
+    entries = partial(store.give, sent) if is_sent else nothing
+    return Opened(described, value, entries=entries, values=values)
 
 
 class StudyWork(SharedWork):
     """A study: a unit is a part, whose measurements go into the store."""
 
-    opens, results = OpenedStudy, CompareStudy.RESULTS
+    opens, results = staticmethod(open_study), CompareStudy.RESULTS
     is_exact = False  # what a worker sends depends on what it has sent
 
     def prepare(self) -> None:

@@ -5,7 +5,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from ..errors import OutputError, ProcessesError, ScanError, SettingsError, raise_output_error
 from ..models.source import ModelSource
 from ..storage import absolute, claimed, write_file
-from ..store.inputs import check_made_by, made_by, model_content
+from ..store.inputs import made_by, model_content
 from ..store.store import Entries, Store, open_store
 from ..values.estimates import MemoryPlan
 from ..values.shard import NAMES, Shard
@@ -35,35 +35,32 @@ PARTS_FOLDER = ".parts"
 """The store of the parts of a scan or an eval, in its folder until all are done."""
 
 
-class Opened(ABC):
-    """A work, opened by a worker, or by hand its ``job`` with a ``folder`` for what is begun."""
+def nothing() -> Entries:
+    """Give no entries: results are values alone."""
+    return {}
 
-    common: Mapping[str, Any] = {}  # to all processes, by the words of an error
-    texts: Mapping[str, Any] = {}  # of every unit, for a record of those that failed
 
-    def __init__(
-        self, described: Mapping[str, Any], folder: Path | None = None, job: Any = None
-    ) -> None:
-        check_made_by(described["expects"]["versions"])
-        self.described, self.folder, self.job = described, folder, job
-        self.progress = False if folder is None else None
+@dataclass
+class Opened:
+    """A work that is opened, by a worker or by hand; ``value`` does a unit, and gives plain JSON.
+
+    ``common`` is common to all processes, by the words of an error; ``texts`` are those of every
+    unit, for a record of those that failed. ``entries`` gives what the store has more than was
+    given before; by ``values`` units are done by hand, one after the other, and those noted that
+    others do without.
+    """
+
+    described: Mapping[str, Any]
+    value: Callable[[str], dict[str, Any]]
+    common: Mapping[str, Any] = field(default_factory=dict)
+    texts: Mapping[str, Any] = field(default_factory=dict)
+    entries: Callable[[], Entries] = nothing
+    values: Callable[[Sequence[str], dict[str, str]], dict[str, Any]] | None = None
 
     @property
     def hello(self) -> dict[str, Any]:
         """What a worker says once it has opened the work."""
         return {"common": self.common, "texts": self.texts}
-
-    @abstractmethod
-    def value(self, unit: str) -> dict[str, Any]:
-        """Do one unit: what was found, as plain JSON."""
-
-    def entries(self) -> Entries:
-        """Give what the store has more than was given before."""
-        return {}
-
-    def values(self, units: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
-        """Do some units, one after the other; ``failed`` gets those that others do without."""
-        return {unit: self.value(unit) for unit in units}
 
     def run(self, unit: str) -> bytes:
         """Do one unit, for whoever described the work."""
@@ -72,7 +69,11 @@ class Opened(ABC):
     def shard(self, shard: Shard) -> MadeShard:
         """Do every N-th unit."""
         described, failed = self.described, dict[str, str]()
-        values = self.values(described["units"][shard.index :: shard.count], failed)
+        units = described["units"][shard.index :: shard.count]
+        if self.values is None:
+            values = {unit: self.value(unit) for unit in units}
+        else:
+            values = self.values(units, failed)
         return MadeShard(
             described["kind"],
             shard,
@@ -95,7 +96,7 @@ class SharedWork(ABC):
 
     kind: str
     results: ClassVar[str]
-    opens: ClassVar[type[Opened]]
+    opens: ClassVar[Callable[..., Opened]]
     unit_names, is_exact = "parts", True
     models: Sequence[ModelSource]  # what workers load
     reads: Sequence[object]  # the places that are read, by their text
@@ -212,30 +213,35 @@ class SharedWork(ABC):
         raise OutputError(f"{fault}: {way_out}")
 
 
-class OpenedBatches(Opened):
-    """Batches of all texts; model and texts are those of whoever described the work."""
+def opened_source(described: Mapping[str, Any], job: Any) -> tuple[ModelSource, Store]:
+    """The model of whoever described batches of texts, or by hand of its job; and its store."""
+    store = open_store(described["no_cache"])
+    source = ModelSource(**described["source"]) if job is None else job.source
+    agree(described, job, "model", str(source), lambda: model_content(source, store))
+    return source, store
 
-    def __init__(
-        self, described: Mapping[str, Any], folder: Path | None = None, job: Any = None
-    ) -> None:
-        super().__init__(described, folder, job)
-        self.store = open_store(described["no_cache"])
-        source = ModelSource(**described["source"]) if job is None else job.source
-        self.content = described["expects"]["model"]
-        self.agree("model", str(source), lambda: model_content(source, self.store))
-        of = self.open(source)
-        self.common = of.common
-        self.texts = {unit: of.texts_of(Shard.parse(unit)) for unit in described["units"]}
 
-    def agree(self, name: str, place: str | None, found: Callable[[], Any]) -> None:
-        """Refuse what is not what the driver has: ProcessesError."""
-        wanted = self.described["expects"][name] if self.job is None else None
-        if wanted is not None and found() != wanted:
-            raise ProcessesError(f"{place} on this node is not that of the driver, or not there")
+def progress_of(folder: Path | None) -> bool | None:
+    """Whether bars are shown: by hand, where there is a folder for what is begun."""
+    return False if folder is None else None
 
-    @abstractmethod
-    def open(self, source: ModelSource) -> Any:
-        """Check the texts, load the model, and give what has ``common`` and ``texts_of``."""
+
+def texts_of(shards: Any, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The texts of every unit, which is a shard of batches."""
+    return {unit: shards.texts_of(Shard.parse(unit)) for unit in described["units"]}
+
+
+def agree(
+    described: Mapping[str, Any],
+    job: Any,
+    name: str,
+    place: str | None,
+    found: Callable[[], Any],
+) -> None:
+    """Refuse what is not what the driver has: ProcessesError; by hand its job is."""
+    wanted = described["expects"][name] if job is None else None
+    if wanted is not None and found() != wanted:
+        raise ProcessesError(f"{place} on this node is not that of the driver, or not there")
 
 
 class Batches(SharedWork):

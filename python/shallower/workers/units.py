@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 from .. import errors
 from ..errors import ProcessesError, ShallowerError, one_sentence
@@ -168,15 +168,6 @@ class Ledger:
         return sum(self._places[worker] in self._proven for worker in self._failures[unit])
 
 
-class OpenedJob(Protocol):
-    """Work that a worker has opened: what it is of, and its units."""
-
-    hello: Mapping[str, Any]
-
-    def run(self, unit: str) -> bytes:
-        """Do one unit."""
-
-
 Message = tuple[str, Any]
 """``ready`` with what was opened, ``refused`` with the kind and the text of an error, ``done`` with
 a unit and its result, ``failed`` with a unit and an error."""
@@ -205,7 +196,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._opened: OpenedJob | None = None
+        self._opened: Any = None  # it says hello, and runs a unit
 
     def open(self) -> Message:
         """Open the work, or refuse it."""
@@ -220,7 +211,6 @@ class Worker:
 
     def run(self, unit: str) -> Message:
         """Do a unit, and give its result or its error."""
-        assert self._opened is not None
         try:
             return "done", (unit, self._opened.run(unit))
         except Exception as error:
