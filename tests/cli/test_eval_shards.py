@@ -118,7 +118,7 @@ def test_shards_are_gathered_to_what_one_process_finds(
 
 
 def test_losses_by_text_and_window_have_the_bits_of_one_process(five, tiny, asked):
-    found = evaluation_of(values_of(read_shards([five]), MeasuredPart)).values
+    found = evaluation_of(values_of(read_shards([five]), MeasuredPart))
     model, tokenizer = sh.load_model(tiny)
     texts = [json.loads(line)["text"] for line in (asked / "many.jsonl").read_text().splitlines()]
     long = (asked / "long.txt").read_text()
@@ -126,8 +126,8 @@ def test_losses_by_text_and_window_have_the_bits_of_one_process(five, tiny, aske
         with cut:
             loss = sh.evaluate_loss(model, tokenizer, texts, max_length=16, batch_size=3)
             window = sh.evaluate_perplexity(model, tokenizer, long, context=16, batch_size=3)
-        assert found["loss"][side].to_record() == loss.to_record()
-        assert found["perplexity"][side].to_record() == window.to_record()
+        assert found["loss"][side].value.to_record() == loss.to_record()
+        assert found["perplexity"][side].value.to_record() == window.to_record()
 
 
 def test_shards_of_a_streamed_model_have_the_same_bits(shallower, shards, whole):

@@ -164,7 +164,7 @@ def test_gather_takes_what_the_comparison_asks_for_and_nothing_else(
     stranger.put("loss", {"of": "another eval"}, {"loss": 5.407})
     foreign = stranger.give({})["measurements"]
     stranger.put("files", {"file": ["model.safetensors"]}, {"sha256": "0"})
-    hashes = Store(folder / "stranger")._file.rows("SELECT * FROM measurements")
+    hashes = Store(folder / "stranger")._rows("SELECT * FROM measurements")
     foreign += [[one.decode() if isinstance(one, bytes) else one for one in row] for row in hashes]
     (file,) = (folder / "shards").iterdir()
     crafted(file, lambda content: content["entries"]["measurements"].extend(foreign))

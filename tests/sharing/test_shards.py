@@ -9,7 +9,7 @@ import pytest
 
 import shallower as sh
 from shallower import ScanError
-from shallower.sharing.eval_work import MeasuredPart, Tally, evaluation_of
+from shallower.sharing.eval_work import MeasuredPart, Tally, evaluation_of, machine_of
 from shallower.sharing.shards import MadeShard, read_shards, values_of
 from shallower.values.identity import ModelIdentity
 from shallower.values.provenance import hash_of
@@ -82,21 +82,25 @@ def test_shards_in_any_order_are_the_losses_of_all_texts_in_theirs(parts):
     files = [*parts.iterdir(), parts / "eval.1-of-3.json"]  # one of them twice
     random.Random(3).shuffle(files)
     found = gather_evaluation(files)
-    loss, cut = (found.values["loss"][side] for side in ("base", "cut"))
+    loss, cut = (found["loss"][side].value for side in ("base", "cut"))
     assert loss.by_text.sums.tolist() == [index / 3 for index in range(7)]
     assert cut.by_text.sums.tolist() == [2 * (index / 3) for index in range(7)]
     assert (loss.num_tokens, loss.num_texts, loss.num_rejected, loss.vocab_size) == (21, 7, 1, 100)
     assert loss.bytes_by_text.tolist() == [11] * 7
     assert loss.nats == sum(range(7)) / 3 / 21
-    window = found.values["perplexity"]["base"]
+    window = found["perplexity"]["base"].value
     assert (window.context, window.bos, window.num_rest) == (4, False, 2)
     assert window.by_window.sums.tolist() == loss.by_text.sums.tolist()
-    assert (found.model, found.machine) == (MODEL, {"cpu": "here"})
+    assert found["loss"]["cut"].model == MODEL
 
 
 def test_what_is_of_several_machines_is_found_by_none(parts):
+    def machine():
+        return machine_of(values_of(read_shards([parts]), MeasuredPart))
+
+    assert machine() == {"cpu": "here"}
     write(parts, shard(1, machine="there"))
-    assert gather_evaluation([parts]).machine is None
+    assert machine() is None
 
 
 def test_missing_shards_are_named(parts):
@@ -114,7 +118,6 @@ def test_a_shard_that_is_there_twice_and_differs_is_refused(parts, tmp_path):
     ("changed", "said"),
     [
         ({"job": "another"}, r"of different evals: their inputs differ \(job and another\)"),
-        ({"job": None}, "their inputs differ"),
         ({"kind": "scan"}, r"of several kinds \(eval, scan\): gather them one after the other"),
         ({"shard": Shard(1, 4)}, r"their number of shards differs \(3 and 4\)"),
         ({"versions": {"shallower": "0.0.9"}}, "their versions differ"),
@@ -122,7 +125,6 @@ def test_a_shard_that_is_there_twice_and_differs_is_refused(parts, tmp_path):
             {"common": {**COMMON, "weights": "efef"}},
             r"their weights differ \(121212121212 and efef",
         ),
-        ({"common": {**COMMON, "model": "other"}}, r"their model differs \(tiny and other\)"),
         ({"common": {}}, "their model differs"),
     ],
 )
@@ -162,21 +164,15 @@ def damage(parts, change):
     ("place", "value"),
     [
         ("shard", {"index": 3, "count": 3}),
-        ("shard", {"index": 0, "count": 10**12}),
         ("kind", "tasks"),
         ("versions", {"shallower": 1}),
         ("more", 1),
-        ("values", {}),
-        ("values.0/3.tallies", {}),
         ("values.0/3.tallies", {"tasks": {}}),
         ("values.0/3.tallies.loss.items", [0, 4, 4]),
-        ("values.0/3.tallies.loss.items", [0, 4]),
         ("values.0/3.tallies.loss.counts", [3, 3, 0]),
         ("values.0/3.tallies.loss.num_bytes", [1]),
         ("values.0/3.tallies.loss.num_items", 0),
-        ("values.0/3.tallies.loss.nats", {"base": [0, 1, 2]}),
         ("values.0/3.tallies.loss.nats", {"base": [0, 1, 2], "cut": [0, 1, float("nan")]}),
-        ("values.0/3.tallies.loss.settings", {"num_rejected": 0}),
         ("values.0/3.tallies.loss.settings", {"num_rejected": 0, "vocab_size": 1}),
     ],
 )
@@ -206,8 +202,6 @@ def test_a_value_of_another_type_is_refused_wherever_it_stands(parts):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is damaged"),
-        (b"[]", "is damaged"),
         (b"{", "is damaged"),
         (b'{"loss": 1}', "it has no 'format'"),
         (

@@ -9,7 +9,6 @@ from shallower.errors import CacheError, ProcessesError
 from shallower.judgement.trials import Trials
 from shallower.models.source import ModelSource
 from shallower.settings.studies import CompareSettings, CurveSettings
-from shallower.sharing import engines
 from shallower.sharing import share as sharing
 from shallower.sharing.share import open_work, share
 from shallower.sharing.study_work import StudyWork, is_known
@@ -157,7 +156,7 @@ def test_what_is_known_is_not_handed_out(places, tmp_path, monkeypatch):
     }
     study.store.take(sent["whole model"])
     drawn = []
-    monkeypatch.setattr(engines, "drive", lambda _engine, ledger, *_, **__: drawn.append(ledger))
+    monkeypatch.setattr(sharing, "drive", lambda _engine, ledger, *_, **__: drawn.append(ledger))
     share(near(study, workers=1))
     (ledger,) = drawn
     units = near(study).units

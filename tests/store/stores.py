@@ -32,7 +32,7 @@ def break_file(store, damage):
         path.write_bytes(b"dear to someone" * 400)
         return path.unlink
     store.put("loss", INPUTS, {"nats": 1.0})
-    store._file._close()
+    store._close()
     if damage == "cut off":
         path.write_bytes(path.read_bytes()[:5000])
         return path.unlink

@@ -33,7 +33,7 @@ def store(tmp_path):
 @contextlib.contextmanager
 def sql(store):
     """The file by itself, all connections of the store closed."""
-    store._file._close()
+    store._close()
     with contextlib.closing(sqlite3.connect(path_of(store))) as connection, connection:
         yield connection
 
@@ -132,7 +132,7 @@ def test_records_are_read_as_they_were_appended(store):
 def test_a_changed_byte_is_never_read_as_a_value(store):
     store.put("loss", {"n": 1}, {"nats": 3.5})
     store.journal("trials", INPUTS).append({"n": 1})
-    store._file._close()
+    store._close()
     content = path_of(store).read_bytes()
     row = content.index(b'{"nats"')
     changes = [*range(100), *range(100, len(content), 97), *range(row - 100, row + 90)]
@@ -145,7 +145,7 @@ def test_a_changed_byte_is_never_read_as_a_value(store):
             assert one.get("loss", {"n": 1}) in ({"nats": 3.5}, None), index
         with contextlib.suppress(UserWarning):
             assert one.journal("trials", INPUTS).read() in ([{"n": 1}], []), index
-        one._file._close()
+        one._close()
         for left in store.folder.glob(f"{STORE_FILE}-*"):
             left.unlink()
 
@@ -221,11 +221,11 @@ def test_a_full_disk_is_said_once_and_leaves_no_half_record(store, monkeypatch):
     store.put("loss", INPUTS, {"nats": 1.0})
     one = again(store)
     assert one.get("loss", INPUTS)
-    one._file._connection.execute("PRAGMA max_page_count = 1")
+    one._connection.execute("PRAGMA max_page_count = 1")
     journal = one.journal("trials", INPUTS)
     with pytest.warns(UserWarning, match="full"):
         list(map(journal.append, ({"n": number, "long": "x" * 5000} for number in range(40))))
-    one._file._close()
+    one._close()
     kept = again(store).journal("trials", INPUTS).read()
     assert [record["n"] for record in kept] == list(range(len(kept)))
     assert len(kept) < 40
@@ -244,7 +244,7 @@ def test_a_folder_that_may_not_be_written_to_is_said_once(store):
 
 def test_a_read_only_file_is_said_once(store, monkeypatch):
     store.put("loss", INPUTS, {"nats": 1.0})
-    store._file._close()
+    store._close()
     connect = sqlite3.connect
     monkeypatch.setattr(
         sqlite3, "connect", lambda path, **named: connect(f"file:{path}?mode=ro", uri=True, **named)
@@ -259,15 +259,15 @@ def test_a_read_only_file_is_said_once(store, monkeypatch):
 # File systems.
 def test_a_network_folder_is_written_without_a_shared_log(store, monkeypatch):
     store.put("loss", {"n": 1}, {"nats": 1.0})
-    assert store._file._connection.execute("PRAGMA journal_mode").fetchone() == (b"wal",)
-    store._file._close()
+    assert store._connection.execute("PRAGMA journal_mode").fetchone() == (b"wal",)
+    store._close()
     monkeypatch.setattr(module, "file_system", lambda _: "nfs4")
     Store(store.folder / "parts").put("loss", {"n": 1}, {"nats": 1.0})  # no variable names it
     monkeypatch.setenv("SHALLOWER_CACHE", str(store.folder))
     one = again(store)
     with pytest.warns(UserWarning, match="network folder .*SHALLOWER_CACHE"):
         one.put("loss", {"n": 2}, {"nats": 2.0})
-    assert one._file._connection.execute("PRAGMA journal_mode").fetchone() == (b"delete",)
+    assert one._connection.execute("PRAGMA journal_mode").fetchone() == (b"delete",)
     assert [one.get("loss", {"n": n})["nats"] for n in (1, 2)] == [1.0, 2.0]
 
 
@@ -333,16 +333,6 @@ def test_a_file_that_is_taken_away_is_made_anew(store):
     assert again(store).get("loss", {"n": 1}) == {"nats": 2.0}
 
 
-def test_two_processes_on_one_store_lose_nothing(store):
-    started = {name: start(store, name, 150) for name in ("one", "two")}
-    for process in started.values():
-        process.communicate()
-        assert process.returncode == 0
-    for name in started:
-        assert records(store, name) == list(range(150))
-    assert {store.get("loss", {"n": n})["by"] for n in range(7)} <= set(started)
-
-
 def test_a_kill_loses_at_most_the_record_in_flight(store):
     before = 0
     for round_ in range(2):
@@ -380,7 +370,7 @@ def test_what_is_offered_is_kept_once_it_is_asked_for(tmp_path):
     for kind in ("loss", "tasks", "files"):
         given.put(kind, INPUTS, {"kind": kind})
     given.journal("trials", INPUTS).append({"n": 1})
-    rows = given._file.rows("SELECT key, kind, made, value, checksum FROM measurements")
+    rows = given._rows("SELECT key, kind, made, value, checksum FROM measurements")
     every = [[one.decode() if isinstance(one, bytes) else one for one in row] for row in rows]
     assert [row[1] for row in every] == ["loss", "tasks", "files"]
     store.offer({**given.give({}), "measurements": every})

@@ -12,7 +12,7 @@ from .output import eval_names, make_shard_of, say_dry_run, say_eval, say_known,
 
 if TYPE_CHECKING:
     from ..sharing.eval_work import EvalWork
-    from ..studies.evaluate import EvalJob, EvalPair, Results
+    from ..studies.evaluate import EvalJob, Results
 
 
 def eval_command(
@@ -45,7 +45,7 @@ def eval_command(
 
     Or of one checkpoint --against another, as a patched cut and its source.
     """
-    from ..studies.evaluate import EvalJob, EvalPair, items_in, measures_of
+    from ..studies.evaluate import EvalJob, items_in, measures_of, paired
 
     shared, is_shard = part.read(), part.shard is not None
     layers, experts = cut.read_all() if cut.is_named else (None, None)
@@ -64,14 +64,14 @@ def eval_command(
         overwrite=way.overwrite,
     )
     work: EvalWork | None = work_of("eval", job, shared)
-    pair = None if against is None else EvalPair.of(job, against)
+    pair = None if against is None else paired(job, against)
     said: dict[str, Any] = {"card": place, "as_json": way.as_json}
     if way.dry_run and (is_shard or not _is_made(job, pair)):
         if not is_shard:
             job.check_place()
         job.prepare()
         named = {"against": against, **items_in(settings)}
-        say_dry_run(_described(job, work or pair or job, named), way.as_json)
+        say_dry_run(_described(job, work or job, pair, named), way.as_json)
     elif work is not None and work.shard is not None:
         job.prepare()
         make_shard_of(work, way.as_json)
@@ -80,31 +80,33 @@ def eval_command(
             results = _results(job, held, work)
             _say(job, results, eval_names(model, job.plan), read=job.readings, **said)
     else:
-        _compare(pair, job, **said)
+        _compare(*pair, job, **said)
 
 
-def _is_made(job: "EvalJob", pair: "EvalPair | None") -> bool:
+def _is_made(job: "EvalJob", pair: "tuple[EvalJob, EvalJob] | None") -> bool:
     """Whether there is a file that is not to be replaced, and nothing is left to measure."""
     if job.file is None or job.overwrite or not job.file.exists():
         return False
-    jobs = [job] if pair is None else [pair.against, pair.model]
+    jobs = pair or [job]
     return all(one.known() is not None for one in jobs)
 
 
-def _compare(pair: "EvalPair", job: "EvalJob", *, card: Path | None, as_json: bool) -> None:
+def _compare(
+    model: "EvalJob", against: "EvalJob", job: "EvalJob", *, card: Path | None, as_json: bool
+) -> None:
     """Measure two checkpoints by the measures of ``job``, and print them."""
-    pair.check_tokens()
+    from ..studies.evaluate import check_tokens
+
+    check_tokens(model, against)
+    jobs = {"against": against, "model": model}
     with ExitStack() as held:
-        sides = {"against": _results(pair.against, held), "model": _results(pair.model, held)}
+        sides = {side: _results(one, held) for side, one in jobs.items()}
         results = {
             kind: {side: found[kind]["base"] for side, found in sides.items()}
             for kind in sides["model"]
         }
-        read = [*pair.against.readings, *pair.model.readings]
-        names = {
-            name: str(one.source.path)
-            for name, one in (("against", pair.against), ("model", pair.model))
-        }
+        read = [reading for one in jobs.values() for reading in one.readings]
+        names = {side: str(one.source.path) for side, one in jobs.items()}
         _say(job, results, names, read=read, card=card, as_json=as_json)
 
 
@@ -161,11 +163,9 @@ def _say(
 ) -> None:
     """Print what was found, and write it where it is to be; what was cached is said."""
     from ..reporting.results import write_evaluation
+    from ..studies.evaluate import values_and_dtype
 
-    values = {
-        kind: {side: one.value for side, one in sides.items()} for kind, sides in results.items()
-    }
-    dtype = next(one.model.dtype for sides in results.values() for one in sides.values())
+    values, dtype = values_and_dtype(results)
     if job.out is not None:
         write_evaluation(job.out, values, dtype, plan=job.plan, overwrite=job.overwrite)
     if card is not None:
@@ -185,7 +185,10 @@ def _say(
 
 
 def _described(
-    job: "EvalJob", work: "EvalWork | EvalPair | EvalJob", named: dict[str, Any]
+    job: "EvalJob",
+    work: "EvalWork | EvalJob",
+    pair: "tuple[EvalJob, EvalJob] | None",
+    named: dict[str, Any],
 ) -> dict[str, Any]:
     described: dict[str, Any] = {"eval": str(job.source)}
     if job.plan:
@@ -193,4 +196,8 @@ def _described(
     named = {name: what for name, what in named.items() if what is not None}
     described |= {name: what or "prompts of our own" for name, what in named.items()}
     write = {} if job.file is None else {"write": [str(job.file)]}
-    return {**described, **write, **work.describe()}
+    if pair is None:
+        return {**described, **write, **work.describe()}
+    from ..studies.evaluate import describe_both
+
+    return {**described, **write, **describe_both(*pair)}

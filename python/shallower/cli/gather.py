@@ -10,7 +10,7 @@ from .options import Json, Out, Overwrite, TrustRemoteCode
 from .output import eval_names, say_eval, say_scan, warn
 
 if TYPE_CHECKING:
-    from ..sharing.eval_work import Evaluation
+    from ..studies.evaluate import Results
     from ..values.plan import Plan
 
 
@@ -52,11 +52,15 @@ def gather_command(
 
 
 def _say_eval(
-    found: "Evaluation", plan: "Plan | None", is_kept: bool, *, out: Path, as_json: bool
+    found: "Results", plan: "Plan | None", is_kept: bool, *, out: Path, as_json: bool
 ) -> None:
-    names, dtype = eval_names(found.model.name, plan), found.model.dtype
+    from ..studies.evaluate import values_and_dtype
+
+    values, dtype = values_and_dtype(found)
+    one = next(one for sides in found.values() for one in sides.values())
+    names = eval_names(one.model.name, plan)
     written = [out / EVAL_FILE]
-    say_eval(found.values, dtype, plan, names=names, written=written, as_json=as_json)
+    say_eval(values, dtype, plan, names=names, written=written, as_json=as_json)
     if not is_kept:
         warn(
             "eval will not find this in the cache: the model or the texts are not here as the "

@@ -5,17 +5,16 @@ work have the same number of threads, because the bits of results depend on it.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import ProcessesError
 from ..models.dtypes import STREAM, DeviceMap
 from ..models.source import ModelSource
 from ..processes import processors, requested_threads
-from ..progress import say_goes_on, track
 from ..values.estimates import MemoryPlan, format_size, needed_device, usable
 from ..workers.local_workers import LocalWorkers, Seat
-from ..workers.units import Engine, Job, Ledger, drive
+from ..workers.units import Engine, Job
 
 if TYPE_CHECKING:
     from ..values.tokens import Tokens
@@ -43,38 +42,6 @@ def workers_of(
 
     is_told = device_memory is not None and job.device_map != STREAM
     return RayWorkers(job, workers, gpus=_gpus(memory()) if is_told else 1, memory=memory)
-
-
-def hand_out(
-    job: Job,
-    units: Sequence[str],
-    done: Sequence[str] = (),
-    *,
-    name: str,
-    keep: Callable[[str, bytes], object],
-    ready: Callable[[str, Mapping[str, Any]], None] = lambda *_: None,
-    exact: bool = True,
-    progress: bool | None = None,
-    **engine: Any,
-) -> Ledger:
-    """Let workers do the units that are not done, and ``keep`` each result, which may say a word.
-
-    ``name`` is that of the bar, what work and its units are called; ``exact``, ``ready`` and the
-    options of the ``engine`` are as those of :class:`Ledger`, :func:`drive` and
-    :func:`workers_of`. ProcessesError: there are no workers.
-    """
-    ledger = Ledger(units, done, exact=exact)
-    if done:
-        say_goes_on(f"{len(done)} of {len(units)} {name.split()[-1]} are done", progress)
-    with track(name, len(units), progress) as advance:
-        advance(len(done))
-
-        def accept(unit: str, content: bytes) -> None:
-            advance(1, str(keep(unit, content) or unit))
-
-        if not ledger.is_settled:
-            drive(workers_of(job, **engine), ledger, accept, ready=ready)
-    return ledger
 
 
 def seats(device_map: DeviceMap, workers: int | None, memory: Memory) -> list[Seat]:

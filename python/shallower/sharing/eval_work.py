@@ -17,10 +17,10 @@ from ..results.loss import Loss
 from ..results.perplexity import Perplexity
 from ..results.scores import Scores
 from ..settings.stages import EvalSettings
+from ..store import inputs
 from ..store.given_models import ModelStore
-from ..store.inputs import machine
 from ..store.store import Store, open_store
-from ..studies.evaluate import EvalJob, Result, Results, measures_of
+from ..studies.evaluate import EvalJob, Result, Results, measures_of, values_and_dtype
 from ..values.files import EVAL_FILE
 from ..values.identity import ModelIdentity
 from ..values.plan import Plan
@@ -88,18 +88,9 @@ class MeasuredPart:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What was found of a model, and of a cut of it."""
-
-    values: Mapping[str, Mapping[str, Any]]  # losses or perplexities, by measure and side
-    model: ModelIdentity  # the whole one
-    machine: Mapping[str, Any] | None  # that which measured; None for several that differ
-
-
-def evaluation_of(parts: Sequence[MeasuredPart]) -> Evaluation:
+def evaluation_of(parts: Sequence[MeasuredPart]) -> Results:
     """Put the parts of an evaluation together, to the bits of one process."""
-    first, values = parts[0], {}
+    first, results = parts[0], {}
     if any(one.measured != first.measured for one in parts):
         raise ScanError("the shards are of different measures or cuts: measure them again")
     for kind, part in first.tallies.items():
@@ -113,13 +104,20 @@ def evaluation_of(parts: Sequence[MeasuredPart]) -> Evaluation:
         counts = _in_order(items, [one.counts for one in of_kind])
         sizes = [one.num_bytes for one in of_kind if one.num_bytes is not None]
         num_bytes = _in_order(items, sizes) if sizes else None
-        values[kind] = {
-            side: _value(part, Scores(_in_order(items, nats), counts), num_bytes)
+        results[kind] = {
+            side: Result(
+                _value(part, Scores(_in_order(items, nats), counts), num_bytes), first.model
+            )
             for side in part.nats
             if (nats := [one.nats[side] for one in of_kind])
         }
-    is_one = all(one.machine == first.machine for one in parts)
-    return Evaluation(values, first.model, first.machine if is_one else None)
+    return results
+
+
+def machine_of(parts: Sequence[MeasuredPart]) -> Mapping[str, Any] | None:
+    """The machine that measured; None for several that differ."""
+    first = parts[0].machine
+    return first if all(one.machine == first for one in parts) else None
 
 
 def _in_order(items: Sequence[int], found: Sequence[Any]) -> NDArray[np.float64]:
@@ -137,11 +135,12 @@ def _value(part: Tally, scores: Scores, num_bytes: NDArray[np.float64] | None) -
 
 def open_eval(described: Mapping[str, Any], folder: Path | None, job: Any) -> Opened:
     """Check the texts, and load the model: PlanError for a plan of another one."""
-    source, store = opened_source(described, job)
+    source, store, expects = opened_source(described, job)
     of = job or _job_of(described, store)
     for one in of.measures:
-        agree(described, job, one.kind, one.source, partial(one.inputs, store))
-    parts = EvalParts(of, source, described["expects"]["model"], store, progress_of(folder))
+        agree(expects.get(one.kind), one.source, partial(one.inputs, store))
+    content, progress = described["expects"]["model"], progress_of(folder)
+    parts = EvalParts(of, source, content, store=store, progress=progress)
     return Opened(described, parts.value, parts.common, texts_of(parts, described))
 
 
@@ -153,6 +152,7 @@ class EvalParts:
         job: EvalJob,
         source: ModelSource,
         content: str | None,
+        *,
         store: Store,
         progress: bool | None,
     ) -> None:
@@ -194,7 +194,7 @@ class EvalParts:
         """Measure one part, of the model and of its cut."""
         shard = Shard.parse(unit)
         tallies = {kind: self._part(kind, shard) for kind in self._all}
-        return plain_fields(MeasuredPart(machine(), self._decoder.identity, tallies))
+        return plain_fields(MeasuredPart(inputs.machine(), self._decoder.identity, tallies))
 
     def _part(self, kind: str, shard: Shard) -> Tally:
         """What a part has of one measure."""
@@ -257,32 +257,33 @@ class EvalWork(Batches):
 
     def joined(self, values: Sequence[Any]) -> Results:
         """Put parts together, and remember what they found."""
-        found = evaluation_of([read(MeasuredPart, value) for value in values])
-        _keep(found, self.job, self.job.job)
-        return {
-            kind: {side: Result(value, found.model) for side, value in sides.items()}
-            for kind, sides in found.values.items()
-        }
+        parts = [read(MeasuredPart, value) for value in values]
+        found = evaluation_of(parts)
+        _keep(found, machine_of(parts), self.job, self.job.job)
+        return found
 
     @classmethod
     def gather(
         cls, shards: Sequence[MadeShard], out: Path, *, overwrite: bool, **_: bool
-    ) -> tuple[Evaluation, Plan | None, bool]:
+    ) -> tuple[Results, Plan | None, bool]:
         """Put shards together, and write what was found.
 
         It is remembered where model and texts lie here as the shards say. Returns it, the plan of
         the cut, and whether it is.
         """
-        found, described = evaluation_of(values_of(shards, MeasuredPart)), shards[0].described
+        parts, described = values_of(shards, MeasuredPart), shards[0].described
+        found = evaluation_of(parts)
         try:
             plan = described["plan"] and Plan.from_json(described["plan"])
         except DAMAGES as error:
             raise ScanError(f"shard {shards[0].shard} is damaged: {why(error)}") from error
-        write_evaluation(out, found.values, found.model.dtype, plan=plan, overwrite=overwrite)
+        values, dtype = values_and_dtype(found)
+        write_evaluation(out, values, dtype, plan=plan, overwrite=overwrite)
         try:
             if described["source"]["trust_remote_code"]:  # by the word of a file
                 return found, plan, False
-            return found, plan, _keep(found, _job_of(described, open_store()), shards[0].job)
+            job = _job_of(described, open_store())
+            return found, plan, _keep(found, machine_of(parts), job, shards[0].job)
         except (ShallowerError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return found, plan, False  # it describes nothing that is here
 
@@ -298,14 +299,16 @@ def _job_of(described: Mapping[str, Any], store: Store) -> EvalJob:
     )
 
 
-def _keep(found: Evaluation, job: EvalJob, measured: str | None) -> bool:
+def _keep(
+    found: Results, machine: Mapping[str, Any] | None, job: EvalJob, measured: str | None
+) -> bool:
     """Remember what was found, if it is of this very job, as what one process measured."""
     keys, kept = job.keys, job.kept
-    if None in (found.machine, kept.model, job.job, *keys.values()) or measured != job.job:
+    if None in (machine, kept.model, job.job, *keys.values()) or measured != job.job:
         return False
-    kept = replace(kept, model={**(kept.model or {}), "machine": found.machine})
+    kept = replace(kept, model={**(kept.model or {}), "machine": machine})
     for measure in job.measures:
-        for side, value in found.values[measure.kind].items():
-            of: Any = {"plan": job.sides[side], "model": found.model}
-            measure.keep(kept, keys[measure.kind], value, **of)
+        for side, one in found[measure.kind].items():
+            of: Any = {"plan": job.sides[side], "model": one.model}
+            measure.keep(kept, keys[measure.kind], one.value, **of)
     return True

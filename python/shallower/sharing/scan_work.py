@@ -25,9 +25,9 @@ def open_scan(described: Mapping[str, Any], folder: Path | None, job: Any) -> Op
     """Check the texts, and load the model; a part by hand goes on where it was interrupted."""
     from ..models.decoder import Decoder
 
-    source, store = opened_source(described, job)
+    source, store, expects = opened_source(described, job)
     texts, progress = Texts(**described["texts"]), progress_of(folder)
-    agree(described, job, "texts", texts.source, lambda: texts_content(texts, store))
+    agree(expects.get("texts"), texts.source, lambda: texts_content(texts, store))
     model, tokenizer = source.load(progress=progress)
     shards = Shards(
         Decoder.of(model, described["expects"]["model"]),

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ScanError
+from ..progress import say_goes_on, track
 from ..scanning.scan import Scan
 from ..storage import check_apart, resumable_file, write_file
 from ..store.inputs import check_made_by
-from ..workers.units import Job
-from .engines import hand_out
+from ..workers.units import Job, Ledger, drive
+from .engines import workers_of
 from .eval_work import EvalWork
 from .scan_work import ScanWork, scan_of
 from .shards import read_shards
@@ -51,22 +52,29 @@ def share(work: AnyWork) -> Any:
     described = work.described()
     with work.held():
         if not work.is_known:
-            ledger = hand_out(
-                Job(OPENER, described),
-                work.units,
-                work.done(),
-                name=f"{work.kind}, {work.unit_names}",
-                keep=work.keep,
-                ready=work.ready,
-                exact=work.is_exact,
-                progress=getattr(work.job, "progress", None),
-                workers=work.workers,
-                on=work.on,
-                memory=work.memory,
-                device_memory=getattr(work.job, "device_memory", None),
-            )
-            work.give_up(ledger)
+            work.give_up(_handed_out(work, described))
         return work.finish()
+
+
+def _handed_out(work: AnyWork, described: Mapping[str, Any]) -> Ledger:
+    """Let workers do the units that are not done, and keep each result."""
+    job, done, units = work.job, work.done(), work.units
+    progress, device_memory = getattr(job, "progress", None), getattr(job, "device_memory", None)
+    ledger = Ledger(units, done, exact=work.is_exact)
+    if done:
+        say_goes_on(f"{len(done)} of {len(units)} {work.unit_names} are done", progress)
+    with track(f"{work.kind}, {work.unit_names}", len(units), progress) as advance:
+        advance(len(done))
+
+        def accept(unit: str, content: bytes) -> None:
+            work.keep(unit, content)
+            advance(1, unit)
+
+        if not ledger.is_settled:
+            how: Any = {"workers": work.workers, "on": work.on, "memory": work.memory}
+            engine = workers_of(Job(OPENER, described), **how, device_memory=device_memory)
+            drive(engine, ledger, accept, ready=work.ready)
+    return ledger
 
 
 def make_shard(work: AnyWork) -> Path:

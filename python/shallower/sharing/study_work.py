@@ -86,7 +86,7 @@ def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "model": model, "machine": None, "threads": None}
 
 
-def is_known(study: CompareStudy, part: Part[Any]) -> bool:
+def is_known(study: CompareStudy, part: Part) -> bool:
     """Whether the store has the measurements of a part."""
     return study.store.get("study", study.part_inputs(part)) is not None
 

@@ -213,12 +213,25 @@ class SharedWork(ABC):
         raise OutputError(f"{fault}: {way_out}")
 
 
-def opened_source(described: Mapping[str, Any], job: Any) -> tuple[ModelSource, Store]:
-    """The model of whoever described batches of texts, or by hand of its job; and its store."""
+def opened_source(
+    described: Mapping[str, Any], job: Any
+) -> tuple[ModelSource, Store, Mapping[str, Any]]:
+    """The model of whoever described batches of texts, its store, and what is expected of them.
+
+    By hand they are those of a job, of which nothing is expected. ProcessesError: it is another
+    model.
+    """
     store = open_store(described["no_cache"])
     source = ModelSource(**described["source"]) if job is None else job.source
-    agree(described, job, "model", str(source), lambda: model_content(source, store))
-    return source, store
+    expects = described["expects"] if job is None else {}
+    agree(expects.get("model"), str(source), lambda: model_content(source, store))
+    return source, store, expects
+
+
+def agree(wanted: Any, place: str | None, found: Callable[[], Any]) -> None:
+    """Refuse what is not what the driver has, where that is known: ProcessesError."""
+    if wanted is not None and found() != wanted:
+        raise ProcessesError(f"{place} on this node is not that of the driver, or not there")
 
 
 def progress_of(folder: Path | None) -> bool | None:
@@ -229,19 +242,6 @@ def progress_of(folder: Path | None) -> bool | None:
 def texts_of(shards: Any, described: Mapping[str, Any]) -> dict[str, Any]:
     """The texts of every unit, which is a shard of batches."""
     return {unit: shards.texts_of(Shard.parse(unit)) for unit in described["units"]}
-
-
-def agree(
-    described: Mapping[str, Any],
-    job: Any,
-    name: str,
-    place: str | None,
-    found: Callable[[], Any],
-) -> None:
-    """Refuse what is not what the driver has: ProcessesError; by hand its job is."""
-    wanted = described["expects"][name] if job is None else None
-    if wanted is not None and found() != wanted:
-        raise ProcessesError(f"{place} on this node is not that of the driver, or not there")
 
 
 class Batches(SharedWork):

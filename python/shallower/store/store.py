@@ -152,8 +152,15 @@ class Store:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._file = None if folder is None else _File(folder / STORE_FILE)
+        self._path = (folder or Path()) / STORE_FILE
+        self._is_off = folder is None
+        self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, ...] | None = None
+        self._opening = Lock()
         self._offered: dict[str, list[tuple[str, list[Any]]]] = {}
+
+    def __del__(self) -> None:
+        self._close()
 
     def key(self, kind: str, inputs: Mapping[str, Any]) -> str:
         """Hash what a result depends on."""
@@ -166,22 +173,21 @@ class Store:
 
     def find(self, kind: str, inputs: Mapping[str, Any] | None) -> Entry | None:
         """Look up a measurement, and when it was made."""
-        if self._file is None or inputs is None:
+        if self._is_off or inputs is None:
             return None
-        key = self._accepted(kind, inputs)
-        found = self._file.entries(_FIND, key, kind)
+        found = self._entries(_FIND, self._accepted(kind, inputs), kind)
         return found[0] if found else None
 
     def put(self, kind: str, inputs: Mapping[str, Any] | None, value: Mapping[str, Any]) -> None:
         """Keep a measurement, in place of one of the same inputs."""
-        if self._file is not None and inputs is not None:
-            self._file.write(_PUT, self.key(kind, inputs), kind, value)
+        if not self._is_off and inputs is not None:
+            self._write(_PUT, self.key(kind, inputs), kind, value)
 
     def journal(self, kind: str, inputs: Mapping[str, Any] | None) -> "Journal | None":
         """Open the records of work that may be interrupted; None if nothing is kept."""
-        if self._file is None or inputs is None:
+        if self.folder is None or inputs is None:
             return None
-        return Journal(self._file, self._accepted(kind, inputs), kind)
+        return Journal(self, self._accepted(kind, inputs), kind)
 
     def give(self, behind: dict[str, int]) -> Entries:
         """Give the entries behind the rows that ``behind`` numbers, and number the last there.
@@ -189,10 +195,8 @@ class Store:
         Not those of the files of this machine.
         """
         found: Entries = {}
-        if self._file is None:
-            return found
-        for table in _TAKEN:
-            rows = self._file.rows(_GIVEN.format(table), behind.get(table, 0))
+        for table in _TAKEN if self.folder is not None else ():
+            rows = self._rows(_GIVEN.format(table), behind.get(table, 0))
             behind[table] = max([behind.get(table, 0), *(row[0] for row in rows)])
             found[table] = [
                 [one.decode() if isinstance(one, bytes) else one for one in row[1:]] for row in rows
@@ -222,87 +226,34 @@ class Store:
 
     def _keep(self, rows: Iterable[tuple[str, Sequence[Any]]]) -> None:
         for query, row in rows:
-            if self._file is not None:
-                self._file.take(query, row)
+            self._run(query, *row)
 
     def usage(self) -> list[KindUsage]:
         """Count the entries and their bytes, by kind."""
-        rows = [] if self._file is None else self._file.rows(_USAGE)
-        return [KindUsage(kind.decode(errors="replace"), *rest) for kind, *rest in rows]
+        return [
+            KindUsage(kind.decode(errors="replace"), *rest) for kind, *rest in self._rows(_USAGE)
+        ]
 
-    def clear(self) -> int:
-        """Remove all entries, and count the bytes of their values.
-
-        Other processes may use the store meanwhile. A damaged file is removed. Raises CacheError
-        if the file is held, is not ours, or cannot be written.
-        """
-        return 0 if self._file is None else self._file.clear()
-
-
-def _given(entries: Any) -> list[tuple[str, list[Any]]]:
-    """Entries as :meth:`Store.give` gave them, each with the query that keeps it; CacheError."""
-    try:
-        rows = [(_TAKEN[table], row) for table, found in entries.items() for row in found]
-        whole = all(_checksum(*row[:4]) == row[4] and len(row) == 5 for _, row in rows)
-        rows = [(query, row) for query, row in rows if row[1] != _OF_FILES]
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise CacheError("these are no entries of a store") from error
-    if not whole:
-        raise CacheError("an entry is damaged: it has not the checksum that it was made with")
-    return rows
-
-
-class Journal:
-    """The records of one piece of work, in the order in which they were appended."""
-
-    def __init__(self, file: "_File", key: str, kind: str) -> None:
-        self._file, self._key, self._kind = file, key, kind
-
-    def read(self) -> list[dict[str, Any]]:
-        """Give all records that were appended, by this process or another."""
-        return [entry.value for entry in self._file.entries(_READ, self._key, self._kind)]
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record, which is there whole after any death of the process, or not at all."""
-        self._file.write(_APPEND, self._key, self._kind, record)
-
-
-class _File:
-    """The SQLite file: opened when it is first needed, and no reason for the work to end."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._connection: sqlite3.Connection | None = None
-        self._opened: tuple[int, ...] | None = None
-        self._is_off = False
-        self._opening = Lock()
-
-    def __del__(self) -> None:
-        self._close()
-
-    def entries(self, query: str, key: str, kind: str) -> list[Entry]:
+    # The file: opened when it is first needed, and no reason for the work to end.
+    def _entries(self, query: str, key: str, kind: str) -> list[Entry]:
         """Read entries; those that are damaged are left out, and a warning says so."""
-        found = [_entry(key, kind, *row) for row in self.rows(query, key)]
+        found = [_entry(key, kind, *row) for row in self._rows(query, key)]
         if None in found:
             warnings.warn(
-                f"a {kind} in the store {self.path} is damaged and not used (shallower cache "
+                f"a {kind} in the store {self._path} is damaged and not used (shallower cache "
                 f"--clear removes all)",
                 stacklevel=1,
             )
         return [entry for entry in found if entry is not None]
 
-    def write(self, query: str, key: str, kind: str, value: Mapping[str, Any]) -> None:
+    def _write(self, query: str, key: str, kind: str, value: Mapping[str, Any]) -> None:
         """Write one entry, whole or not at all."""
         text, made = json.dumps(value, separators=(",", ":")), int(time())
         self._run(query, key, kind, made, text, _checksum(key, kind, made, text))
 
-    def take(self, query: str, row: Sequence[Any]) -> None:
-        """Write an entry as it was written elsewhere."""
-        self._run(query, *row)
-
-    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Read rows; none where the file is not there or cannot be used."""
-        return self._run(query, *values) if os.path.lexists(self.path) else []
+        return self._run(query, *values) if os.path.lexists(self._path) else []
 
     def _run(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         if self._is_off:
@@ -313,7 +264,7 @@ class _File:
             self._is_off = True  # rather than to wait for a lock again and again
             # From one line and in the same words, so that it is shown once.
             warnings.warn(
-                f"the store {self.path} cannot be used ({why(error)}): the work goes on, and "
+                f"the store {self._path} cannot be used ({why(error)}): the work goes on, and "
                 f"nothing is found or kept (shallower cache --clear empties it, --no-cache leaves "
                 f"it alone)",
                 stacklevel=1,
@@ -336,13 +287,13 @@ class _File:
         with self._opening:
             if self._connection is None or self._opened != self._mark():
                 self._close()
-                self._connection = _open(self.path)
+                self._connection = _open(self._path)
                 self._opened = self._mark()
             return self._connection
 
     def _mark(self) -> tuple[int, ...] | None:
         try:
-            status = self.path.stat()
+            status = self._path.stat()
         except OSError:
             return None
         return os.getpid(), status.st_dev, status.st_ino
@@ -356,11 +307,15 @@ class _File:
         self._connection = None
 
     def clear(self) -> int:
-        """Delete all rows, or the file if it is damaged; raises CacheError if neither is done."""
-        if not os.path.lexists(self.path):
+        """Remove all entries, and count the bytes of their values.
+
+        Other processes may use the store meanwhile. A damaged file is removed. Raises CacheError
+        if the file is held, is not ours, or cannot be written.
+        """
+        if self.folder is None or not os.path.lexists(self._path):
             return 0
         try:
-            with closing(_open(self.path)) as connection:
+            with closing(_open(self._path)) as connection:
                 with connection:
                     connection.execute("BEGIN IMMEDIATE")
                     freed = sum(row[2] for row in connection.execute(_USAGE))
@@ -372,18 +327,46 @@ class _File:
         except (sqlite3.Error, OSError) as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if isinstance(error, _NotOurs | OSError) or code in _NOT_CLEARED:
-                raise CacheError(f"cannot clear the store {self.path}: {error}") from error
+                raise CacheError(f"cannot clear the store {self._path}: {error}") from error
             return self._remove()
 
     def _remove(self) -> int:
         self._close()
-        freed = self.path.lstat().st_size
+        freed = self._path.lstat().st_size
         for suffix in ("-wal", "-shm", "-journal", ""):
             try:
-                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
             except OSError as error:
                 raise CacheError(f"cannot remove the damaged store: {error}") from error
         return freed
+
+
+def _given(entries: Any) -> list[tuple[str, list[Any]]]:
+    """Entries as :meth:`Store.give` gave them, each with the query that keeps it; CacheError."""
+    try:
+        rows = [(_TAKEN[table], row) for table, found in entries.items() for row in found]
+        whole = all(_checksum(*row[:4]) == row[4] and len(row) == 5 for _, row in rows)
+        rows = [(query, row) for query, row in rows if row[1] != _OF_FILES]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CacheError("these are no entries of a store") from error
+    if not whole:
+        raise CacheError("an entry is damaged: it has not the checksum that it was made with")
+    return rows
+
+
+class Journal:
+    """The records of one piece of work, in the order in which they were appended."""
+
+    def __init__(self, store: Store, key: str, kind: str) -> None:
+        self._store, self._key, self._kind = store, key, kind
+
+    def read(self) -> list[dict[str, Any]]:
+        """Give all records that were appended, by this process or another."""
+        return [entry.value for entry in self._store._entries(_READ, self._key, self._kind)]
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record, which is there whole after any death of the process, or not at all."""
+        self._store._write(_APPEND, self._key, self._kind, record)
 
 
 _INHERITED: list[sqlite3.Connection] = []

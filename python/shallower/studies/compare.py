@@ -1,7 +1,7 @@
 """Criteria compared by benchmark, on one model or several, into a folder."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..judgement.criterion import Criterion
-    from .compare_rows import Outcome, PartsMaker
+    from .compare_rows import Outcome
     from .measures import ScoresOnTasks
 
 
@@ -302,10 +302,10 @@ class CompareStudy(Study[CompareSettings]):
             for n in self.settings.n
         ]
 
-    def parts(self) -> list[Part[CompareSettings]]:
+    def parts(self) -> list[Part]:
         """List the whole models, and the criteria on each with all their sizes: searches first."""
         from ..judgement.criterion import has_costs
-        from .starts import wants_scans
+        from .compare_rows import wants_scans
 
         (first, *_), settings = self.splits, self.shared_settings()
         bare = replace(settings, criteria=())
@@ -325,11 +325,23 @@ class CompareStudy(Study[CompareSettings]):
             ),
         ]
 
-    def maker(self) -> "PartsMaker":
-        """Give the function that measures a part."""
-        from .compare_rows import PartsMaker
+    def part_inputs(self, part: Part) -> dict[str, Any]:
+        """All that the measurements of a part depend on, of a study whose inputs are known."""
+        assert self.inputs is not None
+        return {
+            **self.inputs,
+            "models": self.of_models[part.model],
+            "texts": self.fitted[part.texts],
+            "settings": part.settings.to_json(),
+            "trained_on": None,
+            "part": part.what,
+        }
 
-        return PartsMaker(self, self.criteria, self.tasks)
+    def maker(self) -> Callable[[Part], None]:
+        """Give the function that measures a part."""
+        from .compare_rows import parts_maker
+
+        return parts_maker(self, self.criteria, self.tasks)
 
     def is_stock(self) -> bool:
         """Whether all criteria are of this package, and the one model is known; of several those
@@ -360,7 +372,7 @@ class CompareStudy(Study[CompareSettings]):
         return comparison
 
     def _measure(self) -> CriteriaComparison:
-        from .starts import wants_scans
+        from .compare_rows import wants_scans
 
         settings = self.settings
         each = len(self.criteria) * (1 + len(settings.n) * len(settings.states))

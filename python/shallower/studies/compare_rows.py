@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..errors import (
     CacheError,
     OutputError,
+    ScanError,
     ShallowerError,
     TextsError,
     one_sentence,
@@ -44,17 +45,18 @@ from ..results.comparison import (
 )
 from ..results.loss import Loss
 from ..results.scores import Estimate, Scores, Standing
+from ..scanning.scan import Scan
 from ..settings.recipe import Recipe
 from ..settings.studies import CompareSettings, State
 from ..store.given_models import InMemory
 from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, FEWEST_REPORTING
+from ..values.costs import NUM_RESAMPLES, BootstrappedStart
 from ..values.entries import ResultStore
 from ..values.experts import check_counts
 from ..values.layers import check_sizes
 from ..values.plan import Gone, Plan
 from .measures import ScoresOnTasks
 from .measuring import Measured, Measuring
-from .starts import starts_of, wants_scans
 from .study import SINGLE_LAYERS, WHOLE, Part, Study
 from .verified_plans import VerifiedPlans
 
@@ -167,17 +169,6 @@ def _check_sizes(settings: CompareSettings, decoder: Decoder) -> int | None:
     return number
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """What a criterion would drop, and the work of finding it."""
-
-    criterion: Criterion
-    n: int
-    plan: Plan
-    work: Took
-    tau: float | None
-
-
 @dataclass
 class _Choosing:
     """Criteria on one model and calibration texts of one name.
@@ -198,7 +189,7 @@ class _Choosing:
     def __post_init__(self) -> None:
         measuring, settings = self.measuring, self.study.settings
         self.on = on = measuring.calibrated(self.texts)
-        judge = measuring.judges.choosing(on.split.choose)
+        judge = measuring.choosing(on.split.choose)
         self.subject = Subject(
             measuring.decoder,
             on.batches,
@@ -249,12 +240,14 @@ class _Choosing:
             finally:
                 trials.report = None
 
-    def choices(self) -> list[_Choice]:
+    def choices(self) -> list[tuple[Row, Plan]]:
         """Let every criterion choose, for every size; one that cannot is noted in ``skipped``.
+
+        Gives the row of each plan before that is measured.
 
         Choices of experts lie by size.
         """
-        found: list[_Choice] = []
+        found: list[tuple[Row, Plan]] = []
         if self.study.settings.truth and any(map(has_costs, self.criteria)):
             losses, name = self.measuring.held_out.losses, "true losses without single layers"
             with (
@@ -269,9 +262,9 @@ class _Choosing:
                 found += self._chosen(criterion)
         if self.study.settings.unit == "layers":
             return found
-        return sorted(found, key=lambda one: one.n)
+        return sorted(found, key=lambda one: one[0].n)
 
-    def _chosen(self, criterion: Criterion) -> Iterator[_Choice]:
+    def _chosen(self, criterion: Criterion) -> Iterator[tuple[Row, Plan]]:
         """Let a criterion choose for every size that it can."""
         tau, own, name = None, Took(), criterion.name
         bar = nullcontext if isinstance(criterion, RecommendedPlan) else self._bar  # it has its own
@@ -280,7 +273,8 @@ class _Choosing:
         for n in self._sizes(criterion):
             with bar(f"{name}, n = {n}"), others_go_on(f"{name}, n = {n}", self.skipped):
                 if name not in self.skipped:
-                    yield _Choice(criterion, n, *self._choice(criterion, n, own), tau)
+                    plan, work = self._choice(criterion, n, own)
+                    yield self._row(name, n, plan, work, tau), plan
 
     def _measured(self, criterion: Criterion) -> tuple[float | None, Took]:
         """Kendall's τ-b of layer costs with true losses, where that is asked for; the work."""
@@ -308,37 +302,36 @@ class _Choosing:
     def _inputs(self, criterion: Criterion) -> dict[str, Any]:
         return {"criterion": criterion.name, **self._chosen_on}
 
-    def measured(self, choices: Sequence[_Choice]) -> Iterator[MeasuredRow]:
+    def measured(self, choices: Sequence[tuple[Row, Plan]]) -> Iterator[MeasuredRow]:
         """Measure what was chosen in every state, on the test texts."""
         measuring, settings = self.measuring, self.study.settings
         quick = settings.patch == "quick" and "patched" in settings.states
         with stage("measure the whole model"):
-            plans = [choice.plan for choice in choices]
+            plans = [plan for _, plan in choices]
             measuring.judge_together(plans, self.on.patched if quick else None)
             measuring.measure(None, "cut", self.on)
-        for state, choice in product(settings.states, choices):
-            name = f"{choice.criterion.name}, n = {choice.n}, {state}"
-            with stage(name, f"measure {state}"):
-                row, scores = self._measured_in(self._row(choice, state), choice.plan)
-            yield row, scores
+        for state, (row, plan) in product(settings.states, choices):
+            with stage(f"{row.criterion}, n = {row.n}, {state}", f"measure {state}"):
+                share = self._time_share(plan)
+                found = self._measured_in(replace(row, state=state, time_share=share), plan)
+            yield found
 
-    def _row(self, choice: _Choice, state: State) -> Row:
-        """The row of a choice before it is measured in a state."""
-        plan, measuring = choice.plan, self.measuring
+    def _row(self, criterion: str, n: int, plan: Plan, work: Took, tau: float | None) -> Row:
+        """The row of a choice before it is measured."""
         return Row(
             model=self.model,
             texts=self.texts,
-            criterion=choice.criterion.name,
-            n=choice.n,
-            state=state,
+            criterion=criterion,
+            n=n,
+            state="cut",
             dropped=plan.dropped,
             standing=None,
-            tau=choice.tau,
-            layers_share=len(plan.dropped) / len(measuring.decoder),
-            parameters_share=measuring.parameters_share(plan),
-            time_share=self._time_share(plan),
-            layer_forwards=choice.work.layer_forwards,
-            choice_seconds=choice.work.seconds,
+            tau=tau,
+            layers_share=len(plan.dropped) / len(self.measuring.decoder),
+            parameters_share=self.measuring.parameters_share(plan),
+            time_share=None,
+            layer_forwards=work.layer_forwards,
+            choice_seconds=work.seconds,
             experts=None if plan.experts is None else str(plan.experts),
         )
 
@@ -408,47 +401,40 @@ def _by_text(loss: Loss) -> Scores:
     return loss.by_text
 
 
-class PartsMaker:
-    """Measures parts of a comparison into the store; the model of the last one stays loaded."""
+def parts_maker(
+    study: Study[CompareSettings], criteria: Sequence[Criterion], tasks: ScoresOnTasks | None
+) -> Callable[[Part], None]:
+    """Give the function that measures a part into the store; the last one's model stays loaded."""
+    named = {criterion.name: criterion for criterion in criteria}
+    models = {str(model): model for model in study.models}
+    opened: dict[tuple[str, str], _Choosing] = {}
 
-    def __init__(
-        self,
-        study: Study[CompareSettings],
-        criteria: Sequence[Criterion],
-        tasks: ScoresOnTasks | None,
-    ) -> None:
-        self._study, self._tasks = study, tasks
-        self._criteria = {criterion.name: criterion for criterion in criteria}
-        self._models = {str(model): model for model in study.models}
-        self._open: dict[tuple[str, str], _Choosing] = {}
+    def choosing(part: Part) -> _Choosing:
+        key = part.model, part.texts
+        if key not in opened:
+            same = [one.measuring for (model, _), one in opened.items() if model == part.model]
+            opened.clear()
+            model = models[part.model]
+            store = study.model_store(model)
+            measuring = same[0] if same else open_measuring(study, model, tasks=tasks, store=store)
+            _check_sizes(study.settings, measuring.decoder)
+            opened[key] = _Choosing(study, measuring, store, criteria, *key)
+        return opened[key]
 
-    def __call__(self, part: Part[CompareSettings]) -> None:
-        """Measure a part."""
-        with limit(self._study.settings.device_memory):
-            opened = self._opened(part)
+    def make(part: Part) -> None:
+        with limit(study.settings.device_memory):
+            on = choosing(part)
             if part.what == WHOLE:
-                opened.whole_model(part.model)
-                if wants_scans(self._study):
-                    opened.starts()
+                on.whole_model(part.model)
+                if wants_scans(study):
+                    on.starts()
             elif part.what == SINGLE_LAYERS:
                 with suppress(ShallowerError):  # every criterion that needs them says why
-                    opened.measuring.held_out.single_layers()
+                    on.measuring.held_out.single_layers()
             else:
-                opened.make(self._criteria[part.what])
+                on.make(named[part.what])
 
-    def _opened(self, part: Part[CompareSettings]) -> _Choosing:
-        key = part.model, part.texts
-        if key not in self._open:
-            same = [one.measuring for (model, _), one in self._open.items() if model == part.model]
-            self._open.clear()
-            study, store = self._study, self._study.model_store(self._models[part.model])
-            if not same:
-                model: Any = self._models[part.model]
-                same = [open_measuring(study, model, tasks=self._tasks, store=store)]
-            _check_sizes(study.settings, same[0].decoder)
-            criteria = list(self._criteria.values())
-            self._open[key] = _Choosing(study, same[0], store, criteria, *key)
-        return self._open[key]
+    return make
 
 
 def _require_enough(subject: Subject, report: Judge) -> None:
@@ -478,3 +464,30 @@ def kendall_tau(costs: NDArray[np.float64], truth: NDArray[np.float64]) -> float
         return None
     tau = float(kendalltau(costs[known], truth[known]).statistic)
     return tau if math.isfinite(tau) else None
+
+
+def wants_scans(study: Study[CompareSettings]) -> bool:
+    """Whether layers are compared: for a page of several models or texts, or nothing else."""
+    several = len(study.models) * len(study.named_texts) > 1
+    return study.settings.unit == "layers" and (several or study.settings.judge == "none")
+
+
+def starts_of(scan: Scan) -> tuple[Start, ...]:
+    """The best start of every size; its spread where there are enough samples."""
+    try:
+        resampled = scan.bootstrap(NUM_RESAMPLES, metric="angular")
+    except ScanError:  # it has too few samples
+        resampled = {}
+    return tuple(
+        _start(n, scan.best_block(n, "angular").start, resampled.get(n))
+        for n in range(1, scan.num_layers)
+    )
+
+
+def _start(n: int, start: int, resampled: BootstrappedStart | None) -> Start:
+    if resampled is None:
+        return Start(n, start, None, None)
+    places = np.arange(len(resampled.distribution))
+    mean = float(resampled.distribution @ places)
+    spread = math.sqrt(float(resampled.distribution @ (places - mean) ** 2))
+    return Start(n, start, resampled.probability, spread)

@@ -47,6 +47,7 @@ from ..settings.studies import CompareSettings, RunSettings
 from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
+from ..texts.splits import Splits
 from ..values.estimates import Disk, Divided, MemoryPlan
 from ..values.tokens import SPEECH_TOKENS
 from .answers import WantedAnswers
@@ -93,29 +94,6 @@ def describe(study: Study[Any]) -> dict[str, Any]:
 
 def _peak(plan: MemoryPlan) -> int:
     return plan.peak_bytes or 0
-
-
-class _SplitTokens:
-    """The tokens of the texts of one split, and of the items of its judge.
-
-    Where that is of speech, they are ``judged``, and ``num_spoken`` prompts are answered for it.
-    """
-
-    def __init__(self, study: Study[Any], tokenizer: Any, name: str, texts_at_once: int) -> None:
-        tokens = replace(study.settings.tokens, batch_size=texts_at_once)
-        split = study.splits[name]
-        self.batches = list(TokenBatches(tokenizer, split.fit, tokens, min_tokens=2))
-        self.fit = np.concatenate([batch.attention_mask.sum(axis=1) for batch in self.batches])
-        self.choose, self.report = (
-            np.array([*map(len, TokenBatches(tokenizer, some, tokens, min_tokens=2).token_ids())])
-            for some in (split.choose, split.report)
-        )
-        self.judged = self.choose
-        if study.judges[0] == "speech":
-            halves: Any = study.items
-            found = prompt_ids(tokenizer, halves[0])
-            self.judged = np.array([len(WAYS) * (len(ids) + SPEECH_TOKENS) for ids in found])
-        self.tokenizer = tokenizer
 
 
 class _Model:
@@ -182,11 +160,27 @@ class _Model:
     def counted(self) -> Counted:
         """Count what is sure to be done, at least: races and searches take more."""
         work = Work(passes=(CHECKED,))
-        for name in self.study.splits:
-            self.texts = _SplitTokens(self.study, self.source.load_tokenizer(), name, self._at_once)
+        for split in self.study.splits.values():
+            self._tokenise(split)
             work = sum(self._fixed(), work)
-        length = float(self.texts.report.mean())
+        length = float(self.report.mean())
         return Counted(self.source, work, self._at_once, length)
+
+    def _tokenise(self, split: Splits) -> None:
+        """Count the tokens of the texts of a split, and of what its judge scores cuts on."""
+        self.tokenizer = self.source.load_tokenizer()
+        tokens = replace(self.settings.tokens, batch_size=self._at_once)
+        fit, *others = (
+            TokenBatches(self.tokenizer, texts, tokens, min_tokens=2)
+            for texts in (split.fit, split.choose, split.report)
+        )
+        self.fit = np.concatenate([batch.attention_mask.sum(axis=1) for batch in fit])
+        self.choose, self.report = (np.array([*map(len, one.token_ids())]) for one in others)
+        self.judged = self.choose
+        if self.study.judges[0] == "speech":
+            halves: Any = self.study.items
+            ids = prompt_ids(self.tokenizer, halves[0])
+            self.judged = np.array([len(WAYS) * (len(one) + SPEECH_TOKENS) for one in ids])
 
     def stream(self) -> StreamPlan:
         """What is read of a model whose layers are streamed from disk, at least, about."""
@@ -194,8 +188,8 @@ class _Model:
 
     def _fixed(self) -> Iterator[Work]:
         """The whole model and its scan; the races as far as each goes; and all rows."""
-        settings, texts = self.settings, self.texts
-        whole, fit = self.layers, float(texts.fit.sum())
+        settings = self.settings
+        whole, fit = self.layers, float(self.fit.sum())
         if getattr(self.study, "by_experts", False):
             yield Work(2 * whole * fit, passes=((2, fit),))  # hooks run the experts again
             yield self._losses(*[0] * (1 + len(settings.n)))
@@ -210,8 +204,8 @@ class _Model:
             yield self._losses(n, passes=0) + self._made(n, state)
             yield from self._spoken(whole - n)
         if getattr(settings, "truth", False):
-            yield self._singles(texts.report[:TRUTH_ITEMS], passes=1)
-        if self._answers is not None and self._answers.is_for(texts.tokenizer):
+            yield self._singles(self.report[:TRUTH_ITEMS], passes=1)
+        if self._answers is not None and self._answers.is_for(self.tokenizer):
             most = min(self._patch_tokens, fit)
             answers = self._answers if settings.heal else self._answers.within(most)
             yield written(whole, answers.num_written)
@@ -256,12 +250,12 @@ class _Model:
     def _losses(self, *cuts: int, passes: int = 1) -> Work:
         """The losses of cuts of so many layers on the test texts."""
         left = sum(self.layers - n for n in cuts)
-        return run(self.texts.report, left, len(cuts), passes=passes)
+        return run(self.report, left, len(cuts), passes=passes)
 
     @property
     def _scan(self) -> Work:
         """The scan of a run, or of a table; and the states that quick patches of one solve on."""
-        settings, fit = self.settings, self.texts.fit
+        settings, fit = self.settings, self.fit
         if isinstance(settings, RunSettings):
             return run(fit[:SCAN_TEXTS], self.layers, passes=1)
         is_scanned = settings.judge == "none" or {*SCANNED} & {*self._names}
@@ -272,30 +266,30 @@ class _Model:
 
     def _made(self, n: int, state: str) -> Work:
         """What makes a state of a cut of so many layers: a block in the middle."""
-        texts, fitted = self.texts, min(self._patch_tokens, 7 / 8 * self.texts.fit.sum())
+        fitted = min(self._patch_tokens, 7 / 8 * self.fit.sum())
         if state == "quick":
             return self._quick(n, self.settings.num_patching)
         if state == "patched":
             begin = max(1, (self.layers - n) // 2)
             layers = PatchLayers.of(self.layers, range(begin, begin + n))
-            held, steps = min(MAX_HELD_OUT, texts.fit.sum() / 8), most_steps(fitted)
+            held, steps = min(MAX_HELD_OUT, self.fit.sum() / 8), most_steps(fitted)
             return patched(layers, fitted=fitted, held=held, steps=steps, each=STEP_TOKENS)
         if state == "healed" and self._recipe is not None:
             from ..healing.checks import auto_dtype, facts
 
             recipe = self._recipe.resolve(facts(self.config, self.layers), auto=auto_dtype())
-            length, held = min(recipe.max_length, texts.fit.mean()), float(texts.choose.sum())
+            length, held = min(recipe.max_length, self.fit.mean()), float(self.choose.sum())
             return trained(recipe, self.layers - n, self.layers, length=length, held=held)
         return Work()
 
     def _quick(self, n: int, texts: int | None) -> Work:
         """A quick patch, behind the states of the whole model; it solves half as much as a full."""
-        return run(self.texts.fit[:texts], n + SOLVING / 2)
+        return run(self.fit[:texts], n + SOLVING / 2)
 
     def _spoken(self, left: int) -> Iterator[Work]:
         """How a model of so many layers speaks, judged by the whole one."""
         if self.study.prompts and not self.source.is_streamed:
-            ids = prompt_ids(self.texts.tokenizer, self.study.prompts)
+            ids = prompt_ids(self.tokenizer, self.study.prompts)
             prompts = np.array([len(one) for one in ids])
             yield spoken(left, self.layers, prompts, num_tokens=SPEECH_TOKENS)
 
@@ -305,7 +299,7 @@ class _Model:
         A search of a comparison judges as many.
         """
         if OneShot.name in self._names:
-            yield self._singles(self.texts.judged)
+            yield self._singles(self.judged)
         searches = getattr(self.study, "criteria", ()) if self._names else ()
         for one in searches:
             if isinstance(one, Search) and one.judged:
@@ -316,8 +310,8 @@ class _Model:
         if isinstance(self.settings, RunSettings) and not self.settings.target.is_none:
             sizes = [min(sizes)]
         patches = self.settings.after == "patch"
-        fit = self.texts.fit[:PATCH_TEXTS]
-        proposing = run(self.texts.fit[:PROPOSING_TEXTS], 2 * self.layers)
+        fit = self.fit[:PATCH_TEXTS]
+        proposing = run(self.fit[:PROPOSING_TEXTS], 2 * self.layers)
         yield proposing + Work(passes=(CHECKED, (3, fit.sum())))
         if patches:
             yield run(fit, self.layers)
@@ -330,5 +324,5 @@ class _Model:
 
     def _screened(self, n: int, passes: int = 1) -> Work:
         """Every block of a size on the first texts; what lies before it is run once."""
-        first, blocks = self.texts.judged[: self._at_once], self.layers - n + 1
+        first, blocks = self.judged[: self._at_once], self.layers - n + 1
         return run(first, block_layers(self.layers, n) / 2, blocks, passes=passes)

@@ -75,6 +75,14 @@ Results = Mapping[str, Mapping[str, Result]]
 """By the kind of a measure, ``base`` and, with layers, ``cut``."""
 
 
+def values_and_dtype(results: Results) -> tuple[dict[str, dict[str, Any]], str]:
+    """What was measured, as results are printed and written, and the dtype of the model."""
+    values = {
+        kind: {side: one.value for side, one in sides.items()} for kind, sides in results.items()
+    }
+    return values, next(one.model.dtype for sides in results.values() for one in sides.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalJob:
     """The measures of a model before and after a cut; of experts, the blocks may be none.
@@ -356,52 +364,43 @@ class EvalJob:
         return Tokens(tokens.max_length, planned.micro_batch)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalPair:
-    """Two checkpoints of one tokenizer by the same measures; ``against`` is loaded first."""
+def paired(job: EvalJob, against: str | Path) -> tuple[EvalJob, EvalJob]:
+    """Pair a job with that of another checkpoint, which it is to speak like."""
+    other = replace(job, source=replace(job.source, path=against, gguf_file=None))
+    measures = [
+        replace(one, whole=other.source) if isinstance(one, SpeechOnPrompts) else one
+        for one in job.measures
+    ]
+    return replace(job, measures=measures), other
 
-    model: EvalJob
-    against: EvalJob
 
-    @classmethod
-    def of(cls, job: EvalJob, against: str | Path) -> "EvalPair":
-        """Pair a job with that of another checkpoint, which ``job`` is to speak like."""
-        other = replace(job, source=replace(job.source, path=against, gguf_file=None))
-        measures = [
-            replace(one, whole=other.source) if isinstance(one, SpeechOnPrompts) else one
-            for one in job.measures
-        ]
-        return cls(model=replace(job, measures=measures), against=other)
+def check_tokens(model: EvalJob, against: EvalJob) -> None:
+    """Refuse tokenizers that read a text differently, before a model is loaded: TextsError."""
+    kinds = {one.kind: one.inputs(model.store) for one in model.measures}
+    sources = {"model": model.source, "against": against.source}
+    is_known = None not in kinds.values()
+    inputs = inputs_of(model.store, sources, {}, same_tokens=kinds) if is_known else None
+    if model.store.get("measurement", inputs) is not None:
+        return
+    first, second = (source.load_tokenizer() for source in sources.values())
+    for measure in model.measures:
+        pairs = zip_longest(measure.token_ids(first), measure.token_ids(second))
+        for index, (one, other) in enumerate(pairs):
+            if one is None or other is None or one.tolist() != other.tolist():
+                raise TextsError(
+                    f"{model.source} and {against.source} have different tokenizers: "
+                    f"{measure.item} {index} becomes other tokens, so their {measure.kind} cannot "
+                    f"be paired by {measure.item}. Compare checkpoints of one tokenizer, or by "
+                    f"--tasks, whose items are paired (--against)"
+                )
+    model.store.put("measurement", inputs, {"same_tokens": True})
 
-    def check_tokens(self) -> None:
-        """Refuse tokenizers that read a text differently, before a model is loaded: TextsError."""
-        store = self.model.store
-        kinds = {one.kind: one.inputs(store) for one in self.model.measures}
-        models = {"model": self.model.source, "against": self.against.source}
-        inputs = None if None in kinds.values() else inputs_of(store, models, {}, same_tokens=kinds)
-        if store.get("measurement", inputs) is None:
-            first, second = (source.load_tokenizer() for source in models.values())
-            for measure in self.model.measures:
-                pairs = zip_longest(measure.token_ids(first), measure.token_ids(second))
-                for index, (one, other) in enumerate(pairs):
-                    if one is None or other is None or one.tolist() != other.tolist():
-                        raise self._differ(measure, index)
-            store.put("measurement", inputs, {"same_tokens": True})
 
-    def _differ(self, measure: Measure[Any], index: int) -> TextsError:
-        what = measure.item
-        return TextsError(
-            f"{self.model.source} and {self.against.source} have different tokenizers: {what} "
-            f"{index} becomes other tokens, so their {measure.kind} cannot be paired by {what}. "
-            f"Compare checkpoints of one tokenizer, or by --tasks, whose items are paired "
-            f"(--against)"
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Describe what both take: the memory of that which needs more, or an unknown amount."""
-        plans = [(job, job.memory(job.source)) for job in (self.model, self.against)]
-        sizes = [math.inf if plan.peak_bytes is None else plan.peak_bytes for _, plan in plans]
-        larger, memory = plans[sizes.index(max(sizes))]
-        others = [job for job, _ in plans if job is not larger]
-        loaded = f"one after the other; {larger.source} needs more memory"
-        return {"loaded": loaded, **larger.describe(memory, others)}
+def describe_both(*jobs: EvalJob) -> dict[str, Any]:
+    """Describe what two take: the memory of that which needs more, or an unknown amount."""
+    plans = [(job, job.memory(job.source)) for job in jobs]
+    sizes = [math.inf if plan.peak_bytes is None else plan.peak_bytes for _, plan in plans]
+    larger, memory = plans[sizes.index(max(sizes))]
+    others = [job for job in jobs if job is not larger]
+    loaded = f"one after the other; {larger.source} needs more memory"
+    return {"loaded": loaded, **larger.describe(memory, others)}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +17,8 @@ from ..evaluation.batches import batches_of_texts
 from ..evaluation.kept import UnsavedResults
 from ..evaluation.loss import fitting_tokens
 from ..judgement.held_out_cuts import HeldOutCuts
-from ..judgement.judges.judge import LossJudge
+from ..judgement.judges import judge_of
+from ..judgement.judges.judge import Judge, LossJudge
 from ..judgement.patched_trials import PatchedTrials, stays
 from ..judgement.subject import parameters_share
 from ..judgement.token_states import evenly
@@ -31,21 +32,22 @@ from ..patching.quick import QuickPatch
 from ..progress import track
 from ..results.loss import Loss
 from ..results.scores import Scores
-from ..results.speech import Speech
+from ..results.speech import Answer, Speech
 from ..results.task_scores import TaskScores
 from ..scanning.scan import Scan
 from ..settings.recipe import Recipe
 from ..settings.studies import State
 from ..store.given_models import ModelStore
-from ..texts.batches import Batch, TokenBatches, tokenise
-from ..texts.prompts import prompts_fingerprint
+from ..texts.batches import Batch, TokenBatches, TokenisedText, tokenise
+from ..texts.prompts import Prompt, prompts_fingerprint
 from ..texts.splits import TokenisedSplits
 from ..values.entries import ResultStore, recalled
 from ..values.identity import TextsIdentity
 from ..values.plan import Gone, Plan, gone_by, key_of
 from ..values.provenance import hash_of
 from ..values.schema import plain_fields, read
-from .judging import Judges
+from ..values.tokens import Tokens
+from .answers import KeptAnswers
 from .measures import ScoresOnTasks
 from .speaking import SpeechOnPrompts, speech_of
 from .study import Study
@@ -116,14 +118,14 @@ class Measuring:
         self.test_set = batches_of_texts(tokenizer, self.report, self.tokens, count_bytes=False)
         self.judge = LossJudge(self.test_set.numbered)
         self.num_rejected = len(self.report) - self.judge.num_items
-        self.judges = Judges(study, self.decoder, tokenizer, tokens=self.tokens, store=store)
+        self._said: dict[int, list[tuple[Answer, ...]]] = {}
         layerwise = Layerwise(self.decoder)
         if getattr(study.settings, "judge", "loss") != "none":
             layerwise.check(self.judge.batches[0])
         self.held_out = HeldOutCuts(
             layerwise,
             self.judge,
-            self.judge if study.judges[1] == "loss" else self.judges.reporting(self.report),
+            self.judge if study.judges[1] == "loss" else self._judged_by(1, self.report),
             store=store,
             texts=self.test_set.fingerprint,
             num_rejected=self.num_rejected,
@@ -149,6 +151,32 @@ class Measuring:
         """The tokenised texts of a study on one kind of texts."""
         return next(iter(self.texts.values()))
 
+    def choosing(self, texts: Sequence[TokenisedText]) -> Judge:
+        """The judge that cuts are chosen by, on the selection texts or items."""
+        return self._judged_by(0, texts)
+
+    def _judged_by(self, half: int, texts: Sequence[TokenisedText]) -> Judge:
+        """The judge of the selection set or of the test set."""
+        name = self._study.judges[half]
+        if name != "speech":
+            items = self._study.items[half]
+            return judge_of(name, self.tokenizer, texts, tokens=self.tokens, items=items)
+        said = self._answers(half)
+        longest = max(len(one.ids) for answers in said for one in answers)
+        tokens = fitting_tokens(self.decoder, Tokens(longest, self._study.settings.batch_size))
+        return judge_of(name, self.tokenizer, texts, tokens=tokens, items=said)
+
+    def _answers(self, half: int) -> list[tuple[Answer, ...]]:
+        """What the whole model says to each selection prompt, or each test prompt; once."""
+        if half not in self._said:
+            prompts = cast(Sequence[Prompt], self._study.items[half])
+            speaking = SpeechOnPrompts.of_study(self._study, prompts).speaking(self.tokenizer)
+            write = KeptAnswers(self._store).write
+            with track("generate, whole model", speaking.most_tokens, self._study.progress):
+                words = speaking.words(self.decoder, write)
+            self._said[half] = list(zip(*words.values(), strict=True))
+        return self._said[half]
+
     def plans(self, scanned: Callable[[], Scan], texts: str = "") -> VerifiedPlans:
         """The verified plan of every size; ``scanned`` gives the scan of their calibration texts.
 
@@ -162,7 +190,7 @@ class Measuring:
             self.texts[name],
             fitted=self._study.fitted[name],
             scanned=scanned,
-            judges=self.judges,
+            judge=self.choosing(self.texts[name].choose),
             tokens=self.tokens,
             store=self._store,
         )

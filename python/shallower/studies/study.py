@@ -7,7 +7,7 @@ folder, and what is refused before heavy work. Each writes before its next step.
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -81,7 +81,7 @@ WHOLE, SINGLE_LAYERS = "whole model", "true losses without single layers"
 
 
 @dataclass(frozen=True, slots=True)
-class Part(Generic[Settings]):
+class Part:
     """Measurements of a study that one worker makes, and keeps in a store.
 
     Its settings are those of the study without what other parts measure.
@@ -90,7 +90,7 @@ class Part(Generic[Settings]):
     what: str
     model: str
     texts: str
-    settings: Settings
+    settings: StudySettings
 
     def __str__(self) -> str:
         return f"{self.what} of {self.model} on {self.texts}"
@@ -176,30 +176,6 @@ class Study(Generic[Settings]):
     def units(self) -> list[str]:
         """Name the measurements that the study makes, as far as they are known beforehand."""
         return []
-
-    def shared_settings(self) -> Settings:
-        """The settings by which workers measure."""
-        return self.settings
-
-    def parts(self) -> list[Part[Settings]]:
-        """List what workers can measure apart; what takes longest comes first."""
-        return []
-
-    def maker(self) -> Callable[[Part[Settings]], None]:
-        """Give the function that measures a part into the store; what cannot be is left out."""
-        raise NotImplementedError
-
-    def part_inputs(self, part: Part[Settings]) -> dict[str, Any]:
-        """All that the measurements of a part depend on, of a study whose inputs are known."""
-        assert self.inputs is not None
-        return {
-            **self.inputs,
-            "models": self.of_models[part.model],
-            "texts": self.fitted[part.texts],
-            "settings": part.settings.to_json(),
-            "trained_on": None,
-            "part": part.what,
-        }
 
     def unit(self, strategy: str, n: int, state: str, **on: str) -> str:
         """Name a measurement by its strategy, the number of layers that go and a state.

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError
 from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
+from ..judgement.judges.judge import Judge
 from ..judgement.verifying import Verifier, verifier_of
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
@@ -21,7 +22,6 @@ from ..texts.splits import TokenisedSplits
 from ..values.entries import ResultStore
 from ..values.plan import Plan
 from ..values.tokens import Tokens
-from .judging import Judges
 from .study import Study
 
 VERIFYING_TEXTS = 64
@@ -43,15 +43,13 @@ class VerifiedPlans:
         *,
         fitted: str,
         scanned: Callable[[], Scan],
-        judges: Judges,
+        judge: Judge,
         tokens: Tokens,
         store: ResultStore,
     ) -> None:
         self._decoder, self._scanned, self._settings = decoder, scanned, study.settings
-        self._judges, self._choose = judges, splits.choose
         self.fitted = fitted
-        self._verifier_of = partial(
-            verifier_of,
+        self.verifier: Verifier = verifier_of(
             decoder,
             tokenizer,
             replace(splits, fit=splits.fit[:VERIFYING_TEXTS]),
@@ -63,24 +61,24 @@ class VerifiedPlans:
             max_blocks=getattr(self._settings, "blocks", None),
             seed=self._settings.seed,
             progress=study.progress,
+            judge=judge,
         )
-        self.verifier: Verifier = self._verifier_of(judge=judges.choosing(splits.choose))
         self.found: dict[int, Verified] = {}
         self._counted: dict[Target, tuple[float, Sequence[float]]] = {}
 
     def verify(self, n: int) -> Verified:
         """Race the proposals of one size, as cut if none is to be, or can be, patched quickly."""
         if n not in self.found:
-            self.found[n] = self._best(self.verifier, n)
+            self.found[n] = self._best(n)
         return self.found[n]
 
-    def _best(self, verifier: Verifier, n: int) -> Verified:
+    def _best(self, n: int) -> Verified:
         best = self._scanned().best_blocks(n, self._settings.top)
         more = [Plan.of(len(self._decoder), [block]) for block in best]
         try:
-            return verifier.verify(n, more=more)
+            return self.verifier.verify(n, more=more)
         except PatchError:  # there may be no way to patch models of this family
-            return replace(verifier, after="none").verify(n, more=more)
+            return replace(self.verifier, after="none").verify(n, more=more)
 
     def lost(self, n: int) -> Difference:
         """Compare ``n`` layers less with the whole model, on the selection set.
