@@ -167,9 +167,7 @@ def test_a_gguf_file_is_known_by_itself(tmp_path, cache):
         ("adapter_config.json", "{}"),
         ("config.json", '{"auto_map": {"AutoModelForCausalLM": "other/repo--modeling.Own"}}'),
         ("model.safetensors.index.json", '{"weight_map": {"a": "sub/model.safetensors"}}'),
-        ("config.json", '{"auto_map": {"AutoModelForCausalLM": "sub/modeling.Own"}}'),
         ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["other/repo--own.Own", null]}}'),
-        ("config.json", "[1]"),
         ("config.json", "{"),
     ],
 )

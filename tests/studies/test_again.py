@@ -12,7 +12,6 @@ from shallower.cli.output import called, remember_call
 from shallower.reporting.report import read_story
 from shallower.reporting.results import Run
 from shallower.reporting.words import out_of
-from shallower.settings.studies import CompareSettings, CurveSettings, RunSettings
 from tests import examples
 from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.card_tools import blocks_of_code, cut_by, one_line
@@ -163,21 +162,3 @@ def test_a_place_below_the_current_folder_is_printed_as_it_was_typed():
     assert out_of(called(), "made") == "runs/smol"
     assert out_of("shallower run smol --out=runs/smol", "made") == "runs/smol"
     assert out_of("", "made") == "made"
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (RunSettings(), ""),
-        (RunSettings(n=4, heal=True, heal_steps=9), "--heal-steps 9 --n 4 --heal"),
-        (RunSettings(target_latency=0.8, prompts=["a"]), "--target-latency 0.8"),
-        (RunSettings(prompts="far/away/asked.jsonl"), "--speech asked.jsonl"),
-        (RunSettings(prompts=Path("asked.jsonl"), seed=2), "--seed 2 --speech asked.jsonl"),
-        (RunSettings(prompts=[]), "--no-speech"),
-        (RunSettings(target_memory="12GB", num_choosing=8), "--target-memory 12000000000"),
-        (CurveSettings(n=[2, 4], patch="quick"), "--n 2,4 --patch quick"),
-        (CompareSettings(criteria=["deepest", "cka"]), "--criteria deepest,cka"),
-    ],
-)  # fmt: skip
-def test_settings_are_written_as_options(settings, words):
-    assert " ".join(settings.to_words()) == words

@@ -86,27 +86,6 @@ def ends(bar, names):
     return bar.description.startswith(names)
 
 
-def test_the_bar_of_a_curve_is_beside_those_of_a_healing(bars, learned, words, tmp_path):
-    sh.curve(
-        learned, words, TEXTS, **TAKEN | {"prompts": None}, out=tmp_path / "curve", n=[1],
-        criteria=["deepest"], states=["healed"], heal=QUICK,
-    )  # fmt: skip
-    assert of_whole(bars, "curve").total == 2 + 2
-    names = [bar.description for bar in bars]
-    assert names.index("patch, layers run") < names.index("heal")
-
-
-def test_a_comparison_counts_its_choices_and_cuts(bars, learned, words, tmp_path):
-    sh.compare(
-        learned, words, TEXTS, **TAKEN, out=tmp_path / "compare", n=[2],
-        criteria=["one_shot", "exhaustive"], speech=True,
-    )  # fmt: skip
-    assert of_whole(bars, "compare").total == 2 + 2 * (1 + 2)
-    judged = [bar for bar in bars if bar.description == "exhaustive, n = 2, layers run"]
-    assert len({*judged[0].reached_by}) > 3
-    assert any(bar.description.startswith("generate, model without") for bar in bars)
-
-
 def test_a_run_has_a_bar_of_its_stages_and_says_what_they_took(
     bars, learned, words, tmp_path, monkeypatch, capfd
 ):

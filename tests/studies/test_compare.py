@@ -313,17 +313,13 @@ def test_the_failure_of_one_of_several_models_is_recorded(words, tmp_path):
     [
         ({"criteria": ["angular", "angular"]}, CriterionError, "twice: angular"),
         ({"criteria": ["angles"]}, CriterionError, "angles"),
-        ({"criteria": []}, CriterionError, "expected"),
-        ({"n": []}, LayersError, "--n"),
         ({"n": [0]}, LayersError, "expected sizes"),
         ({"judge": "taste"}, CriterionError, "taste"),
         ({"judge": "options"}, CriterionError, "--options"),
         ({"options": "x.jsonl"}, CriterionError, "--judge options"),
         ({"criteria": "angular"}, CriterionError, "sequence of names"),
         ({"criteria": [Odd]}, CriterionError, "is no criterion"),
-        ({"criteria": [None]}, CriterionError, "is no criterion"),
         ({"n": 2}, LayersError, "as 1,2,4"),
-        ({"seed": -1}, LayersError, "seed"),
         ({"max_eval_texts": 0}, TextsError, "at least 1"),
         ({"eval_texts": None}, TextsError, "--eval-texts is missing"),
         ({"states": ["mended"]}, sh.PatchError, "'mended': expected some of cut, patched, healed"),
@@ -331,7 +327,6 @@ def test_the_failure_of_one_of_several_models_is_recorded(words, tmp_path):
         ({"patch": "slow"}, sh.PatchError, "expected quick or full"),
         ({"patch_tokens": 0}, LayersError, "patch_tokens = 0: expected a whole number"),
         ({"heal_steps": 3}, sh.RecipeError, "--heal-steps without --states healed"),
-        ({"heal": sh.Recipe()}, sh.RecipeError, "without the state healed"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(model, words, asked, error, named):
@@ -363,22 +358,3 @@ def test_numbers_of_numpy_are_sizes(model, words):
     sizes = np.array([2, 1])
     done = sh.compare(model, words, TEXTS, HELD_OUT, n=sizes, criteria=["deepest"])
     assert [row.n for row in of_state(done)] == [1, 2]
-
-
-@pytest.mark.slow
-def test_the_real_model(smol, data):
-    texts, held_out = (
-        [json.loads(line)["text"] for line in (data / "text" / name).read_bytes().splitlines()]
-        for name in ("c4.jsonl", "c4_eval.jsonl")
-    )
-    done = sh.compare(
-        *smol, texts, held_out, n=[8], criteria=["angular", "exhaustive", "deepest"],
-        max_eval_texts=16, cache=False,
-    )  # fmt: skip
-    by_name, patched = (
-        {row.criterion: row.standing.loss.mean for row in of_state(done, state)}
-        for state in ("cut", "patched")
-    )
-    losses = [by_name[name] for name in ("exhaustive", "angular", "deepest")]
-    assert losses == sorted({*losses})
-    assert all(patched[name] < by_name[name] for name in by_name)

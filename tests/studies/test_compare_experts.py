@@ -16,7 +16,7 @@ from shallower.models.experts import find_experts
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.results.scores import Estimate
 from shallower.studies.study import judged_items
-from tests.conftest import mostly_slow, word_tokenizer, write_jsonl
+from tests.conftest import mostly_slow, word_tokenizer
 from tests.cutting.mixtures import mixture
 from tests.judgement.test_judges import cut, margins
 from tests.judgement.test_speech_judge import plain_divergences
@@ -219,34 +219,6 @@ def test_all_sets_are_tried_by_default_where_they_are_few(words, monkeypatch):
     options |= {"criteria": ["random", EXHAUSTIVE]}
     done = sh.compare(sparse((1, 4)), words, texts, documents(7, 12), **options)
     assert "at most 14 sets in all are tried" in done.skipped["exhaustive, n = 2"]
-
-
-def on_disk(folder):
-    """The mixture and the texts in files, as the options of a command."""
-    sh.save_model(sparse((1, 4)), word_tokenizer(), folder / "model")
-    for name, start, count in (("texts", 1, 24), ("held_out", 7, 12)):
-        write_jsonl(folder / f"{name}.jsonl", documents(start, count))
-
-
-def test_shards_and_workers_come_to_the_same(shallower, tmp_path, monkeypatch):
-    on_disk(tmp_path)
-    command = (
-        "compare", tmp_path / "model", "--unit", "experts", "--n", 2, "--criteria", "reap,layers",
-        "--texts", tmp_path / "texts.jsonl", "--eval-texts", tmp_path / "held_out.jsonl",
-        "--dtype", "float32", "--json",
-    )  # fmt: skip
-    found = [shallower(*command).json["rows"]]
-    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "by hand"))
-    for index in range(2):
-        shard = shallower(*command, "--out", tmp_path / "shards", "--shard", f"{index}/2")
-        assert shard.json["num_parts"] == 3, shard.err
-    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "gathered"))
-    out = tmp_path / "out"
-    found.append(shallower("gather", tmp_path / "shards", "--out", out, "--json").json["rows"])
-    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path / "by workers"))
-    found.append(shallower(*command, "--workers", "1").json["rows"])
-    whole, *others = ([{**row, **UNTIMED} for row in rows] for rows in found)
-    assert others == [whole, whole]
 
 
 def test_the_criteria_are_listed(shallower):

@@ -146,37 +146,6 @@ def test_cuts_that_criteria_have_in_common_are_measured_once(learned, words, mon
     assert len({row.standing.loss.mean for row in curve.rows}) == 2
 
 
-def test_rows_of_another_curve_are_not_measured_again(learned, words, tmp_path, monkeypatch):
-    options = {**TAKEN, "criteria": ["angular"]}
-    first = sh.curve(learned, words, TEXTS, **{**options, "n": [2]}, out=tmp_path / "out")
-    seen = noted(monkeypatch)
-    more = sh.curve(learned, words, TEXTS, **{**options, "n": [1, 2]}, out=tmp_path / "more")
-    assert [(len(dropped), state) for dropped, state in seen] == [(1, "cut"), (1, "patched")]
-    kept = [row.standing.loss for row in more.rows if row.n == 2]
-    assert kept == [row.standing.loss for row in first.rows]
-
-
-def test_a_curve_that_was_cut_short_resumes(learned, words, tmp_path, monkeypatch):
-    options = {**TAKEN, "criteria": ["angular", "deepest"], "out": tmp_path / "out"}
-    measure = Measuring._measure
-
-    def killed(measuring, plan, state, on):
-        if state == "patched":
-            raise Killed
-        return measure(measuring, plan, state, on)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Measuring, "_measure", killed)
-        with pytest.raises(Killed):
-            sh.curve(learned, words, TEXTS, **options)
-    page = sh.report(tmp_path / "out").with_suffix(".md").read_text()
-    assert "the comparison is incomplete: 4 rows are measured" in page
-    seen = noted(monkeypatch)
-    done = sh.curve(learned, words, TEXTS, **options)
-    assert {state for _, state in seen} == {"patched"}
-    assert (len(done.rows), done.ended) == (8, True)
-
-
 # Healed.
 @pytest.mark.slow
 def test_a_cut_is_healed_from_its_patch_and_nothing_is_left(learned, words, tmp_path):
@@ -251,7 +220,6 @@ def _killed(*_args, **_options):
     ("options", "error", "message"),
     [
         ({"n": [1, -2]}, sh.LayersError, r"n = -2: expected at least 0"),
-        ({"n": [1.5]}, sh.LayersError, "1.5: expected an integer"),
         ({"eval_texts": "w1 w2"}, sh.TextsError, "texts must be an iterable of strings"),
         ({"states": ["healed"], "heal": TOO_LONG}, sh.TextsError, "texts make"),
         ({"settings": sh.RunSettings()}, sh.SettingsError, "expected CurveSettings"),

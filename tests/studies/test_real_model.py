@@ -8,10 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shallower as sh
-from shallower.models.identity import identify, stored_dtype
-from shallower.studies import demo
+from shallower.models.identity import identify
 from tests import reference
-from tests.cutting.checkpoints import read_json, stored
 
 BLOCK = sh.Block(11, 19)
 MAX_LENGTH = 32
@@ -88,14 +86,6 @@ def test_the_best_blocks_are_those_of_the_oracle(scanned, own_states):
 
 
 @pytest.mark.slow
-def test_the_batch_size_does_not_change_the_best_blocks(smol, calibration, scanned):
-    single = sh.scan(*smol, calibration, max_length=MAX_LENGTH, batch_size=1)
-    assert [single.best_block(n) for n in range(1, 30)] == [
-        scanned.best_block(n) for n in range(1, 30)
-    ]
-
-
-@pytest.mark.slow
 def test_a_saved_cut_is_the_model_with_its_layers_skipped(smol, reloaded, held_out):
     model, tokenizer = smol
     ids = tokenizer(held_out[0], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
@@ -112,60 +102,6 @@ def test_a_saved_cut_is_the_model_with_its_layers_skipped(smol, reloaded, held_o
         got = reloaded(input_ids=ids, use_cache=False).logits
     assert (got - skipped).abs().max() <= 1e-5
     assert (whole - skipped).abs().max() > 1
-
-
-@pytest.mark.slow
-def test_four_bits_are_cut_on_disk_as_in_memory(held_out, tmp_path):
-    sh.prune(demo.model_path(), [range(8, 30)], tmp_path / "few.gguf")
-    whole, tokenizer = sh.load_model(tmp_path / "few.gguf", dtype="nf4")
-    sh.save_model(whole, tokenizer, tmp_path / "source")
-    layers = [0, sh.Block(2, 4), 6]
-    on_disk = sh.prune(tmp_path / "source", layers, tmp_path / "disk", max_shard_size="20MB")
-    model, _ = sh.load_model(tmp_path / "source", dtype="nf4")
-    assert sh.drop_layers(model, layers) == on_disk
-    sh.save_model(model, tokenizer, tmp_path / "memory", plan=on_disk)
-    tensors = stored(tmp_path / "disk")
-    assert tensors == stored(tmp_path / "memory")
-    places = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
-    assert places == set(map(str, range(4)))
-    config, memory = (read_json(tmp_path / at / "config.json") for at in ("disk", "memory"))
-    assert config["num_hidden_layers"] == memory["num_hidden_layers"] == 4
-    assert config["quantization_config"] == memory["quantization_config"]
-    reloaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "disk", output_loading_info=True
-    )
-    assert not any(info.values())
-    assert stored_dtype(reloaded) == "nf4"
-    ids = tokenizer(held_out[0], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
-    with torch.inference_mode():
-        expected = model(input_ids=ids, use_cache=False).logits
-        assert torch.equal(reloaded(input_ids=ids, use_cache=False).logits, expected)
-        sh.drop_layers(whole, layers)
-        assert torch.equal(whole(input_ids=ids, use_cache=False).logits, expected)
-
-
-@pytest.mark.slow
-def test_a_cut_gguf_file_loads_through_transformers(smol, held_out, tmp_path):
-    model, tokenizer = smol
-    layers = [0, range(3, 28)]
-    sh.prune(demo.model_path(), layers, tmp_path / "cut.gguf")
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="cut.gguf", dtype=torch.float32, output_loading_info=True
-    )
-    assert not any(info.values())
-    ids = tokenizer(held_out[0], return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
-    with torch.inference_mode(), sh.without_layers(model, layers):
-        expected = model(input_ids=ids, use_cache=False).logits
-        assert torch.equal(loaded.eval()(input_ids=ids, use_cache=False).logits, expected)
-
-
-@pytest.mark.slow
-def test_generation_from_the_cache_is_that_without_it(smol, reloaded, held_out):
-    _, tokenizer = smol
-    encoded = tokenizer(held_out[1][:200], return_tensors="pt")
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    cached = reloaded.generate(**encoded, use_cache=True, **options)
-    assert torch.equal(cached, reloaded.generate(**encoded, use_cache=False, **options))
 
 
 def test_the_saved_tokenizer_is_the_same(smol, cut, held_out):

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 
 import shallower as sh
-from shallower.healing.checks import require_healable
 from shallower.models.decoder import Decoder
 from shallower.settings.studies import RunSettings
 from shallower.store.given_models import InMemory
@@ -130,11 +129,6 @@ def test_answers_are_an_eighth_of_what_a_patch_is_given(learned, chats, tmp_path
     assert sum(written) < PATCH_ANSWERS
 
 
-def test_by_default_no_other_model_is_asked(run, written):
-    assert run(heal=replace(QUICK, steps=2)).healing.answers is None
-    assert written == []
-
-
 def test_by_default_a_model_without_room_is_asked_for_no_answers(chats):
     decoder, wanted = Decoder.of(random_model("opt")), WantedAnswers(None, 32, chats_only=True)
     with pytest.warns(UserWarning, match="no answers are learned from: prompt 0 with .* tokens"):
@@ -143,12 +137,6 @@ def test_by_default_a_model_without_room_is_asked_for_no_answers(chats):
         replace(wanted, chats_only=False).check(decoder, chats, ())
     few = replace(wanted, num_tokens=2)
     assert few.of(decoder, chats) is few
-
-
-def test_a_plan_alone_needs_no_answers(run, written):
-    plain, asked = run("a", plan_only=True), run("b", plan_only=True, answers=True)
-    assert asked.recommended.plan == plain.recommended.plan
-    assert written == []
 
 
 # What a run is known by
@@ -207,11 +195,3 @@ def test_answers_that_cannot_be_are_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         run(**options)
     assert not (tmp_path / "out").exists()
-
-
-def test_texts_for_a_step_are_enough_beside_answers(learned, words):
-    few = TEXTS[:3]
-    with pytest.raises(sh.TextsError, match="one step takes 16"):
-        require_healable(learned, words, few, recipe=replace(HEAL, packing=False))
-    recipe = replace(HEAL, packing=False, share=0.9)
-    assert require_healable(learned, words, few, recipe=recipe, answers=True).share == 0.9

@@ -113,20 +113,6 @@ def test_what_cannot_be_answered_is_refused_by_a_check_alone(words, written, pro
     assert written == []
 
 
-def test_all_that_answers_depend_on_is_told_apart():
-    one = WantedAnswers([Prompt("w1")], 32)
-    others = [
-        WantedAnswers([Prompt("w2")], 32),
-        WantedAnswers([Prompt("w1", answer="w2")], 32),
-        WantedAnswers(None, 32),
-        WantedAnswers([Prompt("w1")], 64),
-        WantedAnswers([Prompt("w1")], 32, 64),
-        WantedAnswers([Prompt("w1")], 32, seed=1),
-    ]
-    assert all(one.inputs != other.inputs for other in others)
-    assert one.inputs == WantedAnswers((Prompt("w1", kind="story", line=3),), 32).inputs
-
-
 def test_they_say_in_words_whose_they_are():
     prompts = [Prompt("w1"), Prompt("w2")]
     assert str(WantedAnswers(prompts, 32)) == "to 2 prompts"

@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -16,13 +16,8 @@ import pytest
 
 import shallower
 from shallower.errors import ProcessesError, TextsError
-from shallower.settings.stages import EvalSettings
-from shallower.sharing.eval_work import EvalWork
 from shallower.sharing.scan_work import ScanWork
 from shallower.sharing.share import share
-from shallower.sharing.study_work import StudyWork
-from shallower.store.store import Store
-from shallower.studies.evaluate import EvalJob, measures_of
 from shallower.studies.scan import ScanJob
 from shallower.texts.sources import Texts
 from shallower.values.estimates import MemoryPlan
@@ -31,8 +26,6 @@ from shallower.workers.ray_workers import RayWorkers
 from shallower.workers.units import Ledger, drive
 from tests.conftest import tiny_llama, write_jsonl
 from tests.documents import documents
-from tests.sharing.test_study_work import comparison, rows
-from tests.sharing.test_study_work import measured as measured
 from tests.workers.counting import done_in, job_of
 
 ray = pytest.importorskip("ray")
@@ -107,28 +100,6 @@ def test_nodes_that_refuse_the_work_are_not_asked_again(tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_a_cluster_measures_what_one_process_finds(tmp_path, words):
-    import shallower as sh
-
-    tiny_llama().save_pretrained(tmp_path / "tiny")
-    words.save_pretrained(tmp_path / "tiny")
-    texts = Texts(str(write_jsonl(tmp_path / "texts.jsonl", documents(80))))
-    settings = EvalSettings(texts=texts.source, max_length=16, batch_size=2)
-    job = EvalJob(
-        source=sh.ModelSource(tmp_path / "tiny"),
-        measures=measures_of(settings, is_shared=True),
-        layers=[sh.Block(1, 3)],
-    )
-    found = share(EvalWork(job, on="ray"))["loss"]
-    model, tokenizer = job.source.load()
-    for side, cut in (("base", nullcontext()), ("cut", sh.without_layers(model, [1, 2]))):
-        with cut:
-            whole = sh.evaluate_loss(model, tokenizer, texts, max_length=16, batch_size=2)
-        assert found[side].value.to_record() == whole.to_record()
-
-
-@pytest.mark.slow
 def test_a_node_that_comes_late_takes_work_and_one_that_goes_gives_it_back(tmp_path, cluster):
     """The node that goes has a unit which waits for ever there, and ends at once elsewhere.
 
@@ -193,21 +164,6 @@ def test_a_cluster_scans_to_the_bytes_of_one_process(
     assert (tmp_path / "out" / "scan.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
     said = capfd.readouterr().err
     assert said.count("takes no part: this node has shallower 0.9.9, the driver 0.") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_a_cluster_sends_all_that_a_comparison_takes(tmp_path, words, measured):
-    tiny_llama().save_pretrained(tmp_path / "tiny")
-    words.save_pretrained(tmp_path / "tiny")
-    for name, seed in (("texts", 0), ("held_out", 1)):
-        write_jsonl(tmp_path / f"{name}.jsonl", documents(24, seed=seed))
-    alone = comparison(tmp_path, store=Store(tmp_path / "alone")).run()
-    study = comparison(tmp_path)
-    measured.clear()
-    share(StudyWork(study, on="ray"))
-    assert rows(study.run()) == rows(alone)
-    assert measured == []
 
 
 @pytest.mark.usefixtures("cluster")
