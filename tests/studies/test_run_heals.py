@@ -11,8 +11,11 @@ import shallower as sh
 from shallower.reporting.report import read_story
 from shallower.reporting.results import Run
 from shallower.studies.healing_stage import HealingStage
+from tests.conftest import write_jsonl
+from tests.cutting.card_tools import blocks_of_code, one_line
 from tests.documents import assert_same, once, state_of
-from tests.healing.cuts import QUICK, documents
+from tests.healing.cuts import MANY, QUICK, documents
+from tests.studies.test_again import commands_of
 from tests.studies.test_run_speech import PROMPTS, assert_speech, reloaded, spoken
 
 TEXTS, REPORT = documents(140, 5), documents(12, 1)
@@ -53,7 +56,6 @@ def test_a_run_heals_what_it_patched_and_lets_it_speak(learned, words, tmp_path)
     assert f"| held-out loss | {done.whole} → {recommended.healed} nats a token, " in card
     before = f"{done.whole} → {recommended.patched} nats a token, "
     assert f"| held-out loss, before the healing | {before}" in card
-    assert "Healing it again" not in card  # the run does it
     assert results["checkpoint"] == "healed"
     again = Run.load(done.out)
     assert again.speech.keys() == done.speech.keys()
@@ -145,3 +147,25 @@ def test_a_healing_that_cannot_be_is_refused_before_the_scan(llama, words, tmp_p
     with pytest.raises(sh.OutputError, match="healed exists already"):
         sh.run(llama, words, TEXTS, **TAKEN, out=tmp_path / "out", heal=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["healed"]
+
+
+@pytest.mark.slow
+def test_the_command_of_a_run_heals_again_what_it_leaves(learned, words, shallower, tmp_path):
+    sh.save_model(learned, words, tmp_path / "stored")
+    for name, passages in (("texts", documents(2 * MANY, 5)), ("held_out", REPORT)):
+        write_jsonl(tmp_path / f"{name}.jsonl", passages)
+    out = tmp_path / "out"
+    done = shallower(
+        "run", tmp_path / "stored", "--texts", tmp_path / "texts.jsonl", "--eval-texts",
+        tmp_path / "held_out.jsonl", "--out", out, "--n", "1", "--top", "2", "--dtype",
+        "float32", "--heal", "--heal-steps", "6", "--json",
+    )  # fmt: skip
+    assert done.json["checkpoint"] == str(out / "healed"), done.err
+    card = (out / "healed" / "README.md").read_text()
+    assert "not measured" not in card
+    again, *_ = blocks_of_code(card, "sh")
+    assert one_line(again) == Run.load(out).command
+    assert "--heal --heal-steps 6" in one_line(again)
+    assert "Healing it again" not in card  # the run does it
+    evaluated = [one for one in commands_of(out) if one.startswith("shallower eval out/")]
+    assert [one.split()[2] for one in evaluated] == ["out/checkpoint", "out/healed"]

@@ -37,7 +37,7 @@ from ..values.estimates import MemoryPlan
 from ..workers.units import Ledger
 from .engines import memory_of
 from .shards import MadeShard
-from .work import Opened, SharedWork, nothing, progress_of
+from .work import Opened, SharedWork, progress_of
 
 SETTINGS = {one.COMMAND: one for one in (CompareSettings, CurveSettings)}
 """The settings of a study that is shared, by its command."""
@@ -118,7 +118,7 @@ def open_study(described: Mapping[str, Any], folder: Path | None, _: Any) -> Ope
         return found
 
     is_sent = described["store"] is None  # else its store is that of the driver
-    entries = partial(store.give, sent) if is_sent else nothing
+    entries = partial(store.give, sent) if is_sent else dict
     return Opened(described, value, entries=entries, values=values)
 
 

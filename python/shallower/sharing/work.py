@@ -35,11 +35,6 @@ PARTS_FOLDER = ".parts"
 """The store of the parts of a scan or an eval, in its folder until all are done."""
 
 
-def nothing() -> Entries:
-    """Give no entries: results are values alone."""
-    return {}
-
-
 @dataclass
 class Opened:
     """A work that is opened, by a worker or by hand; ``value`` does a unit, and gives plain JSON.
@@ -54,7 +49,7 @@ class Opened:
     value: Callable[[str], dict[str, Any]]
     common: Mapping[str, Any] = field(default_factory=dict)
     texts: Mapping[str, Any] = field(default_factory=dict)
-    entries: Callable[[], Entries] = nothing
+    entries: Callable[[], Entries] = dict
     values: Callable[[Sequence[str], dict[str, str]], dict[str, Any]] | None = None
 
     @property
