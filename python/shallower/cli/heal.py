@@ -138,7 +138,7 @@ def heal_command(
 
 def _check_models(models: "Mapping[str, ModelSource | None]") -> None:
     """Refuse what was not cut, and models that are not there, before torch is imported."""
-    from ..healing.cut import plan_of_cut
+    from ..healing.folders import plan_of_cut
 
     plan_of_cut(str(models["cut"]))
     for model in filter(None, models.values()):
@@ -182,8 +182,8 @@ def _answers(
 ) -> "list[Answer] | None":
     """The answers of a file, or those that the uncut model writes, which is then let go of."""
     from ..healing.checks import require_peft
-    from ..healing.cut import plan_of_cut
-    from ..healing.loaded_models import OriginalModel
+    from ..healing.folders import plan_of_cut
+    from ..healing.job import LoadedOnce
     from ..models.decoder import Decoder
     from ..store.given_models import ModelStore
     from ..store.store import open_store
@@ -199,7 +199,7 @@ def _answers(
         return answered(cut.load_tokenizer(), wanted.prompts or (), model=plan.model)
     assert original is not None
     whole = replace(original, dtype=dtype)
-    uncut = OriginalModel(str(whole), plan, trust_remote_code=whole.trust_remote_code)
+    uncut = LoadedOnce(str(whole), plan, trust_remote_code=whole.trust_remote_code)
     model, tokenizer = uncut.load(dtype)
     store = ModelStore.of(whole, open_store(no_cache))
     return wanted.by(Decoder.of(model), tokenizer, texts, store=store)
@@ -220,7 +220,7 @@ def _fit_to_memory(
     What there is no room for is refused before answers are written.
     """
     from ..healing.checks import check_disk, resolve
-    from ..healing.cut import plan_of_cut
+    from ..healing.folders import plan_of_cut
     from ..healing.ranks import warn_of_idle_gpus
 
     plan, there = plan_of_cut(str(cut)), answers is not None
@@ -265,7 +265,7 @@ def _planned(
     from ..forecasts.speed import or_unknown
     from ..forecasts.work import forecast, of_healing
     from ..healing.checks import check_disk, check_original, resolve
-    from ..healing.cut import plan_of_cut
+    from ..healing.folders import plan_of_cut
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
     from ..patching.memory import temporary_bytes
