@@ -10,7 +10,7 @@ import torch
 from shallower.memory.budget import BUDGET
 from shallower.models.layerwise import Layerwise
 from shallower.patching import descent
-from shallower.patching.changes import Changes
+from shallower.patching.checkpoint import Changes
 from shallower.patching.descent import (
     Descent,
     MovingMatrix,
@@ -19,7 +19,7 @@ from shallower.patching.descent import (
     matrices,
     target_gradients,
 )
-from shallower.patching.states import Spool, StateSet
+from shallower.patching.states import Spool
 from shallower.texts.batches import TokenBatches
 from shallower.values.tokens import Tokens
 from tests.conftest import mostly_slow
@@ -47,7 +47,7 @@ def states_of(layerwise, batches, first=LAYERS[0]):
     for index, batch in enumerate(batches):
         start[index] = layerwise.run(batch, layerwise.embed(batch), range(first))
         last[index] = layerwise.run(batch, start[index], range(first, len(layerwise)))
-    return StateSet(batches, last, start)
+    return {"whole": last, "cut": start}
 
 
 def gone(model, batches, layers=LAYERS):
@@ -55,7 +55,7 @@ def gone(model, batches, layers=LAYERS):
     layerwise, steps = Layerwise(model), []
     with torch.no_grad():
         states = states_of(layerwise, batches, layers[0])
-        down = Descent(layerwise, layers, states=states, changes=Changes())
+        down = Descent(layerwise, layers, **states, changes=Changes())
         down.run(steps.append)
     return down, sum(steps)
 

@@ -199,16 +199,16 @@ def test_it_is_the_best_of_a_full_search(rows, noise):
     }
     ridge = min(errors, key=errors.get)
     weights = {w: relative_error(kept, ridge_map(others, firsts, ridge, w)) for w in WEIGHTS}
-    found = choose(sums, held, sums.scale.expand(INPUTS), first_weights=WEIGHTS)
-    assert (found.ridge, found.first_weight) == (ridge, min(weights, key=weights.get))
-    wanted = ridge_map(others, firsts, ridge, found.first_weight)
-    np.testing.assert_allclose(found.solution, wanted, atol=1e-4)
+    solution, *found = choose(sums, held, sums.scale.expand(INPUTS), first_weights=WEIGHTS)
+    assert found == [ridge, min(weights, key=weights.get)]
+    wanted = ridge_map(others, firsts, *found)
+    np.testing.assert_allclose(solution, wanted, atol=1e-4)
 
 
 def test_the_choices_of_the_test_differ():
     """So that a choice that is not made would be noticed."""
     found = {
-        choose(sums, held_out(noise)[0], sums.scale.expand(INPUTS), first_weights=WEIGHTS).ridge
+        choose(sums, held_out(noise)[0], sums.scale.expand(INPUTS), first_weights=WEIGHTS)[1]
         for rows, noise in ((12, 3.0), (300, 0.5), (40, 10.0))
         for sums in (fitted(rows, noise)[0],)
     }

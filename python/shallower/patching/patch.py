@@ -25,7 +25,7 @@ from ..texts.batches import AnyTexts
 from ..texts.sequences import check_answers, mixed, usable_answers
 from ..values.layers import Layers
 from ..values.plan import Plan
-from .changes import Changes
+from .checkpoint import Changes
 from .solver import Solver
 from .states import divide, no_layer_before
 

@@ -37,9 +37,9 @@ from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..models.unsaved import unsaved
-from ..patching.counts import SOLVING, PatchLayers
 from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import patch_tokens
+from ..patching.solver import SOLVING, PatchLayers
 from ..patching.states import MAX_HELD_OUT
 from ..results.speech import WAYS
 from ..settings.recipe import Recipe
