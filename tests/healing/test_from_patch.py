@@ -75,12 +75,6 @@ def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
         sh.heal(cut, texts[1:], tmp_path / "other", **options)
 
 
-def test_a_patch_needs_the_uncut_model(cut, tmp_path):
-    with pytest.raises(sh.RecipeError, match="a patch needs the uncut model"):
-        sh.heal(cut, TEXTS, tmp_path / "out", recipe=QUICK, from_patch=True)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.fixture
 def counted(monkeypatch):
     """What heal loads and measures, in order."""

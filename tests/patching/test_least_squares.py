@@ -84,12 +84,6 @@ def test_a_solution_leaves_the_sums_alone():
     assert torch.equal(sums.cross, cross)
 
 
-def test_a_single_output():
-    x, r = data(6, 40, outputs=1)
-    found = equations(x, r).solve(0.1, torch.ones(7, dtype=torch.float64)).numpy()
-    np.testing.assert_allclose(found, expected(x, r, 0.1, np.ones(7)), atol=1e-5)
-
-
 def test_equations_without_a_solution_give_no_number():
     sums = NormalEquations.empty(3, 2, torch.device("cpu"))
     assert sums.solve(0.0, torch.zeros(3, dtype=torch.float64)).isnan().all()

@@ -181,21 +181,6 @@ def test_the_ridges_of_the_test_differ(model, words):
         assert many[2] < RIDGES[0]
 
 
-def test_a_quick_patch_lowers_the_loss_of_a_cut(learned, words):
-    model = copy.deepcopy(learned)
-    held_out = sentences(32, seed=2)
-
-    def loss():
-        with sh.without_layers(model, [range(3, 5)]):
-            return sh.evaluate_loss(model, words, held_out).nats
-
-    base, cut = sh.evaluate_loss(model, words, held_out).nats, loss()
-    quick = QuickPatch(Layerwise(model), batches_of(words, sentences(96, seed=1)))
-    with quick.patched(plan_of((3, 4))):
-        assert loss() < cut - 0.1 * (cut - base)
-    assert loss() == cut
-
-
 @pytest.mark.parametrize(
     ("dtype", "dropped"),
     mostly_slow(
@@ -258,12 +243,6 @@ def test_states_in_a_file_are_the_same(model, words, tmp_path, monkeypatch):
         assert len(made) == 2 * (9 + 1)
         assert not list(tmp_path.iterdir())
         assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
-
-
-def test_settings_are_json_and_name_the_ridges(model, words):
-    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
-    assert json.loads(json.dumps(quick.settings)) == quick.settings
-    assert quick.settings["ridges"] == list(RIDGES)
 
 
 def test_transposed_weights_too(words):
