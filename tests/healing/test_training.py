@@ -100,14 +100,6 @@ def test_the_recovered_share_is_recorded(both, tmp_path):
         assert record.recovered is None
 
 
-def test_recomputing_changes_nothing_but_rounding(cut, tmp_path):
-    for name, recompute in (("a", False), ("b", True)):
-        recipe = replace(QUICK, steps=2, dropout=0.0, recompute=recompute)
-        sh.heal(cut, TEXTS, tmp_path / name, recipe=recipe)
-    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
-    assert all(np.allclose(a[name], b[name], atol=1e-5) for name in a)
-
-
 def test_the_best_step_is_kept(cut, tmp_path):
     """A rate that is far too high after a good start: what is kept is not the last."""
     recipe = replace(QUICK, steps=14, learning_rate=0.35, warmup_steps=10, eval_every=2)

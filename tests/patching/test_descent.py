@@ -267,14 +267,6 @@ def test_batches_are_drawn_for_steps(count, tokens):
     assert count < 40 or flat != sorted(flat)
 
 
-def test_the_rate_grows_and_falls():
-    rates = [descent.rate_at(step, 24) / descent.RATE for step in range(24)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[9] == 1.0
-    assert rates[-1] == pytest.approx(1 / 14.4)
-    assert descent.rate_at(0, 1) > 0
-
-
 def test_a_feed_forward_that_runs_on_all_tokens_as_rows_goes_down_as_well(words):
     """That of OPT, which flattens texts and tokens."""
     from transformers import OPTConfig, OPTForCausalLM

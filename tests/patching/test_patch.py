@@ -166,14 +166,6 @@ def test_the_feed_forward_is_ridge_regression_of_what_is_missing(learned, words,
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(model, words, dtype):
-    done = patch(model.to(dtype), words, [range(3, 5)], texts=TEXTS)
-    assert done.recovered > 0.1
-    assert {weight.dtype for weight in model.parameters()} == {dtype}
-
-
 def test_transposed_weights_too(words):
     model = random_model("gpt2")
     shape = model.transformer.h[2].mlp.c_proj.weight.shape
@@ -225,8 +217,6 @@ def test_families_without_such_a_matrix_are_refused(words, name, reason):
     [
         ([range(2)], TEXTS, {}, r"no layer before the block \[0, 2\)"),
         ([range(3, 5)], TEXTS[:7], {}, "7 texts, too few"),
-        ([range(3, 5)], [], {}, "0 texts, too few"),
-        ([range(3, 5)], ["w1"] * 16, {}, "too few"),
         ([range(3, 5)], TEXTS, {"num_tokens": 0}, "num_tokens"),
         ([range(3, 9)], TEXTS, {}, "layer 8"),
     ],

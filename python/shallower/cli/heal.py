@@ -199,8 +199,7 @@ def _answers(
         return answered(cut.load_tokenizer(), wanted.prompts or (), model=plan.model)
     assert original is not None
     whole = replace(original, dtype=dtype)
-    uncut = LoadedOnce(str(whole), plan, trust_remote_code=whole.trust_remote_code)
-    model, tokenizer = uncut.load(dtype)
+    model, tokenizer = LoadedOnce(whole, plan).load(dtype)
     store = ModelStore.of(whole, open_store(no_cache))
     return wanted.by(Decoder.of(model), tokenizer, texts, store=store)
 

@@ -167,9 +167,7 @@ def heal(
     free_memory()  # so that what is planned with is what there is, after a run's scan too
     source_model = None
     if original is not None:
-        source_model = LoadedOnce(
-            str(original), plan, trust_remote_code=trust_remote_code, progress=progress
-        )
+        source_model = LoadedOnce(replace(cut, path=str(original)), plan, progress)
     resolved = resolve(
         path,
         plan,
@@ -233,7 +231,8 @@ class _Healer:
     def heal(self, out: Path, overwrite: bool) -> Healing:
         """Heal into a folder: all processes train, and the main one writes and has the record."""
         job = self._job
-        cut = LoadedOnce(job.model, trust_remote_code=job.trust_remote_code, progress=job.progress)
+        source = ModelSource(job.model, trust_remote_code=job.trust_remote_code)
+        cut = LoadedOnce(source, progress=job.progress)
         with ExitStack() as stack:
             with together():
                 # each saw the memory of its own device

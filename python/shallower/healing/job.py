@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,22 +66,16 @@ class LoadedOnce:
     """
 
     def __init__(
-        self,
-        name: str,
-        plan: Plan | None = None,
-        *,
-        trust_remote_code: bool,
-        progress: bool | None = None,
+        self, source: ModelSource, plan: Plan | None = None, progress: bool | None = None
     ) -> None:
-        self.name, self._plan, self._progress = name, plan, progress
-        self._trust_remote_code = trust_remote_code
+        self.name, self._source, self._plan, self._progress = str(source), source, plan, progress
         self._dtype: str | None = None
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def source(self, dtype: Any) -> ModelSource:
         """The source of the model in a dtype; ProcessesError for more processes than GPUs."""
         device_map: Any = own_device_map()
-        return ModelSource(self.name, dtype, device_map, trust_remote_code=self._trust_remote_code)
+        return replace(self._source, dtype=dtype, device_map=device_map)
 
     def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the model and its tokenizer once in a dtype; PlanError if it is not the plan's."""

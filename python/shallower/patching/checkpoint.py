@@ -107,12 +107,12 @@ class PatchCheckpoint:
     @property
     def taken(self) -> int:
         """The steps that were taken when their state was kept last."""
-        facts = self._facts("steps")
-        return 0 if facts is None else int(facts["taken"])
+        found = self.steps()
+        return 0 if found is None else int(found[0]["taken"])
 
     def solved(self, layers: Sequence[int]) -> list[int]:
         """Those of some layers whose matrices were solved."""
-        return [layer for layer in layers if self._facts(f"layer-{layer}") is not None]
+        return [layer for layer in layers if self._read(f"layer-{layer}") is not None]
 
     def steps(self) -> tuple[dict[str, Any], Any] | None:
         """The state of the steps that was kept last; its file is open, and read by name."""
@@ -145,26 +145,14 @@ class PatchCheckpoint:
             self._folder = None
 
     def _read(self, name: str) -> tuple[dict[str, Any], Any] | None:
-        facts = self._facts(name)
-        if facts is None or self._folder is None:
-            return None
-        try:
-            return facts, safe_open(self._folder / f"{name}.safetensors", framework="pt")
-        except (OSError, SafetensorError):
-            return None
-
-    def _facts(self, name: str) -> dict[str, Any] | None:
         if self._folder is None:
             return None
         try:
-            with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
-                about = file.metadata() or {}
+            file = safe_open(self._folder / f"{name}.safetensors", framework="pt")
+            about = file.metadata() or {}
         except (OSError, SafetensorError):
             return None
-        found: dict[str, Any] | None = None
-        if about.get("job") == self._job:
-            found = json.loads(about["facts"])
-        return found
+        return (json.loads(about["facts"]), file) if about.get("job") == self._job else None
 
 
 def _describe(plan: Plan, batches: Sequence[Sequence[Batch]], losses: tuple[float, float]) -> str:

@@ -77,7 +77,8 @@ class QuickPatch:
         width, dtype = sample.shape[-1], sample.dtype
         tokens = sum(batch.input_ids.size for part in self._divided for batch in part)
         taken = (len(model) + 1) * tokens * width * dtype.itemsize
-        on_disk = not self._has_room(taken)
+        room = self._room
+        on_disk = taken > room if room is not None else not BUDGET.reserve(self, taken)
         if on_disk:
             check_temporary(taken + taken // (len(model) + 1))
 
@@ -90,9 +91,6 @@ class QuickPatch:
         with torch.no_grad():
             self._run_whole(parts)
         return parts
-
-    def _has_room(self, size: int) -> bool:
-        return BUDGET.reserve(self, size) if self._room is None else size <= self._room
 
     @property
     def num_texts(self) -> int:

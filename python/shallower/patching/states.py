@@ -64,7 +64,7 @@ def divide(
             parts[held].append(tokenised)
             counts[held] += len(tokenised.ids)
     for part in parts:
-        part.sort(key=_by_length)  # texts of one length together: less padding
+        part.sort(key=lambda one: (len(one.ids), one.text))  # of one length together: less padding
     at_once = BATCH_TOKENS * len(parts[0]) // max(1, counts[0])
     tokens = replace(tokens, batch_size=max(1, min(tokens.texts, at_once)))
     fitted, held_out = (
@@ -80,10 +80,6 @@ def divide(
             f"give at least 8 with two tokens each, better some thousand"
         )
     return fitted, held_out
-
-
-def _by_length(text: TokenisedText) -> tuple[int, str]:
-    return len(text.ids), text.text
 
 
 class Spool:
