@@ -58,7 +58,7 @@ HARMLESS = {
     "patching/quick.py: QuickPatch.run_cut: "
     "self._model.run(batch, states[index], (layer,)).cpu()": _ROOM,
     "experts/hooks.py: _Layer.check_stream: states.to(wanted.device)": _LAYER,
-    "patching/changes.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
+    "patching/checkpoint.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
     "patching/descent.py: Descent._entered: self._model.run(batch, states, (layer,)).cpu()": _ROOM,
     "patching/descent.py: MovingMatrix.__init__: stored_weight(module, name).detach().cpu()": _ROOM,
     "patching/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,
