@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
-from shallower.settings.presets import (
+from shallower.settings.recipe import (
     GENERAL,
     PAPER_PRESETS,
     PRESETS,
     SMALL,
     ModelFacts,
+    Recipe,
+    Resolved,
     find_preset,
 )
-from shallower.settings.recipe import Recipe, Resolved
 from tests.healing.cuts import FACTS
 
 

@@ -37,7 +37,10 @@ COMMANDS = {
 }
 """The commands by their names, each with the first sentence of its docstring."""
 
-MODULES = {"curve": "compare", "eval": "evaluate", "merge": "heal", "demo": "run"}
+MODULES = {
+    "analyse": "scan", "curve": "compare", "report": "compare", "eval": "evaluate",
+    "merge": "heal", "demo": "run", "cache": "info",
+}  # fmt: skip
 """The modules of commands that are not named like these."""
 
 INSTALL, SHOW = "--install-completion", "--show-completion"

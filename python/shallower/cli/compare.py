@@ -1,4 +1,4 @@
-"""``shallower compare`` and ``curve``. Their options are the fields of ``settings/studies.py``."""
+"""``shallower compare`` and ``curve``, whose options are those of the settings; ``report``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..settings import options as option
 from ..settings.options import Option
 from ..settings.studies import CompareSettings, CurveSettings
 from .config import Config
-from .options import Loading, Share, Way, read_texts
+from .options import Json, Loading, Share, Way, read_texts
 from .output import called, carry_out, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
@@ -192,3 +192,29 @@ def _list(as_json: bool, *, of_experts: bool) -> int:
 
     show(criteria_table(rows))
     return 0
+
+
+def report_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Folder of a run or a comparison."),
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        Option("Place of the page; DIR/report.html by default.", "PAGE"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the page of a run or a comparison.
+
+    One HTML file that needs no network; Markdown and JSON beside it, and the figures as SVG and
+    PNG in figures/, where matplotlib is installed. What is there is replaced.
+    """
+    from ..reporting.report import report
+
+    page = report(folder, out)
+    if as_json:
+        print_json({"page": str(page)})
+    else:
+        show(f"page: {page}")

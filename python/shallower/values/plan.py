@@ -160,7 +160,7 @@ class Plan:
         by = blocks[0].criterion
         if by is None or any(block.criterion != by for block in blocks):
             return cls(num_layers, blocks)
-        return cls(num_layers, blocks, by.strategy, by.metric, by.model, by.texts, by.positions)
+        return cls(num_layers, blocks, **by)
 
     @property
     def dropped(self) -> tuple[int, ...]:
