@@ -11,7 +11,6 @@ from typing import get_args
 
 import pytest
 
-import shallower as sh
 from shallower import cli
 from shallower._core import tiers
 from shallower.settings.options import Group
@@ -154,6 +153,7 @@ def test_a_misspelt_command_is_guessed(shallower):
         ("run {tiny} --texts {texts} --n 1 --out out --no-cache", "begins anew"),
         ("scan {tiny} --texts {texts} --out out --no-cache", "goes on from what is done"),
         ("patch {tiny} --texts {texts} --drop 1 --out out", "goes on from what is done"),
+        ("eval {tiny} --texts {texts} --no-cache", "begins anew"),
     ],
 )
 def test_what_ctrl_c_ends_says_what_the_same_command_does(
@@ -166,22 +166,6 @@ def test_what_ctrl_c_ends_says_what_the_same_command_does(
     done = shallower(*command.format(tiny=tiny, texts=jsonl).split())
     assert done.status == 130
     assert done.err.splitlines()[-1] == f"interrupted: the same command {does}"
-
-
-@pytest.mark.parametrize(
-    ("options", "does"),
-    [
-        (["--out=out", "--workers", "2"], "goes on from what is done"),
-        (["--out", "out", "--on=ray", "--no-cache"], "begins anew"),
-        (["--workers", "2"], "goes on from what is done"),
-        (["--texts", "texts"], "goes on from what is done"),
-        (["--texts", "texts", "--no-cache"], "begins anew"),
-    ],
-)
-def test_an_eval_goes_on_by_the_store(capsys, options, does):
-    with pytest.raises(SystemExit):
-        cli._end_interrupted("eval", options)
-    assert capsys.readouterr().err == f"interrupted: the same command {does}\n"
 
 
 def test_the_version_is_that_of_the_package(shallower):
@@ -242,12 +226,6 @@ def test_what_needs_no_model_loads_nothing_heavy(arguments, scans):
 
 
 # Info.
-def test_info_names_the_tiers_and_the_one_in_use(shallower):
-    info = shallower("info", "--json").json
-    assert info["tiers"]["scalar"] is True
-    assert info["tiers"][info["tier"]] is True
-    assert info["packages"]["shallower"] == sh.__version__
-    assert f"tier {info['tier']} of scalar" in shallower("info").out
 
 
 @pytest.mark.parametrize("name", [name for name, there in tiers() if there])

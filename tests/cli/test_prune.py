@@ -144,18 +144,6 @@ def test_prune_drops_experts(shallower, folder, mixed):
         assert stored(folder / name) == stored(folder / "cut")
 
 
-def test_prune_drops_layers_and_experts_together(shallower, folder, mixed):
-    rest = [layer for layer in range(8) if layer not in (3, 4)]
-    command = ["prune", mixed, "--drop", "3:5"]
-    done = shallower(*command, "--drop-experts", experts_of(rest), "--out", "cut", "--json").json
-    assert (done["survivors"], done["experts"]["drop"]["7"]) == (rest, [1, 4, 5])
-    whole = shallower("prune", mixed, "--drop-experts", experts_of(range(8)), "--out", "experts")
-    assert whole.status == 0
-    both = shallower(*command, "--drop-experts", "experts", "--out", "again")
-    assert both.status == 0
-    assert stored(folder / "again") == stored(folder / "cut")
-
-
 def test_a_cut_does_not_replace_the_file_that_names_its_experts(shallower, folder, mixed):
     (folder / "cut").mkdir()
     (folder / "cut" / "experts.txt").write_text(experts_of(range(8)).replace(";", "\n"))

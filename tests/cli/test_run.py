@@ -140,11 +140,9 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-loss", "1", "--judge", "speech"], "max_loss beside the judge speech"),
         (["--n", "2", "--judge", "speech", "--stream"], "leave out --stream, or the judge speech"),
         (["--target-latency", "fast"], "'fast' is no share: expected one as 0.8x"),
         (["--target-latency", "0.8x", "--forecast-device", "tpu"], "unknown device 'tpu'"),
-        (["--no-patch", "--heal"], "only a patched cut is healed; leave out one"),
         (["--out", "small.gguf"], "a GGUF file, by --no-patch, is checkpoint/checkpoint.gguf in"),
     ],
 )
