@@ -1,10 +1,8 @@
-"""The program itself: help, version, tiers."""
+"""The program itself: help, version, what it loads."""
 
-import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from importlib.metadata import version
 from typing import get_args
@@ -12,7 +10,6 @@ from typing import get_args
 import pytest
 
 from shallower import cli
-from shallower._core import tiers
 from shallower.settings.options import Group
 from tests.commands import SHALLOWER, in_a_process, in_this_process
 
@@ -223,26 +220,3 @@ def test_importing_the_package_loads_nothing():
 def test_what_needs_no_model_loads_nothing_heavy(arguments, scans):
     loaded = loaded_by(*(argument.format(scan=scans / "tiny") for argument in arguments))
     assert not loaded & (HEAVY - {"numpy"})
-
-
-# Info.
-
-
-@pytest.mark.parametrize("name", [name for name, there in tiers() if there])
-def test_a_tier_can_be_forced(name):
-    forced = {**os.environ, "SHALLOWER_TIER": name}
-    done = subprocess.run(
-        [SHALLOWER, "info", "--json"], env=forced, capture_output=True, check=True
-    )
-    assert json.loads(done.stdout)["tier"] == name
-
-
-def test_a_tier_that_is_not_there_is_refused():
-    forced = {**os.environ, "SHALLOWER_TIER": "steam"}
-    done = subprocess.run(
-        [SHALLOWER, "info"], env=forced, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "steam" in done.stderr
-    assert "scalar" in done.stderr
-    assert "Traceback" not in done.stderr

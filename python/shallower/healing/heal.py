@@ -298,7 +298,7 @@ class _Healer:
             adapted=len(targets),
             texts=samples.identity,
             steps=(),
-            held_out=(),
+            held_out={},
             best_step=0,
             answers=samples.answers,
         )

@@ -27,7 +27,7 @@ from ..models.dtypes import computing
 from ..models.feed_forward import Targets
 from ..models.offload import is_offloaded
 from ..processes import num_processes
-from ..results.healing import HeldOutLoss, OptimiserStep
+from ..results.healing import OptimiserStep
 from ..results.loss import FIGURES, Loss
 from ..settings.recipe import GLOBAL_BATCH, Resolved
 from ..texts.quiet import hushed
@@ -81,7 +81,7 @@ class Trained:
     """A finished training."""
 
     steps: tuple[OptimiserStep, ...]  # training loss and rate
-    held_out: tuple[HeldOutLoss, ...]  # losses, with the steps before them
+    held_out: dict[int, Loss]  # losses by the steps before them
     best_step: int  # whose adapters are kept
     checkpoint: Path  # the folder that holds them
     tokens_per_second: float | None  # since this process began; None if it had nothing to do
@@ -305,11 +305,11 @@ def _trained(trainer: _Trainer, throughput: "Throughput") -> Trained:
         for entry in history
         if "loss" in entry
     )
-    held_out = tuple(
-        HeldOutLoss(entry["step"], Loss(**{name: entry[f"held_out_{name}"] for name in FIGURES}))
+    held_out = {
+        entry["step"]: Loss(**{name: entry[f"held_out_{name}"] for name in FIGURES})
         for entry in history
         if "eval_loss" in entry
-    )
+    }
     best = trainer.state.best_global_step or trainer.state.global_step
     return Trained(
         steps=steps,

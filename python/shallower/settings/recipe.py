@@ -246,14 +246,11 @@ class Recipe:
         if from_patch and not original:
             raise RecipeError("a patch needs the uncut model: name it (original, --original)")
         named_preset(self.preset)
-        for name in ("steps", "rank", "max_length", "batch_size", "eval_every"):
+        counts = dict.fromkeys(("steps", "rank", "max_length", "batch_size", "eval_every"), 1)
+        for name, least in (counts | {"warmup_steps": 0, "seed": 0}).items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise RecipeError(f"{name} must be an integer of at least 1, got {value!r}")
-        for name in ("warmup_steps", "seed"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 0):
-                raise RecipeError(f"{name} must be an integer of at least 0, got {value!r}")
+            if value is not None and (type(value) is not int or value < least):
+                raise RecipeError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name, most in (("learning_rate", math.inf), ("dropout", 1.0)):
             value = getattr(self, name)
             if value is not None and not 0 <= value < most:

@@ -117,10 +117,9 @@ def failed_proposals(verified: Verified) -> list[str]:
 def healing_table(healing: Healing) -> Table:
     """Tabulate the held-out loss over the measured steps of a healing."""
     training = {step.step: Number.of(step.loss) for step in healing.steps}
-    losses = [(str(one.step), one.loss, one.step) for one in healing.held_out]
     rows: list[tuple[Cell, ...]] = [
-        (step, Number.of(loss.nats, loss.stderr), training.get(number, Number("")))
-        for step, loss, number in losses
+        (str(step), Number.of(loss.nats, loss.stderr), training.get(step, Number("")))
+        for step, loss in healing.held_out.items()
     ] or [(str(healing.best_step), Number(""), training.get(healing.best_step, Number("")))]
     if healing.cut:
         cut = Number.of(healing.cut.nats, healing.cut.stderr)
