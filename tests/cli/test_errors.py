@@ -16,6 +16,7 @@ def errors(folder, models, texts, scans, plans):
         "texts": texts / "texts.jsonl",
         "scan": scans / "tiny",
         "plan": plans / "tiny",
+        "other": plans / "deeper",
     }
     bad = folder / "bad"
     bad.mkdir()
@@ -42,6 +43,7 @@ ERRORS = [
     (SCAN + "{texts} --device-map nowhere", "nowhere"),
     (SCAN + "{texts} --gguf-file none.gguf", r"no file none\.gguf"),
     (SCAN + "{texts} --out {bad}/file/below", "bad/file is not a folder"),
+    ("eval {tiny} --texts {texts} --out {bad}/file --dry-run", "bad/file is not a folder"),
     ("scan {bad}/models/truncated --texts {texts} --out out", "models/truncated"),
     ("scan {bad}/models/tokenizer --texts {texts} --out out", "models/tokenizer"),
     ("analyse {bad}/truncated.safetensors --out out", r"bad/truncated\.safetensors is truncated"),
@@ -52,6 +54,8 @@ ERRORS = [
     ("prune {tiny} --drop 6 --out out", "no layer 6: its 6 layers are 0 .. 5"),
     ("prune {tiny} --plan {bad}/plan.json --out out", r"bad/plan\.json is not a plan"),
     ("prune {tiny} --drop 1 --out /proc/none/below", "/proc/none"),
+    ("prune {tiny} --plan {other} --out out --dry-run", "plan .*tiny"),
+    ("eval {tiny} --texts {texts} --plan {other}", "plan .*tiny"),
     (
         "prune {tiny} --plan none.json --out out",
         r"cannot read the plan none\.json: no such file or directory; name the file that "

@@ -40,9 +40,14 @@ def test_help_names_every_command():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_describes_every_option(name):
+    """By a sentence or a noun phrase: no 'Of the weights', no 'Its peak'."""
     shown = help_of(name)
+    assert not re.search(r"<(path|str|list\[)", shown)
     for parameter in COMMANDS[name].params:
-        assert parameter.help, parameter.name
+        text = parameter.help
+        assert text[0].isupper() or not text[0].isalpha(), (parameter.name, text)
+        assert text.endswith("."), (parameter.name, text)
+        assert not re.match(r"(Of|Its?|Before|As|Adapt it)\b", text), (parameter.name, text)
         own = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar
         # Before 0.27 typer puts an argument that may be left out in brackets.
         begins = (f" {own}", f"  [{own}]")
@@ -53,9 +58,12 @@ def test_help_of_a_command_describes_every_option(name):
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_fits_one_screen(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    lines = help_of(*filter(None, [name]), option="--help").splitlines()
-    assert len(lines) < 40  # of a screen, with a line for the prompt
-    assert max(map(len, lines)) <= 80
+    command = [*filter(None, [name])]
+    short, whole = (help_of(*command, option=option) for option in ("--help", "--help-all"))
+    assert len(short.splitlines()) < 40  # of a screen, with a line for the prompt
+    assert max(map(len, f"{short}\n{whole}".splitlines())) <= 80
+    assert "…" not in whole
+    assert in_this_process(*command, "-h").out == short
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -73,29 +81,6 @@ def test_an_option_is_basic_or_named_in_its_group(name):
         if "More options" in shown and group != "basic":
             assert option in behind
             assert group in behind
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_an_argument_has_no_type_of_python(name):
-    assert not re.search(r"<(path|str|list\[)", help_of(name))
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_an_option_stands_alone(name):
-    """A sentence, or a noun phrase: no 'Of the weights', no 'Its peak'."""
-    for parameter in COMMANDS[name].params:
-        text = parameter.help
-        assert text[0].isupper() or not text[0].isalpha(), (parameter.name, text)
-        assert text.endswith("."), (parameter.name, text)
-        assert not re.match(r"(Of|Its?|Before|As|Adapt it)\b", text), (parameter.name, text)
-
-
-@pytest.mark.parametrize("name", ["", *COMMANDS])
-def test_help_fits_eighty_columns(name, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    shown = help_of(*filter(None, [name]))
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "…" not in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -130,12 +115,6 @@ def test_without_a_command_five_lines_say_what_to_type_first():
 def test_help_is_a_word_too():
     assert in_this_process("help").out == help_of()
     assert in_this_process("help", "scan").out == help_of("scan", option="--help")
-
-
-@pytest.mark.parametrize("name", ["", "scan", "heal"])
-def test_h_is_help(name):
-    command = filter(None, [name])
-    assert in_this_process(*command, "-h").out == help_of(*filter(None, [name]), option="--help")
 
 
 def test_a_misspelt_command_is_guessed(shallower):
