@@ -93,14 +93,16 @@ def test_a_line_that_is_no_object_is_named(write, line, name):
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_a_file_without_items_is_refused(write, content):
     with pytest.raises(
-        TextsError, match=r"there are no items in .*: expected a JSON object a line"
+        TextsError, match=r"there are no options in .*: expected a JSON object a line"
     ):
         read_options(write(content))
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", ".", "a\0b", "~nobody-of-this-name/x"])
 def test_a_file_that_is_not_there_is_refused(folder, name):
-    with pytest.raises(TextsError, match=r"no file of options|cannot read options from"):
+    with pytest.raises(
+        TextsError, match=r"no file of options|is a folder|cannot read options from"
+    ):
         read_options(name)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ..errors import ModelError, TextsError
 from ..memory.retry import Halving
@@ -20,6 +20,7 @@ from ..progress import track
 from ..texts.batches import Batch, padded
 from ..values.counts import counted
 from ..values.tokens import BatchSize, Tokens
+from .answers import generated
 from .loss import LOGITS_PER_CHUNK, fitting_tokens, logits_at
 
 MAX_NEW_TOKENS = 256
@@ -244,29 +245,21 @@ class TaskModel:
                     advance(len(some))
         return [found[place] for place in range(len(requests))]
 
-    @torch.inference_mode()
     def _continue(self, contexts: list[list[int]], way: "_Generation") -> list[str]:
-        """Generate behind contexts, which are padded on the left."""
+        """Generate behind contexts."""
         room = self.max_length - way.num_tokens
         if room < 1:
             raise ModelError(
                 f"a task generates {way.num_tokens} tokens, and the model has only "
                 f"{self.max_length} positions: leave it out (tasks, --tasks)"
             )
-        contexts = [ids[-room:] for ids in contexts]
-        width = max(map(len, contexts))
-        padded = np.zeros((len(contexts), width), np.int64)
-        mask = np.zeros_like(padded)
-        for row, ids in enumerate(contexts):
-            padded[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, 1
-        device = self._decoder.device
-        generate: Any = self._decoder.model.generate
-        output = generate(
-            input_ids=torch.from_numpy(padded).to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
+        given = [np.array(ids[-room:], np.int64) for ids in contexts]
+        width = max(map(len, given))
+        output = generated(
+            self._decoder,
+            given,
             max_new_tokens=way.num_tokens,
-            stopping_criteria=StoppingCriteriaList([_Stop(self.tokenizer, way.until, width)]),
-            pad_token_id=0,
+            stopping_criteria=_stopping(self.tokenizer, way.until, width),
             **dict(way.settings),
         )
         answers = [self._up_to_end(ids) for ids in output[:, width:].tolist()]
@@ -307,19 +300,17 @@ _COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 _SAMPLERS = ("temperature", "top_p", "top_k", "min_p")
 
 
-class _Stop(StoppingCriteria):
-    """Ends a row whose last tokens hold what ends an answer, however that is tokenised."""
+def _stopping(tokenizer: Any, until: tuple[str, ...], given: int) -> StoppingCriteriaList:
+    """End rows whose last tokens hold what ends an answer, however that is tokenised."""
+    lengths = [len(tokenizer.encode(one, add_special_tokens=False)) for one in until]
+    last = max(lengths, default=0) + 2
 
-    def __init__(self, tokenizer: Any, until: tuple[str, ...], given: int) -> None:
-        lengths = [len(tokenizer.encode(one, add_special_tokens=False)) for one in until]
-        self._tokenizer, self._until, self._given = tokenizer, until, given
-        self._last = max(lengths, default=0) + 2
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        new = input_ids[:, self._given :][:, -self._last :].tolist()
-        texts = self._tokenizer.batch_decode(new)
-        ended = [any(one in text for one in self._until) for text in texts]
+    def has_ended(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        texts = tokenizer.batch_decode(input_ids[:, given:][:, -last:].tolist())
+        ended = [any(one in text for one in until) for text in texts]
         return torch.tensor(ended, device=input_ids.device)
+
+    return StoppingCriteriaList([has_ended])
 
 
 def _before(until: Sequence[str], text: str) -> str:

@@ -113,7 +113,9 @@ class HealingStage:
         return replace(
             results,
             speech={**results.speech, "healed": spoken},
-            continuations=tuple(replace(one, healed=more.healed) for one, more in samples),
+            continuations=tuple(
+                replace(one, continued={**one.continued, **more.continued}) for one, more in samples
+            ),
         )
 
     def _trained(self, checkpoint: Path, place: Path, answers: Sequence[Answer] | None) -> Healing:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..evaluation.speech import Reference, Speaking, Spoken
     from ..forecasts.speed import Work
     from ..models.decoder import Decoder
-    from ..reporting.results import Continuations
+    from ..reporting.story import PromptSample
     from ..values.entries import ResultStore
     from .measures import Loaded
     from .study import Study
@@ -134,9 +134,9 @@ class SpeechOnPrompts(Measure[Speech]):
         assert self.reference is not None
         return self.reference.judged(value, decoder)
 
-    def samples(self, said: "Mapping[str, Spoken]") -> "tuple[Continuations, ...]":
+    def samples(self, said: "Mapping[str, Spoken]") -> "tuple[PromptSample, ...]":
         """Show what the whole model and others said, greedily, to the first prompts."""
-        from ..reporting.results import Continuations
+        from ..reporting.story import PromptSample
 
         reference = self.reference
         assert reference is not None
@@ -148,8 +148,8 @@ class SpeechOnPrompts(Measure[Speech]):
             return str(tokenizer.decode(written, skip_special_tokens=True))
 
         return tuple(
-            Continuations(
-                prompt.shown(tokenizer), **{name: text(one, place) for name, one in words.items()}
+            PromptSample(
+                prompt.shown(tokenizer), {name: text(one, place) for name, one in words.items()}
             )
             for place, prompt in enumerate(self.prompts[:NUM_SAMPLES])
         )

@@ -24,8 +24,8 @@ from ...values.files import (
 from ...values.layers import drop_option
 from ...values.provenance import command_line
 from ..charts.run import healing_chart, race_charts, scan_charts
-from ..results import Continuations, Run
-from ..story import Fact, ModelState, Number, PromptSample, Section, Story, Strip, Table
+from ..results import Run
+from ..story import MODELS, Fact, ModelState, Number, Section, Story, Strip, Table
 from ..words import (
     again,
     came_back,
@@ -43,10 +43,10 @@ from ..words import (
     small_model,
 )
 from .evaluation import repeats_warning, speech_table
-from .gain import gain_table
 from .stages import (
     candidates_table,
     failed_proposals,
+    gain_table,
     healing_table,
     losses_table,
     rejected,
@@ -61,7 +61,6 @@ UNFINISHED = (
 )
 """The warning of a run that was interrupted, or is running."""
 
-_STATES = ("whole", "cut", "patched", "healed")
 _SETS = {"losses": "", "out_of_domain": " out of domain"}
 """Where ``results.json`` has losses by state, and of which texts they are."""
 
@@ -86,7 +85,7 @@ def speech_section(run: Run) -> Section:
     """Show the generation of a run's models beside the whole one, by figures and by samples."""
     lines = ["Samples are of the likeliest tokens; the figures are of all prompts."]
     best = run.recommended
-    speech = {name: run.speech[name] for name in _STATES if name in run.speech}
+    speech = {name: run.speech[name] for name in MODELS if name in run.speech}
     if best is not None and best.state in speech and best.state != "whole":
         lost = speech[best.state].minus(speech["whole"])["loss_under_whole"]
         acceptance, departure = (
@@ -101,8 +100,7 @@ def speech_section(run: Run) -> Section:
             f"its own{', a tie' if lost.tied else ''}.",
         )
     tables = (speech_table(speech),) if speech else ()
-    samples = tuple(map(_sample, run.continuations))
-    return Section("How it speaks", tuple(lines), tables=tables, samples=samples)
+    return Section("How it speaks", tuple(lines), tables=tables, samples=run.continuations)
 
 
 class _RunStory:
@@ -139,7 +137,7 @@ class _RunStory:
 
     def _steps(self) -> tuple[ModelState, ...]:
         best = self._best
-        losses = [(name, loss) for name in _STATES if (loss := getattr(best, name)) is not None]
+        losses = [(name, loss) for name in MODELS if (loss := getattr(best, name)) is not None]
         most = max(loss.nats - best.whole.nats for _, loss in losses) or 1.0
         steps = []
         for name, loss in losses:
@@ -361,11 +359,6 @@ class _RunStory:
         length = scan.texts[0].max_length if scan.texts else None
         dtype = scan.model.dtype if scan.model else None
         return differs(length, dtype, self._best.plan.versions)
-
-
-def _sample(one: Continuations) -> PromptSample:
-    said = {name: text for name in _STATES if (text := getattr(one, name)) is not None}
-    return PromptSample(one.prompt, said)
 
 
 def _cost(best: Recommended) -> str:
