@@ -42,9 +42,9 @@ def done(trained, words, kept, tmp_path_factory):
 @pytest.fixture
 def generated(monkeypatch):
     """The calls by which a model generates, as a list that grows."""
-    calls, plain = [], answers._generated
+    calls, plain = [], answers.generated
     monkeypatch.setattr(
-        answers, "_generated", lambda *args, **options: calls.append(1) or plain(*args, **options)
+        answers, "generated", lambda *args, **options: calls.append(1) or plain(*args, **options)
     )
     return calls
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..cutting.cards import state_loss
 from ..cutting.source import CARD_FILE
 from ..errors import ModelError
-from ..evaluation.kept import UnsavedResults
+from ..evaluation.batches import UnsavedResults
 from ..evaluation.loss import measure_loss
 from ..evaluation.speech import Spoken
 from ..healing.checks import require_healable

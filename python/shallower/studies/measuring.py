@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
-from ..evaluation.batches import batches_of_texts
-from ..evaluation.kept import UnsavedResults
+from ..evaluation.batches import UnsavedResults, batches_of_texts
 from ..evaluation.loss import fitting_tokens
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges.judge import LossJudge

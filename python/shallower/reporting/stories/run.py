@@ -29,6 +29,7 @@ from ..story import MODELS, Fact, ModelState, Number, Section, Story, Strip, Tab
 from ..words import (
     again,
     came_back,
+    capital,
     compared,
     dequantised,
     differs,
@@ -250,7 +251,7 @@ class _RunStory:
         if scan.positions is not None:
             facts.append(Fact("compared tokens", str(scan.positions), f"{SCAN_FILE}: positions"))
         lines = (
-            f"{_capital(self._best.reason)}.",
+            f"{capital(self._best.reason)}.",
             "Calibration, selection and test set share no text: losses of the recommendation and "
             "of the sizes are of the test set, those of the race of the selection set.",
         )
@@ -258,7 +259,7 @@ class _RunStory:
 
     def _sure(self) -> Section:
         best, verified = self._best, self._best.verified
-        lines = [f"{_capital(verified.sentence())}."]
+        lines = [f"{capital(verified.sentence())}."]
         if best.by_distance is not None:
             lines.append(
                 f"The loss of the block of least angular distance is {compared(best.by_distance)} "
@@ -364,11 +365,7 @@ class _RunStory:
 def _cost(best: Recommended) -> str:
     """Say the cost in words of perplexity, and the share of the lost nats that came back."""
     words = perplexity_words(best.whole, best.loss, best.difference)
-    return words if best.state == "cut" else f"{words} {_capital(came_back(best.shares))}."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return words if best.state == "cut" else f"{words} {capital(came_back(best.shares))}."
 
 
 def _apart(score: float, stderr: float, other: Estimate) -> bool:

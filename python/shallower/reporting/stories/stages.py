@@ -19,7 +19,7 @@ from ...values.counts import counted
 from ...values.layers import Block, blocks_of, drop_option, layer_count, ranges
 from ...values.plan import Plan
 from ..story import Cell, Number, Table
-from ..words import by_choice, came_back, range_cell
+from ..words import abbreviated, by_choice, came_back, range_cell
 
 MOST_CANDIDATES = 20
 MOST_NAMES = 3
@@ -364,21 +364,12 @@ def _measured(found: MeasuredGain) -> Iterator[_Row]:
     yield "measured here, peak memory", _bytes(before), _bytes(after), f"{after / before:.3f}"
 
 
-def _short(value: int, units: str) -> str:
-    """Write a number with three digits and a unit of thousands: 6.74B."""
-    power = 0
-    while value >= 999.5 * 1000**power and power < len(units):
-        power += 1
-    digits = f"{value / 1000**power:.3g}"
-    return digits + units[power - 1] if power else digits
-
-
 def _count(value: int) -> str:
-    return _short(value, "KMBT")
+    return abbreviated(value, "KMBT")
 
 
 def _bytes(value: int) -> str:
-    return _short(value, "KMGT") + "B"
+    return abbreviated(value, "KMGT") + "B"
 
 
 def _time(seconds: float, fits: bool = True) -> str:
