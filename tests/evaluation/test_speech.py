@@ -247,7 +247,7 @@ def test_another_head_needs_both_models(sharp, cut, measured):
     with pytest.raises(sh.ModelError, match="another head, or another dtype"):
         reference.compare(Decoder.of(LlamaForCausalLM(config).eval()))
     spoken = reference.compare(Decoder.of(other), Decoder.of(sharp))
-    assert_near_by_token(spoken.speech, plain_rows(sharp, other, reference.words))
+    assert_near_by_token(spoken[0], plain_rows(sharp, other, reference.words))
 
 
 def plain_rows(whole, model, words):

@@ -1,11 +1,10 @@
 """Items of a task come out of a file as they are, or the error names the file and the line."""
 
-import json
-
 import pytest
 
 from shallower import TextsError
 from shallower.texts.options import OptionItem, options_fingerprint, read_options
+from tests.written import write_prompts
 
 GOOD = {"context": "The sky is", "options": ["wet", "blue"], "answer": 1}
 
@@ -13,13 +12,7 @@ GOOD = {"context": "The sky is", "options": ["wet", "blue"], "answer": 1}
 @pytest.fixture
 def write(tmp_path):
     """Write JSON lines from a list; gives the path as a string."""
-
-    def written(content):
-        path = tmp_path / "options.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in content))
-        return str(path)
-
-    return written
+    return lambda records: str(write_prompts(tmp_path / "options.jsonl", *records))
 
 
 def test_items_come_as_they_are(write):

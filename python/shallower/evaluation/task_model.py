@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -30,20 +30,8 @@ Instances = Sequence[Any]
 """lm-eval's requests: each an ``Instance``, of which ``args`` is read."""
 
 
-@dataclass
-class _Sequence:
-    """A sequence that runs once, and the continuations that end in it or in one more token.
-
-    ``ids`` are all tokens but the last of each; continuations have the place of their request.
-    """
-
-    ids: list[int]
-    continuations: dict[int, list[int]] = field(default_factory=dict)
-
-    @property
-    def given(self) -> int:
-        """Tokens before the first one that is predicted."""
-        return len(self.ids) + 1 - max(map(len, self.continuations.values()))
+_Sequence = tuple[tuple[int, ...], dict[int, list[int]]]
+"""Tokens that run once, and the continuations that end in them or in one more, by request."""
 
 
 class TaskModel:
@@ -98,7 +86,7 @@ class TaskModel:
         not finite.
         """
         distinct = self._distinct([self._encode(*one.args) for one in requests])
-        tokens = Tokens(max(2, len(distinct[0].ids)), self._batch_size)
+        tokens = Tokens(max(2, len(distinct[0][0])), self._batch_size)
         texts = int(fitting_tokens(self._decoder, tokens).batch_size)
         found: dict[int, tuple[float, bool]] = {}
         halving = Halving()
@@ -106,10 +94,10 @@ class TaskModel:
         with track(self._description, len(requests), self._progress) as advance, evaluating(model):
             for start in range(0, len(distinct), texts):
                 places = range(start, min(start + texts, len(distinct)))
-                batch = padded([(place, np.array(distinct[place].ids, int)) for place in places])
+                batch = padded([(place, np.array(distinct[place][0], int)) for place in places])
                 for part, answers in halving.run(batch, lambda one: self._score(one, distinct)):
                     found |= answers
-                    advance(sum(len(distinct[i].continuations) for i in part.samples))
+                    advance(sum(len(distinct[i][1]) for i in part.samples))
         return [found[place] for place in range(len(requests))]
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -145,7 +133,7 @@ class TaskModel:
     def _distinct(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[_Sequence]:
         """The sequences to run, the longest first, each once."""
         self._say_cut_off((len(one) + len(other) - 1 for one, other in requests), self.max_length)
-        sequences: dict[tuple[int, ...], _Sequence] = {}
+        sequences: dict[tuple[int, ...], dict[int, list[int]]] = {}
         for place, (context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise TextsError(
@@ -153,9 +141,8 @@ class TaskModel:
                     f"{self.max_length}, the positions that the model has"
                 )
             ids = (context + continuation)[-(self.max_length + 1) : -1]
-            one = sequences.setdefault(tuple(ids), _Sequence(ids))
-            one.continuations[place] = continuation
-        return sorted(sequences.values(), key=lambda one: (-len(one.ids), one.ids))
+            sequences.setdefault(tuple(ids), {})[place] = continuation
+        return sorted(sequences.items(), key=lambda one: (-len(one[0]), one[0]))
 
     @torch.inference_mode()
     def _score(self, batch: Batch, sequences: Sequence[_Sequence]) -> dict[int, tuple[float, bool]]:
@@ -166,11 +153,11 @@ class TaskModel:
         places: list[int] = []
         seen = 0
         for number, index in enumerate(batch.samples):
-            one = sequences[index]
-            first = one.given - 1
-            predicting[number, first : len(one.ids)] = True
-            seen += len(one.ids) - first  # rows up to the last one of this sequence
-            for place, continuation in one.continuations.items():
+            ids, continuations = sequences[index]
+            first = len(ids) - max(map(len, continuations.values()))
+            predicting[number, first : len(ids)] = True
+            seen += len(ids) - first  # rows up to the last one of this sequence
+            for place, continuation in continuations.items():
                 rows += range(seen - len(continuation), seen)
                 tokens += continuation
                 places += [place] * len(continuation)

@@ -141,7 +141,7 @@ class SpeechOnPrompts(Measure[Speech]):
         reference = self.reference
         assert reference is not None
         tokenizer: Any = reference.speaking.tokenizer
-        words = {"whole": reference.words, **{name: one.own or {} for name, one in said.items()}}
+        words = {"whole": reference.words, **{name: own or {} for name, (_, own) in said.items()}}
 
         def text(answers: Mapping[str, Sequence[Answer]], place: int) -> str:
             written = [*answers["greedy"][place].written]
