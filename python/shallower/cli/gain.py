@@ -66,7 +66,7 @@ def gain_command(
         print_json(found.to_json())
         return
     from ..models.loading import read_config
-    from ..reporting.stories.gain import gain_table
+    from ..reporting.stories.stages import gain_table
     from ..reporting.words import megabytes
     from ..savings.weights import stored_bytes
 
