@@ -62,11 +62,12 @@ def no_unix(monkeypatch):
 def test_one_at_a_time_writes_without_locks_of_unix(tmp_path):
     with resumable_folder(tmp_path / "new", "job") as folder:
         (folder / "a").write_bytes(b"a")
-        assert processes.is_held(tmp_path / "new") is True
+        with pytest.raises(OutputError, match="another process is writing it"):
+            processes.check_alone(tmp_path / "new")
         for work in (new_folder(tmp_path / "new"), resumable_folder(tmp_path / "new", "job")):
             with pytest.raises(OutputError, match="another process is writing it"), work:
                 pytest.fail("the body ran")
-    assert processes.is_held(tmp_path / "new") is False
+    processes.check_alone(tmp_path / "new")
     assert tree(tmp_path) == {"new": None, "new/a": b"a", "new/.shallower.json": RECORDED}
     with resumable_file(tmp_path / "file", "job") as folder:
         (folder / "file").write_bytes(b"b")

@@ -17,8 +17,7 @@ from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.head import Head
-from shallower.settings.presets import ModelFacts
-from shallower.settings.recipe import Recipe
+from shallower.settings.recipe import ModelFacts, Recipe
 from shallower.values.plan import Plan
 from tests.devices.batches import inputs
 from tests.devices.conftest import STAGES, on_devices

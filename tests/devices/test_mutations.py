@@ -46,11 +46,10 @@ _MOVED = "generate moves tokens"
 HARMLESS = {
     "cutting/saving.py: lend_layers: layer.to('cpu')": _ROOM,
     "cutting/saving.py: logits_difference: expected.to(device)": "accelerate brings logits back",
-    "evaluation/answers.py: _generated: torch.from_numpy(ids).to(decoder.device)": _MOVED,
+    "evaluation/answers.py: generated: torch.from_numpy(ids).to(decoder.device)": _MOVED,
     "evaluation/speech.py: Reference.of: one.states(head).cpu()": _ROOM,
     "evaluation/speech.py: _probe: "
     "next(head.logits_from(spans.kept[:_PROBED].to(head.decoder.device))).float().cpu()": _HEAD,
-    "evaluation/task_model.py: TaskModel._continue: torch.from_numpy(padded).to(device)": _MOVED,
     "evaluation/task_model.py: TaskModel._predicted: "
     "torch.from_numpy(rows[here] - start).to(logits.device)": _INDEX,
     "memory/prefix_cache.py: Prefixes._settled: states.cpu()": _ROOM,

@@ -6,8 +6,7 @@ import pytest
 
 import shallower as sh
 from shallower.healing import folders
-from shallower.settings.presets import ModelFacts
-from shallower.settings.recipe import Recipe
+from shallower.settings.recipe import ModelFacts, Recipe
 from tests.conftest import WORDS
 
 BLOCK = sh.Block(2, 4)

@@ -12,7 +12,7 @@ from ..models.source import ModelSource
 from ..processes import is_main_process, num_processes
 from ..settings.options import Option
 from ..settings.recipe import STEPS, HealingDtype, Recipe
-from ..values.estimates import EXPERTS
+from ..values.estimates import EXPERTS, disk
 from .options import (
     ANSWERS,
     AnswerTokens,
@@ -269,7 +269,6 @@ def _planned(
     from ..models.experts import unquantised
     from ..patching.memory import temporary_bytes
     from ..storage import free_bytes, temporary
-    from ..values.estimates import Disk
 
     model, trust_remote_code = str(cut), cut.trust_remote_code
     plan, there = plan_of_cut(model), answers is not None
@@ -294,10 +293,10 @@ def _planned(
     if experts := memory.parts.get(EXPERTS):
         plain = f"; {unquantised(resolved.dtype, experts)}" * (resolved.dtype in QUANTISED)
         said["experts"] = f"adapters lie on them too, and on no router{plain}"
-    said |= {"memory": memory, "disk": Disk(needed, free_bytes(out))}
+    said |= {"memory": memory, "disk": disk(needed, free_bytes(out))}
     if training["from_patch"]:
         taken = temporary_bytes(cut, max_length=resolved.max_length)
-        said["temporary"] = Disk(taken, free_bytes(temporary()))
+        said["temporary"] = disk(taken, free_bytes(temporary()))
     if device_memory is None:  # else it is of a card that is not here
         training["num_written"] = 0 if answers is None else answers.num_written
         said["time"] = or_unknown(lambda: forecast(*of_healing(cut, plan, resolved, **training)))
@@ -328,7 +327,6 @@ def merge_command(
     from ..storage import check_apart, check_free, check_room, free_bytes
     from ..store.done import Output
     from ..store.inputs import adapters_inputs
-    from ..values.estimates import Disk
 
     check_apart(out, [adapters, model])
     store = way.open_store()
@@ -342,8 +340,8 @@ def merge_command(
     if way.dry_run:
         needed = cut.stored_bytes
         check_room(out, needed)
-        disk = {"disk": Disk(needed, free_bytes(out)), "write": [str(out)]}
-        say_dry_run({"merge": str(adapters), "model": str(healing.model), **disk}, way.as_json)
+        planned = {"disk": disk(needed, free_bytes(out)), "write": [str(out)]}
+        say_dry_run({"merge": str(adapters), "model": str(healing.model), **planned}, way.as_json)
         return
     from ..merging.merge import merge
 

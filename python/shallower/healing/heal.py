@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
-from ..evaluation.kept import Stores, UnsavedResults, unkept
+from ..evaluation.batches import Stores, UnsavedResults, unkept
 from ..evaluation.loss import measure_loss, require_predictable
 from ..memory.device import free_memory
 from ..merging.merge import write_curve, write_merged
@@ -305,7 +305,7 @@ class _Healer:
             adapted=len(targets),
             texts=samples.identity,
             steps=(),
-            held_out=(),
+            held_out={},
             best_step=0,
             answers=samples.answers,
         )

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cutting.cards import adapters_card
 from ..cutting.source import CARD_FILE, find_source
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
-from ..evaluation.kept import Stores
+from ..evaluation.batches import Stores
 from ..memory.device import free_memory
 from ..merging.adapter_config import CONFIG_FILE, read_adapter_config
 from ..merging.merge import copy_beside, copy_files, healing_rows

@@ -28,7 +28,7 @@ from ..models.feed_forward import Targets
 from ..models.head import Head
 from ..models.offload import is_offloaded
 from ..processes import num_processes
-from ..results.healing import HeldOutLoss, OptimiserStep
+from ..results.healing import OptimiserStep
 from ..results.loss import FIGURES, Loss
 from ..settings.recipe import GLOBAL_BATCH, Resolved
 from ..texts.quiet import hushed
@@ -292,11 +292,11 @@ def _trained(trainer: _Trainer, throughput: "Throughput") -> dict[str, Any]:
         for entry in history
         if "loss" in entry
     )
-    held_out = tuple(
-        HeldOutLoss(entry["step"], Loss(**{name: entry[f"held_out_{name}"] for name in FIGURES}))
+    held_out = {
+        entry["step"]: Loss(**{name: entry[f"held_out_{name}"] for name in FIGURES})
         for entry in history
         if "eval_loss" in entry
-    )
+    }
     return {
         "recipe": trainer.training.recipe,
         "steps": steps,

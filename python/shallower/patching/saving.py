@@ -14,7 +14,7 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut
 from ..cutting.source import CARD_FILE
 from ..errors import PatchError, raise_output_error
-from ..evaluation.kept import Stores, UnsavedResults, unkept
+from ..evaluation.batches import Stores, UnsavedResults, unkept
 from ..evaluation.loss import measure_loss, out_of_domain_texts, require_predictable
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder

@@ -47,7 +47,7 @@ from ..settings.studies import CompareSettings, RunSettings
 from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
-from ..values.estimates import Disk, Divided, MemoryPlan
+from ..values.estimates import MemoryPlan, disk, divided
 from ..values.tokens import SPEECH_TOKENS
 from .answers import WantedAnswers
 from .compare import CompareStudy
@@ -65,7 +65,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
         name: (len(split.fit), len(split.choose), len(split.report))
         for name, split in study.splits.items()
     }
-    described: dict[str, Any] = {"split": Divided(counts)}
+    described: dict[str, Any] = {"split": divided(counts)}
     if getattr(study, "entry", None) is not None:
         return {**described, "time": "none: the result is cached"}
     models = cache(
@@ -74,7 +74,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     tasks = "tasks" if getattr(study.settings, "tasks", ()) else ""
     ways: dict[str, Callable[[], Any]] = {
         "memory": lambda: max((one.memory() for one in models()), key=_peak),
-        "disk": lambda: Disk(study_bytes(study), free_bytes(study.folder)),
+        "disk": lambda: disk(study_bytes(study), free_bytes(study.folder)),
         "time": lambda: forecast(*[one.counted for one in models()], beside=tasks, at_least=True),
     }
     if study.out is None:
@@ -83,7 +83,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     if isinstance(study.settings, RunSettings) and isinstance(whole, ModelSource):
         described |= {"not_saved": lost} if (lost := unsaved(whole)) else {}
     if patches(study.settings):
-        ways["temporary"] = lambda: Disk(temporary_of(study), free_bytes(temporary()))
+        ways["temporary"] = lambda: disk(temporary_of(study), free_bytes(temporary()))
     if any(model.is_streamed for model in study.models):
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")
