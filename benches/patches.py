@@ -33,7 +33,7 @@ from shallower.judgement.judges.judge import LossJudge, judged_batches, looks
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.models.residual_writers import find_writers
-from shallower.patching.changes import Changes
+from shallower.patching.checkpoint import Changes
 from shallower.patching.quick import QuickPatch
 from shallower.patching.states import divide
 from shallower.results.scores import Scores

@@ -31,11 +31,10 @@ import shallower as sh
 from patches import judged, read_texts, windows
 from shallower.judgement.judges.judge import LossJudge, judged_batches
 from shallower.models.layerwise import Layerwise, rows
-from shallower.patching.changes import Changes
-from shallower.patching.checkpoint import PatchCheckpoint
+from shallower.patching.checkpoint import Changes, PatchCheckpoint
 from shallower.patching.descent import Descent, keep_best
 from shallower.patching.solver import Solver
-from shallower.patching.states import StateSet, divide
+from shallower.patching.states import divide
 from shallower.savings.timing import time_forwards
 from shallower.studies import demo
 from shallower.values.tokens import Tokens
@@ -63,7 +62,7 @@ class WidthSolver(Solver):
         num_layers = len(whole)
         plan = sh.Plan.of(num_layers, dropped or [0])
         super().__init__(slim, plan, fitted, held_out, Changes())
-        self.whole = whole
+        self.source = whole
         self.survivors = [layer for layer in range(num_layers) if layer not in dropped]
         self._before = {block.start - 1 for block in plan.blocks} if dropped else set()
         self._solving = False
@@ -71,15 +70,14 @@ class WidthSolver(Solver):
         self._checkpoint = PatchCheckpoint(None, plan, self._batches, (0.0, 0.0))
 
     def _advance_whole(self, layer, target):
-        for states in (self.fitted, self.held_out):
+        for states in self.whole:
             for index, batch in enumerate(states.batches):
-                layers = range(layer, target)
-                states.whole[index] = self.whole.run(batch, states.whole[index], layers)
+                states[index] = self.source.run(batch, states[index], range(layer, target))
 
     @property
     def targets(self):
         """By layer: how far the whole model has come where the next layer that stays begins."""
-        behind = [*self.survivors[1:], len(self.whole)]
+        behind = [*self.survivors[1:], len(self.source)]
         return dict(zip(self.survivors, behind, strict=True))
 
     @torch.no_grad()
@@ -90,7 +88,6 @@ class WidthSolver(Solver):
         first = 0 if everywhere else min(self._before)
         self.first = first
         self._advance_whole(0, first)
-        self._copy_whole()
         self._keep_start()
         for layer, stop in self.targets.items():
             if layer < first:
@@ -101,8 +98,8 @@ class WidthSolver(Solver):
                 fit = self._fit(layer, stop)
                 self._solving = False
                 self.first_weight, self.ridge = fit.first_weight, fit.ridge
-            self._advance_cut(layer)
-        return self._loss(len(self.whole))
+            self._advance(self.cut, (layer,))
+        return self._loss(len(self.source))
 
     def _give_attention_its_share(self, layer, attention, other):
         """Before a block, as in a patch; elsewhere the down-projection alone is solved."""
@@ -118,9 +115,8 @@ class WidthSolver(Solver):
     def descend(self, nats):
         """Take the steps of a patch from what was solved."""
         fitted, held_out = self._starts
-        states = StateSet(self.fitted.batches, self.fitted.whole, fitted)
         layers = [layer for layer in self.survivors if layer >= self.first]
-        descent = Descent(self.model, layers, states=states, changes=self.changes)
+        descent = Descent(self.model, layers, whole=self.whole[0], cut=fitted, changes=self.changes)
         descent.run()
         return keep_best(descent, lambda: self._loss(self.first, states=held_out), nats)
 

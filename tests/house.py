@@ -4,6 +4,7 @@ import ast
 import re
 from dataclasses import dataclass
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 
 HEAVY = {
     "torch", "transformers", "peft", "bitsandbytes", "datasets", "matplotlib", "gguf", "accelerate",
@@ -136,24 +137,10 @@ def breaches(package, layers):
 
 def circle(graph):
     """A circle in a graph of names to names, or nothing."""
-    done, path = set(), []
-
-    def visit(name):
-        if name in path:
-            return [*path[path.index(name) :], name]
-        if name in done:
-            return None
-        path.append(name)
-        for other in sorted(graph.get(name, ())):
-            if found := visit(other):
-                return found
-        path.pop()
-        done.add(name)
-        return None
-
-    for name in sorted(graph):
-        if found := visit(name):
-            return found
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
     return None
 
 
@@ -167,25 +154,6 @@ def python_graph(package):
         own = module.removesuffix(".__init__")
         names = {one.name[1:] for one in imports(package, file) if one.name[0] == "."}
         graph[own] = {name for name in names if name != own and name in files}
-    return graph
-
-
-def rust_graph(rust):
-    """Top module of the crate to the top modules that it names, tests aside."""
-    tops = {path.stem for path in rust.iterdir() if path.suffix == ".rs" or path.is_dir()}
-    tops.discard("lib")
-    graph = {top: set() for top in tops}
-    for file in rust.rglob("*.rs"):
-        top = file.relative_to(rust).parts[0].removesuffix(".rs")
-        if top == "lib":
-            continue
-        code = file.read_text(encoding="utf-8").split("#[cfg(test)]")[0]
-        code = re.sub(r"//.*", "", code)
-        named = set(re.findall(r"\bcrate::(\w+)", code))
-        for group in re.findall(r"\bcrate::\{(.*?)\};", code, re.DOTALL):
-            depth_one = re.sub(r"\{[^{}]*\}", "", re.sub(r"\{[^{}]*\}", "", group))
-            named |= {re.split(r"\W", part.strip())[0] for part in depth_one.split(",")}
-        graph[top] |= (named & tops) - {top}
     return graph
 
 

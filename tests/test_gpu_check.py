@@ -26,12 +26,6 @@ def numbers(value):
     return [value] if isinstance(value, int | float) else []
 
 
-def test_a_step_that_does_not_exist_is_refused():
-    done = check("--only", "a,x")
-    assert done.returncode == 1
-    assert "--only x: the steps are a, b, c" in done.stderr
-
-
 def test_a_step_sees_one_gpu_unless_it_is_of_several(monkeypatch):
     """The Trainer of the plain loop would put a copy of the model on each."""
     monkeypatch.syspath_prepend(ROOT / "benches")

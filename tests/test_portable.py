@@ -11,7 +11,7 @@ import pytest
 from shallower import processes
 from shallower.errors import OutputError
 from shallower.storage import new_folder, resumable_file, resumable_folder
-from tests import house, smoke
+from tests import house
 from tests.conftest import ROOT
 from tests.folders import tree
 
@@ -51,12 +51,6 @@ def test_cuts_have_the_same_bytes_with_and_without_unix(words):
     assert "cuts are right" in python("-m", "tests.smoke", *words)
 
 
-def test_a_cut_that_is_wrong_is_found(monkeypatch):
-    monkeypatch.setattr(smoke, "DROPPED", "0:2")
-    with pytest.raises(AssertionError, match="or their bytes"):
-        smoke.main()
-
-
 @pytest.fixture
 def no_unix(monkeypatch):
     monkeypatch.setattr(processes, "fcntl", None)
@@ -68,11 +62,12 @@ def no_unix(monkeypatch):
 def test_one_at_a_time_writes_without_locks_of_unix(tmp_path):
     with resumable_folder(tmp_path / "new", "job") as folder:
         (folder / "a").write_bytes(b"a")
-        assert processes.is_held(tmp_path / "new") is True
+        with pytest.raises(OutputError, match="another process is writing it"):
+            processes.check_alone(tmp_path / "new")
         for work in (new_folder(tmp_path / "new"), resumable_folder(tmp_path / "new", "job")):
             with pytest.raises(OutputError, match="another process is writing it"), work:
                 pytest.fail("the body ran")
-    assert processes.is_held(tmp_path / "new") is False
+    processes.check_alone(tmp_path / "new")
     assert tree(tmp_path) == {"new": None, "new/a": b"a", "new/.shallower.json": RECORDED}
     with resumable_file(tmp_path / "file", "job") as folder:
         (folder / "file").write_bytes(b"b")

@@ -47,17 +47,6 @@ def documented(text):
     return {name.strip(" *") for group in names for name in group.split(",")}
 
 
-# A model, its tokenizer, and the two sets of texts that no one may confuse, in the data's order.
-BY_PLACE = {"compare": 4}
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_at_most_three_parameters_go_by_place(name):
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    by_place = [one.name for one in parameters(PUBLIC[name]) if one.kind in kinds]
-    assert len(by_place) <= BY_PLACE.get(name, 3), by_place
-
-
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_method_has_a_sentence(name):
     assert inspect.getdoc(PUBLIC[name])

@@ -1,8 +1,10 @@
-"""Nothing is too large to be read: folders, files, signatures, commands."""
+"""Nothing is too large to be read, and the budget of the house only falls."""
 
 import ast
 import inspect
-import operator
+import re
+import subprocess
+import tomllib
 from importlib import import_module
 
 import pytest
@@ -13,36 +15,90 @@ from tests.conftest import ROOT
 
 SOURCE = ROOT / "python" / "shallower"
 MODULES = house.modules(SOURCE)
-CODE = [file for folder in ("python", "rust", "benches") for file in (ROOT / folder).rglob("*")]
-TESTS = list((ROOT / "tests").rglob("*"))
+FILES = list(SOURCE.rglob("*.py"))
+LONG = (".py", ".pyi", ".rs")
+BUDGET = "tests/budget.toml"
+CEILINGS = tomllib.loads((ROOT / BUDGET).read_text(encoding="utf-8"))
 
 
-def test_few_things_lie_at_the_top():
+def lines_of(files):
+    return sum(map(house.num_lines, files))
+
+
+def classes(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return sum(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
+
+
+def longest(*folders):
+    files = (file for folder in folders for file in (ROOT / folder).rglob("*"))
+    return max(house.num_lines(file) for file in files if file.suffix in LONG)
+
+
+def found():
+    """What the house holds, by the names of the budget."""
+    folders = [path for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    inside = [list(folder.rglob("*.py")) for folder in folders]
+    table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = table.partition("## Entries of the store")[2].partition("## Decisions")[0]
     built = {"__pycache__", "_core.abi3.so"}
-    things = sorted(path.name for path in SOURCE.iterdir() if path.name not in built)
-    assert len(things) <= 30, things
-
-
-@pytest.mark.parametrize(("files", "most"), [(CODE, 500), (TESTS, 500)], ids=["code", "tests"])
-def test_no_file_is_long(files, most):
-    lines = {
-        str(file.relative_to(ROOT)): house.num_lines(file)
-        for file in files
-        if file.suffix in (".py", ".pyi", ".rs")
+    return {
+        "package": {
+            "lines": lines_of(FILES),
+            "files": len(FILES),
+            "classes": sum(map(classes, FILES)),
+            "entries": len(re.findall(r"^\| `\w+` \|(?: .+? \|){3}$", table, re.MULTILINE)),
+            "top": len({path.name for path in SOURCE.iterdir()} - built),
+            "folder_files": max(map(len, inside)),
+            "folder_lines": max(map(lines_of, inside)),
+            "file_lines": longest("python", "rust", "benches"),
+        },
+        "tests": {
+            "lines": lines_of((ROOT / "tests").rglob("*.py")),
+            "file_lines": longest("tests"),
+        },
     }
-    assert lines
-    assert {name: number for name, number in lines.items() if number > most} == {}
 
 
-MOST_FILES, MOST_LINES = 25, 5_500
-"""What one folder of the package holds at most."""
+def flat(budget):
+    return {(place, name): most for place, of in budget.items() for name, most in of.items()}
 
 
-def test_a_folder_is_small_enough_to_be_known():
-    for folder in (path for path in SOURCE.iterdir() if path.is_dir()):
-        files = list(folder.rglob("*.py"))
-        found = len(files), sum(map(house.num_lines, files))
-        assert all(map(operator.le, found, (MOST_FILES, MOST_LINES))), (folder.name, found)
+def risen(earlier, later):
+    """The ceilings that are higher than they were, or gone."""
+    later = flat(later)
+    return {name: (most, later.get(name)) for name, most in flat(earlier).items()
+            if later.get(name, most + 1) > most}  # fmt: skip
+
+
+def test_the_house_keeps_its_budget():
+    assert risen(CEILINGS, found()) == {}
+
+
+def git(*words):
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout
+
+
+def test_a_ceiling_never_rises():
+    """Neither above what this branch ever said, nor above ``main``."""
+    commits = git("log", "--full-history", "--format=%H", "--", BUDGET).split()
+    known = [text for one in ("main", *commits) if (text := git("show", f"{one}:{BUDGET}"))]
+    if not known:
+        pytest.skip("there is no git, or no history of the budget")
+    assert [risen(tomllib.loads(text), CEILINGS) for text in known] == [{}] * len(known)
+
+
+def test_a_ceiling_that_rises_or_goes_is_seen():
+    budget = {"package": {"lines": 10, "files": 2}}
+    assert risen(budget, {"package": {"lines": 9, "files": 2, "classes": 3}}) == {}
+    assert risen(budget, {"package": {"lines": 11}}) == {
+        ("package", "lines"): (10, 11),
+        ("package", "files"): (2, None),
+    }
 
 
 COMPARED = ("model", "tokenizer", "texts", "eval_texts")

@@ -118,6 +118,10 @@ class OutputError(ShallowerError):
     """A place that cannot be written to, or that holds something already."""
 
 
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, ShallowerError)
+"""What a file of JSON raises that is not what it should be."""
+
+
 class MissingExtraError(ShallowerError):
     """An optional dependency that is not installed."""
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import OutputError, ProcessesError, raise_output_error
@@ -177,15 +176,6 @@ def check_alone(path: Path, *, inside: bool = False) -> None:
     _locked(path, _real(path, inside=inside)).close()
 
 
-def is_held(path: Path) -> bool:
-    """Whether another process holds a place, or one in it or around it."""
-    try:
-        check_alone(path)
-    except _HeldError:
-        return True
-    return False
-
-
 @contextmanager
 def held(path: Path, *, inside: bool = False, reserved: bool = True) -> Iterator[None]:
     """Hold a place, and all that lies in it, while the body works; the system lets go after death.
@@ -215,16 +205,8 @@ _LOOKED_AT = 0.2
 """Seconds for which somebody else may look whether a place is held, and so hold it."""
 
 
-class _HeldError(OutputError):
-    """Another process holds a place."""
-
-
-@dataclass(frozen=True)
-class _Made:
-    """The folder by which a place is held, and those that go again where they are empty."""
-
-    folder: Path
-    passing: Sequence[Path]
+_Made = tuple[Path, Sequence[Path]]
+"""The folder by which a place is held, and those that go again where they are empty."""
 
 
 def _real(path: Path, *, inside: bool = False) -> Path:
@@ -240,36 +222,36 @@ def _made(place: Path, *, inside: bool) -> _Made:
     folder = place if inside else partial_folder(place)
     with raise_output_error(place):
         new = [one for one in (folder, *folder.parents) if not one.exists()]
-    return _Made(folder, new if inside or folder in new else [folder, *new])
+    return folder, new if inside or folder in new else [folder, *new]
 
 
 def _locked(path: Path, place: Path, made: _Made | None = None) -> ExitStack:
     """Lock a place, and share the locks of what lies around it; OutputError names ``path``."""
     until = time.monotonic() + _LOOKED_AT
     while True:
+        with raise_output_error(path), ExitStack() as stack:
+            if made is not None:
+                made[0].mkdir(parents=True, exist_ok=True)
+            other = _lock(stack, place, made)
+            if other is None:
+                return stack.pop_all()
+        if time.monotonic() > until:
+            around, folder = other
+            raise _held_error(path, None if around == place else around, folder)
+        time.sleep(0.01)
+
+
+def _lock(stack: ExitStack, place: Path, made: _Made | None) -> tuple[Path, Path] | None:
+    """Lock all until the stack is closed; or give the place that is held, and by which folder."""
+    first, passing = (None, ()) if made is None else made
+    for around, folder in sorted(_lockable(place), key=lambda one: one[1] != first):
         try:
-            with raise_output_error(path):
-                if made is not None:
-                    made.folder.mkdir(parents=True, exist_ok=True)
-                return _lock(path, place, made)
-        except _HeldError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-
-
-def _lock(path: Path, place: Path, made: _Made | None) -> ExitStack:
-    first = None if made is None else made.folder
-    with ExitStack() as stack:
-        for around, folder in sorted(_lockable(place), key=lambda one: one[1] != first):
-            is_mine = around == place
-            try:
-                _lock_folder(stack, folder, is_shared=not is_mine, is_needed=folder == first)
-            except BlockingIOError as error:
-                raise _held_error(path, None if is_mine else around, folder) from error
-            if made is not None and folder == first:
-                stack.callback(_remove_empty, made.passing)
-        return stack.pop_all()
+            _lock_folder(stack, folder, is_shared=around != place, is_needed=folder == first)
+        except BlockingIOError:
+            return around, folder
+        if folder == first:
+            stack.callback(_remove_empty, passing)
+    return None
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -331,7 +313,7 @@ def _lock_by_file(stack: ExitStack, folder: Path, *, is_shared: bool, is_needed:
         raise BlockingIOError
 
 
-def _held_error(path: Path, around: Path | None, folder: Path) -> _HeldError:
+def _held_error(path: Path, around: Path | None, folder: Path) -> OutputError:
     """The error of a place that another process writes to, which is named where Linux knows it."""
     who = "another process"
     with suppress(OSError, StopIteration, ValueError):
@@ -340,7 +322,7 @@ def _held_error(path: Path, around: Path | None, folder: Path) -> _HeldError:
         pid = int(next(line for line in locks if " FLOCK " in line and inode in line).split()[4])
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         who = f"process {pid} ({' '.join(command.split(chr(0)))[:100].strip()})"
-    return _HeldError(
+    return OutputError(
         f"cannot write {path}: {who} is writing {around or 'it'}; wait for it, or choose another "
         "place"
     )

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from threading import Event, RLock, Thread
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 SECONDS_BETWEEN_LINES = 25.0
 """Between two lines of a log about long work, so that there is one every half minute."""
@@ -25,15 +25,8 @@ SECONDS_TO_BE_SHOWN = 10.0
 BytesProgress = Callable[[int, int], object]
 """Receives the bytes written so far and those in all; what it raises stops the copy."""
 
-
-Moved = TypeVar("Moved", bound="Advance | None")
-
-
-class Advance(Protocol):
-    """A function that advances a bar."""
-
-    def __call__(self, steps: float, note: str = "", /) -> None:
-        """Advance by so many steps; ``note`` is shown beside the bar until the next one."""
+Advance = Callable[..., None]
+"""Advances a bar by so many steps; a note behind them is shown beside it until the next one."""
 
 
 @contextmanager
@@ -49,11 +42,12 @@ def track(
     """
     around = _AROUND.get()
     if show is False:
-        with _moving(_Silence()) as silence:
-            yield silence
+        with _moving(_nothing):
+            yield _nothing
         return
     if isinstance(around, _PartOfWork):
-        with _moving(_Within(around, description, total)) as within:
+        within = _share_of(around, description, total)
+        with _moving(within):
             yield within
         return
     if show is None and not _can_redraw():
@@ -63,11 +57,17 @@ def track(
     from rich.console import Console
 
     with _bars(Console(stderr=True)) as bars:
-        bar = _Bar(bars, bars.add_task(description, total=total, note=""))
-        with _moving(bar):
-            yield bar
+        task = bars.add_task(description, total=total, note="")
+
+        def advance(steps: float, note: str = "") -> None:
+            bars.advance(task, steps)
+            if note:
+                bars.update(task, note=note)
+
+        with _moving(advance):
+            yield advance
         if len(bars.tasks) > 1:  # it was a part of other work, whose bar goes on
-            bars.remove_task(bar.task)
+            bars.remove_task(task)
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def part(most: float, note: str = "") -> Iterator[Advance]:
     one bar and one total. Without work around it, nothing is advanced.
     """
     around = _AROUND.get()
-    this: Advance = _Silence() if around is None else _PartOfWork(around, most)
+    this: Advance = _nothing if around is None else _PartOfWork(around, most)
     this(0, note)
     try:
         with _moving(this if around is not None else None):
@@ -107,7 +107,7 @@ def whole(name: str, num_stages: int, show: bool | None = None) -> Iterator[None
 @contextmanager
 def stage(name: str, kind: str = "") -> Iterator[None]:
     """Run a stage of the whole around the body, whose seconds count as of its ``kind``."""
-    advance, ended, took = _WHOLE.get() or (_Silence(), _Silence(), {kind or name: 0.0})
+    advance, ended, took = _WHOLE.get() or (_nothing, _nothing, {kind or name: 0.0})
     began = time.monotonic()
     advance(0, name)
     with _moving(None):
@@ -117,20 +117,20 @@ def stage(name: str, kind: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _moving(work: Moved) -> Iterator[Moved]:
+def _moving(work: Advance | None) -> Iterator[None]:
     """Let parts in the body move this work."""
     before = _AROUND.set(work)
     try:
-        yield work
+        yield
     finally:
         _AROUND.reset(before)
 
 
-_AROUND: ContextVar["Advance | None"] = ContextVar("_AROUND", default=None)
+_AROUND: ContextVar[Advance | None] = ContextVar("_AROUND", default=None)
 """What the next part would advance: the innermost work, or a part of it."""
 
 
-_WHOLE: ContextVar["tuple[Advance, Advance, dict[str, float]] | None"] = ContextVar(
+_WHOLE: ContextVar[tuple[Advance, Advance, dict[str, float]] | None] = ContextVar(
     "_WHOLE", default=None
 )
 """The bar of all stages, what moves it by no more than there are, and the seconds by kind."""
@@ -244,23 +244,8 @@ def track_copy(
         yield report
 
 
-class _Bar:
-    """A bar of rich."""
-
-    def __init__(self, bars: "Progress", task: "TaskID") -> None:
-        self._bars, self.task = bars, task
-
-    def __call__(self, steps: float, note: str = "", /) -> None:
-        self._bars.advance(self.task, steps)
-        if note:
-            self._bars.update(self.task, note=note)
-
-
-class _Silence:
-    """No bar."""
-
-    def __call__(self, _steps: float, _note: str = "", /) -> None:
-        pass
+def _nothing(_steps: float, _note: str = "") -> None:
+    """Advance no bar."""
 
 
 class _PartOfWork:
@@ -269,21 +254,21 @@ class _PartOfWork:
     def __init__(self, advance: Advance, most: float) -> None:
         self._advance, self.left = advance, most
 
-    def __call__(self, steps: float, note: str = "", /) -> None:
+    def __call__(self, steps: float, note: str = "") -> None:
         step = min(steps, self.left)
         self.left -= step
         self._advance(step, note)
 
 
-class _Within:
-    """Work within a part of other work, which it advances by the share of it that is done."""
+def _share_of(around: _PartOfWork, name: str, total: float | None) -> Advance:
+    """Give what advances a part of other work by the share that is done of the work within it."""
+    each = around.left / (total or math.inf)
+    around(0, name)
 
-    def __init__(self, around: _PartOfWork, name: str, total: float | None) -> None:
-        self._around, self._name, self._each = around, name, around.left / (total or math.inf)
-        around(0, name)
+    def advance(steps: float, note: str = "") -> None:
+        around(each * steps, note and f"{name}, {note}")
 
-    def __call__(self, steps: float, note: str = "", /) -> None:
-        self._around(self._each * steps, note and f"{self._name}, {note}")
+    return advance
 
 
 def say_goes_on(where: str, show: bool | None = None) -> None:
@@ -309,7 +294,7 @@ class _Lines:
         self._marks: deque[tuple[float, float]] = deque(maxlen=5)
         self._first: tuple[float, float] | None = None
 
-    def __call__(self, steps: float, note: str = "", /) -> None:
+    def __call__(self, steps: float, note: str = "") -> None:
         self._done += steps
         self._note = note or self._note
         if steps and self._first is None:

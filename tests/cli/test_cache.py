@@ -8,13 +8,11 @@ import pytest
 
 import shallower as sh
 from shallower.models import loading
-from shallower.settings.recipe import Recipe
 from shallower.texts.sources import Texts
+from tests.cli.results import given as given
 from tests.commands import in_a_process
-from tests.conftest import mostly_slow, write_jsonl
-from tests.documents import documents
+from tests.conftest import mostly_slow
 from tests.folders import tree
-from tests.healing.cuts import documents as progressions
 from tests.scanning.state_files import keep
 
 QUICK = (
@@ -39,31 +37,13 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, models, texts, trained, words):
+def place(given, texts):
     """What the commands are given, by name."""
-    folder = tmp_path_factory.mktemp("cached")
-    names = {
-        "tiny": models / "tiny",
-        "texts": texts / "texts.jsonl",
-        "held_out": texts / "held_out.jsonl",
-        "many": write_jsonl(folder / "many.jsonl", documents(120, seed=2)),
-        "trained": folder / "trained",
-        "counting": write_jsonl(folder / "counting.jsonl", progressions(160, 5)),
-        "counted": write_jsonl(folder / "counted.jsonl", progressions(12, 1)),
-        "states": folder / "states.safetensors",
-        "cut": folder / "cut",
-        "adapters": folder / "adapters",
-    }
-    trained.save_pretrained(names["trained"])
-    words.save_pretrained(names["trained"])
-    keep(names["states"], *sh.load_model(names["tiny"]), Texts(str(names["texts"])))
-    sh.prune(names["tiny"], [range(2, 4)], names["cut"])
-    recipe = Recipe(
-        steps=1, rank=2, learning_rate=0.01, max_length=16, batch_size=8, dtype="float32",
-        eval_every=1,
-    )  # fmt: skip
-    sh.heal(names["cut"], Texts(str(names["many"])), names["adapters"], recipe=recipe)
-    return names
+    states = given / "states.safetensors"
+    keep(states, *sh.load_model(given / "tiny"), Texts(str(texts / "texts.jsonl")))
+    files = {name: given / f"{name}.jsonl" for name in ("held_out", "many", "counting", "counted")}
+    folders = {name: given / name for name in ("tiny", "trained", "cut", "adapters")}
+    return {"texts": texts / "texts.jsonl", "states": states, **files, **folders}
 
 
 @pytest.fixture

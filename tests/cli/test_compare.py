@@ -9,33 +9,12 @@ from tests.folders import tree
 
 pytestmark = pytest.mark.usefixtures("warm")
 
-KEYS = {
-    "model", "criterion", "n", "state", "dropped", "loss", "stderr", "difference", "regret",
-    "seconds", "layer_forwards",
-}  # fmt: skip
-
 
 @pytest.fixture
 def asked(tiny, texts):
     """A comparison of two cheap criteria."""
     files = ["--texts", texts / "texts.jsonl", "--eval-texts", texts / "held_out.jsonl"]
     return ["compare", tiny, *files, "--n", "1,2", "--criteria", "angular,deepest"]
-
-
-def test_compare_prints_a_row_for_every_state_criterion_and_size(shallower, folder, asked):
-    done = shallower(*asked, "--json")
-    assert done.status == 0
-    rows = done.json["rows"]
-    assert [(row["state"], row["criterion"], row["n"]) for row in rows] == [
-        (state, criterion, n)
-        for state in ("cut", "patched")
-        for criterion in ("angular", "deepest")
-        for n in (1, 2)
-    ]
-    assert all(row.keys() >= KEYS for row in rows)
-    assert done.json["whole"].keys() >= {"loss", "stderr"}
-    assert rows[2]["dropped"] == [4]
-    assert tree(folder) == {}
 
 
 def test_a_curve_leaves_a_comparison_and_says_it(shallower, folder, asked, monkeypatch):
@@ -95,22 +74,6 @@ def test_compare_takes_calibration_texts_as_an_axis(shallower, asked, texts):
     assert {row["texts"] for row in done.json["rows"]} == sources
     assert done.json["models"][0]["starts"].keys() == sources
     assert "named twice" in shallower(*asked, "--texts", texts / "texts.jsonl").error
-
-
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        (["--criteria", "angular,cosine,angular"], "twice: angular"),
-        (["--judge", "speech", "--prompts", "x.jsonl"], "no file of prompts x.jsonl"),
-        (["--n=-1"], "cannot read '-1'"),
-        (["--patch-tokens", "0"], "'--patch-tokens'"),
-        (["--max-texts", "11"], "too few calibration and selection texts: 11"),
-    ],
-)
-def test_what_compare_cannot_do_is_one_sentence(shallower, folder, asked, more, named):
-    for option in ((), ("--dry-run",)):
-        assert named in shallower(*asked, *more, "--out", "out", *option).error
-    assert tree(folder) == {}
 
 
 def test_compare_needs_models_and_both_sets_of_texts(shallower, asked):

@@ -1,4 +1,4 @@
-"""Dry runs, and errors in one sentence."""
+"""Errors in one sentence."""
 
 import re
 import shlex
@@ -7,47 +7,17 @@ import pytest
 
 from tests.folders import tree
 
-# Dry runs.
-DRY = [
-    "scan {tiny} --texts {texts} --out out",
-    "plan {scan} --n 2 --out out",
-    "prune {tiny} --drop 1:3 --out out",
-    "prune {tiny} --plan {plan} --out out",
-    pytest.param(
-        "run {tiny} --texts {texts} --eval-texts {held_out} --out out --n 1",
-        marks=pytest.mark.slow,
-    ),
-]
-
 
 @pytest.fixture
-def places(models, texts, scans, plans):
-    return {
-        "models": models,
+def errors(folder, models, texts, scans, plans):
+    """Files that are not what they should be, and where to find them."""
+    places = {
         "tiny": models / "tiny",
         "texts": texts / "texts.jsonl",
-        "held_out": texts / "held_out.jsonl",
         "scan": scans / "tiny",
         "plan": plans / "tiny",
+        "other": plans / "deeper",
     }
-
-
-@pytest.mark.parametrize("command", DRY)
-def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
-    shallower, folder, places, command
-):
-    command = shlex.split(command.format(**places))
-    shown = shallower(*command, "--dry-run")
-    assert shown.status == 0
-    assert "would write" in shown.out
-    assert shallower(*command, "--dry-run", "--json").json
-    assert tree(folder) == {}
-
-
-# Errors.
-@pytest.fixture
-def errors(folder, places):
-    """Files that are not what they should be, and where to find them."""
     bad = folder / "bad"
     bad.mkdir()
     (bad / "file").write_text("in the way")
@@ -73,6 +43,7 @@ ERRORS = [
     (SCAN + "{texts} --device-map nowhere", "nowhere"),
     (SCAN + "{texts} --gguf-file none.gguf", r"no file none\.gguf"),
     (SCAN + "{texts} --out {bad}/file/below", "bad/file is not a folder"),
+    ("eval {tiny} --texts {texts} --out {bad}/file --dry-run", "bad/file is not a folder"),
     ("scan {bad}/models/truncated --texts {texts} --out out", "models/truncated"),
     ("scan {bad}/models/tokenizer --texts {texts} --out out", "models/tokenizer"),
     ("analyse {bad}/truncated.safetensors --out out", r"bad/truncated\.safetensors is truncated"),
@@ -83,6 +54,8 @@ ERRORS = [
     ("prune {tiny} --drop 6 --out out", "no layer 6: its 6 layers are 0 .. 5"),
     ("prune {tiny} --plan {bad}/plan.json --out out", r"bad/plan\.json is not a plan"),
     ("prune {tiny} --drop 1 --out /proc/none/below", "/proc/none"),
+    ("prune {tiny} --plan {other} --out out --dry-run", "plan .*tiny"),
+    ("eval {tiny} --texts {texts} --plan {other}", "plan .*tiny"),
     (
         "prune {tiny} --plan none.json --out out",
         r"cannot read the plan none\.json: no such file or directory; name the file that "

@@ -3,18 +3,15 @@
 import json
 import random
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import shallower as sh
-from shallower.sharing.eval_work import MeasuredPart, evaluation_of
-from shallower.sharing.shards import MadeShard, read_shards, values_of
+from shallower.sharing.shards import MadeShard
 from shallower.store.store import open_store
 from tests.commands import in_this_process
-from tests.conftest import tiny_llama, write_jsonl
+from tests.conftest import write_jsonl
 from tests.documents import documents
 
 pytestmark = pytest.mark.filterwarnings("default:.*samples rejected")
@@ -117,45 +114,9 @@ def test_shards_are_gathered_to_what_one_process_finds(
     assert again.out == f"{known.out}wrote again/eval.json\n"
 
 
-def test_losses_by_text_and_window_have_the_bits_of_one_process(five, tiny, asked):
-    found = evaluation_of(values_of(read_shards([five]), MeasuredPart))
-    model, tokenizer = sh.load_model(tiny)
-    texts = [json.loads(line)["text"] for line in (asked / "many.jsonl").read_text().splitlines()]
-    long = (asked / "long.txt").read_text()
-    for side, cut in (("base", nullcontext()), ("cut", sh.without_layers(model, [1, 2]))):
-        with cut:
-            loss = sh.evaluate_loss(model, tokenizer, texts, max_length=16, batch_size=3)
-            window = sh.evaluate_perplexity(model, tokenizer, long, context=16, batch_size=3)
-        assert found["loss"][side].value.to_record() == loss.to_record()
-        assert found["perplexity"][side].value.to_record() == window.to_record()
-
-
 def test_shards_of_a_streamed_model_have_the_same_bits(shallower, shards, whole):
     shards(2, "--stream", *BOTH)
     assert shallower("gather", "shards", "--out", "gathered", "--json").json == whole
-
-
-def test_gather_refuses_shards_that_are_of_different_work(shallower, folder, command, shards):
-    assert shallower(*command, "--out", "parts", "--shard", "0/2").status == 0
-    gather = ["gather", "parts", "--out", "out"]
-    assert shallower(*gather).error == "1 shard of 2 is missing: 1/2"
-    assert shallower(*command, "--out", "parts", "--shard", "1/2", "--max-texts", "39").status == 0
-    assert "are shards of different evals: their " in shallower(*gather).error
-    overwritten = [*command, "--out", "parts", "--shard", "1/2", "--overwrite"]
-    assert shallower(*overwritten, "--drop", "2:4").status == 0
-    assert "their cut differs ([1, 3) and [2, 4))" in shallower(*gather).error
-    assert not (folder / "out").exists()
-
-
-def test_weights_that_only_their_files_tell_apart_are_refused(shallower, folder, words, command):
-    """A fingerprint covers norms alone, which are ones in both; without a cache, too."""
-    tiny_llama(seed=5).save_pretrained(folder / "tiny")
-    words.save_pretrained(folder / "tiny")
-    other = ["eval", "tiny", *command[2:]]
-    for index, words_of in enumerate((command, other)):
-        shard = ["--out", "parts", "--shard", f"{index}/2", "--no-cache"]
-        assert shallower(*words_of, *shard).status == 0
-    assert "their weights differ" in shallower("gather", "parts", "--out", "out").error
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """``shallower eval --speech``: how a cut, or another checkpoint, speaks beside the whole model."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 import shallower as sh
 from shallower.results.speech import MEASURES
+from tests.cli.test_eval import renamed as renamed
 
 PROMPTS = ["w1 w2 w3", "w4", "w7 w8 w9 w10 w11"]
 
@@ -112,11 +112,6 @@ def test_each_checkpoint_keeps_its_own_words(shallower, tiny, models, asked, fol
 
 
 @pytest.mark.usefixtures("at_rest")
-def test_another_tokenizer_is_one_sentence(shallower, tiny, asked, folder):
-    shutil.copytree(tiny, folder / "other")
-    settings = json.loads((folder / "other" / "tokenizer.json").read_text())
-    vocabulary = settings["model"]["vocab"]
-    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
-    (folder / "other" / "tokenizer.json").write_text(json.dumps(settings))
-    said = shallower("eval", "other", "--against", tiny, "--speech", asked).error
+def test_another_tokenizer_is_one_sentence(shallower, tiny, asked, renamed):
+    said = shallower("eval", renamed, "--against", tiny, "--speech", asked).error
     assert "different tokenizers: prompt 0 becomes other tokens, so their speech" in said

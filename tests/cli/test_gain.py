@@ -30,20 +30,3 @@ def test_json_is_what_python_gives(shallower, tiny, plans):
     plan = sh.Plan.load(plans / "tiny" / "shallower_plan.json")
     expected = sh.gain(tiny, plan, device="h100", context=16, batch=2, dtype="float32")
     assert found == expected
-
-
-def test_measured_on_this_machine(shallower, tiny):
-    options = ("--drop", "1:3", "--forecast-device", "here", "--context", 16, "--measure")
-    done = shallower("gain", tiny, *options)
-    assert done.status == 0, done.err
-    assert "measured here, peak memory" in done.out
-
-
-def test_bad_input_is_one_sentence(shallower, tiny):
-    assert shallower("gain", tiny, "--drop", "1:3", "--forecast-device", "tpu").error == (
-        "unknown device 'tpu': expected one of a100-40, a100-80, h100, h200, l40s, rtx-4090, or "
-        "here for this machine (device, --forecast-device)"
-    )
-    assert "all 6 layers are named" in shallower("gain", tiny, "--drop", "0:6").error
-    assert "there is no model at" in shallower("gain", "./none", "--drop", "0:2").error
-    assert "by --drop as 12:20, or by --plan" in shallower("gain", tiny).error

@@ -26,6 +26,8 @@ def test_a_report_has_versions_and_machine(info):
     told = info()
     assert told["python"]["version"] == platform.python_version()
     assert told["packages"]["shallower"] == sh.__version__
+    assert told["tiers"][told["tier"]]
+    assert told["tiers"]["scalar"]
     assert {"torch", "transformers", "safetensors", "huggingface_hub"} <= told["packages"].keys()
     assert told["platform"] == platform.platform()
     assert told["glibc"] == " ".join(platform.libc_ver())

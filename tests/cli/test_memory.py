@@ -53,7 +53,7 @@ def test_a_cut_of_the_hub_is_planned_by_the_preset_of_its_uncut_model(tiny, tmp_
     from transformers.utils import hub
 
     from shallower.models import loading
-    from shallower.settings.presets import PRESETS, Preset
+    from shallower.settings.recipe import PRESETS, Preset
 
     cut = tmp_path / "cut"
     sh.prune(tiny, [sh.Block(2, 4)], cut)
@@ -68,7 +68,7 @@ def test_a_cut_of_the_hub_is_planned_by_the_preset_of_its_uncut_model(tiny, tmp_
 
     monkeypatch.setattr(hub, "cached_file", cached)
     paper = Preset("own", 16, 1e-3, 2, "llama", 32, 6, shape["vocab_size"])
-    monkeypatch.setattr("shallower.settings.presets.PAPER_PRESETS", (paper,))
+    monkeypatch.setattr("shallower.settings.recipe.PAPER_PRESETS", (paper,))
     monkeypatch.setitem(PRESETS, "own", paper)
     plan, own, small = (
         sh.memory_forecast(place, recipe=sh.Recipe(preset, max_length=16), device_memory="16GB")

@@ -1,19 +1,15 @@
-"""The program itself: help, version, tiers."""
+"""The program itself: help, version, what it loads."""
 
-import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from importlib.metadata import version
 from typing import get_args
 
 import pytest
 
-import shallower as sh
 from shallower import cli
-from shallower._core import tiers
 from shallower.settings.options import Group
 from tests.commands import SHALLOWER, in_a_process, in_this_process
 
@@ -44,9 +40,14 @@ def test_help_names_every_command():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_describes_every_option(name):
+    """By a sentence or a noun phrase: no 'Of the weights', no 'Its peak'."""
     shown = help_of(name)
+    assert not re.search(r"<(path|str|list\[)", shown)
     for parameter in COMMANDS[name].params:
-        assert parameter.help, parameter.name
+        text = parameter.help
+        assert text[0].isupper() or not text[0].isalpha(), (parameter.name, text)
+        assert text.endswith("."), (parameter.name, text)
+        assert not re.match(r"(Of|Its?|Before|As|Adapt it)\b", text), (parameter.name, text)
         own = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar
         # Before 0.27 typer puts an argument that may be left out in brackets.
         begins = (f" {own}", f"  [{own}]")
@@ -57,9 +58,12 @@ def test_help_of_a_command_describes_every_option(name):
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help_fits_one_screen(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    lines = help_of(*filter(None, [name]), option="--help").splitlines()
-    assert len(lines) < 40  # of a screen, with a line for the prompt
-    assert max(map(len, lines)) <= 80
+    command = [*filter(None, [name])]
+    short, whole = (help_of(*command, option=option) for option in ("--help", "--help-all"))
+    assert len(short.splitlines()) < 40  # of a screen, with a line for the prompt
+    assert max(map(len, f"{short}\n{whole}".splitlines())) <= 80
+    assert "…" not in whole
+    assert in_this_process(*command, "-h").out == short
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -77,29 +81,6 @@ def test_an_option_is_basic_or_named_in_its_group(name):
         if "More options" in shown and group != "basic":
             assert option in behind
             assert group in behind
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_an_argument_has_no_type_of_python(name):
-    assert not re.search(r"<(path|str|list\[)", help_of(name))
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_an_option_stands_alone(name):
-    """A sentence, or a noun phrase: no 'Of the weights', no 'Its peak'."""
-    for parameter in COMMANDS[name].params:
-        text = parameter.help
-        assert text[0].isupper() or not text[0].isalpha(), (parameter.name, text)
-        assert text.endswith("."), (parameter.name, text)
-        assert not re.match(r"(Of|Its?|Before|As|Adapt it)\b", text), (parameter.name, text)
-
-
-@pytest.mark.parametrize("name", ["", *COMMANDS])
-def test_help_fits_eighty_columns(name, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    shown = help_of(*filter(None, [name]))
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "…" not in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -136,12 +117,6 @@ def test_help_is_a_word_too():
     assert in_this_process("help", "scan").out == help_of("scan", option="--help")
 
 
-@pytest.mark.parametrize("name", ["", "scan", "heal"])
-def test_h_is_help(name):
-    command = filter(None, [name])
-    assert in_this_process(*command, "-h").out == help_of(*filter(None, [name]), option="--help")
-
-
 def test_a_misspelt_command_is_guessed(shallower):
     assert shallower("prun", "model").error.startswith("there is no command prun: did you mean pru")
     assert "did you mean" not in shallower("quantise").error
@@ -154,6 +129,7 @@ def test_a_misspelt_command_is_guessed(shallower):
         ("run {tiny} --texts {texts} --n 1 --out out --no-cache", "begins anew"),
         ("scan {tiny} --texts {texts} --out out --no-cache", "goes on from what is done"),
         ("patch {tiny} --texts {texts} --drop 1 --out out", "goes on from what is done"),
+        ("eval {tiny} --texts {texts} --no-cache", "begins anew"),
     ],
 )
 def test_what_ctrl_c_ends_says_what_the_same_command_does(
@@ -166,22 +142,6 @@ def test_what_ctrl_c_ends_says_what_the_same_command_does(
     done = shallower(*command.format(tiny=tiny, texts=jsonl).split())
     assert done.status == 130
     assert done.err.splitlines()[-1] == f"interrupted: the same command {does}"
-
-
-@pytest.mark.parametrize(
-    ("options", "does"),
-    [
-        (["--out=out", "--workers", "2"], "goes on from what is done"),
-        (["--out", "out", "--on=ray", "--no-cache"], "begins anew"),
-        (["--workers", "2"], "goes on from what is done"),
-        (["--texts", "texts"], "goes on from what is done"),
-        (["--texts", "texts", "--no-cache"], "begins anew"),
-    ],
-)
-def test_an_eval_goes_on_by_the_store(capsys, options, does):
-    with pytest.raises(SystemExit):
-        cli._end_interrupted("eval", options)
-    assert capsys.readouterr().err == f"interrupted: the same command {does}\n"
 
 
 def test_the_version_is_that_of_the_package(shallower):
@@ -239,32 +199,3 @@ def test_importing_the_package_loads_nothing():
 def test_what_needs_no_model_loads_nothing_heavy(arguments, scans):
     loaded = loaded_by(*(argument.format(scan=scans / "tiny") for argument in arguments))
     assert not loaded & (HEAVY - {"numpy"})
-
-
-# Info.
-def test_info_names_the_tiers_and_the_one_in_use(shallower):
-    info = shallower("info", "--json").json
-    assert info["tiers"]["scalar"] is True
-    assert info["tiers"][info["tier"]] is True
-    assert info["packages"]["shallower"] == sh.__version__
-    assert f"tier {info['tier']} of scalar" in shallower("info").out
-
-
-@pytest.mark.parametrize("name", [name for name, there in tiers() if there])
-def test_a_tier_can_be_forced(name):
-    forced = {**os.environ, "SHALLOWER_TIER": name}
-    done = subprocess.run(
-        [SHALLOWER, "info", "--json"], env=forced, capture_output=True, check=True
-    )
-    assert json.loads(done.stdout)["tier"] == name
-
-
-def test_a_tier_that_is_not_there_is_refused():
-    forced = {**os.environ, "SHALLOWER_TIER": "steam"}
-    done = subprocess.run(
-        [SHALLOWER, "info"], env=forced, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "steam" in done.stderr
-    assert "scalar" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -4,15 +4,30 @@ import json
 import re
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shallower as sh
 from shallower import Plan
 from shallower.models import loading
-from tests.cli.documents import assert_cut
 from tests.cutting.checkpoints import stored
 from tests.cutting.mixtures import mixture
 from tests.folders import tree
 from tests.models.gguf_files import write_gguf
+
+
+def assert_cut(path, model, survivors):
+    """``path`` holds the layers ``survivors`` of the checkpoint ``model``, bit for bit."""
+    cut, whole = (
+        AutoModelForCausalLM.from_pretrained(each, dtype=torch.bfloat16) for each in (path, model)
+    )
+    assert cut.config.num_hidden_layers == len(cut.model.layers) == len(survivors)
+    for layer, index in zip(cut.model.layers, survivors, strict=True):
+        original = whole.model.layers[index].state_dict()
+        assert all(torch.equal(layer.state_dict()[name], original[name]) for name in original)
+    assert torch.equal(cut.lm_head.weight, whole.lm_head.weight)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert tokenizer("w1 w2")["input_ids"] == [1, 2]
 
 
 def test_prune_drops_the_layers_that_are_named(shallower, folder, tiny):
@@ -89,24 +104,6 @@ def test_prune_refuses_a_shard_size_that_it_cannot_keep(shallower, folder, tiny,
     assert tree(folder) == {}
 
 
-@pytest.mark.parametrize(
-    ("command", "plan"),
-    [
-        ("prune --out cut", "twin"),
-        ("prune --out cut", "deeper"),
-        ("prune --out cut --dry-run", "deeper"),
-        ("eval --texts {texts}", "twin"),
-        ("eval --texts {texts}", "deeper"),
-    ],
-)
-def test_a_plan_of_another_model_is_refused(shallower, folder, tiny, plans, jsonl, command, plan):
-    name, *options = command.format(texts=jsonl).split()
-    message = shallower(name, tiny, "--plan", plans / plan, *options).error
-    assert "plan" in message
-    assert "tiny" in message
-    assert tree(folder) == {}
-
-
 def test_prune_does_not_replace_the_folder_that_one_is_in(shallower, folder, tiny):
     done = shallower("prune", tiny, "--drop", "1", "--out", ".", "--overwrite")
     assert "it is the current folder" in done.error
@@ -142,18 +139,6 @@ def test_prune_drops_experts(shallower, folder, mixed):
         again = shallower("prune", mixed, *options, "--out", name, "--json")
         assert again.json["experts"]["num_experts"] == 6
         assert stored(folder / name) == stored(folder / "cut")
-
-
-def test_prune_drops_layers_and_experts_together(shallower, folder, mixed):
-    rest = [layer for layer in range(8) if layer not in (3, 4)]
-    command = ["prune", mixed, "--drop", "3:5"]
-    done = shallower(*command, "--drop-experts", experts_of(rest), "--out", "cut", "--json").json
-    assert (done["survivors"], done["experts"]["drop"]["7"]) == (rest, [1, 4, 5])
-    whole = shallower("prune", mixed, "--drop-experts", experts_of(range(8)), "--out", "experts")
-    assert whole.status == 0
-    both = shallower(*command, "--drop-experts", "experts", "--out", "again")
-    assert both.status == 0
-    assert stored(folder / "again") == stored(folder / "cut")
 
 
 def test_a_cut_does_not_replace_the_file_that_names_its_experts(shallower, folder, mixed):

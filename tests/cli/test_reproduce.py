@@ -193,14 +193,6 @@ def test_what_a_hub_or_git_adds_is_no_difference(shallower, made):
     assert "result: added.txt is new" in done.out
 
 
-def test_the_plan_beside_a_gguf_file_is_compared(shallower, made):
-    result, told = made("prune into a GGUF file")
-    with Path("made.shallower_plan.json").open("a") as file:
-        file.write(" ")
-    done = shallower("reproduce", result, *told)
-    assert done.out.splitlines()[1:] == ["result: made.shallower_plan.json has other bytes"]
-
-
 def test_figures_on_the_card_of_a_source_change_nothing_of_it(shallower, place):
     (place / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
     assert shallower(*CALLS["prune"][0].split()).status == 0

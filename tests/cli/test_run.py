@@ -53,14 +53,6 @@ def test_eval_carries_out_a_plan_and_counts_the_rejected(shallower, folder, tiny
     assert "warning: 1 of 3 samples rejected: sample 1: " in done.err
 
 
-def test_a_dry_run_refuses_a_place_that_is_a_file(shallower, folder, tiny):
-    source = write_jsonl(folder / "texts.jsonl", ["w1 w2 w3", "w4 w5"])
-    (folder / "own.txt").touch()
-    done = shallower("eval", tiny, "--texts", source, "--out", "own.txt", "--dry-run")
-    assert done.status == 2
-    assert "own.txt is not a folder" in done.error
-
-
 # The whole way.
 @pytest.mark.usefixtures("terse")
 @pytest.mark.filterwarnings("default:the cut is not patched")
@@ -140,11 +132,9 @@ def test_run_leaves_everything_and_says_so(shallower, folder, tiny, texts, reque
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-loss", "1", "--judge", "speech"], "max_loss beside the judge speech"),
         (["--n", "2", "--judge", "speech", "--stream"], "leave out --stream, or the judge speech"),
         (["--target-latency", "fast"], "'fast' is no share: expected one as 0.8x"),
         (["--target-latency", "0.8x", "--forecast-device", "tpu"], "unknown device 'tpu'"),
-        (["--no-patch", "--heal"], "only a patched cut is healed; leave out one"),
         (["--out", "small.gguf"], "a GGUF file, by --no-patch, is checkpoint/checkpoint.gguf in"),
     ],
 )

@@ -88,15 +88,6 @@ def test_without_matplotlib_the_heat_map_is_left_out_with_a_warning(
     assert [path.name for path in (folder / "out").iterdir()] == ["scan.safetensors"]
 
 
-def test_scan_takes_the_metrics_that_are_named(shallower, tiny, jsonl, folder):
-    for metrics in ("cosine,angular", "cosine, angular"):
-        done = shallower(
-            "scan", tiny, "--texts", jsonl, "--out", "out", "--metrics", metrics, "--overwrite"
-        )
-        assert done.status == 0, done.err
-        assert set(Scan.load(folder / "out" / "scan.safetensors").metrics) == {"angular", "cosine"}
-
-
 def test_a_scan_in_the_place_of_a_killed_one_of_other_texts_says_what_to_do(
     shallower, folder, tiny, jsonl, scans
 ):

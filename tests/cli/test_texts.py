@@ -1,33 +1,8 @@
 """How commands read texts: the first before anything else, and every one once."""
 
-import sys
-
 import pytest
 
-from tests.commands import in_a_process
 from tests.conftest import write_jsonl
-
-SECONDS = 3
-CODE = """
-import sys, time
-from shallower import cli
-for number in range(3):
-    try:
-        cli.main(["scan", sys.argv[1], "--texts", f"bad{number}.jsonl", "--out", "out"])
-    except SystemExit as ended:
-        assert ended.code == 2
-print(time.process_time())
-"""
-
-
-def test_wrong_texts_are_refused_in_little_time(folder, tiny):
-    for number, content in enumerate(['{"txt": "one"}\n', "one\n", ""]):
-        (folder / f"bad{number}.jsonl").write_text(content)
-    done = in_a_process(sys.executable, "-c", CODE, tiny, cwd=folder)
-    assert done.status == 0, done.err
-    said = done.err.splitlines()
-    assert [f"bad{number}.jsonl" in line for number, line in enumerate(said)] == [True] * 3
-    assert float(done.out) < SECONDS
 
 
 @pytest.mark.slow

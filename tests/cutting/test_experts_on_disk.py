@@ -17,9 +17,10 @@ import shallower as sh
 from shallower.cutting import checkpoint
 from shallower.cutting.checkpoint import identity_of
 from shallower.cutting.prune import plan_prune
-from shallower.healing.loaded_models import OriginalModel
+from shallower.healing.job import LoadedOnce
 from shallower.models.experts import find_experts
 from shallower.models.identity import identify
+from shallower.models.source import ModelSource
 from tests.conftest import mostly_slow
 from tests.cutting.checkpoints import read_json, stored
 from tests.cutting.mixtures import NUM_EXPERTS, mixture, some_experts
@@ -216,7 +217,7 @@ def test_a_plan_of_the_whole_does_not_cut_the_cut(whole_and_cut, tmp_path):
         lambda: sh.prune(cut, plan, tmp_path / "out", dtype="bfloat16"),
         lambda: sh.drop_layers(sh.load_model(cut, "float32")[0], plan),
         lambda: sh.gain(cut, plan, device="a100-80"),
-        lambda: OriginalModel(str(cut), plan, trust_remote_code=False).load("float32"),
+        lambda: LoadedOnce(ModelSource(str(cut)), plan).load("float32"),
     ):
         with pytest.raises(sh.PlanError, match=r"the plan was made for whole .* cut is another"):
             taken()

@@ -21,7 +21,7 @@ from transformers import (
 import shallower as sh
 from shallower.cutting.checkpoint import PreparedCut
 from shallower.cutting.gguf import PreparedGguf
-from shallower.healing.cut import plan_of_cut
+from shallower.healing.folders import plan_of_cut
 from shallower.models.architecture import find_layers
 from tests.cutting.checkpoints import edit_json, read_json
 from tests.cutting.mixtures import mixture

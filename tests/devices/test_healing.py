@@ -11,14 +11,13 @@ from transformers import TrainingArguments
 from shallower.cutting.in_model import drop_layers
 from shallower.errors import ModelError
 from shallower.healing import training
-from shallower.healing.losses import Teacher, TrainingLoss, mean_loss, summed_loss
+from shallower.healing.losses import TrainingLoss, mean_loss, summed_loss, teach
 from shallower.healing.training import add_adapters, recompute_activations
 from shallower.models.decoder import Decoder
 from shallower.models.dtypes import computing
 from shallower.models.feed_forward import feed_forward_targets
 from shallower.models.head import Head
-from shallower.settings.presets import ModelFacts
-from shallower.settings.recipe import Recipe
+from shallower.settings.recipe import ModelFacts, Recipe
 from shallower.values.plan import Plan
 from tests.devices.batches import inputs
 from tests.devices.conftest import STAGES, on_devices
@@ -91,12 +90,12 @@ def test_the_divergence_from_a_teacher(stage, teachers, by_rows):
         return
     with stage.open():
         cut, model = adapted(stage)
-        teacher = Teacher(teachers.model())
+        teacher = Head.of(Decoder.of(teachers.model()))
         if not by_rows:
-            teacher._head = teacher._head.whole()
+            teacher = teacher.whole()
         given = inputs("cuda:0")
         with computing(recipe(), Decoder.of(cut).device):
-            lesson = teacher.lesson(given["input_ids"], given["attention_mask"])
+            lesson = teach(teacher, given["input_ids"], given["attention_mask"])
         loss = loss_of(cut, model, given, lesson=lesson)
         assert (loss.dtype, loss.requires_grad) == (torch.float32, True)
         size = cut.config.vocab_size
@@ -129,9 +128,8 @@ def trainer(stage):
         vars(arguments)["_setup_devices"] = stage.first  # as where there is CUDA
         if stage.devices == 1:
             cut.hf_device_map = {"": 0}
-        given = training.Training(
-            model, [], recipe(objective="kd"), Path(folder), teacher=Teacher(stage.model())
-        )
+        teacher = Head.of(Decoder.of(stage.model()))
+        given = training.Training(model, [], recipe(objective="kd"), Path(folder), teacher=teacher)
         ours = training._Trainer(given, arguments, [], [])
         yield ours, model, inputs(stage.first), torch.tensor(17, device=stage.first)
 

@@ -46,11 +46,10 @@ _MOVED = "generate moves tokens"
 HARMLESS = {
     "cutting/saving.py: lend_layers: layer.to('cpu')": _ROOM,
     "cutting/saving.py: logits_difference: expected.to(device)": "accelerate brings logits back",
-    "evaluation/answers.py: _generated: torch.from_numpy(ids).to(decoder.device)": _MOVED,
+    "evaluation/answers.py: generated: torch.from_numpy(ids).to(decoder.device)": _MOVED,
     "evaluation/speech.py: Reference.of: one.states(head).cpu()": _ROOM,
     "evaluation/speech.py: _probe: "
     "next(head.logits_from(spans.kept[:_PROBED].to(head.decoder.device))).float().cpu()": _HEAD,
-    "evaluation/task_model.py: TaskModel._continue: torch.from_numpy(padded).to(device)": _MOVED,
     "evaluation/task_model.py: TaskModel._predicted: "
     "torch.from_numpy(rows[here] - start).to(logits.device)": _INDEX,
     "memory/prefix_cache.py: Prefixes._settled: states.cpu()": _ROOM,
@@ -58,7 +57,7 @@ HARMLESS = {
     "patching/quick.py: QuickPatch.run_cut: "
     "self._model.run(batch, states[index], (layer,)).cpu()": _ROOM,
     "experts/hooks.py: _Layer.check_stream: states.to(wanted.device)": _LAYER,
-    "patching/changes.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
+    "patching/checkpoint.py: Changes.add: writer.weight.to(delta.device)": _LAYER,
     "patching/descent.py: Descent._entered: self._model.run(batch, states, (layer,)).cpu()": _ROOM,
     "patching/descent.py: MovingMatrix.__init__: stored_weight(module, name).detach().cpu()": _ROOM,
     "patching/least_squares.py: NormalEquations._add_kept: r.to(gram)": _LAYER,

@@ -1,38 +1,18 @@
 """Answers that a model writes for the patch and the training of its cut."""
 
-import numpy as np
 import pytest
 
 import shallower as sh
-from shallower.texts.prompts import Prompt, training_prompts
+from shallower.texts.prompts import training_prompts
 from tests.conftest import tiny_llama
 from tests.evaluation.answering import plain_answer
-from tests.written import MANY, write_prompts
+from tests.written import MANY
 
 
 def test_every_prompt_is_answered_in_its_order(llama, words):
     found = sh.answer_prompts(llama, words, MANY[:5], num_tokens=6, seed=None)
     ends, ids = [words.eos_token_id, 2], words(MANY[:5])["input_ids"]
     assert found == [plain_answer(llama, one, 6, ends=ends) for one in ids]
-
-
-def test_what_is_drawn_is_of_the_seed_and_the_prompt(llama, words):
-    found = sh.answer_prompts(llama, words, MANY, num_tokens=6)
-    turned = sh.answer_prompts(llama, words, MANY[::-1], num_tokens=6, batch_size=7)
-    assert turned[::-1] == found
-    others = sh.answer_prompts(llama, words, MANY, num_tokens=6, seed=1)
-    assert sum(a != b for a, b in zip(found, others, strict=True)) > 30
-    first = np.array([one.written[0] for one in found])
-    assert len({*first}) > 15  # a random model is sure of nothing
-
-
-def test_prompts_are_a_file_texts_or_objects(llama, words, tmp_path):
-    file = write_prompts(tmp_path / "prompts.jsonl", *MANY[:3])
-    found = sh.answer_prompts(llama, words, file, num_tokens=4)
-    for prompts in (str(file), MANY[:3], iter(MANY[:3]), [{"prompt": one} for one in MANY[:3]]):
-        assert sh.answer_prompts(llama, words, prompts, num_tokens=4) == found
-    asked = [Prompt(one, answer="w1") for one in MANY[:3]]  # is not looked at
-    assert sh.answer_prompts(llama, words, asked, num_tokens=4) == found
 
 
 def test_by_default_they_are_chats_of_our_own(llama, words):
@@ -54,9 +34,6 @@ def test_by_default_they_are_chats_of_our_own(llama, words):
     ("prompts", "options", "message"),
     [
         (None, {}, r"no chat template, and prompts of our own are chats: give the beginnings of"),
-        ([], {}, "there are no prompts"),
-        (["w1", 2], {}, "prompt 1: expected a JSON object"),
-        ([{"messages": [{"role": "user", "content": "w1"}]}], {}, "prompt 0 is a chat"),
         (["w1"], {"num_tokens": 0}, r"answers of at most 0 tokens: expected 1 at least \(num_tok"),
         (["w1"], {"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ("nowhere.jsonl", {}, "there is no file of prompts nowhere.jsonl"),

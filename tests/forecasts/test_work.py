@@ -5,7 +5,7 @@ import pytest
 
 from shallower.forecasts.speed import Work
 from shallower.forecasts.work import run
-from shallower.patching.counts import SOLVING, STEPPING, PatchLayers
+from shallower.patching.solver import SOLVING, STEPPING, PatchLayers
 
 
 def test_a_sum_is_one_after_the_other_and_a_multiple_is_together():

@@ -5,9 +5,8 @@ import random
 import pytest
 
 import shallower as sh
-from shallower.healing import trainer_checkpoints
-from shallower.settings.presets import ModelFacts
-from shallower.settings.recipe import Recipe
+from shallower.healing import folders
+from shallower.settings.recipe import ModelFacts, Recipe
 from tests.conftest import WORDS
 
 BLOCK = sh.Block(2, 4)
@@ -51,8 +50,8 @@ def kill_after_two_steps(monkeypatch, cut, out, **options):
         if checkpoint.name == "checkpoint-2":
             raise KeyboardInterrupt
 
-    mark = trainer_checkpoints.mark_complete
+    mark = folders.mark_complete
     with monkeypatch.context() as patched:
-        patched.setattr(trainer_checkpoints, "mark_complete", interrupted)
+        patched.setattr(folders, "mark_complete", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sh.heal(cut, TEXTS, out, **options)

@@ -223,7 +223,6 @@ def test_another_job_starts_anew(cut, tmp_path, monkeypatch, recipe, answers):
             {"recipe": ALONE, "original": "whole", "from_patch": True}, sh.TextsError,
             r"no texts to heal with: a patch is fitted on some \(from_patch, --from-patch\)",
         ),
-        ({"recipe": ALONE, "answers": []}, sh.TextsError, r"no answers to learn from; give some"),
         (
             {"recipe": ALONE, "answers": [Answer((1,), (), True)]}, sh.TextsError,
             r"no answers to learn from: 1 of 1 sample rejected: sample 0: no token of the answer",
@@ -233,9 +232,8 @@ def test_another_job_starts_anew(cut, tmp_path, monkeypatch, recipe, answers):
             r"the answers hold token 100, and the model has 100: they are of another model",
         ),
         ({"recipe": replace(ALONE, share=2)}, sh.RecipeError, r"share must be above 0"),
-        ({"recipe": ALONE, "answers": None}, sh.TextsError, r"no texts to heal with$"),
     ],
-    ids=["no texts", "from a patch", "none", "no token", "unknown", "share", "neither"],
+    ids=["no texts", "from a patch", "no token", "unknown", "share"],
 )  # fmt: skip
 def test_what_cannot_be_trained_on_is_refused(cut, tmp_path, options, error, message):
     with pytest.raises(error, match=message):

@@ -107,7 +107,6 @@ def test_a_dry_run_tells_of_answers_and_loads_nothing(
     [
         ("answers original", (), r"name texts to train on (--texts), or answers alone (--answers "),
         ("answers", ("--share", 1), "are written by the uncut model: name it (--original), or giv"),
-        ("texts answers", (), "--answers are written by the uncut model: name it (--original)"),
         (
             "answers original", ("--share", 1, "--from-patch"),
             "name texts to patch on (--texts), or leave out --from-patch",

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from shallower.healing.determinism import deterministic
+from shallower.healing.training import deterministic
 from shallower.models import dtypes
 
 CPU = torch.device("cpu")

@@ -9,7 +9,6 @@ import pytest
 import shallower as sh
 from shallower.healing import heal as healing
 from shallower.healing import job as jobs
-from shallower.healing import loaded_models
 from shallower.patching import descent
 from shallower.results.healing import Healing
 from tests.conftest import mostly_slow
@@ -76,17 +75,11 @@ def test_a_patch_is_made_once(patchable, tmp_path, monkeypatch):
         sh.heal(cut, texts[1:], tmp_path / "other", **options)
 
 
-def test_a_patch_needs_the_uncut_model(cut, tmp_path):
-    with pytest.raises(sh.RecipeError, match="a patch needs the uncut model"):
-        sh.heal(cut, TEXTS, tmp_path / "out", recipe=QUICK, from_patch=True)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.fixture
 def counted(monkeypatch):
     """What heal loads and measures, in order."""
     done = []
-    load, evaluate = loaded_models.ModelSource.load, healing.measure_loss
+    load, evaluate = jobs.ModelSource.load, healing.measure_loss
 
     def load_counted(source, _progress=None):
         done.append(f"load {Path(source.path).name.split('.')[-1]}")
@@ -96,7 +89,7 @@ def counted(monkeypatch):
         done.append(description)
         return evaluate(*args, description=description, **options)
 
-    monkeypatch.setattr(loaded_models.ModelSource, "load", load_counted)
+    monkeypatch.setattr(jobs.ModelSource, "load", load_counted)
     monkeypatch.setattr(healing, "measure_loss", evaluate_counted)
     return done
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import shallower as sh
-from shallower.healing.losses import Teacher, TrainingLoss, summed_loss
+from shallower.healing.losses import TrainingLoss, summed_loss, teach
 from shallower.models.decoder import Decoder
 from shallower.models.head import Head
 from tests.conftest import tiny_llama
@@ -83,13 +83,13 @@ def test_the_loss_inside_the_forward_is_that_of_all_logits(monkeypatch, by_rows,
     labels = ids.where(mask.bool(), -100)
     for name, weight in student.named_parameters():
         weight.requires_grad_("layers" in name)
-    teaching = Teacher(teacher)
+    teaching = Head.of(Decoder.of(teacher))
     if whole_teacher:
-        teaching._head = teaching._head.whole()
+        teaching = teaching.whole()
     loss_of = TrainingLoss(student)
     if not by_rows:
         loss_of._head = Head.of(Decoder.of(student)).whole()
-    with loss_of.made_inside(labels, 50, teaching.lesson(ids, mask)):
+    with loss_of.made_inside(labels, 50, teach(teaching, ids, mask)):
         outputs = student(input_ids=ids, attention_mask=mask, use_cache=False)
     assert set(outputs) == {"loss"}
     TrainingLoss.of(outputs, labels, 50).backward()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shallower as sh
-from shallower.healing import loaded_models
+from shallower.healing import job as jobs
 from shallower.texts.sources import Texts
 from tests.conftest import tiny_llama
 from tests.families import small_config
@@ -41,7 +41,7 @@ def test_bad_input_leaves_nothing(cut, tmp_path, change, error, message):
 @pytest.mark.parametrize("name", ["texts", "eval_texts"])
 def test_texts_are_looked_at_before_a_model_is_loaded(cut, tmp_path, name, monkeypatch):
     monkeypatch.setattr(
-        loaded_models, "load_placed", lambda *_args, **_options: pytest.fail("too early")
+        jobs.LoadedOnce, "load", lambda *_args, **_options: pytest.fail("too early")
     )
     (tmp_path / "texts.jsonl").write_text('{"body": "w1 w2"}\n')
     given = {"texts": TEXTS, "eval_texts": HELD_OUT, name: Texts(str(tmp_path / "texts.jsonl"))}

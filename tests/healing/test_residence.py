@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 import shallower as sh
 from shallower.healing import heal as healing
-from shallower.healing import loaded_models
+from shallower.healing import job as jobs
 from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 
 
@@ -16,7 +16,7 @@ from tests.healing.cuts import HELD_OUT, MANY, QUICK, TEXTS, documents
 def alive(monkeypatch):
     """The models that are alive at every load and when the result is written, in order."""
     loaded, found = [], []
-    load = loaded_models.ModelSource.load
+    load = jobs.ModelSource.load
 
     def note(event):
         gc.collect()
@@ -37,7 +37,7 @@ def alive(monkeypatch):
 
         return write_watched
 
-    monkeypatch.setattr(loaded_models.ModelSource, "load", load_watched)
+    monkeypatch.setattr(jobs.ModelSource, "load", load_watched)
     for name in ("write_adapters", "write_merged"):
         monkeypatch.setattr(healing, name, writing(getattr(healing, name)))
     return found

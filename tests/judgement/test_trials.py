@@ -290,7 +290,7 @@ def test_a_new_record_says_how_long_it_took(model):
 )  # fmt: skip
 def test_a_damaged_record_is_named(model, change):
     journal = Memory([json.dumps(GOOD), json.dumps({**GOOD, **change})])
-    with pytest.raises(CacheError, match="record 1 of the cached trials"):
+    with pytest.raises(CacheError, match="record 1 of the trials"):
         make(model, journal=journal)
 
 

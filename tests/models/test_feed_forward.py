@@ -12,8 +12,7 @@ from shallower import ModelError
 from shallower.healing.training import add_adapters
 from shallower.models.architecture import find_layers
 from shallower.models.feed_forward import feed_forward_targets, is_linear
-from shallower.settings.presets import ModelFacts
-from shallower.settings.recipe import Recipe
+from shallower.settings.recipe import ModelFacts, Recipe
 from tests.conftest import mostly_slow, tiny_llama
 from tests.families import families, random_model, small_config
 

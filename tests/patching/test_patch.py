@@ -34,11 +34,12 @@ HELD_OUT = [text for text in sentences(64, seed=2) if text not in TEXTS]
 
 @pytest.fixture(scope="module")
 def patched(learned, words):
-    """A model that was patched once, what was said of it, and its tokenizer's truncation."""
+    """A model that was patched once, and what was said of it."""
     model, tokenizer = copy.deepcopy(learned), words.backend_tokenizer
     before = tokenizer.truncation
     done = patch(model, words, BLOCK, texts=TEXTS)
-    return model, done, (before, tokenizer.truncation)
+    assert before is tokenizer.truncation is None
+    return model, done
 
 
 def loss(model, words):
@@ -103,15 +104,14 @@ def test_a_model_can_be_patched_for_a_while(model, words, patched):
     assert loss(patched[0], words) == inside
 
 
-def test_the_tokenizer_is_left_as_it_was(patched):
-    assert patched[2] == (None, None)
-
-
 def test_what_is_reported_is_the_loss_of_the_model_that_is_left(patched, words):
-    model, done, _ = patched
+    model, done = patched
     held_out = [text for index, text in enumerate(TEXTS) if index % 8 == 7]
     assert done.patched == pytest.approx(sh.evaluate_loss(model, words, held_out).nats, abs=1e-5)
-    assert done.patched == [*(fit.nats for fit in done.fits), *done.descent][-1]
+    losses = [*(fit.nats for fit in done.fits), *done.descent]
+    assert losses == sorted(losses, reverse=True)
+    assert done.patched == losses[-1]
+    assert all(0 < fit.explained < 1 for fit in done.fits)
     assert done.num_held_out == 24 * len(held_out)
     assert done.num_tokens == 24 * (len(TEXTS) - len(held_out))
 
@@ -123,13 +123,6 @@ def test_a_cpu_fits_fewer_tokens_unless_they_are_asked_for(model, words, monkeyp
         copied = copy.deepcopy(model)
         done = patch(copied, words, [range(3, 5)], texts=TEXTS, num_tokens=num_tokens)
         assert done.num_tokens == expected
-
-
-def test_the_loss_falls_with_the_steps(patched):
-    done = patched[1]
-    losses = [*(fit.nats for fit in done.fits), *done.descent]
-    assert losses == sorted(losses, reverse=True)
-    assert all(0 < fit.explained < 1 for fit in done.fits)
 
 
 def test_all_matrices_behind_the_cut_go_on_down(model, words):
@@ -171,14 +164,6 @@ def test_the_feed_forward_is_ridge_regression_of_what_is_missing(learned, words,
     patch(model, words, [range(3, 5)], texts=TEXTS)
     found = model.model.layers[2].mlp.down_proj.weight.detach().double().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(model, words, dtype):
-    done = patch(model.to(dtype), words, [range(3, 5)], texts=TEXTS)
-    assert done.recovered > 0.1
-    assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
 def test_transposed_weights_too(words):
@@ -232,8 +217,6 @@ def test_families_without_such_a_matrix_are_refused(words, name, reason):
     [
         ([range(2)], TEXTS, {}, r"no layer before the block \[0, 2\)"),
         ([range(3, 5)], TEXTS[:7], {}, "7 texts, too few"),
-        ([range(3, 5)], [], {}, "0 texts, too few"),
-        ([range(3, 5)], ["w1"] * 16, {}, "too few"),
         ([range(3, 5)], TEXTS, {"num_tokens": 0}, "num_tokens"),
         ([range(3, 9)], TEXTS, {}, "layer 8"),
     ],

@@ -27,10 +27,7 @@ TEXTS = sentences(32, seed=1)
 BLOCK = [range(2, 4)]
 
 
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    monkeypatch.setattr(descent, "STEP_TOKENS", 200)
-    monkeypatch.setattr(descent, "STEPS", 4)
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +218,6 @@ def test_a_model_that_chats_answers_by_default(given, folder, words, written):
     ("options", "answers", "message"),
     [
         (("--stream",), ("prompts.jsonl",), "--answers beside --stream: all layers would be read"),
-        (("--stream",), (), "give a file that has the answers, or leave one of the two out"),
         ((), ("other.jsonl",), "line 1 is an answer of a/other, and the uncut model is "),
         (("--out", "prompts.jsonl", "--overwrite"), ("prompts.jsonl",), "prompts.jsonl"),
     ],

@@ -40,7 +40,7 @@ def patch_of(words, width, intermediate, texts):
 
 def test_a_solution_takes_one_copy_of_the_sums():
     inputs, outputs, tokens, kept = 1800, 200, 256, 64
-    plan = solver_bytes(inputs, outputs, batch_tokens=tokens, kept_tokens=kept, value_bytes=4).peak
+    plan = solver_bytes(inputs, outputs, batch_tokens=tokens, kept_tokens=kept, value_bytes=4)
     assert plan < 2.4 * 8 * inputs**2
     generator = torch.Generator().manual_seed(0)
 
@@ -58,15 +58,11 @@ def test_a_solution_takes_one_copy_of_the_sums():
 def test_a_70b_is_patched_beside_half_of_a_card():
     """A layer of Llama-2-70B: 8,192 channels of attention, 28,672 of the feed-forward."""
     plan = solver_bytes(8192 + 28672, 8192, batch_tokens=4096, kept_tokens=512, value_bytes=2)
-    assert plan.peak < 32e9
+    assert plan < 32e9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("width", "intermediate"),
-    [(64, 2000), pytest.param(256, 8192, marks=pytest.mark.slow)],
-    ids=["fast", "wide"],
-)
+@pytest.mark.parametrize(("width", "intermediate"), [(256, 8192)])
 def test_a_patch_stays_within_its_plan(width, intermediate, words, monkeypatch):
     length, batch = 32, 16
     plan = solver_bytes(
@@ -82,7 +78,7 @@ def test_a_patch_stays_within_its_plan(width, intermediate, words, monkeypatch):
     patch_of(words, width, width, texts)()  # so that modules, threads and buffers are there
     found = tensors_peak(patch_of(words, width, intermediate, texts))
     # One more copy of the sums takes a half more.
-    assert 0.9 * plan.peak < found < plan.peak + forward
+    assert 0.9 * plan < found < plan + forward
 
 
 def test_the_files_of_states_take_no_more_than_was_counted(words, tmp_path, monkeypatch):

@@ -14,16 +14,11 @@ from tests.models.offloaded import offloaded
 TEXTS = sentences(48, seed=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_steps():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(descent, "STEP_TOKENS", 200)
-        patched.setattr(descent, "STEPS", 4)
-        yield
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.fixture(scope="module")
-def plain(learned, words):
+def plain(learned, words, few_steps):
     """A model in memory that was patched, and what was said of it."""
     model = copy.deepcopy(learned)
     return model, sh.patch(model, words, [range(2, 6)], texts=TEXTS, progress=False)

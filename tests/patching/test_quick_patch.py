@@ -143,8 +143,7 @@ def test_matrices_are_those_of_the_slow_twin(model, words, dropped, farthest, mo
     expected, ridges = slow_twin(model, batches, dropped)
     quick = QuickPatch(Layerwise(model), batches)
     with quick.patched(plan_of(dropped)) as fits:
-        assert fits.layers == tuple(expected)
-        assert fits.ridges == ridges
+        assert fits == dict(zip(expected, ridges, strict=True))
         for layer, matrix in expected.items():
             found = model.model.layers[layer].mlp.down_proj.weight.detach().double().numpy()
             assert np.abs(found - matrix).max() < 1e-3
@@ -179,22 +178,7 @@ def test_the_ridges_of_the_test_differ(model, words):
     batches = batches_of(words, sentences(64, seed=3))
     quick = QuickPatch(Layerwise(model), batches)
     with quick.patched(plan_of((3, 4))) as many:
-        assert many.ridges[0] < RIDGES[0]
-
-
-def test_a_quick_patch_lowers_the_loss_of_a_cut(learned, words):
-    model = copy.deepcopy(learned)
-    held_out = sentences(32, seed=2)
-
-    def loss():
-        with sh.without_layers(model, [range(3, 5)]):
-            return sh.evaluate_loss(model, words, held_out).nats
-
-    base, cut = sh.evaluate_loss(model, words, held_out).nats, loss()
-    quick = QuickPatch(Layerwise(model), batches_of(words, sentences(96, seed=1)))
-    with quick.patched(plan_of((3, 4))):
-        assert loss() < cut - 0.1 * (cut - base)
-    assert loss() == cut
+        assert many[2] < RIDGES[0]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +193,7 @@ def test_the_model_is_as_before_whatever_happens(words, dtype, dropped):
     before = state_of(model)
     quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     with quick.patched(plan_of(dropped)) as fits:
-        names = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in fits.layers}
+        names = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in fits}
         now = model.state_dict()
         assert {n for n in now if not torch.equal(now[n], before["weights"][n])} == names
     assert_same(before, state_of(model))
@@ -261,18 +245,12 @@ def test_states_in_a_file_are_the_same(model, words, tmp_path, monkeypatch):
         assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
 
 
-def test_settings_are_json_and_name_the_ridges(model, words):
-    quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
-    assert json.loads(json.dumps(quick.settings)) == quick.settings
-    assert quick.settings["ridges"] == list(RIDGES)
-
-
 def test_transposed_weights_too(words):
     model = random_model("gpt2")
     quick = QuickPatch(Layerwise(model), batches_of(words, TEXTS))
     before = model.transformer.h[2].mlp.c_proj.weight.detach().clone()
     with quick.patched(plan_of((3, 4), len(model.transformer.h))) as fits:
-        assert fits.layers == (2,)
+        assert [*fits] == [2]
         assert not torch.equal(model.transformer.h[2].mlp.c_proj.weight, before)
     assert torch.equal(model.transformer.h[2].mlp.c_proj.weight, before)
 

@@ -12,7 +12,6 @@ from shallower.models.residual_writers import find_writers
 from shallower.patching.states import (
     FARTHEST,
     Spool,
-    StateSet,
     divide,
     missing_equations,
     missing_rows,
@@ -47,10 +46,10 @@ def missing(request, words):
                 aims.append(whole[index][row, :length].double().numpy())
                 plain.append(aims[-1] - output[row, :length].double().numpy())
         writers = find_writers(layerwise, LAYER, batch=batches[0], states=cut[0])
-        states = StateSet(batches, whole, cut)
+        states = {"whole": whole, "cut": cut}
         arguments = (layerwise, LAYER, (writers.feed_forward,))
-        equations = missing_equations(*arguments, states=states)
-        rows = missing_rows(*arguments, states=states)
+        equations = missing_equations(*arguments, **states)
+        rows = missing_rows(*arguments, **states)
     return equations, rows, plain, aims
 
 

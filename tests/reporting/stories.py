@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from shallower import Block, Loss, ModelIdentity, Plan, Scan, analyse_states
-from shallower.reporting.results import Continuations, Run
+from shallower.reporting.results import Run
+from shallower.reporting.story import PromptSample
 from shallower.results.recommendation import Recommended
 from shallower.results.scores import Scores
 from shallower.results.verification import Candidate, Verified
@@ -63,7 +64,9 @@ def made_run(folder, num_layers=30, *, name="SmolLM2-135M", prompt="A plan is", 
         loss(patched), None, loss(0.7).minus(loss(0.5)), 4 / num_layers, 3.2 / num_layers,
         out_of_domain={"whole": loss(), "cut": loss(0.6), "patched": loss(0.35)},
     )  # fmt: skip
-    told = Continuations(prompt, f"{prompt} good.\n\nAnd more.", "a a a", "fine")
+    told = PromptSample(
+        prompt, {"whole": f"{prompt} good.\n\nAnd more.", "cut": "a a a", "patched": "fine"}
+    )
     speech = {name: made(9, seed) for seed, name in enumerate(("whole", "cut", "patched"))}
     scanned = scan(num_layers, name)
     splits = {"fit": 24, "choose": 16, "report": 40}

@@ -26,15 +26,15 @@ def painted(drawing, folder):
 
 def at(pixels, mark, height):
     """The colour of a picture where a mark lies."""
-    scale = len(pixels) / height
-    return pixels[round(mark.y * scale), round(mark.x * scale)]
+    scale, (x, y, _) = len(pixels) / height, mark
+    return pixels[round(y * scale), round(x * scale)]
 
 
 def test_marks_lie_on_their_points(tmp_path):
     drawing = line_chart("marks", [line([0.2, 0.5, 0.4])], **WORDS)
     pixels = painted(drawing, tmp_path)
     height = drawing.figure.get_figheight() * 72
-    assert [mark.text for mark in drawing.marks] == [
+    assert [text for _, _, text in drawing.marks] == [
         "one, at 0: 20.0 ± 2.0 %", "one, at 1: 50.0 ± 2.0 %", "one, at 2: 40.0 ± 2.0 %",
     ]  # fmt: skip
     for mark in drawing.marks:
@@ -51,8 +51,8 @@ def test_values_above_the_axis_stand_at_its_edge(tmp_path):
     assert [text.get_text() for text in axes.texts] == ["900.0 %"]
     legend = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
     assert legend == ["one", "value above axis"]
-    assert drawing.marks[1].y < drawing.marks[0].y
-    assert "900.0 ± 2.0 %" in drawing.marks[1].text
+    assert drawing.marks[1][1] < drawing.marks[0][1]
+    assert "900.0 ± 2.0 %" in drawing.marks[1][2]
 
 
 def test_values_that_leave_the_axis_at_one_place_do_not_lie_on_one_another():
@@ -79,7 +79,7 @@ def test_rows_of_points_are_where_their_marks_are(tmp_path):
         x=Axis("x"), reference=(0.0, "none"),
     )  # fmt: skip
     pixels = painted(drawing, tmp_path)
-    ys = [mark.y for mark in drawing.marks]
+    ys = [y for _, y, _ in drawing.marks]
     assert ys == sorted(ys)
     for mark in drawing.marks:
         red, _, blue, _ = at(pixels, mark, drawing.figure.get_figheight() * 72)
@@ -93,28 +93,28 @@ def test_cells_of_a_heat_map_hold_the_distances_of_their_blocks(tmp_path):
     rescaled, raw = heat_maps(scanned, shares)
     mean = scanned.mean("angular")
     for n in range(1, 8):
-        row = raw.cells.rows[n - 1]
+        row = raw.rows[n - 1]
         assert row == tuple(round(float(mean[s, s + n]), 4) for s in range(8 - n + 1))
-    assert rescaled.cells.rows == raw.cells.rows
+    assert rescaled.rows == raw.rows
     assert raw.head[-1] == "share of resamples"
     assert raw.numbers[2] == (
         "3", str(scanned.best_block(3).start), f"{scanned.best_block(3).score:.4f}",
         f"{100 * shares[3]:.0f} %",
     )  # fmt: skip
     pixels = painted(raw, tmp_path)
-    cells, scale = raw.cells, len(pixels) / (raw.figure.get_figheight() * 72)
+    (left, bottom, width, height), scale = raw.grid, len(pixels) / (raw.figure.get_figheight() * 72)
     colours = {}
-    for n, row in enumerate(cells.rows, 1):
+    for n, row in enumerate(raw.rows, 1):
         for start, value in enumerate(row):
             # A quarter of a cell from its corner: the ring is in the middle.
-            x = (cells.left + (start + 0.12) * cells.width) * scale
-            y = (cells.bottom - (n - 0.88) * cells.height) * scale
+            x = (left + (start + 0.12) * width) * scale
+            y = (bottom - (n - 0.88) * height) * scale
             colours[value] = pixels[round(y), round(x), :3]
     values = sorted(colours)
     greens = [colours[value][1] for value in values]
     assert np.corrcoef(values, greens)[0, 1] < -0.95  # yellow, which has most green, is alike
-    outside = pixels[round((cells.bottom - 6.5 * cells.height) * scale),
-                     round((cells.left + 7.5 * cells.width) * scale), :3]  # fmt: skip
+    outside = pixels[round((bottom - 6.5 * height) * scale),
+                     round((left + 7.5 * width) * scale), :3]  # fmt: skip
     assert (outside > 0.98).all()
 
 

@@ -166,15 +166,6 @@ def test_speech_is_shown_in_every_state():
     assert verdicts == ["repeats itself", *[""] * 7]
 
 
-@pytest.mark.parametrize("judge", ["loss", "kl"])
-def test_a_narrow_terminal_keeps_criteria_and_layers(whole, shown, judge):
-    text = shown(replace(whole, judge=judge), 40)
-    assert max(map(len, text.splitlines())) <= 40
-    assert all(re.search(rf"^ ?\d+ +{name}", text, re.MULTILINE) for name in COSTS)
-    for row in whole.rows:
-        assert all(one in text for one in re.findall(r"\[\d+, \d+\)", ranges(row.dropped)))
-
-
 def test_what_is_recommended_says_by_what(whole):
     said = "What is recommended was chosen by losses after a quick patch."
     named = [replace(row, criterion="recommended") for row in rows_of(compared(), sizes=(1,))]

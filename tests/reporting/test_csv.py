@@ -4,9 +4,6 @@ import csv
 import math
 from dataclasses import replace
 
-import pytest
-
-from shallower import OutputError
 from shallower.reporting.writers.csv import write_comparison
 from shallower.results.comparison import CriteriaComparison
 from tests.reporting.comparisons import compared, comparison, curve, rows_of, standing
@@ -71,9 +68,3 @@ def test_what_is_not_finite_is_an_empty_cell(tmp_path):
 def test_a_comparison_without_rows_has_a_header(tmp_path):
     assert read_csv(CriteriaComparison((), ()), tmp_path / "a.csv") == []
     assert (tmp_path / "a.csv").read_text() == f"{','.join(COLUMNS)}\n"
-
-
-def test_a_csv_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(OutputError, match="cannot write"):
-        write_comparison(comparison(), tmp_path / "file" / "a.csv")

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from shallower import MetricError, MissingExtraError, OutputError, analyse_states
+from shallower import MetricError, MissingExtraError, analyse_states
 from shallower.reporting.charts.heat_map import block_distances, rescale_rows, save_heat_map
-from tests.conftest import mostly_slow
 
 
 def scan_of(num_layers, metrics=("angular",)):
@@ -66,23 +65,6 @@ def test_a_row_of_equal_values_becomes_zeros(value):
     assert np.array_equal(rescale_rows(rows), expected, equal_nan=True)
 
 
-def test_rescaling_leaves_the_rows_as_they_were():
-    rows = block_distances(np.random.default_rng(0).random((5, 5)))
-    before = rows.copy()
-    rescale_rows(rows)
-    assert np.array_equal(rows, before, equal_nan=True)
-
-
-@pytest.mark.parametrize("num_layers", mostly_slow([2, 3, 12], [2, 12]))
-def test_the_heat_map_is_a_picture(tmp_path, num_layers):
-    pixels = draw(scan_of(num_layers), tmp_path / "map.png")
-    height, width = pixels.shape[:2]
-    assert width > height > 300
-    colours = (pixels[..., :3] * 255).round().astype(int) @ [1 << 16, 1 << 8, 1]
-    assert len(np.unique(colours)) > 50
-    assert (pixels[..., :3] < 0.9).any(axis=2).mean() > 0.2
-
-
 def test_the_heat_map_rings_the_best_blocks(six):
     red, green, blue = np.moveaxis(six[..., :3], 2, 0)
     crimson = (red > 0.7) & (green < 0.3) & (blue < 0.4)
@@ -107,13 +89,6 @@ def test_a_scan_without_angles_has_no_heat_map(tmp_path):
     with pytest.raises(MetricError):
         save_heat_map(scan_of(6, ("cosine",)), tmp_path / "map.png")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_heat_map_that_cannot_be_written_leaves_nothing(tmp_path):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(OutputError):
-        save_heat_map(scan_of(6), tmp_path / "file" / "map.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):

@@ -10,8 +10,7 @@ from shallower.reporting.charts.comparison import groups_of
 from shallower.reporting.charts.models import all_cuts, borne_charts
 from shallower.reporting.report import read_story, report
 from shallower.reporting.stories.comparison import comparison_story
-from shallower.results.borne import LOSSES
-from shallower.results.comparison import CriteriaComparison, scan_place
+from shallower.results.comparison import LOSSES, CriteriaComparison, scan_place
 from tests.reporting.comparisons import compared, comparison, curve, rows_of, starts
 from tests.reporting.stories import scan, write
 
@@ -105,11 +104,11 @@ def test_tables_of_several_models_have_no_empty_column(made):
 def test_the_best_cut_of_a_size_is_that_of_least_loss():
     for cuts in all_cuts(groups_of(several())):
         rows = [row for row in several().rows if row.standing
-                and (row.model, row.state) == (cuts[0].model, cuts[0].state)]  # fmt: skip
-        assert [cut.share for cut in cuts] == sorted({row.layers_share for row in rows})
-        for cut in cuts:
-            beside = [row for row in rows if row.layers_share == cut.share]
-            assert cut.lost.mean == min(row.standing.difference.mean for row in beside)
+                and (row.model, row.state) == (cuts[0][0].model, cuts[0][0].state)]  # fmt: skip
+        assert [cut.layers_share for cut, _ in cuts] == sorted({row.layers_share for row in rows})
+        for cut, lost in cuts:
+            beside = [row for row in rows if row.layers_share == cut.layers_share]
+            assert lost.difference.mean == min(row.standing.difference.mean for row in beside)
 
 
 def test_a_line_ends_where_it_leaves_the_figure():

@@ -19,8 +19,7 @@ from shallower.reporting.story import (
     Table,
     without_items,
 )
-from shallower.reporting.writers.markdown import to_markdown
-from shallower.reporting.writers.page import to_html
+from shallower.reporting.writers.page import to_html, to_markdown
 from tests.reporting.comparisons import curve
 from tests.reporting.stories import HOSTILE
 

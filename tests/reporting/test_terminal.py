@@ -13,10 +13,10 @@ from shallower import Block, Plan, RejectedSamplesWarning, analyse_states
 from shallower.reporting.stories import stages
 from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.evaluation import evaluation_parts
-from shallower.reporting.stories.gain import gain_table
 from shallower.reporting.stories.stages import (
     candidates_table,
     failed_proposals,
+    gain_table,
     plan_table,
     scan_table,
 )

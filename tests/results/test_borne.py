@@ -4,15 +4,16 @@ import math
 
 import pytest
 
-from shallower.results.borne import LOSSES, BestCut, borne, share_borne
-from shallower.results.scores import Estimate
+from shallower.results.comparison import LOSSES, Row, borne, share_borne
+from shallower.results.scores import Estimate, Standing
 
 
 def cuts(*losses, stderr=0.05):
     """Cuts of 10 %, 20 %, … of the layers."""
+    standings = [Standing(Estimate(3.0, 0.1), Estimate(lost, stderr)) for lost in losses]
     return [
-        BestCut("m", "cut", place / 10, Estimate(lost, stderr), tuple(range(place)), "angular")
-        for place, lost in enumerate(losses, 1)
+        (Row("m", "c4", "angular", n, "cut", tuple(range(n)), one, None, n / 10, n / 10), one)
+        for n, one in enumerate(standings, 1)
     ]
 
 

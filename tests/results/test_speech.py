@@ -80,21 +80,6 @@ def test_answers_too_short_to_repeat_themselves_are_no_repetition():
     assert not made(scores=nothing, whole=nothing).repeats
 
 
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ([], (0, 0)),
-        ([1, 2, 3], (0, 0)),
-        ([1, 2, 3, 4], (0, 1)),
-        ([1, 1, 1, 1, 1, 1], (2, 3)),
-        ([1, 2, 1, 2, 1, 2, 1], (2, 4)),
-        ([1, 2, 3, 4, 9, 1, 2, 3, 4], (1, 6)),
-    ],
-)
-def test_grams_that_were_there_before_are_counted(words, found):
-    assert repeated(words) == found
-
-
 @given(st.lists(st.integers(0, 2), max_size=40))
 def test_repetition_is_that_of_a_plain_count(words):
     grams = [words[i : i + 4] for i in range(len(words) - 3)]
@@ -137,31 +122,3 @@ def test_what_is_damaged_is_refused_or_harmless(document):
     read.to_record()
     read.minus(read)
     assert read.repeats in (True, False)
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        (("by_prompt", "scores", "greedy", "loss"), None, "loss"),
-        (("by_prompt", "whole", "sampled"), None, "repetition, length of greedy and sampled"),
-        (("by_prompt", "scores", "greedy", "loss", "sums"), [1.0], "1 sums of 2 items"),
-        (
-            ("by_prompt", "scores", "greedy", "loss"),
-            {"sums": [1.0], "weights": [1.0]},
-            "different numbers of prompts",
-        ),
-        (("words",), 3, "words: expected str, got 3"),
-        (("num_tokens",), "16", "num_tokens: expected int, got '16'"),
-    ],
-)
-def test_damage_is_named(place, value, message):
-    document = json.loads(json.dumps(RECORD))
-    inner = document
-    for key in place[:-1]:
-        inner = inner[key]
-    if value is None:
-        del inner[place[-1]]
-    else:
-        inner[place[-1]] = value
-    with pytest.raises((KeyError, TypeError, ValueError), match=message):
-        Speech.from_json(document)

@@ -7,15 +7,14 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
-from shallower.settings.presets import (
-    GENERAL,
+from shallower.settings.recipe import (
     PAPER_PRESETS,
     PRESETS,
-    SMALL,
     ModelFacts,
+    Recipe,
+    Resolved,
     find_preset,
 )
-from shallower.settings.recipe import Recipe, Resolved
 from tests.healing.cuts import FACTS
 
 
@@ -53,12 +52,6 @@ def test_ours_have_dropout_only_where_it_was_not_found_to_gain_nothing(width):
     assert Recipe().resolve(facts).dropout == (0.0 if width < 2048 else 0.05)
     assert Recipe(dropout=0.2).resolve(facts).dropout == 0.2
     assert Recipe(dropout=0.0).resolve(facts).dropout == 0.0
-
-
-def test_auto_is_ours_for_other_models():
-    assert find_preset("auto", FACTS) == SMALL
-    assert find_preset("auto", ModelFacts("qwen3", 4096, 36, 40960)) == GENERAL
-    assert find_preset("auto", ModelFacts("llama", 4096, 31, 4096, 32_000)) == GENERAL
 
 
 MODELS = {
@@ -108,12 +101,6 @@ def test_auto_is_a_dtype_of_the_machine():
     assert Recipe(dtype="auto").resolve(FACTS).dtype == "bfloat16"
     assert Recipe(dtype="auto").resolve(FACTS, auto="float32").dtype == "float32"
     assert Recipe().resolve(FACTS, auto="float32").dtype == "nf4"
-
-
-def test_the_preset_is_the_only_setting_that_goes_by_place():
-    assert Recipe("small").preset == "small"
-    with pytest.raises(TypeError):
-        Recipe("small", 6)
 
 
 def test_names_are_the_papers_however_they_are_written():

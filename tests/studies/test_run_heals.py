@@ -33,7 +33,7 @@ def test_a_run_heals_what_it_patched_and_lets_it_speak(learned, words, tmp_path)
     assert_same(before, state_of(learned))
     assert {*done.speech} == {"whole", "cut", "patched", "healed"}
     assert_speech(done.speech["healed"], spoken(reloaded(done.checkpoint), words, learned))
-    assert all(isinstance(one.healed, str) for one in done.continuations)
+    assert all(isinstance(one.continued["healed"], str) for one in done.continuations)
     story = read_story(done.out, drawn=False)
     (section,) = (one for one in story.sections if one.title == "How it speaks")
     assert section.tables[0].head == ("", "whole", "cut", "patched", "healed")

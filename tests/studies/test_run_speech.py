@@ -42,9 +42,9 @@ def done(trained, words, kept, tmp_path_factory):
 @pytest.fixture
 def generated(monkeypatch):
     """The calls by which a model generates, as a list that grows."""
-    calls, plain = [], answers._generated
+    calls, plain = [], answers.generated
     monkeypatch.setattr(
-        answers, "_generated", lambda *args, **options: calls.append(1) or plain(*args, **options)
+        answers, "generated", lambda *args, **options: calls.append(1) or plain(*args, **options)
     )
     return calls
 
@@ -87,11 +87,11 @@ def test_samples_are_what_was_said_greedily_to_the_first_prompts(done, learned, 
     texts = ["w5 w7 w11", "w1 w2", "w40 w41 w42 w43", "w9"]
     assert [one.prompt for one in done.continuations] == texts
     for one in done.continuations:
-        for model, said in ((learned, one.whole), (reloaded(done.checkpoint), one.patched)):
+        for model, name in ((learned, "whole"), (reloaded(done.checkpoint), "patched")):
             given = words(one.prompt)["input_ids"]
             written = plain_answer(model, given, FEW_WORDS, ends=(2, 99)).written
-            assert said == words.decode(written, skip_special_tokens=True)
-        assert one.healed is None
+            assert one.continued[name] == words.decode(written, skip_special_tokens=True)
+        assert {*one.continued} == {"whole", "cut", "patched"}
 
 
 def test_the_results_are_read_again(done):
@@ -115,7 +115,7 @@ def test_a_plan_alone_has_the_speech_of_the_bare_cut(learned, words, tmp_path):
     only = sh.run(learned, words, TEXTS, **TAKEN, out=tmp_path / "out", plan_only=True)
     assert {*only.speech} == {"whole", "cut"}
     assert only.recommended.unpatched is None  # as was asked for, which is no warning
-    assert {one.patched for one in only.continuations} == {None}
+    assert all({*one.continued} == {"whole", "cut"} for one in only.continuations)
 
 
 # Cut short, and gone on with.

@@ -1,6 +1,5 @@
 """Answers as training sequences, from files of prompts, and among the texts of a patch."""
 
-import json
 from fractions import Fraction
 from itertools import count, islice
 from math import floor
@@ -29,6 +28,7 @@ from shallower.values.identity import ModelIdentity
 from shallower.values.tokens import Tokens
 from tests.conftest import word_tokenizer
 from tests.healing.cuts import TEXTS
+from tests.written import write_prompts
 
 WORDS = word_tokenizer()
 END, PAD = WORDS.eos_token_id, WORDS.pad_token_id
@@ -201,9 +201,7 @@ MODEL = ModelIdentity("SmolLM2-135M", "llama", 30, "bfloat16", "ab" * 32)
 
 
 def prompts_of(folder, *records):
-    path = folder / "answers.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return read_prompts(path)
+    return read_prompts(write_prompts(folder / "answers.jsonl", *records))
 
 
 def test_answers_of_a_file_are_those_of_its_model(tmp_path):

@@ -1,27 +1,18 @@
 """Items of a task come out of a file as they are, or the error names the file and the line."""
 
-import json
-
 import pytest
 
 from shallower import TextsError
 from shallower.texts.options import OptionItem, options_fingerprint, read_options
+from tests.written import write_prompts
 
 GOOD = {"context": "The sky is", "options": ["wet", "blue"], "answer": 1}
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Write text, or JSON lines from a list; gives the path as a string."""
-
-    def written(content):
-        path = tmp_path / "options.jsonl"
-        if isinstance(content, list):
-            content = "".join(json.dumps(record) + "\n" for record in content)
-        path.write_text(content)
-        return str(path)
-
-    return written
+    """Write JSON lines from a list; gives the path as a string."""
+    return lambda records: str(write_prompts(tmp_path / "options.jsonl", *records))
 
 
 def test_items_come_as_they_are(write):
@@ -41,27 +32,19 @@ def test_other_names_of_the_fields(write, context):
     assert read_options(write([record])) == read_options(write([GOOD]))
 
 
-def test_blank_lines_are_skipped_and_counted(write):
-    found = read_options(write(f"\ufeff{json.dumps(GOOD)}\r\n\n  \n{json.dumps(GOOD)}"))
-    assert [item.line for item in found] == [1, 4]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"answer": ...}, "there is no field answer$"),
-        ({"answer": None}, "the index of the right option, an integer from 0 to 1, got null$"),
-        ({"answer": 2}, "from 0 to 1, got 2$"),
+        ({"answer": 2}, "the index of the right option, an integer from 0 to 1, got 2$"),
         ({"answer": -1}, "from 0 to 1, got -1$"),
         ({"answer": "B"}, 'from 0 to 1, got "B"$'),
-        ({"answer": 1.0}, r"from 0 to 1, got 1\.0$"),
         ({"answer": True}, r"got true; write true as the index of its option, as 1 of \[no, yes\]"),
         ({"options": ...}, r"there is no field options \(or choices\)$"),
         ({"options": ["one"]}, "a list of at least 2 strings, got a list of 1$"),
         ({"options": "two"}, 'a list of at least 2 strings, got "two"$'),
         ({"options": {"text": ["a", "b"]}}, "a list of at least 2 strings, got an object$"),
         ({"options": ["one", 2]}, "option 1 must be a string that is not blank, got 2$"),
-        ({"options": ["", "two"]}, 'option 0 must be a string that is not blank, got ""$'),
         ({"options": ["a", "\ud800"]}, "option 1 .* got a string that is not UTF-8$"),
         ({"context": ...}, r"there is no field context \(or query or question\)$"),
         ({"context": ["one"]}, "the context must be a string, got a list of 1$"),
@@ -77,37 +60,10 @@ def test_a_line_that_is_no_item_is_named(write, change, message):
         read_options(source)
 
 
-@pytest.mark.parametrize("line", ["{", "nonsense", '{"context": 1', "[" * 100_000])
-def test_a_line_that_is_not_json_is_named(write, line):
-    source = write(f"{json.dumps(GOOD)}\n{line}\n")
-    with pytest.raises(TextsError, match=f"{source}, line 2: not JSON"):
-        read_options(source)
-
-
-@pytest.mark.parametrize(("line", "name"), [("3", "3"), ('["a"]', "a list of 1"), ("null", "null")])
+@pytest.mark.parametrize(("line", "name"), [(3, "3"), (["a"], "a list of 1"), (None, "null")])
 def test_a_line_that_is_no_object_is_named(write, line, name):
     with pytest.raises(TextsError, match=f"line 1: expected a JSON object .*, got {name}"):
-        read_options(write(line))
-
-
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_items_is_refused(write, content):
-    with pytest.raises(
-        TextsError, match=r"there are no items in .*: expected a JSON object a line"
-    ):
-        read_options(write(content))
-
-
-@pytest.mark.parametrize("name", ["absent.jsonl", ".", "a\0b", "~nobody-of-this-name/x"])
-def test_a_file_that_is_not_there_is_refused(folder, name):
-    with pytest.raises(TextsError, match=r"no file of options|cannot read options from"):
-        read_options(name)
-
-
-def test_what_is_no_text_is_refused(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TextsError, match=r"x\.jsonl, line 1 or later: not UTF-8"):
-        read_options(tmp_path / "x.jsonl")
+        read_options(write([line]))
 
 
 def test_a_fingerprint_is_of_the_content_alone(write):

@@ -1,8 +1,6 @@
 """Prompts come out of files as they are, and become the tokens that a model is to go on from."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 from shallower.errors import TextsError
 from shallower.texts.prompts import (
-    SPEECH_PROMPTS,
     TRAINING_PROMPTS,
     Prompt,
     answer_ids,
@@ -135,26 +132,17 @@ def test_what_is_no_file_is_refused(tmp_path, write):
         ('{"prompt": "tw', "not JSON"),
         ("[]", "expected a JSON object with the field `prompt`, or `messages`, got list"),
         ({}, "no field `prompt` that holds a string, nor `messages`"),
-        ({"text": "one"}, "no field `prompt` that holds a string, nor `messages`"),
-        ({"prompt": None, "messages": []}, "no field `prompt` that holds a string, nor"),
         ({"prompt": 1}, "the field `prompt` must be a string, got int"),
         ({"prompt": ""}, "the field `prompt` is blank"),
-        ({"prompt": " \n", "messages": [ASKED]}, "the field `prompt` is blank"),
         ({"prompt": "\ud83d"}, "the field `prompt` holds half of a surrogate pair"),
         ({"prompt": "one", "kind": ["story"]}, "the field `kind` must be a string, got list"),
-        ({"prompt": "one", "model": 1}, "the field `model` must be a string, got int"),
-        ({"prompt": "one", "answer": {}}, "the field `answer` must be a string, got dict"),
         ({"prompt": "one", "answer": " "}, "the field `answer` is blank"),
-        ({"prompt": "one", "answer": "\udc00"}, "the field `answer` holds half of a surrogate"),
         ({"prompt": "one", "ended": 1}, "the field `ended` must be true or false"),
-        ({"prompt": "one", "messages": ""}, "messages must be a list, got str"),
         ({"messages": ASKED}, "messages must be a list, got dict"),
         ({"messages": [ASKED, "w1"]}, r"expected an object with a role \(system, user"),
-        ({"messages": [{"content": "w1"}]}, "expected an object with a role"),
         ({"messages": [{**ASKED, "role": "bot"}]}, "expected an object with a role"),
         ({"messages": [{"role": "user"}]}, "no field `content` that holds a string"),
         ({"messages": [{**ASKED, "content": [ASKED]}]}, "the field `content` must be a string"),
-        ({"messages": [{**ASKED, "content": "\ud83d"}]}, "the field `content` holds half of a"),
         ({"messages": [ASKED, {**ASKED, "content": " "}]}, "the field `content` is blank"),
         ({"messages": [ASKED, {**ASKED, "role": "assistant"}]}, "the last message is the assist"),
     ],
@@ -251,19 +239,6 @@ def test_all_pairs_are_drawn_once_and_no_more():
     assert len({one.messages[0]["content"] for one in everything}) == num_pairs()
     with pytest.raises(TextsError, match=f"there are {num_pairs()} prompts to train on, got"):
         training_prompts(num_pairs() + 1)
-
-
-def test_nothing_is_read_before_it_is_asked_for():
-    code = f"""
-import sys
-opened = []
-sys.addaudithook(lambda event, values: event == "open" and opened.append(str(values[0])))
-from shallower.texts.prompts import read_prompts, training_prompts
-assert not {{{str(SPEECH_PROMPTS)!r}, {str(TRAINING_PROMPTS)!r}}} & set(opened)
-read_prompts(), training_prompts(1)
-assert {{{str(SPEECH_PROMPTS)!r}, {str(TRAINING_PROMPTS)!r}}} <= set(opened)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # Tokens

@@ -202,16 +202,3 @@ def test_the_columns_and_errors_of_a_matrix_are_its_blocks():
 def test_costs_that_cannot_be_are_refused(make, said):
     with pytest.raises(CostsError, match=said):
         make()
-
-
-@pytest.mark.parametrize("n", [0, 4, -1, 10**30, 1.0, "1", True])
-def test_sizes_that_cannot_be_are_refused(n):
-    costs = Costs.of_layers([1, 2, 3, 4], metric="x")
-    for search in (
-        costs.best_block,
-        costs.plan,
-        costs.best_plan,
-        lambda n: costs.best_blocks(n, 2),
-    ):
-        with pytest.raises(LayersError):
-            search(n)

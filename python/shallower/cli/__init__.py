@@ -37,7 +37,10 @@ COMMANDS = {
 }
 """The commands by their names, each with the first sentence of its docstring."""
 
-MODULES = {"curve": "compare", "eval": "evaluate", "merge": "heal", "demo": "run"}
+MODULES = {
+    "analyse": "scan", "curve": "compare", "report": "compare", "eval": "evaluate",
+    "merge": "heal", "demo": "run", "cache": "info",
+}  # fmt: skip
 """The modules of commands that are not named like these."""
 
 INSTALL, SHOW = "--install-completion", "--show-completion"
@@ -271,9 +274,6 @@ def _has(arguments: Sequence[str], *options: str) -> bool:
 SHARED = ("heal", "info")
 """The commands that several processes may be started for; others do, each a ``--shard`` of one."""
 
-SPREAD = ("scan", "eval", "compare", "curve", "patch", "run", "prune")
-"""The commands of one process that have ``--device-map``."""
-
 PATIENCE = 3.0
 """Seconds in which whatever started several processes ends the others once one has failed."""
 
@@ -286,7 +286,8 @@ def _refuse_several(name: str) -> None:
     work = "scans are" if name == "scan" else f"{name} is"
     try:
         if name not in SHARED:
-            refuse_several(work, spreads=name in SPREAD)
+            options = (option for one in parser(name).params for option in one.opts)
+            refuse_several(work, spreads="--device-map" in options)
     except ProcessesError as error:
         _fail(str(error), once=True)
 

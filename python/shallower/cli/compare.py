@@ -1,17 +1,15 @@
-"""``shallower compare`` and ``curve``. Their options are the fields of ``settings/studies.py``."""
+"""``shallower compare`` and ``curve``, whose options are those of the settings; ``report``."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import TextsError
-from ..settings import options as option
 from ..settings.options import Option
 from ..settings.studies import CompareSettings, CurveSettings
 from .config import Config
-from .options import Loading, Share, Way, read_texts
+from .options import Json, Loading, Share, Way, read_texts
 from .output import called, carry_out, print_json, say_dry_run_of, say_known, show
 
 if TYPE_CHECKING:
@@ -27,30 +25,28 @@ Models = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sets:
-    """The texts of a comparison, and where it is written."""
-
-    texts: list[str] | None = option.basic(
-        None,
+Sources = Annotated[
+    list[str] | None,
+    Option(
         "Texts for calibration and selection, as for scan. Repeat the option to compare sources.",
         "TEXTS",
-    )
-    eval_texts: str | None = option.basic(
-        None, "Held-out texts of all reported losses, as --texts.", "TEXTS"
-    )
-    out: Path | None = option.basic(
-        None, "Folder for the table, as JSON and CSV, and a page.", "FOLDER"
-    )
-
-
+    ),
+]
+TestSet = Annotated[
+    str | None, Option("Held-out texts of all reported losses, as --texts.", "TEXTS")
+]
+Folder = Annotated[
+    Path | None, Option("Folder for the table, as JSON and CSV, and a page.", "FOLDER")
+]
 Loaded = Annotated[Loading, "dtype", "device_map", "stream", "trust_remote_code"]
 
 
 def compare_command(
     models: Models = None,
     *,
-    sets: Sets,
+    texts: Sources = None,
+    eval_texts: TestSet = None,
+    out: Folder = None,
     config: Config = None,
     settings: CompareSettings,
     loading: Loaded,
@@ -70,13 +66,33 @@ def compare_command(
     """
     if list_criteria:
         return _list(way.as_json, of_experts=settings.unit == "experts")
-    return _compare(models, sets, settings, loading, part, way)
+    from ..studies.compare import CompareStudy
+
+    named, held_out = _read(texts, eval_texts)
+    sources, shared = [loading.of(model) for model in models or ()], part.read()
+    study = CompareStudy(
+        models=sources,
+        texts=named,
+        eval_texts=held_out,
+        settings=settings,
+        out=out,
+        overwrite=way.overwrite,
+        store=way.open_store(),
+        command=called(),
+    )
+    if way.dry_run:
+        say_dry_run_of(study, _described(study), way.as_json)
+        return 0
+    comparison = carry_out(study, shared, way.as_json)
+    return 0 if comparison is None else say_comparison(comparison, study, way.as_json)
 
 
 def curve_command(
     models: Models = None,
     *,
-    sets: Sets,
+    texts: Sources = None,
+    eval_texts: TestSet = None,
+    out: Folder = None,
     config: Config = None,
     settings: CurveSettings,
     loading: Loaded,
@@ -87,36 +103,16 @@ def curve_command(
 
     As shallower compare, with more texts, full patches, and few criteria.
     """
-    return _compare(models, sets, settings, loading, part, way)
-
-
-def _compare(
-    models: list[str] | None,
-    sets: Sets,
-    settings: CompareSettings,
-    loading: Loading,
-    part: Share,
-    way: Way,
-) -> int:
-    from ..studies.compare import CompareStudy
-
-    named, held_out = _read(sets.texts, sets.eval_texts)
-    sources, shared = [loading.of(model) for model in models or ()], part.read()
-    study = CompareStudy(
-        models=sources,
-        texts=named,
-        eval_texts=held_out,
+    return compare_command(
+        models,
+        texts=texts,
+        eval_texts=eval_texts,
+        out=out,
         settings=settings,
-        out=sets.out,
-        overwrite=way.overwrite,
-        store=way.open_store(),
-        command=called(),
+        loading=loading,
+        part=part,
+        way=way,
     )
-    if way.dry_run:
-        say_dry_run_of(study, _described(study), way.as_json)
-        return 0
-    comparison = carry_out(study, shared, way.as_json)
-    return 0 if comparison is None else say_comparison(comparison, study, way.as_json)
 
 
 def _read(texts: list[str] | None, eval_texts: str | None) -> tuple[dict[str, Any], Any]:
@@ -191,3 +187,29 @@ def _list(as_json: bool, *, of_experts: bool) -> int:
 
     show(criteria_table(rows))
     return 0
+
+
+def report_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Folder of a run or a comparison."),
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        Option("Place of the page; DIR/report.html by default.", "PAGE"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the page of a run or a comparison.
+
+    One HTML file that needs no network; Markdown and JSON beside it, and the figures as SVG and
+    PNG in figures/, where matplotlib is installed. What is there is replaced.
+    """
+    from ..reporting.report import report
+
+    page = report(folder, out)
+    if as_json:
+        print_json({"page": str(page)})
+    else:
+        show(f"page: {page}")

@@ -33,18 +33,10 @@ Config = Annotated[
 def _read(place: Path) -> Mapping[str, Any]:
     import yaml
 
-    class Once(yaml.SafeLoader):  # type: ignore[misc]
-        """Refuses a key that is there twice, of which YAML takes the last."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [str(key.value).replace("-", "_") for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise SettingsError(f"{place}: the key {key} is there twice (--config)")
-            return super().construct_mapping(node, deep)
-
     try:
-        found = yaml.load(place.read_bytes(), Once)  # a SafeLoader
+        content = place.read_bytes()
+        root = yaml.compose(content, yaml.SafeLoader)
+        found = yaml.safe_load(content)
     except yaml.MarkedYAMLError as error:  # no key can be named
         line = 1 + getattr(error.problem_mark, "line", 0)
         raise SettingsError(f"{place}, line {line}: {error.problem} (--config)") from error
@@ -52,6 +44,10 @@ def _read(place: Path) -> Mapping[str, Any]:
         raise SettingsError(f"{place} cannot be read: {why(error, place)} (--config)") from error
     if not isinstance(found, dict):
         raise SettingsError(f"{place}: expected options by their names, as n: [2, 4] (--config)")
+    keys = [str(key.value).replace("-", "_") for key, _ in root.value]
+    for key in keys:  # of one that is there twice YAML takes the last
+        if keys.count(key) > 1:
+            raise SettingsError(f"{place}: the key {key} is there twice (--config)")
     return found
 
 

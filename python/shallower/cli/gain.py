@@ -1,43 +1,42 @@
 """``shallower gain``: what a cut saves, forecast and measured."""
 
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from ..models.dtypes import QUANTISED, stored_quantisation
 from ..models.source import ModelSource
 from ..savings.devices import DEVICES, HERE
-from ..settings import options as option
+from ..settings.options import Option
 from .options import Cut, Json, Loading, Model
 from .output import print_json, show
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gaining:
-    """What is counted and forecast, and how the model is read."""
-
-    device: str | None = option.basic(
-        None,
-        f"Device of the forecast: {', '.join(DEVICES)}, or {HERE} for this machine; all of them by "
-        "default.",
-        "NAME",
-        name="forecast_device",
-    )
-    context: int | None = option.measures(
-        None,
-        "Tokens of a text before it is continued; by default 2,048, or as many as the model has "
-        "learned positions for.",
-        "N",
-        least=1,
-    )
-    batch: int = option.measures(1, "Texts in one forward.", "N", least=1)
-    measure: bool = option.basic(False, "Load the model, and time it here with and without them.")
 
 
 def gain_command(
     *,
     model: Model,
     cut: Cut,
-    asked: Gaining,
+    device: Annotated[
+        str | None,
+        Option(
+            f"Device of the forecast: {', '.join(DEVICES)}, or {HERE} for this machine; all of "
+            "them by default.",
+            "NAME",
+            name="forecast_device",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        Option(
+            "Tokens of a text before it is continued; by default 2,048, or as many as the model "
+            "has learned positions for.",
+            "N",
+            "measures",
+            least=1,
+        ),
+    ] = None,
+    batch: Annotated[int, Option("Texts in one forward.", "N", "measures", least=1)] = 1,
+    measure: Annotated[
+        bool, Option("Load the model, and time it here with and without them.")
+    ] = False,
     loading: Annotated[Loading, "dtype", "gguf_file", "trust_remote_code"],
     as_json: Json = False,
 ) -> None:
@@ -55,7 +54,10 @@ def gain_command(
         model,
         layers,
         experts=experts,
-        **vars(asked),
+        device=device,
+        context=context,
+        batch=batch,
+        measure=measure,
         dtype=loading.dtype,
         gguf_file=loading.gguf_file,
         trust_remote_code=loading.trust_remote_code,
@@ -64,7 +66,7 @@ def gain_command(
         print_json(found.to_json())
         return
     from ..models.loading import read_config
-    from ..reporting.stories.gain import gain_table
+    from ..reporting.stories.stages import gain_table
     from ..reporting.words import megabytes
     from ..savings.weights import stored_bytes
 

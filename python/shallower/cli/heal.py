@@ -12,7 +12,7 @@ from ..models.source import ModelSource
 from ..processes import is_main_process, num_processes
 from ..settings.options import Option
 from ..settings.recipe import STEPS, HealingDtype, Recipe
-from ..values.estimates import EXPERTS
+from ..values.estimates import EXPERTS, disk
 from .options import (
     ANSWERS,
     AnswerTokens,
@@ -138,7 +138,7 @@ def heal_command(
 
 def _check_models(models: "Mapping[str, ModelSource | None]") -> None:
     """Refuse what was not cut, and models that are not there, before torch is imported."""
-    from ..healing.cut import plan_of_cut
+    from ..healing.folders import plan_of_cut
 
     plan_of_cut(str(models["cut"]))
     for model in filter(None, models.values()):
@@ -182,8 +182,8 @@ def _answers(
 ) -> "list[Answer] | None":
     """The answers of a file, or those that the uncut model writes, which is then let go of."""
     from ..healing.checks import require_peft
-    from ..healing.cut import plan_of_cut
-    from ..healing.loaded_models import OriginalModel
+    from ..healing.folders import plan_of_cut
+    from ..healing.job import LoadedOnce
     from ..models.decoder import Decoder
     from ..store.given_models import ModelStore
     from ..store.store import open_store
@@ -199,8 +199,7 @@ def _answers(
         return answered(cut.load_tokenizer(), wanted.prompts or (), model=plan.model)
     assert original is not None
     whole = replace(original, dtype=dtype)
-    uncut = OriginalModel(str(whole), plan, trust_remote_code=whole.trust_remote_code)
-    model, tokenizer = uncut.load(dtype)
+    model, tokenizer = LoadedOnce(whole, plan).load(dtype)
     store = ModelStore.of(whole, open_store(no_cache))
     return wanted.by(Decoder.of(model), tokenizer, texts, store=store)
 
@@ -220,7 +219,7 @@ def _fit_to_memory(
     What there is no room for is refused before answers are written.
     """
     from ..healing.checks import check_disk, resolve
-    from ..healing.cut import plan_of_cut
+    from ..healing.folders import plan_of_cut
     from ..healing.ranks import warn_of_idle_gpus
 
     plan, there = plan_of_cut(str(cut)), answers is not None
@@ -265,12 +264,11 @@ def _planned(
     from ..forecasts.speed import or_unknown
     from ..forecasts.work import forecast, of_healing
     from ..healing.checks import check_disk, check_original, resolve
-    from ..healing.cut import plan_of_cut
+    from ..healing.folders import plan_of_cut
     from ..models.dtypes import QUANTISED
     from ..models.experts import unquantised
     from ..patching.memory import temporary_bytes
     from ..storage import free_bytes, temporary
-    from ..values.estimates import Disk
 
     model, trust_remote_code = str(cut), cut.trust_remote_code
     plan, there = plan_of_cut(model), answers is not None
@@ -295,10 +293,10 @@ def _planned(
     if experts := memory.parts.get(EXPERTS):
         plain = f"; {unquantised(resolved.dtype, experts)}" * (resolved.dtype in QUANTISED)
         said["experts"] = f"adapters lie on them too, and on no router{plain}"
-    said |= {"memory": memory, "disk": Disk(needed, free_bytes(out))}
+    said |= {"memory": memory, "disk": disk(needed, free_bytes(out))}
     if training["from_patch"]:
         taken = temporary_bytes(cut, max_length=resolved.max_length)
-        said["temporary"] = Disk(taken, free_bytes(temporary()))
+        said["temporary"] = disk(taken, free_bytes(temporary()))
     if device_memory is None:  # else it is of a card that is not here
         training["num_written"] = 0 if answers is None else answers.num_written
         said["time"] = or_unknown(lambda: forecast(*of_healing(cut, plan, resolved, **training)))
@@ -329,7 +327,6 @@ def merge_command(
     from ..storage import check_apart, check_free, check_room, free_bytes
     from ..store.done import Output
     from ..store.inputs import adapters_inputs
-    from ..values.estimates import Disk
 
     check_apart(out, [adapters, model])
     store = way.open_store()
@@ -343,8 +340,8 @@ def merge_command(
     if way.dry_run:
         needed = cut.stored_bytes
         check_room(out, needed)
-        disk = {"disk": Disk(needed, free_bytes(out)), "write": [str(out)]}
-        say_dry_run({"merge": str(adapters), "model": str(healing.model), **disk}, way.as_json)
+        planned = {"disk": disk(needed, free_bytes(out)), "write": [str(out)]}
+        say_dry_run({"merge": str(adapters), "model": str(healing.model), **planned}, way.as_json)
         return
     from ..merging.merge import merge
 

@@ -34,7 +34,8 @@ def with_options(command: Callable[..., T]) -> Callable[..., T]:
     """Give a command the options of its parameters, as typer reads them.
 
     A parameter ``Annotated[type, Option(...)]`` is one option. One of a dataclass stands for the
-    options of all its fields, or of those that are named: ``Annotated[RunSettings, "n"]``.
+    options of all its fields, or of those that are named: ``Annotated[RunSettings, "n"]``. An
+    ``Option`` behind it stands for that of its name.
     """
     takes: dict[str, tuple[Any, dict[str, Option]]] = {}
     shown: list[Parameter] = []
@@ -42,8 +43,12 @@ def with_options(command: Callable[..., T]) -> Callable[..., T]:
         kind, *more = get_args(one.annotation) or (one.annotation,)
         if isinstance(kind, type) and is_dataclass(kind):
             declared, types = options_of(kind), get_type_hints(kind)
+            for each in (one for one in more if isinstance(one, Option)):
+                declared.pop(each.name)  # the last of its group
+                declared[each.name] = each
+            named = [field for field in more if isinstance(field, str)]
             defaults = {each.name: each.default for each in fields(kind)}
-            takes[name] = kind, {field: declared[field] for field in more or declared}
+            takes[name] = kind, {field: declared[field] for field in named or declared}
             for field, each in takes[name][1].items():
                 shown += _parameters(field, types[field], each, defaults[field])
         elif more and isinstance(more[0], Option):
@@ -299,15 +304,13 @@ class Way:
         return open_store(self.no_cache, dry_run=self.dry_run)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WayOfParts(Way):
-    """The way of a call whose results are replaced part by part."""
-
-    overwrite: bool = option.output(
-        False, "Replace earlier results in --out, part by part as new ones are there."
-    )
-
-
+WayOfParts = Annotated[
+    Way,
+    replace(
+        options_of(Way)["overwrite"],
+        sentence="Replace earlier results in --out, part by part as new ones are there.",
+    ),
+]
 TrustRemoteCode = Annotated[bool, options_of(Loading)["trust_remote_code"]]
 Overwrite = Annotated[bool, options_of(Way)["overwrite"]]
 DryRun = Annotated[bool, options_of(Way)["dry_run"]]

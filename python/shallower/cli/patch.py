@@ -292,14 +292,14 @@ def _planned(
     from ..memory.checkpoints import left_bytes
     from ..models.unsaved import unsaved
     from ..storage import free_bytes, temporary
-    from ..values.estimates import Disk
+    from ..values.estimates import disk
 
     counted = cache(lambda: of_patch(place, dropped, texts, **more))
     planned: dict[str, Any] = {}
     if place.is_streamed:
         planned["stream"] = or_unknown(lambda: plan_passes(place, counted().work.passes))
-    planned["disk"] = Disk(left_bytes(place, dropped), free_bytes(out))
-    planned["temporary"] = Disk(needed, free_bytes(temporary()))
+    planned["disk"] = disk(left_bytes(place, dropped), free_bytes(out))
+    planned["temporary"] = disk(needed, free_bytes(temporary()))
     if lost := unsaved(place):
         planned["not_saved"] = lost
     if is_here:

@@ -1,32 +1,14 @@
 """``shallower prune``: a folder on disk or in memory, a GGUF file directly."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
-from ..settings import options as option
 from ..settings.options import Option
-from ..values.estimates import format_size
+from ..values.estimates import disk, format_size
 from .options import Cut, Loading, Model, Way
 from .output import print_json, reuse, say_dry_run, show, upload_line
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruning:
-    """How a cut is read, written and checked."""
-
-    dtype: DtypeName | None = option.memory(
-        None, "Dtype of the weights; by default as in safetensors, else bfloat16."
-    )
-    max_shard_size: str | None = option.output(
-        None, "Bytes in a file of weights at most, 5GB by default; without --dtype.", "SIZE"
-    )
-    as_gguf: bool = option.output(
-        False, "Make --out a folder for the hub: NAME.gguf and README.md."
-    )
-    verify: bool = option.basic(False, "Reload with stock transformers and compare the logits.")
 
 
 def prune_command(
@@ -42,7 +24,27 @@ def prune_command(
             "STATES",
         ),
     ] = None,
-    options: Pruning,
+    dtype: Annotated[
+        DtypeName | None,
+        Option(
+            "Dtype of the weights; by default as in safetensors, else bfloat16.", group="memory"
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        Option(
+            "Bytes in a file of weights at most, 5GB by default; without --dtype.",
+            "SIZE",
+            "output",
+        ),
+    ] = None,
+    as_gguf: Annotated[
+        bool,
+        Option("Make --out a folder for the hub: NAME.gguf and README.md.", group="output"),
+    ] = False,
+    verify: Annotated[
+        bool, Option("Reload with stock transformers and compare the logits.")
+    ] = False,
     loading: Annotated[Loading, "device_map", "gguf_file", "trust_remote_code"],
     way: Way,
 ) -> None:
@@ -68,8 +70,11 @@ def prune_command(
     plan = None if cut.plan is None else plan_file(cut.plan)
     check_apart(out, [plan, experts_path(cut.drop_experts or "")])
     layers, experts = cut.read_states(for_states)
-    how = {
-        **vars(options),
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "as_gguf": as_gguf,
+        "verify": verify,
         "device_map": loading.device_map,
         "gguf_file": loading.gguf_file,
         "trust_remote_code": loading.trust_remote_code,
@@ -89,13 +94,12 @@ def prune_command(
 def _with_disk(described: dict[str, Any], out: Path) -> dict[str, Any]:
     """A planned cut with its disk as every dry run prints it, before its files."""
     from ..storage import free_bytes
-    from ..values.estimates import Disk
 
     write, size = described.pop("write"), described.pop("bytes", 0)
     fetched = described.pop("fetch_bytes", 0)
     fetch = {"fetch": format_size(fetched)} if fetched else {}
-    disk = {"disk": Disk(size, free_bytes(out))} if size else {}
-    return {**described, **fetch, **disk, "write": write}
+    taken = {"disk": disk(size, free_bytes(out))} if size else {}
+    return {**described, **fetch, **taken, "write": write}
 
 
 def _written_at(done: dict[str, Any], out: Path) -> dict[str, Any]:

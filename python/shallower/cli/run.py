@@ -12,7 +12,7 @@ from ..settings.options import Option, options_of
 from ..settings.studies import RunSettings
 from ..values.files import CHECKPOINT_FOLDER, CHECKPOINT_GGUF, HEALED_FOLDER, REPORT_FILE
 from .heal import say_healing
-from .options import Loading, Model, Out, TextsSource, WayOfParts, read_texts
+from .options import Loading, Model, Out, TextsSource, Way, WayOfParts, read_texts
 from .output import called, print_json, reuse, say_dry_run_of, show, upload_line
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _carry_out(
     settings: RunSettings,
     described: dict[str, Any],
     *,
-    way: WayOfParts,
+    way: Way,
     **places: Any,
 ) -> None:
     """Make a run, or show an earlier one or what it would do; ``demo`` is one like any other."""

@@ -1,7 +1,7 @@
 """Answers: what a model says to prompts, greedily or drawn, whatever else runs beside it."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -215,8 +214,8 @@ def _answers_together(decoder: Decoder, prompts: Sequence[NDArray[np.int64]]) ->
     shortest, longest = min(prompts, key=len), max(prompts, key=len)
     options = {"max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     try:
-        alone = _generated(decoder, [shortest], **options).logits
-        beside = [one[:1] for one in _generated(decoder, [shortest, longest], **options).logits]
+        alone = generated(decoder, [shortest], **options).logits
+        beside = [one[:1] for one in generated(decoder, [shortest, longest], **options).logits]
     except RuntimeError:  # of memory, too
         return False
     most = 1e-3 if decoder.model.dtype == torch.float32 else 0.15
@@ -233,8 +232,8 @@ def _unlike(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def _generated(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], **options: Any) -> Any:
-    """What ``generate`` gives of prompts, which are padded on the left."""
+def generated(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], **options: Any) -> Any:
+    """Run ``generate`` on prompts, which are padded on the left; by default greedily."""
     width = max(map(len, prompts))
     ids = np.zeros((len(prompts), width), np.int64)
     mask = np.zeros_like(ids)
@@ -245,9 +244,8 @@ def _generated(decoder: Decoder, prompts: Sequence[NDArray[np.int64]], **options
         return generate(
             input_ids=torch.from_numpy(ids).to(decoder.device),
             attention_mask=torch.from_numpy(mask).to(decoder.device),
-            do_sample=False,
             pad_token_id=0,
-            **options,
+            **{"do_sample": False, **options},
         )
 
 
@@ -267,8 +265,8 @@ def _answered(
 
     lengths = batch.attention_mask.sum(axis=1)
     prompts = [row[:length] for row, length in zip(batch.input_ids, lengths, strict=True)]
-    processors: list[Any] = [count] if seed is None else [count, _Sampling(prompts, seed)]
-    output = _generated(
+    processors: list[Any] = [count] if seed is None else [count, _sampling(prompts, seed)]
+    output = generated(
         decoder,
         prompts,
         logits_processor=LogitsProcessorList(processors),
@@ -299,7 +297,7 @@ def _in_passes(
 ) -> Iterator[list[Answer]]:
     """Answer prompts by passes over layers on disk; give what there is of all after each token."""
     forwards, rows = Forwards(decoder), [one.tolist() for one in prompts]
-    drawing = [None if seed is None else _Sampling([one], seed) for one in prompts]
+    drawing = [None if seed is None else _sampling([one], seed) for one in prompts]
     size, going = fitting_tokens(decoder, tokens).texts, {*range(len(rows))}
     while going:
         for index, logits in _next_logits(forwards, {one: rows[one] for one in going}, size):
@@ -326,21 +324,23 @@ def _next_logits(
         yield from zip(batch.samples.tolist(), logits.float().split(1), strict=True)
 
 
-class _Sampling(LogitsProcessor):
-    """Leaves of every row the token alone that its own random numbers draw.
+def _sampling(
+    prompts: Sequence[NDArray[np.int64]], seed: int
+) -> Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]:
+    """Give what leaves of every row the token alone that its own random numbers draw.
 
     The inverse of the cumulative distribution in float64, in the order of the token ids.
     """
+    random = [np.random.default_rng(_stream(prompt, seed)) for prompt in prompts]
 
-    def __init__(self, prompts: Sequence[NDArray[np.int64]], seed: int) -> None:
-        self._random = [np.random.default_rng(_stream(prompt, seed)) for prompt in prompts]
-
-    def __call__(self, _input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
-        drawn = torch.tensor([one.random() for one in self._random], dtype=torch.float64)
+    def leave_drawn(_input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        drawn = torch.tensor([one.random() for one in random], dtype=torch.float64)
         sums = scores.double().softmax(-1).cumsum(-1)
         places = torch.searchsorted(sums, drawn.to(sums.device)[:, None] * sums[:, -1:], right=True)
         chosen = places.clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+
+    return leave_drawn
 
 
 def _stream(prompt: NDArray[np.int64], seed: int) -> list[int]:

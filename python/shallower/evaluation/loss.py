@@ -32,8 +32,17 @@ from ..values.entries import ResultStore, recall
 from ..values.plan import Plan, gone_by
 from ..values.schema import of_type
 from ..values.tokens import BatchSize, Tokens
-from .batches import AllBatches, batches_of_texts, batches_of_windows, nothing_to_predict
-from .kept import cut_of, look_of, loss_journal, recorded, sums_of
+from .batches import (
+    AllBatches,
+    batches_of_texts,
+    batches_of_windows,
+    cut_of,
+    look_of,
+    loss_journal,
+    nothing_to_predict,
+    recorded,
+    sums_of,
+)
 
 Share = TypeVar("Share")
 

@@ -206,12 +206,8 @@ class _Spans:
         return head.states_at(ids, mask, np.flatnonzero(self.predicting))
 
 
-@dataclass(frozen=True, slots=True)
-class Spoken:
-    """How a model speaks, as long as the whole model has not judged its own words, if any."""
-
-    speech: Speech
-    own: Words | None
+Spoken = tuple[Speech, Words | None]
+"""How a model speaks, and its own words, if any, which the whole model has yet to judge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,17 +277,18 @@ class Reference:
                     found.update(zip(spans.batch.samples.tolist(), pieces, strict=True))
             if speaks:
                 own = speaking.words(decoder)
-        return Spoken(self._speech(found, own), own)
+        return self._speech(found, own), own
 
     def judged(self, spoken: Spoken, decoder: Decoder) -> Speech:
         """Let the whole model judge what another one said, by its loss; ModelError as above."""
-        if spoken.own is None:
-            return spoken.speech
+        speech, words = spoken
+        if words is None:
+            return speech
         head = Head.of(decoder)
         found: dict[int, float] = {}
         with evaluating(decoder.model):
             for spans, sums in _run(
-                self.speaking.batches(decoder, spoken.own),
+                self.speaking.batches(decoder, words),
                 lambda one: _finite(summed_losses(head, one.batch), head).tolist(),
                 ("read by the whole model", self.speaking.progress),
                 decoder,
@@ -299,11 +296,11 @@ class Reference:
                 found.update(zip(spans.batch.samples.tolist(), sums, strict=True))
         scores = {}
         for place, way in enumerate(WAYS):
-            own = spoken.own[way]
+            own = words[way]
             nats = np.array([found[place * len(own) + index] for index in range(len(own))])
             tokens = np.array([len(one.written) for one in own], np.float64)
-            scores[way] = {**spoken.speech.scores[way], "loss_under_whole": Scores(nats, tokens)}
-        return replace(spoken.speech, scores=scores)
+            scores[way] = {**speech.scores[way], "loss_under_whole": Scores(nats, tokens)}
+        return replace(speech, scores=scores)
 
     def _check(self, head: Head, whole: Head | None) -> None:
         """Refuse a model of another vocabulary, or, without the whole one, of another head."""

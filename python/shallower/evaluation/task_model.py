@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ..errors import ModelError, TextsError
 from ..memory.retry import Halving
@@ -20,6 +20,7 @@ from ..progress import track
 from ..texts.batches import Batch, padded
 from ..values.counts import counted
 from ..values.tokens import BatchSize, Tokens
+from .answers import generated
 from .loss import LOGITS_PER_CHUNK, fitting_tokens, logits_at
 
 MAX_NEW_TOKENS = 256
@@ -29,20 +30,8 @@ Instances = Sequence[Any]
 """lm-eval's requests: each an ``Instance``, of which ``args`` is read."""
 
 
-@dataclass
-class _Sequence:
-    """A sequence that runs once, and the continuations that end in it or in one more token.
-
-    ``ids`` are all tokens but the last of each; continuations have the place of their request.
-    """
-
-    ids: list[int]
-    continuations: dict[int, list[int]] = field(default_factory=dict)
-
-    @property
-    def given(self) -> int:
-        """Tokens before the first one that is predicted."""
-        return len(self.ids) + 1 - max(map(len, self.continuations.values()))
+_Sequence = tuple[tuple[int, ...], dict[int, list[int]]]
+"""Tokens that run once, and the continuations that end in them or in one more, by request."""
 
 
 class TaskModel:
@@ -97,7 +86,7 @@ class TaskModel:
         not finite.
         """
         distinct = self._distinct([self._encode(*one.args) for one in requests])
-        tokens = Tokens(max(2, len(distinct[0].ids)), self._batch_size)
+        tokens = Tokens(max(2, len(distinct[0][0])), self._batch_size)
         texts = int(fitting_tokens(self._decoder, tokens).batch_size)
         found: dict[int, tuple[float, bool]] = {}
         halving = Halving()
@@ -105,10 +94,10 @@ class TaskModel:
         with track(self._description, len(requests), self._progress) as advance, evaluating(model):
             for start in range(0, len(distinct), texts):
                 places = range(start, min(start + texts, len(distinct)))
-                batch = padded([(place, np.array(distinct[place].ids, int)) for place in places])
+                batch = padded([(place, np.array(distinct[place][0], int)) for place in places])
                 for part, answers in halving.run(batch, lambda one: self._score(one, distinct)):
                     found |= answers
-                    advance(sum(len(distinct[i].continuations) for i in part.samples))
+                    advance(sum(len(distinct[i][1]) for i in part.samples))
         return [found[place] for place in range(len(requests))]
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -144,7 +133,7 @@ class TaskModel:
     def _distinct(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[_Sequence]:
         """The sequences to run, the longest first, each once."""
         self._say_cut_off((len(one) + len(other) - 1 for one, other in requests), self.max_length)
-        sequences: dict[tuple[int, ...], _Sequence] = {}
+        sequences: dict[tuple[int, ...], dict[int, list[int]]] = {}
         for place, (context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise TextsError(
@@ -152,9 +141,8 @@ class TaskModel:
                     f"{self.max_length}, the positions that the model has"
                 )
             ids = (context + continuation)[-(self.max_length + 1) : -1]
-            one = sequences.setdefault(tuple(ids), _Sequence(ids))
-            one.continuations[place] = continuation
-        return sorted(sequences.values(), key=lambda one: (-len(one.ids), one.ids))
+            sequences.setdefault(tuple(ids), {})[place] = continuation
+        return sorted(sequences.items(), key=lambda one: (-len(one[0]), one[0]))
 
     @torch.inference_mode()
     def _score(self, batch: Batch, sequences: Sequence[_Sequence]) -> dict[int, tuple[float, bool]]:
@@ -165,11 +153,11 @@ class TaskModel:
         places: list[int] = []
         seen = 0
         for number, index in enumerate(batch.samples):
-            one = sequences[index]
-            first = one.given - 1
-            predicting[number, first : len(one.ids)] = True
-            seen += len(one.ids) - first  # rows up to the last one of this sequence
-            for place, continuation in one.continuations.items():
+            ids, continuations = sequences[index]
+            first = len(ids) - max(map(len, continuations.values()))
+            predicting[number, first : len(ids)] = True
+            seen += len(ids) - first  # rows up to the last one of this sequence
+            for place, continuation in continuations.items():
                 rows += range(seen - len(continuation), seen)
                 tokens += continuation
                 places += [place] * len(continuation)
@@ -244,29 +232,21 @@ class TaskModel:
                     advance(len(some))
         return [found[place] for place in range(len(requests))]
 
-    @torch.inference_mode()
     def _continue(self, contexts: list[list[int]], way: "_Generation") -> list[str]:
-        """Generate behind contexts, which are padded on the left."""
+        """Generate behind contexts."""
         room = self.max_length - way.num_tokens
         if room < 1:
             raise ModelError(
                 f"a task generates {way.num_tokens} tokens, and the model has only "
                 f"{self.max_length} positions: leave it out (tasks, --tasks)"
             )
-        contexts = [ids[-room:] for ids in contexts]
-        width = max(map(len, contexts))
-        padded = np.zeros((len(contexts), width), np.int64)
-        mask = np.zeros_like(padded)
-        for row, ids in enumerate(contexts):
-            padded[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, 1
-        device = self._decoder.device
-        generate: Any = self._decoder.model.generate
-        output = generate(
-            input_ids=torch.from_numpy(padded).to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
+        given = [np.array(ids[-room:], np.int64) for ids in contexts]
+        width = max(map(len, given))
+        output = generated(
+            self._decoder,
+            given,
             max_new_tokens=way.num_tokens,
-            stopping_criteria=StoppingCriteriaList([_Stop(self.tokenizer, way.until, width)]),
-            pad_token_id=0,
+            stopping_criteria=_stopping(self.tokenizer, way.until, width),
             **dict(way.settings),
         )
         answers = [self._up_to_end(ids) for ids in output[:, width:].tolist()]
@@ -307,19 +287,17 @@ _COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 _SAMPLERS = ("temperature", "top_p", "top_k", "min_p")
 
 
-class _Stop(StoppingCriteria):
-    """Ends a row whose last tokens hold what ends an answer, however that is tokenised."""
+def _stopping(tokenizer: Any, until: tuple[str, ...], given: int) -> StoppingCriteriaList:
+    """End rows whose last tokens hold what ends an answer, however that is tokenised."""
+    lengths = [len(tokenizer.encode(one, add_special_tokens=False)) for one in until]
+    last = max(lengths, default=0) + 2
 
-    def __init__(self, tokenizer: Any, until: tuple[str, ...], given: int) -> None:
-        lengths = [len(tokenizer.encode(one, add_special_tokens=False)) for one in until]
-        self._tokenizer, self._until, self._given = tokenizer, until, given
-        self._last = max(lengths, default=0) + 2
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        new = input_ids[:, self._given :][:, -self._last :].tolist()
-        texts = self._tokenizer.batch_decode(new)
-        ended = [any(one in text for one in self._until) for text in texts]
+    def has_ended(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        texts = tokenizer.batch_decode(input_ids[:, given:][:, -last:].tolist())
+        ended = [any(one in text for one in until) for text in texts]
         return torch.tensor(ended, device=input_ids.device)
+
+    return StoppingCriteriaList([has_ended])
 
 
 def _before(until: Sequence[str], text: str) -> str:

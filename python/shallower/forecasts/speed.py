@@ -29,7 +29,7 @@ from ..models.loading import layers_of
 from ..models.source import ModelSource
 from ..savings.timing import settle
 from ..texts.batches import Batch
-from ..values.estimates import Unknown
+from ..values.estimates import unknown
 from .forecast import shortened
 
 ENOUGH, LEAST, MOST = 0.2, 5, 20
@@ -77,7 +77,7 @@ def or_unknown(way: Callable[[], Any]) -> Any:
     try:
         return way()
     except Exception as error:
-        return Unknown(one_sentence(error))
+        return unknown(one_sentence(error))
 
 
 def device_of(source: ModelSource) -> torch.device:

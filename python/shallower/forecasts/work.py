@@ -14,10 +14,10 @@ from ..errors import TextsError
 from ..memory.streaming import Pass, StreamPlan, plan_stream
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
-from ..patching.counts import STEPPING, PatchLayers
 from ..patching.descent import draw_steps, num_steps
 from ..patching.memory import DEFAULT_PATCH_BATCH
 from ..patching.patch import fitted_tokens
+from ..patching.solver import STEPPING, PatchLayers
 from ..patching.states import divide
 from ..processes import slowed, worked
 from ..results.speech import WAYS

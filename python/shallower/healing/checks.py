@@ -26,8 +26,7 @@ from ..models.quantised import check_stored
 from ..models.source import ModelSource
 from ..patching.memory import temporary_bytes
 from ..processes import num_processes
-from ..settings.presets import ModelFacts
-from ..settings.recipe import GLOBAL_BATCH, Recipe, Resolved
+from ..settings.recipe import GLOBAL_BATCH, ModelFacts, Recipe, Resolved
 from ..storage import check_room
 from ..texts.sequences import read_samples
 from ..values.plan import Plan

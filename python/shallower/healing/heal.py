@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..cutting.in_model import without_layers
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
-from ..evaluation.kept import Stores, UnsavedResults, unkept
+from ..evaluation.batches import Stores, UnsavedResults, unkept
 from ..evaluation.loss import measure_loss, require_predictable
 from ..memory.device import free_memory
 from ..merging.merge import write_curve, write_merged
@@ -24,6 +24,7 @@ from ..models.architecture import text_config
 from ..models.decoder import Decoder
 from ..models.dtypes import QUANTISED, computing
 from ..models.feed_forward import feed_forward_targets
+from ..models.head import Head
 from ..models.identity import stored_digest
 from ..models.source import ModelSource
 from ..processes import is_main_process
@@ -50,24 +51,24 @@ from .checks import (
     require_plan_of,
     resolve,
 )
-from .cut import plan_of_cut
+from .folders import last_step, of_step, plan_of_cut
 from .job import (
+    LOSSES,
     TRAINING,
     HealingJob,
-    MeasuredLosses,
+    LoadedOnce,
     copy_patched,
     describe_job,
     finished,
+    keep_loss,
+    kept_losses,
     move_patched,
     patched_cut,
     work_folder,
     write_adapters,
 )
-from .loaded_models import LoadedOnce, OriginalModel
-from .losses import Teacher
 from .ranks import agree, together
-from .trainer_checkpoints import last_step
-from .training import Trained, Training, add_adapters, train
+from .training import Training, add_adapters, train
 
 
 def heal(
@@ -166,9 +167,7 @@ def heal(
     free_memory()  # so that what is planned with is what there is, after a run's scan too
     source_model = None
     if original is not None:
-        source_model = OriginalModel(
-            str(original), plan, trust_remote_code=trust_remote_code, progress=progress
-        )
+        source_model = LoadedOnce(replace(cut, path=str(original)), plan, progress)
     resolved = resolve(
         path,
         plan,
@@ -225,13 +224,15 @@ class _Healer:
 
     def __init__(self, job: HealingJob, kept: UnsavedResults) -> None:
         self._job, self._kept = job, kept
-        self._known_losses = job.known_losses()
+        self._given = job.known_losses()
         self._progress = job.progress if is_main_process() else False
+        self._folder: Path
 
     def heal(self, out: Path, overwrite: bool) -> Healing:
         """Heal into a folder: all processes train, and the main one writes and has the record."""
         job = self._job
-        cut = LoadedOnce(job.model, trust_remote_code=job.trust_remote_code, progress=job.progress)
+        source = ModelSource(job.model, trust_remote_code=job.trust_remote_code)
+        cut = LoadedOnce(source, progress=job.progress)
         with ExitStack() as stack:
             with together():
                 # each saw the memory of its own device
@@ -240,36 +241,42 @@ class _Healer:
                 healing, samples = self._prepare(cut)
                 tokenizer = cut.load(job.recipe.dtype)[1]
                 described = self._describe(healing, tokenizer)
-                folder = stack.enter_context(work_folder(out, described, overwrite=overwrite))
-                done = agree(lambda: finished(folder))
+                opened = work_folder(out, described, overwrite=overwrite)
+                self._folder = stack.enter_context(opened)
+                done = agree(lambda: finished(self._folder))
                 if done is not None:
                     return done  # all that was left to do was to rename the folder
-                known = MeasuredLosses(folder, self._known_losses)
                 for name, loss in of_original.items():
-                    known.keep(name, loss)
+                    self._keep(name, loss)
                 if job.held_out:
-                    healing = self._with_losses_of_original(healing, known, cut)
-                adapted, trained = self._train(cut, samples, healing.recipe, known, folder, out)
-            healing = replace(
-                healing,
-                recipe=trained.recipe,
-                steps=trained.steps,
-                held_out=trained.held_out,
-                best_step=trained.best_step,
-                tokens_per_second=trained.tokens_per_second,
-            )
+                    healing = self._with_losses_of_original(healing, cut)
+                adapted, trained = self._train(cut, samples, healing.recipe, out)
+            healing = replace(healing, **trained)
             if not _is_better(healing):
                 healing = self._without_training(healing)
             if is_main_process():
                 logits = None
                 if job.merge and healing.best_step and healing.recipe.dtype in QUANTISED:
                     logits = trained_logits(
-                        adapted, tokenizer, healing.recipe, checkpoint=trained.checkpoint
+                        adapted, tokenizer, healing.recipe, checkpoint=self._checkpoint(healing)
                     )
                 del adapted
                 cut.release()  # what is merged and measured now needs the memory
-                healing = self._write(folder, trained, healing, tokenizer, logits)
+                healing = self._write(healing, tokenizer, logits)
         return healing
+
+    def _keep(self, name: str, loss: Loss) -> Loss:
+        """Keep a loss, and give it as the main process measured it."""
+        return agree(lambda: keep_loss(self._folder, name, loss))
+
+    def _known(self, name: str, measure: Callable[[], Loss]) -> Loss:
+        """Look a loss up, or measure it and keep it; all processes do so in one order."""
+        found = self._given.get(name) or agree(lambda: kept_losses(self._folder).get(name))
+        return found or self._keep(name, measure())
+
+    def _checkpoint(self, healing: Healing) -> Path:
+        """The folder of the adapters that are kept."""
+        return of_step(self._folder / TRAINING, healing.best_step)
 
     def _prepare(self, cut: LoadedOnce) -> tuple[Healing, Samples]:
         """The record as far as it is known before any work, and the sequences to train on."""
@@ -298,7 +305,7 @@ class _Healer:
             adapted=len(targets),
             texts=samples.identity,
             steps=(),
-            held_out=(),
+            held_out={},
             best_step=0,
             answers=samples.answers,
         )
@@ -309,17 +316,15 @@ class _Healer:
         cut: LoadedOnce,
         samples: Samples,
         recipe: Resolved,
-        known: MeasuredLosses,
-        folder: Path,
         out: Path,
-    ) -> tuple[Any, Trained]:
+    ) -> tuple[Any, dict[str, Any]]:
         """The cut with its trained adapters, and how they were trained; no teacher stays."""
         job = self._job
         model, tokenizer = cut.load(recipe.dtype)
         decoder = Decoder.of(model)
         teacher = None
         if job.original is not None and recipe.has_teacher:
-            teacher = Teacher(job.original.load(recipe.dtype)[0])
+            teacher = Head.of(Decoder.of(job.original.load(recipe.dtype)[0]))
         targets = feed_forward_targets(model, recipe.attention)
 
         def measure() -> Loss:
@@ -327,13 +332,13 @@ class _Healer:
                 return self._loss(decoder, tokenizer, "loss, held out")
 
         def loss(step: int) -> Loss:
-            return measure() if step else known.get("before", measure)
+            return measure() if step else self._known("before", measure)
 
         training = Training(
             model=add_adapters(model, targets, recipe, base=job.base(out)),
             samples=samples,
             recipe=recipe,
-            folder=folder / TRAINING,
+            folder=self._folder / TRAINING,
             held_out=loss if job.held_out else None,
             teacher=teacher,
         )
@@ -351,17 +356,15 @@ class _Healer:
         if job.original is None:
             return {}
         if job.held_out and job.original.is_loaded(job.recipe.dtype):
-            if job.patched is not None and "cut" not in self._known_losses:
+            if job.patched is not None and "cut" not in self._given:
                 losses["cut"] = self._measure_unpatched()
-            if job.original_key not in self._known_losses:
+            if job.original_key not in self._given:
                 losses[job.original_key] = self._measure_original()
         if not job.recipe.has_teacher:
             job.original.release()
         return losses
 
-    def _with_losses_of_original(
-        self, healing: Healing, known: MeasuredLosses, cut: LoadedOnce
-    ) -> Healing:
+    def _with_losses_of_original(self, healing: Healing, cut: LoadedOnce) -> Healing:
         """The record with the losses of the uncut model, and of the cut before its patch."""
         job = self._job
 
@@ -369,12 +372,12 @@ class _Healer:
             cut.release()
             return measure()
 
-        if job.patched is not None or "cut" in self._known_losses:
+        if job.patched is not None or "cut" in self._given:
             unpatched = partial(instead_of_cut, self._measure_unpatched)
-            healing = replace(healing, cut=known.get("cut", unpatched))
-        if job.original is not None or job.original_key in self._known_losses:
+            healing = replace(healing, cut=self._known("cut", unpatched))
+        if job.original is not None or job.original_key in self._given:
             whole = partial(instead_of_cut, self._measure_original)
-            healing = replace(healing, original=known.get(job.original_key, whole))
+            healing = replace(healing, original=self._known(job.original_key, whole))
         if job.original is not None and not job.recipe.has_teacher:
             job.original.release()
         return healing
@@ -439,21 +442,19 @@ class _Healer:
 
     def _write(
         self,
-        folder: Path,
-        trained: Trained,
         healing: Healing,
         tokenizer: PreTrainedTokenizerBase,
         logits: torch.Tensor | None,
     ) -> Healing:
         """Write everything that ``out`` holds; the record comes last, then the training goes."""
-        job = self._job
+        job, folder, checkpoint = self._job, self._folder, self._checkpoint(healing)
         try:
             if job.patched is not None and healing.best_step == 0:
                 copy_patched(job.patched, folder)
             elif job.merge:
                 merging = Merging(
                     job.model,
-                    trained.checkpoint,
+                    checkpoint,
                     healing,
                     held_out=job.held_out,
                     trained=logits,
@@ -467,13 +468,13 @@ class _Healer:
                 write_adapters(
                     folder,
                     base,
-                    trained.checkpoint,
+                    checkpoint,
                     healing=healing,
                     tokenizer=tokenizer,
                     trust_remote_code=job.trust_remote_code,
                 )
             write_curve(folder, healing)
-            MeasuredLosses.discard(folder)
+            (folder / LOSSES).unlink(missing_ok=True)
             write_file(folder / HEALING_FILE, healing.to_bytes())
             shutil.rmtree(folder.parent / "done", ignore_errors=True)
             (folder / TRAINING).rename(folder.parent / "done")

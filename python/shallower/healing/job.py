@@ -1,4 +1,4 @@
-"""A healing as it was called, and its folders: the work, the patched cut, peft's repository.
+"""A healing as it was called, its models and its folders: the work, the patched cut, peft's.
 
 A healing depends on its recipe, its texts and its last marked checkpoint alone. The size of a
 forward and recomputation are not part of the job, so they may change before it resumes.
@@ -7,24 +7,27 @@ forward and recomputation are not part of the job, so they may change before it 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.cards import adapters_card
 from ..cutting.source import CARD_FILE, find_source
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
-from ..evaluation.kept import Stores
+from ..evaluation.batches import Stores
+from ..memory.device import free_memory
 from ..merging.adapter_config import CONFIG_FILE, read_adapter_config
 from ..merging.merge import copy_beside, copy_files, healing_rows
 from ..merging.stored_adapters import WEIGHTS_FILE
 from ..models.dtypes import QUANTISED
-from ..models.identity import stored_digest
+from ..models.identity import identify, stored_digest
+from ..models.quantised import keep_unpacked
+from ..models.source import ModelSource
 from ..models.unsaved import warn_unsaved
 from ..patching.patch import with_patch
 from ..patching.saving import save_patched
@@ -41,8 +44,7 @@ from ..values.files import HEALING_FILE, PATCH_FILE, PLAN_FILE
 from ..values.identity import TextsIdentity
 from ..values.plan import Plan
 from ..values.provenance import hash_of
-from .loaded_models import OriginalModel, placed
-from .ranks import agree
+from .ranks import own_device_map
 
 TRAINING = "training"
 """The folder of the Trainer's checkpoints, which is there until all else is written."""
@@ -50,9 +52,51 @@ TRAINING = "training"
 PATCHED = "patched"
 """The folder of the patched cut in that of adapters which need it."""
 
-_LOSSES = "losses.json"
+LOSSES = "losses.json"
+"""The file of the losses that were measured, which is no part of the result."""
+
 _PATCH_JOB = "job"
 _HASHED_TEXTS = 10_000
+
+
+class LoadedOnce:
+    """A model on the device of this process, loaded when it is first needed, or again.
+
+    One with a plan must be the model that the plan was made for.
+    """
+
+    def __init__(
+        self, source: ModelSource, plan: Plan | None = None, progress: bool | None = None
+    ) -> None:
+        self.name, self._source, self._plan, self._progress = str(source), source, plan, progress
+        self._dtype: str | None = None
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def source(self, dtype: Any) -> ModelSource:
+        """The source of the model in a dtype; ProcessesError for more processes than GPUs."""
+        device_map: Any = own_device_map()
+        return replace(self._source, dtype=dtype, device_map=device_map)
+
+    def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the model and its tokenizer once in a dtype; PlanError if it is not the plan's."""
+        if self._loaded is None or not self.is_loaded(dtype):
+            self.release()
+            loaded = self.source(dtype).load(self._progress)
+            keep_unpacked(loaded[0])
+            if self._plan is not None:
+                self._plan.check_model(identify(loaded[0]))
+            self._loaded, self._dtype = loaded, dtype
+        return self._loaded
+
+    def is_loaded(self, dtype: str) -> bool:
+        """Say whether the model is in memory in this dtype."""
+        return self._loaded is not None and self._dtype == dtype
+
+    def release(self) -> None:
+        """Let go of the model, and of its memory once nothing else holds it."""
+        if self._loaded is not None:
+            self._loaded = self._dtype = None
+            free_memory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +109,7 @@ class HealingJob:
     texts: ReadOnce  # texts to train on
     answers: Sequence[Answer]  # usable answers to train on
     held_out: list[str] | None  # texts, if there are any
-    original: OriginalModel | None  # the uncut model, if it is named
+    original: LoadedOnce | None  # the uncut model, if it is named
     merge: bool  # fold the adapters into the cut
     losses: tuple[Loss | None, Loss | None]  # known ones of the uncut model and of the cut
     stores: Stores  # gives the cached results of a model
@@ -96,7 +140,7 @@ class HealingJob:
         """The results of the uncut model; none if quantised, as it then computes otherwise."""
         if self.original is None or self.recipe.dtype in QUANTISED:
             return None
-        return self.stores(placed(self.original.name, self.recipe.dtype, self.trust_remote_code))
+        return self.stores(self.original.source(self.recipe.dtype))
 
     @property
     def original_key(self) -> str:
@@ -151,37 +195,19 @@ def finished(folder: Path) -> Healing | None:
     return Healing.load(folder) if is_whole else None
 
 
-class MeasuredLosses:
-    """Held-out losses by name, cached in a file; all processes must get them in one order."""
+def kept_losses(folder: Path) -> dict[str, Loss]:
+    """Read the held-out losses by name that an earlier run has kept."""
+    file = folder / LOSSES
+    found = json.loads(file.read_bytes()) if file.is_file() else {}
+    return {name: Loss.from_json(loss) for name, loss in found.items()}
 
-    def __init__(self, folder: Path, given: Mapping[str, Loss]) -> None:
-        self._file, self._given = folder / _LOSSES, given
 
-    def get(self, name: str, measure: Callable[[], Loss]) -> Loss:
-        """Look a loss up, or measure it and keep it; OutputError if the file cannot be written."""
-        if name in self._given:
-            return self._given[name]
-        found = agree(lambda: self._known().get(name))
-        if found is not None:
-            return Loss.from_json(found)
-        return self.keep(name, measure())
-
-    def keep(self, name: str, loss: Loss) -> Loss:
-        """Keep a loss, and give it as the main process measured it."""
-        return agree(lambda: self._keep(name, loss))
-
-    def _known(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._file.read_bytes()) if self._file.is_file() else {}
-        return found
-
-    def _keep(self, name: str, loss: Loss) -> Loss:
-        write_file(self._file, json.dumps({**self._known(), name: loss.to_json()}).encode())
-        return loss
-
-    @staticmethod
-    def discard(folder: Path) -> None:
-        """Delete the file, which is no part of the result."""
-        (folder / _LOSSES).unlink(missing_ok=True)
+def keep_loss(folder: Path, name: str, loss: Loss) -> Loss:
+    """Keep a held-out loss beside others, and give it; OutputError if it cannot be written."""
+    losses = {**kept_losses(folder), name: loss}
+    data = {name: one.to_json() for name, one in losses.items()}
+    write_file(folder / LOSSES, json.dumps(data).encode())
+    return loss
 
 
 # The patched cut that the training starts from

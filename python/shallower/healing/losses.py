@@ -66,16 +66,15 @@ def _divergence(teacher: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tenso
     return terms.sum(-1, keepdim=True), q.sub_(p)
 
 
-class _SummedLoss(torch.autograd.Function):
-    """The sum over rows of logits; the gradient to them is made at once, and kept."""
+class _KnownGradient(torch.autograd.Function):
+    """A loss with its gradient to what it was made of, which was made at once, and is kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, lesson: Lesson | None
+        ctx: Any, _given: torch.Tensor, loss: torch.Tensor, gradient: torch.Tensor
     ) -> torch.Tensor:
-        losses, gradient = _row_losses(logits, targets, 1.0, lesson)
         ctx.save_for_backward(gradient)
-        return losses.double().sum().float()
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -83,46 +82,35 @@ class _SummedLoss(torch.autograd.Function):
         return gradient * grads[0].to(gradient.dtype), None, None
 
 
-class _MeanLoss(torch.autograd.Function):
-    """The same from final states, (N, D), whose logits exist a few rows at a time.
+def _row_losses_of_states(
+    head: Head,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    lesson: Lesson | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take the same from final states, (N, D), whose logits exist a few rows at a time.
 
-    Gradients are kept to the states alone; the head gets none.
+    Gradients are those of the states alone; the head gets none.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: torch.Tensor,
-        targets: torch.Tensor,
-        divisor: torch.Tensor,
-        head: Head,
-        lesson: Lesson | None,
-    ) -> torch.Tensor:
-        gradient = torch.empty_like(states)
-        scale = 1 / divisor
-        losses = []
-        copies = 2 if lesson is None else 3  # their gradient is as large, and the teacher's
-        sizes = part_sizes(len(states), copies * head.vocab_size)
-        start = 0
-        for rows, expected, found in zip(
-            states.split(sizes), targets.split(sizes), gradient.split(sizes), strict=True
-        ):
-            with torch.enable_grad():
-                given = rows.detach().requires_grad_()
-                logits = head.logits(given)
-            here = expected.to(logits.device), scale.to(logits.device)
-            of_rows, errors = _row_losses(logits.detach(), *here, lesson, start)
-            start += len(rows)
-            losses.append(of_rows.to(states.device))
-            found.copy_(torch.autograd.grad(logits, given, errors)[0])
-            del logits, errors
-        ctx.save_for_backward(gradient)
-        return torch.cat(losses).double().sum().float() / divisor
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None, None
+    gradient = torch.empty_like(states)
+    losses = []
+    copies = 2 if lesson is None else 3  # their gradient is as large, and the teacher's
+    sizes = part_sizes(len(states), copies * head.vocab_size)
+    start = 0
+    for rows, expected, found in zip(
+        states.split(sizes), targets.split(sizes), gradient.split(sizes), strict=True
+    ):
+        with torch.enable_grad():
+            given = rows.detach().requires_grad_()
+            logits = head.logits(given)
+        here = expected.to(logits.device), scale.to(logits.device)
+        of_rows, errors = _row_losses(logits.detach(), *here, lesson, start)
+        start += len(rows)
+        losses.append(of_rows.to(states.device))
+        found.copy_(torch.autograd.grad(logits, given, errors)[0])
+        del logits, errors
+    return torch.cat(losses), gradient
 
 
 def summed_loss(
@@ -134,9 +122,11 @@ def summed_loss(
     unshifted token ids, -100 where nothing is predicted. Without a lesson the loss is the
     cross-entropy.
     """
-    loss: torch.Tensor = _SummedLoss.apply(
-        logits.flatten(0, 1), _expected(labels).to(logits.device), lesson
-    )
+    rows = logits.flatten(0, 1)
+    with torch.no_grad():
+        losses, gradient = _row_losses(rows, _expected(labels).to(logits.device), 1.0, lesson)
+        total = losses.double().sum().float()
+    loss: torch.Tensor = _KnownGradient.apply(rows, total, gradient)
     return loss
 
 
@@ -153,10 +143,12 @@ def mean_loss(
     The divisor is the number of tokens that are predicted in all that belongs to one step. The
     weights of the head get no gradient.
     """
+    rows, expected = states.flatten(0, 1), _expected(labels)
     count = torch.as_tensor(divisor, dtype=torch.float32, device=states.device)
-    loss: torch.Tensor = _MeanLoss.apply(
-        states.flatten(0, 1), _expected(labels), count, head, lesson
-    )
+    with torch.no_grad():
+        losses, gradient = _row_losses_of_states(head, rows, expected, 1 / count, lesson)
+        mean = losses.double().sum().float() / count
+    loss: torch.Tensor = _KnownGradient.apply(rows, mean, gradient)
     return loss
 
 
@@ -165,32 +157,25 @@ def _expected(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1).flatten()
 
 
-class Teacher:
-    """The uncut model beside its cut, for the divergence of next-token distributions.
+@torch.no_grad()
+def teach(teacher: Head, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Lesson:
+    """Run the uncut model on the tokens of a forward, (B, T), and give its logits by rows.
 
-    It runs on the tokens of every forward, and keeps its final states, (B, T, D); logits are made
-    of a few of them at a time. When it is made the model runs once, on a few tokens.
+    Its final states, (B, T, D), are kept; logits are made of a few of them at a time.
     """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._head = Head.of(Decoder.of(model))
+    model = teacher.decoder.model
+    with evaluating(model):
+        if not teacher.by_rows:
+            whole = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            known = whole.logits.flatten(0, 1)
+            return lambda tokens: known[tokens]
+        states = teacher.states(input_ids, attention_mask).flatten(0, 1)
 
     @torch.no_grad()
-    def lesson(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Lesson:
-        """Run on the tokens of a forward, (B, T), and give its logits by rows."""
-        head, model = self._head, self._head.decoder.model
-        with evaluating(model):
-            if not head.by_rows:
-                whole = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-                known = whole.logits.flatten(0, 1)
-                return lambda tokens: known[tokens]
-            states = head.states(input_ids, attention_mask).flatten(0, 1)
+    def logits(tokens: slice) -> torch.Tensor:
+        return teacher.logits(states[tokens])
 
-        @torch.no_grad()
-        def logits(tokens: slice) -> torch.Tensor:
-            return head.logits(states[tokens])
-
-        return logits
+    return logits
 
 
 class TrainingLoss:

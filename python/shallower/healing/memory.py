@@ -11,14 +11,16 @@ from ..memory.device import Room
 from ..memory.plan import Choice, plainly_fits, plan_step
 from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs
 from ..memory.weights import dequantised_bytes, weight_parts
+from ..models.decoder import Decoder
 from ..models.dtypes import computing
 from ..models.experts import unquantised
 from ..models.feed_forward import feed_forward_targets
+from ..models.head import Head
 from ..models.layer_config import heads_of
 from ..models.loading import layers_of
 from ..settings.recipe import GLOBAL_BATCH, Resolved
 from ..values.estimates import EXPERTS, MemoryPlan, format_size, needed_device, usable
-from .losses import Teacher, TrainingLoss
+from .losses import TrainingLoss, teach
 from .training import add_adapters, recompute_activations
 
 MOST_KEPT, MOST_RECOMPUTED = 4, 8
@@ -75,7 +77,7 @@ class HealingStep:
             mask, lesson = torch.ones_like(ids), None
             with computing(self.recipe, ids.device):
                 if self.recipe.has_teacher:
-                    lesson = Teacher(self._model).lesson(ids, mask)  # of its own kind
+                    lesson = teach(Head.of(Decoder.of(self._model)), ids, mask)  # of its own kind
                 made = TrainingLoss(self._model)
                 with made.made_inside(ids, ids.numel(), lesson):
                     outputs = self._adapted(input_ids=ids, attention_mask=mask, use_cache=False)

@@ -6,6 +6,7 @@ Steps, order and random numbers depend on the recipe and the checkpoint alone.
 import contextlib
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,26 +17,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, OutputError, why
 from ..memory.retry import Shrinking
 from ..models.architecture import find_layers
-from ..models.dtypes import computing
+from ..models.dtypes import CUBLAS_WORKSPACE, computing
 from ..models.feed_forward import Targets
+from ..models.head import Head
 from ..models.offload import is_offloaded
 from ..processes import num_processes
-from ..results.healing import HeldOutLoss, OptimiserStep
+from ..results.healing import OptimiserStep
 from ..results.loss import FIGURES, Loss
 from ..settings.recipe import GLOBAL_BATCH, Resolved
 from ..texts.quiet import hushed
 from ..texts.sequences import Sample, Samples, collate, mixed_order
-from . import trainer_checkpoints
+from . import folders
 from .bar import Reach, Throughput
-from .determinism import deterministic
-from .losses import Teacher, TrainingLoss
+from .losses import TrainingLoss, teach
 from .ranks import agree
 
 _RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
@@ -63,6 +63,8 @@ with hushed():  # the Trainer imports peft, and that bitsandbytes, which advises
 
 SECONDS_BETWEEN_CHECKPOINTS = 120.0
 
+_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
+
 
 @dataclass(frozen=True, slots=True)
 class Training:
@@ -73,19 +75,7 @@ class Training:
     recipe: Resolved
     folder: Path  # of checkpoints, for all processes to see
     held_out: Callable[[int], Loss] | None = None  # measures the loss after so many steps
-    teacher: Teacher | None = None  # the uncut model, if the objective compares with it
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """A finished training."""
-
-    steps: tuple[OptimiserStep, ...]  # training loss and rate
-    held_out: tuple[HeldOutLoss, ...]  # losses, with the steps before them
-    best_step: int  # whose adapters are kept
-    checkpoint: Path  # the folder that holds them
-    tokens_per_second: float | None  # since this process began; None if it had nothing to do
-    recipe: Resolved  # at the end, perhaps with smaller forwards
+    teacher: Head | None = None  # of the uncut model, if the objective compares with it
 
 
 def add_adapters(model: PreTrainedModel, targets: Targets, recipe: Resolved, *, base: str) -> Any:
@@ -146,11 +136,13 @@ def _is_plain(weight: Any) -> bool:
     return isinstance(weight, torch.Tensor) and weight.is_floating_point()
 
 
-def train(training: Training, reach: Reach, adjustable: Collection[str] = ()) -> Trained:
+def train(training: Training, reach: Reach, adjustable: Collection[str] = ()) -> dict[str, Any]:
     """Train the adapters of a model, from the checkpoints of an earlier run if there are any.
 
-    ``reach`` is called for every step. ``adjustable`` names the settings that one process may
-    change where memory is short, of ``batch_size`` and ``recompute``.
+    Returns fields of the :class:`Healing`: its recipe may have smaller forwards, and the adapters
+    of its best step are in the checkpoint of that. ``reach`` is called for every step.
+    ``adjustable`` names the settings that one process may change where memory is short, of
+    ``batch_size`` and ``recompute``.
     """
     shrinking = Shrinking(
         training.model, training.recipe, adjustable if num_processes() == 1 else ()
@@ -159,7 +151,7 @@ def train(training: Training, reach: Reach, adjustable: Collection[str] = ()) ->
         return shrinking.run(lambda recipe: _train(replace(training, recipe=recipe), reach))
 
 
-def _train(training: Training, reach: Reach) -> Trained:
+def _train(training: Training, reach: Reach) -> dict[str, Any]:
     """Train by these very settings."""
     samples, recipe = training.samples, training.recipe
     total = recipe.steps * GLOBAL_BATCH
@@ -169,8 +161,8 @@ def _train(training: Training, reach: Reach) -> Trained:
     trainer = _Trainer(
         training,
         trainer_arguments(training),
-        OrderedDataset(samples, taken),
-        [throughput, StopOnNonFinite()],
+        [samples.rows[index] for index in taken],
+        [throughput],
     )
     trainer.add_callback(CheckpointCallback(trainer))
     layers = [*find_layers(training.model.get_base_model()).modules]
@@ -190,16 +182,16 @@ def _train(training: Training, reach: Reach) -> Trained:
 def _no_checkpoint(training: Training, error: Exception) -> OutputError:
     """Say that a checkpoint cannot be written, for which torch has no word of its own."""
     reason = "the disk is full or failed" if isinstance(error, RuntimeError) else why(error)
-    on = f"do the same again to go on from step {trainer_checkpoints.last_step(training.folder)}"
+    on = f"do the same again to go on from step {folders.last_step(training.folder)}"
     place = f"cannot write a checkpoint of the healing in {training.folder}"
     return OutputError(f"{place}: {reason}; make room, and {on}")
 
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The last complete checkpoint, alone of all that an earlier run left."""
-    trainer_checkpoints.discard_incomplete(folder)
-    checkpoint = trainer_checkpoints.last(folder)
-    return str(checkpoint) if checkpoint else None
+    folders.discard_incomplete(folder)
+    step = folders.last_step(folder)
+    return str(folders.of_step(folder, step)) if step else None
 
 
 _WRITING = (
@@ -230,19 +222,6 @@ def _quiet_trainer() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class OrderedDataset(torch.utils.data.Dataset[Sample]):
-    """The samples in the order that they are taken, all steps one after the other."""
-
-    def __init__(self, samples: Samples, taken: NDArray[np.int64]) -> None:
-        self._samples, self._taken = samples, taken
-
-    def __len__(self) -> int:
-        return len(self._taken)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._samples.rows[self._taken[index]]
-
-
 def _collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(values) for name, values in collate(rows)}
 
@@ -254,7 +233,7 @@ class _Trainer(Trainer):
         self,
         training: Training,
         arguments: TrainingArguments,
-        dataset: OrderedDataset,
+        dataset: Any,  # the samples in the order that they are taken
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -282,7 +261,7 @@ class _Trainer(Trainer):
         inputs = {**inputs, "use_cache": False}
         teacher, lesson = self.training.teacher, None
         if teacher is not None:
-            lesson = teacher.lesson(inputs["input_ids"], inputs["attention_mask"])
+            lesson = teach(teacher, inputs["input_ids"], inputs["attention_mask"])
         with self._loss.made_inside(inputs["labels"], options["num_items_in_batch"], lesson):
             return super().compute_loss(model, inputs, return_outputs, **options)
 
@@ -297,36 +276,34 @@ class _Trainer(Trainer):
         )
         return metrics
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ModelError(
+                f"the training loss is {logs['loss']} at step {self.state.global_step}: lower the "
+                f"learning rate (learning_rate, --learning-rate)"
+            )
 
-def _trained(trainer: _Trainer, throughput: "Throughput") -> Trained:
+
+def _trained(trainer: _Trainer, throughput: "Throughput") -> dict[str, Any]:
     history: list[dict[str, Any]] = trainer.state.log_history
     steps = tuple(
         OptimiserStep(entry["step"], entry["loss"], entry["learning_rate"])
         for entry in history
         if "loss" in entry
     )
-    held_out = tuple(
-        HeldOutLoss(entry["step"], Loss(**{name: entry[f"held_out_{name}"] for name in FIGURES}))
+    held_out = {
+        entry["step"]: Loss(**{name: entry[f"held_out_{name}"] for name in FIGURES})
         for entry in history
         if "eval_loss" in entry
-    )
-    best = trainer.state.best_global_step or trainer.state.global_step
-    return Trained(
-        steps=steps,
-        held_out=held_out,
-        best_step=best,
-        checkpoint=trainer_checkpoints.of_step(trainer.training.folder, best),
-        tokens_per_second=throughput.tokens_per_second,
-        recipe=trainer.training.recipe,
-    )
-
-
-class _Arguments(TrainingArguments):
-    """The Trainer's settings; a process trains on one GPU, however many it sees."""
-
-    @property
-    def n_gpu(self) -> int:
-        return min(1, int(super().n_gpu))
+    }
+    return {
+        "recipe": trainer.training.recipe,
+        "steps": steps,
+        "held_out": held_out,
+        "best_step": trainer.state.best_global_step or trainer.state.global_step,
+        "tokens_per_second": throughput.tokens_per_second,
+    }
 
 
 def trainer_arguments(training: Training) -> TrainingArguments:
@@ -338,7 +315,7 @@ def trainer_arguments(training: Training) -> TrainingArguments:
     }
     cuda = torch.cuda.is_available()
     adapters = [name for name, weight in training.model.named_parameters() if weight.requires_grad]
-    return _Arguments(
+    arguments = TrainingArguments(
         output_dir=str(training.folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -368,26 +345,8 @@ def trainer_arguments(training: Training) -> TrainingArguments:
         report_to="none",
         use_cpu=not cuda,
     )
-
-
-class StopOnNonFinite(TrainerCallback):
-    """Stops a training whose loss is NaN or infinite."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Raise a ModelError if the loss is not finite."""
-        if logs and "loss" in logs and not math.isfinite(logs["loss"]):
-            raise ModelError(
-                f"the training loss is {logs['loss']} at step {state.global_step}: lower the "
-                f"learning rate (learning_rate, --learning-rate)"
-            )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # however many this process sees
+    return arguments
 
 
 class CheckpointCallback(TrainerCallback):
@@ -418,8 +377,64 @@ class CheckpointCallback(TrainerCallback):
         self._trainer.accelerator.wait_for_everyone()
         if args.should_save:
             folder = Path(str(args.output_dir))
-            trainer_checkpoints.mark_complete(
-                trainer_checkpoints.of_step(folder, state.global_step)
-            )
-            trainer_checkpoints.keep(folder, {state.global_step, state.best_global_step or 0})
+            folders.mark_complete(folders.of_step(folder, state.global_step))
+            folders.keep(folder, {state.global_step, state.best_global_step or 0})
         self._saved = time.monotonic()
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Let torch use deterministic algorithms alone in the body, on this device.
+
+    Where cuBLAS began without a fixed workspace, as after CUDA work that came before shallower, a
+    warning says that bits may differ.
+    """
+    # transformers' full_determinism does the same and sets CUDA_LAUNCH_BLOCKING besides, after
+    # which every kernel is waited for, and nothing is more deterministic for it. It also replaces
+    # the workspace of cuBLAS that the user chose.
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
+    flash = os.environ.get(_FLASH)
+    try:
+        memory.fill_uninitialized_memory = False  # a twentieth of the time
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        os.environ[_FLASH] = "1"  # read by transformers at every call
+        with warnings.catch_warnings():
+            if not _products_are_deterministic(device):
+                _warn_of_late_setting()
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                warnings.filterwarnings("ignore", f"(?s).*{CUBLAS_WORKSPACE}", UserWarning)
+            yield
+    finally:
+        memory.fill_uninitialized_memory = filling
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        if flash is None:
+            os.environ.pop(_FLASH, None)
+        else:
+            os.environ[_FLASH] = flash
+
+
+def _products_are_deterministic(device: torch.device) -> bool:
+    """Multiply: torch alone knows what cuBLAS read when its first handle was made."""
+    square = torch.ones(2, 2, device=device)
+    try:
+        torch.mm(square, square)
+    except RuntimeError as error:
+        if CUBLAS_WORKSPACE not in str(error):
+            raise
+        return False
+    return True
+
+
+def _warn_of_late_setting() -> None:
+    warnings.warn(
+        f"this training may differ in its last bits when it is repeated: cuBLAS began without a "
+        f"fixed workspace, as when CUDA was used in this process before. Set "
+        f"{CUBLAS_WORKSPACE}=:4096:8 in the environment before the process starts",
+        stacklevel=4,
+    )

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ModelError, PatchError
-from ..evaluation.kept import layers_of, look_of, seconds_of, sums_of
+from ..evaluation.batches import layers_of, look_of, seconds_of, sums_of
 from ..memory.prefix_cache import Place
 from ..patching.quick import QuickPatch, out_of_memory
 from ..results.patch import check_patchable

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..cutting.in_model import without_layers
 from ..errors import LayersError, ModelError
-from ..evaluation.kept import cut_journal, cut_of, look_of, recorded, seconds_of, sums_of
+from ..evaluation.batches import cut_journal, cut_of, look_of, recorded, seconds_of, sums_of
 from ..memory.prefix_cache import Place, Prefixes
 from ..models.architecture import swapped
 from ..models.layerwise import Layerwise

@@ -17,8 +17,8 @@ from ..patching.quick import QuickPatch
 from ..progress import part, track
 from ..results.scores import Difference, Scores
 from ..results.verification import AFTER, Candidate, Verified
-from ..texts.batches import TokenBatches
-from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits, TokenisedSplits
+from ..texts.batches import TokenBatches, TokenisedText
+from ..texts.splits import FEWEST_CHOOSING, FEWEST_FITTING, Splits
 from ..values.entries import ResultStore, recalled
 from ..values.layers import blocks_of, check_size, layer_count, ranges
 from ..values.plan import VERIFIED, Plan
@@ -146,7 +146,7 @@ def _take(proposals: Proposals, plan: Plan, n: int) -> None:
 def verifier_of(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
-    splits: Splits | TokenisedSplits,
+    splits: Splits[str] | Splits[TokenisedText],
     *,
     judge: Judge | None = None,
     store: ResultStore,

@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from ..cutting.checkpoint_files import INDEX_FILE, is_checkpoint
 from ..cutting.rewriting import StoredCheckpoint, compare, rewrite
 from ..errors import ModelError, why
-from ..evaluation.kept import UnsavedResults
+from ..evaluation.batches import UnsavedResults
 from ..evaluation.loss import measure_loss
 from ..memory.placement import place_for
 from ..models.architecture import find_layers, input_device

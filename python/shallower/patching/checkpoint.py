@@ -1,4 +1,4 @@
-"""The work of a patch so far, from which the same patch resumes: matrices solved, steps taken."""
+"""What a patch has changed: undone in the end, or kept on disk so that the same patch resumes."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import OutputError
-from ..models.offload import stored_weight
+from ..models.offload import copy_weight, forget_change, stored_weight, write_weight
+from ..models.residual_writers import Writer
 from ..results.patch import Fit
 from ..storage import check_room, new_file
 from ..texts.batches import Batch
 from ..values.plan import Plan
 from ..values.provenance import hash_of
 from ..values.schema import fields_of
-from .changes import Changes
 
 SECONDS, SHARE = 20.0, 0.05
 """Seconds between two checkpoints of the steps, at least; the share of time that they may take."""
@@ -30,12 +30,50 @@ SECONDS, SHARE = 20.0, 0.05
 Tensors = dict[str, torch.Tensor]
 
 
-class PatchCheckpoint:
-    """Files of an unfinished patch in a folder, if any; failed writes are ignored.
+class Changes:
+    """Weights that were changed; the first value of each is kept where no file has it."""
 
-    So are those that would leave less than ``reserve`` bytes of the disk, which the result takes. A
-    patch is identified by its layers, its texts and both models' losses on them, which differ
-    wherever a weight does; files of another patch are not read.
+    def __init__(self) -> None:
+        self._undo: dict[tuple[nn.Module, str], torch.Tensor | None] = {}
+
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def set(self, writer: Writer, weight: torch.Tensor) -> None:
+        """Replace the matrix of a writer by one of (D, inputs), of any dtype, on any device."""
+        self.change(writer.module, "weight", writer.turned(weight))
+
+    def add(self, writer: Writer, delta: torch.Tensor) -> None:
+        """Add (D, inputs) to the matrix of a writer."""
+        self.set(writer, delta + writer.weight.to(delta.device))
+
+    def change(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
+        """Write a module's parameter where it is stored, from any dtype and device."""
+        if (module, name) not in self._undo:
+            self._undo[module, name] = copy_weight(module, name)
+        write_weight(module, name, value)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Restore all weights, the last first."""
+        while self._undo:
+            (module, name), before = self._undo.popitem()
+            if before is None:
+                forget_change(module, name)
+            else:
+                write_weight(module, name, before)
+
+    def commit(self) -> None:
+        """Keep the new weights: :meth:`undo` no longer restores the old ones."""
+        self._undo.clear()
+
+
+class PatchCheckpoint:
+    """The matrices solved and the steps taken of an unfinished patch, in files of a folder, if any.
+
+    Failed writes are ignored. So are those that would leave less than ``reserve`` bytes of the
+    disk, which the result takes. A patch is identified by its layers, its texts and both models'
+    losses on them, which differ wherever a weight does; files of another patch are not read.
     """
 
     def __init__(
@@ -69,12 +107,12 @@ class PatchCheckpoint:
     @property
     def taken(self) -> int:
         """The steps that were taken when their state was kept last."""
-        facts = self._facts("steps")
-        return 0 if facts is None else int(facts["taken"])
+        found = self.steps()
+        return 0 if found is None else int(found[0]["taken"])
 
     def solved(self, layers: Sequence[int]) -> list[int]:
         """Those of some layers whose matrices were solved."""
-        return [layer for layer in layers if self._facts(f"layer-{layer}") is not None]
+        return [layer for layer in layers if self._read(f"layer-{layer}") is not None]
 
     def steps(self) -> tuple[dict[str, Any], Any] | None:
         """The state of the steps that was kept last; its file is open, and read by name."""
@@ -107,26 +145,14 @@ class PatchCheckpoint:
             self._folder = None
 
     def _read(self, name: str) -> tuple[dict[str, Any], Any] | None:
-        facts = self._facts(name)
-        if facts is None or self._folder is None:
-            return None
-        try:
-            return facts, safe_open(self._folder / f"{name}.safetensors", framework="pt")
-        except (OSError, SafetensorError):
-            return None
-
-    def _facts(self, name: str) -> dict[str, Any] | None:
         if self._folder is None:
             return None
         try:
-            with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
-                about = file.metadata() or {}
+            file = safe_open(self._folder / f"{name}.safetensors", framework="pt")
+            about = file.metadata() or {}
         except (OSError, SafetensorError):
             return None
-        found: dict[str, Any] | None = None
-        if about.get("job") == self._job:
-            found = json.loads(about["facts"])
-        return found
+        return (json.loads(about["facts"]), file) if about.get("job") == self._job else None
 
 
 def _describe(plan: Plan, batches: Sequence[Sequence[Batch]], losses: tuple[float, float]) -> str:

@@ -31,9 +31,8 @@ from ..models.head import Head, part_sizes
 from ..models.layerwise import Layerwise, Trace, rows
 from ..models.offload import in_file, is_offloaded, is_on_disk, stored_weight, will_need
 from ..texts.batches import Batch
-from .changes import Changes
-from .checkpoint import PatchCheckpoint
-from .states import StateSet
+from .checkpoint import Changes, PatchCheckpoint
+from .states import Spool
 
 STEPS = 112
 """Steps, at most."""
@@ -189,7 +188,7 @@ def graph_bytes(layer: nn.Module, tokens: int) -> int:
 class Descent:
     """The descent of a patched cut over ``layers``, ascending, from the first that moves.
 
-    ``states`` are the cut's before it, and the whole model's behind all of its own.
+    ``cut`` are the cut's states before it, and ``whole`` the whole model's behind all of its own.
     """
 
     def __init__(
@@ -197,10 +196,12 @@ class Descent:
         model: Layerwise,
         layers: Sequence[int],
         *,
-        states: StateSet,
+        whole: Spool,
+        cut: Spool,
         changes: Changes,
     ) -> None:
-        self._model, self._states, self._changes = model, states, changes
+        self._model, self._whole, self._cut, self._changes = model, whole, cut, changes
+        self._batches = cut.batches
         self._moving = {
             layer: [MovingMatrix(*found) for found in matrices(model.modules[layer])]
             for layer in model.one_by_one(layers)
@@ -208,7 +209,7 @@ class Descent:
         self._on_disk = model.is_streamed
         self._scale = 0.0
         # The fewer the texts, the more their next tokens say of these texts alone.
-        self._labels = LABELS * min(1.0, 2 * num_steps(states.batches) / STEPS)
+        self._labels = LABELS * min(1.0, 2 * num_steps(cut.batches) / STEPS)
         device = model.head.decoder.device
         # A card runs a layer again in less time than its memory is worth.
         self._room = BUDGET.share(self) if device.type == "cpu" else 0
@@ -219,8 +220,8 @@ class Descent:
         checkpoint: PatchCheckpoint | None = None,
     ) -> None:
         """Take all steps that an earlier run has not; ``advance`` is called with their number."""
-        steps_of_pass = draw_steps(self._states.batches)
-        steps = num_steps(self._states.batches)
+        steps_of_pass = draw_steps(self._batches)
+        steps = num_steps(self._batches)
         taken = self._go_on(checkpoint)
         advance(taken)
         for number in range(taken, steps):
@@ -263,8 +264,8 @@ class Descent:
 
     def _step(self, chosen: Sequence[int], rate: float) -> None:
         """Take one step on some batches."""
-        batches = [self._states.batches[index] for index in chosen]
-        states = [self._states.cut[index] for index in chosen]
+        batches = [self._batches[index] for index in chosen]
+        states = [self._cut[index] for index in chosen]
         kept, passed = self._kept(batches), []
         for layer in self._model.one_by_one(self._moving):
             moving = self._moving[layer] if layer in kept else None
@@ -276,7 +277,7 @@ class Descent:
             if self._on_disk:
                 states = [in_file(reached).copy_(reached) for reached in states]
         gradients = [
-            self._behind_last(batch, last, self._states.whole[index])
+            self._behind_last(batch, last, self._whole[index])
             for batch, last, index in zip(batches, states, chosen, strict=True)
         ]
         ahead = dict(pairwise(reversed(self._moving)))

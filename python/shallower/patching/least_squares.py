@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -196,15 +195,6 @@ class HeldOut:
         return total if math.isfinite(total) else math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenMap:
-    """A map that was chosen."""
-
-    solution: torch.Tensor  # (D, F) float64
-    ridge: float  # penalty, as a share of the inputs' mean square
-    first_weight: float  # times that a first token counted
-
-
 def choose(
     fitted: NormalEquations,
     held_out: HeldOut,
@@ -212,11 +202,12 @@ def choose(
     *,
     first_weights: Sequence[float],
     start: float = FIRST_RIDGE,
-) -> ChosenMap | None:
+) -> tuple[torch.Tensor, float, float] | None:
     """Choose the map with the least relative error on held-out tokens; None if none is finite.
 
-    From ``start``, one of ``RIDGES``, the penalty descends to a least error with the first of the
-    weights; then the other weights of first tokens are tried with it.
+    Returns the (D, F) float64 map, its ridge and the weight of first tokens. From ``start``, one of
+    ``RIDGES``, the penalty descends to a least error with the first of the weights; then the other
+    weights of first tokens are tried with it.
     """
     errors: dict[tuple[float, float], float] = {}
     last: list[torch.Tensor] = []
@@ -240,27 +231,12 @@ def choose(
         return None
     if next(reversed(errors)) != (ridge, weight):
         last[:] = [fitted.solve(ridge, penalty, weight)]
-    return ChosenMap(last[0], ridge, weight)
+    return last[0], ridge, weight
 
 
 def _nearest(ridge: float) -> int:
     """The index of the penalty that is nearest to one."""
     return min(range(len(RIDGES)), key=lambda index: abs(math.log(RIDGES[index] / ridge)))
-
-
-class SolverBytes(NamedTuple):
-    """What normal equations take on their device."""
-
-    # Sums, kept and held-out tokens, from the first batch to the last solution; and the old matrix
-    # beside the solutions that are tried.
-    held: int
-    adding: int  # beside these while the tokens of a batch are added
-    solving: int  # beside these while the equations are solved
-
-    @property
-    def peak(self) -> int:
-        """The most that is taken at once."""
-        return self.held + max(self.adding, self.solving)
 
 
 def solver_bytes(
@@ -271,12 +247,15 @@ def solver_bytes(
     kept_tokens: int,
     value_bytes: int,
     held_tokens: int = 0,
-) -> SolverBytes:
-    """Count what normal equations take beside the model and its forward.
+    forward: int = 0,
+    losses: int = 0,
+) -> int:
+    """Count what normal equations take at the peak beside the model and its forward.
 
     ``inputs`` is F, of both writers of a layer together, and ``outputs`` D. ``batch_tokens``
     include padding; ``kept_tokens`` are first tokens, one a text that is fitted; on ``held_tokens``
-    solutions are chosen.
+    solutions are chosen. Tokens are added during a ``forward`` of so many bytes; one for ``losses``
+    runs apart.
     """
     sums = 8 * inputs * (inputs + outputs)
     row = inputs * value_bytes + outputs * 4
@@ -285,8 +264,7 @@ def solver_bytes(
     # The inputs joined and without padding; what is missing, twice likewise; all in float32.
     batch = batch_tokens * (2 * inputs * value_bytes + 2 * outputs * 4)
     products = max(inputs * PANEL, min(inputs, CROSS_PANEL) * outputs)
-    return SolverBytes(
-        held=sums + kept + held_out + inputs * outputs * value_bytes,
-        adding=batch + 4 * (rows * inputs + products),
-        solving=sums + max(kept, 8 * some * (inputs + outputs)),
-    )
+    held = sums + kept + held_out + inputs * outputs * value_bytes  # and the old matrix
+    adding = batch + 4 * (rows * inputs + products)
+    solving = sums + max(kept, 8 * some * (inputs + outputs))
+    return held + max(adding + forward, solving, losses) - forward

@@ -1,6 +1,7 @@
 """The memory of a patch: its equations beside the weights, of which layers can wait elsewhere."""
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..evaluation.loss import FORWARD
 from ..memory.device import Room
 from ..memory.placement import resident_bytes
-from ..memory.plan import Forward, ForwardStep, plan_step
+from ..memory.plan import Forward, ForwardStep
 from ..memory.rehearsal import build_empty, first_that_runs
 from ..memory.weights import num_parameters
 from ..models.architecture import find_layers
@@ -39,77 +40,66 @@ def _run(decoder: Decoder, batch: Batch) -> None:
     )
 
 
-class PatchStep:
-    """A patch by ``refit`` that fits ``num_tokens`` at most, on a whole model without weights."""
-
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        dtype: str,
-        *,
-        length: int,
-        num_tokens: int,
-        room: Room,
-        experts: str | None = None,
-    ) -> None:
-        self._config, self._dtype = config, dtype
-        self._length, self._num_tokens, self._room = length, num_tokens, room
-        self._states, self._losses = (
-            ForwardStep(config, dtype, kind, length=length, card=room.card, experts=experts)
-            for kind in (Forward(_run), FORWARD)
-        )
-
-    def parts(self, texts: int, recompute: bool | None = None) -> dict[str, int]:
-        """Count the bytes as ``memory.plan.Step``; what does not fit a GPU stays beside it."""
-        model, weights = self._states.model, sum(self._states.weights.values())
-        forward, losses = (
-            step.parts(texts)["activations"] for step in (self._states, self._losses)
-        )
-        inputs, width = writer_widths(model)
-        size, batch_tokens = model.dtype.itemsize, texts * self._length
-        held_out = min(MAX_HELD_OUT, self._num_tokens)
-        solver = solver_bytes(
-            inputs,
-            width,
-            batch_tokens=batch_tokens,
-            value_bytes=size,
-            held_tokens=held_out,
-            kept_tokens=2 * self._num_tokens // self._length,
-        )
-        working = max(solver.adding + forward, solver.solving, losses) - forward
-        moving, descending = descent_bytes(model, batch_tokens=batch_tokens)
-        rest = {
-            "activations": forward,
-            "held-out states": 2 * held_out * width * size,
-            "solver": max(solver.held + working, descending),
-        }
-        if not self._room.card:  # beside one they are in the memory of the CPU
-            rest["moves of the matrices"] = moving
-        kept, budget = weights, usable(self._room.size) - sum(rest.values())
-        if self._room.card and weights > budget:
-            kept = resident_bytes(self._config, self._dtype, budget)
-        return {WEIGHTS: kept, OFFLOADED: weights - kept, **rest}
-
-
 def plan_patch(
     config: PretrainedConfig, dtype: str, *, tokens: Tokens, num_tokens: int, room: Room
 ) -> MemoryPlan:
     """Count what a patch takes of a device, and the weights that it has room for."""
     texts = DEFAULT_PATCH_BATCH if tokens.batch_size == "auto" else tokens.batch_size
+    how: Any = {"texts": texts, "length": tokens.max_length, "num_tokens": num_tokens}
+    parts = first_that_runs(
+        lambda experts: _parts(config, dtype, **how, room=room, experts=experts)
+    )
+    if parts is None:
+        return MemoryPlan(None, texts, None, room.size)
+    peak = sum(size for name, size in parts.items() if name != OFFLOADED)
+    return MemoryPlan(peak, texts, None, room.size, parts)
 
-    def rehearsed(experts: str | None) -> PatchStep:
-        step = PatchStep(
-            config,
-            dtype,
-            length=tokens.max_length,
-            num_tokens=num_tokens,
-            room=room,
-            experts=experts,
-        )
-        step.parts(texts)
-        return step
 
-    return plan_step(first_that_runs(rehearsed), [(texts, None)], room.size)
+def _parts(
+    config: PretrainedConfig,
+    dtype: str,
+    *,
+    texts: int,
+    length: int,
+    num_tokens: int,
+    room: Room,
+    experts: str | None,
+) -> dict[str, int]:
+    """Count the bytes at the peak of a patch by ``refit`` on a whole model without weights.
+
+    It fits ``num_tokens`` at most. What does not fit a GPU stays beside it.
+    """
+    states, losses = (
+        ForwardStep(config, dtype, kind, length=length, card=room.card, experts=experts)
+        for kind in (Forward(_run), FORWARD)
+    )
+    model, weights = states.model, sum(states.weights.values())
+    forward, apart = (step.parts(texts)["activations"] for step in (states, losses))
+    inputs, width = writer_widths(model)
+    size, batch_tokens = model.dtype.itemsize, texts * length
+    held_out = min(MAX_HELD_OUT, num_tokens)
+    solver = solver_bytes(
+        inputs,
+        width,
+        batch_tokens=batch_tokens,
+        value_bytes=size,
+        held_tokens=held_out,
+        kept_tokens=2 * num_tokens // length,
+        forward=forward,
+        losses=apart,
+    )
+    moving, descending = descent_bytes(model, batch_tokens=batch_tokens)
+    rest = {
+        "activations": forward,
+        "held-out states": 2 * held_out * width * size,
+        "solver": max(solver, descending),
+    }
+    if not room.card:  # beside one they are in the memory of the CPU
+        rest["moves of the matrices"] = moving
+    kept, budget = weights, usable(room.size) - sum(rest.values())
+    if room.card and weights > budget:
+        kept = resident_bytes(config, dtype, budget)
+    return {WEIGHTS: kept, OFFLOADED: weights - kept, **rest}
 
 
 def temporary_bytes(

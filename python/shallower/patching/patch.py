@@ -25,7 +25,7 @@ from ..texts.batches import AnyTexts
 from ..texts.sequences import check_answers, mixed, usable_answers
 from ..values.layers import Layers
 from ..values.plan import Plan
-from .changes import Changes
+from .checkpoint import Changes
 from .solver import Solver
 from .states import divide, no_layer_before
 
@@ -146,7 +146,7 @@ def _solved(
     """Solve a model's matrices, and yield the patch and its changes; they stay if committed."""
     settings = PatchSettings.of(settings, options)
     tokens, share = settings.tokens, settings.share
-    plan = _plan_of(model, layers)
+    plan = plan_of(model, layers)
     most = settings.num_tokens or fitted_tokens(Decoder.of(model).device.type == "cpu")
     answers = [*answers]
     if answers:
@@ -187,7 +187,7 @@ def _solved(
         changes.undo()
 
 
-def _plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
+def plan_of(model: PreTrainedModel, layers: Plan | Layers) -> Plan:
     """The plan of a cut that can be patched."""
     decoder = Decoder.of(model)
     plan = Plan.of(len(decoder), layers)

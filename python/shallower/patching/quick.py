@@ -8,7 +8,7 @@ to choose by, and nothing behind the cut is solved. The whole model runs once fo
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -26,12 +26,11 @@ from ..texts.batches import Batch
 from ..values.counts import counted
 from ..values.layers import blocks_of
 from ..values.plan import Plan
-from .changes import Changes
+from .checkpoint import Changes
 from .least_squares import NormalEquations
 from .states import (
     FARTHEST,
     Spool,
-    StateSet,
     missing_equations,
     no_layer_before,
     no_writer,
@@ -45,21 +44,8 @@ HELD = 4
 """Every fourth text is held out while the ridge is chosen; then all are fitted."""
 
 
-@dataclass(frozen=True, slots=True)
-class QuickFits:
-    """What a quick patch has changed."""
-
-    layers: tuple[int, ...]  # whose last matrix was solved, ascending
-    ridges: tuple[float, ...]  # of each, as a share of its inputs' mean square where it was chosen
-
-
-@dataclass(slots=True)
-class _Paired:
-    """Batches, the whole model's states on them, one more than it has layers, and a cut's."""
-
-    batches: Sequence[Batch]
-    whole: list[Spool]
-    cut: Spool
+_Paired = tuple[list[Spool], Spool]
+"""The whole model's states on batches, one more than it has layers, and a cut's."""
 
 
 class QuickPatch:
@@ -91,7 +77,8 @@ class QuickPatch:
         width, dtype = sample.shape[-1], sample.dtype
         tokens = sum(batch.input_ids.size for part in self._divided for batch in part)
         taken = (len(model) + 1) * tokens * width * dtype.itemsize
-        on_disk = not self._has_room(taken)
+        room = self._room
+        on_disk = taken > room if room is not None else not BUDGET.reserve(self, taken)
         if on_disk:
             check_temporary(taken + taken // (len(model) + 1))
 
@@ -99,15 +86,11 @@ class QuickPatch:
             return Spool(part, width, dtype, on_disk=on_disk)
 
         parts = [
-            _Paired(part, [stored(part) for _ in range(len(model) + 1)], stored(part))
-            for part in self._divided
+            ([stored(part) for _ in range(len(model) + 1)], stored(part)) for part in self._divided
         ]
         with torch.no_grad():
             self._run_whole(parts)
         return parts
-
-    def _has_room(self, size: int) -> bool:
-        return BUDGET.reserve(self, size) if self._room is None else size <= self._room
 
     @property
     def num_texts(self) -> int:
@@ -126,8 +109,11 @@ class QuickPatch:
         }
 
     @contextmanager
-    def patched(self, plan: Plan) -> Iterator[QuickFits]:
-        """Patch the model, bit for bit as before after the body, which leaves out the layers."""
+    def patched(self, plan: Plan) -> Iterator[dict[int, float]]:
+        """Patch the model, bit for bit as before after the body, which leaves out the layers.
+
+        Gives each layer that was solved with its ridge, a share of its inputs' mean square.
+        """
         changes = Changes()
         try:
             try:
@@ -135,14 +121,14 @@ class QuickPatch:
                     ridges = dict(self._solve(Plan.of(len(self._model), plan), changes))
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(error) from error
-            yield QuickFits(tuple(ridges), tuple(ridges.values()))
+            yield ridges
         finally:
             changes.undo()
 
     @property
     def bytes_of_cut(self) -> int:
         """Bytes of a cut's states on the texts, on which the whole model has run first."""
-        return sum(part.cut.nbytes for part in self._parts)
+        return sum(cut.nbytes for _, cut in self._parts)
 
     @torch.no_grad()
     def run_cut(
@@ -169,18 +155,16 @@ class QuickPatch:
         return states
 
     def _run_whole(self, parts: Sequence[_Paired]) -> None:
-        for part in parts:
-            for index, batch in enumerate(part.batches):
-                part.whole[0][index] = self._model.embed(batch)
+        for whole, _ in parts:
+            for index, batch in enumerate(whole[0].batches):
+                whole[0][index] = self._model.embed(batch)
         for layer in self._model.one_by_one(range(len(self._model))):
-            for part in parts:
-                self._advance(part, part.whole[layer], part.whole[layer + 1], layers=(layer,))
+            for whole, _ in parts:
+                self._advance(whole[layer], whole[layer + 1], (layer,))
 
-    def _advance(
-        self, part: _Paired, before: Spool, after: Spool, *, layers: Sequence[int]
-    ) -> None:
+    def _advance(self, before: Spool, after: Spool, layers: Sequence[int]) -> None:
         for some in self._model.passes(layers):
-            for index, batch in enumerate(part.batches):
+            for index, batch in enumerate(after.batches):
                 after[index] = self._model.run(batch, before[index], some)
             before = after
 
@@ -193,7 +177,7 @@ class QuickPatch:
         while it is as solved: then it may change back, and other cuts may be solved meanwhile.
         """
         first, after = _solved(plan)
-        cuts, stretches = [part.whole[first] for part in self._parts], list[list[int]]()
+        cuts, stretches = [whole[first] for whole, _ in self._parts], list[list[int]]()
         for layer in (layer for layer in plan.survivors if layer >= first):
             if by_layer or layer in after:
                 stretches.append([])
@@ -201,25 +185,25 @@ class QuickPatch:
         for layer, *more in stretches:
             ridge = math.nan
             if layer in after:
-                sets = [
-                    StateSet(part.batches, part.whole[after[layer]], cut)
-                    for part, cut in zip(self._parts, cuts, strict=True)
-                ]
-                ridge = self._fit(layer, sets, changes)
+                aims = [whole[after[layer]] for whole, _ in self._parts]
+                ridge = self._fit(layer, aims, cuts, changes)
             if layer < max(after):
                 if layer == first:
-                    moved = [part.cut.like() if by_layer else part.cut for part in self._parts]
-                for part, cut, behind in zip(self._parts, cuts, moved, strict=True):
-                    self._advance(part, cut, behind, layers=(layer, *more))
+                    moved = [cut.like() if by_layer else cut for _, cut in self._parts]
+                for before, behind in zip(cuts, moved, strict=True):
+                    self._advance(before, behind, (layer, *more))
                 cuts = moved
             yield layer, ridge
 
-    def _fit(self, layer: int, states: Sequence[StateSet], changes: Changes) -> float:
+    def _fit(
+        self, layer: int, aims: Sequence[Spool], cuts: Sequence[Spool], changes: Changes
+    ) -> float:
         """Solve the last matrix of a layer; returns the ridge that was chosen."""
         with resident(self._model.modules[layer]):
             writer = self._writer(layer)
             fitted, held = (
-                missing_equations(self._model, layer, (writer,), states=part) for part in states
+                missing_equations(self._model, layer, (writer,), whole=whole, cut=cut)
+                for whole, cut in zip(aims, cuts, strict=True)
             )
             ridge, scale = _best_ridge(fitted, held), fitted.scale
             fitted.join(held)  # more tokens outweigh the same penalty
@@ -228,7 +212,8 @@ class QuickPatch:
 
     def _writer(self, layer: int) -> Writer:
         if layer not in self._writers:
-            states = self._parts[0].whole[layer][0][:1, : self._probe.input_ids.shape[1]]
+            whole, _ = self._parts[0]
+            states = whole[layer][0][:1, : self._probe.input_ids.shape[1]]
             found = find_writers(self._model, layer, batch=self._probe, states=states)
             self._writers[layer] = found.feed_forward
         writer = self._writers[layer]

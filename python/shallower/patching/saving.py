@@ -14,7 +14,7 @@ from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut
 from ..cutting.source import CARD_FILE
 from ..errors import PatchError, raise_output_error
-from ..evaluation.kept import Stores, UnsavedResults, unkept
+from ..evaluation.batches import Stores, UnsavedResults, unkept
 from ..evaluation.loss import measure_loss, out_of_domain_texts, require_predictable
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
@@ -23,7 +23,7 @@ from ..models.unsaved import warn_unsaved
 from ..progress import track
 from ..reporting.words import by_choice, came_back
 from ..results.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
-from ..results.patch import Patch, check_patchable
+from ..results.patch import Patch
 from ..results.scores import Estimate
 from ..results.speech import Answer
 from ..settings.stages import PatchSettings
@@ -36,7 +36,7 @@ from ..values.layers import Layers, drop_option
 from ..values.plan import Plan
 from ..values.provenance import option_words
 from ..values.tokens import Tokens
-from .patch import patch
+from .patch import patch, plan_of
 
 _KEPT = "patching"
 """The folder that an interrupted patch resumes from."""
@@ -168,9 +168,7 @@ def patch_to_folder(
     check_apart(out, [place_of(model), place_of_texts(texts), place_of_texts(eval_texts)])
     check_free(Path(out), overwrite)
     decoder = Decoder.of(model)
-    plan = Plan.of(len(decoder), layers)
-    plan.check_model(decoder.identity)
-    check_patchable(plan)
+    plan = plan_of(model, layers)
     warn_unsaved(model)
     held_out: dict[str, list[str]] = {}
     if eval_texts is not None:

@@ -1,7 +1,11 @@
-"""The solver of a patch: layer by layer, both models side by side, matrices solved anew."""
+"""The solver of a patch: layer by layer, both models side by side, matrices solved anew.
+
+The layers that it runs are counted before, for its bar, its time and its disk.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,17 +20,14 @@ from ..progress import Advance, part, say_goes_on, track
 from ..results.patch import Fit, Patch
 from ..storage import check_temporary
 from ..texts.batches import Batch
-from ..values.layers import layer_count
+from ..values.layers import blocks_of, layer_count
 from ..values.plan import Plan
-from .changes import Changes
-from .checkpoint import PatchCheckpoint
-from .counts import SOLVING, STEPPING, PatchLayers
+from .checkpoint import Changes, PatchCheckpoint
 from .descent import Descent, draw_steps, keep_best, kept_bytes, num_steps
-from .least_squares import FIRST_RIDGE, ChosenMap, HeldOut, NormalEquations, choose
+from .least_squares import FIRST_RIDGE, HeldOut, NormalEquations, choose
 from .states import (
     FILES,
     Spool,
-    StateSet,
     missing_equations,
     missing_rows,
     no_writer,
@@ -38,6 +39,43 @@ FIRST_WEIGHTS = (0.01, 0.001, 0.1, 1.0)
 
 ATTENTION_STEP = 0.5
 """The attention's part of its share of a jump; the feed-forward is then solved for all the rest."""
+
+SOLVING, STEPPING = 6, 3.3
+"""Layers that run in the time of solving a layer's matrices, and of a step of it, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchLayers:
+    """The layers that a full patch runs, by what they run on."""
+
+    num_layers: int  # of the whole model
+    num_blocks: int  # blocks that go; the layer before each is solved
+    walked: int  # of both models up to the last block, on all batches
+    judged: int  # for losses before and after, and behind solved layers, on held-out batches
+    rest: int  # of the whole model behind the last block, on the batches to descend on
+    moved: int  # in each step: those from the one before the first block on
+
+    @classmethod
+    def of(cls, num_layers: int, dropped: Iterable[int]) -> "PatchLayers":
+        """Count those of a cut of a model of so many layers."""
+        blocks = blocks_of(sorted(dropped))
+        stays = sorted({*range(num_layers)}.difference(*(one.layers for one in blocks)))
+        first, last, stop = blocks[0].start - 1, blocks[-1].start - 1, blocks[-1].stop
+        behind = [sum(layer >= one.start - 1 for layer in stays) for one in blocks]
+        walked = stop + sum(first <= layer < last for layer in stays)
+        judged = num_layers - first + 3 * behind[0] + sum(behind)
+        return cls(num_layers, len(blocks), walked, judged, num_layers - stop, behind[0])
+
+    def times(self, *, fitted: float, held_out: float, descended: float, stepped: float) -> float:
+        """Count what takes as long, about, times texts: of a pass, and ``stepped`` in all steps."""
+        walked = (self.walked + SOLVING * self.num_blocks) * (fitted + held_out)
+        steps = STEPPING * self.moved * stepped
+        return walked + self.judged * held_out + self.rest * descended + steps
+
+    def passes(self, steps: int) -> float:
+        """Count passes over all layers on disk; those that move are read once, and twice a step."""
+        read = self.walked + self.judged + self.rest + (1 + 2 * steps) * self.moved
+        return read / self.num_layers
 
 
 class Solver:
@@ -73,13 +111,10 @@ class Solver:
         states = FILES * tokens * width * dtype.itemsize
         check_temporary(states + kept_bytes(filter(is_on_disk, left)))
 
-        def stored(batches: Sequence[Batch]) -> Spool:
-            return Spool(batches, width, dtype, on_disk=True)
-
-        self.fitted, self.held_out = (
-            StateSet(batches, stored(batches), stored(batches)) for batches in self._batches
+        self.whole, self.cut, self._starts = (
+            [Spool(batches, width, dtype, on_disk=True) for batches in self._batches]
+            for _ in range(FILES)
         )
-        self._starts = [stored(batches) for batches in self._batches]
 
     def solve(self, progress: bool | None = None) -> Patch:
         """Solve the layers before the blocks, then let all matrices from there on descend."""
@@ -90,7 +125,7 @@ class Solver:
         solved = [layer for layer in self.survivors if first <= layer <= max(after)]
         self._embed()
         fits = []
-        steps, taken = draw_steps(self.fitted.batches), num_steps(self.fitted.batches)
+        steps, taken = draw_steps(self._batches[0]), num_steps(self._batches[0])
         counts = [len(batches) for batches in self._batches]
         total = PatchLayers.of(self.plan.num_layers, self.plan.dropped).times(
             fitted=counts[0],
@@ -99,8 +134,7 @@ class Solver:
             stepped=taken * sum(map(len, steps)) / len(steps),
         )
         with track("patch, layers run", round(total), progress), part(total) as self._bar:
-            self._advance_whole(0, first)
-            self._copy_whole()
+            self._advance(self.whole, range(first))
             self._keep_start()
             original, cut = self._loss(first, range(first, len(self.model))), self._loss(first)
             self._checkpoint = PatchCheckpoint(
@@ -114,7 +148,7 @@ class Solver:
             for layer in solved:
                 self._bar(0, f"layer {layer}")
                 target = after.get(layer, layer + 1)
-                self._advance_whole(layer, target)
+                self._advance(self.whole, range(layer, target))
                 if layer in after:
                     module = self.model.modules[layer]
                     known = self._checkpoint.fit(layer, module, self.changes)
@@ -122,7 +156,7 @@ class Solver:
                         fits.append(known or self._fit(layer, target))
                     self.first_weight, self.ridge = fits[-1].first_weight, fits[-1].ridge
                 if layer != solved[-1]:
-                    self._advance_cut(layer)
+                    self._advance(self.cut, (layer,))
             self._bar(0, "all layers")
             descent = self._descend(first, stop, fits[-1].nats)
         num_tokens, num_held_out = (
@@ -144,50 +178,39 @@ class Solver:
         """Say what an earlier run has kept of this patch, of the layers before the blocks."""
         taken, known = self._checkpoint.taken, len(self._checkpoint.solved(layers))
         if taken:
-            steps = num_steps(self.fitted.batches)
+            steps = num_steps(self._batches[0])
             say_goes_on(f"{taken:,} of {steps:,} steps of the patch were taken", progress)
         elif known:
             say_goes_on(f"solved {known} of {layer_count(len(layers))} before a block", progress)
 
     def _embed(self) -> None:
-        for states in (self.fitted, self.held_out):
+        for states in self.whole:
             for index, batch in enumerate(states.batches):
-                states.whole[index] = states.cut[index] = self.model.embed(batch)
-
-    def _copy_whole(self) -> None:
-        for states in (self.fitted, self.held_out):
-            for index in range(len(states.batches)):
-                states.cut[index] = states.whole[index]
-
-    def _advance_whole(self, layer: int, target: int) -> None:
-        sets = (self.fitted, self.held_out)
-        self._advance([(one.batches, one.whole) for one in sets], range(layer, target))
-
-    def _advance_cut(self, layer: int) -> None:
-        sets = (self.fitted, self.held_out)
-        self._advance([(one.batches, one.cut) for one in sets], (layer,))
+                states[index] = self.model.embed(batch)
 
     def _advance(
-        self,
-        moved: Sequence[tuple[Sequence[Batch], Spool]],
-        layers: Sequence[int],
-        indices: Sequence[int] | None = None,
+        self, moved: Sequence[Spool], layers: Sequence[int], indices: Sequence[int] | None = None
     ) -> None:
-        """Run layers on batches and their states, of the batches ``indices`` alone or of all."""
+        """Run layers on states of batches, of the batches ``indices`` alone or of all."""
         for some in self.model.passes(layers):
-            for batches, states in moved:
-                for index in range(len(batches)) if indices is None else indices:
-                    states[index] = self.model.run(batches[index], states[index], some)
+            for states in moved:
+                for index in range(len(states.batches)) if indices is None else indices:
+                    states[index] = self.model.run(states.batches[index], states[index], some)
                     self._bar(len(some))
 
     def _keep_start(self) -> None:
-        """Keep the states before the first layer that changes, to descend on and held out."""
-        chosen = self._descended, range(len(self.held_out.batches))
-        for states, start, indices in zip(
-            (self.fitted, self.held_out), self._starts, chosen, strict=True
+        """Begin the cut, and keep the states before the first layer that changes.
+
+        On those of some batches the cut descends, and on all that are held out.
+        """
+        chosen = self._descended, range(len(self._batches[1]))
+        for whole, cut, start, indices in zip(
+            self.whole, self.cut, self._starts, chosen, strict=True
         ):
+            for index in range(len(whole.batches)):
+                cut[index] = whole[index]
             for index in indices:
-                start[index] = states.whole[index]
+                start[index] = whole[index]
 
     def _descend(self, first: int, stop: int, nats: float) -> tuple[float, ...]:
         """Descend the divergence from the whole model, as far as the held-out loss falls.
@@ -197,20 +220,20 @@ class Solver:
         if not self.model.head.by_rows:
             return ()
         whole = range(stop, len(self.model))
-        self._advance([(self.fitted.batches, self.fitted.whole)], whole, self._descended)
-        fitted, held_out = self._starts
-        states = StateSet(self.fitted.batches, self.fitted.whole, fitted)
+        self._advance(self.whole[:1], whole, self._descended)
         layers = [layer for layer in self.survivors if layer >= first]
-        descent = Descent(self.model, layers, states=states, changes=self.changes)
-        each = STEPPING * len(layers) * len(self._descended) / len(draw_steps(self.fitted.batches))
+        descent = Descent(
+            self.model, layers, whole=self.whole[0], cut=self._starts[0], changes=self.changes
+        )
+        each = STEPPING * len(layers) * len(self._descended) / len(draw_steps(self._batches[0]))
         descent.run(lambda steps: self._bar(each * steps), self._checkpoint)
-        reached = keep_best(descent, lambda: self._loss(first, states=held_out), nats)
+        reached = keep_best(descent, lambda: self._loss(first, states=self._starts[1]), nats)
         return (reached,) if reached < nats else ()
 
     @cached_property
     def _descended(self) -> list[int]:
         """The batches to descend on."""
-        return sorted({index for step in draw_steps(self.fitted.batches) for index in step})
+        return sorted({index for step in draw_steps(self._batches[0]) for index in step})
 
     def _fit(self, layer: int, target: int) -> Fit:
         """Solve a layer's matrices for the whole model's state; the best of a few choices."""
@@ -218,8 +241,8 @@ class Solver:
             return self._best_fit(layer, target)
 
     def _best_fit(self, layer: int, target: int) -> Fit:
-        batch = self.held_out.batches[0]
-        writers = find_writers(self.model, layer, batch=batch, states=self.held_out.cut[0])
+        batch, states = self._batches[1][0], self.cut[1][0]
+        writers = find_writers(self.model, layer, batch=batch, states=states)
         feed_forward = writers.feed_forward
         if feed_forward is None:
             raise no_writer(layer)
@@ -231,13 +254,13 @@ class Solver:
         missing = missing or held_out.others.error()
         own = feed_forward.weight.to(equations.gram.device, copy=True)
         penalty = equations.scale.expand(len(equations.gram))
-        chosen = self._choose(equations, held_out, penalty, FIRST_WEIGHTS)
-        explained = 1.0 - held_out.others.error(chosen.solution) / missing
-        delta = chosen.solution.div_(feed_forward.scale)
+        solution, ridge, first_weight = self._choose(equations, held_out, penalty, FIRST_WEIGHTS)
+        explained = 1.0 - held_out.others.error(solution) / missing
+        delta = solution.div_(feed_forward.scale)
         self.changes.set(feed_forward, delta.add_(own))
         names = tuple(f"{layer}.{name}" for name in changed)
         nats = self._loss(layer)
-        fit = Fit(layer, names, target, chosen.ridge, chosen.first_weight, explained, nats)
+        fit = Fit(layer, names, target, ridge, first_weight, explained, nats)
         self._checkpoint.keep_fit(fit, self.model.modules[layer], changed)
         return fit
 
@@ -248,14 +271,14 @@ class Solver:
         diagonal = equations.gram.diagonal()
         parts = diagonal[:inputs], diagonal[inputs:]
         penalty = torch.cat([part.mean().expand(len(part)) for part in parts])
-        joint = self._choose(equations, held_out, penalty, (self.first_weight,)).solution
+        joint, *_ = self._choose(equations, held_out, penalty, (self.first_weight,))
         self.changes.add(attention, ATTENTION_STEP * joint[:, :inputs] / attention.scale)
         return held_out.others.error()
 
     def _sums(self, layer: int, writers: tuple[Writer, ...]) -> tuple[NormalEquations, HeldOut]:
         return (
-            missing_equations(self.model, layer, writers, states=self.fitted),
-            missing_rows(self.model, layer, writers, states=self.held_out),
+            missing_equations(self.model, layer, writers, whole=self.whole[0], cut=self.cut[0]),
+            missing_rows(self.model, layer, writers, whole=self.whole[1], cut=self.cut[1]),
         )
 
     def _choose(
@@ -264,7 +287,7 @@ class Solver:
         held_out: HeldOut,
         penalty: torch.Tensor,
         weights: Sequence[float],
-    ) -> ChosenMap:
+    ) -> tuple[torch.Tensor, float, float]:
         chosen = choose(equations, held_out, penalty, first_weights=weights, start=self.ridge)
         if chosen is None:
             raise not_finite()
@@ -276,8 +299,8 @@ class Solver:
         """The held-out loss, from the cut model's states before ``layer``."""
         if layers is None:
             layers = [index for index in self.survivors if index >= layer]
-        batches, total, count = self.held_out.batches, 0.0, 0
-        given = states or self.held_out.cut
+        batches, total, count = self._batches[1], 0.0, 0
+        given = states or self.cut[1]
         moved = [given[index] for index in range(len(batches))]
         for some in self.model.passes(layers):
             moved = [self.model.run(*pair, some) for pair in zip(batches, moved, strict=True)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def divide(
             parts[held].append(tokenised)
             counts[held] += len(tokenised.ids)
     for part in parts:
-        part.sort(key=_by_length)  # texts of one length together: less padding
+        part.sort(key=lambda one: (len(one.ids), one.text))  # of one length together: less padding
     at_once = BATCH_TOKENS * len(parts[0]) // max(1, counts[0])
     tokens = replace(tokens, batch_size=max(1, min(tokens.texts, at_once)))
     fitted, held_out = (
@@ -82,17 +82,13 @@ def divide(
     return fitted, held_out
 
 
-def _by_length(text: TokenisedText) -> tuple[int, str]:
-    return len(text.ids), text.text
-
-
 class Spool:
     """States of batches on the CPU, (B, T, D) a batch, in memory or in one temporary file."""
 
     def __init__(
         self, batches: Sequence[Batch], width: int, dtype: torch.dtype, *, on_disk: bool
     ) -> None:
-        self._batches, self._width = batches, width
+        self.batches, self._width = batches, width
         sizes = [batch.input_ids.size * width for batch in batches]
         like = torch.empty(sum(sizes), dtype=dtype, device="meta" if on_disk else "cpu")
         whole = in_file(like) if on_disk else like
@@ -108,22 +104,13 @@ class Spool:
 
     def like(self) -> "Spool":
         """Make room for other states of the same batches, in memory."""
-        return Spool(self._batches, self._width, self._parts[0].dtype, on_disk=False)
+        return Spool(self.batches, self._width, self._parts[0].dtype, on_disk=False)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._parts[index]
 
     def __setitem__(self, index: int, states: torch.Tensor) -> None:
         self._parts[index].copy_(states)
-
-
-@dataclass(slots=True)
-class StateSet:
-    """Batches with the states of the whole and of the cut model, (B, T, D) a batch."""
-
-    batches: Sequence[Batch]
-    whole: Spool
-    cut: Spool
 
 
 def _first_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
@@ -141,17 +128,18 @@ def _other_rows(batch: Batch, states: torch.Tensor) -> torch.Tensor:
 
 
 def missing_equations(
-    model: Layerwise, layer: int, writers: Sequence[Writer], *, states: StateSet
+    model: Layerwise, layer: int, writers: Sequence[Writer], *, whole: Spool, cut: Spool
 ) -> NormalEquations:
     """Run a layer, and sum up what is missing behind it to the whole model's states.
 
-    ``states`` are the cut model's before the layer, and those of the whole model to reach behind
-    it: first tokens come as near as :data:`FARTHEST` lets them. Inputs of the equations are those
-    of the layer's writers, joined; first tokens are kept apart, of prompts too, since all that
-    follows them attends to them. Other tokens of prompts are in neither, nor is padding.
+    ``cut`` are the cut model's states before the layer, and ``whole`` those of the whole model to
+    reach behind it: first tokens come as near as :data:`FARTHEST` lets them. Inputs of the
+    equations are those of the layer's writers, joined; first tokens are kept apart, of prompts too,
+    since all that follows them attends to them. Other tokens of prompts are in neither, nor is
+    padding.
     """
     equations: NormalEquations | None = None
-    for batch, inputs, missing, _ in _missing(model, layer, writers, states):
+    for batch, inputs, missing, _ in _missing(model, layer, writers, whole, cut):
         if equations is None:
             sizes = inputs.shape[-1], missing.shape[-1]
             equations = NormalEquations.empty(*sizes, inputs.device)
@@ -162,12 +150,12 @@ def missing_equations(
 
 
 def missing_rows(
-    model: Layerwise, layer: int, writers: Sequence[Writer], *, states: StateSet
+    model: Layerwise, layer: int, writers: Sequence[Writer], *, whole: Spool, cut: Spool
 ) -> HeldOut:
     """Run a layer on held-out texts, and keep what :func:`missing_equations` sums, by token."""
     held_out = HeldOut()
     kinds = (held_out.others, _other_rows), (held_out.firsts, _first_rows)
-    for batch, inputs, missing, aim in _missing(model, layer, writers, states):
+    for batch, inputs, missing, aim in _missing(model, layer, writers, whole, cut):
         for kind, take in kinds:
             kind.parts.append((take(batch, inputs), take(batch, missing)))
             kind.reached += float(take(batch, aim).double().square().sum())
@@ -175,17 +163,17 @@ def missing_rows(
 
 
 def _missing(
-    model: Layerwise, layer: int, writers: Sequence[Writer], states: StateSet
+    model: Layerwise, layer: int, writers: Sequence[Writer], whole: Spool, cut: Spool
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Run a layer batch by batch: inputs (B, T, F), and what is missing to states (B, T, D).
 
     Then these states that are aimed at, first tokens no farther than ``FARTHEST``.
     """
-    for index, batch in enumerate(states.batches):
+    for index, batch in enumerate(cut.batches):
         with _inputs([writer.module for writer in writers]) as taken:
-            output = model.run(batch, states.cut[index], (layer,))
+            output = model.run(batch, cut[index], (layer,))
         inputs = torch.cat([x.view(*output.shape[:2], -1) for x in taken()], dim=-1)
-        aim = states.whole[index].to(output.device, torch.float32, copy=True)
+        aim = whole[index].to(output.device, torch.float32, copy=True)
         missing = aim - output.float()
         missing[:, 0] *= _share_within_reach(batch, aim, missing[:, 0])
         aim[:, 0] = output[:, 0].float() + missing[:, 0]

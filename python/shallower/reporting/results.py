@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from ..values.layers import layer_count
 from ..values.plan import Plan
 from ..values.schema import of_type
 from .stories.evaluation import Values, evaluation_record
+from .story import PromptSample
 from .words import compared, costs, domain_learned
 
 if TYPE_CHECKING:
@@ -41,17 +42,6 @@ COLLAPSE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Continuations:
-    """One prompt answered greedily by the models of a run; None by those that are not there."""
-
-    prompt: str
-    whole: str
-    cut: str | None = None
-    patched: str | None = None
-    healed: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Run:
     """The results of a run, and where they are."""
 
@@ -61,7 +51,7 @@ class Run:
     whole: Loss  # loss on the test set
     splits: dict[str, int]  # numbers of calibration, selection and test texts
     recommended: Recommended | None = None  # the cut; None until it is known
-    continuations: tuple[Continuations, ...] = ()  # of the first prompts
+    continuations: tuple[PromptSample, ...] = ()  # of the first prompts, greedily
     # By `whole`, `cut`, `patched` and `healed`.
     speech: Mapping[str, Speech] = field(default_factory=dict)
     difference: float = math.nan  # of logits, the reloaded checkpoint to the model, at most
@@ -144,7 +134,7 @@ class Run:
             "num_samples": self.scan.num_samples,
             "num_rejected": self.scan.num_rejected,
             "dtype": self.scan.model and self.scan.model.dtype,
-            "continuations": [asdict(one) for one in self.continuations],
+            "continuations": [one.to_json() for one in self.continuations],
             "speech": {name: one.to_record() for name, one in self.speech.items()},
             "max_logits_difference": None if math.isnan(self.difference) else self.difference,
             "healing": self.healing and self.healing.to_json(),
@@ -172,7 +162,7 @@ class Run:
                 Loss.from_json(values["whole"]),
                 dict(values["splits"]),
                 None if done is None else Recommended.from_json(done),
-                tuple(Continuations(**one) for one in values["continuations"]),
+                tuple(map(PromptSample.from_json, values["continuations"])),
                 {name: Speech.from_json(one) for name, one in speech.items()},
                 math.nan if difference is None else of_type(float, difference),
                 command=of_type(str, values["command"]),

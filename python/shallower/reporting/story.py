@@ -8,11 +8,14 @@ from typing import Any
 from ..results.scores import Estimate, Scores
 from ..results.task_scores import TaskScores
 from ..values.counts import with_error
-from ..values.schema import finite
+from ..values.schema import finite, of_type
 from .charts.drawing import Drawing
 
 STORY_FORMAT = "shallower.report"
 """The format of the JSON beside a page."""
+
+MODELS = ("whole", "cut", "patched", "healed")
+"""The models of a run, from the whole one on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,17 @@ class PromptSample:
 
     prompt: str
     continued: Mapping[str, str]  # by model
+
+    def to_json(self) -> dict[str, str | None]:
+        """Give the prompt, and what each model of a run says, None for one that is not there."""
+        return {"prompt": self.prompt, **dict.fromkeys(MODELS), **self.continued}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, str | None]) -> "PromptSample":
+        """Read a sample; KeyError or TypeError for what is none."""
+        said = {name: values[name] for name in MODELS}
+        known = {name: of_type(str, text) for name, text in said.items() if text is not None}
+        return cls(of_type(str, values["prompt"]), known)
 
 
 @dataclass(frozen=True, slots=True)

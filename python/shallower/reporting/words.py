@@ -120,6 +120,21 @@ def dequantised(name: str, num_bytes: int, left: int, *, blocks: Iterable[Block]
     )
 
 
+def abbreviated(value: int, units: str) -> str:
+    """Write a number with three digits at least and a unit of thousands: ``6.74B``."""
+    power = 0
+    while value >= 999.5 * 1000**power and power < len(units):
+        power += 1
+    short = value / 1000**power
+    digits = f"{short:.3g}" if short < 999.5 else f"{short:,.0f}"
+    return digits + units[power - 1] if power else digits
+
+
+def capital(text: str) -> str:
+    """Begin a sentence with a text."""
+    return text[:1].upper() + text[1:]
+
+
 def megabytes(num_bytes: int) -> str:
     """``481 MB``, of 10^6 bytes."""
     return f"{num_bytes / 1e6:,.0f} MB"

@@ -1,5 +1,6 @@
 """CriteriaComparison: what criteria remove, and what that costs, row by row in each state."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -214,3 +215,83 @@ def with_regrets(measured: Sequence[MeasuredRow]) -> Iterator[Row]:
             continue
         regret = Estimate.of(scores.minus(best[row.n, row.state]))
         yield replace(row, standing=replace(row.standing, regret=regret))
+
+
+LOSSES = (0.05, 0.1, 0.2, 0.5)
+"""Nats a token above the whole model at which shares are given; the headline is of the second."""
+
+RankedCut = tuple[Row, Standing]
+"""A cut and what it loses, as the best of its size and state, of all criteria."""
+
+CUT_COLUMNS = {
+    **alike("model", "state"),
+    "share": "layers_share",
+    **estimated("lost", "standing.difference", "stderr"),
+    **alike("dropped", "criterion"),
+}
+"""The columns of such a cut, among those of several models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Borne:
+    """The share of its layers that a model can lose at a loss."""
+
+    model: str  # name of the model
+    state: State
+    loss: float  # nats a token above the whole model
+    share: float  # at which the line through the best cuts of all sizes first exceeds `loss`
+    low: float  # the same of losses that are one standard error higher
+    high: float  # the same of losses that are one standard error lower
+    most: float  # the largest share that was measured: a lower bound where `share` is this
+    num_layers: int  # of the model, of which whole ones alone can go
+
+    @property
+    def stderr(self) -> float:
+        """Half of what lies between ``low`` and ``high``; NaN where the line ends before."""
+        return math.nan if self.high >= self.most else (self.high - self.low) / 2
+
+    def __str__(self) -> str:
+        def written(share: float) -> str:
+            return f"{'≥ ' if share >= self.most else ''}{100 * share:.1f}"
+
+        whole = math.floor(self.share * self.num_layers + 1e-9)
+        if not whole:
+            return f"less than 1 of {self.num_layers} layers"
+        share = f"{written(self.share)} %"
+        if self.low < self.most:
+            share += f" ({100 * self.low:.1f} to {written(self.high)})"
+        return f"{share}, {whole} of {self.num_layers} layers"
+
+
+def share_borne(cuts: Sequence[RankedCut], loss: float, errors: float = 0.0) -> float:
+    """Find the share at which the line through (0, 0) and cuts, by size, first exceeds a loss.
+
+    ``errors`` standard errors are added to each cut's loss. A line that stays below it gives the
+    largest share.
+    """
+    before, below = 0.0, 0.0
+    for cut, standing in cuts:
+        more = standing.difference
+        lost = more.mean + errors * (more.stderr if math.isfinite(more.stderr) else 0.0)
+        if lost > loss:
+            return before + (loss - below) / (lost - below) * (cut.layers_share - before)
+        before, below = cut.layers_share, lost
+    return before
+
+
+def borne(cuts: Sequence[RankedCut]) -> list[Borne]:
+    """Give the share of its layers that a model bears at every loss, by cuts in one state."""
+    last = cuts[-1][0]
+    return [
+        Borne(
+            last.model,
+            last.state,
+            loss,
+            share_borne(cuts, loss),
+            share_borne(cuts, loss, 1.0),
+            share_borne(cuts, loss, -1.0),
+            last.layers_share,
+            round(len(last.dropped) / last.layers_share),
+        )
+        for loss in LOSSES
+    ]

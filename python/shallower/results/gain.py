@@ -10,7 +10,7 @@ from ..errors import ExpertsError
 from ..values.experts import DroppedExperts
 from ..values.layers import blocks_of
 from ..values.plan import Plan
-from ..values.schema import fields_of, of_type
+from ..values.schema import fields_of, of_type, plain_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,9 @@ class MeasuredGain:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values, with medians and ratios beside them."""
-        times = {name: list(getattr(self, name)) for name in _TIMES}
         return {
-            **asdict(self),
-            **times,
-            "medians": {name: median(values) for name, values in times.items()},
+            **plain_fields(self),
+            "medians": {name: median(getattr(self, name)) for name in _TIMES},
             "prefill_ratio": list(self.prefill_ratio),
             "decode_ratio": list(self.decode_ratio),
         }

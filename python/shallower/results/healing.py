@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ModelError, ShallowerError, why
+from ..errors import DAMAGED, ModelError, why
 from ..settings.recipe import Resolved
 from ..values.files import HEALING_FILE
 from ..values.identity import AnswersIdentity, ModelIdentity, TextsIdentity
@@ -14,8 +14,6 @@ from ..values.plan import Plan
 from ..values.provenance import versions
 from ..values.schema import fields_of, of_type
 from .loss import Loss
-
-_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, ShallowerError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +23,6 @@ class OptimiserStep:
     step: int
     loss: float
     learning_rate: float
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOutLoss:
-    """The held-out loss after so many steps."""
-
-    step: int
-    loss: Loss
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the step and the fields of the loss as plain JSON values."""
-        return {"step": self.step, **self.loss.to_figures()}
-
-    @classmethod
-    def from_json(cls, data: Any) -> "HeldOutLoss":
-        """Read what :meth:`to_json` gave; raises KeyError, TypeError, ValueError."""
-        return cls(of_type(int, of_type(dict, data)["step"]), Loss.from_json(data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +59,7 @@ class Healing:
         adapted: number of linear maps, or stacks of experts' ones, that have adapters.
         texts: identity of the training texts.
         steps: training losses.
-        held_out: held-out losses, from step 0; empty without held-out texts.
+        held_out: held-out losses by step, from 0 on; empty without held-out texts.
         best_step: the step whose adapters were kept, of the least held-out loss, or the last; 0
             if none was better than the patch that the training began from, which is then the
             result, without adapters.
@@ -98,7 +79,7 @@ class Healing:
     adapted: int
     texts: TextsIdentity
     steps: tuple[OptimiserStep, ...]
-    held_out: tuple[HeldOutLoss, ...]
+    held_out: Mapping[int, Loss]
     best_step: int
     original: Loss | None = None
     cut: Loss | None = None
@@ -110,12 +91,12 @@ class Healing:
     @property
     def before(self) -> Loss | None:
         """The held-out loss before the first step."""
-        return next((measured.loss for measured in self.held_out if measured.step == 0), None)
+        return self.held_out.get(0)
 
     @property
     def after(self) -> Loss | None:
         """The held-out loss at the step that was kept."""
-        return next((m.loss for m in self.held_out if m.step == self.best_step), None)
+        return self.held_out.get(self.best_step)
 
     @property
     def recovered(self) -> float | None:
@@ -142,7 +123,7 @@ class Healing:
             "recovered": self.recovered,
             "original": self.original.to_figures() if self.original else None,
             "cut": self.cut.to_figures() if self.cut else None,
-            "held_out": [measured.to_json() for measured in self.held_out],
+            "held_out": [{"step": at, **loss.to_figures()} for at, loss in self.held_out.items()],
             "steps": [asdict(step) for step in self.steps],
             "tokens_per_second": self.tokens_per_second,
             "merge": self.merge.to_json() if self.merge else None,
@@ -170,7 +151,7 @@ class Healing:
         path = path / HEALING_FILE if path.is_dir() else path
         try:
             return cls._from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, *_DAMAGED) as error:
+        except (OSError, *DAMAGED) as error:
             raise ModelError(
                 f"{path} is not a healing of shallower, or is damaged ({why(error, path)}): name "
                 f"what shallower heal left"
@@ -180,4 +161,7 @@ class Healing:
     def _from_json(cls, data: Any) -> "Healing":
         if (of_type(dict, data).get("format"), data.get("version")) != ("shallower.healing", 1):
             raise ValueError("expected format shallower.healing version 1")
-        return cls(**fields_of(cls, {"answers": None, **data}))
+        measured = of_type(list, data["held_out"])
+        held_out = {of_type(int, one["step"]): Loss.from_json(one) for one in measured}
+        values = fields_of(cls, {"answers": None, **data, "held_out": {}})
+        return cls(**{**values, "held_out": held_out})

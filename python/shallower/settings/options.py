@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from ..errors import CriterionError, LayersError, SettingsError
 from ..values.provenance import option_words
@@ -50,20 +51,17 @@ class Option:
         return {}
 
 
-class _Declared(NamedTuple):
-    """Declares fields of settings whose options stand in one group of the help."""
-
-    group: Group
-
-    def __call__(self, default: T, sentence: str, metavar: str | None = None, **more: Any) -> T:
-        """Declare a field by its default, and its option as :class:`Option` has it."""
-        made = Option(sentence, metavar, self.group, **more)
-        return field(default=default, metadata={"option": made})
+def _declared(
+    group: Group, default: T, sentence: str, metavar: str | None = None, **more: Any
+) -> T:
+    """Declare a field of settings by its default, and its option as :class:`Option` has it."""
+    return field(default=default, metadata={"option": Option(sentence, metavar, group, **more)})
 
 
-basic, target, repair = _Declared("basic"), _Declared("target"), _Declared("repair")
-measures, memory = _Declared("measures"), _Declared("memory")
-sharing, output = _Declared("sharing"), _Declared("output")
+basic, target = partial(_declared, "basic"), partial(_declared, "target")
+repair = partial(_declared, "repair")
+measures, memory = partial(_declared, "measures"), partial(_declared, "memory")
+sharing, output = partial(_declared, "sharing"), partial(_declared, "output")
 
 
 def options_of(kind: type) -> dict[str, Option]:

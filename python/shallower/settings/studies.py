@@ -57,12 +57,25 @@ class StudySettings(Settings):
     num_choosing: int = 96
     """Texts of the selection set at most; the others are for the calibration."""
     seed: int = option.measures(0, "Seed of whatever is drawn.", "N", least=0)
+    top: int = option.measures(4, "Proposals of every criterion.", "K", least=1)
+    heal_steps: int | None = option.repair(
+        None, "Steps of a healing, 16 sequences each; 5,000 by default.", "N", least=1
+    )
+    threads: int | None = option.memory(None, THREADS, "N", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_texts", "max_eval_texts"):
             self._check_least(name, 1, TextsError)
         self._check_least("seed", 0)
+        self._check_least("top", 1)
+        if self.heal_steps is not None:
+            self._check_least("heal_steps", 1, RecipeError)
+
+    @property
+    def after(self) -> str:
+        """When proposals are judged, as :data:`~.verification.AFTER` has it."""
+        return "patch"
 
     def to_json(self) -> dict[str, Any]:
         """Give all settings that results depend on, without places, as plain JSON values."""
@@ -81,29 +94,7 @@ class StudySettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RacingSettings(StudySettings):
-    """Settings of studies that race proposals."""
-
-    top: int = option.measures(4, "Proposals of every criterion.", "K", least=1)
-    heal_steps: int | None = option.repair(
-        None, "Steps of a healing, 16 sequences each; 5,000 by default.", "N", least=1
-    )
-    threads: int | None = option.memory(None, THREADS, "N", least=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_least("top", 1)
-        if self.heal_steps is not None:
-            self._check_least("heal_steps", 1, RecipeError)
-
-    @property
-    def after(self) -> str:
-        """When proposals are judged, as :data:`~.verification.AFTER` has it."""
-        return "patch"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings(RacingSettings):
+class RunSettings(StudySettings):
     """Settings of :func:`shallower.run`.
 
     The target is one of ``n``, ``fraction``, ``params``, ``max_loss``, ``target_latency`` and
@@ -256,7 +247,7 @@ class RunSettings(RacingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings(RacingSettings, TaskSettings):
+class CompareSettings(StudySettings, TaskSettings):
     """Settings of :func:`shallower.compare`.
 
     Criteria are names of the table ``shallower.criteria``, or criteria of your own; ``best_plan``,

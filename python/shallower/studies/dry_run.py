@@ -37,9 +37,9 @@ from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
 from ..models.unsaved import unsaved
-from ..patching.counts import SOLVING, PatchLayers
 from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import patch_tokens
+from ..patching.solver import SOLVING, PatchLayers
 from ..patching.states import MAX_HELD_OUT
 from ..results.speech import WAYS
 from ..settings.recipe import Recipe
@@ -48,7 +48,7 @@ from ..storage import free_bytes, temporary
 from ..texts.batches import TokenBatches
 from ..texts.prompts import prompt_ids
 from ..texts.splits import Splits
-from ..values.estimates import Disk, Divided, MemoryPlan
+from ..values.estimates import MemoryPlan, disk, divided
 from ..values.tokens import SPEECH_TOKENS
 from .answers import WantedAnswers
 from .compare import CompareStudy
@@ -66,7 +66,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
         name: (len(split.fit), len(split.choose), len(split.report))
         for name, split in study.splits.items()
     }
-    described: dict[str, Any] = {"split": Divided(counts)}
+    described: dict[str, Any] = {"split": divided(counts)}
     if getattr(study, "entry", None) is not None:
         return {**described, "time": "none: the result is cached"}
     models = cache(
@@ -75,7 +75,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     tasks = "tasks" if getattr(study.settings, "tasks", ()) else ""
     ways: dict[str, Callable[[], Any]] = {
         "memory": lambda: max((one.memory() for one in models()), key=_peak),
-        "disk": lambda: Disk(study_bytes(study), free_bytes(study.folder)),
+        "disk": lambda: disk(study_bytes(study), free_bytes(study.folder)),
         "time": lambda: forecast(*[one.counted for one in models()], beside=tasks, at_least=True),
     }
     if study.out is None:
@@ -84,7 +84,7 @@ def describe(study: Study[Any]) -> dict[str, Any]:
     if isinstance(study.settings, RunSettings) and isinstance(whole, ModelSource):
         described |= {"not_saved": lost} if (lost := unsaved(whole)) else {}
     if patches(study.settings):
-        ways["temporary"] = lambda: Disk(temporary_of(study), free_bytes(temporary()))
+        ways["temporary"] = lambda: disk(temporary_of(study), free_bytes(temporary()))
     if any(model.is_streamed for model in study.models):
         ways["stream"] = lambda: max(
             (one.stream() for one in models()), key=attrgetter("bytes_read")
@@ -166,7 +166,7 @@ class _Model:
         length = float(self.report.mean())
         return Counted(self.source, work, self._at_once, length)
 
-    def _tokenise(self, split: Splits) -> None:
+    def _tokenise(self, split: Splits[str]) -> None:
         """Count the tokens of the texts of a split, and of what its judge scores cuts on."""
         self.tokenizer = self.source.load_tokenizer()
         tokens = replace(self.settings.tokens, batch_size=self._at_once)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..cutting.cards import state_loss
 from ..cutting.source import CARD_FILE
 from ..errors import ModelError
-from ..evaluation.kept import UnsavedResults
+from ..evaluation.batches import UnsavedResults
 from ..evaluation.loss import measure_loss
 from ..evaluation.speech import Spoken
 from ..healing.checks import require_healable
@@ -113,7 +113,9 @@ class HealingStage:
         return replace(
             results,
             speech={**results.speech, "healed": spoken},
-            continuations=tuple(replace(one, healed=more.healed) for one, more in samples),
+            continuations=tuple(
+                replace(one, continued={**one.continued, **more.continued}) for one, more in samples
+            ),
         )
 
     def _trained(self, checkpoint: Path, place: Path, answers: Sequence[Answer] | None) -> Healing:

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_model
 from ..errors import PatchError
-from ..evaluation.batches import batches_of_texts
-from ..evaluation.kept import UnsavedResults
+from ..evaluation.batches import UnsavedResults, batches_of_texts
 from ..evaluation.loss import fitting_tokens
 from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges import judge_of
@@ -38,9 +37,9 @@ from ..scanning.scan import Scan
 from ..settings.recipe import Recipe
 from ..settings.studies import State
 from ..store.given_models import ModelStore
-from ..texts.batches import Batch, TokenBatches, TokenisedText, tokenise
+from ..texts.batches import AnyTexts, Batch, TokenBatches, TokenisedText, tokenise
 from ..texts.prompts import Prompt, prompts_fingerprint
-from ..texts.splits import TokenisedSplits
+from ..texts.splits import Splits
 from ..values.entries import ResultStore, recalled
 from ..values.identity import TextsIdentity
 from ..values.plan import Gone, Plan, gone_by, key_of
@@ -81,7 +80,7 @@ class Calibration:
     """
 
     name: str
-    split: TokenisedSplits
+    split: Splits[TokenisedText]
     fitted: str
     batches: Sequence[Batch]
     identity: TextsIdentity
@@ -134,20 +133,20 @@ class Measuring:
         self._measured: dict[tuple[Gone, State, str], Measured] = {}
         self._shares: dict[Gone, float] = {}  # of the seconds of cuts judged together
 
-    def _tokenised(self) -> dict[str, TokenisedSplits]:
+    def _tokenised(self) -> dict[str, Splits[TokenisedText]]:
         """All texts of the study, tokenised once; the test texts are the same for every name."""
-        found: dict[str, TokenisedSplits] = {}
+        found: dict[str, Splits[TokenisedText]] = {}
+
+        def tokenised(texts: AnyTexts) -> list[TokenisedText]:
+            return list(tokenise(self.tokenizer, texts, self.tokens.max_length))
+
         for name, split in self._study.splits.items():
-            report = next(iter(found.values())).report if found else split.report
-            sets = (
-                list(tokenise(self.tokenizer, texts, self.tokens.max_length))
-                for texts in (split.fit, split.choose, report)
-            )
-            found[name] = TokenisedSplits(*sets)
+            report = next(iter(found.values())).report if found else tokenised(split.report)
+            found[name] = Splits(tokenised(split.fit), tokenised(split.choose), report)
         return found
 
     @property
-    def split(self) -> TokenisedSplits:
+    def split(self) -> Splits[TokenisedText]:
         """The tokenised texts of a study on one kind of texts."""
         return next(iter(self.texts.values()))
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..evaluation.speech import Reference, Speaking, Spoken
     from ..forecasts.speed import Work
     from ..models.decoder import Decoder
-    from ..reporting.results import Continuations
+    from ..reporting.story import PromptSample
     from ..values.entries import ResultStore
     from .measures import Loaded
     from .study import Study
@@ -134,22 +134,22 @@ class SpeechOnPrompts(Measure[Speech]):
         assert self.reference is not None
         return self.reference.judged(value, decoder)
 
-    def samples(self, said: "Mapping[str, Spoken]") -> "tuple[Continuations, ...]":
+    def samples(self, said: "Mapping[str, Spoken]") -> "tuple[PromptSample, ...]":
         """Show what the whole model and others said, greedily, to the first prompts."""
-        from ..reporting.results import Continuations
+        from ..reporting.story import PromptSample
 
         reference = self.reference
         assert reference is not None
         tokenizer: Any = reference.speaking.tokenizer
-        words = {"whole": reference.words, **{name: one.own or {} for name, one in said.items()}}
+        words = {"whole": reference.words, **{name: own or {} for name, (_, own) in said.items()}}
 
         def text(answers: Mapping[str, Sequence[Answer]], place: int) -> str:
             written = [*answers["greedy"][place].written]
             return str(tokenizer.decode(written, skip_special_tokens=True))
 
         return tuple(
-            Continuations(
-                prompt.shown(tokenizer), **{name: text(one, place) for name, one in words.items()}
+            PromptSample(
+                prompt.shown(tokenizer), {name: text(one, place) for name, one in words.items()}
             )
             for place, prompt in enumerate(self.prompts[:NUM_SAMPLES])
         )

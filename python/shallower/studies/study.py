@@ -231,7 +231,7 @@ class Study(Generic[Settings]):
         return {name: ReadOnce(texts) for name, texts in self.named_texts.items()}
 
     @cached_property
-    def splits(self) -> "dict[str, Splits]":
+    def splits(self) -> "dict[str, Splits[str]]":
         """Calibration, selection and test texts, by the name of the calibration texts."""
         from ..texts.splits import three_splits
 
@@ -251,7 +251,7 @@ class Study(Generic[Settings]):
         return found
 
     @property
-    def split(self) -> "Splits":
+    def split(self) -> "Splits[str]":
         """Calibration, selection and test texts, of a study on one kind of texts."""
         return next(iter(self.splits.values()))
 

@@ -18,7 +18,8 @@ from ..results.verification import Verified
 from ..savings.roofline import cost_by_layer
 from ..scanning.scan import Scan
 from ..settings.target import Target
-from ..texts.splits import TokenisedSplits
+from ..texts.batches import TokenisedText
+from ..texts.splits import Splits
 from ..values.entries import ResultStore
 from ..values.plan import Plan
 from ..values.tokens import Tokens
@@ -39,7 +40,7 @@ class VerifiedPlans:
         study: Study[Any],
         decoder: Decoder,
         tokenizer: PreTrainedTokenizerBase,
-        splits: TokenisedSplits,
+        splits: Splits[TokenisedText],
         *,
         fitted: str,
         scanned: Callable[[], Scan],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from ..errors import TextsError
-from .sources import looked_up, numbered_records
+from .sources import read_items
 
 _CONTEXT = ("context", "query", "question")
 _OPTIONS = ("options", "choices")
@@ -32,17 +32,9 @@ def read_options(source: str | Path) -> list[OptionItem]:
     called ``choices``), a list of strings; and ``answer``, the index of the right option, from 0
     on. Others are ignored. A TextsError names the line.
     """
-    path, _, is_file = looked_up(source, "options")
-    if not is_file:
-        raise TextsError(f"there is no file of options {source}")
-    records = numbered_records(path, str(source))
-    items = [_item(record, number, f"{source}, line {number}") for number, record in records]
-    if not items:
-        raise TextsError(
-            f"there are no items in {source}: expected a JSON object a line, with the fields "
-            f"context, options and answer"
-        )
-    return items
+    return read_items(
+        source, "options", fields="the fields context, options and answer", read=_item
+    )
 
 
 def options_fingerprint(items: Iterable[OptionItem]) -> str:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import TextsError, why
 from .batches import untouched
-from .sources import looked_up, numbered_records
+from .sources import read_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,18 +74,9 @@ def read_prompts(source: str | Path | None = None, limit: int | None = None) -> 
     if limit is not None:
         _check_number(limit)
     source = SPEECH_PROMPTS if source is None else source
-    path, exists, is_file = looked_up(source, "prompts")
-    if not is_file:
-        found = f"{source} is a folder" if exists else f"there is no file of prompts {source}"
-        raise TextsError(f"{found}: expected JSON lines with the field `prompt`, or `messages`")
-    records = islice(numbered_records(path, str(source)), limit)
-    prompts = [_prompt(record, number, f"{source}, line {number}") for number, record in records]
-    if not prompts:
-        raise TextsError(
-            f"there are no prompts in {source}: expected a JSON object a line, with the field "
-            f"`prompt`, or `messages`"
-        )
-    return prompts
+    return read_items(
+        source, "prompts", fields="the field `prompt`, or `messages`", read=_prompt, limit=limit
+    )
 
 
 def given_prompts(

@@ -35,7 +35,7 @@ def hushed() -> Iterator[None]:
 
     The hub client's pauses are reported in a line, and TimeoutError raised if one is too long.
     """
-    with warnings.catch_warnings(), _THEIRS:
+    with warnings.catch_warnings(), _theirs_off():
         warnings.filterwarnings("ignore", module=r"(lm_eval|datasets|evaluate|sklearn)\b")
         yield
 
@@ -47,74 +47,66 @@ _CLIENT = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
 """The loggers of the hub client's pauses."""
 
 
-class _Fault(local):
-    """Why the client pauses, by the last warning in a thread."""
-
-    why = "the hub does not answer"
+_OF_THREAD = local()
+"""Why the client pauses, by the last warning in a thread."""
 
 
-class _Pauses(logging.Handler):
-    """Show why the hub's client pauses, and how long; TimeoutError where that is too long."""
+def _say_pause(record: logging.LogRecord) -> bool:
+    """Show why the hub's client pauses, and how long, in place of its own warnings.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._of_thread = _Fault()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Take a warning of the client: of what went wrong, or of the wait that follows it."""
-        text, fault = record.getMessage(), self._of_thread
-        if wait := re.search(r"(?:Waiting|Retrying in) ([\d.]+)s", text):
-            seconds = float(wait[1])
-            if seconds > MOST_WAIT:
-                raise TimeoutError(
-                    f"{fault.why}, and the next request may come in {seconds:.0f} s: try again then"
-                )
-            say(f"{fault.why}: asking again in {seconds:.0f} s")
-        elif url := re.search(r"(https?://[^/\s]+)", text):
-            status = re.search(r"HTTP Error (\d+)", text)
-            fault.why = f"{url[1]} " + (
-                f"answers with status {status[1]}" if status else "is silent"
+    TimeoutError where that is too long.
+    """
+    text = record.getMessage()
+    why = getattr(_OF_THREAD, "why", "the hub does not answer")
+    if wait := re.search(r"(?:Waiting|Retrying in) ([\d.]+)s", text):
+        seconds = float(wait[1])
+        if seconds > MOST_WAIT:
+            raise TimeoutError(
+                f"{why}, and the next request may come in {seconds:.0f} s: try again then"
             )
-            if text.endswith("Trying to resume download..."):
-                say(f"{fault.why}: asking again")
+        say(f"{why}: asking again in {seconds:.0f} s")
+    elif url := re.search(r"(https?://[^/\s]+)", text):
+        status = re.search(r"HTTP Error (\d+)", text)
+        why = f"{url[1]} " + (f"answers with status {status[1]}" if status else "is silent")
+        _OF_THREAD.why = why
+        if text.endswith("Trying to resume download..."):
+            say(f"{why}: asking again")
+    return False
 
 
-class _Theirs:
-    """Other packages' bars and notes, off while any thread is hushed, then as they were."""
+_LOCK = Lock()
+_TURN_ON: list[Callable[[], object]] = []
+_DEPTH = [0]
+"""Threads that are hushed, and what gives other packages their bars and notes back behind them."""
 
-    def __init__(self) -> None:
-        self._lock, self._depth = Lock(), 0
-        self._turn_on: list[Callable[[], object]] = []
 
-    def __enter__(self) -> None:
-        with self._lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # where a variable of the user decides
-            self._depth += 1
-            for one in map(logging.getLogger, _LOGGERS if self._depth == 1 else ()):
-                self._turn_on.append(partial(one.setLevel, one.level))
-                one.setLevel(logging.CRITICAL)
-            for one in map(logging.getLogger, _CLIENT if self._depth == 1 else ()):
-                self._turn_on += [
-                    partial(one.setLevel, one.level),
-                    partial(one.removeHandler, _WAITS),
-                    partial(setattr, one, "propagate", one.propagate),
-                ]
-                one.setLevel(logging.WARNING)
-                one.addHandler(_WAITS)
-                one.propagate = False
-            for name, told, switch in _SWITCHES:
-                module: Any = sys.modules.get(name)
-                if module and getattr(module, told)() == told.endswith("enabled"):
-                    getattr(module, switch.format("dis"))()
-                    self._turn_on.append(getattr(module, switch.format("en")))
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock, warnings.catch_warnings():
+@contextmanager
+def _theirs_off() -> Iterator[None]:
+    """Keep other packages' bars and notes off while any thread is hushed, then as they were."""
+    with _LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where a variable of the user decides
+        _DEPTH[0] += 1
+        if _DEPTH[0] == 1:
+            _set_levels()
+        for name, told, switch in _SWITCHES:
+            module: Any = sys.modules.get(name)
+            if module and getattr(module, told)() == told.endswith("enabled"):
+                getattr(module, switch.format("dis"))()
+                _TURN_ON.append(getattr(module, switch.format("en")))
+    try:
+        yield
+    finally:
+        with _LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._depth -= 1
-            while not self._depth and self._turn_on:
-                self._turn_on.pop()()
+            _DEPTH[0] -= 1
+            while not _DEPTH[0] and _TURN_ON:
+                _TURN_ON.pop()()
 
 
-_WAITS = _Pauses()
-_THEIRS = _Theirs()
+def _set_levels() -> None:
+    for logger in map(logging.getLogger, (*_LOGGERS, *_CLIENT)):
+        _TURN_ON.append(partial(logger.setLevel, logger.level))
+        logger.setLevel(logging.WARNING if logger.name in _CLIENT else logging.CRITICAL)
+        if logger.name in _CLIENT:
+            logger.addFilter(_say_pause)
+            _TURN_ON.append(partial(logger.removeFilter, _say_pause))

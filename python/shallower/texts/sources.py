@@ -2,16 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import MissingExtraError, TextsError, why
 from ..progress import shortened
 from .hub import hub_refusal
 from .quiet import hushed
+
+Item = TypeVar("Item")
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 HUB_DATASET = re.compile(r"[\w./-]{1,200}(:[^:/]{1,200}){1,2}")
@@ -212,6 +214,32 @@ def looked_up(source: str | Path, what: str) -> tuple[Path, bool, bool]:
         return path, path.exists(), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:
         raise TextsError(f"cannot read {what} from {source}: {why(error, source)}") from error
+
+
+def read_items(
+    source: str | Path,
+    what: str,
+    *,
+    fields: str,
+    read: Callable[[object, int, str], Item],
+    limit: int | None = None,
+) -> list[Item]:
+    """Read a file of ``what``, a JSON object a line with such fields; the first ``limit`` only.
+
+    ``read`` takes an object, the number of its line, and both in words. TextsError for what is no
+    file, or has no line.
+    """
+    path, exists, is_file = looked_up(source, what)
+    if not is_file:
+        found = f"{source} is a folder" if exists else f"there is no file of {what} {source}"
+        raise TextsError(f"{found}: expected JSON lines with {fields}")
+    records = islice(numbered_records(path, str(source)), limit)
+    items = [read(record, number, f"{source}, line {number}") for number, record in records]
+    if not items:
+        raise TextsError(
+            f"there are no {what} in {source}: expected a JSON object a line, with {fields}"
+        )
+    return items
 
 
 def read_whole(path: str | Path) -> str:

@@ -4,10 +4,9 @@ import random
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ..errors import TextsError
-from .batches import TokenisedText
 from .sources import own_texts
 
 NUM_CHOOSING = 16
@@ -22,16 +21,16 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class Splits:
-    """Texts by what they are for; no text is in two of the sets."""
+class Splits(Generic[Item]):
+    """Texts by what they are for, as they are or tokenised; no text is in two of the sets."""
 
-    fit: list[str]  # calibration: similarity is measured and maps are solved on these
-    choose: list[str]  # selection, in a random order: the first few are a sample
-    report: list[str]  # test: each once, as they were given
-    num_shared: int  # calibration texts that are only in the test set
+    fit: list[Item]  # calibration: similarity is measured and maps are solved on these
+    choose: list[Item]  # selection, in a random order: the first few are a sample
+    report: list[Item]  # test: each once, as they were given
+    num_shared: int = 0  # calibration texts that are only in the test set
     num_repeated: int = 0  # repeated calibration texts, which are left out
 
-    def training(self, unread: Iterable[str]) -> Iterator[str]:
+    def training(self: "Splits[str]", unread: Iterable[str]) -> Iterator[str]:
         """Yield the texts that a healing may train on, those first that no patch is fitted on.
 
         Texts of ``unread``, which lie behind those that were divided, come without the selection
@@ -43,22 +42,13 @@ class Splits:
         yield from reversed(self.fit)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenisedSplits:
-    """Calibration, selection and test texts, tokenised once for all that a study does with them."""
-
-    fit: Sequence[TokenisedText]
-    choose: Sequence[TokenisedText]
-    report: Sequence[TokenisedText]
-
-
 def three_splits(
     texts: Iterable[str],
     eval_texts: Iterable[str],
     *,
     num_choosing: int = NUM_CHOOSING,
     seed: int = 0,
-) -> Splits:
+) -> Splits[str]:
     """Divide texts into calibration and selection texts; the others are the test texts.
 
     Every k-th text chooses, evenly over all of them, a third at most; so both sets are of the

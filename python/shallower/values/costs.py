@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from ..errors import CostsError, LayersError, PlanError, ScanError
 from .counts import counted
-from .identity import ChosenBy, ModelIdentity, TextsIdentity
+from .identity import ModelIdentity, TextsIdentity
 from .layers import MAX_LAYERS, Block, check_plan, check_size, layer_number
 from .plan import STRATEGIES, Plan
 from .positions import Positions
@@ -250,7 +250,8 @@ class Costs:
         return [self._chosen(start, start + n) for start in starts]
 
     def _chosen(self, start: int, stop: int) -> Block:
-        by = ChosenBy(self.strategy, self.metric, self.model, self.texts, self.positions)
+        names = ("strategy", "metric", "model", "texts", "positions")
+        by = {name: getattr(self, name) for name in names}
         return replace(self.scored(Block(start, stop)), criterion=by)
 
     def plan(self, n: int) -> Plan:

@@ -31,22 +31,6 @@ class ResultStore(Protocol):
         """Open a journal; None if nothing is kept."""
 
 
-def recall(journal: TrialJournal | None, take: Callable[[dict[str, Any]], None], what: str) -> None:
-    """Read the records of a journal, if there is one.
-
-    ``take`` raises KeyError, TypeError or ValueError for a record that is damaged, which becomes a
-    CacheError that names it.
-    """
-    for number, record in enumerate(() if journal is None else journal.read()):
-        try:
-            take(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CacheError(
-                f"record {number} of the cached {what} is damaged ({error}): "
-                f"remove them (shallower cache --clear), or make them anew (--no-cache)"
-            ) from error
-
-
 def recalled(read: Callable[[dict[str, Any]], Value], known: dict[str, Any], what: str) -> Value:
     """Read a value that the store holds; a CacheError says that it is damaged."""
     try:
@@ -56,3 +40,9 @@ def recalled(read: Callable[[dict[str, Any]], Value], known: dict[str, Any], wha
             f"{what} in the store is damaged ({error}): remove it (shallower cache --clear), or "
             f"make it anew (--no-cache)"
         ) from error
+
+
+def recall(journal: TrialJournal | None, take: Callable[[dict[str, Any]], None], what: str) -> None:
+    """Read the records of a journal, if there is one; a CacheError names one that is damaged."""
+    for number, record in enumerate(() if journal is None else journal.read()):
+        recalled(take, record, f"record {number} of the {what}")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from types import MappingProxyType
@@ -21,51 +21,37 @@ def splits_words(splits: Mapping[str, int]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
-    """Why something cannot be estimated."""
+class Said:
+    """A value of a dry run, in words and as JSON."""
 
-    why: str
+    words: str
+    json: Mapping[str, Any]
 
-    def to_json(self) -> dict[str, str]:
-        """Give the sentence."""
-        return {"unknown": self.why}
-
-    def __str__(self) -> str:
-        return f"cannot be estimated beforehand: {self.why}"
-
-
-@dataclass(frozen=True, slots=True)
-class Divided:
-    """The number of calibration, selection and test texts, by the name of the calibration texts."""
-
-    counts: dict[str, tuple[int, int, int]]
-
-    def to_json(self) -> dict[str, dict[str, int]]:
-        """Give the counts by name."""
-        return {name: dict(zip(SETS, of, strict=True)) for name, of in self.counts.items()}
+    def to_json(self) -> dict[str, Any]:
+        """Give plain JSON values."""
+        return dict(self.json)
 
     def __str__(self) -> str:
-        several = len(self.counts) > 1
-        return "; ".join(
-            (f"{name}: " if several else "") + splits_words(of)
-            for name, of in self.to_json().items()
-        )
+        return self.words
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """Bytes that a command writes to a place, at most, and those that are free there."""
+def unknown(why: str) -> Said:
+    """Say why something cannot be estimated."""
+    return Said(f"cannot be estimated beforehand: {why}", {"unknown": why})
 
-    bytes: int
-    free_bytes: int
 
-    def to_json(self) -> dict[str, int]:
-        """Give both numbers."""
-        return {"bytes": self.bytes, "free_bytes": self.free_bytes}
+def divided(counts: Mapping[str, Sequence[int]]) -> Said:
+    """Say how many texts each set has, by the name of the calibration texts."""
+    sets = {name: dict(zip(SETS, of, strict=True)) for name, of in counts.items()}
+    words = (f"{name}: " * (len(sets) > 1) + splits_words(of) for name, of in sets.items())
+    return Said("; ".join(words), sets)
 
-    def __str__(self) -> str:
-        size = f"at most {format_size(self.bytes)}" if self.bytes >= 10**7 else "a few MB"
-        return f"{size} of {format_size(self.free_bytes)} that are free"
+
+def disk(most: int, free: int) -> Said:
+    """Say how many bytes a command writes to a place, at most, and how many are free there."""
+    size = f"at most {format_size(most)}" if most >= 10**7 else "a few MB"
+    numbers = {"bytes": most, "free_bytes": free}
+    return Said(f"{size} of {format_size(free)} that are free", numbers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,9 @@
-"""Identities of models and texts, and the criterion behind a choice of layers."""
+"""Identities of models, texts and answers."""
 
 import re
 from dataclasses import dataclass
 
 from .counts import counted
-from .positions import Positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +60,3 @@ class AnswersIdentity:
 
     def __str__(self) -> str:
         return f"{counted(self.num_answers, 'answer')} of {counted(self.num_tokens, 'token')}"
-
-
-@dataclass(frozen=True, slots=True)
-class ChosenBy:
-    """The criterion behind a choice of layers, and what it was applied to."""
-
-    strategy: str  # a row of `STRATEGIES`
-    metric: str | None = None  # behind the scores, if one decided
-    model: ModelIdentity | None = None
-    texts: tuple[TextsIdentity, ...] = ()  # for calibration, if any
-    positions: Positions | None = None  # of the tokens that were compared, if known

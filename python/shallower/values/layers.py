@@ -7,13 +7,12 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 from ..errors import LayersError
 from .counts import counted
-from .identity import ChosenBy
 from .schema import finite, of_type
 
 
@@ -22,16 +21,16 @@ class Block:
     """The layers ``start .. stop-1``, 0-based and half-open.
 
     ``score`` is the mean distance between the states x^(start) and x^(stop), which removing the
-    block joins, or its cost by another criterion; ``stderr`` is its standard error; ``criterion``
-    is known of a block that was chosen as the best. They do not count in comparisons: ``Block(11,
-    19) == scan.best_block(8)`` compares the range alone.
+    block joins, or its cost by another criterion; ``stderr`` is its standard error. A block that
+    was chosen as the best has as ``criterion`` what its :class:`Plan` says of the choice. They do
+    not count in comparisons: ``Block(11, 19) == scan.best_block(8)`` compares the range alone.
     """
 
     start: int
     stop: int
     score: float | None = field(default=None, compare=False)
     stderr: float | None = field(default=None, compare=False)
-    criterion: ChosenBy | None = field(default=None, compare=False, repr=False)
+    criterion: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("start", "stop"):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ExpertsError, LayersError, PlanError, PositionsError, why
+from ..errors import DAMAGED, ExpertsError, LayersError, PlanError, why
 from ..storage import write_file
 from .counts import counted
 from .experts import DroppedExperts
@@ -160,7 +160,7 @@ class Plan:
         by = blocks[0].criterion
         if by is None or any(block.criterion != by for block in blocks):
             return cls(num_layers, blocks)
-        return cls(num_layers, blocks, by.strategy, by.metric, by.model, by.texts, by.positions)
+        return cls(num_layers, blocks, **by)
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -274,17 +274,7 @@ class Plan:
                 f"cannot read the plan {path}: {why(error, path)}; name the file that shallower "
                 f"plan wrote, or its folder"
             ) from error
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            LayersError,
-            ExpertsError,
-            PlanError,
-            PositionsError,
-        ) as error:
+        except DAMAGED as error:
             raise PlanError(
                 f"{path} is not a plan of shallower, or is damaged: {why(error)}"
             ) from error

@@ -21,12 +21,6 @@ def versions(*more: str) -> dict[str, str]:
     return {package: one for package, one in found.items() if one is not None}
 
 
-def forward_versions() -> dict[str, str]:
-    """Versions by name of the packages that a forward depends on, and what is made of it."""
-    found = versions()
-    return {package: found[package] for package in ("shallower", "torch", "transformers")}
-
-
 @cache
 def _version(package: str) -> str | None:
     """The version of a package, read from its files once; None if it is not installed."""

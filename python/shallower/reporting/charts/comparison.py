@@ -8,8 +8,8 @@ from itertools import product
 from typing import Any, Literal
 
 from ...results.comparison import ComparedModel, CriteriaComparison, Row
-from ...results.scores import Standing
-from ...results.speech import Speech
+from ...results.scores import Scores, Standing
+from ...results.task_scores import TaskScores
 from ...settings.studies import STATES, State
 from ..words import patch_words, patched_name
 from .drawing import SERIES, Drawing
@@ -224,9 +224,34 @@ def _together(group: Group) -> list[tuple[str, tuple[State, ...], str]]:
     return [(ends[state], (state,), group.words(state)) for state in group.states]
 
 
+def _state_charts(
+    group: Group,
+    name: str,
+    placed: Placed,
+    whole: Point,
+    *,
+    text: str,
+    most: Callable[[Sequence[Line]], float] = lambda _: math.inf,
+    x: Axis | None = None,
+    **words: Any,
+) -> list[Drawing]:
+    """Draw a line for every criterion and state, in one figure or a figure for every state.
+
+    ``{when}`` in the text is where its states are named. What has no point has no figure.
+    """
+    x = x or Axis("layers dropped", is_share=True)
+    return [
+        line_chart(
+            f"{name}{end}", lines, text=text.format(when=when), most=most(lines), x=x, **words
+        )
+        for end, states, when in _together(group)
+        if (lines := _lines(group, states, placed, whole))
+    ]
+
+
 def _loss_charts(group: Group) -> list[Drawing]:
     """Draw losses over the shares of layers, of parameters if they are others, and of time."""
-    whole, found = group.model.whole, []
+    whole, found = group.model.whole, list[Drawing]()
     assert whole is not None
     most = 1.0 if whole.normalized < 1 else math.inf
     measured = [row for row in group.rows if row.standing]
@@ -236,101 +261,77 @@ def _loss_charts(group: Group) -> list[Drawing]:
         pairs = ((row.layers_share, row.parameters_share) for row in measured)
         if share == "parameters_share" and group.model.num_experts is None and is_one_figure(pairs):
             continue
-        for end, states, when in _together(group):
-            lines = _lines(
-                group,
-                states,
-                lambda row, share=share: _loss_point(row, share, whole.vocab_size),  # type: ignore[misc]
-                Point(0.0, whole.normalized, whole.normalized_stderr, "whole model"),
-            )
-            if not lines:
-                continue
-            found.append(
-                line_chart(
-                    f"loss_over_{share.removesuffix('_share')}{end}",
-                    lines,
-                    title=f"Loss over the share of {what} {verb}: {group.title}",
-                    text=f"Loss divided by ln V, so that 1 is a uniform guess, {when}, with bands "
-                    f"of one standard error. Each line is a criterion, those of least mean regret "
-                    f"{group.when} named first.",
-                    x=Axis(f"{what} {verb}", is_share=True),
-                    y=Axis("loss / ln V"),
-                    most=in_sight(lines, whole.normalized, most),
-                    references=[(whole.normalized, "whole model")],
-                )
-            )
+        found += _state_charts(
+            group,
+            f"loss_over_{share.removesuffix('_share')}",
+            partial(_loss_point, share, math.log(whole.vocab_size)),
+            Point(0.0, whole.normalized, whole.normalized_stderr, "whole model"),
+            title=f"Loss over the share of {what} {verb}: {group.title}",
+            text="Loss divided by ln V, so that 1 is a uniform guess, {when}, with bands of one "
+            "standard error. Each line is a criterion, those of least mean regret "
+            f"{group.when} named first.",
+            x=Axis(f"{what} {verb}", is_share=True),
+            y=Axis("loss / ln V"),
+            most=lambda lines: in_sight(lines, whole.normalized, most),
+            references=[(whole.normalized, "whole model")],
+        )
     return found
 
 
 def _task_charts(group: Group) -> list[Drawing]:
     drawings = []
     for place, task in enumerate(group.model.tasks):
-        first = Point(0.0, task.mean, task.stderr, "whole model")
-        for end, states, when in _together(group):
-            lines = _lines(group, states, partial(_task_point, task.task), first)
-            if not lines:  # no cut could be made or scored
-                continue
-            references = [(task.mean, "whole model")]
-            references += [] if task.chance is None else [(task.chance, "chance")]
-            drawings.append(
-                line_chart(
-                    f"task_{place}{end}",
-                    lines,
-                    title=f"{task.task}, {task.metric}, over the share of layers that go",
-                    text="Mean over items with bands of one standard error; dotted level lines "
-                    f"are the whole model and chance; {when}.",
-                    x=Axis("layers dropped", is_share=True),
-                    y=Axis(f"{task.task}, {task.metric}", is_share=True),
-                    references=references,
-                )
-            )
+        references = [(task.mean, "whole model")]
+        references += [] if task.chance is None else [(task.chance, "chance")]
+        drawings += _state_charts(
+            group,
+            f"task_{place}",
+            partial(_task_point, task.task),
+            Point(0.0, task.mean, task.stderr, "whole model"),
+            title=f"{task.task}, {task.metric}, over the share of layers that go",
+            text="Mean over items with bands of one standard error; dotted level lines "
+            "are the whole model and chance; {when}.",
+            y=Axis(f"{task.task}, {task.metric}", is_share=True),
+            references=references,
+        )
     return drawings
 
 
 def _speech_charts(group: Group) -> list[Drawing]:
     if group.model.speech is None:
         return []
-    first = _mean_point(0.0, group.model.speech, "whole model")
-    drawings = []
-    for end, states, when in _together(group):
-        if lines := _lines(group, states, _speech_point, first):
-            drawings.append(
-                line_chart(
-                    f"acceptance{end}",
-                    lines,
-                    title="Acceptance over the share of layers that go",
-                    text="The share of its own words that the whole model would accept from a cut, "
-                    f"by speculative decoding, with bands of one standard error; {when}.",
-                    x=Axis("layers dropped", is_share=True),
-                    y=Axis("acceptance", is_share=True),
-                )
-            )
-    return drawings
+    whole = group.model.speech.of("acceptance")
+    return _state_charts(
+        group,
+        "acceptance",
+        _speech_point,
+        Point(0.0, whole.mean, whole.stderr, "whole model"),
+        title="Acceptance over the share of layers that go",
+        text="The share of its own words that the whole model would accept from a cut, "
+        "by speculative decoding, with bands of one standard error; {when}.",
+        y=Axis("acceptance", is_share=True),
+    )
 
 
-def _loss_point(row: Row, share: str, vocab_size: int) -> Point | None:
+def _loss_point(share: str, size: float, row: Row) -> Point | None:
     if row.standing is None or not math.isfinite(row.standing.loss.mean):
         return None
-    loss, size = row.standing.loss, math.log(vocab_size)
+    loss = row.standing.loss
     return Point(getattr(row, share), loss.mean / size, loss.stderr / size, f"without {row.words}")
 
 
 def _task_point(name: str, row: Row) -> Point | None:
-    scores = row.task(name)
-    if scores is None:
-        return None
-    return Point(row.layers_share, scores.mean, scores.stderr, f"without {row.words}")
+    return _point(row, row.task(name))
 
 
 def _speech_point(row: Row) -> Point | None:
-    if row.speech is None:
+    return None if row.speech is None else _point(row, row.speech.of("acceptance"))
+
+
+def _point(row: Row, found: Scores | TaskScores | None) -> Point | None:
+    if found is None:
         return None
-    return _mean_point(row.layers_share, row.speech, f"without {row.words}")
-
-
-def _mean_point(share: float, speech: Speech, name: str) -> Point:
-    found = speech.of("acceptance")
-    return Point(share, found.mean, found.stderr, name)
+    return Point(row.layers_share, found.mean, found.stderr, f"without {row.words}")
 
 
 def _cost_charts(group: Group) -> list[Drawing]:

@@ -66,24 +66,12 @@ def require_matplotlib(purpose: str) -> None:
         raise MissingExtraError("matplotlib", "figures", purpose)
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A place in a figure that shows a text under the pointer."""
+Mark = tuple[float, float, str]
+"""A text that is shown under the pointer, so many points from the left and the upper edge."""
 
-    x: float  # points from the left edge
-    y: float  # points from the upper edge
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """The cells of a heat map, as a grid of values."""
-
-    left: float  # points from the left edge to the first cell
-    bottom: float  # points from the upper edge to the lower side of the first row
-    width: float  # points of a cell
-    height: float  # points of a cell
-    rows: tuple[tuple[float, ...], ...]  # values from the first cell on; rows may become shorter
+Grid = tuple[float, float, float, float]
+"""The first cell's left and lower side, in points from the left and the upper edge, and its size
+in points, (width, height)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +83,8 @@ class Drawing:
     text: str  # alternative text
     figure: "Figure"
     marks: tuple[Mark, ...] = ()  # texts at its points
-    cells: Cells | None = None  # of a heat map
+    grid: Grid | None = None  # of the cells of a heat map
+    rows: tuple[tuple[float, ...], ...] = ()  # their values; rows may become shorter
     head: tuple[str, ...] = ()  # columns of `numbers`
     numbers: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     _files: dict[str, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -173,7 +162,7 @@ def lay_out(figure: "Figure") -> None:
     figure.set_layout_engine("none")
 
 
-def marks_at(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> tuple[Mark, ...]:
+def marks_at(axes: "Axes", points: Sequence[Mark]) -> tuple[Mark, ...]:
     """Find where points lie in a figure that is laid out: a mark for each (x, y, text)."""
     figure = axes.figure
     height = figure.get_figheight() * 72  # type: ignore[union-attr]
@@ -181,5 +170,5 @@ def marks_at(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> tuple[
     found = []
     for x, y, text in points:
         right, up = axes.transData.transform((x, min(max(y, low), high)))
-        found.append(Mark(round(float(right), 1), round(height - float(up), 1), text))
+        found.append((round(float(right), 1), round(height - float(up), 1), text))
     return tuple(found)

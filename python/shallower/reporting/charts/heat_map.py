@@ -16,8 +16,8 @@ from ...values.files import HEAT_MAP_FILE
 from .drawing import (
     SETTINGS,
     WIDTH,
-    Cells,
     Drawing,
+    Grid,
     lay_out,
     marks_at,
     new_figure,
@@ -160,7 +160,7 @@ def _drawing(
         figure, axes = new_figure(WIDTH * 0.9)
         _draw_panel(axes, values, starts, label, shares)
         lay_out(figure)
-        cells = _cells(axes, rows)
+        grid = _grid(axes, *rows.shape)
     head: tuple[str, ...] = ("n", "l*", "angular distance")
     numbers: list[tuple[str, ...]] = [
         (str(n), str(start), f"{rows[n - 1, start]:.4f}") for n, start in enumerate(starts, 1)
@@ -168,7 +168,10 @@ def _drawing(
     if shares is not None:
         head += ("share of resamples",)
         numbers = [(*row, f"{100 * shares[int(row[0])]:.0f} %") for row in numbers]
-    return Drawing(name, title, text, figure, (), cells, head, tuple(numbers))
+    known = tuple(
+        tuple(round(float(value), 4) for value in row if np.isfinite(value)) for row in rows
+    )
+    return Drawing(name, title, text, figure, (), grid, known, head, tuple(numbers))
 
 
 def _draw_panel(
@@ -203,11 +206,8 @@ def _draw_panel(
     bar.outline.set_visible(False)
 
 
-def _cells(axes: "Axes", rows: NDArray[np.float64]) -> Cells:
-    """Find where the cells lie, and the distance of each."""
-    first, last = marks_at(axes, [(-0.5, 0.5, ""), (rows.shape[1] - 0.5, rows.shape[0] + 0.5, "")])
-    values = tuple(
-        tuple(round(float(value), 4) for value in row if np.isfinite(value)) for row in rows
-    )
-    width, height = (last.x - first.x) / rows.shape[1], (first.y - last.y) / rows.shape[0]
-    return Cells(first.x, first.y, width, height, values)
+def _grid(axes: "Axes", num_rows: int, num_columns: int) -> Grid:
+    """Find where the cells lie."""
+    ends = [(-0.5, 0.5, ""), (num_columns - 0.5, num_rows + 0.5, "")]
+    (left, bottom, _), (right, top, _) = marks_at(axes, ends)
+    return left, bottom, (right - left) / num_columns, (bottom - top) / num_rows

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ...results.borne import LOSSES, BestCut, Borne, borne
-from ...results.comparison import ComparedModel, Start
+from ...results.comparison import LOSSES, Borne, ComparedModel, RankedCut, Start, borne
 from ...scanning.scan import Scan
 from ...settings.studies import State
 from ...values.layers import ranges
@@ -17,20 +16,18 @@ from .heat_map import heat_maps
 from .plots import Axis, Line, Point, dot_chart, line_chart, series_colour
 
 
-def best_cuts(group: Group, state: State) -> list[BestCut]:
+def best_cuts(group: Group, state: State) -> list[RankedCut]:
     """The cut of least loss of every size in a state, of those that were measured."""
-    found: dict[float, BestCut] = {}
+    found: dict[float, RankedCut] = {}
     for n in group.sizes:
         for row, one in group.ranked(n, state):
-            cut = BestCut(
-                group.title, state, row.layers_share, one.difference, row.dropped, row.criterion
-            )
-            if cut.share not in found or cut.lost.mean < found[cut.share].lost.mean:
-                found[cut.share] = cut
+            best = found.get(row.layers_share)
+            if best is None or one.difference.mean < best[1].difference.mean:
+                found[row.layers_share] = replace(row, model=group.title), one
     return [found[share] for share in sorted(found)]
 
 
-def all_cuts(groups: Sequence[Group]) -> list[list[BestCut]]:
+def all_cuts(groups: Sequence[Group]) -> list[list[RankedCut]]:
     """The best cuts of every model and state that has some."""
     of = [best_cuts(group, state) for group in groups for state in group.states]
     return [cuts for cuts in of if cuts]
@@ -47,8 +44,8 @@ def borne_charts(groups: Sequence[Group]) -> list[Drawing]:
         Line(
             _named(of),
             (Point(0.0, 0.0, math.nan, "whole model"), *map(_point, _up_to(of, most))),
-            series_colour(titles.index(of[0].model)),
-            STATE_STYLES[of[0].state],
+            series_colour(titles.index(of[0][0].model)),
+            STATE_STYLES[of[0][0].state],
         )
         for of in cuts
     ]
@@ -188,19 +185,21 @@ def mean_regrets(group: Group) -> dict[str, tuple[float, float]]:
     }
 
 
-def _named(cuts: Sequence[BestCut]) -> str:
-    return f"{cuts[0].model}, {cuts[0].state}"
+def _named(cuts: Sequence[RankedCut]) -> str:
+    return f"{cuts[0][0].model}, {cuts[0][0].state}"
 
 
-def _up_to(cuts: Sequence[BestCut], most: float) -> Sequence[BestCut]:
+def _up_to(cuts: Sequence[RankedCut], most: float) -> Sequence[RankedCut]:
     """The cuts by size up to the first that loses more."""
-    above = next((place for place, cut in enumerate(cuts) if cut.lost.mean > most), len(cuts))
+    losses = [standing.difference.mean for _, standing in cuts]
+    above = next((place for place, lost in enumerate(losses) if lost > most), len(cuts))
     return cuts[: above + 1]
 
 
-def _point(cut: BestCut) -> Point:
-    lost, stderr = cut.lost.mean, cut.lost.stderr
-    return Point(cut.share, lost, stderr, f"without {ranges(cut.dropped)}, by {cut.criterion}")
+def _point(ranked: RankedCut) -> Point:
+    cut, lost = ranked[0], ranked[1].difference
+    what = f"without {ranges(cut.dropped)}, by {cut.criterion}"
+    return Point(cut.layers_share, lost.mean, lost.stderr, what)
 
 
 def _share(row: int, name: str, found: Borne) -> Point:

@@ -153,7 +153,7 @@ def line_chart(
     head = ("line", "point", x.label, y.label)
     if above:
         text += " A triangle at the upper edge is a value above it, which is written beside it."
-    return Drawing(name, title, text, figure, marks, None, head, numbers)
+    return Drawing(name, title, text, figure, marks, head=head, numbers=numbers)
 
 
 def dot_chart(
@@ -215,7 +215,8 @@ def dot_chart(
         for line in series
         for p in line.points
     )
-    return Drawing(name, title, text, figure, marks, None, ("", "series", x.label), numbers)
+    head = ("", "series", x.label)
+    return Drawing(name, title, text, figure, marks, head=head, numbers=numbers)
 
 
 def front_chart(
@@ -267,7 +268,7 @@ def front_chart(
         for one in sorted(points, key=lambda one: points[one][::-1])
     )
     head = ("", x.label, y.label, "on the front")
-    return Drawing(name, title, text, figure, marks, None, head, numbers)
+    return Drawing(name, title, text, figure, marks, head=head, numbers=numbers)
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:

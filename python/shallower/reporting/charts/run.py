@@ -75,8 +75,8 @@ def scan_charts(scan: Scan, shares: Shares | None) -> list[Drawing]:
 def healing_chart(healing: Healing) -> Drawing:
     """Draw the losses of a healing over its steps, with the models before it as level lines."""
     held_out = tuple(
-        Point(one.step, one.loss.nats, one.loss.stderr, f"step {one.step}")
-        for one in healing.held_out
+        Point(step, loss.nats, loss.stderr, f"step {step}")
+        for step, loss in healing.held_out.items()
     )
     lines = [Line("training, smoothed", _training(healing), "orange", "dotted", ",")]
     lines += [Line("held out", held_out, "blue", marker="o")] if held_out else []

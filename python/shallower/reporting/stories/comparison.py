@@ -17,6 +17,7 @@ from ..charts.models import titled_starts
 from ..story import Fact, ModelState, Number, Section, Story, Strip
 from ..words import (
     again,
+    capital,
     compared,
     differs,
     few_texts,
@@ -249,8 +250,7 @@ def _leads(comparison: CriteriaComparison, names: Sequence[str]) -> str:
 def _in_the_other_state(group: Group, best: Row) -> str:
     """Compare the order of a size, with its ``best`` first, with that of bare or patched cuts."""
     state: State = "patched" if group.state == "cut" else "cut"
-    others, where = group.ranked(best.n, state), group.words(state)
-    where = where[0].upper() + where[1:]
+    others, where = group.ranked(best.n, state), capital(group.words(state))
     if not others:
         return ""
     leader, standing = others[0]
@@ -303,7 +303,7 @@ def _steps(group: Group, shown: Shown) -> tuple[ModelState, ...]:
     steps = [ModelState("whole", Number.of(whole.nats, whole.stderr))]
     if shown is None:
         return tuple(steps)
-    rows = [row for row in group.rows if (row.criterion, row.n) == _named(shown[0])]
+    rows = [row for row in group.rows if (row.criterion, row.n) == (shown[0].criterion, shown[0].n)]
     found = [(row, row.standing) for row in rows if row.standing is not None]
     most = max([0.0, *(one.difference.mean for _, one in found)]) or 1.0
     for row, one in found:
@@ -312,10 +312,6 @@ def _steps(group: Group, shown: Shown) -> tuple[ModelState, ...]:
         share = max(0.0, one.difference.mean / most)
         steps.append(ModelState(name, Number.estimate(one.loss), more, share, row is shown[0]))
     return tuple(steps)
-
-
-def _named(row: Row) -> tuple[str, int]:
-    return row.criterion, row.n
 
 
 def _cost(group: Group, shown: Shown) -> str:
@@ -329,12 +325,12 @@ def _cost(group: Group, shown: Shown) -> str:
             f"whole model as a bare cut."
         )
     other = ""
-    beside = (each for each in group.rows if _named(each) == _named(row) and each is not row)
-    for each in beside:
-        if each.standing is not None:
+    for each in group.rows:
+        is_same = (each.criterion, each.n) == (row.criterion, row.n) and each is not row
+        if is_same and each.standing is not None:
             loss = Number.estimate(each.standing.loss).text
-            when = group.words(each.state, one=True)
-            other += f" {when[0].upper()}{when[1:]} its loss is {loss} nats a token."
+            when = capital(group.words(each.state, one=True))
+            other += f" {when} its loss is {loss} nats a token."
     return (
         f"The best cut of {layer_count(row.n)} has {ratio:.2f} times the perplexity of the whole "
         f"model {group.words(row.state, one=True)}, {100 * row.layers_share:.0f} % of its layers "

@@ -14,6 +14,7 @@ from ..charts.comparison import DIVERGENCES, Group
 from ..story import Cell, Number, Table
 from ..words import (
     BEST_OF_SEVERAL,
+    abbreviated,
     range_cell,
 )
 from .evaluation import CURVE_MEASURES, speech_cell
@@ -32,7 +33,7 @@ def losses_table(group: Group, state: State) -> Table:
             "parameters", "layer forwards", "choice", "seconds"]  # fmt: skip
     if judged:
         head.insert(4, "divergence" if judged == "score" and _diverges(group) else judged)
-    rows = [row for n in group.sizes for row in _of_size(group, n, state)]
+    rows = _in(group, state)
     unit = group.unit if state == "cut" else "nats a token"
     return Table(
         f"Layers less, {group.words(state)}"
@@ -103,7 +104,7 @@ def _cells(group: Group, row: Row, judged: str) -> tuple[Cell, ...]:
         _narrow(regret),
         _verdict(standing) if len(group.criteria) > 1 else "",
         Number.share(row.parameters_share, 1),
-        Number(_count(row.layer_forwards), row.layer_forwards),
+        Number(abbreviated(row.layer_forwards, "kMG"), row.layer_forwards),
         Number(_duration(row.choice_seconds), row.choice_seconds),
         Number.of(row.seconds, digits=0),
     )
@@ -212,18 +213,6 @@ def criteria_table(criteria: Sequence[Mapping[str, str]]) -> Table:
     """Tabulate criteria, each with its ``name``, ``summary`` and ``cost``."""
     rows = tuple((one["name"], one["summary"], one["cost"]) for one in criteria)
     return Table("Criteria", ("criterion", "what it goes by", "what it costs"), rows)
-
-
-def _count(number: int) -> str:
-    """Write ``840``, ``12.3k``, ``4.56M``: three digits at least."""
-    if number < 1000:
-        return str(number)
-    unit, size = next(
-        (unit, size)
-        for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9))
-        if number < 999.5 * size or unit == "G"
-    )
-    return f"{number / size:.3g}{unit}" if number < 999.5e9 else f"{number / size:,.0f}{unit}"
 
 
 def _duration(seconds: float) -> str:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...results.borne import LOSSES, Borne, borne
-from ...results.comparison import ComparedModel
+from ...results.comparison import CUT_COLUMNS, LOSSES, Borne, ComparedModel, borne
 from ...scanning.scan import Scan
-from ...values.schema import plain
+from ...values.schema import flat, plain
 from ..charts.comparison import Group
 from ..charts.models import (
     all_cuts,
@@ -25,7 +24,7 @@ def data_of_models(groups: Sequence[Group]) -> dict[str, Any]:
     """The numbers of several models as plain JSON values: best cuts, shares borne, mean regrets."""
     cuts = all_cuts(groups)
     data = {
-        "cuts": [cut for of in cuts for cut in of],
+        "cuts": [flat(cut, CUT_COLUMNS) for of in cuts for cut, _ in of],
         "borne": [one for of in cuts for one in borne(of)],
         "regrets": {group.title: mean_regrets(group) for group in groups},
     }
@@ -71,7 +70,7 @@ def bears_section(groups: Sequence[Group], drawn: bool) -> Section:
     """Say which share of its layers each model bears, and by which cuts."""
     best = all_cuts(groups)
     rows: list[tuple[Cell, ...]] = [
-        (of[0].model, of[0].state, *(Number(str(one), one.share) for one in borne(of)))
+        (of[0][0].model, of[0][0].state, *(Number(str(one), one.share) for one in borne(of)))
         for of in best
     ]
     head = ("model", "state", *(f"at {loss:g} nats" for loss in LOSSES))
@@ -85,13 +84,13 @@ def bears_section(groups: Sequence[Group], drawn: bool) -> Section:
         (
             cut.model,
             cut.state,
-            Number.share(cut.share, 1),
+            Number.share(cut.layers_share, 1),
             range_cell(cut.dropped),
-            Number.estimate(cut.lost, sign=True),
+            Number.estimate(standing.difference, sign=True),
             cut.criterion,
         )
         for of in best
-        for cut in of
+        for cut, standing in of
     ]
     tables = [
         Table("The share of its layers that each model bears", head, tuple(rows), note),

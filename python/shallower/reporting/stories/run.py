@@ -24,11 +24,12 @@ from ...values.files import (
 from ...values.layers import drop_option
 from ...values.provenance import command_line
 from ..charts.run import healing_chart, race_charts, scan_charts
-from ..results import Continuations, Run
-from ..story import Fact, ModelState, Number, PromptSample, Section, Story, Strip, Table
+from ..results import Run
+from ..story import MODELS, Fact, ModelState, Number, Section, Story, Strip, Table
 from ..words import (
     again,
     came_back,
+    capital,
     compared,
     dequantised,
     differs,
@@ -43,10 +44,10 @@ from ..words import (
     small_model,
 )
 from .evaluation import repeats_warning, speech_table
-from .gain import gain_table
 from .stages import (
     candidates_table,
     failed_proposals,
+    gain_table,
     healing_table,
     losses_table,
     rejected,
@@ -61,7 +62,6 @@ UNFINISHED = (
 )
 """The warning of a run that was interrupted, or is running."""
 
-_STATES = ("whole", "cut", "patched", "healed")
 _SETS = {"losses": "", "out_of_domain": " out of domain"}
 """Where ``results.json`` has losses by state, and of which texts they are."""
 
@@ -86,7 +86,7 @@ def speech_section(run: Run) -> Section:
     """Show the generation of a run's models beside the whole one, by figures and by samples."""
     lines = ["Samples are of the likeliest tokens; the figures are of all prompts."]
     best = run.recommended
-    speech = {name: run.speech[name] for name in _STATES if name in run.speech}
+    speech = {name: run.speech[name] for name in MODELS if name in run.speech}
     if best is not None and best.state in speech and best.state != "whole":
         lost = speech[best.state].minus(speech["whole"])["loss_under_whole"]
         acceptance, departure = (
@@ -101,8 +101,7 @@ def speech_section(run: Run) -> Section:
             f"its own{', a tie' if lost.tied else ''}.",
         )
     tables = (speech_table(speech),) if speech else ()
-    samples = tuple(map(_sample, run.continuations))
-    return Section("How it speaks", tuple(lines), tables=tables, samples=samples)
+    return Section("How it speaks", tuple(lines), tables=tables, samples=run.continuations)
 
 
 class _RunStory:
@@ -139,7 +138,7 @@ class _RunStory:
 
     def _steps(self) -> tuple[ModelState, ...]:
         best = self._best
-        losses = [(name, loss) for name in _STATES if (loss := getattr(best, name)) is not None]
+        losses = [(name, loss) for name in MODELS if (loss := getattr(best, name)) is not None]
         most = max(loss.nats - best.whole.nats for _, loss in losses) or 1.0
         steps = []
         for name, loss in losses:
@@ -252,7 +251,7 @@ class _RunStory:
         if scan.positions is not None:
             facts.append(Fact("compared tokens", str(scan.positions), f"{SCAN_FILE}: positions"))
         lines = (
-            f"{_capital(self._best.reason)}.",
+            f"{capital(self._best.reason)}.",
             "Calibration, selection and test set share no text: losses of the recommendation and "
             "of the sizes are of the test set, those of the race of the selection set.",
         )
@@ -260,7 +259,7 @@ class _RunStory:
 
     def _sure(self) -> Section:
         best, verified = self._best, self._best.verified
-        lines = [f"{_capital(verified.sentence())}."]
+        lines = [f"{capital(verified.sentence())}."]
         if best.by_distance is not None:
             lines.append(
                 f"The loss of the block of least angular distance is {compared(best.by_distance)} "
@@ -363,19 +362,10 @@ class _RunStory:
         return differs(length, dtype, self._best.plan.versions)
 
 
-def _sample(one: Continuations) -> PromptSample:
-    said = {name: text for name in _STATES if (text := getattr(one, name)) is not None}
-    return PromptSample(one.prompt, said)
-
-
 def _cost(best: Recommended) -> str:
     """Say the cost in words of perplexity, and the share of the lost nats that came back."""
     words = perplexity_words(best.whole, best.loss, best.difference)
-    return words if best.state == "cut" else f"{words} {_capital(came_back(best.shares))}."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return words if best.state == "cut" else f"{words} {capital(came_back(best.shares))}."
 
 
 def _apart(score: float, stderr: float, other: Estimate) -> bool:

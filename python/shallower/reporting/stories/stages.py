@@ -1,14 +1,17 @@
-"""Tables of what the stages make: a scan, a plan, experts, a race, a healing, a patch."""
+"""Tables of what the stages make: a scan, a plan, experts, a race, a healing, a patch, a gain."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 
 from ...experts.criteria import CRITERIA
 from ...experts.statistics import ExpertStatistics
+from ...results.gain import Forecast, Gain, MeasuredGain
 from ...results.healing import Healing
 from ...results.loss import Loss, recovered
 from ...results.patch import Patch
 from ...results.scores import Estimate
 from ...results.verification import Candidate, Verified
+from ...savings.devices import HERE
 from ...scanning.choice import ScanChoice
 from ...scanning.scan import Scan
 from ...values.costs import BootstrappedStart
@@ -16,7 +19,7 @@ from ...values.counts import counted
 from ...values.layers import Block, blocks_of, drop_option, layer_count, ranges
 from ...values.plan import Plan
 from ..story import Cell, Number, Table
-from ..words import by_choice, came_back, range_cell
+from ..words import abbreviated, by_choice, came_back, range_cell
 
 MOST_CANDIDATES = 20
 MOST_NAMES = 3
@@ -117,10 +120,9 @@ def failed_proposals(verified: Verified) -> list[str]:
 def healing_table(healing: Healing) -> Table:
     """Tabulate the held-out loss over the measured steps of a healing."""
     training = {step.step: Number.of(step.loss) for step in healing.steps}
-    losses = [(str(one.step), one.loss, one.step) for one in healing.held_out]
     rows: list[tuple[Cell, ...]] = [
-        (step, Number.of(loss.nats, loss.stderr), training.get(number, Number("")))
-        for step, loss, number in losses
+        (str(step), Number.of(loss.nats, loss.stderr), training.get(step, Number("")))
+        for step, loss in healing.held_out.items()
     ] or [(str(healing.best_step), Number(""), training.get(healing.best_step, Number("")))]
     if healing.cut:
         cut = Number.of(healing.cut.nats, healing.cut.stderr)
@@ -293,3 +295,84 @@ def _left_out(parts: int) -> str:
 def _named(experts: tuple[int, ...]) -> str:
     """Experts as ``--drop-experts`` names those of a layer."""
     return drop_option(blocks_of(experts))
+
+
+# What a cut saves
+_Row = tuple[str, str, str, str]
+"""A name, before, after, and their ratio."""
+
+
+def gain_table(gain: Gain) -> Table:
+    """Tabulate what a cut saves: sizes, two rows for every device, and what was measured."""
+    texts = "one text" if gain.batch == 1 else counted(gain.batch, "text")
+    rows = [*_sizes(gain)]
+    for one in gain.forecasts:
+        rows += _times(one)
+    fits = all(one.fits_before and one.fits_after for one in gain.forecasts)
+    note = f"Times: estimates by the roofline{'' if fits else '; * does not fit into the memory'}."
+    note += "".join(f" This machine: {one.source}." for one in gain.forecasts if one.device == HERE)
+    if gain.measured is not None:
+        rows += _measured(gain.measured)
+        note += (
+            f" Measured: medians of {counted(len(gain.measured.decode_before), 'turn')}; ratio: "
+            f"median, least and greatest of the turns' own, too noisy around 1."
+        )
+    return Table(
+        f"What it gains: {gain.model} without {gain.words}, "
+        f"{texts} of {counted(gain.context, 'token')} in {gain.dtype}",
+        ("what", "before", "after", "ratio"),
+        tuple(rows),
+        note,
+    )
+
+
+def _sizes(gain: Gain) -> Iterator[_Row]:
+    for label, name, write in (
+        ("layers", "num_layers", str),
+        ("parameters", "parameters", _count),
+        ("weights", "weight_bytes", _bytes),
+        ("KV cache a token", "kv_bytes_per_token", _bytes),
+        ("KV cache", "kv_bytes", _bytes),
+        ("FLOPs, prefill", "prefill_flops", _count),
+        ("FLOPs, token", "decode_flops", _count),
+    ):
+        before, after = (write(getattr(size, name)) for size in (gain.before, gain.after))
+        ratio = gain.ratios().get(name)
+        yield label, before, after, "-" if ratio is None else f"{ratio:.3f}"
+
+
+def _times(one: Forecast) -> Iterator[_Row]:
+    for phase, early, late in (
+        ("prefill", one.prefill_before, one.prefill_after),
+        ("token", one.decode_before, one.decode_after),
+    ):
+        before, after = _time(early, one.fits_before), _time(late, one.fits_after)
+        yield f"{one.title}, {phase}", before, after, f"{late / early:.3f}"
+
+
+def _measured(found: MeasuredGain) -> Iterator[_Row]:
+    for phase, early, late, ratio in (
+        ("prefill", found.prefill_before, found.prefill_after, found.prefill_ratio),
+        ("token", found.decode_before, found.decode_after, found.decode_ratio),
+    ):
+        middle, least, most = ratio
+        words = f"[{least:.3f}, {most:.3f}]"
+        words = f"too noisy {words}" if least <= 1 <= most else f"{middle:.3f} {words}"
+        yield f"measured here, {phase}", _time(median(early)), _time(median(late)), words
+    before, after = found.peak_before, found.peak_after
+    yield "measured here, peak memory", _bytes(before), _bytes(after), f"{after / before:.3f}"
+
+
+def _count(value: int) -> str:
+    return abbreviated(value, "KMBT")
+
+
+def _bytes(value: int) -> str:
+    return abbreviated(value, "KMGT") + "B"
+
+
+def _time(seconds: float, fits: bool = True) -> str:
+    milliseconds = 1e3 * seconds
+    text = f"{milliseconds:.2f} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
+    text = f"{seconds:.1f} s" if seconds >= 10 else text
+    return text if fits else f"{text} *"
