@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 import shallower as sh
 from shallower import OutputError
+from shallower.cutting.checkpoint_files import count_weights
 from shallower.reporting import report as reports
 from shallower.reporting.report import read_story, report
 from shallower.reporting.results import Run
@@ -21,7 +22,6 @@ from shallower.reporting.stories.comparison import comparison_story
 from shallower.reporting.stories.run import UNFINISHED, run_story
 from shallower.reporting.words import layer_words
 from shallower.results.scores import Difference
-from shallower.savings.weights import count_weights
 from tests.reporting.comparisons import comparison, curve
 from tests.reporting.stories import loss, made_run, write
 

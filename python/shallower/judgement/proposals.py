@@ -14,8 +14,7 @@ from .criteria.layer_change import BlockInfluence, Magnitude, XMerge
 from .criteria.similarity import Angular, LinearCka, RelativeL2
 from .criterion import Criterion
 from .stored_costs import recalled_costs, recorded_costs
-from .subject import Subject
-from .token_states import PROBED, evenly
+from .subject import Subject, evenly
 
 Cut = frozenset[int]
 
@@ -31,6 +30,9 @@ PROPOSERS: tuple[Criterion, ...] = (
 
 PROPOSING_TEXTS = 8
 """Texts that the criteria look at, evenly over the calibration texts."""
+
+PROBED = 2
+"""Forwards of one text by which a model is checked before it is run layer by layer."""
 
 TRIED = 8
 """Exchanges of a step that are judged: those that are guessed to be the best."""

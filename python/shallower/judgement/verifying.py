@@ -37,8 +37,7 @@ from .proposals import (
     proposing_layers,
 )
 from .racing import ALPHA, lost
-from .subject import Subject
-from .token_states import evenly
+from .subject import Subject, evenly
 from .trials import AnyCut, Count, Trials, judge_inputs, kept_trials
 
 PATCH_TEXTS = 24

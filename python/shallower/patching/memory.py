@@ -60,7 +60,7 @@ class PatchStep:
         )
 
     def parts(self, texts: int, recompute: bool | None = None) -> dict[str, int]:
-        """Count the bytes as ``memory.plan.Step``; what does not fit a GPU stays beside it."""
+        """Count the bytes as ``memory.plan.Parts``; what does not fit a GPU stays beside it."""
         model, weights = self._states.model, sum(self._states.weights.values())
         forward, losses = (
             step.parts(texts)["activations"] for step in (self._states, self._losses)
@@ -109,7 +109,8 @@ def plan_patch(
         step.parts(texts)
         return step
 
-    return plan_step(first_that_runs(rehearsed), [(texts, None)], room.size)
+    step = first_that_runs(rehearsed)
+    return plan_step(None if step is None else step.parts, [(texts, None)], room.size)
 
 
 def temporary_bytes(

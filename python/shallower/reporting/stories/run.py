@@ -4,12 +4,12 @@ import math
 import shlex
 from pathlib import Path
 
+from ...cutting.checkpoint_files import CheckpointSize, count_weights
 from ...errors import MetricError, ScanError
 from ...models.dtypes import QUANTISED
 from ...results.gain import Gain
 from ...results.recommendation import Recommended
 from ...results.scores import Estimate
-from ...savings.weights import CheckpointSize, count_weights
 from ...values.costs import NUM_RESAMPLES
 from ...values.counts import counted
 from ...values.estimates import splits_words
