@@ -195,14 +195,6 @@ def test_a_sure_start_is_sure_and_equal_starts_go_to_the_first():
     assert all(one.probability == one.distribution[0] == 1 for one in equal.values())
 
 
-def test_samples_are_drawn_evenly():
-    counts = np.zeros(7)
-    for index in range(3000):
-        counts += np.bincount(reference.resample(7, 11, index), minlength=7)
-    chi_squared = ((counts - 3000) ** 2 / 3000).sum()
-    assert chi_squared < 30
-
-
 def test_other_threads_run_while_samples_are_drawn():
     scan = kept(walk(20_000, 12))
     assert ticks_beside(lambda: scan.bootstrap(1000, threads=1)) >= 3

@@ -37,7 +37,7 @@ from tests.scanning.samples import (
     signed,
     stored,
 )
-from tests.values.damage import JSON, damaged, mistyped
+from tests.values.damage import damaged, mistyped
 
 
 # Files
@@ -102,20 +102,6 @@ def test_a_truncated_scan_is_refused_at_every_length(scan_file):
         os.truncate(scan_file, length)
         with pytest.raises(ScanError):
             Scan.load(scan_file)
-
-
-def test_a_scan_with_more_behind_it_is_refused(scan_file):
-    content = scan_file.read_bytes()
-    for more in (b"\0", b" " * 8, content):
-        scan_file.write_bytes(content + more)
-        with pytest.raises(ScanError):
-            Scan.load(scan_file)
-
-
-@given(st.binary(max_size=300))
-def test_bytes_that_are_no_scan_are_refused(content):
-    with pytest.raises(ScanError):
-        load(content)
 
 
 def test_a_scan_with_a_flipped_byte_is_refused_or_of_use(scan_file):
@@ -205,11 +191,3 @@ def test_a_scan_damaged_anyhow_is_refused_or_of_use(data):
 def test_a_scan_whose_file_header_is_damaged_is_refused_or_of_use(data):
     header, _, sums = described()
     refused_or_of_use(closed(data.draw(damaged(header)), sums))
-
-
-@given(JSON)
-def test_a_scan_described_by_anything_is_refused(value):
-    header, _, data = described()
-    header["__metadata__"] = {FORMAT: json.dumps(value)}
-    with pytest.raises(ScanError):
-        load(closed(header, data))

@@ -132,14 +132,6 @@ def test_an_interrupted_shard_goes_on_to_the_same_bytes(llama, words, tmp_path, 
             shards.scan(Shard(1, 2), checkpoint=place, progress=False)
 
 
-def test_parts_of_other_weights_are_refused(llama, words):
-    """Which neither shapes nor norms tell apart."""
-    first, _ = parts_of(shards_of(llama, words, documents(8)), 2)
-    _, other = parts_of(shards_of(edited(llama), words, documents(8)), 2)
-    with pytest.raises(ScanError, match="with other weights"):
-        joined([first, other])
-
-
 def test_texts_of_which_none_can_be_compared_are_refused(llama, words):
     with pytest.raises(StatesError, match="there is nothing to compare: 2 of 2"):
         joined(parts_of(shards_of(llama, words, ["", ""]), 2))

@@ -87,12 +87,6 @@ def test_every_version_of_npy_is_read(tmp_path, version):
     assert analyse_states(str(path)).num_samples == 23
 
 
-def test_a_link_is_followed(tmp_path):
-    write(tmp_path / "states.npy", walk())
-    (tmp_path / "link.npy").symlink_to(tmp_path / "states.npy")
-    assert analyse_states(tmp_path / "link.npy").num_samples == 23
-
-
 def test_the_tensor_is_named_or_the_only_one_that_fits(tmp_path):
     path = tmp_path / "states.safetensors"
     left, right = as_numpy(walk(seed=1)), as_numpy(walk(seed=2))
@@ -255,21 +249,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
 
 
 # States of a model.
-@pytest.mark.filterwarnings("default::shallower.RejectedSamplesWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_states_of_a_model_give_its_scan(words, tmp_path, dtype):
-    model = tiny_llama().to(dtype)
-    texts = documents(40)
-    texts[3] = texts[20] = ""
-    path = keep(tmp_path / "states.safetensors", model, words, texts, batch_size=3)
-    options = {"metrics": ALL, "keep_samples": True, "cka_batch": 8}
-    scan = sh.scan(model, words, texts, batch_size=3, **options)
-    again = analyse_states(path, **options)
-    assert saved(again, tmp_path / "again") == saved(scan, tmp_path / "scan")
-    assert [rejection.sample for rejection in again.rejections] == [3, 20]
-    assert again.plan(2) == scan.plan(2)
-    other = analyse_states(path, metrics=("cosine",))
-    assert (other.mean("cosine") == scan.mean("cosine")).all()
 
 
 @pytest.mark.filterwarnings("default::shallower.RejectedSamplesWarning")

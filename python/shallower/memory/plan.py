@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from ..models.architecture import evaluating
@@ -23,7 +22,7 @@ from ..values.tokens import DEFAULT_BATCH, Tokens
 from .budget import BUDGET
 from .device import Room, available_bytes
 from .rehearsal import Rehearsal, build_empty, first_that_runs
-from .weights import dequantised_bytes, weight_parts
+from .weights import dequantised_bytes, module_bytes, weight_parts
 
 MOST_TOKENS = 32_768
 """Tokens of a forward at most: more make no GPU faster."""
@@ -207,7 +206,7 @@ def fitting(decoder: Decoder, tokens: Tokens, forward: Forward) -> Tokens:
     free = min(available_bytes(device) for device in cards or {torch.device("cpu")})
     room = Room(free if BUDGET.bound is None else min(free, BUDGET.bound), bool(cards))
     if room.card and (layers := list(filter(is_offloaded, decoder.layers.modules))):
-        room = Room(max(0, room.size - 2 * max(map(_bytes_of, layers))), card=True)
+        room = Room(max(0, room.size - 2 * max(map(module_bytes, layers))), card=True)
         forward = _travelling(forward) if decoder.is_streamed else forward
     if not room.card and _plainly_fits(decoder, tokens.max_length, forward, room.size):
         return replace(tokens, batch_size=DEFAULT_BATCH)
@@ -230,11 +229,6 @@ def _travelling(forward: Forward) -> Forward:
         return 3 * length * width * decoder.model.dtype.itemsize
 
     return replace(forward, beside=beside)
-
-
-def _bytes_of(layer: nn.Module) -> int:
-    """The bytes of the weights of a layer on its device, where it runs or is on its way."""
-    return sum(weight.nbytes for weight in layer.parameters())
 
 
 def _plainly_fits(decoder: Decoder, length: int, forward: Forward, room: int) -> bool:

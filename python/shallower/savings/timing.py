@@ -170,12 +170,8 @@ def peak_bytes(model: PreTrainedModel, *, context: int, batch: int = 1) -> int:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)
-    with torch.no_grad(), evaluating(model):
-        if on_gpu:
-            _decode(model, context, batch)
-        else:
-            with live:
-                _decode(model, context, batch)
+    with torch.no_grad(), evaluating(model), nullcontext() if on_gpu else live:
+        _decode(model, context, batch)
     beside = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else live.peak
     return sum(weights.values()) + beside
 

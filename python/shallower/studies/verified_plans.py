@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import PatchError
 from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
-from ..judgement.verifying import Verifier, verifier_of
+from ..judgement.verifying import Verifier
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..results.scores import Difference
@@ -51,7 +51,7 @@ class VerifiedPlans:
         self._judges, self._choose = judges, splits.choose
         self.fitted = fitted
         self._verifier_of = partial(
-            verifier_of,
+            Verifier,
             decoder,
             tokenizer,
             replace(splits, fit=splits.fit[:VERIFYING_TEXTS]),
@@ -80,7 +80,7 @@ class VerifiedPlans:
         try:
             return verifier.verify(n, more=more)
         except PatchError:  # there may be no way to patch models of this family
-            return replace(verifier, after="none").verify(n, more=more)
+            return verifier.verify(n, more=more, after="none")
 
     def lost(self, n: int) -> Difference:
         """Compare ``n`` layers less with the whole model, on the selection set.
