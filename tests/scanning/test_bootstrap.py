@@ -1,6 +1,5 @@
 """The bootstrap: against its slow twin, and against itself in other orders."""
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -83,21 +82,6 @@ def test_a_scan_without_samples_says_how_to_get_them(tmp_path):
             one.bootstrap()
         with pytest.raises(ScanError, match="keep_samples=True"):
             one.samples()
-
-
-@pytest.mark.parametrize("damage", ["nan", "fewer", "float64", "gone"])
-def test_damaged_samples_are_refused(damage, tmp_path):
-    scan = kept(walk(30))
-    values = scan.samples().copy()
-    if damage == "nan":
-        values[3, 4] = np.nan
-    changed = {"nan": values, "fewer": values[1:], "float64": values.astype(float)}
-    samples = {"cosine": scan.samples("cosine")}
-    if damage != "gone":
-        samples["angular"] = changed[damage]
-    Scan(replace(scan.contents, samples=samples)).save(tmp_path / "scan")
-    with pytest.raises(ScanError):
-        Scan.load(tmp_path / "scan")
 
 
 # The answer

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,8 +21,8 @@ QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_con
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-_PLAIN = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of a value of each dtype whose values are parameters as they stand."""
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+"""Dtypes whose values are parameters as they stand."""
 
 _WEIGHTS = (SINGLE_FILE, INDEX_FILE)
 _OTHER_WEIGHTS = (
@@ -152,14 +151,6 @@ def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
             yield name, path
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointSize:
-    """The size of a checkpoint's files, and the number of its values, None if they are packed."""
-
-    parameters: int | None
-    num_bytes: int
-
-
 def stored_bytes(place: Path) -> int | None:
     """Count the bytes of the weights at a place, a folder or a file; None if none are there."""
     try:
@@ -175,13 +166,16 @@ def stored_bytes(place: Path) -> int | None:
     return sum(sizes) or None
 
 
-def count_weights(place: Path) -> CheckpointSize | None:
-    """Count the weights of a folder or a GGUF file; None where there are none that can be read."""
+def count_weights(place: Path) -> tuple[int | None, int] | None:
+    """Count the values of a folder or a GGUF file, None if they are packed, and the bytes.
+
+    None where there are no weights that can be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     if place.suffix == ".gguf":
         size = stored_bytes(place)
-        return None if size is None else CheckpointSize(None, size)
+        return None if size is None else (None, size)
     paths = sorted(place.glob("*.safetensors"))
     parameters, packed = 0, False
     try:
@@ -194,4 +188,4 @@ def count_weights(place: Path) -> CheckpointSize | None:
         num_bytes = sum(path.stat().st_size for path in paths)
     except (OSError, SafetensorError):
         return None
-    return CheckpointSize(None if packed else parameters, num_bytes) if paths else None
+    return (None if packed else parameters, num_bytes) if paths else None

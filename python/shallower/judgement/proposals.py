@@ -87,24 +87,22 @@ def all_costs(
 
     ``inputs`` are all that the costs depend on beside the model.
     """
-    return subject.shared("proposing", lambda: _all_costs(subject, store, inputs))
-
-
-def _all_costs(
-    subject: Subject, store: ResultStore, inputs: Mapping[str, Any]
-) -> dict[str, Costs | str]:
     some, names = proposing_texts(subject), [criterion.name for criterion in PROPOSERS]
-    inputs = {"criteria": names, "num_texts": PROPOSING_TEXTS, **inputs}
-    known = store.get("costs", inputs)
-    if known is not None:
-        return {
-            name: one if isinstance(one, str) else recalled_costs(one, some)
-            for name, one in known["costs"].items()
-        }
-    found = dict(_measured(some))
-    kept = {k: one if isinstance(one, str) else recorded_costs(one) for k, one in found.items()}
-    store.put("costs", inputs, {"costs": kept})
-    return found
+    named = {"criteria": names, "num_texts": PROPOSING_TEXTS, **inputs}
+
+    def recorded() -> dict[str, Costs | str]:
+        known = store.get("costs", named)
+        if known is not None:
+            return {
+                name: one if isinstance(one, str) else recalled_costs(one, some)
+                for name, one in known["costs"].items()
+            }
+        found = dict(_measured(some))
+        kept = {k: one if isinstance(one, str) else recorded_costs(one) for k, one in found.items()}
+        store.put("costs", named, {"costs": kept})
+        return found
+
+    return subject.shared("proposing", recorded)
 
 
 def _measured(subject: Subject) -> Iterator[tuple[str, Costs | str]]:

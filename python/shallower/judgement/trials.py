@@ -211,7 +211,7 @@ class Trials:
             raise self._failed[key] if self.model.is_streamed else self._failed.pop(key)
         self.add_seconds(self._recalled.pop(key, 0.0))
         texts = len(self.judge.batches[index])
-        if self.count is not None and has_experts(gone):
+        if self.count is not None and any(isinstance(one, tuple) for one in gone):
             self.count.once((gone, index), len(self.path(gone)) * texts)
         elif self.count is not None:
             self.count_prepared([index])
@@ -253,8 +253,3 @@ def judge_inputs(judge: Judge) -> dict[str, Any]:
 def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: str) -> Trials:
     """Trials that the store keeps, batch by batch; ``items`` identifies those of the judge."""
     return Trials(model, judge, journal=cut_journal(store, items, judge_inputs(judge)))
-
-
-def has_experts(gone: Gone) -> bool:
-    """Whether experts are of what goes."""
-    return any(isinstance(one, tuple) for one in gone)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -104,11 +104,6 @@ class Verifier:
         identities = (fitted.identity,)
         self.subject = Subject(decoder, batches, self.trials, (), texts=identities, seed=seed)
 
-    @property
-    def num_layers(self) -> int:
-        """L, the layers of the model."""
-        return self.subject.num_layers
-
     def scores(self, cut: AnyCut, *, after: str) -> Scores:
         """Judge a cut on all selection items, as it is cut (``none``) or patched (``patch``)."""
         _check_after(after)
@@ -123,10 +118,10 @@ class Verifier:
         the best. Of these the one wins that loses least as it is cut, on the first of the texts: so
         the plan is good both ways.
         """
-        check_size(self.num_layers, n)
+        check_size(self.subject.num_layers, n)
         proposals = Proposals(max_blocks=self.max_blocks)
         for plan in more:
-            _take(proposals, Plan.of(self.num_layers, plan), n)
+            _take(proposals, Plan.of(self.subject.num_layers, plan), n)
         after = after or self.after
         inputs = self._inputs(n, proposals, after)
         known = self.store.get("choice", inputs)
@@ -134,7 +129,7 @@ class Verifier:
             return recalled(Verified.from_json, known, "a verified plan")
         started = self.trials.clock()
         with self.trials.counted() as count:
-            found = _Verification(self, n, proposals, count, after).run()
+            found = _Verification(self, n, proposals, count=count, after=after).run()
         seconds = self.trials.clock() - started
         verified = replace(found, layer_forwards=count.layer_forwards, seconds=seconds)
         self.store.put("choice", inputs, verified.to_json())
@@ -179,20 +174,18 @@ def _require_enough(num_fitting: int, num_choosing: int) -> None:
         )
 
 
-@dataclass
 class _Verification:
     """One size on its way from proposals to a winner: screened, improved and raced."""
 
-    verifier: Verifier
-    n: int
-    proposals: Proposals  # of the caller; the others are added
-    count: Count  # layers so far, which bound search and race
-    after: str  # as of the verifier
-    named: list[Cut] = field(default_factory=list)  # cuts of criteria and of the caller
-
-    def __post_init__(self) -> None:
-        self.subject, self.patched = self.verifier.subject, self.verifier.patched
-        self.top, self.trials = self.verifier.top, self.verifier.trials
+    def __init__(
+        self, verifier: Verifier, n: int, proposals: Proposals, *, count: Count, after: str
+    ) -> None:
+        self.verifier, self.n, self.after = verifier, n, after
+        self.subject, self.trials = verifier.subject, verifier.trials
+        self.patched, self.top = verifier.patched, verifier.top
+        self.proposals = proposals  # of the caller; the others are added
+        self.count = count  # layers so far, which bound search and race
+        self.named: list[Cut] = []  # cuts of criteria and of the caller
         self._shown = 0
 
     def run(self) -> Verified:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,17 +159,10 @@ def plan_forward(
     loaded: bool = False,
 ) -> MemoryPlan:
     """Choose the texts of a forward by what a device has room for, or one text where none fits."""
+    of_room: Any = {"length": tokens.max_length, "card": room.card, "loaded": loaded}
 
     def rehearsed(experts: str | None) -> ForwardStep:
-        step = ForwardStep(
-            config,
-            dtype,
-            forward,
-            length=tokens.max_length,
-            card=room.card,
-            loaded=loaded,
-            experts=experts,
-        )
+        step = ForwardStep(config, dtype, forward, **of_room, experts=experts)
         step.parts(1)
         return step
 

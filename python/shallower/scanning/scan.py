@@ -17,6 +17,7 @@ from ..experts.criteria import DEFAULT, experts_to_drop
 from ..experts.statistics import ExpertStatistics
 from ..settings.stages import ScanSettings
 from ..settings.until import Settled
+from ..storage import write_file
 from ..values.costs import BootstrappedStart, Costs
 from ..values.counts import counted
 from ..values.entries import ResultStore, recalled
@@ -24,7 +25,7 @@ from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
 from ..values.plan import Plan, Rejection, check_plan
 from ..values.positions import Positions
-from .scan_file import Contents, merged, read_scan, read_text, scan_text, write_scan
+from .scan_file import Contents, merged, read_scan, read_text, scan_bytes, scan_text
 
 NO_DISTANCE = "norm_ratio"
 """The one metric that does not tell how far apart two states are."""
@@ -334,7 +335,7 @@ class Scan:
 
     def save(self, path: str | Path) -> None:
         """Write the scan as safetensors, whole or not at all, over a file that is there."""
-        write_scan(path, self.contents)
+        write_file(Path(path), scan_bytes(self.contents))
 
     @classmethod
     def load(cls, path: str | Path) -> "Scan":

@@ -22,7 +22,6 @@ from .._core import Cka, ExpertSums, Sums
 from ..errors import ExpertsError, MetricError, PositionsError, ScanError, StatesError, why
 from ..experts.statistics import ExpertStatistics
 from ..settings.until import Settled
-from ..storage import write_file
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
@@ -143,11 +142,6 @@ def _experts(parts: Sequence[ExpertStatistics | None]) -> ExpertStatistics | Non
     for part in held[1:]:
         total.merge(part)
     return total
-
-
-def write_scan(path: str | Path, contents: Contents) -> None:
-    """Write a scan, whole or not at all, over what is at ``path``; OutputError if that fails."""
-    write_file(Path(path), scan_bytes(contents))
 
 
 def scan_text(contents: Contents) -> str:
