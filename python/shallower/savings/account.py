@@ -307,9 +307,14 @@ def count(config: PretrainedConfig, dtype: str, *, context: int = 2048, batch: i
     content = config.to_json_string(use_diff=False)
     key = type(config), content, *ways, dtype, context, batch
     if key not in _COUNTED:
+        while len(_COUNTED) >= MOST_COUNTED:
+            _COUNTED.pop(next(iter(_COUNTED)))
         _COUNTED[key] = _count(config, dtype, context=context, batch=batch)
     return _COUNTED[key]
 
+
+MOST_COUNTED = 64
+"""Accounts that are kept at most; the oldest goes first."""
 
 _COUNTED: dict[tuple[object, ...], Account] = {}
 """What was counted: a run needs the whole model again beside each of its cuts."""
