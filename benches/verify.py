@@ -22,7 +22,7 @@ from shallower.evaluation.loss import fitting_tokens
 from shallower.judgement.judges.judge import LossJudge, judged_batches
 from shallower.judgement.patched_trials import PatchedTrials
 from shallower.judgement.trials import Trials
-from shallower.judgement.verifying import verifier_of
+from shallower.judgement.verifying import Verifier
 from shallower.models.decoder import Decoder
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch
@@ -130,7 +130,7 @@ def main():
     splits = three_splits(texts[: options.max_texts], held_out, num_choosing=96)
     num_layers = len(report["none"].model)
     for after in options.after.split(","):
-        verifier = verifier_of(
+        verifier = Verifier(
             Decoder.of(model), tokenizer, splits, store=NoStore(), texts="",
             tokens=Tokens(256, "auto"), after=after,
         )  # fmt: skip

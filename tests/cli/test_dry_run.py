@@ -12,7 +12,7 @@ from shallower import processes
 from shallower.errors import ModelError
 from shallower.forecasts import speed, work
 from shallower.forecasts.speed import Work
-from shallower.memory.checkpoints import BESIDE
+from shallower.memory.weights import BESIDE
 from shallower.models.source import ModelSource
 from shallower.processes import begin
 from shallower.values.estimates import Time

@@ -317,6 +317,3 @@ def test_an_option_that_does_not_fit_is_refused(words, max_length, message):
 def test_no_items_are_refused(words):
     with pytest.raises(TextsError, match="no items that a cut could be judged on"):
         OptionsJudge([], words, tokens=Tokens())
-
-
-# A real model.

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import cache, partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ from shallower.judgement.criteria.searches import (
     draw_masks,
     mutations,
     ridge_regression,
-    select,
 )
-from shallower.judgement.judges.judge import looks
 from shallower.judgement.trials import Trials
 from tests.conftest import tiny_llama, word_tokenizer
 from tests.documents import documents
@@ -267,35 +264,3 @@ def test_evolution_finds_layers_that_do_nothing_wherever_they_are(known):
         lost = known.trials.scores(dropped).minus(known.trials.scores(()))
         best = known.trials.scores((toy.IDENTITY, toy.SCALES)).minus(known.trials.scores(()))
         assert lost.mean <= best.mean + (n == 3) * 0.1
-
-
-# The real model.
-class Looked:
-    """Trials of random scores, of which the items are counted that each cut is judged on."""
-
-    def __init__(self, num_items, at_once):
-        self.sizes = [look.stop - look.start for look in looks(num_items, at_once)]
-        self.num_looks, self.seen = len(self.sizes), {}
-        self.random = np.random.default_rng(0)
-
-    def path(self, cut):
-        return cut
-
-    def judge_together(self, cuts, looks=None):
-        pass
-
-    def scores(self, cut, looks=None):
-        self.seen[cut] = max(self.seen.get(cut, 0), sum(self.sizes[:looks]))
-        return SimpleNamespace(mean=self.random.random())
-
-
-@pytest.mark.parametrize("at_once", [1, 3, 8, 32])
-@pytest.mark.parametrize("num_items", [4, 7, 16, 100])
-def test_a_selection_judges_no_more_than_is_said_of_it(num_items, at_once):
-    for num_cuts in range(1, 200):
-        trials = Looked(num_items, at_once)
-        select(trials, list(range(num_cuts)))
-        judged = sum(trials.seen.values())
-        assert judged <= 3 * num_cuts + num_items
-        if num_cuts == 16:
-            assert judged <= 2 * 16 + 2 * 4 + num_items - 4

@@ -12,7 +12,7 @@ from shallower.judgement.criteria import BUILT_IN
 from shallower.judgement.judges import judge_of
 from shallower.judgement.racing import race
 from shallower.judgement.trials import Trials
-from shallower.judgement.verifying import verifier_of
+from shallower.judgement.verifying import Verifier
 from shallower.memory import budget
 from shallower.models.architecture import find_layers
 from shallower.models.decoder import Decoder
@@ -34,7 +34,7 @@ SPLITS = Splits(TEXTS[:12], TEXTS[12:], [], 0)
 
 def prepared(model, tokenizer, after="patch", store=None):
     store = store or MemoryStore()
-    return verifier_of(
+    return Verifier(
         Decoder.of(model), tokenizer, SPLITS, store=store, texts="some", top=2,
         tokens=Tokens(12, 4), after=after, progress=False,
     )  # fmt: skip
@@ -123,19 +123,19 @@ def test_states_that_find_no_room_are_more_reads_for_the_same_plan(
 def test_a_layer_is_read_once_for_all_cuts_of_a_look(folder, reads):  # noqa: F811
     streamed, whole, tokenizer = both(folder)
     tokens, cuts = Tokens(12, 4), [(), (1,), (1, 2), (0, 5), (3,)]
-    found = []
+    winners, sums = [], []
     for model in (whole, streamed):
         assert not reads  # of the model in memory
         judge = judge_of("loss", tokenizer, TEXTS, tokens=tokens)
         trials = Trials(Layerwise(model), judge, memory=10**6)
         reads.clear()
-        found.append(race(trials, cuts, alpha=0.0))
+        winners.append(race(trials, cuts, alpha=0.0))
+        sums.append([trials.scores(cut).sums for cut in cuts])
     looks = trials.num_looks
     matrices = [reads[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(6)]
     assert matrices == [looks] * 6
-    assert found[0].winner == found[1].winner
-    for one, other in zip(found[0].scores, found[1].scores, strict=True):
-        np.testing.assert_array_equal(one.sums, other.sums)
+    assert winners[0] == winners[1]
+    np.testing.assert_array_equal(*sums)
 
 
 def test_states_that_cuts_share_are_made_once(folder, monkeypatch):  # noqa: F811

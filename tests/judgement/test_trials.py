@@ -166,19 +166,6 @@ def test_what_is_judged_again_is_counted_and_not_run_again():
     assert works[0] == works[1] == works[2]
 
 
-def test_a_search_is_counted_by_itself_whatever_ran_before_it():
-    model = tiny_llama(NUM_LAYERS)
-    trials = make(model)
-    with trials.counted():
-        trials.scores(())
-    with trials.counted() as late:
-        trials.scores((3,))
-    trials = make(model)
-    with trials.counted() as alone:
-        trials.scores((3,))
-    assert late.layer_forwards == alone.layer_forwards == 5 * sum(SIZES)
-
-
 def test_layers_that_are_not_there_are_refused(model):
     trials = make(model)
     with pytest.raises(LayersError, match="no layer 6: its 6 layers are"):

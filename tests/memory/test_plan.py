@@ -85,14 +85,14 @@ def test_a_cpu_takes_fewer_where_memory_is_short(two_layers, monkeypatch):
     decoder = Decoder.of(two_layers)
     step = ForwardStep(two_layers.config, "float32", forward(), length=128, card=False, loaded=True)
     for texts in (4, 1):
-        room = needed_device(peak_of(step, (texts, None)))
+        room = needed_device(peak_of(step.parts, (texts, None)))
         monkeypatch.setattr(planning, "available_bytes", lambda _, room=room: room)
         assert fitting(decoder, Tokens(128), forward()) == Tokens(128, texts)
 
 
 def test_a_limit_is_planned_with_like_memory_that_is_short(two_layers):
     step = ForwardStep(two_layers.config, "float32", forward(), length=128, card=False, loaded=True)
-    with limit(needed_device(peak_of(step, (4, None)))):
+    with limit(needed_device(peak_of(step.parts, (4, None)))):
         assert fitting(Decoder.of(two_layers), Tokens(128), forward()) == Tokens(128, 4)
 
 

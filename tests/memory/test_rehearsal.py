@@ -10,8 +10,8 @@ from shallower.errors import ModelError
 from shallower.experts.hooks import ExpertHooks
 from shallower.memory.plan import ForwardStep
 from shallower.memory.rehearsal import (
+    LiveBytes,
     Rehearsal,
-    _Rehearsed,
     build_empty,
     first_that_runs,
     output_of,
@@ -33,7 +33,7 @@ FAMILIES = (
 def held_by(model, step):
     """The bytes at the peak of a real step."""
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    with _Rehearsed(known, padded=True) as live:
+    with LiveBytes(known, padded=True) as live:
         step(model)
     return live.peak
 

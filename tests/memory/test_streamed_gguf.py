@@ -19,7 +19,7 @@ from shallower.models.offload import (
 )
 from tests.conftest import mostly_slow, write_jsonl
 from tests.judgement.test_streamed_race import verified
-from tests.memory.test_streaming import both
+from tests.memory.test_streaming import assert_same_scans, both
 from tests.models.gguf_files import FAMILIES, write_family, write_gguf
 from tests.peaks import tensors_peak
 
@@ -51,10 +51,7 @@ def test_every_way_to_make_weights_of_tensors_gives_the_same_bits(family, dtype,
     streamed, whole, tokenizer = both(file, dtype)
     assert streamed.config.to_dict() == whole.config.to_dict()
     assert streamed.name_or_path == whole.name_or_path
-    for name, model in (("a", streamed), ("b", whole)):
-        done = sh.scan(model, tokenizer, TEXTS, positions="last:3", max_length=12)
-        done.save(tmp_path / f"{name}.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert_same_scans(streamed, whole, tokenizer, TEXTS, positions="last:3", max_length=12)
     reading = reading_of(streamed)
     assert (reading.passes, reading.bytes_read) == (1, stored_in(file))
     losses = [sh.evaluate_loss(one, tokenizer, TEXTS, max_length=12) for one in (streamed, whole)]

@@ -20,6 +20,7 @@ from shallower.memory.streaming import Streamed, plan_stream
 from shallower.models.architecture import find_layers
 from shallower.models.offload import fetch_ahead, reading_of, stored_bytes, stored_weight
 from shallower.models.stored_layers import LayerWeights
+from shallower.scanning.scan_file import scan_bytes
 from tests.conftest import mostly_slow, tiny_llama, write_jsonl
 from tests.documents import documents
 from tests.families import families, random_model
@@ -50,19 +51,21 @@ def both(folder, dtype="float32"):
     return streamed, whole, tokenizer
 
 
+def assert_same_scans(streamed, whole, *texts, **options):
+    one, other = (sh.scan(model, *texts, **options) for model in (streamed, whole))
+    assert scan_bytes(one.contents) == scan_bytes(other.contents)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, words):
     return stored(tmp_path_factory.mktemp("stream") / "tiny", tiny_llama(6), words)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_streamed_scan_has_the_same_bytes(folder, tmp_path, dtype):
+def test_a_streamed_scan_has_the_same_bytes(folder, dtype):
     streamed, whole, tokenizer = both(folder, dtype)
-    for name, model in (("a", streamed), ("b", whole)):
-        options = {"positions": "last:3", "max_length": 12, "keep_samples": True}
-        sh.scan(model, tokenizer, TEXTS, **options).save(tmp_path / f"{name}.safetensors")
-    first, second = (tmp_path / f"{name}.safetensors" for name in "ab")
-    assert first.read_bytes() == second.read_bytes()
+    options = {"positions": "last:3", "max_length": 12, "keep_samples": True}
+    assert_same_scans(streamed, whole, tokenizer, TEXTS, **options)
     reading = reading_of(streamed)
     assert reading.passes == 1
     assert reading.bytes_read == sum(map(stored_bytes, streamed.model.layers))
@@ -124,9 +127,8 @@ def measured_both(family, folder, words):
     whole, _ = sh.load_model(place, "float32", progress=False)
     found = []
     for one in (streamed, whole):
-        sh.scan(one, words, TEXTS[:20], max_length=12).save(folder / "scan.safetensors")
-        loss = sh.evaluate_loss(one, words, TEXTS[:20])
-        found.append(((folder / "scan.safetensors").read_bytes(), loss))
+        scan = sh.scan(one, words, TEXTS[:20], max_length=12)
+        found.append((scan_bytes(scan.contents), sh.evaluate_loss(one, words, TEXTS[:20])))
     return found
 
 
@@ -149,7 +151,7 @@ def test_layers_that_need_more_than_states_are_not_streamed(family, passes, tmp_
 
 
 @pytest.mark.parametrize("texts", [["", *TEXTS[:30], *[""] * 200], [""] * 3])
-def test_texts_without_tokens_are_counted_wherever_they_are(folder, tmp_path, texts):
+def test_texts_without_tokens_are_counted_wherever_they_are(folder, texts):
     streamed, whole, tokenizer = both(folder)
     found = []
     for model in (streamed, whole):
@@ -159,8 +161,7 @@ def test_texts_without_tokens_are_counted_wherever_they_are(folder, tmp_path, te
             except sh.StatesError as error:
                 found.append(str(error))
                 continue
-        done.save(tmp_path / "scan.safetensors")
-        found.append((done.num_rejected, (tmp_path / "scan.safetensors").read_bytes()))
+        found.append((done.num_rejected, scan_bytes(done.contents)))
     assert found[0] == found[1]
 
 
@@ -187,9 +188,9 @@ def test_an_interrupted_streamed_scan_goes_on(folder, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sh.scan(streamed, tokenizer, broken(), **options)
     assert 0 < sh.Scan.load(part).num_samples < 40
-    sh.scan(streamed, tokenizer, MANY, **options).save(part)
-    sh.scan(whole, tokenizer, MANY, batch_size=2, max_length=12).save(tmp_path / "b.safetensors")
-    assert part.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    done = sh.scan(streamed, tokenizer, MANY, **options)
+    plain = sh.scan(whole, tokenizer, MANY, batch_size=2, max_length=12)
+    assert scan_bytes(done.contents) == scan_bytes(plain.contents)
 
 
 def test_little_is_read_before_the_first_pass(folder, monkeypatch):
@@ -238,9 +239,7 @@ def test_a_mixture_is_joined_as_it_is_read_and_nothing_is_written(mixture, tmp_p
         patch.setattr(LayerWeights, "__getitem__", lambda _, name: looked.append(name))
         streamed, whole, tokenizer = both(mixture)
     assert looked == []  # no layer is read to load it
-    for name, model in (("a", streamed), ("b", whole)):
-        sh.scan(model, tokenizer, TEXTS[:20]).save(tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert_same_scans(streamed, whole, tokenizer, TEXTS[:20])
     stored_size = sum(p.nbytes for layer in find_layers(whole).modules for p in layer.parameters())
     assert reading_of(streamed).bytes_read == stored_size
 
@@ -280,7 +279,7 @@ def test_layers_that_lack_weights_are_refused_before_they_are_read(
         sh.load_model(place, "float32", "stream", progress=False)
 
 
-def test_what_is_compared_is_bounded_too(folder, tmp_path, monkeypatch):
+def test_what_is_compared_is_bounded_too(folder, monkeypatch):
     streamed, whole, tokenizer = both(folder)
     monkeypatch.setattr("shallower.memory.streaming.LEAST_KEPT", 1)
     sizes, run = [], Streamed.run
@@ -291,9 +290,7 @@ def test_what_is_compared_is_bounded_too(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Streamed, "run", counting)
     options = {"batch_size": 2, "max_length": 12, "positions": "all"}
-    sh.scan(streamed, tokenizer, TEXTS, **options).save(tmp_path / "a")
-    sh.scan(whole, tokenizer, TEXTS, **options).save(tmp_path / "b")
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert_same_scans(streamed, whole, tokenizer, TEXTS, **options)
     most = reading_of(streamed).of / 4 / (7 * 4 * streamed.config.hidden_size)
     assert len(sizes) > 3
     assert max(sizes) < most + 24  # and a batch, as the next one may be larger

@@ -8,6 +8,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from hypothesis import strategies as st
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
 
 from shallower import (
     ModelIdentity,
@@ -152,6 +154,16 @@ def signed(header, inner, data):
         inner = {**plain, "sha256": digest(plain, sums)}
     header["__metadata__"] = {FORMAT: json.dumps(inner)}
     return header
+
+
+def changed_file(content, change):
+    """A scan file after ``change`` of its description and arrays, its checksum made to fit."""
+    header = json.loads(opened(content)[0]["__metadata__"][FORMAT])
+    arrays = {name: array.copy() for name, array in load_arrays(content).items()}
+    change(header, arrays)
+    del header["sha256"]
+    header["sha256"] = digest(header, arrays)
+    return save_arrays(arrays, metadata={FORMAT: json.dumps(header)})
 
 
 FOLDER = TemporaryDirectory()

@@ -219,20 +219,6 @@ def test_a_sequence_too_long_is_refused():
         builder.add(states[:1], [0], sequences=np.array([7]))
 
 
-def test_a_file_of_sequences_comes_back_or_is_refused(tmp_path):
-    numbers = numbers_of([3, 1, 2])
-    scan = analyse_states(states_in(numbers, 3), sequences=numbers, keep_samples=True)
-    scan.save(tmp_path / "scan")
-    assert values(Scan.load(tmp_path / "scan")) == values(scan)
-    whole = (tmp_path / "scan").read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
-    for place in range(start, len(whole), 8):
-        damaged = whole[:place] + b"\xff" * 8 + whole[place + 8 :]
-        (tmp_path / "scan").write_bytes(damaged)
-        with pytest.raises(ScanError):
-            Scan.load(tmp_path / "scan")
-
-
 # Of a model's tokens
 TEXTS = [" ".join(f"w{(7 * i + j) % 97}" for j in range(1 + i % 9)) for i in range(40)]
 

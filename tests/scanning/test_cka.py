@@ -1,7 +1,5 @@
 """Linear CKA: against its slow twin, what leaves it as it is, and where minibatches end."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -53,14 +51,6 @@ def test_every_dtype_is_read(dtype):
     np.testing.assert_allclose(cka(states), expected, rtol=0, atol=1e-9)
     bits = states.view(torch.uint16) if dtype == "bfloat16" else states
     assert np.array_equal(cka(bits.numpy()), cka(states))
-
-
-def test_one_batch_is_the_unbiased_estimate_over_all_samples():
-    states = walk(20)
-    grams = [states[:, layer] @ states[:, layer].T for layer in range(5)]
-    hsic = np.array([[reference.hsic(a, b) for b in grams] for a in grams])
-    norms = np.sqrt(np.diagonal(hsic))
-    np.testing.assert_allclose(cka(states, 20), hsic / norms / norms[:, None], rtol=0, atol=1e-9)
 
 
 def test_rotations_scales_and_shifts_of_a_layer_change_nothing():
@@ -164,41 +154,6 @@ def test_scans_without_cka_say_how_to_get_it():
             _ = one.cka
     with pytest.raises(ScanError, match="minibatches"):
         Scan.merge([with_cka, analyse_states(walk(30), cka_batch=9)])
-
-
-class Damaged:
-    """Bytes in the place of sums for CKA."""
-
-    def __init__(self, content):
-        self._content = content
-
-    def to_bytes(self):
-        return self._content
-
-
-def struck(content, word, value):
-    words = np.frombuffer(content, "<u8").copy()
-    words[word] = value
-    return words.tobytes()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[:-8],
-        lambda content: struck(content, 3, 2**64 - 1),  # minibatches
-        lambda content: analyse_states(walk(30, 4), cka_batch=8).contents.cka.to_bytes(),
-        lambda content: analyse_states(walk(32), cka_batch=8).contents.cka.to_bytes(),
-    ],
-    ids=["gone", "shorter", "many batches", "other states", "other samples"],
-)
-def test_damaged_sums_are_refused(damage, tmp_path):
-    scan = analyse_states(walk(30), cka_batch=8)
-    damaged = Damaged(damage(scan.contents.cka.to_bytes()))
-    Scan(replace(scan.contents, cka=damaged)).save(tmp_path / "scan")
-    with pytest.raises(ScanError):
-        Scan.load(tmp_path / "scan")
 
 
 @pytest.mark.parametrize("batch", [0, 3, -1, 1025, 10**30, 8.0, "8", True])

@@ -155,19 +155,6 @@ def test_neither_the_head_nor_a_cache_is_used(llama):
     assert seen == [set()] * 3
 
 
-def test_batches_come_back_in_order_and_one_at_a_time(llama):
-    asked = []
-
-    def batches():
-        for batch in batched(SEQUENCES, 1):
-            asked.append(batch)
-            yield batch
-
-    for number, part in enumerate(stream(llama, batches())):
-        assert part.samples.tolist() == asked[number].samples.tolist()
-        assert len(asked) <= number + 2
-
-
 def mixed_modes(model):
     model.train()
     model.model.layers[1].eval()

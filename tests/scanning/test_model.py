@@ -47,14 +47,6 @@ def test_a_scan_is_that_of_a_float64_oracle(llama, words, side, batch_size):
         assert scanned.best_block(n).start == reference.best_start(angular, n)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_layer_that_gives_no_numbers_is_named(llama, words, value):
-    with torch.no_grad():
-        llama.model.layers[3].mlp.down_proj.weight.fill_(value)
-    with pytest.raises(sh.StatesError, match="sample 0: state 4 "):
-        sh.scan(llama, words, TEXTS)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_a_text_without_usable_states_is_counted_and_named(llama, words, value):
     texts = [text.replace("w96", "w1") for text in TEXTS]
@@ -174,19 +166,6 @@ def test_a_scan_does_not_go_on_from_another_one(llama, words, tmp_path):
         with pytest.raises(sh.ScanError, match=r"partial.*delete it to start anew"):
             sh.scan(model, tokenizer, texts, checkpoint=tmp_path / "partial", **options)
         assert (tmp_path / "partial").read_bytes() == before
-
-
-def test_a_scan_does_not_go_on_without_the_samples_that_are_kept(llama, words, tmp_path):
-    sh.scan(llama, words, TEXTS, checkpoint=tmp_path / "kept", keep_samples=True)
-    with pytest.raises(sh.ScanError, match="keeps the values of single samples; delete it"):
-        sh.scan(llama, words, TEXTS, checkpoint=tmp_path / "kept")
-
-
-def test_a_checkpoint_of_merged_scans_is_refused(llama, words, tmp_path):
-    parts = [sh.scan(llama, words, TEXTS[:9]), sh.scan(llama, words, TEXTS[9:])]
-    sh.Scan.merge(parts).save(tmp_path / "merged")
-    with pytest.raises(sh.ScanError, match="delete it"):
-        sh.scan(llama, words, TEXTS, checkpoint=tmp_path / "merged")
 
 
 def test_a_checkpoint_of_the_first_texts_goes_on_to_more(llama, words, tmp_path):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from shallower import (
     RejectedSamplesWarning,
-    Rejection,
     Scan,
     StatesError,
     TextsIdentity,
@@ -141,14 +140,6 @@ def test_other_threads_run_while_states_are_compared():
 
 
 # A scan in the making
-def test_samples_that_never_became_states_are_counted():
-    builder = ScanBuilder(4, BOTH)
-    builder.add(random_states((5, 4, 8), 0), [0, 1, 3, 4, 6])
-    builder.reject(2, [Rejection(5, "no token"), Rejection(2, "no token")])
-    with pytest.warns(RejectedSamplesWarning, match=r"2 of 7 .*sample 2: no token"):
-        scan = builder.finish()
-    assert (scan.num_samples, scan.num_rejected) == (5, 2)
-    assert [rejection.sample for rejection in scan.rejections] == [2, 5]
 
 
 def test_a_batch_of_another_depth_is_refused():

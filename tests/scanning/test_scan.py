@@ -134,4 +134,4 @@ def test_a_metric_that_is_not_held_is_refused(metric):
     with pytest.raises(MetricError):
         scan.best_block(1, metric)
     with pytest.raises(MetricError):
-        scan.plan(1, metric)
+        scan.best_plan(1, metric=metric)

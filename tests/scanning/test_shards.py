@@ -27,11 +27,6 @@ def parts_of(shards, count):
     return [shards.scan(Shard(index, count), progress=False) for index in range(count)]
 
 
-def whole_bytes(llama, words, texts, path, **options):
-    sh.scan(llama, words, texts, batch_size=BATCH, **options).save(path)
-    return path.read_bytes()
-
-
 # Which batches are whose.
 @pytest.mark.parametrize("total", [0, 1, 5, 64, 1000])
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
@@ -78,13 +73,13 @@ def test_a_shard_that_is_not_there_is_refused(text, said):
         [(3, "random:2"), (64, "last")],
     ),
 )
-def test_parts_are_joined_to_the_bytes_of_the_whole(llama, words, tmp_path, count, positions):
+def test_parts_are_joined_to_the_bytes_of_the_whole(llama, words, count, positions):
     texts = documents(75)
     texts[0] = texts[40] = texts[74] = ""
     options = {"positions": positions, "keep_samples": True}
-    whole = whole_bytes(llama, words, texts, tmp_path / "whole", **options)
+    whole = sh.scan(llama, words, texts, batch_size=BATCH, **options)
     done = joined(parts_of(shards_of(llama, words, texts, **options), count))
-    assert scan_bytes(done.contents) == whole
+    assert scan_bytes(done.contents) == scan_bytes(whole.contents)
 
 
 def test_batches_are_shared_out_and_not_texts(llama, words):
@@ -130,14 +125,6 @@ def test_an_interrupted_shard_goes_on_to_the_same_bytes(llama, words, tmp_path, 
         place.write_bytes(content)
         with pytest.raises(ScanError, match=r"cannot go on from .*delete it to start anew"):
             shards.scan(Shard(1, 2), checkpoint=place, progress=False)
-
-
-def test_parts_of_other_weights_are_refused(llama, words):
-    """Which neither shapes nor norms tell apart."""
-    first, _ = parts_of(shards_of(llama, words, documents(8)), 2)
-    _, other = parts_of(shards_of(edited(llama), words, documents(8)), 2)
-    with pytest.raises(ScanError, match="with other weights"):
-        joined([first, other])
 
 
 def test_texts_of_which_none_can_be_compared_are_refused(llama, words):

@@ -8,6 +8,7 @@ import pytest
 import shallower as sh
 from shallower import Scan, ScanError, SettingsError, Until
 from shallower.models.offload import reading_of
+from shallower.scanning.scan_file import scan_bytes
 from tests import reference
 from tests.conftest import mostly_slow, tiny_llama
 from tests.documents import broken_after, documents
@@ -16,9 +17,8 @@ TEXTS = documents(176)
 SURE = Until(0.9, 0.005, (1, 2, 4))
 
 
-def bytes_of(scanned, path):
-    scanned.save(path)
-    return path.read_bytes()
+def bytes_of(scanned):
+    return scan_bytes(scanned.contents)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,7 +56,8 @@ def test_it_is_the_scan_of_the_texts_so_far(scan, stopped, tmp_path, keep_sample
     options = {"batch_size": 1, "keep_samples": keep_samples}  # batches of several are others
     done = scan(until=SURE, **options)
     plain = scan(TEXTS[: stopped.num_samples], **options)
-    assert bytes_of(done, tmp_path / "done") == bytes_of(plain, tmp_path / "plain")
+    assert bytes_of(done) == bytes_of(plain)
+    done.save(tmp_path / "done")
     assert plain.settled is None is Scan.load(tmp_path / "done").settled
 
 
@@ -78,11 +79,11 @@ def test_no_text_behind_the_stop_is_read(scan, stopped):
     assert scan(texts, until=SURE).settled == stopped.settled
 
 
-def test_what_stays_open_takes_all_texts(scan, tmp_path):
+def test_what_stays_open_takes_all_texts(scan):
     done = scan(until=replace(SURE, tolerance=0.0), batch_size=1)
     assert None in done.settled.texts
     assert "open: n = " in str(done.settled)
-    assert bytes_of(done, tmp_path / "a") == bytes_of(scan(batch_size=1), tmp_path / "b")
+    assert bytes_of(done) == bytes_of(scan(batch_size=1))
 
 
 def test_bets_take_more_texts(scan, stopped):
@@ -130,7 +131,7 @@ def test_a_resumed_scan_stops_at_the_same_text(scan, tmp_path, monkeypatch, exac
             texts = broken_after(TEXTS, whole.num_samples)
             resumed = scan(texts, checkpoint=path, until=until)
             assert resumed.settled == whole.settled
-            assert bytes_of(resumed, tmp_path / "a") == bytes_of(whole, tmp_path / "b")
+            assert bytes_of(resumed) == bytes_of(whole)
 
 
 def test_a_scan_that_stops_otherwise_is_not_gone_on_with(scan, tmp_path, monkeypatch):
@@ -151,7 +152,7 @@ def test_a_streamed_scan_stops_at_the_same_text(model, words, tmp_path):
     whole, _ = sh.load_model(tmp_path / "model", dtype="float32", progress=False)
     plain = sh.scan(whole, words, TEXTS, batch_size=4, until=SURE)
     assert done.settled == plain.settled
-    assert bytes_of(done, tmp_path / "a") == bytes_of(plain, tmp_path / "b")
+    assert bytes_of(done) == bytes_of(plain)
     assert reading_of(streamed).passes == done.num_samples // 16
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import shallower as sh
-from shallower.judgement.token_states import evenly
+from shallower.judgement.subject import evenly
 from shallower.judgement.verifying import PATCH_TEXTS
 from shallower.models.layerwise import Layerwise
 from shallower.patching.quick import QuickPatch

@@ -65,10 +65,10 @@ def gain_command(
     if as_json:
         print_json(found.to_json())
         return
+    from ..cutting.checkpoint_files import stored_bytes
     from ..models.loading import read_config
     from ..reporting.stories.stages import gain_table
     from ..reporting.words import megabytes
-    from ..savings.weights import stored_bytes
 
     parts: list[Any] = [gain_table(found)]
     place = ModelSource(model, gguf_file=loading.gguf_file).place

@@ -171,7 +171,7 @@ def _patchable(
     place.check()
     plan = agreed_plan(str(place.path), place.count_layers(), named)
     check_patchable(plan)
-    from ..memory.checkpoints import left_bytes
+    from ..memory.weights import left_bytes
     from ..patching.memory import temporary_bytes
 
     how: Any = {"num_tokens": num_tokens, "max_length": tokens.max_length}
@@ -247,12 +247,12 @@ def _answers(
 
 def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) -> None:
     """Print a patch and its losses, from their JSON values."""
+    from ..cutting.checkpoint_files import stored_bytes
     from ..models.unsaved import unsaved
     from ..reporting.stories.stages import losses_table, patch_table
     from ..reporting.words import by_choice, costs, dequantised, domain_learned
     from ..results.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
     from ..results.patch import Patch
-    from ..savings.weights import stored_bytes
 
     measured = {
         domain: {name: Loss.from_json(loss) for name, loss in losses.items()}
@@ -289,7 +289,7 @@ def _planned(
     """What a patch reads and writes on disk, and its time if the device is here."""
     from ..forecasts.speed import or_unknown
     from ..forecasts.work import forecast, of_patch, plan_passes
-    from ..memory.checkpoints import left_bytes
+    from ..memory.weights import left_bytes
     from ..models.unsaved import unsaved
     from ..storage import free_bytes, temporary
     from ..values.estimates import disk

@@ -115,9 +115,9 @@ def _end(done: dict[str, Any], source: Path, out: Path, as_json: bool) -> None:
     if as_json:
         print_json(done)
         return
+    from ..cutting.checkpoint_files import stored_bytes
     from ..reporting.stories.stages import plan_table
     from ..reporting.words import dequantised
-    from ..savings.weights import stored_bytes
     from ..values.plan import Plan
 
     difference, written = done["max_logits_difference"], done["written"]

@@ -1,5 +1,6 @@
-"""The files of a checkpoint beside its tensors: the config, and what is carried over."""
+"""The files of a checkpoint: config, what is carried over, and how much its weights are."""
 
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+"""Dtypes whose values are parameters as they stand."""
 
 _WEIGHTS = (SINGLE_FILE, INDEX_FILE)
 _OTHER_WEIGHTS = (
@@ -145,3 +149,43 @@ def carried_files(stored: "Checkpoint") -> Iterator[tuple[str, Path]]:
                 warnings.warn(f"{name} is left out: it is too large", stacklevel=2)
                 continue
             yield name, path
+
+
+def stored_bytes(place: Path) -> int | None:
+    """Count the bytes of the weights at a place, a folder or a file; None if none are there."""
+    try:
+        if place.is_file():
+            return place.stat().st_size
+        sizes = [
+            path.stat().st_size
+            for pattern in ("*.safetensors", "pytorch_model*.bin")
+            for path in place.glob(pattern)
+        ]
+    except OSError:
+        return None
+    return sum(sizes) or None
+
+
+def count_weights(place: Path) -> tuple[int | None, int] | None:
+    """Count the values of a folder or a GGUF file, None if they are packed, and the bytes.
+
+    None where there are no weights that can be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if place.suffix == ".gguf":
+        size = stored_bytes(place)
+        return None if size is None else (None, size)
+    paths = sorted(place.glob("*.safetensors"))
+    parameters, packed = 0, False
+    try:
+        for path in paths:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                    tensor = file.get_slice(name)
+                    packed |= tensor.get_dtype() not in _PLAIN
+                    parameters += math.prod(tensor.get_shape())
+        num_bytes = sum(path.stat().st_size for path in paths)
+    except (OSError, SafetensorError):
+        return None
+    return (None if packed else parameters, num_bytes) if paths else None

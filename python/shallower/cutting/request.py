@@ -126,7 +126,7 @@ class Request:
 
     def saved_bytes(self, plan: Plan) -> int:
         """Count the bytes of a cut that is made in memory."""
-        from ..memory.checkpoints import left_bytes
+        from ..memory.weights import left_bytes
 
         return left_bytes(self._loaded_from(as_stored=False), plan.dropped)
 

@@ -110,18 +110,10 @@ def gain(
         )
     chosen = subject.dtype(dtype, here=measure or device == HERE)
     plan, after, room = subject.cut(drop, experts)
-    load = _Load(chosen, min(CONTEXT, room) if context is None else context, batch)
-    found = _forecast(subject, plan, after, load=load, devices=devices)
+    context = min(CONTEXT, room) if context is None else context
+    how: Any = {"dtype": chosen, "context": context, "batch": batch, "devices": devices}
+    found = _forecast(subject, plan, after, **how)
     return replace(found, measured=_measured(subject, found, plan)) if measure else found
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """The dtype, the tokens of a text and the texts that both models are counted for."""
-
-    dtype: str
-    context: int
-    batch: int
 
 
 def _named(device: str | None) -> list[Device | None]:
@@ -224,7 +216,9 @@ def _forecast(
     plan: Plan,
     after: "PretrainedConfig",
     *,
-    load: _Load,
+    dtype: str,
+    context: int,
+    batch: int,
     devices: list[Device | None],
 ) -> Gain:
     """Count both models, and forecast their times."""
@@ -233,8 +227,7 @@ def _forecast(
     from ..savings.timing import this_machine
 
     accounts = [
-        count(config, load.dtype, context=load.context, batch=load.batch)
-        for config in (subject.config, after)
+        count(config, dtype, context=context, batch=batch) for config in (subject.config, after)
     ]
     counts = plan.num_layers, len(plan.survivors)
     before, cut = (_sizes(*pair) for pair in zip(accounts, counts, strict=True))
@@ -242,13 +235,13 @@ def _forecast(
         subject.name,
         plan.num_layers,
         plan.dropped,
-        dtype=load.dtype,
-        context=load.context,
-        batch=load.batch,
+        dtype=dtype,
+        context=context,
+        batch=batch,
         before=before,
         after=cut,
         forecasts=tuple(
-            forecast(device or this_machine(load.dtype), accounts, (before, cut), dtype=load.dtype)
+            forecast(device or this_machine(dtype), accounts, (before, cut), dtype=dtype)
             for device in devices
         ),
         versions=versions(),

@@ -13,9 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..cutting.checkpoint import identity_of
 from ..cutting.checkpoint_files import is_checkpoint
 from ..errors import MissingExtraError, PlanError, ProcessesError, RecipeError
-from ..memory.checkpoints import BESIDE, left_bytes
 from ..memory.device import device_room
 from ..memory.rehearsal import build_empty
+from ..memory.weights import BESIDE, left_bytes
 from ..models.architecture import admitted_length, find_layers
 from ..models.decoder import Decoder
 from ..models.dtypes import QUANTISED, choose_device_map, choose_dtype

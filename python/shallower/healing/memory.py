@@ -61,7 +61,7 @@ class HealingStep:
         self._seen: dict[tuple[int, bool], int] = {}
 
     def parts(self, texts: int, recompute: bool | None) -> dict[str, int]:
-        """Count the bytes as ``memory.plan.Step``."""
+        """Count the bytes as ``memory.plan.Parts``."""
         key = texts, bool(recompute)
         if key not in self._seen:
             self._seen[key] = self.run(*key)
@@ -106,7 +106,7 @@ def plan_healing(
     """
     choices = list(_choices(batch_size, recompute, processes, room.card))
     step = _step_of(config, recipe, uncut_layers, recompute is True)
-    return plan_step(step, choices, room.size)
+    return plan_step(None if step is None else step.parts, choices, room.size)
 
 
 _LAST: dict[tuple[str, Resolved, int], HealingStep | None] = {}

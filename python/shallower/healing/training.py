@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, OutputError, why
-from ..memory.retry import Shrinking
+from ..memory.retry import train_within
 from ..models.architecture import find_layers
 from ..models.dtypes import CUBLAS_WORKSPACE, computing
 from ..models.feed_forward import Targets
@@ -144,11 +144,14 @@ def train(training: Training, reach: Reach, adjustable: Collection[str] = ()) ->
     ``adjustable`` names the settings that one process may change where memory is short, of
     ``batch_size`` and ``recompute``.
     """
-    shrinking = Shrinking(
-        training.model, training.recipe, adjustable if num_processes() == 1 else ()
-    )
+    automatic = adjustable if num_processes() == 1 else ()
     with _quiet_trainer(), deterministic(next(training.model.parameters()).device):
-        return shrinking.run(lambda recipe: _train(replace(training, recipe=recipe), reach))
+        return train_within(
+            training.model,
+            training.recipe,
+            lambda recipe: _train(replace(training, recipe=recipe), reach),
+            automatic=automatic,
+        )
 
 
 def _train(training: Training, reach: Reach) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from ..patching.least_squares import NormalEquations
 from ..results.scores import Scores
 from ..texts.batches import Batch
 from ..values.counts import counted
-from .subject import Subject
-from .token_states import evenly
+from .subject import Subject, evenly
 
 FIT_TOKENS = 4096
 HELD_OUT_TOKENS = 512

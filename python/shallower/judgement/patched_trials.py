@@ -49,12 +49,12 @@ class PatchedTrials:
         if gone in self._failed:
             raise self._failed[gone] if trials.model.is_streamed else self._failed.pop(gone)
         if gone in self._why:
-            trials.clock.recall(self._recalled.pop((gone, None), 0.0))
+            trials.add_seconds(self._recalled.pop((gone, None), 0.0))
             raise PatchError(self._why[gone])
         sums = np.full(trials.judge.num_items, np.nan)
         for index in trials.first(looks):
             self._count(gone, index)
-            trials.clock.recall(self._recalled.pop((gone, index), 0.0))
+            trials.add_seconds(self._recalled.pop((gone, index), 0.0))
             sums[trials.judge.items[index]] = self._looked[gone][index]
         return Scores(sums, trials.judge.weights)
 

@@ -14,8 +14,7 @@ from .criteria.layer_change import BlockInfluence, Magnitude, XMerge
 from .criteria.similarity import Angular, LinearCka, RelativeL2
 from .criterion import Criterion
 from .stored_costs import recalled_costs, recorded_costs
-from .subject import Subject
-from .token_states import PROBED, evenly
+from .subject import Subject, evenly
 
 Cut = frozenset[int]
 
@@ -31,6 +30,9 @@ PROPOSERS: tuple[Criterion, ...] = (
 
 PROPOSING_TEXTS = 8
 """Texts that the criteria look at, evenly over the calibration texts."""
+
+PROBED = 2
+"""Forwards of one text by which a model is checked before it is run layer by layer."""
 
 TRIED = 8
 """Exchanges of a step that are judged: those that are guessed to be the best."""
@@ -85,24 +87,22 @@ def all_costs(
 
     ``inputs`` are all that the costs depend on beside the model.
     """
-    return subject.shared("proposing", lambda: _all_costs(subject, store, inputs))
-
-
-def _all_costs(
-    subject: Subject, store: ResultStore, inputs: Mapping[str, Any]
-) -> dict[str, Costs | str]:
     some, names = proposing_texts(subject), [criterion.name for criterion in PROPOSERS]
-    inputs = {"criteria": names, "num_texts": PROPOSING_TEXTS, **inputs}
-    known = store.get("costs", inputs)
-    if known is not None:
-        return {
-            name: one if isinstance(one, str) else recalled_costs(one, some)
-            for name, one in known["costs"].items()
-        }
-    found = dict(_measured(some))
-    kept = {k: one if isinstance(one, str) else recorded_costs(one) for k, one in found.items()}
-    store.put("costs", inputs, {"costs": kept})
-    return found
+    named = {"criteria": names, "num_texts": PROPOSING_TEXTS, **inputs}
+
+    def recorded() -> dict[str, Costs | str]:
+        known = store.get("costs", named)
+        if known is not None:
+            return {
+                name: one if isinstance(one, str) else recalled_costs(one, some)
+                for name, one in known["costs"].items()
+            }
+        found = dict(_measured(some))
+        kept = {k: one if isinstance(one, str) else recorded_costs(one) for k, one in found.items()}
+        store.put("costs", named, {"costs": kept})
+        return found
+
+    return subject.shared("proposing", recorded)
 
 
 def _measured(subject: Subject) -> Iterator[tuple[str, Costs | str]]:

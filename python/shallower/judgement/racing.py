@@ -5,33 +5,22 @@ what their variances have in common. So variances are moderated (:func:`lost`).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import digamma, polygamma, stdtrit
 
-from ..results.scores import Scores
 from .trials import Trials
 
 ALPHA = 0.05
 """Probability with which the cut that is best on all items is lost on the way, at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Race:
-    """What came of a race."""
-
-    winner: int  # the cut with the least mean; of equals the first
-    tied: tuple[int, ...]  # others, never lost and not told from the winner, ascending
-    scores: tuple[Scores, ...]  # by cut; NaN for items that it was not judged on
-
-
-def race(trials: Trials, cuts: Sequence[Iterable[int]], *, alpha: float = ALPHA) -> Race:
+def race(trials: Trials, cuts: Sequence[Iterable[int]], *, alpha: float = ALPHA) -> int:
     """Find the best of several cuts, dropping at each look those that are worse (:func:`lost`).
 
-    The best on all items wins with a probability of at least ``1 - alpha``; 0 judges all cuts on
-    all items.
+    It is the one of the least mean, of equals the first. The best on all items wins with a
+    probability of at least ``1 - alpha``; 0 judges all cuts on all items.
     """
     dropped = [frozenset(cut) for cut in cuts]
     order = sorted(range(len(cuts)), key=lambda number: trials.path(dropped[number]))
@@ -49,9 +38,7 @@ def race(trials: Trials, cuts: Sequence[Iterable[int]], *, alpha: float = ALPHA)
         if len(left) == 1:
             break
     means = [scores[number].mean for number in left]
-    winner = left[int(np.argmin(means))]
-    tied = [n for n in left if n != winner and scores[n].minus(scores[winner]).tied]
-    return Race(winner, tuple(tied), tuple(scores))
+    return left[int(np.argmin(means))]
 
 
 def lost(

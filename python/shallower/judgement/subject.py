@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 
 from ..cutting.in_model import without_layers
@@ -16,9 +17,12 @@ from ..texts.batches import Batch
 from ..values.entries import ResultStore
 from ..values.identity import TextsIdentity
 from ..values.plan import Plan
+from ..values.positions import Positions
 from .trials import Trials
 
 Value = TypeVar("Value")
+
+ALL_TOKENS = Positions("all", 0)
 
 
 @dataclass
@@ -76,6 +80,23 @@ class Subject:
                 first = next(layer.children(), layer)
                 stack.callback(first.register_forward_hook(count).remove)
             yield
+
+
+def evenly(batches: Sequence[Batch], num_texts: int) -> list[Batch]:
+    """Take at most so many texts, evenly over all, in batches no longer than they are."""
+    total = sum(len(batch) for batch in batches)
+    wanted = np.linspace(0, total - 1, min(num_texts, total)).round().astype(int)
+    found, start = [], 0
+    for batch in batches:
+        rows = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
+        start += len(batch)
+        if len(rows):
+            mask = batch.attention_mask[rows]
+            length = int(mask.sum(axis=1).max())
+            found.append(
+                Batch(batch.input_ids[rows, :length], mask[:, :length], batch.samples[rows])
+            )
+    return found
 
 
 def parameters_share(decoder: Decoder, plan: Plan) -> float:

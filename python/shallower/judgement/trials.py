@@ -60,21 +60,6 @@ class Count:
         self.once(what, (len(path) - start) * texts)
 
 
-class Clock:
-    """A clock that adds the recorded time of cached results."""
-
-    def __init__(self) -> None:
-        self._recalled = 0.0
-
-    def __call__(self) -> float:
-        """Seconds from a moment that is the same for all calls."""
-        return time.perf_counter() + self._recalled
-
-    def recall(self, seconds: float) -> None:
-        """Let so many seconds pass."""
-        self._recalled += seconds
-
-
 class Trials:
     """Cuts of one model, judged on the items of one judge.
 
@@ -99,7 +84,7 @@ class Trials:
     ) -> None:
         self.model, self.judge = model, judge
         self.count: Count | None = None
-        self.clock = Clock()
+        self._seconds_recalled = 0.0
         self.report: Callable[[int], object] | None = None
         self.prefixes = Prefixes(model, judge.batches, memory=memory)
         self._prepares = type(judge).prepare is not Judge.prepare and not prepared
@@ -115,6 +100,14 @@ class Trials:
     def num_looks(self) -> int:
         """Batches of items, which are looked at one after the other."""
         return len(self.judge.batches)
+
+    def clock(self) -> float:
+        """Seconds from a moment that is the same for all calls; cached results add theirs."""
+        return time.perf_counter() + self._seconds_recalled
+
+    def add_seconds(self, recalled: float) -> None:
+        """Add the recorded time of a cached result to :meth:`clock`."""
+        self._seconds_recalled += recalled
 
     @contextmanager
     def counted(self) -> Iterator[Count]:
@@ -216,9 +209,9 @@ class Trials:
         self._judge([key])
         if key in self._failed:
             raise self._failed[key] if self.model.is_streamed else self._failed.pop(key)
-        self.clock.recall(self._recalled.pop(key, 0.0))
+        self.add_seconds(self._recalled.pop(key, 0.0))
         texts = len(self.judge.batches[index])
-        if self.count is not None and has_experts(gone):
+        if self.count is not None and any(isinstance(one, tuple) for one in gone):
             self.count.once((gone, index), len(self.path(gone)) * texts)
         elif self.count is not None:
             self.count_prepared([index])
@@ -260,8 +253,3 @@ def judge_inputs(judge: Judge) -> dict[str, Any]:
 def kept_trials(model: Layerwise, judge: Judge, *, store: ResultStore, items: str) -> Trials:
     """Trials that the store keeps, batch by batch; ``items`` identifies those of the judge."""
     return Trials(model, judge, journal=cut_journal(store, items, judge_inputs(judge)))
-
-
-def has_experts(gone: Gone) -> bool:
-    """Whether experts are of what goes."""
-    return any(isinstance(one, tuple) for one in gone)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -37,8 +37,7 @@ from .proposals import (
     proposing_layers,
 )
 from .racing import ALPHA, lost
-from .subject import Subject
-from .token_states import evenly
+from .subject import Subject, evenly
 from .trials import AnyCut, Count, Trials, judge_inputs, kept_trials
 
 PATCH_TEXTS = 24
@@ -62,64 +61,86 @@ MOST = 0.24
 _By = Trials | PatchedTrials
 
 
-@dataclass
 class Verifier:
-    """Proposals of several criteria for one model that is loaded, and a judge that races them."""
+    """Proposals of several criteria for one model that is loaded, and a judge that races them.
 
-    subject: Subject  # with calibration and selection texts
-    patch: QuickPatch  # on calibration texts
-    patched: PatchedTrials  # cuts judged after it
-    store: ResultStore
-    texts: str  # identity of calibration and selection texts, for the store
-    top: int = 4  # best blocks of a criterion; twice as many cuts in the last race
-    after: str = "patch"  # `none`: judged as they are cut; `patch`: after a quick one
-    max_blocks: int | None = None  # of a cut; None for no limit
-    progress: bool | None = None  # by default if standard error is a terminal
+    The judge is by default the loss. Test texts of ``splits`` are not looked at. ``texts`` is the
+    identity of the others, for the store; ``tokens`` the length of texts, and how many make one
+    forward. ``top`` are best blocks of a criterion, and twice as many cuts are in the last race;
+    ``after`` is ``none`` (judged as they are cut) or ``patch`` (after a quick one); ``max_blocks``
+    are those of a cut.
+    """
 
-    @property
-    def num_layers(self) -> int:
-        """L, the layers of the model."""
-        return self.subject.num_layers
-
-    @property
-    def trials(self) -> Trials:
-        """Cuts judged as they are, on the selection texts."""
-        return self.subject.trials
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Splits[str] | Splits[TokenisedText],
+        *,
+        judge: Judge | None = None,
+        store: ResultStore,
+        texts: str,
+        tokens: Tokens,
+        top: int = 4,
+        after: str = "patch",
+        max_blocks: int | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> None:
+        for name, value in (("max_blocks", max_blocks), ("top", top)):
+            if value is not None and value < 1:
+                raise LayersError(f"{name} = {value}: expected at least 1")
+        _check_after(after)
+        self.store, self.texts, self.progress = store, texts, progress
+        self.top, self.after, self.max_blocks = top, after, max_blocks
+        tokens, model = fitting_tokens(decoder, tokens), Layerwise(decoder)
+        fitted = TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2)
+        batches = list(fitted)
+        judge = judge or LossJudge(judged_batches(tokenizer, splits.choose, tokens))
+        _require_enough(sum(map(len, batches)), judge.num_items)
+        self.trials = kept_trials(model, judge, store=store, items=texts)
+        self.patch = QuickPatch(model, evenly(batches, PATCH_TEXTS))
+        self.patched = kept_patched(self.trials, self.patch, store=store, items=texts, fitted=texts)
+        identities = (fitted.identity,)
+        self.subject = Subject(decoder, batches, self.trials, (), texts=identities, seed=seed)
 
     def scores(self, cut: AnyCut, *, after: str) -> Scores:
         """Judge a cut on all selection items, as it is cut (``none``) or patched (``patch``)."""
         _check_after(after)
         return self.trials.scores(cut) if after == "none" else self.patched.scores(cut)
 
-    def verify(self, n: int, *, more: Iterable[Plan] = ()) -> Verified:
+    def verify(self, n: int, *, more: Iterable[Plan] = (), after: str | None = None) -> Verified:
         """Find the best cut of ``n`` layers, with ``more`` proposals of the caller's.
+
+        They are judged ``after`` a patch or as they are cut, by default as the verifier says.
 
         Where proposals are judged after a patch, several may be within one paired standard error of
         the best. Of these the one wins that loses least as it is cut, on the first of the texts: so
         the plan is good both ways.
         """
-        check_size(self.num_layers, n)
+        check_size(self.subject.num_layers, n)
         proposals = Proposals(max_blocks=self.max_blocks)
         for plan in more:
-            _take(proposals, Plan.of(self.num_layers, plan), n)
-        inputs = self._inputs(n, proposals)
+            _take(proposals, Plan.of(self.subject.num_layers, plan), n)
+        after = after or self.after
+        inputs = self._inputs(n, proposals, after)
         known = self.store.get("choice", inputs)
         if known is not None:
             return recalled(Verified.from_json, known, "a verified plan")
         started = self.trials.clock()
         with self.trials.counted() as count:
-            found = _Verification(self, n, proposals, count).run()
+            found = _Verification(self, n, proposals, count=count, after=after).run()
         seconds = self.trials.clock() - started
         verified = replace(found, layer_forwards=count.layer_forwards, seconds=seconds)
         self.store.put("choice", inputs, verified.to_json())
         return verified
 
-    def _inputs(self, n: int, proposals: Proposals) -> dict[str, Any]:
+    def _inputs(self, n: int, proposals: Proposals, after: str) -> dict[str, Any]:
         return {
             "n": n,
             "more": [[sorted(cut), list(names)] for cut, names in proposals.names.items()],
             "top": self.top,
-            "after": self.after,
+            "after": after,
             "max_blocks": self.max_blocks,
             "fitted": self.texts,
             "seed": self.subject.seed,
@@ -143,42 +164,6 @@ def _take(proposals: Proposals, plan: Plan, n: int) -> None:
     proposals.take(frozenset(plan.dropped), plan.metric or plan.strategy)
 
 
-def verifier_of(
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: Splits[str] | Splits[TokenisedText],
-    *,
-    judge: Judge | None = None,
-    store: ResultStore,
-    texts: str,
-    tokens: Tokens,
-    top: int = 4,
-    after: str = "patch",
-    max_blocks: int | None = None,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> Verifier:
-    """Prepare to verify plans of a model that is loaded, by its loss or by a ``judge``.
-
-    Test texts of ``splits`` are not looked at. ``texts`` is the identity of the others, for the
-    store; ``tokens`` the length of texts, and how many make one forward.
-    """
-    for name, value in (("max_blocks", max_blocks), ("top", top)):
-        if value is not None and value < 1:
-            raise LayersError(f"{name} = {value}: expected at least 1")
-    _check_after(after)
-    tokens, model = fitting_tokens(decoder, tokens), Layerwise(decoder)
-    fitted = TokenBatches(tokenizer, splits.fit, tokens, min_tokens=2)
-    batches = list(fitted)
-    judge = judge or LossJudge(judged_batches(tokenizer, splits.choose, tokens))
-    _require_enough(sum(map(len, batches)), judge.num_items)
-    trials = kept_trials(model, judge, store=store, items=texts)
-    patch = QuickPatch(model, evenly(batches, PATCH_TEXTS))
-    patched = kept_patched(trials, patch, store=store, items=texts, fitted=texts)
-    subject = Subject(decoder, batches, trials, (), texts=(fitted.identity,), seed=seed)
-    return Verifier(subject, patch, patched, store, texts, top, after, max_blocks, progress)
-
-
 def _require_enough(num_fitting: int, num_choosing: int) -> None:
     """Refuse sets that are too small without their texts of a single token."""
     if num_fitting < FEWEST_FITTING or num_choosing < FEWEST_CHOOSING:
@@ -189,20 +174,18 @@ def _require_enough(num_fitting: int, num_choosing: int) -> None:
         )
 
 
-@dataclass
 class _Verification:
     """One size on its way from proposals to a winner: screened, improved and raced."""
 
-    verifier: Verifier
-    n: int
-    proposals: Proposals  # of the caller; the others are added
-    count: Count  # layers so far, which bound search and race
-    named: list[Cut] = field(default_factory=list)  # cuts of criteria and of the caller
-
-    def __post_init__(self) -> None:
-        self.subject, self.patched = self.verifier.subject, self.verifier.patched
-        self.top, self.trials = self.verifier.top, self.verifier.trials
-        self.after = self.verifier.after
+    def __init__(
+        self, verifier: Verifier, n: int, proposals: Proposals, *, count: Count, after: str
+    ) -> None:
+        self.verifier, self.n, self.after = verifier, n, after
+        self.subject, self.trials = verifier.subject, verifier.trials
+        self.patched, self.top = verifier.patched, verifier.top
+        self.proposals = proposals  # of the caller; the others are added
+        self.count = count  # layers so far, which bound search and race
+        self.named: list[Cut] = []  # cuts of criteria and of the caller
         self._shown = 0
 
     def run(self) -> Verified:

@@ -1,16 +1,14 @@
 """How many texts of a forward, and what recomputation, fit into memory (:func:`fitting`).
 
-A :class:`Step` is work whose bytes are known before it is done; :func:`plan_step` is the one search
-for the choice that fits.
+:func:`plan_step` is the one search for the choice that fits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from ..models.architecture import evaluating
@@ -25,7 +23,7 @@ from ..values.tokens import DEFAULT_BATCH, Tokens
 from .budget import BUDGET
 from .device import Room, available_bytes
 from .rehearsal import Rehearsal, build_empty, first_that_runs
-from .weights import dequantised_bytes, weight_parts
+from .weights import dequantised_bytes, module_bytes, weight_parts
 
 MOST_TOKENS = 32_768
 """Tokens of a forward at most: more make no GPU faster."""
@@ -34,47 +32,44 @@ Choice = tuple[int, bool | None]
 """Texts in one forward, and whether activations are recomputed; None without a backward."""
 
 
-class Step(Protocol):
-    """Work on a device whose bytes are known before it is done."""
-
-    def parts(self, texts: int, recompute: bool | None) -> dict[str, int]:
-        """Bytes at the peak by what they are for; those of ``OFFLOADED`` lie elsewhere."""
+Parts = Callable[[int, bool | None], dict[str, int]]
+"""Give the bytes of a choice at the peak, by what they are for; of ``OFFLOADED`` elsewhere."""
 
 
-def plan_step(step: Step | None, choices: Sequence[Choice], device_bytes: int) -> MemoryPlan:
-    """Choose the first (fastest) choice that fits, or else the last; for no step the first."""
-    if step is None:
+def plan_step(parts: Parts | None, choices: Sequence[Choice], device_bytes: int) -> MemoryPlan:
+    """Choose the first (fastest) choice that fits, or else the last; without parts the first."""
+    if parts is None:
         return MemoryPlan(None, *choices[0], device_bytes)
     several = len({texts for texts, _ in choices}) > 1
     for choice in choices:
-        if several and not _may_fit(step, choice, device_bytes):
+        if several and not _may_fit(parts, choice, device_bytes):
             continue
-        if (plan := _plan_of(step, choice, device_bytes)).fits:
+        if (plan := _plan_of(parts, choice, device_bytes)).fits:
             return plan
-    return _plan_of(step, choices[-1], device_bytes)
+    return _plan_of(parts, choices[-1], device_bytes)
 
 
-def _plan_of(step: Step, choice: Choice, device_bytes: int) -> MemoryPlan:
-    return MemoryPlan(peak_of(step, choice), *choice, device_bytes, step.parts(*choice))
+def _plan_of(parts: Parts, choice: Choice, device_bytes: int) -> MemoryPlan:
+    return MemoryPlan(peak_of(parts, choice), *choice, device_bytes, parts(*choice))
 
 
-def peak_of(step: Step, choice: Choice) -> int:
+def peak_of(parts: Parts, choice: Choice) -> int:
     """The bytes of a device that a step holds at once."""
-    return sum(size for name, size in step.parts(*choice).items() if name != OFFLOADED)
+    return sum(size for name, size in parts(*choice).items() if name != OFFLOADED)
 
 
-def _may_fit(step: Step, choice: Choice, device_bytes: int) -> bool:
+def _may_fit(parts: Parts, choice: Choice, device_bytes: int) -> bool:
     """Whether one text fits, which is quickly rehearsed, and more are not far from it."""
     texts, recompute = choice
-    one, room = peak_of(step, (1, recompute)), usable(device_bytes)
+    one, room = peak_of(parts, (1, recompute)), usable(device_bytes)
     few = texts <= 2 or texts * one <= room  # no text takes more than the first
-    return one <= room and (few or 0.9 * estimate(step, choice) <= room)
+    return one <= room and (few or 0.9 * estimate(parts, choice) <= room)
 
 
-def estimate(step: Step, choice: Choice) -> int:
+def estimate(parts: Parts, choice: Choice) -> int:
     """The bytes at the peak, if every text takes as many more as the second does."""
     texts, recompute = choice
-    one, two = (peak_of(step, (few, recompute)) for few in (1, 2))
+    one, two = (peak_of(parts, (few, recompute)) for few in (1, 2))
     return one + (texts - 1) * (two - one)
 
 
@@ -128,7 +123,7 @@ class ForwardStep:
         self._seen: dict[int, int] = {}
 
     def parts(self, texts: int, recompute: bool | None = None) -> dict[str, int]:
-        """Count the bytes as :meth:`Step.parts`."""
+        """Count the bytes as :data:`Parts`."""
         return {**self.weights, "activations": self._live(texts)}
 
     def _live(self, texts: int) -> int:
@@ -164,17 +159,10 @@ def plan_forward(
     loaded: bool = False,
 ) -> MemoryPlan:
     """Choose the texts of a forward by what a device has room for, or one text where none fits."""
+    of_room: Any = {"length": tokens.max_length, "card": room.card, "loaded": loaded}
 
     def rehearsed(experts: str | None) -> ForwardStep:
-        step = ForwardStep(
-            config,
-            dtype,
-            forward,
-            length=tokens.max_length,
-            card=room.card,
-            loaded=loaded,
-            experts=experts,
-        )
+        step = ForwardStep(config, dtype, forward, **of_room, experts=experts)
         step.parts(1)
         return step
 
@@ -182,7 +170,7 @@ def plan_forward(
     choices: list[Choice] = [(texts, None) for texts in _sizes(tokens, room.card)]
     if step is None and tokens.batch_size == "auto":
         choices = [choice for choice in choices if choice[0] <= DEFAULT_BATCH]
-    return plan_step(step, choices, room.size)
+    return plan_step(None if step is None else step.parts, choices, room.size)
 
 
 def _sizes(tokens: Tokens, card: bool) -> Iterator[int]:
@@ -212,7 +200,7 @@ def fitting(decoder: Decoder, tokens: Tokens, forward: Forward) -> Tokens:
     free = min(available_bytes(device) for device in cards or {torch.device("cpu")})
     room = Room(free if BUDGET.bound is None else min(free, BUDGET.bound), bool(cards))
     if room.card and (layers := list(filter(is_offloaded, decoder.layers.modules))):
-        room = Room(max(0, room.size - 2 * max(map(_bytes_of, layers))), card=True)
+        room = Room(max(0, room.size - 2 * max(map(module_bytes, layers))), card=True)
         forward = _travelling(forward) if decoder.is_streamed else forward
     if not room.card and _plainly_fits(decoder, tokens.max_length, forward, room.size):
         return replace(tokens, batch_size=DEFAULT_BATCH)
@@ -235,11 +223,6 @@ def _travelling(forward: Forward) -> Forward:
         return 3 * length * width * decoder.model.dtype.itemsize
 
     return replace(forward, beside=beside)
-
-
-def _bytes_of(layer: nn.Module) -> int:
-    """The bytes of the weights of a layer on its device, where it runs or is on its way."""
-    return sum(weight.nbytes for weight in layer.parameters())
 
 
 def _plainly_fits(decoder: Decoder, length: int, forward: Forward, room: int) -> bool:

@@ -28,50 +28,20 @@ Take = Callable[[Place, torch.Tensor], object]
 """Receives a batch and the layers of a cut, with the states behind the last of them."""
 
 
-class Kept:
-    """States within ``capacity`` bytes; the least recently used are evicted.
-
-    Using some counts as using those before them. ``sizes`` are bytes by batch; kept are the
-    embedding and every ``every``-th layer.
-    """
-
-    def __init__(self, capacity: int, sizes: Sequence[int], every: int) -> None:
-        self._capacity, self._sizes, self._every = capacity, sizes, every
-        self._used = 0
-        self._states: OrderedDict[Place, torch.Tensor] = OrderedDict()
-
-    def __contains__(self, place: Place) -> bool:
-        return place in self._states
-
-    def start(self, index: int, path: tuple[int, ...]) -> tuple[int, torch.Tensor] | None:
-        """Find the layers of a path that need not run on a batch, and the states behind them."""
-        depths = [d for d in range(len(path), -1, -1) if (index, path[:d]) in self._states]
-        for depth in depths:
-            self._states.move_to_end((index, path[:depth]))
-        return (depths[0], self._states[index, path[: depths[0]]]) if depths else None
-
-    def keep(self, index: int, path: tuple[int, ...], states: torch.Tensor) -> None:
-        """Copy states to the CPU, if they are of those that are kept."""
-        size = self._sizes[index]
-        if len(path) % self._every or (index, path) in self._states or size > self._capacity:
-            return
-        while self._used + size > self._capacity:
-            place, _ = self._states.popitem(last=False)
-            self._used -= self._sizes[place[0]]
-        self._states[index, path] = torch.empty(states.shape, dtype=states.dtype).copy_(states)
-        self._used += size
-
-
 class Prefixes:
     """Cuts run on batches, each from states that it shares with those before it.
 
     States lie on the CPU in the model's dtype: ``memory`` bytes, by default a share of the budget.
+    Cached are the embedding and every k-th layer; the least recently used are evicted, and using
+    some counts as using those before them.
     """
 
     def __init__(
         self, model: Layerwise, batches: Sequence[Batch], *, memory: int | None = None
     ) -> None:
         self.model, self.batches, self._memory = model, batches, memory
+        self._used = 0
+        self._cached: OrderedDict[Place, torch.Tensor] = OrderedDict()
 
     def run(self, places: Iterable[Place], take: Take) -> None:
         """Run the layers of cuts on batches; ``take`` receives places with (B, T, D) states."""
@@ -114,7 +84,7 @@ class Prefixes:
 
         def keep(found: torch.Tensor) -> None:
             if (depth := next(depths)) < len(path):
-                self._kept.keep(index, path[:depth], found)
+                self._keep((index, path[:depth]), found)
 
         batch, layers = self.batches[index], path[start:stop]
         if not self.model.is_streamed:
@@ -159,15 +129,25 @@ class Prefixes:
 
     def _start(self, index: int, path: tuple[int, ...]) -> tuple[int, torch.Tensor]:
         """How many layers of a path need not run again on a batch, and the states behind them."""
-        found = self._kept.start(index, path)
-        if found is None:
-            found = 0, self._settled(self.model.embed(self.batches[index]))
-            self._kept.keep(index, (), found[1])
-        return found
+        depths = [d for d in range(len(path), -1, -1) if (index, path[:d]) in self._cached]
+        for depth in depths:
+            self._cached.move_to_end((index, path[:depth]))
+        if depths:
+            return depths[0], self._cached[index, path[: depths[0]]]
+        states = self._settled(self.model.embed(self.batches[index]))
+        self._keep((index, ()), states)
+        return 0, states
 
-    @cached_property
-    def _kept(self) -> Kept:
-        return Kept(self._capacity, self._sizes, self._every)
+    def _keep(self, place: Place, states: torch.Tensor) -> None:
+        """Copy states to the CPU, if they are of those that are cached."""
+        size = self._sizes[place[0]]
+        if len(place[1]) % self._every or place in self._cached or size > self._capacity:
+            return
+        while self._used + size > self._capacity:
+            (other, _), _ = self._cached.popitem(last=False)
+            self._used -= self._sizes[other]
+        self._cached[place] = torch.empty(states.shape, dtype=states.dtype).copy_(states)
+        self._used += size
 
     @cached_property
     def _sizes(self) -> list[int]:

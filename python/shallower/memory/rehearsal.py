@@ -79,17 +79,26 @@ def output_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages, but those ``known``, until they go; ``peak`` is the most."""
+    """Counts the bytes of storages, but those ``known``, until they go; ``peak`` is the most.
 
-    def __init__(self, known: set[int]) -> None:
+    ``padded`` is None where tensors have values. Else one that is read is what is likely: masks
+    have padding if the texts have.
+    """
+
+    def __init__(self, known: set[int], *, padded: bool | None = None) -> None:
         super().__init__()
         self.peak = self._now = 0
-        self._known = known
+        self._known, self._padded = known, padded
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._padded is not None:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return self._likely(args[0])
+            if func in _COMPARISONS:
+                return True
         if torch.is_inference_mode_enabled() and func.namespace == "aten":
             with self:  # there, what is made of other operations arrives as a whole
                 if (output := func.decompose(*args, **kwargs)) is not NotImplemented:
@@ -115,25 +124,8 @@ class LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         self._now -= size
 
-
-class _Rehearsed(LiveBytes):
-    """The same where tensors have no values; one that is read is what is likely."""
-
-    def __init__(self, known: set[int], padded: bool) -> None:
-        super().__init__(known)
-        self._padded = padded
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return self._read(args[0])
-        if func in _COMPARISONS:
-            return True
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _read(self, value: torch.Tensor) -> Any:
-        """The value of a tensor that has none: masks have padding if the texts have."""
+    def _likely(self, value: torch.Tensor) -> Any:
+        """The value of a tensor that has none."""
         if value.dtype == torch.bool:
             return not self._padded
         return 1.0 if value.is_floating_point() else 1
@@ -178,6 +170,6 @@ class Rehearsal:
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(self._mode)
-            live = stack.enter_context(_Rehearsed(set(self._weights), padded))
+            live = stack.enter_context(LiveBytes(set(self._weights), padded=padded))
             step()
         return live.peak

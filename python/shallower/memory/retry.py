@@ -1,7 +1,7 @@
 """Fewer texts a forward after memory ran out, and the error where one text is too many."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -72,58 +72,59 @@ def _too_long(batch: Batch) -> ModelError:
     )
 
 
-class Shrinking:
-    """A training, begun again with a smaller forward when it runs out of memory.
+def train_within(
+    model: Any,
+    recipe: Resolved,
+    train: Callable[[Resolved], Result],
+    *,
+    automatic: Collection[str],
+) -> Result:
+    """Train, again with a smaller forward when memory runs out; RecipeError where nothing is left.
 
     The sequences of a step and their mean do not depend on the size of a forward. So the training
     resumes from its last checkpoint, or else from the adapters as they are now. ``automatic`` names
     the settings that may be changed.
     """
-
-    def __init__(self, model: Any, recipe: Resolved, automatic: Collection[str]) -> None:
-        self._model, self._recipe, self._automatic = model, recipe, automatic
-        self._begin = {
-            name: weight.detach().to("cpu", copy=True)
-            for name, weight in model.named_parameters()
-            if automatic and weight.requires_grad
-        }
-
-    def run(self, train: Callable[[Resolved], Result]) -> Result:
-        """Train, if need be several times; RecipeError if nothing is left to change."""
-        while True:
-            smaller = self._smaller()
-            refusal = _advice(self._recipe) if smaller is None else None
-            if done := _attempt(partial(train, self._recipe), refusal):
-                return done.pop()
-            if smaller is not None:
-                self._begin_again(smaller)
-
-    def _smaller(self) -> Resolved | None:
-        recipe = self._recipe
-        if recipe.batch_size > 1 and "batch_size" in self._automatic:
-            return replace(recipe, batch_size=recipe.batch_size // 2)
-        if not recipe.recompute and "recompute" in self._automatic:
-            return replace(recipe, recompute=True)
-        return None
-
-    def _begin_again(self, recipe: Resolved) -> None:
-        with torch.no_grad():
-            for name, weight in self._model.named_parameters():
-                if name in self._begin:
-                    weight.grad = None
-                    weight.copy_(self._begin[name])
-        free_memory()
+    begin = {
+        name: weight.detach().to("cpu", copy=True)
+        for name, weight in model.named_parameters()
+        if automatic and weight.requires_grad
+    }
+    while True:
+        smaller = _smaller(recipe, automatic)
+        refusal = _advice(recipe) if smaller is None else None
+        if done := _attempt(partial(train, recipe), refusal):
+            return done.pop()
+        assert smaller is not None
+        _put_back(model, begin)
         changed = (
-            f"with {recipe.batch_size} (batch_size, --batch-size)"
-            if recipe.batch_size < self._recipe.batch_size
+            f"with {smaller.batch_size} (batch_size, --batch-size)"
+            if smaller.batch_size < recipe.batch_size
             else "with activations recomputed (recompute, --gradient-checkpointing)"
         )
         warnings.warn(
-            f"there is not enough memory to train on {self._recipe.batch_size} sequences in one "
+            f"there is not enough memory to train on {recipe.batch_size} sequences in one "
             f"forward: going on {changed}, from the last checkpoint",
-            stacklevel=3,
+            stacklevel=2,
         )
-        self._recipe = recipe
+        recipe = smaller
+
+
+def _smaller(recipe: Resolved, automatic: Collection[str]) -> Resolved | None:
+    if recipe.batch_size > 1 and "batch_size" in automatic:
+        return replace(recipe, batch_size=recipe.batch_size // 2)
+    if not recipe.recompute and "recompute" in automatic:
+        return replace(recipe, recompute=True)
+    return None
+
+
+@torch.no_grad()
+def _put_back(model: Any, begin: Mapping[str, torch.Tensor]) -> None:
+    for name, weight in model.named_parameters():
+        if name in begin:
+            weight.grad = None
+            weight.copy_(begin[name])
+    free_memory()
 
 
 def _advice(recipe: Resolved) -> RecipeError:

@@ -1,15 +1,23 @@
-"""The bytes of a model's weights by dtype, as they are loaded."""
+"""The bytes of a model's weights by dtype, as loaded, and of a checkpoint before it is made."""
 
 import math
+from collections.abc import Collection
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from ..models.dtypes import QUANTISED
+from ..errors import ModelError
+from ..models.architecture import find_layers
+from ..models.dtypes import QUANTISED, plain_dtype
 from ..models.experts import stacked_weights
+from ..models.source import ModelSource
 from ..values.estimates import EXPERTS
+from .rehearsal import build_empty
+
+BESIDE = 1 << 23
+"""Bytes of what lies beside the weights of a checkpoint, as its tokenizer, about."""
 
 _BLOCK, _NESTED_BLOCK = 64, 256
 """Weights that share a scale in bitsandbytes' 4 bits; scales that share one themselves."""
@@ -58,6 +66,25 @@ def num_parameters(module: nn.Module) -> int:
         for weight in module.parameters()
         for state in (getattr(weight, "quant_state", None),)
     )
+
+
+def left_bytes(model: ModelSource | PreTrainedModel, dropped: Collection[int] | int) -> int:
+    """Count the bytes of a checkpoint without some layers, or so many of the smallest.
+
+    Of a model of a family that cannot be built from its config only what lies beside the weights.
+    """
+    if isinstance(model, ModelSource):
+        source = model.resolved()
+        try:
+            built = build_empty(source.read_config(), plain_dtype(source.dtype))
+        except ModelError:
+            return BESIDE
+        whole = weight_bytes(built, source.dtype)
+    else:
+        built, whole = model, module_bytes(model)
+    sizes = [num_parameters(layer) for layer in find_layers(built).modules]
+    gone = sorted(sizes)[:dropped] if isinstance(dropped, int) else [sizes[i] for i in dropped]
+    return BESIDE + round(whole * (1 - sum(gone) / num_parameters(built)))
 
 
 def dequantised_bytes(model: PreTrainedModel, dtype: str) -> int:

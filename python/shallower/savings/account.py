@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -306,31 +305,29 @@ def count(config: PretrainedConfig, dtype: str, *, context: int = 2048, batch: i
     """
     ways = str(config._attn_implementation), str(config._experts_implementation)
     content = config.to_json_string(use_diff=False)
-    return _count(_Accounted((type(config), content, *ways), dtype, context, batch, config))
+    key = type(config), content, *ways, dtype, context, batch
+    if key not in _COUNTED:
+        while len(_COUNTED) >= MOST_COUNTED:
+            _COUNTED.pop(next(iter(_COUNTED)))
+        _COUNTED[key] = _count(config, dtype, context=context, batch=batch)
+    return _COUNTED[key]
 
 
-@dataclass(frozen=True, slots=True)
-class _Accounted:
-    """What is counted: the content of a config, by which it is known again, and the config."""
+MOST_COUNTED = 64
+"""Accounts that are kept at most; the oldest goes first."""
 
-    content: tuple[type, str, str, str]
-    dtype: str
-    context: int
-    batch: int
-    config: PretrainedConfig = field(compare=False)
+_COUNTED: dict[tuple[object, ...], Account] = {}
+"""What was counted: a run needs the whole model again beside each of its cuts."""
 
 
-@lru_cache(maxsize=64)
-def _count(subject: _Accounted) -> Account:
-    """Count once: a run needs the whole model again beside each of its cuts."""
-    config, dtype, context = subject.config, subject.dtype, subject.context
+def _count(config: PretrainedConfig, dtype: str, *, context: int, batch: int) -> Account:
     plain = plain_dtype(dtype)
     model = build_empty(config, plain)
     _check_positions(model, context)
 
     def counted(experts: str | None) -> Account:
         built = build_empty(config, plain, experts=experts)
-        return _Counting(built, dtype).count(context, subject.batch)
+        return _Counting(built, dtype).count(context, batch)
 
     found = first_that_runs(counted)
     if found is None:

@@ -21,9 +21,6 @@ from ..results.gain import MeasuredGain
 from .account import cache_of
 from .devices import DEVICES, HERE, Device, known_as
 
-_Way = Callable[[], AbstractContextManager[object]]
-"""Within its context a model has all of its layers, or some."""
-
 _WIDTH = 2048
 """Rows and columns of the matrices that are multiplied."""
 
@@ -40,6 +37,9 @@ _STREAMED_GPU = 1 << 31
 
 _REPEATS = 7
 """Repeats of the benchmark, of whose parts the fastest counts."""
+
+_NORMS = 50
+"""Modules of four operations each, by which a launch is measured."""
 
 STEPS = 16
 """Tokens that are decoded after each prefill; the median of their times is one measurement."""
@@ -72,7 +72,7 @@ def this_machine(dtype: str, clock: Callable[[], float] = time.perf_counter) -> 
         streaming, multiplying, launching = times = [
             _seconds(lambda part: [linear(row, one) for one in part], parts, device, clock),
             _seconds(lambda part: [linear(rows, one) for one in part], [some] * 16, device, clock),
-            _seconds(_FewOperations(), [row[:, :1]], device, clock),
+            _seconds(nn.Sequential(*(_Norm() for _ in range(_NORMS))), [row[:, :1]], device, clock),
         ]
     slower = max(usual / fastest for fastest, usual in times)
     return Device(
@@ -82,7 +82,7 @@ def this_machine(dtype: str, clock: Callable[[], float] = time.perf_counter) -> 
         count * size / len(parts) / streaming[0],
         total_bytes(device),
         f"the fastest of short probes here; the usual one took {slower:.1f} times as long",
-        launching[0] / _FewOperations.COUNT,
+        launching[0] / (4 * _NORMS),
     )
 
 
@@ -93,22 +93,9 @@ def own_device() -> Device:
     return found or DEVICES["a100-80"]
 
 
-class _FewOperations(nn.Module):
-    """Operations on one number, a few to a module, as models have them."""
-
-    COUNT = 200
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(_Norm() for _ in range(self.COUNT // 4))
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        for part in self.parts:
-            value = part(value)
-        return value
-
-
 class _Norm(nn.Module):
+    """Four operations on one number, a module of its own, as models have them."""
+
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         return (value * value).mean(-1, keepdim=True).add(1.0)
 
@@ -183,12 +170,8 @@ def peak_bytes(model: PreTrainedModel, *, context: int, batch: int = 1) -> int:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)
-    with torch.no_grad(), evaluating(model):
-        if on_gpu:
-            _decode(model, context, batch)
-        else:
-            with live:
-                _decode(model, context, batch)
+    with torch.no_grad(), evaluating(model), nullcontext() if on_gpu else live:
+        _decode(model, context, batch)
     beside = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else live.peak
     return sum(weights.values()) + beside
 

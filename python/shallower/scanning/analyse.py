@@ -80,7 +80,7 @@ def analyse_states(
                 file.shape[1], metrics, model=origin.model, positions=origin.positions, **options
             )
             found = file.sequences() if sequences is None else sequences
-            numbers = _numbers(found, len(file))
+            numbers = sequence_numbers(found, len(file))
             with (
                 closing(file.parts(threads, numbers)) as parts,
                 _progress(len(file), progress) as advance,
@@ -89,7 +89,7 @@ def analyse_states(
             builder.reject(origin.num_rejected, origin.rejections)
         return builder.finish(origin.texts)
     array = _checked(states, tensor)
-    numbers = _numbers(sequences, len(array))
+    numbers = sequence_numbers(sequences, len(array))
     builder = ScanBuilder(array.shape[1], metrics, **options)
     with _progress(len(array), bool(progress)) as advance:
         builder.take(array_parts(array, numbers), advance)
@@ -107,10 +107,6 @@ def _checked(states: Any, tensor: str | None) -> NDArray[Any]:
     return array
 
 
-def _numbers(sequences: ArrayLike | None, num_samples: int) -> NDArray[np.int64] | None:
-    return None if sequences is None else sequence_numbers(sequences, num_samples)
-
-
 def _progress(total: int, show: bool | None) -> AbstractContextManager[Callable[[int], None]]:
     if show is False:
         return nullcontext(lambda _: None)
@@ -119,12 +115,14 @@ def _progress(total: int, show: bool | None) -> AbstractContextManager[Callable[
     return track("analyse", total, show)
 
 
-def sequence_numbers(sequences: ArrayLike, num_samples: int) -> NDArray[np.int64]:
+def sequence_numbers(sequences: ArrayLike | None, num_samples: int) -> NDArray[np.int64] | None:
     """Check the (samples,) integers that name the sequence of every sample; int64, C-contiguous.
 
-    StatesError: not an integer for each sample, or the samples of a sequence do not follow each
-    other.
+    None if every sample is its own. StatesError: not an integer for each sample, or the samples of
+    a sequence do not follow each other.
     """
+    if sequences is None:
+        return None
     numbers = np.asarray(sequences)
     if numbers.shape != (num_samples,) or numbers.dtype.kind not in "iu":
         raise StatesError(

@@ -101,38 +101,34 @@ def choose(
         ScanError: a bootstrap of a scan that keeps no samples, or experts of one without theirs.
         ExpertsError: experts that cannot be dropped, or by a criterion that the scan has not.
     """
-    of_layers = (strategy, metric, max_blocks, protect_first, protect_last, top, bootstrap)
-    if n is not None:
-        chosen = _choose_layers(
-            scanned,
-            n,
-            strategy=strategy,
-            metric=metric,
-            max_blocks=max_blocks,
-            protect_first=protect_first,
-            protect_last=protect_last,
-            top=top,
-            bootstrap=bootstrap,
-            seed=seed,
-        )
-        if experts is None:
-            if criterion != DEFAULT:
-                raise LayersError(
-                    f"a criterion of experts is given ({criterion}), and not how many go: name "
-                    f"their number (experts, --experts), or leave out the criterion"
-                )
-            return chosen
-        plan = scanned.with_experts(chosen.plan, experts, criterion=criterion, seed=seed)
-    elif experts is None:
+    of_layers: dict[str, Any] = {
+        "strategy": strategy,
+        "metric": metric,
+        "max_blocks": max_blocks,
+        "protect_first": protect_first,
+        "protect_last": protect_last,
+        "top": top,
+        "bootstrap": bootstrap,
+    }
+    if n is None and experts is None:
         raise LayersError("nothing is to go: name a number of layers (--n), or of experts")
-    elif of_layers != ("similarity", None, 1, 0, 0, 0, 0):
+    if n is None and [*of_layers.values()] != ["similarity", None, 1, 0, 0, 0, 0]:
         raise LayersError(
             "options for layers are given, and not how many go: name their number (n, --n), or "
             "leave out all options but experts, criterion and seed"
         )
-    else:
-        plan = scanned.with_experts(None, experts, criterion=criterion, seed=seed)
-        chosen = ScanChoice(plan, seed=seed)
+    chosen = None if n is None else _choose_layers(scanned, n, seed=seed, **of_layers)
+    if chosen is not None and experts is None:
+        if criterion != DEFAULT:
+            raise LayersError(
+                f"a criterion of experts is given ({criterion}), and not how many go: name "
+                f"their number (experts, --experts), or leave out the criterion"
+            )
+        return chosen
+    assert experts is not None
+    of_cut = None if chosen is None else chosen.plan
+    plan = scanned.with_experts(of_cut, experts, criterion=criterion, seed=seed)
+    chosen = chosen or ScanChoice(plan, seed=seed)
     assert plan.experts is not None
     found = scanned.experts
     rows = chosen_experts(found, plan.experts, seed)

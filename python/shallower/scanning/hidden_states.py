@@ -7,7 +7,7 @@ padding. Nothing else of a batch is kept. On CUDA the rows travel to pinned memo
 batch runs (``models.transfers``).
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -161,32 +161,24 @@ def stream_by_layer(
     Gives what :func:`stream` does, to the same bits on a CPU, when the last layer has run.
     ``advance`` receives the texts of a batch that a layer has run on.
     """
-    for group in streamed.groups(([batch] for batch in batches), compared_of(positions)):
-        yield from _in_one_pass(streamed, group, positions, experts=experts, advance=advance)
-
-
-def _in_one_pass(
-    streamed: Streamed,
-    batches: Sequence[Batch],
-    positions: Positions,
-    *,
-    experts: ExpertHooks | None,
-    advance: Callable[[int], object],
-) -> Generator[Chunk, None, None]:
-    copies, size = HostCopies(), len(streamed.model) + 1
-    kept = [_ChosenRows(batch, positions, size, copies) for batch in batches]
+    size, kept = len(streamed.model) + 1, list[_ChosenRows]()
 
     def look(place: int, state: int, states: torch.Tensor) -> None:
         kept[place].keep(state, states)
         if experts is not None:
-            experts.turn_to(batches[place])
+            experts.turn_to(kept[place].batch)
             experts.check_stream(state - 1, states)
 
-    streamed.run(batches, look=look, advance=advance)
-    if experts is not None:
-        experts.turn_to(None)
-    for rows in kept:
-        yield _part(copies.start([*rows.gathered.values()]).wait(), rows.texts, 0, positions)
+    for group in streamed.groups(([batch] for batch in batches), compared_of(positions)):
+        copies = HostCopies()
+        kept[:] = [_ChosenRows(batch, positions, size, copies) for batch in group]
+        streamed.run(group, look=look, advance=advance)
+        if experts is not None:
+            experts.turn_to(None)
+        yield from (
+            _part(copies.start([*rows.gathered.values()]).wait(), rows.texts, 0, positions)
+            for rows in kept
+        )
 
 
 def _part(

@@ -25,9 +25,8 @@ from ..texts.sources import place_of_texts
 from ..values.entries import ResultStore
 from .builder import SECONDS_BETWEEN_CHECKPOINTS, ScanBuilder
 from .hidden_states import forward, states_of
-from .scan import Scan, deciding
+from .scan import LARGE_BYTES, Scan, deciding, keep_scan, known_scan, scan_inputs
 from .settling import JUDGED, Settling
-from .stored import LARGE_BYTES, keep_scan, known_scan, scan_inputs
 
 
 def scan(

@@ -1,11 +1,12 @@
-"""Scan: how alike the layers of a model are, with errors.
+"""Scan: how alike the layers of a model are, with errors; kept in the store by its texts' ids.
 
 The core's sums are exact: the same bits at any number of threads and in any order of merging.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +15,23 @@ from .._core import Cka
 from ..errors import LayersError, MetricError, ScanError
 from ..experts.criteria import DEFAULT, experts_to_drop
 from ..experts.statistics import ExpertStatistics
+from ..settings.stages import ScanSettings
 from ..settings.until import Settled
+from ..storage import write_file
 from ..values.costs import BootstrappedStart, Costs
 from ..values.counts import counted
+from ..values.entries import ResultStore, recalled
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.layers import Block
 from ..values.plan import Plan, Rejection, check_plan
 from ..values.positions import Positions
-from .scan_file import Contents, merged, read_scan, write_scan
+from .scan_file import Contents, merged, read_scan, read_text, scan_bytes, scan_text
 
 NO_DISTANCE = "norm_ratio"
 """The one metric that does not tell how far apart two states are."""
+
+LARGE_BYTES = 64 << 20
+"""Samples of more bytes are not kept for others."""
 
 
 def deciding(metrics: Sequence[str]) -> str | None:
@@ -328,7 +335,7 @@ class Scan:
 
     def save(self, path: str | Path) -> None:
         """Write the scan as safetensors, whole or not at all, over a file that is there."""
-        write_scan(path, self.contents)
+        write_file(Path(path), scan_bytes(self.contents))
 
     @classmethod
     def load(cls, path: str | Path) -> "Scan":
@@ -348,3 +355,42 @@ class Scan:
         metrics, model or positions. StatesError: together they hold more than 2**31 samples.
         """
         return Scan(merged([scan.contents for scan in scans]))
+
+
+def scan_inputs(
+    texts: Sequence[TextsIdentity],
+    looks: Sequence[int],
+    settings: ScanSettings,
+    *,
+    num_rejected: int = 0,
+) -> dict[str, Any]:
+    """Name all that a scan depends on beside the model: the token ids, and the texts of a batch.
+
+    ``num_rejected`` are the texts that it counts and has no tokens of.
+    """
+    return {
+        "texts": [asdict(one) for one in texts],
+        "looks": list(looks),
+        "rejected": num_rejected,
+        "positions": asdict(settings.positions),
+        "metrics": list(settings.metrics),
+        "experts": settings.experts,
+    }
+
+
+def known_scan(
+    store: ResultStore | None, inputs: Mapping[str, Any], *, keep_samples: bool = False
+) -> Scan | None:
+    """Look a scan up, which may have to have its samples; CacheError for a damaged one."""
+    known = None if store is None else store.get("scan", inputs)
+    if known is None:
+        return None
+    contents = recalled(lambda one: read_text(one.get("content")), known, "a scan")
+    return None if keep_samples and contents.samples is None else Scan(contents)
+
+
+def keep_scan(store: ResultStore | None, inputs: Mapping[str, Any], scanned: Scan) -> None:
+    """Keep a scan, unless its samples take too many bytes."""
+    samples = scanned.contents.samples or {}
+    if store is not None and sum(one.nbytes for one in samples.values()) <= LARGE_BYTES:
+        store.put("scan", inputs, {"content": scan_text(scanned.contents)})

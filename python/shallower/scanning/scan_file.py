@@ -22,7 +22,6 @@ from .._core import Cka, ExpertSums, Sums
 from ..errors import ExpertsError, MetricError, PositionsError, ScanError, StatesError, why
 from ..experts.statistics import ExpertStatistics
 from ..settings.until import Settled
-from ..storage import write_file
 from ..values.identity import ModelIdentity, TextsIdentity
 from ..values.plan import NAMED_REJECTIONS, Rejection
 from ..values.positions import Positions
@@ -32,6 +31,8 @@ FORMAT = "shallower.scan.4"
 """The key of a scan file's metadata."""
 
 T = TypeVar("T", Sums, Cka, ExpertSums)
+
+Held = TypeVar("Held")
 
 SUMS, CKA, EXPERTS = "sums", "cka", "experts"
 """The names of the core's bytes."""
@@ -111,16 +112,21 @@ def merged(parts: Sequence[Contents]) -> Contents:
 
 def joined(parts: Sequence[Samples | None]) -> Samples | None:
     """The samples of several parts; None unless all have them."""
-    kept = [part for part in parts if part is not None]
-    if len(kept) < len(parts):
+    kept = _if_all(parts)
+    if kept is None:
         return None
     return {metric: np.concatenate([part[metric] for part in kept]) for metric in kept[0]}
 
 
+def _if_all(parts: Sequence[Held | None]) -> list[Held] | None:
+    """What parts hold; None unless all hold it."""
+    held = [part for part in parts if part is not None]
+    return held if len(held) == len(parts) else None
+
+
 def _added(num_states: int, parts: Sequence[Cka | None]) -> Cka | None:
     """The sums of all parts for CKA; none, unless all have them."""
-    held = [part for part in parts if part is not None]
-    if len(held) < len(parts):
+    if (held := _if_all(parts)) is None:
         return None
     total = Cka(num_states, held[0].batch_size)
     for part in held:
@@ -130,18 +136,12 @@ def _added(num_states: int, parts: Sequence[Cka | None]) -> Cka | None:
 
 def _experts(parts: Sequence[ExpertStatistics | None]) -> ExpertStatistics | None:
     """The statistics of all parts; none, unless all have them."""
-    held = [part for part in parts if part is not None]
-    if len(held) < len(parts):
+    if (held := _if_all(parts)) is None:
         return None
     total = held[0].copy()
     for part in held[1:]:
         total.merge(part)
     return total
-
-
-def write_scan(path: str | Path, contents: Contents) -> None:
-    """Write a scan, whole or not at all, over what is at ``path``; OutputError if that fails."""
-    write_file(Path(path), scan_bytes(contents))
 
 
 def scan_text(contents: Contents) -> str:

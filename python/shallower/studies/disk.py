@@ -13,7 +13,7 @@ def study_bytes(study: Any) -> int:
         return SMALL
     if getattr(study, "gguf", None) is not None:
         return SMALL + int(study.gguf.stat().st_size)
-    from ..memory.checkpoints import left_bytes
+    from ..memory.weights import left_bytes
 
     sizes = [min(sizes_of(study.settings, one.count_layers())) for one in study.models]
     pairs = zip(study.models, sizes, strict=True)

@@ -19,8 +19,7 @@ from ..judgement.held_out_cuts import HeldOutCuts
 from ..judgement.judges import judge_of
 from ..judgement.judges.judge import Judge, LossJudge
 from ..judgement.patched_trials import PatchedTrials, stays
-from ..judgement.subject import parameters_share
-from ..judgement.token_states import evenly
+from ..judgement.subject import evenly, parameters_share
 from ..judgement.trials import AnyCut, Trials
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder

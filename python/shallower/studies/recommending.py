@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cutting.checkpoint_files import stored_bytes
 from ..cutting.in_model import without_layers
 from ..cutting.saving import save_cut, verify_checkpoint
 from ..errors import ModelError, PatchError, PlanError, TextsError
@@ -34,7 +35,6 @@ from ..results.recommendation import Recommended
 from ..results.scores import Difference, Scores
 from ..results.speech import Answer
 from ..savings.timing import own_device
-from ..savings.weights import stored_bytes
 from ..scanning.model import stored_scan
 from ..scanning.scan import Scan
 from ..settings.stages import ScanSettings

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import PatchError
 from ..judgement.choosing_size import SizeChoice, choose_size, require_possible
 from ..judgement.judges.judge import Judge
-from ..judgement.verifying import Verifier, verifier_of
+from ..judgement.verifying import Verifier
 from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..results.scores import Difference
@@ -50,7 +50,7 @@ class VerifiedPlans:
     ) -> None:
         self._decoder, self._scanned, self._settings = decoder, scanned, study.settings
         self.fitted = fitted
-        self.verifier: Verifier = verifier_of(
+        self.verifier = Verifier(
             decoder,
             tokenizer,
             replace(splits, fit=splits.fit[:VERIFYING_TEXTS]),
@@ -79,7 +79,7 @@ class VerifiedPlans:
         try:
             return self.verifier.verify(n, more=more)
         except PatchError:  # there may be no way to patch models of this family
-            return replace(self.verifier, after="none").verify(n, more=more)
+            return self.verifier.verify(n, more=more, after="none")
 
     def lost(self, n: int) -> Difference:
         """Compare ``n`` layers less with the whole model, on the selection set.

@@ -19,8 +19,7 @@ from ...texts.batches import Batch
 from ...values.costs import Costs
 from ...values.layers import deepest_block
 from ..criterion import Criterion, Search
-from ..subject import Subject
-from ..token_states import ALL_TOKENS, evenly
+from ..subject import ALL_TOKENS, Subject, evenly
 
 NUM_TEXTS = 16
 """Texts whose loss is differentiated, at most, evenly over the calibration texts."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping
 from itertools import combinations, product
-from typing import ClassVar
 
 from ...errors import ExpertsError
 from ...experts.criteria import CRITERIA, WITHOUT_TEXTS, ExpertCriterion
@@ -20,7 +19,10 @@ MOST_SETS = 1_000
 
 
 class OfExperts(Criterion):
-    """A criterion that chooses experts, or layers beside them, for one number at a time."""
+    """A criterion that chooses experts, or layers beside them, for one number at a time.
+
+    By itself it is a row of the table of criteria by statistics of a scan.
+    """
 
     def plans(self, subject: Subject) -> Mapping[int, Plan]:
         """Choose for each of ``subject.sizes``; an ExpertsError says why that cannot be."""
@@ -28,15 +30,6 @@ class OfExperts(Criterion):
 
     def plan(self, subject: Subject, n: int) -> Plan:
         """Choose ``n`` experts of every layer that has any."""
-        raise NotImplementedError
-
-
-class ByStatistics(OfExperts):
-    """A row of the table of criteria by statistics of a scan; ``kind`` is that of the row."""
-
-    kind: ClassVar[str]
-
-    def plan(self, subject: Subject, n: int) -> Plan:
         scanned = shared_scan(subject, experts=True)
         return scanned.plan(experts=n, criterion=self.name, seed=subject.seed)
 
@@ -106,9 +99,8 @@ def _by_statistics(name: str, row: ExpertCriterion) -> Criterion:
         "name": name,
         "summary": f"{row.what}{paper}",
         "cost": WITHOUT_TEXTS.get(row.kind, "one pass, experts twice"),
-        "kind": row.kind,
     }
-    made: Criterion = type(name, (ByStatistics,), values)()
+    made: Criterion = type(name, (OfExperts,), values)()
     return made
 
 

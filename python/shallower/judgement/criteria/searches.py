@@ -102,8 +102,7 @@ class Greedy(Search):
         for _ in range(n):
             left = subject.trials.path(gone)
             cuts = [(*gone, layer) for layer in left]
-            found = race(subject.trials, cuts, alpha=self.alpha)
-            gone.append(left[found.winner])
+            gone.append(left[race(subject.trials, cuts, alpha=self.alpha)])
         return gone
 
 
@@ -116,8 +115,7 @@ class Exhaustive(Search):
 
     def search(self, subject: Subject, n: int) -> range:
         blocks = [range(start, start + n) for start in range(subject.num_layers - n + 1)]
-        found = race(subject.trials, blocks, alpha=self.alpha)
-        return blocks[found.winner]
+        return blocks[race(subject.trials, blocks, alpha=self.alpha)]
 
 
 class Evolution(Search):

@@ -13,11 +13,9 @@ from ...experts.hooks import ExpertHooks
 from ...models.layerwise import rows
 from ...models.residual_writers import find_writers
 from ...progress import track
-from ...scanning.builder import ScanBuilder
-from ...scanning.cka import MIN_BATCH
+from ...scanning.builder import MIN_BATCH, ScanBuilder
 from ...scanning.hidden_states import states_of
-from ...scanning.scan import Scan
-from ...scanning.stored import keep_scan, known_scan, scan_inputs
+from ...scanning.scan import Scan, keep_scan, known_scan, scan_inputs
 from ...settings.stages import ScanSettings
 from ...values.costs import Costs
 from ...values.counts import counted
@@ -25,8 +23,7 @@ from ...values.plan import Plan
 from ...values.positions import Positions
 from ..criterion import Criterion
 from ..kept_states import kept_states
-from ..subject import Subject
-from ..token_states import ALL_TOKENS
+from ..subject import ALL_TOKENS, Subject
 
 CKA_BATCH = 64
 """Texts in a minibatch of CKA, at most."""

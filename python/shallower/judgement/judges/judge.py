@@ -29,12 +29,20 @@ class Judge(ABC):
     """What a cut is worth on the items of one split, measured from final states of a forward."""
 
     name: ClassVar[str]  # as in `--judge`
-    unit: ClassVar[str]  # of a mean score, in tables
+    unit: ClassVar[str] = "nats a token"  # of a mean score, in tables
     chance: float | None = None  # accuracy of a guess; None where nothing is right or wrong
     content: str = ""  # a hash of items that are unknown before a model is loaded
     batches: Sequence[Batch]  # of the items, in the order in which they are judged
     items: Sequence[NDArray[np.int64]]  # indices by batch, ascending; consecutive over batches
     weights: NDArray[np.float64]  # (S,) float64, what each item counts
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        """Judge texts by what their tokens are predicted with; an item's are consecutive."""
+        self.batches = batches
+        self.items = [np.unique(batch.samples) for batch in batches]
+        self.weights = np.empty(sum(map(len, self.items)))
+        for index, items in enumerate(self.items):
+            self.weights[items] = self.by_item(index, self.predicting(index).sum(axis=1) * 1.0)
 
     @property
     def num_items(self) -> int:
@@ -56,19 +64,6 @@ class Judge(ABC):
         """The share of right items among those whose sums, (S,), are not NaN; None if none are."""
         return None
 
-
-class TextJudge(Judge):
-    """A judge of texts by what their tokens are predicted with; an item's texts are consecutive."""
-
-    unit = "nats a token"
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = batches
-        self.items = [np.unique(batch.samples) for batch in batches]
-        self.weights = np.empty(sum(map(len, self.items)))
-        for index, items in enumerate(self.items):
-            self.weights[items] = self.by_item(index, self.predicting(index).sum(axis=1) * 1.0)
-
     def predicting(self, index: int) -> NDArray[np.bool_]:
         """(B, T), true at the tokens of a batch that others are predicted from."""
         return predicting_tokens(self.batches[index])
@@ -80,7 +75,7 @@ class TextJudge(Judge):
         return sums
 
 
-class LossJudge(TextJudge):
+class LossJudge(Judge):
     """The next-token loss: nats summed over the tokens of a text that are predicted."""
 
     name = "loss"
@@ -90,7 +85,7 @@ class LossJudge(TextJudge):
         return require_finite(self.by_item(index, nats), self.items[index], head)
 
 
-class KLJudge(TextJudge):
+class KLJudge(Judge):
     """KL(p ‖ q), p the next-token distribution of the whole model and q that of the cut, in nats.
 
     It is summed over the predicted tokens. The whole model's states before the final norm, (B, T,

@@ -4,12 +4,12 @@ import math
 import shlex
 from pathlib import Path
 
+from ...cutting.checkpoint_files import count_weights
 from ...errors import MetricError, ScanError
 from ...models.dtypes import QUANTISED
 from ...results.gain import Gain
 from ...results.recommendation import Recommended
 from ...results.scores import Estimate
-from ...savings.weights import CheckpointSize, count_weights
 from ...values.costs import NUM_RESAMPLES
 from ...values.counts import counted
 from ...values.estimates import splits_words
@@ -159,28 +159,29 @@ class _RunStory:
         if (weights := self._weights) is not None:
             what = "size of" if self._is_gguf else "headers of the safetensors in"
             source = f"{what} {self._run.checkpoint.name}"  # type: ignore[union-attr]
-            if weights.parameters is not None:
-                whole = _before_parameters(weights, best)
-                gone = whole - weights.parameters
+            parameters, num_bytes = weights
+            if parameters is not None:
+                whole = _before_parameters(parameters, best)
+                gone = whole - parameters
                 share = Number.share(best.parameters_share).text
                 text = f"{gone / 1e6:,.1f} of {whole / 1e6:,.1f} million ({share})"
                 rows[-1] = Fact("parameters", Number(text, gone), source)
-            words = megabytes(weights.num_bytes)
+            words = megabytes(num_bytes)
             _, size = self._run.source or ("", math.inf)
             words += f", of {megabytes(int(size))}" if self._run.source else ""
             # What grew is no saving: warnings have it.
-            rows += [Fact("weights on disk", words, source)] if weights.num_bytes < size else []
+            rows += [Fact("weights on disk", words, source)] if num_bytes < size else []
         return tuple(rows)
 
     def _warnings(self) -> list[str]:
         best, run = self._best, self._run
-        known = self._weights and self._weights.parameters
-        whole = None if not known else _before_parameters(self._weights, best)
+        known = self._weights and self._weights[0]
+        whole = None if not known else _before_parameters(known, best)
         found = [*run.warnings, *small_model(whole), *few_texts(best.whole.num_texts)]
         if "ended" not in run.marks:
             found.insert(0, UNFINISHED)
         if run.source and self._weights and not self._is_gguf:
-            (name, size), left = run.source, self._weights.num_bytes
+            (name, size), left = run.source, self._weights[1]
             if name.endswith(".gguf"):
                 found.append(dequantised(name, size, left, blocks=best.plan.blocks))
             elif left > size:
@@ -374,7 +375,5 @@ def _apart(score: float, stderr: float, other: Estimate) -> bool:
     return math.isfinite(error) and abs(score - other.mean) > UNLIKE * error
 
 
-def _before_parameters(weights: CheckpointSize | None, best: Recommended) -> int:
-    assert weights is not None
-    assert weights.parameters is not None
-    return round(weights.parameters / (1 - best.parameters_share))
+def _before_parameters(parameters: int, best: Recommended) -> int:
+    return round(parameters / (1 - best.parameters_share))
