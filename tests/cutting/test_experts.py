@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import shallower as sh
-from shallower.cutting.experts import Slice
+from shallower.cutting import experts as cutting
 from shallower.models.experts import find_experts
 from shallower.values.experts import DroppedExperts
 from shallower.values.layers import Block
@@ -64,14 +64,14 @@ def test_what_routes_otherwise_is_refused_and_stays(name):
 def test_a_cut_without_room_for_its_parts_leaves_the_model_whole(cut, monkeypatch):
     model = mixture("mixtral")
     tensors, config = dict(model.named_parameters()), model.config.to_dict()
-    of, calls = Slice.of, count()
+    part_of, calls = cutting.part_of, count()
 
-    def part(*given):
+    def part(*given, **more):
         if next(calls) == 7:
             raise torch.OutOfMemoryError("no room")
-        return of(*given)
+        return part_of(*given, **more)
 
-    monkeypatch.setattr(Slice, "of", part)
+    monkeypatch.setattr(cutting, "part_of", part)
     plan = sh.Plan(8, (), experts=DroppedExperts(6, some_experts(model)))
     with pytest.raises(torch.OutOfMemoryError):
         cut(model, plan)

@@ -155,14 +155,14 @@ def test_a_cut_that_is_damaged_is_refused(healed, cut, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.* is multi-threaded:DeprecationWarning")
 def test_a_merge_that_is_killed_leaves_nothing_half_written(healed, tmp_path, monkeypatch):
-    out, write = tmp_path / "merged", rewriting._NewFile.write
+    out, write = tmp_path / "merged", rewriting._write
 
     def die(*args):
         write(*args)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patching:
-        patching.setattr(rewriting._NewFile, "write", die)
+        patching.setattr(rewriting, "_write", die)
         child = os.fork()
         if not child:
             with suppress(BaseException):

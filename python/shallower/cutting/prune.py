@@ -283,14 +283,14 @@ class PlannedPrune:
         self, loaded: "tuple[PreTrainedModel, Any] | None", progress: BytesProgress | bool | None
     ) -> Callable[[Path], None]:
         """Read the states of the whole model, which may be loaded already; gives what compares."""
-        from .states_check import StatesCheck
+        from .saving import states_check
 
         whole = loaded[0] if loaded else self._request.load_alone(progress)
-        known, show = StatesCheck(whole, self.plan.states), self._request.show
+        differ, show = states_check(whole, self.plan.states), self._request.show
 
         def compare(cut: Path) -> None:
             with track("compare the states", show=show):
-                known.compare(cut, self._request.out)
+                differ(cut, self._request.out)
 
         return compare
 
