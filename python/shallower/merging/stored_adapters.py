@@ -3,9 +3,8 @@
 Transformers' own conversion runs backwards on valueless proxies, which track rows and columns.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,10 +40,16 @@ def low_rank_changes(
     layout = _Layout(stored, empty_model(stored.folder, trust_remote_code))
     model = empty_model(stored.folder, trust_remote_code).float()
     changes: dict[str, LowRank] = {}
-    with _adapted(model, adapters) as (factors, peft_model):
+    path = adapters / WEIGHTS_FILE
+    peft_model = with_adapters(model, adapters, low_cpu_mem_usage=True, torch_device="cpu")
+    with reading(adapters):
+        opened = safe_open(path, framework="pt")
+    with opened as file:
+        left_over = set(file.keys())
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for prefix, layer in _layers(peft_model):
-            pair = _factors(prefix, layer, factors)
+            read = partial(_factor, path, file, left_over)
+            left, right, scaling = _factors(prefix, layer, read)
             parameter = _parameter(layer)
             pieces = layout.pieces(names[id(parameter)].replace(".base_layer", ""), parameter.shape)
             if pieces is None:
@@ -53,47 +58,29 @@ def low_rank_changes(
                 raise ModelError(f"two adapters in {adapters} change {min(both)}")
             for name, piece in pieces.items():
                 dtype = DTYPES[stored.tensors[name].dtype]
-                changes[name] = LowRank(
-                    name, *piece.of_product(pair.left, pair.right), pair.scaling, dtype
-                )
-        if rest := factors.names - factors.taken:
-            raise ModelError(f"the adapters in {adapters} hold {min(rest)}, of no weight of theirs")
+                changes[name] = LowRank(name, *piece.of_product(left, right), scaling, dtype)
+        if left_over:
+            name = min(left_over)
+            raise ModelError(f"the adapters in {adapters} hold {name}, of no weight of theirs")
     return changes
 
 
-@dataclass
-class _Factors:
-    """The small matrices of the adapters, read on demand."""
-
-    path: Path
-    opened: Any
-    names: set[str]
-    taken: set[str]
-
-    def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        if name not in self.names:
-            raise ModelError(f"{self.path} lacks {name}")
-        self.taken.add(name)
-        tensor: torch.Tensor = self.opened.get_tensor(name)
-        if tensor.shape != torch.Size(shape):
-            raise ModelError(
-                f"{name} in {self.path} is of shape {tuple(tensor.shape)}: expected "
-                f"{tuple(shape)}, by the rank in {CONFIG_FILE} and the model"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name} in {self.path} holds NaN or infinity: train it again")
-        return tensor.float()
-
-
-@contextmanager
-def _adapted(model: PreTrainedModel, adapters: Path) -> Iterator[tuple[_Factors, Any]]:
-    """The adapters' file, and peft's model without values, of which the structure counts."""
-    path = adapters / WEIGHTS_FILE
-    built = with_adapters(model, adapters, low_cpu_mem_usage=True, torch_device="cpu")
-    with reading(adapters):
-        opened = safe_open(path, framework="pt")
-    with opened as file:
-        yield _Factors(path, file, set(file.keys()), set()), built
+def _factor(
+    path: Path, file: Any, left_over: set[str], *, name: str, shape: Sequence[int]
+) -> torch.Tensor:
+    """Read a small matrix of adapters, which is left over no more."""
+    if name not in left_over:
+        raise ModelError(f"{path} lacks {name}")
+    left_over.discard(name)
+    tensor: torch.Tensor = file.get_tensor(name)
+    if tensor.shape != torch.Size(shape):
+        raise ModelError(
+            f"{name} in {path} is of shape {tuple(tensor.shape)}: expected {tuple(shape)}, by the "
+            f"rank in {CONFIG_FILE} and the model"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError(f"{name} in {path} holds NaN or infinity: train it again")
+    return tensor.float()
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
@@ -113,19 +100,12 @@ def _parameter(layer: Any) -> Any:
     return layer.get_param() if name else layer.get_base_layer().weight
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """(E, M, rank) and (E, rank, N) whose scaled product is added to a weight."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-    scaling: float
-
-
-def _factors(prefix: str, layer: Any, factors: _Factors) -> _Pair:
-    """The factors of one adapted weight, in the order of its axes."""
+def _factors(
+    prefix: str, layer: Any, read: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(E, M, rank) and (E, rank, N) whose product, times the last, is added to a weight."""
     a, b = (
-        factors.get(f"{prefix}.{name}.weight", getattr(layer, name)["default"].weight.shape)
+        read(name=f"{prefix}.{name}.weight", shape=getattr(layer, name)["default"].weight.shape)
         for name in ("lora_A", "lora_B")
     )
     scaling = float(layer.scaling["default"])
@@ -133,10 +113,10 @@ def _factors(prefix: str, layer: Any, factors: _Factors) -> _Pair:
         layer.lora_A["default"].weight = torch.nn.Parameter(a, requires_grad=False)
         layer.lora_B["default"].weight = torch.nn.Parameter(b, requires_grad=False)
         left, right, scaling = layer.get_delta_factors("default")
-        return _Pair(left.detach(), right.detach(), float(scaling))
+        return left.detach(), right.detach(), float(scaling)
     if getattr(layer, "fan_in_fan_out", False):  # GPT-2 keeps its matrices as (in, out)
-        return _Pair(a.T[None], b.T[None], scaling)
-    return _Pair(b[None], a[None], scaling)
+        return a.T[None], b.T[None], scaling
+    return b[None], a[None], scaling
 
 
 class _Layout:
