@@ -4,7 +4,7 @@ import pytest
 
 import shallower as sh
 from shallower import ModelError
-from shallower.cutting.tensor_names import check_alike, edit_config, find_prefix
+from shallower.cutting.tensor_names import check_alike, find_prefix
 from tests.cutting.checkpoints import DROPPED, edit_json, read_json
 
 
@@ -18,14 +18,6 @@ def test_the_config_is_edited_and_not_rewritten(copied, tmp_path):
     after = read_json(tmp_path / "cut" / "config.json")
     assert list(after) == list(before)
     assert after == {**before, "num_hidden_layers": 3, "per_layer": [0, 2, 5]}
-
-
-def test_a_config_is_edited_where_the_value_stands():
-    before = {"n_layer": 6, "text": {"types": [1, 2], "same": 1}, "unset": None}
-    after = {"n_layer": 3, "text": {"types": [2], "same": 1}, "unset": None, "new": 1}
-    raw = {"num_layers": 6, "text": {"types": [1, 2], "own": 7}}
-    edited = edit_config(raw, before, after, aliases={"num_layers": "n_layer"})
-    assert edited == {"num_layers": 3, "text": {"types": [2], "own": 7}, "new": 1}
 
 
 def test_layers_are_found_by_the_names_of_tensors():

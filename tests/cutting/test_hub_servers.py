@@ -68,9 +68,3 @@ def test_a_wait_is_said_where_no_reason_was_heard_in_its_thread(capfd):
         "the hub does not answer: asking again in 2 s",
         "https://hub.example answers with status 500: asking again in 1 s",
     ]
-
-
-def test_a_gated_model_says_so(remote, tmp_path):
-    remote.failing = {r"/model-0|auth-check": (403, "GatedRepo")}
-    with pytest.raises(ModelError, match="the model is gated: ask for access"):
-        sh.prune("me/tiny", DROPPED, tmp_path / "cut")

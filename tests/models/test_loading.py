@@ -117,15 +117,6 @@ def test_a_damaged_checkpoint_is_refused_in_words(checkpoint, damage):
         load_model(checkpoint, dtype="float32")
 
 
-@pytest.mark.parametrize(
-    "damage", ["a config that is no JSON", "an unknown family", "a size that is a word"]
-)
-def test_a_damaged_config_is_refused_before_the_weights(checkpoint, damage):
-    DAMAGES[damage](checkpoint)
-    with pytest.raises(sh.ModelError):
-        ModelSource(checkpoint).read_config()
-
-
 BERT = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 NOT_CAUSAL = {
     "t5": lambda: T5ForConditionalGeneration(

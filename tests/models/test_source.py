@@ -115,11 +115,6 @@ def test_a_source_refuses_an_empty_name(path):
         sh.ModelSource(path)
 
 
-def test_a_source_refuses_an_unknown_dtype():
-    with pytest.raises(sh.ModelError, match="unknown dtype 'bf16': expected one of auto, float32"):
-        ModelSource("folder", "bf16")
-
-
 DEFAULTS = {"dtype": "auto", "device_map": None, "gguf_file": None, "trust_remote_code": False}
 
 
