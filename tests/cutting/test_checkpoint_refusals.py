@@ -24,10 +24,6 @@ from tests.values.damage import damaged
 
 
 # Damaged and hostile checkpoints.
-def first_shard(folder):
-    return min(folder.glob("*.safetensors"))
-
-
 def drop_tensor(folder, name):
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -40,10 +36,6 @@ def drop_tensor(folder, name):
 
 HARM = {
     "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "neither"),
-    "outer link": (
-        lambda f: (first_shard(f).rename(f.parent / "x"), first_shard_link(f)),
-        "outside of its folder|which lacks it|cannot read",
-    ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "other weights": (
         lambda f: edit_json(f / "config.json", transformers_weights="x.safetensors"),
@@ -63,16 +55,10 @@ HARM = {
         "layer 2 lacks the tensor mlp.up_proj.weight",
     ),
 }
-SHARD = "model-00001-of-00012.safetensors"
-
-
-def first_shard_link(folder):
-    (folder / SHARD).symlink_to(folder.parent / "x")
 
 
 @pytest.mark.parametrize("harm", HARM)
 def test_a_damaged_or_hostile_checkpoint_is_refused(copied, tmp_path, harm):
-    assert first_shard(copied).name == SHARD
     do, words = HARM[harm]
     do(copied)
     (tmp_path / "out").mkdir()

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 import shallower as sh
 from shallower.cutting import checkpoint
@@ -25,18 +24,12 @@ from tests.cutting.mixtures import NUM_EXPERTS, mixture, some_experts
 from tests.cutting.test_checkpoint import FRESH
 from tests.cutting.test_experts import FAST
 from tests.cutting.test_families import logits
+from tests.cutting.tiny_models import reload
 from tests.folders import tree
 
 TOKENS = torch.randint(3, 100, (2, 13), generator=torch.Generator().manual_seed(2))
 PLAIN = ["granitemoe", "mixtral", "olmoe"]
 """Whose checkpoints are cut by their config alone."""
-
-
-def stock(folder):
-    """A model as transformers loads it, with nothing missing and nothing left over."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +44,7 @@ def test_a_checkpoint_in_the_names_of_the_model_is_cut_alike(name, tmp_path):
     dropped = some_experts(model)
     sh.prune(tmp_path / "whole", (), tmp_path / "cut", experts=dropped)
     sh.drop_experts(model, dropped)
-    assert torch.equal(logits(stock(tmp_path / "cut"), TOKENS), logits(model, TOKENS))
+    assert torch.equal(logits(reload(tmp_path / "cut"), TOKENS), logits(model, TOKENS))
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "lara_mini", "llama4_text"])
@@ -135,7 +128,7 @@ def test_a_mixture_in_another_dtype_is_cut_in_memory(tmp_path, words):
     assert planned.way == "memory"
     plan = sh.prune(tmp_path / "whole", (), tmp_path / "cut", verify=True, **options)
     assert str(plan.experts) == text
-    assert find_experts(stock(tmp_path / "cut"))[0].num_experts == 4
+    assert find_experts(reload(tmp_path / "cut"))[0].num_experts == 4
     names = {path.name for path in (tmp_path / "cut").iterdir()}
     assert {path.name for path in planned.files if "*" not in path.name} <= names
 

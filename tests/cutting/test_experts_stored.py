@@ -12,8 +12,9 @@ from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.checkpoints import edit_json, read_json, stored
 from tests.cutting.mixtures import mixture, some_experts
 from tests.cutting.test_checkpoint_formats import FORMATS
-from tests.cutting.test_experts_on_disk import TOKENS, stock
+from tests.cutting.test_experts_on_disk import TOKENS
 from tests.cutting.test_families import logits
+from tests.cutting.tiny_models import reload
 from tests.families import EXPERTS_STAY
 from tests.folders import tree
 from tests.models.gguf_files import write_gguf
@@ -124,7 +125,7 @@ def test_experts_of_a_checkpoint_in_mxfp4_go_with_blocks_and_scales(tmp_path):
     edit_json(tmp_path / "whole" / "config.json", quantization_config=quantisation)
     dropped = some_experts(model)
     sh.prune(tmp_path / "whole", (), tmp_path / "cut", experts=dropped)
-    whole, cut = stock(tmp_path / "whole"), stock(tmp_path / "cut")
+    whole, cut = reload(tmp_path / "whole"), reload(tmp_path / "cut")
     before = logits(whole, TOKENS)
     sh.drop_experts(whole, dropped)
     wanted = logits(whole, TOKENS)

@@ -46,7 +46,7 @@ def test_what_names_the_layers_can_be_many_things(place, plans, tmp_path):
     for number, what in enumerate(named):
         done = sh.prune(place / "tiny", what, tmp_path / str(number))
         assert done.blocks == plan.blocks
-        assert sh.Plan.load(tmp_path / str(number)) == done
+        assert sh.Plan.load(tmp_path / str(number) / "shallower_plan.json") == done
         assert (done == plan) == (number < 4)  # blocks of a plan know what chose them
         assert tree(tmp_path / str(number)).keys() == tree(tmp_path / "0").keys()
     with pytest.raises(sh.PlanError, match="cannot read the plan 12:20"):

@@ -12,6 +12,7 @@ from shallower.cutting import rewriting
 from shallower.cutting.rewriting import StoredCheckpoint, compare, rewrite
 from tests.conftest import tiny_llama
 from tests.folders import full_disk
+from tests.merging.merges import tensors
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 SIZE = 4 * 48 * 32
@@ -35,13 +36,6 @@ def negated(read):
     yield np.negative(np.frombuffer(read(SIZE - 5012), np.float32))
 
 
-def loaded(folder):
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "plain"])
 def test_only_the_named_tensors_change(checkpoint, tmp_path, kernel, monkeypatch):
     monkeypatch.setattr(rewriting, "BLOCK_BYTES", 1000)
@@ -55,7 +49,7 @@ def test_only_the_named_tensors_change(checkpoint, tmp_path, kernel, monkeypatch
     told = []
     rewrite(stored, out, {NAME: negated}, report=told.append)
     assert sum(told) == stored.num_bytes
-    before, after = loaded(checkpoint), loaded(out)
+    before, after = tensors(checkpoint), tensors(out)
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(after[name], -value if name == NAME else value)
@@ -130,7 +124,7 @@ def test_what_an_interrupted_call_left_is_written_anew(checkpoint, tmp_path):
         rewrite(stored, out, {NAME: stops})
     assert list(out.glob("*.safetensors"))
     rewrite(stored, out, {NAME: negated})
-    before, after = loaded(checkpoint), loaded(out)
+    before, after = tensors(checkpoint), tensors(out)
     assert all(torch.equal(after[k], -v if k == NAME else v) for k, v in before.items())
 
 

@@ -22,8 +22,9 @@ import shallower as sh
 from shallower.models.loading import load_model
 from shallower.models.source import ModelSource
 from tests.conftest import tiny_llama
+from tests.cutting.tiny_models import logits_of
 from tests.hub import hub as hub
-from tests.models.checkpoints import CAUSAL, logits_of
+from tests.models.checkpoints import CAUSAL
 
 
 # Loading

@@ -12,7 +12,8 @@ import shallower as sh
 from shallower.models.identity import identify, stored_dtype
 from shallower.models.loading import load_model
 from shallower.models.source import ModelSource
-from tests.models.checkpoints import logits_of, wide_llama
+from tests.cutting.tiny_models import logits_of
+from tests.models.checkpoints import wide_llama
 from tests.models.gguf_files import write_gguf
 
 

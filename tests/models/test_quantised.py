@@ -20,7 +20,7 @@ from shallower.models.identity import stored_dtype
 from shallower.models.loading import load_model, load_weights
 from shallower.models.source import ModelSource
 from tests.conftest import mostly_slow
-from tests.models.checkpoints import logits_of
+from tests.cutting.tiny_models import logits_of
 
 
 # Quantised weights

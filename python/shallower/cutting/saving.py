@@ -27,6 +27,7 @@ from ..models.loading import load_model, load_weights, loader_with_head
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
 from ..models.unsaved import warn_unsaved
+from ..progress import track
 from ..results.loss import Loss
 from ..storage import check_apart, new_folder
 from ..texts.quiet import hushed
@@ -337,17 +338,19 @@ def kind_of(config: Any) -> Any:
     return AutoModel if named[0] in MODEL_MAPPING_NAMES.values() else loader_with_head(config)
 
 
-def states_check(model: PreTrainedModel, states: tuple[int, ...]) -> Callable[[Path, Path], None]:
+def states_check(
+    model: PreTrainedModel, states: tuple[int, ...], *, out: Path, show: bool | None
+) -> Callable[[Path], None]:
     """Read states of a whole model, which is not kept; give what compares those of a cut.
 
-    That loads a cut from a path, to lie at another one; ModelError if a bit of a state differs.
+    That loads a cut, which is to lie at ``out``; ModelError if a bit of a state differs.
     """
     sequences = list(_sequences(Decoder.of(model)))
     load = loader_like(model, kind_of(model.config))
     expected = _states(model, sequences, states)
 
-    def compare(path: Path, out: Path) -> None:
-        with TemporaryDirectory() as folder:
+    def compare(path: Path) -> None:
+        with track("compare the states", show=show), TemporaryDirectory() as folder:
             named = Path(folder) / "cut.gguf"
             if path.is_file():
                 named.symlink_to(path.absolute())

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..cutting.checkpoint_files import StoredTensor
 from ..cutting.rewriting import StoredCheckpoint
 from ..errors import ModelError
 from ..models.loading import empty_model
@@ -37,7 +38,7 @@ def low_rank_changes(
     None if a weight is not stored under a name and in a shape that is known here.
     """
     read_adapter_config(adapters)
-    layout = _Layout(stored, empty_model(stored.folder, trust_remote_code))
+    empty = empty_model(stored.folder, trust_remote_code)
     model = empty_model(stored.folder, trust_remote_code).float()
     changes: dict[str, LowRank] = {}
     path = adapters / WEIGHTS_FILE
@@ -51,7 +52,8 @@ def low_rank_changes(
             read = partial(_factor, path, file, left_over)
             left, right, scaling = _factors(prefix, layer, read)
             parameter = _parameter(layer)
-            pieces = layout.pieces(names[id(parameter)].replace(".base_layer", ""), parameter.shape)
+            name = names[id(parameter)].replace(".base_layer", "")
+            pieces = _pieces(name, parameter.shape, stored=stored, model=empty)
             if pieces is None:
                 return None
             if both := set(pieces) & set(changes):
@@ -119,48 +121,41 @@ def _factors(
     return b[None], a[None], scaling
 
 
-class _Layout:
-    """The way in which the weights of a model, which holds no values, are stored."""
+def _pieces(
+    name: str, shape: Sequence[int], *, stored: StoredCheckpoint, model: PreTrainedModel
+) -> dict[str, "WeightProxy"] | None:
+    """The stored tensors that make up a weight, as parts of it by name; None if unknown."""
+    prefix = f"{model.base_model_prefix}."
+    for pieces in _candidates(name, WeightProxy.of(shape), model):
+        for named in (  # also with or without the prefix of the model below its head
+            pieces,
+            {key.removeprefix(prefix): piece for key, piece in pieces.items()},
+            {prefix + key: piece for key, piece in pieces.items()},
+        ):
+            if all(_fits(stored.tensors.get(key), piece) for key, piece in named.items()):
+                return named
+    return None
 
-    def __init__(self, stored: StoredCheckpoint, model: PreTrainedModel) -> None:
-        self._stored, self._model = stored, model
-        self._prefix = f"{model.base_model_prefix}."
-        every = get_model_conversion_mapping(model, add_legacy=False)
-        plain = [one for one in every if not isinstance(one, _CHANGES_OF_PREFIX)]
-        self._ways = [plain] if len(plain) == len(every) else [plain, every]
 
-    def pieces(self, name: str, shape: Sequence[int]) -> dict[str, "WeightProxy"] | None:
-        """The stored tensors that make up a weight, as parts of it by name; None if unknown."""
-        for pieces in self._candidates(name, WeightProxy.of(shape)):
-            for named in self._renamed(pieces):
-                if all(self._fits(key, piece) for key, piece in named.items()):
-                    return named
-        return None
+def _candidates(name: str, whole: "WeightProxy", model: Any) -> Iterator[dict[str, "WeightProxy"]]:
+    every = get_model_conversion_mapping(model, add_legacy=False)
+    plain = [one for one in every if not isinstance(one, _CHANGES_OF_PREFIX)]
+    for way in [plain] if len(plain) == len(every) else [plain, every]:
+        model._weight_conversions = way
+        try:
+            yield revert_weight_conversion(model, {name: cast("torch.Tensor", whole)})
+        except (AttributeError, TypeError, ValueError, NotImplementedError):
+            continue  # an operation that a proxy does not know
+    yield {name: whole}
 
-    def _candidates(self, name: str, whole: "WeightProxy") -> Iterator[dict[str, "WeightProxy"]]:
-        for way in self._ways:
-            model: Any = self._model
-            model._weight_conversions = way
-            try:
-                yield revert_weight_conversion(model, {name: cast("torch.Tensor", whole)})
-            except (AttributeError, TypeError, ValueError, NotImplementedError):
-                continue  # an operation that a proxy does not know
-        yield {name: whole}
 
-    def _renamed(self, pieces: dict[str, "WeightProxy"]) -> Iterator[dict[str, "WeightProxy"]]:
-        """Names as they are, and with or without the prefix of the model below its head."""
-        yield pieces
-        yield {key.removeprefix(self._prefix): piece for key, piece in pieces.items()}
-        yield {self._prefix + key: piece for key, piece in pieces.items()}
-
-    def _fits(self, name: str, piece: "WeightProxy") -> bool:
-        tensor = self._stored.tensors.get(name)
-        return (
-            tensor is not None
-            and tensor.dtype in DTYPES
-            and tensor.shape == list(piece.shape)
-            and piece.is_matrix
-        )
+def _fits(tensor: StoredTensor | None, piece: "WeightProxy") -> bool:
+    return (
+        tensor is not None
+        and tensor.dtype in DTYPES
+        and tensor.shape == list(piece.shape)
+        and piece.is_matrix
+    )
 
 
 _OPERATIONS = ("chunk", "split", "transpose")
