@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, size_label
+from gguf import GGUFReader, GGUFWriter, size_label
 
 import shallower as sh
 from shallower.cutting.exports import export_path
@@ -137,22 +137,6 @@ def test_a_folder_for_the_hub_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(sh.ModelError, match=r"not a \.gguf file"):
         sh.prune(tmp_path / "files", DROPPED, tmp_path / "cut", as_gguf=True)
     assert tree(tmp_path) == before
-
-
-# The size and the name.
-def test_the_size_and_the_name_are_of_what_is_left(tmp_path):
-    text = GGUFValueType.STRING
-    extra = [("general.name", "Tiny 9B", text, None), ("general.size_label", "9B", text, None)]
-    source = write(tmp_path / "a.gguf", extra=extra, types=[GGMLQuantizationType.Q4_0])
-    out = tmp_path / "b.gguf"
-    for survivors in ([0], [1, 2, 5], [0, 1, 2, 3, 4]):
-        dropped = [layer for layer in range(6) if layer not in survivors]
-        sh.prune(source, dropped, out, overwrite=True)
-        reader = GGUFReader(out)
-        sizes = sum(int(tensor.n_elements) for tensor in reader.tensors)
-        assert reader.fields["general.size_label"].contents() == size_label(sizes, sizes, 0, 0)
-        count = f"{len(survivors)} layer{'s' if len(survivors) > 1 else ''}"
-        assert reader.fields["general.name"].contents() == f"Tiny 9B ({count})"
 
 
 def test_experts_count_as_in_gguf(tmp_path):

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from transformers import PreTrainedModel, core_model_loading
+from transformers import core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..cutting.checkpoint_files import StoredTensor
 from ..cutting.rewriting import StoredCheckpoint
 from ..errors import ModelError
 from ..models.loading import empty_model
@@ -39,6 +38,7 @@ def low_rank_changes(
     """
     read_adapter_config(adapters)
     empty = empty_model(stored.folder, trust_remote_code)
+    ways = _ways(empty)
     model = empty_model(stored.folder, trust_remote_code).float()
     changes: dict[str, LowRank] = {}
     path = adapters / WEIGHTS_FILE
@@ -53,7 +53,8 @@ def low_rank_changes(
             left, right, scaling = _factors(prefix, layer, read)
             parameter = _parameter(layer)
             name = names[id(parameter)].replace(".base_layer", "")
-            pieces = _pieces(name, parameter.shape, stored=stored, model=empty)
+            named = _renamed(name, WeightProxy.of(parameter.shape), model=empty, ways=ways)
+            pieces = next((one for one in named if _fit(stored, one)), None)
             if pieces is None:
                 return None
             if both := set(pieces) & set(changes):
@@ -121,26 +122,31 @@ def _factors(
     return b[None], a[None], scaling
 
 
-def _pieces(
-    name: str, shape: Sequence[int], *, stored: StoredCheckpoint, model: PreTrainedModel
-) -> dict[str, "WeightProxy"] | None:
-    """The stored tensors that make up a weight, as parts of it by name; None if unknown."""
-    prefix = f"{model.base_model_prefix}."
-    for pieces in _candidates(name, WeightProxy.of(shape), model):
-        for named in (  # also with or without the prefix of the model below its head
-            pieces,
-            {key.removeprefix(prefix): piece for key, piece in pieces.items()},
-            {prefix + key: piece for key, piece in pieces.items()},
-        ):
-            if all(_fits(stored.tensors.get(key), piece) for key, piece in named.items()):
-                return named
-    return None
-
-
-def _candidates(name: str, whole: "WeightProxy", model: Any) -> Iterator[dict[str, "WeightProxy"]]:
+def _ways(model: Any) -> list[list[Any]]:
+    """The conversions by which weights may be stored: plain ones, and all."""
     every = get_model_conversion_mapping(model, add_legacy=False)
     plain = [one for one in every if not isinstance(one, _CHANGES_OF_PREFIX)]
-    for way in [plain] if len(plain) == len(every) else [plain, every]:
+    return [plain] if len(plain) == len(every) else [plain, every]
+
+
+def _renamed(
+    name: str, whole: "WeightProxy", *, model: Any, ways: Sequence[list[Any]]
+) -> Iterator[dict[str, "WeightProxy"]]:
+    """The stored tensors that may make up a weight, as parts of it by name.
+
+    Also with or without the prefix of the model below its head.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for pieces in _candidates(name, whole, model=model, ways=ways):
+        yield pieces
+        yield {key.removeprefix(prefix): piece for key, piece in pieces.items()}
+        yield {prefix + key: piece for key, piece in pieces.items()}
+
+
+def _candidates(
+    name: str, whole: "WeightProxy", *, model: Any, ways: Sequence[list[Any]]
+) -> Iterator[dict[str, "WeightProxy"]]:
+    for way in ways:
         model._weight_conversions = way
         try:
             yield revert_weight_conversion(model, {name: cast("torch.Tensor", whole)})
@@ -149,12 +155,15 @@ def _candidates(name: str, whole: "WeightProxy", model: Any) -> Iterator[dict[st
     yield {name: whole}
 
 
-def _fits(tensor: StoredTensor | None, piece: "WeightProxy") -> bool:
-    return (
+def _fit(stored: StoredCheckpoint, pieces: Mapping[str, "WeightProxy"]) -> bool:
+    """Whether tensors of these names and shapes are stored, in dtypes that are merged into."""
+    found = [(stored.tensors.get(name), piece) for name, piece in pieces.items()]
+    return all(
         tensor is not None
         and tensor.dtype in DTYPES
         and tensor.shape == list(piece.shape)
         and piece.is_matrix
+        for tensor, piece in found
     )
 
 
