@@ -12,7 +12,7 @@ from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.checkpoints import edit_json, read_json, stored
 from tests.cutting.mixtures import mixture, some_experts
 from tests.cutting.test_checkpoint_formats import FORMATS
-from tests.cutting.test_experts_on_disk import TOKENS
+from tests.cutting.test_experts import TOKENS
 from tests.cutting.test_families import logits
 from tests.cutting.tiny_models import reload
 from tests.families import EXPERTS_STAY

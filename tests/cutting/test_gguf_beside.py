@@ -1,16 +1,21 @@
-"""The files beside a cut GGUF file, or in a folder with it; and the logits of the cut."""
+"""The files beside a cut GGUF file, or in a folder with it; what is refused, memory and the GIL."""
+
+import os
 
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter, size_label
 
 import shallower as sh
+from shallower._core import Gguf
 from shallower.cutting.exports import export_path
 from shallower.cutting.gguf import plan_path
 from tests.cutting.card_tools import LICENSED, front
-from tests.cutting.gguf_files import files_of_cut, write
-from tests.folders import tree, tree_of_ours
+from tests.cutting.gguf_files import CUT, files_of_cut, write
+from tests.folders import full_disk, tree, tree_of_ours
 from tests.models.gguf_files import written
+from tests.peaks import needs_linux, peak_of
+from tests.scanning.ticks import ticks_beside
 
 DROPPED = [1, 3, 4]
 
@@ -162,3 +167,31 @@ def test_experts_count_as_in_gguf(tmp_path):
         sh.prune(tmp_path / "a.gguf", dropped, tmp_path / "b.gguf", overwrite=True)
         fields = GGUFReader(tmp_path / "b.gguf").fields
         assert fields["general.size_label"].contents() == label
+
+
+def test_split_files_are_refused(tmp_path):
+    source = write(tmp_path / "a-00001-of-00003.gguf", split=3)
+    with pytest.raises(sh.ModelError, match=r"one of 3 files.*llama-gguf-split --merge"):
+        sh.prune(source, [1], tmp_path / "b.gguf")
+
+
+def test_a_full_disk_leaves_nothing(real, tmp_path):
+    with full_disk(1 << 24), pytest.raises(sh.OutputError, match="File too large"):
+        sh.prune(real, CUT, tmp_path / "b.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_gil_is_free(real, tmp_path):
+    assert ticks_beside(lambda: sh.prune(real, CUT, tmp_path / "b.gguf")) >= 3
+
+
+@needs_linux
+def test_memory_is_constant(real, tmp_path):
+    assert peak_of(lambda: sh.prune(real, CUT, tmp_path / "b.gguf")) < 16 << 20
+
+
+def test_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for name, words in (("none.gguf", "No such file"), ("pipe.gguf", "not a regular file")):
+        with pytest.raises(sh.ModelError, match=words):
+            Gguf(tmp_path / name)
