@@ -360,7 +360,7 @@ def table() -> str:
         f"Routed experts can go of {len(MIXTURES)} families and variants. "
         "`tests/cutting/test_experts.py` cuts two of six of every layer that has any, saves and "
         "reloads the cut, and compares its logits, and its generation, with those of the whole "
-        "model in which the same experts cannot be chosen; `tests/cutting/test_experts_on_disk.py` "
+        "model in which the same experts cannot be chosen; `tests/cutting/test_checkpoint.py` "
         "does so on disk.",
         "",
         "; ".join(MIXTURES) + ".",

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__ as __version__
-    from .cutting.for_states import ForStates as ForStates
     from .cutting.in_model import drop_experts as drop_experts
     from .cutting.in_model import drop_layers as drop_layers
     from .cutting.in_model import without_layers as without_layers
+    from .cutting.plans import ForStates as ForStates
     from .cutting.prune import plan_prune as plan_prune
     from .cutting.prune import prune as prune
     from .cutting.saving import save_model as save_model
@@ -95,8 +95,8 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "_core": "__version__",
-    "cutting.for_states": "ForStates",
     "cutting.in_model": "drop_experts drop_layers without_layers",
+    "cutting.plans": "ForStates",
     "cutting.prune": "plan_prune prune",
     "cutting.saving": "save_model verify_checkpoint",
     "errors": (

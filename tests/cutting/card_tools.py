@@ -111,7 +111,7 @@ def check_other_tools(card, folder, survivors):
     """The lines for other tools name what is there, and the layers that were dropped.
 
     The tools are not installed: their lines are read, and the files that they name. Where
-    mergekit is, its line is run by test_exports.
+    mergekit is, its line is run by test_source.
     """
     *_, serve, others = blocks_of_code(card, "sh")
     made = set()

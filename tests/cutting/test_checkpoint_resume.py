@@ -1,23 +1,37 @@
-"""A cut that was stopped goes on."""
+"""A cut that was stopped goes on; damaged checkpoints and full disks are refused."""
 
 import itertools
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import shallower as sh
-from shallower import OutputError
+from shallower import ModelError, OutputError, ShallowerError
 from shallower.cutting import checkpoint
 from shallower.processes import partial_folder
 from tests.conftest import mostly_slow
-from tests.cutting.checkpoints import DROPPED, stored
+from tests.cutting.checkpoints import (
+    DROPPED,
+    assert_refused,
+    cut_on_disk,
+    edit_json,
+    read_json,
+    stored,
+)
 from tests.cutting.mixtures import mixture
-from tests.folders import tree
+from tests.folders import full_disk, tree
 from tests.scanning.ticks import ticks_beside
+from tests.values.damage import damaged
 
 
 def test_progress_is_told_and_can_stop_the_copy(source, tmp_path):
@@ -126,26 +140,18 @@ def test_killed_at_any_moment_it_goes_on_and_nothing_is_half_there(name, seed, t
     assert tree(out) == tree(whole)
 
 
-OTHERS = {
-    "source": {"what": [0], "max_shard_size": 9000},
-    "mixed": {"experts": {layer: [0, 4] for layer in range(8) if layer != 2}},
-}
-
-
-@pytest.mark.parametrize("name", CUTS)
-def test_work_of_another_cut_is_discarded(name, tmp_path, request):
-    source, cut = request.getfixturevalue(name), CUTS[name]
-    other, out = {**cut, **OTHERS[name]}, tmp_path / "cut"
+def test_work_of_another_cut_is_discarded(source, tmp_path):
+    out = tmp_path / "cut"
 
     def stop(done, total):
         if done > total / 2:
             raise InterruptedError
 
     with pytest.raises(OutputError):
-        sh.prune(source, out=out, **cut, progress=stop)
+        sh.prune(source, DROPPED, out, max_shard_size=4000, progress=stop)
     assert list((partial_folder(out) / "folder").glob("model-*.safetensors"))
-    sh.prune(source, out=out, **other)
-    sh.prune(source, out=tmp_path / "whole", **other)
+    sh.prune(source, [0], out, max_shard_size=9000)
+    sh.prune(source, [0], tmp_path / "whole", max_shard_size=9000)
     assert tree(out) == tree(tmp_path / "whole")
 
 
@@ -157,3 +163,82 @@ def test_one_process_at_a_time(source, tmp_path):
             sh.prune(source, DROPPED, out)
 
     sh.prune(source, DROPPED, out, progress=nested)
+
+
+# Damaged and hostile checkpoints.
+def drop_tensor(folder, name):
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = {n: file.get_tensor(n) for n in file.keys() if n != name}  # noqa: SIM118
+        save_file(tensors, path, {"format": "pt"})
+    index = read_json(folder / "model.safetensors.index.json")
+    del index["weight_map"][name]
+    edit_json(folder / "model.safetensors.index.json", **index)
+
+
+HARM = {
+    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "neither"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "other weights": (
+        lambda f: edit_json(f / "config.json", transformers_weights="x.safetensors"),
+        "transformers_weights",
+    ),
+    "more layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=7),
+        "lacks .*layers.6",
+    ),
+    "fewer layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=5), "also has .*5"),
+    "absurdly many layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=10**12),
+        "counts 1000000000000 layers",
+    ),
+    "lacks a tensor": (
+        lambda f: drop_tensor(f, "model.layers.2.mlp.up_proj.weight"),
+        "layer 2 lacks the tensor mlp.up_proj.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_or_hostile_checkpoint_is_refused(copied, tmp_path, harm):
+    do, words = HARM[harm]
+    do(copied)
+    (tmp_path / "out").mkdir()
+    assert_refused(ModelError, words, copied, tmp_path / "out" / "cut")
+
+
+@settings(max_examples=settings.default.max_examples // 2)
+@given(st.data())
+def test_a_checkpoint_damaged_anyhow_is_refused_or_cut(source, tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("damaged")
+    folder = shutil.copytree(source, place / "source")
+    path = folder / data.draw(st.sampled_from(["config.json", "model.safetensors.index.json"]))
+    path.write_text(json.dumps(data.draw(damaged(read_json(path)))))
+    try:
+        cut_on_disk(folder, DROPPED, place / "cut")
+    except ShallowerError:
+        assert not (place / "cut").exists()
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    assert_refused(ModelError, "none", tmp_path / "none", tmp_path / "cut")
+
+
+# Whole or not at all.
+
+
+@pytest.mark.parametrize("size", [0, "5 bananas", True, "99999999TB"])
+def test_sizes_that_are_none_are_refused(source, tmp_path, size):
+    assert_refused(OutputError, "size", source, tmp_path / "cut", max_shard_size=size)
+
+
+def test_a_full_disk_is_told_and_the_work_goes_on(source, tmp_path):
+    out = tmp_path / "cut"
+    with full_disk(12_000), pytest.raises(OutputError, match="do the same again to go on"):
+        sh.prune(source, DROPPED, out, max_shard_size=10_000)
+    assert not out.exists()
+    assert partial_folder(out).is_dir()
+    sh.prune(source, DROPPED, out, max_shard_size=10_000)
+    sh.prune(source, DROPPED, tmp_path / "whole", max_shard_size=10_000)
+    assert tree(out) == tree(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]

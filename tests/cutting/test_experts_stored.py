@@ -12,8 +12,9 @@ from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.checkpoints import edit_json, read_json, stored
 from tests.cutting.mixtures import mixture, some_experts
 from tests.cutting.test_checkpoint_formats import FORMATS
-from tests.cutting.test_experts_on_disk import TOKENS, stock
+from tests.cutting.test_experts import TOKENS
 from tests.cutting.test_families import logits
+from tests.cutting.tiny_models import reload
 from tests.families import EXPERTS_STAY
 from tests.folders import tree
 from tests.models.gguf_files import write_gguf
@@ -124,7 +125,7 @@ def test_experts_of_a_checkpoint_in_mxfp4_go_with_blocks_and_scales(tmp_path):
     edit_json(tmp_path / "whole" / "config.json", quantization_config=quantisation)
     dropped = some_experts(model)
     sh.prune(tmp_path / "whole", (), tmp_path / "cut", experts=dropped)
-    whole, cut = stock(tmp_path / "whole"), stock(tmp_path / "cut")
+    whole, cut = reload(tmp_path / "whole"), reload(tmp_path / "cut")
     before = logits(whole, TOKENS)
     sh.drop_experts(whole, dropped)
     wanted = logits(whole, TOKENS)
@@ -230,15 +231,11 @@ def test_what_routes_otherwise_is_refused_on_disk(name, tmp_path):
     [
         ({k: [0, 1, 2, 3, 4] for k in range(8)}, "1 expert would be left .* keep at least 2"),
         ({k: [0] for k in range(7)}, "layer 7 would keep all of its 6 experts"),
-        ({k: [0] for k in range(9)}, "experts of layer 8: the model's 8 layers are"),
         ({**DROPPED, 7: [1]}, "every layer must lose as many"),
-        ({**DROPPED, 7: [1, 6]}, "layer 7: "),
         ({}, "no expert is named"),
         (DroppedExperts(8, dict.fromkeys(range(8), (0,))), "for 8 experts a layer, and .* 6"),
         ("0:1;0:2", "layer 0 is named twice"),
         ({"0": [1]}, r"expected them by layer, as .*, and not \{'0': \[1\]\}"),
-        ({0: 1}, "expected them by layer"),
-        ([1, 2], "expected them by layer"),
         ("nowhere.txt", "neither experts, as .* nor a file"),
     ],
 )
@@ -255,17 +252,6 @@ def test_a_dense_model_and_dense_layers_lose_no_experts(tmp_path):
     model.save_pretrained(dense)
     experts = {**some_experts(model), 1: [0, 1]}
     assert_refused(sh.ExpertsError, "layer 1 has no routed experts", dense, experts=experts)
-
-
-def test_a_plan_of_another_mixture_is_refused(source, tmp_path):
-    other = mixture("mixtral")
-    with torch.no_grad():
-        other.model.norm.weight.add_(0.5)
-    plan = sh.drop_experts(other, DROPPED)
-    assert_refused(sh.PlanError, "is another model", source, plan)
-    assert_refused(sh.PlanError, "is another model", source, experts=plan)
-    deeper = sh.Plan(9, (), experts=DroppedExperts(6, dict.fromkeys(range(9), (1,))))
-    assert_refused(sh.PlanError, "for 9 layers", source, deeper)
 
 
 def test_two_plans_do_not_name_the_same(source):

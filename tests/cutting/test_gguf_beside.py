@@ -1,16 +1,21 @@
-"""The files beside a cut GGUF file, or in a folder with it; and the logits of the cut."""
+"""The files beside a cut GGUF file, or in a folder with it; what is refused, memory and the GIL."""
+
+import os
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, size_label
+from gguf import GGUFReader, GGUFWriter, size_label
 
 import shallower as sh
+from shallower._core import Gguf
 from shallower.cutting.exports import export_path
 from shallower.cutting.gguf import plan_path
 from tests.cutting.card_tools import LICENSED, front
-from tests.cutting.gguf_files import files_of_cut, write
-from tests.folders import tree, tree_of_ours
+from tests.cutting.gguf_files import CUT, files_of_cut, write
+from tests.folders import full_disk, tree, tree_of_ours
 from tests.models.gguf_files import written
+from tests.peaks import needs_linux, peak_of
+from tests.scanning.ticks import ticks_beside
 
 DROPPED = [1, 3, 4]
 
@@ -40,7 +45,7 @@ def test_a_cut_gguf_has_its_files_beside_it(tmp_path, shallower):
         assert front(export_path(out, "README.md").read_text())["license"] == expected
 
 
-@pytest.mark.parametrize("index", range(1, 5))
+@pytest.mark.parametrize("index", range(5))
 def test_a_file_beside_a_gguf_is_not_replaced_unasked(tmp_path, shallower, index):
     source, out = write(tmp_path / "tiny.gguf"), tmp_path / "cut.gguf"
     taken = files_of_cut(out)[index]
@@ -139,22 +144,6 @@ def test_a_folder_for_the_hub_is_whole_or_not_at_all(tmp_path):
     assert tree(tmp_path) == before
 
 
-# The size and the name.
-def test_the_size_and_the_name_are_of_what_is_left(tmp_path):
-    text = GGUFValueType.STRING
-    extra = [("general.name", "Tiny 9B", text, None), ("general.size_label", "9B", text, None)]
-    source = write(tmp_path / "a.gguf", extra=extra, types=[GGMLQuantizationType.Q4_0])
-    out = tmp_path / "b.gguf"
-    for survivors in ([0], [1, 2, 5], [0, 1, 2, 3, 4]):
-        dropped = [layer for layer in range(6) if layer not in survivors]
-        sh.prune(source, dropped, out, overwrite=True)
-        reader = GGUFReader(out)
-        sizes = sum(int(tensor.n_elements) for tensor in reader.tensors)
-        assert reader.fields["general.size_label"].contents() == size_label(sizes, sizes, 0, 0)
-        count = f"{len(survivors)} layer{'s' if len(survivors) > 1 else ''}"
-        assert reader.fields["general.name"].contents() == f"Tiny 9B ({count})"
-
-
 def test_experts_count_as_in_gguf(tmp_path):
     """``GGUFWriter.get_total_parameter_count`` and ``gguf.size_label`` are the rule."""
 
@@ -178,3 +167,31 @@ def test_experts_count_as_in_gguf(tmp_path):
         sh.prune(tmp_path / "a.gguf", dropped, tmp_path / "b.gguf", overwrite=True)
         fields = GGUFReader(tmp_path / "b.gguf").fields
         assert fields["general.size_label"].contents() == label
+
+
+def test_split_files_are_refused(tmp_path):
+    source = write(tmp_path / "a-00001-of-00003.gguf", split=3)
+    with pytest.raises(sh.ModelError, match=r"one of 3 files.*llama-gguf-split --merge"):
+        sh.prune(source, [1], tmp_path / "b.gguf")
+
+
+def test_a_full_disk_leaves_nothing(real, tmp_path):
+    with full_disk(1 << 24), pytest.raises(sh.OutputError, match="File too large"):
+        sh.prune(real, CUT, tmp_path / "b.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_gil_is_free(real, tmp_path):
+    assert ticks_beside(lambda: sh.prune(real, CUT, tmp_path / "b.gguf")) >= 3
+
+
+@needs_linux
+def test_memory_is_constant(real, tmp_path):
+    assert peak_of(lambda: sh.prune(real, CUT, tmp_path / "b.gguf")) < 16 << 20
+
+
+def test_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for name, words in (("none.gguf", "No such file"), ("pipe.gguf", "not a regular file")):
+        with pytest.raises(sh.ModelError, match=words):
+            Gguf(tmp_path / name)

@@ -1,8 +1,6 @@
 """Checkpoints copied with some tensors changed."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,9 +11,17 @@ import shallower as sh
 from shallower.cutting import rewriting
 from shallower.cutting.rewriting import StoredCheckpoint, compare, rewrite
 from tests.conftest import tiny_llama
+from tests.folders import full_disk
+from tests.merging.merges import tensors
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 SIZE = 4 * 48 * 32
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
 
 
 @pytest.fixture(params=["one file", "shards"])
@@ -36,27 +42,18 @@ def negated(read):
     yield np.negative(np.frombuffer(read(SIZE - 5012), np.float32))
 
 
-def loaded(folder):
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "plain"])
-def test_only_the_named_tensors_change(checkpoint, tmp_path, kernel, monkeypatch):
+def test_only_the_named_tensors_change(checkpoint, out, kernel, monkeypatch):
     monkeypatch.setattr(rewriting, "BLOCK_BYTES", 1000)
     if not kernel:
         monkeypatch.setattr(rewriting, "_kernel_copy", lambda *_args: 0)
     stored = StoredCheckpoint.open(checkpoint)
     _, start, stop = stored.tensors[NAME].piece
     assert stop - start == SIZE
-    out = tmp_path / "out"
-    out.mkdir()
     told = []
     rewrite(stored, out, {NAME: negated}, report=told.append)
     assert sum(told) == stored.num_bytes
-    before, after = loaded(checkpoint), loaded(out)
+    before, after = tensors(checkpoint), tensors(out)
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(after[name], -value if name == NAME else value)
@@ -78,25 +75,24 @@ def test_only_the_named_tensors_change(checkpoint, tmp_path, kernel, monkeypatch
         compare(stored, out, {})
 
 
-def test_a_byte_that_changed_is_found(checkpoint, tmp_path):
+def test_a_byte_that_changed_is_found(checkpoint, out):
     stored = StoredCheckpoint.open(checkpoint)
-    (tmp_path / "out").mkdir()
-    rewrite(stored, tmp_path / "out", {})
-    file = sorted((tmp_path / "out").glob("*.safetensors"))[-1]
+    rewrite(stored, out, {})
+    file = sorted(out.glob("*.safetensors"))[-1]
     with file.open("r+b") as opened:
         opened.seek(-1, os.SEEK_END)
         last = opened.read(1)
         opened.seek(-1, os.SEEK_END)
         opened.write(bytes([last[0] ^ 1]))
     with pytest.raises(sh.ModelError, match="was not written as it should be: a byte"):
-        compare(stored, tmp_path / "out", {})
+        compare(stored, out, {})
     with file.open("ab") as opened:
         opened.write(b"more")
     with pytest.raises(sh.ModelError, match="it has another size"):
-        compare(stored, tmp_path / "out", {})
+        compare(stored, out, {})
 
 
-def test_links_of_the_hubs_cache_are_read_and_never_written_through(checkpoint, tmp_path):
+def test_links_of_the_hubs_cache_are_read_and_never_written_through(checkpoint, out, tmp_path):
     blobs, snapshot = tmp_path / "m" / "blobs", tmp_path / "m" / "snapshots" / "0"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -104,10 +100,9 @@ def test_links_of_the_hubs_cache_are_read_and_never_written_through(checkpoint, 
         (blobs / file.name).write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     before = {file.name: file.read_bytes() for file in blobs.iterdir()}
-    (tmp_path / "out").mkdir()
-    rewrite(StoredCheckpoint.open(snapshot), tmp_path / "out", {NAME: negated})
+    rewrite(StoredCheckpoint.open(snapshot), out, {NAME: negated})
     assert {file.name: file.read_bytes() for file in blobs.iterdir()} == before
-    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    assert not any(file.is_symlink() for file in out.iterdir())
     planted = tmp_path / "planted"
     planted.mkdir()
     weights = next(checkpoint.glob("*.safetensors"))
@@ -118,10 +113,8 @@ def test_links_of_the_hubs_cache_are_read_and_never_written_through(checkpoint, 
     assert not any(file.is_symlink() for file in planted.iterdir())
 
 
-def test_what_an_interrupted_call_left_is_written_anew(checkpoint, tmp_path):
+def test_what_an_interrupted_call_left_is_written_anew(checkpoint, out):
     stored = StoredCheckpoint.open(checkpoint)
-    out = tmp_path / "out"
-    out.mkdir()
 
     def stops(read):
         yield read(12)
@@ -131,79 +124,51 @@ def test_what_an_interrupted_call_left_is_written_anew(checkpoint, tmp_path):
         rewrite(stored, out, {NAME: stops})
     assert list(out.glob("*.safetensors"))
     rewrite(stored, out, {NAME: negated})
-    before, after = loaded(checkpoint), loaded(out)
+    before, after = tensors(checkpoint), tensors(out)
     assert all(torch.equal(after[k], -v if k == NAME else v) for k, v in before.items())
 
 
-def test_a_file_that_shrinks_meanwhile_is_an_error(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda path, start: os.truncate(path, start + 8), "ended early"),
+        (lambda path, _: os.utime(path, ns=(1, 1)), "changed while it was copied"),
+    ],
+)
+def test_a_file_that_changes_meanwhile_is_an_error(checkpoint, out, spoil, words):
     stored = StoredCheckpoint.open(checkpoint)
-    path = stored.tensors[NAME].piece.path
+    path, start, _ = stored.tensors[NAME].piece
 
-    def shrinks(read):
-        os.truncate(path, stored.tensors[NAME].piece.start + 8)
+    def change(read):
+        spoil(path, start)
         yield bytes(read(SIZE))
 
-    (tmp_path / "out").mkdir()
-    with pytest.raises(sh.ModelError, match="ended early"):
-        rewrite(stored, tmp_path / "out", {NAME: shrinks})
+    with pytest.raises(sh.ModelError, match=words):
+        rewrite(stored, out, {NAME: change})
 
 
-def test_a_file_that_is_written_meanwhile_is_an_error(checkpoint, tmp_path):
-    stored = StoredCheckpoint.open(checkpoint)
-    path = stored.tensors[NAME].piece.path
-
-    def touched(read):
-        os.utime(path, ns=(1, 1))
-        yield read(SIZE)
-
-    (tmp_path / "out").mkdir()
-    with pytest.raises(sh.ModelError, match="changed while it was copied"):
-        rewrite(stored, tmp_path / "out", {NAME: touched})
-
-
-def test_too_few_values_are_an_error(checkpoint, tmp_path):
-    (tmp_path / "out").mkdir()
+def test_too_few_values_are_an_error(checkpoint, out):
     with pytest.raises(sh.ModelError, match="are not as many"):
-        rewrite(StoredCheckpoint.open(checkpoint), tmp_path / "out", {NAME: lambda read: [read(8)]})
+        rewrite(StoredCheckpoint.open(checkpoint), out, {NAME: lambda read: [read(8)]})
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-from shallower.cutting.rewriting import StoredCheckpoint, rewrite
-from shallower.errors import OutputError
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    rewrite(StoredCheckpoint.open(Path(sys.argv[1])), Path(sys.argv[2]), {})
-except OutputError as error:
-    print(error)
-"""
-
-
-def test_a_disk_without_room_is_named(checkpoint, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    if len(list(checkpoint.glob("*.safetensors"))) == 1:
-        command = [sys.executable, "-c", FULL, checkpoint, tmp_path / "out"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert "cannot write" in done.stdout
-        assert "model.safetensors" in done.stdout
+def test_a_disk_without_room_is_named(checkpoint, out, monkeypatch):
     stored = StoredCheckpoint.open(checkpoint)
+    with full_disk(20_000), pytest.raises(sh.OutputError, match=r"cannot write .*\.safetensors"):
+        rewrite(stored, out, {})
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(rewriting.shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(sh.OutputError, match=r"MB are needed, 0.0 MB are free"):
-        rewrite(stored, tmp_path / "out", {})
+        rewrite(stored, out, {})
 
 
-def test_other_names_of_a_file_of_weights_are_left_out(checkpoint, tmp_path):
+def test_other_names_of_a_file_of_weights_are_left_out(checkpoint, out):
     """As the hub's cache has them for files of the same bytes."""
     stored = StoredCheckpoint.open(checkpoint)
     file = stored.tensors[NAME].piece.path.name
     (checkpoint / "z.safetensors").symlink_to(file)
-    (tmp_path / "out").mkdir()
     again = StoredCheckpoint.open(checkpoint)
     assert (again.files, again.tensors) == (stored.files, stored.tensors)
-    rewrite(again, tmp_path / "out", {NAME: negated})
-    assert not (tmp_path / "out" / "z.safetensors").exists()
-    assert torch.equal(
-        load_file(tmp_path / "out" / file)[NAME], -load_file(checkpoint / file)[NAME]
-    )
+    rewrite(again, out, {NAME: negated})
+    assert not (out / "z.safetensors").exists()
+    assert torch.equal(load_file(out / file)[NAME], -load_file(checkpoint / file)[NAME])

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import shallower as sh
 from shallower.experts.criteria import (
     CRITERIA,
-    DEFAULT,
     chosen_experts,
     expert_scores,
     expert_stderr,
@@ -111,17 +110,6 @@ def test_experts_that_were_sent_nothing_are_named():
     for criterion in (*OF_ACTIVATIONS, "frequency", "soft-frequency"):
         gone = experts_to_drop(found, 2, criterion=criterion).by_layer
         assert gone == {1: (0, 1), 3: (1, 2)}, criterion
-
-
-@given(st.lists(token, min_size=1, max_size=60), st.integers(1, 4))
-def test_what_the_texts_use_stays_while_something_unused_can_go(tokens, count):
-    """By every criterion that reads texts, the default among them."""
-    found = statistics(tokens)
-    used = [{e for w, _, e, *_ in tokens if w == place} for place in range(2)]
-    for criterion in (*OF_ACTIVATIONS, "frequency", "soft-frequency", DEFAULT):
-        gone = experts_to_drop(found, count, criterion=criterion).by_layer
-        for mine, some in zip(used, gone.values(), strict=True):
-            assert not mine & {*some} or not {*range(6)} - mine - {*some}, criterion
 
 
 @given(

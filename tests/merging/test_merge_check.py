@@ -1,4 +1,4 @@
-"""The check of a merged checkpoint, and merges that are refused or interrupted."""
+"""Merged checkpoints and their check, and merges that are refused or interrupted."""
 
 import json
 import os
@@ -21,8 +21,10 @@ from shallower.merging import merging
 from shallower.merging.low_rank import LowRank
 from shallower.models.identity import stored_digest
 from shallower.results.healing import Healing
+from tests.conftest import tiny_llama
 from tests.cutting.card_tools import hub
-from tests.healing.cuts import HELD_OUT
+from tests.families import small_config
+from tests.healing.cuts import HELD_OUT, QUICK, TEXTS, save_cut
 from tests.merging.merges import merged_by_peft, steps_apart, tensors
 
 __all__ = ["hub"]
@@ -155,14 +157,14 @@ def test_a_cut_that_is_damaged_is_refused(healed, cut, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.* is multi-threaded:DeprecationWarning")
 def test_a_merge_that_is_killed_leaves_nothing_half_written(healed, tmp_path, monkeypatch):
-    out, write = tmp_path / "merged", rewriting._NewFile.write
+    out, write = tmp_path / "merged", rewriting._write
 
     def die(*args):
         write(*args)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patching:
-        patching.setattr(rewriting._NewFile, "write", die)
+        patching.setattr(rewriting, "_write", die)
         child = os.fork()
         if not child:
             with suppress(BaseException):
@@ -183,3 +185,44 @@ def test_a_cut_in_the_home_folder_is_found(healed, cut, tmp_path, too_large, mon
     sh.merge(healed[0], tmp_path / "again", cut)
     cards = [(tmp_path / name / "README.md").read_text() for name in ("merged", "again")]
     assert cards[0] == cards[1]
+
+
+def test_experts_that_are_stored_together_are_merged(words, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config("mixtral")).to(torch.bfloat16).eval()
+    _, cut = save_cut(tmp_path, model, words, [3])
+    recipe = replace(QUICK, steps=4, dtype="bfloat16", eval_every=4)
+    record = sh.heal(cut, TEXTS, tmp_path / "adapters", recipe=recipe, eval_texts=HELD_OUT)
+    assert (recipe.dropout, record.recipe.dropout) == (0.05, 0.0)  # which stacks do not take
+    merge = sh.merge(tmp_path / "adapters", tmp_path / "merged").merge
+    assert merge.difference <= merge.tolerance
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    loss = sh.evaluate_loss(stock, words, HELD_OUT, max_length=16)
+    assert loss.nats == pytest.approx(record.after.nats, abs=0.02)
+
+
+def test_four_bits_are_merged_into_plain_weights(words, tmp_path):
+    _, cut = save_cut(tmp_path, tiny_llama().to(torch.bfloat16), words)
+    recipe = replace(QUICK, steps=1, warmup_steps=0, dtype="nf4")
+    record = sh.heal(cut, TEXTS, tmp_path / "out", recipe=recipe, eval_texts=HELD_OUT, merge=True)
+    assert record.recipe.dtype == "nf4"
+    assert record.merge.dtype == "bfloat16"
+    assert record.merge.difference < record.merge.tolerance
+    assert record.merge.trained_difference > record.merge.difference
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert stock.dtype == torch.bfloat16
+    assert not hasattr(stock.config, "quantization_config")
+
+
+def test_a_patch_and_a_license_are_carried_over(cut, tmp_path):
+    carried = tmp_path / "cut"
+    shutil.copytree(cut, carried)
+    (carried / "shallower_patch.json").write_text('{"method": "refit"}')
+    (carried / "LICENSE.txt").write_text("Do as you like.")
+    card = (carried / "README.md").read_text()
+    (carried / "README.md").write_text(card.replace("---\n", "---\nlicense: apache-2.0\n", 1))
+    for name, merge in (("adapters", False), ("merged", True)):
+        sh.heal(carried, TEXTS, tmp_path / name, recipe=replace(QUICK, steps=1), merge=merge)
+        assert (tmp_path / name / "shallower_patch.json").read_text() == '{"method": "refit"}'
+        assert "license: apache-2.0" in (tmp_path / name / "README.md").read_text()
+        assert (tmp_path / name / "LICENSE.txt").read_text() == "Do as you like."

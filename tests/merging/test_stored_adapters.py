@@ -14,7 +14,7 @@ from transformers.core_model_loading import Chunk
 
 import shallower as sh
 from shallower.cutting.rewriting import StoredCheckpoint
-from shallower.merging.low_rank import Deviations, LowRank, add_low_rank, rounding
+from shallower.merging.low_rank import LowRank, add_low_rank, deviation, rounding
 from shallower.merging.stored_adapters import WeightProxy, low_rank_changes
 from tests.conftest import mostly_slow
 from tests.merging.merges import family, merged_by_peft, merged_by_stream, steps_apart, tensors
@@ -223,18 +223,18 @@ def test_the_check_knows_rounding_from_errors(dtype, panel, monkeypatch):
     merged = bytes_of(change, weight)
     whole = add_low_rank(weight, change.left, change.right, scaling=0.5).to(dtype)
     assert int(steps_apart(merged, whole).max()) <= 1
-    device, deviations = torch.device("cpu"), Deviations()
-    deviations.check(change, reader(weight), reader(merged), device=device)
-    assert 0 < deviations.relative < torch.finfo(dtype).eps
+    device = torch.device("cpu")
+    relative, _ = deviation(change, reader(weight), reader(merged), device=device)
+    assert 0 < relative < torch.finfo(dtype).eps
     for wrong in (weight, add_low_rank(weight, change.left, change.right, scaling=0.51).to(dtype)):
         with pytest.raises(sh.ModelError, match="w was not merged as it should be"):
-            Deviations().check(change, reader(weight), reader(wrong), device=device)
+            deviation(change, reader(weight), reader(wrong), device=device)
     one = merged.clone()
     one[2, 60, 40] = torch.nextafter(one[2, 60, 40], torch.tensor(9, dtype=dtype))
     one[2, 60, 40] = torch.nextafter(one[2, 60, 40], torch.tensor(9, dtype=dtype))
     if dtype != torch.float32:
         with pytest.raises(sh.ModelError, match="w was not merged as it should be"):
-            Deviations().check(change, reader(weight), reader(one), device=device)
+            deviation(change, reader(weight), reader(one), device=device)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32).filter(lambda x: abs(x) < 6e4))

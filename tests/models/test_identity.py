@@ -21,7 +21,8 @@ from shallower.models.loading import load_model
 from shallower.models.structure import structure_of
 from tests.conftest import mostly_slow, tiny_llama
 from tests.cutting.mixtures import mixture, some_experts
-from tests.models.checkpoints import lively, logits_of, wide_llama, wide_qwen
+from tests.cutting.tiny_models import logits_of
+from tests.models.checkpoints import lively, wide_llama, wide_qwen
 
 
 # Identity

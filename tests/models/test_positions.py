@@ -42,14 +42,6 @@ def test_a_text_longer_than_the_learned_positions_is_refused_before_the_forward(
             measure(model, words, longer)
 
 
-@pytest.mark.parametrize("family", LEARNED)
-def test_layers_are_not_run_on_a_longer_text(family):
-    layerwise = Layerwise(LEARNED[family].eval())
-    assert layerwise.embed(batch(length=9)).shape[1] == 9
-    with pytest.raises(TextsError, match=r"10 tokens, .*9 positions: choose a max_length"):
-        layerwise.embed(batch(length=10))
-
-
 LONG = " ".join(random.Random(1).choices(WORDS, k=140))
 PROMPTS = ["w1 w2", " ".join(["w3"] * 120)]
 MEASURES = {

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 
 from tests.conftest import ROOT
-from tests.models.private_names import PRIVATE_NAMES, PrivateName
+from tests.models.private_names import PRIVATE_NAMES
 
 SOURCE = ROOT / "python" / "shallower"
 
@@ -43,20 +43,6 @@ def source_of(place):
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=str)
 def test_a_private_name_is_where_it_was(entry):
     require(entry)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        PrivateName("bitsandbytes.nn.modules", "Linear4bit.moved_for_cpu", "why it matters"),
-        PrivateName("bitsandbytes.nn.modules", "Linear5bit.support", "why it matters"),
-        PrivateName("bitsandbytes.moved", "anything", "why it matters"),
-    ],
-    ids=str,
-)
-def test_a_name_that_moved_is_told_with_what_it_was_used_for(entry):
-    with pytest.raises((AssertionError, pytest.fail.Exception), match=f"{entry} moved: why it"):
-        require(entry)
 
 
 def private_uses(nodes):

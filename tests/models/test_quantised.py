@@ -20,7 +20,7 @@ from shallower.models.identity import stored_dtype
 from shallower.models.loading import load_model, load_weights
 from shallower.models.source import ModelSource
 from tests.conftest import mostly_slow
-from tests.models.checkpoints import logits_of, wide_qwen
+from tests.cutting.tiny_models import logits_of
 
 
 # Quantised weights
@@ -72,19 +72,6 @@ def test_a_cut_quantised_model_comes_back_exactly(quantised, tmp_path, forward_f
     assert torch.equal(logits_of(reloaded), logits_of(quantised))
     assert forward_first is False or torch.equal(logits_of(reloaded), expected)
     assert_same_state(stored(stock(tmp_path / "cut")), stored(quantised))
-
-
-@pytest.mark.parametrize("dtype", ["nf4", "int8"])
-def test_a_quantised_model_with_biases_comes_back_exactly(words, tmp_path, dtype):
-    wide_qwen().save_pretrained(tmp_path / "whole")
-    words.save_pretrained(tmp_path / "whole")
-    model, _ = load_model(tmp_path / "whole", dtype)
-    before = stored(model)
-    logits_of(model)
-    assert_same_state(stored(model), before)
-    sh.drop_layers(model, [1])
-    sh.save_model(model, None, tmp_path / "cut")
-    assert torch.equal(logits_of(stock(tmp_path / "cut")), logits_of(model))
 
 
 def test_a_cut_of_a_quantised_model_is_the_model_with_its_layers_skipped(quantised):

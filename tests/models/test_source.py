@@ -1,18 +1,22 @@
-"""The place of a model and how it is loaded; dtype and devices where none are named."""
+"""The place of a model, what it says without torch, and how it is loaded where nothing is named."""
 
 import inspect
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import shallower as sh
 from shallower import cli, processes
 from shallower.models import dtypes
 from shallower.models.dtypes import CPU_FEATURES, choose_device_map, choose_dtype, cpu_features
 from shallower.models.identity import stored_dtype
-from shallower.models.loading import load_model
+from shallower.models.loading import layers_of, load_model
+from shallower.models.place import check_place
 from shallower.models.source import ModelSource
 from shallower.settings.stages import EvalSettings
+from tests import families
+from tests.conftest import mostly_slow
 
 
 @pytest.fixture
@@ -115,11 +119,6 @@ def test_a_source_refuses_an_empty_name(path):
         sh.ModelSource(path)
 
 
-def test_a_source_refuses_an_unknown_dtype():
-    with pytest.raises(sh.ModelError, match="unknown dtype 'bf16': expected one of auto, float32"):
-        ModelSource("folder", "bf16")
-
-
 DEFAULTS = {"dtype": "auto", "device_map": None, "gguf_file": None, "trust_remote_code": False}
 
 
@@ -136,3 +135,16 @@ def test_functions_and_commands_have_the_same_defaults():
     for name, value in DEFAULTS.items():
         for function in {*defaults} - {sh.evaluate_loss}:
             assert defaults[function][name] == value, name
+
+
+QUICK = ("bart", "dory", "gemma3", "gpt2", "llama", "longcat_flash")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", mostly_slow(families.families(), QUICK))
+def test_layers_are_counted_as_transformers_counts_them(name, tmp_path):
+    families.small_config(name).save_pretrained(tmp_path)
+    count = check_place(tmp_path)
+    assert count in (None, layers_of(AutoConfig.from_pretrained(tmp_path)))
+    if name == "llama":
+        assert count == AutoConfig.from_pretrained(tmp_path).num_hidden_layers

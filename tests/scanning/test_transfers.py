@@ -71,11 +71,10 @@ def test_two_buffers_serve_all_calls_and_grow_to_the_largest(late, llama):
 
 def test_the_sources_are_kept_until_their_copy_has_ended(late):
     gathered = Gathered(torch.ones(2, 3, 4), [0, 1])
-    copy = HostCopies(late).start([gathered])
-    assert copy.sources == [gathered]
-    assert not torch.equal(copy.states, gathered.rows)
-    assert torch.equal(copy.wait(), gathered.rows)
-    assert copy.sources == []
+    wait = HostCopies(late).start(sources := [gathered])
+    assert sources == [gathered]
+    assert torch.equal(wait(), gathered.rows)
+    assert sources == []
 
 
 def test_token_ids_are_sent_and_rows_leave_at_once(late, llama):
@@ -95,7 +94,7 @@ def test_states_of_several_dtypes_are_joined_in_order(late, apart, monkeypatch):
         Gathered(torch.cat([three, three]).bfloat16(), [0, 3, 4]),
         Gathered((three + 0.1).float(), [2, 1]),
     ]
-    states = HostCopies(late).start(rows).wait()
+    states = HostCopies(late).start(rows)()
     assert states.dtype == torch.float32
     assert states.shape == (5, 2, 4)
     assert torch.equal(states[[0, 3, 4]], three)

@@ -238,7 +238,7 @@ class Cut:
 
         LayersError: something else is named beside the states, or they cannot be read.
         """
-        from ..cutting.for_states import ForStates
+        from ..cutting.plans import ForStates
 
         if states is None:
             return self.read_all()

@@ -24,7 +24,7 @@ from .twin import BUILDING_ERRORS, shortened_config
 
 
 class BuiltModel:
-    """The model of a folder's config, as its class builds it; a :class:`.Description`."""
+    """The model of a folder's config, as its class builds it."""
 
     def __init__(
         self, folder: Path, trust_remote_code: bool = False, *, images: bool = False

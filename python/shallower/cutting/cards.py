@@ -16,14 +16,17 @@ from ..values.files import PLAN_FILE
 from ..values.layers import Block, drop_option, ranges
 from ..values.plan import Plan
 from ..values.provenance import command_line, option_words, shell_lines
-from .card_uses import CODE, NOT_HEALED, loading, purpose
 from .exports import (
+    CODE,
     MERGEKIT_FILE,
+    NOT_HEALED,
     PRUNE_LAYERS_FILE,
     CutFacts,
     export_files,
+    loading,
     mergekit_config,
     prune_layers,
+    purpose,
 )
 from .metadata import (
     EXPERTS_TAG,

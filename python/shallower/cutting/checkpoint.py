@@ -14,18 +14,17 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._core import Checkpoint, Job
 from ..errors import ModelError, OutputError, why
-from ..models.fingerprint import fingerprint
 from ..models.place import CONFIG_FILE, read_json
 from ..processes import partial_folder
 from ..progress import BytesProgress, say_goes_on, track_copy
 from ..storage import check_room, resumable_folder
 from ..values.estimates import parse_size
 from ..values.files import PLAN_FILE
-from ..values.identity import ModelIdentity
+from ..values.identity import ModelIdentity, fingerprint
 from ..values.layers import MAX_LAYERS
 from ..values.plan import Plan
 from .cards import exports
@@ -39,12 +38,10 @@ from .checkpoint_files import (
     read_config,
     stored_tensors,
 )
-from .description import Description
 from .exports import CutFacts
-from .for_states import ForStates
 from .mixture import find_stacks, refuse_experts_outside
-from .plain import plain_model
-from .plans import NamedExperts, NamedLayers, agreed_plan, made_for
+from .plain import PlainModel, plain_model
+from .plans import ForStates, NamedExperts, NamedLayers, agreed_plan, made_for
 from .source import find_source
 from .tensor_names import (
     QUANTISATION_KEYS,
@@ -54,6 +51,11 @@ from .tensor_names import (
     find_prefix,
     module_of,
 )
+
+if TYPE_CHECKING:
+    from .built import BuiltModel
+
+    Description = PlainModel | BuiltModel  # what the names of tensors do not say
 
 SHARD_SIZE = "5GB"
 """Bytes in a file of weights at most, by default."""
@@ -238,7 +240,7 @@ def _describe(
     *,
     experts_of: Iterable[str] | None,
     images: bool = False,
-) -> Description:
+) -> "Description":
     plain = plain_model(folder, raw, experts_of)
     if plain is not None:
         return plain
@@ -250,7 +252,7 @@ def _describe(
 _Mixture = tuple[int, dict[int, list[int]], set[str]]
 
 
-def _mixture(model: Description, plan: Plan, prefix: str, weights: Weights) -> _Mixture | None:
+def _mixture(model: "Description", plan: Plan, prefix: str, weights: Weights) -> _Mixture | None:
     """The experts that stay, and the stacks that are divided, as the core takes them."""
     dropped = plan.experts
     if dropped is None:
@@ -304,7 +306,7 @@ def _check_layers(kinds: Sequence[object], prefix: str, weights: Weights) -> Non
 
 
 def _edited(
-    model: Description,
+    model: "Description",
     raw: Mapping[str, Any],
     plan: Plan,
     renumbering: Renumbering,
@@ -326,7 +328,7 @@ def _renumbered(value: Any, renumbering: Renumbering, modules: set[str]) -> str:
 
 
 def _identify(
-    model: Description,
+    model: "Description",
     dtype: str,
     weights: Weights,
     *,

@@ -9,7 +9,6 @@ refused, and the model stays as it was.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,28 +25,20 @@ from ..values.plan import Plan
 from .mixture import Mixture
 from .twin import BUILDING_ERRORS, built_from, plain_attributes, shortened_config
 
+Changes = dict[tuple[str, str], int]
+"""What changes in a layer, by the path of a module and the name in it.
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """A tensor in a layer that holds a part for every expert."""
-
-    path: str  # of its module in the layer
-    name: str  # its name in the module
-    axis: int  # along which the experts lie
-
-    def of(self, tensor: torch.Tensor, kept: Sequence[int], num_experts: int) -> torch.Tensor:
-        """The parts of the experts that stay, in a tensor of its own."""
-        parts = tensor.detach().unflatten(self.axis, (num_experts, -1))
-        places = torch.tensor(kept, device=tensor.device)
-        return parts.index_select(self.axis, places).flatten(self.axis, self.axis + 1)
+Of a tensor the axis along which the experts lie; of an attribute its new number.
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertLayer:
-    """What has to change in a layer: slices, and by module's path and name its new numbers."""
-
-    slices: tuple[Slice, ...]
-    numbers: dict[tuple[str, str], int]
+def part_of(
+    tensor: torch.Tensor, axis: int, *, kept: Sequence[int], num_experts: int
+) -> torch.Tensor:
+    """The parts of the experts that stay, in a tensor of its own."""
+    parts = tensor.detach().unflatten(axis, (num_experts, -1))
+    places = torch.tensor(kept, device=tensor.device)
+    return parts.index_select(axis, places).flatten(axis, axis + 1)
 
 
 def cut_experts(
@@ -108,7 +99,7 @@ def compare_layers(
     twin: PreTrainedModel,
     *,
     dropped: DroppedExperts,
-) -> dict[int, ExpertLayer]:
+) -> dict[int, Changes]:
     """What a twin of fewer experts has otherwise in every layer; ModelError if that is too much."""
     number, num_kept = dropped.num_experts, dropped.num_kept
     built = find_layers(twin)
@@ -127,9 +118,9 @@ def compare_layers(
 
 def _changes(
     one: RoutedExperts, layer: nn.Module, built: nn.Module, *, number: int, num_kept: int
-) -> ExpertLayer:
+) -> Changes:
     """What differs between a layer and the one that a stock loader builds with fewer experts."""
-    slices, numbers = [], {}
+    changes = {}
     others = dict(built.named_modules())
     for path, module in layer.named_modules():
         other = others[path]
@@ -151,7 +142,7 @@ def _changes(
                     f"{number} experts, since with {num_kept} it would be {tuple(small)}: no "
                     f"expert can go"
                 )
-            slices.append(Slice(path, name, axes[0]))
+            changes[path, name] = axes[0]
         before_of = plain_attributes(module)
         for name, value in plain_attributes(other).items():
             before = before_of.get(name, value)
@@ -166,8 +157,8 @@ def _changes(
                     f"layer {one.layer}: {path}.{name} is {before!r}, and a stock loader would "
                     f"make it {value!r} with {num_kept} experts: no expert can go"
                 )
-            numbers[path, name] = value
-    return ExpertLayer(tuple(slices), numbers)
+            changes[path, name] = value
+    return changes
 
 
 def _tensors(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Size]]:
@@ -187,27 +178,28 @@ def _tensors(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, torch.T
 
 def _divide(
     layer: nn.Module,
-    change: ExpertLayer,
+    changes: Changes,
     dropped: DroppedExperts,
     *,
     kept: Sequence[int],
     undo: ExitStack,
 ) -> None:
     """Carry out the changes of a layer; ``undo`` gets what takes each back."""
-    for one in change.slices:
-        module = layer.get_submodule(one.path)
-        held: Any = module._parameters if one.name in module._parameters else module._buffers
-        whole = held[one.name]
+    for (path, name), value in changes.items():
+        module = layer.get_submodule(path)
+        held: Any = module._parameters if name in module._parameters else module._buffers
+        if name not in held:
+            _put(module, name, value, undo=undo)
+            continue
+        cut = partial(part_of, axis=value, kept=kept, num_experts=dropped.num_experts)
+        whole = held[name]
         if whole.is_meta:
-            cut = partial(one.of, kept=kept, num_experts=dropped.num_experts)
-            undo.callback(bring_part(module, one.name, cut))
-        part = one.of(whole, kept, dropped.num_experts)
+            undo.callback(bring_part(module, name, cut))
+        part = cut(whole)
         if isinstance(whole, nn.Parameter):
             part = nn.Parameter(part, whole.requires_grad)
-        held[one.name] = part
-        undo.callback(held.update, {one.name: whole})
-    for (path, name), value in change.numbers.items():
-        _put(layer.get_submodule(path), name, value, undo=undo)
+        held[name] = part
+        undo.callback(held.update, {name: whole})
 
 
 def _put(owner: Any, name: str, value: int, *, undo: ExitStack) -> None:

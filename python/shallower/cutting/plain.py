@@ -13,10 +13,9 @@ from types import SimpleNamespace
 from typing import Any, TypeGuard
 
 from ..errors import ModelError
-from ..models.fingerprint import Shape
 from ..models.layer_config import shorten
 from ..values.experts import Routing
-from ..values.identity import title_of
+from ..values.identity import Shape, title_of
 from ..values.plan import Plan
 from .mixture import Mixture, StoredLayer
 from .tensor_names import SINGLE_EXPERT, edit_config
@@ -89,7 +88,7 @@ _KINDS = {"full_attention", "sliding_attention", 0, 1}
 
 @dataclass(frozen=True, slots=True)
 class PlainModel:
-    """A model of one of these families; a :class:`.description.Description`."""
+    """A model of one of these families, with what :class:`.built.BuiltModel` gives of any."""
 
     name: str
     shape: Shape

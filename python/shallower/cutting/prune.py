@@ -5,7 +5,7 @@ torch is loaded only where a model is.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from ..storage import check_apart, check_free, check_room, claimed
 from ..values.files import PLAN_FILE
 from ..values.layers import drop_option, ranges
 from ..values.plan import Plan
-from .checkpoint import Fetch, PreparedCut, prepare
+from .checkpoint import prepare
 from .exports import export_files
 from .from_hub import open_on_hub
 from .gguf import plan_gguf, prepare_gguf
@@ -283,16 +283,11 @@ class PlannedPrune:
         self, loaded: "tuple[PreTrainedModel, Any] | None", progress: BytesProgress | bool | None
     ) -> Callable[[Path], None]:
         """Read the states of the whole model, which may be loaded already; gives what compares."""
-        from .states_check import StatesCheck
+        from .saving import states_check
 
         whole = loaded[0] if loaded else self._request.load_alone(progress)
-        known, show = StatesCheck(whole, self.plan.states), self._request.show
-
-        def compare(cut: Path) -> None:
-            with track("compare the states", show=show):
-                known.compare(cut, self._request.out)
-
-        return compare
+        show, out = self._request.show, self._request.out
+        return states_check(whole, self.plan.states, out=out, show=show)
 
 
 def _plan_gguf(request: Request, layers: NamedLayers, experts: NamedExperts | None) -> PlannedPrune:
@@ -327,11 +322,21 @@ def _plan_folder(
     check_free(out, request.overwrite)
     remote = open_on_hub(request)
     stored = request if remote is None else replace(request, source=str(remote.folder))
-    fetch = None if remote is None else remote.fetch
     with ExitStack() as refused:
         if remote is not None and not remote.goes_on:
             refused.callback(remote.remove)
-        cut = _prepared(stored, layers, experts, fetch=fetch) if stored.on_disk else None
+        cut = None
+        with suppress(InMemoryOnlyError):
+            if stored.on_disk:
+                cut = prepare(
+                    stored.source,
+                    layers,
+                    experts=experts,
+                    label=request.named,
+                    max_shard_size=request.max_shard_size,
+                    trust_remote_code=request.trust_remote_code,
+                    fetch=None if remote is None else remote.fetch,
+                )
         refused.pop_all()
     if cut is not None:
         files = tuple(out / name for name in cut.files)
@@ -360,25 +365,3 @@ def _plan_folder(
     files = tuple(out / name for name in (*_SAVED, PLAN_FILE, *export_files(plan)))
     num_bytes = request.saved_bytes(plan) if find_spec("torch") else 0
     return PlannedPrune("memory", plan, files, num_bytes, request)
-
-
-def _prepared(
-    request: Request,
-    layers: NamedLayers,
-    experts: NamedExperts | None,
-    *,
-    fetch: Fetch | None,
-) -> PreparedCut | None:
-    """The cut on disk; None if this model must be cut in memory."""
-    try:
-        return prepare(
-            request.source,
-            layers,
-            experts=experts,
-            label=request.named,
-            max_shard_size=request.max_shard_size,
-            trust_remote_code=request.trust_remote_code,
-            fetch=fetch,
-        )
-    except InMemoryOnlyError:
-        return None

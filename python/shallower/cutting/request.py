@@ -85,7 +85,7 @@ class Request:
         if self.device_map == STREAM:
             return self.load(progress, as_stored=True)[0]
         from ..models.loading import load_weights, read_config
-        from .states_check import kind_of
+        from .saving import kind_of
 
         trusted = {"trust_remote_code": True} if self.trust_remote_code else {}
         show = False if callable(progress) else progress

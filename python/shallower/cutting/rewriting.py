@@ -107,12 +107,12 @@ def rewrite(
         with _opened(path) as source, _created(folder / name) as target:
             for start, stop, tensor in stored.pieces(name, changes):
                 if not tensor:
-                    _copy(source, target, start, stop=stop, path=path, report=report)
+                    _copy(source, target, start, stop=stop, report=report)
                     continue
                 position = start
-                for block in changes[tensor](_InOrder(path, source, start)):
+                for block in changes[tensor](_in_order(source, start)):
                     with memoryview(block).cast("B") as view:
-                        target.write(view, position)
+                        _write(target, view, position)
                         position += len(view)
                         report(len(view))
                 if position != stop:
@@ -142,7 +142,7 @@ def compare(
             raise ModelError(f"{made} was not written as it should be: it has another size")
         with _opened(path) as before, _opened(made) as after:
             for start, stop, tensor in stored.pieces(name, checks):
-                was, now = _InOrder(path, before, start), _InOrder(made, after, start)
+                was, now = _in_order(before, start), _in_order(after, start)
                 if tensor:
                     checks[tensor](was, now)
                     report(stop - start)
@@ -168,38 +168,33 @@ def _blocks(total: int) -> Iterator[int]:
         yield min(BLOCK_BYTES, total - start)
 
 
-class _InOrder:
-    """Reads on from a place in an open file."""
+def _in_order(file: BufferedReader, position: int) -> Read:
+    """Give what reads on from a place in an open file."""
 
-    def __init__(self, path: Path, file: BufferedReader, position: int) -> None:
-        self._path, self._file, self._position = path, file, position
-
-    def __call__(self, count: int) -> bytearray:
+    def read(count: int) -> bytearray:
+        nonlocal position
         data = bytearray(count)
         try:
-            self._file.seek(self._position)
-            got = self._file.readinto(data)
+            file.seek(position)
+            got = file.readinto(data)
         except OSError as error:
-            raise ModelError(f"cannot read {self._path}: {why(error, self._path)}") from error
+            raise ModelError(f"cannot read {file.name}: {why(error, file.name)}") from error
         if got < count:
             raise ModelError(
-                f"{self._path} ended early; run again when it is no longer being written"
+                f"{file.name} ended early; run again when it is no longer being written"
             )
-        self._position += count
+        position += count
         return data
 
+    return read
 
-@dataclass(frozen=True, slots=True)
-class _NewFile:
-    path: Path
-    file: FileIO
 
-    def write(self, view: memoryview, position: int) -> None:
-        written = 0
-        with raise_output_error(self.path):
-            self.file.seek(position)
-            while written < len(view):
-                written += self.file.write(view[written:])
+def _write(file: FileIO, view: memoryview, position: int) -> None:
+    written = 0
+    with raise_output_error(str(file.name)):
+        file.seek(position)
+        while written < len(view):
+            written += file.write(view[written:])
 
 
 @contextmanager
@@ -213,39 +208,36 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 
 
 @contextmanager
-def _created(path: Path) -> Iterator[_NewFile]:
+def _created(path: Path) -> Iterator[FileIO]:
     """A new file: what is there was removed, a link itself too, so none is written through."""
     with raise_output_error(path):
         file = path.open("xb", buffering=0)
     with file:
-        yield _NewFile(path, file)
+        yield file
 
 
-def _copy(
-    source: BufferedReader, target: _NewFile, start: int, *, stop: int, path: Path, report: Report
-) -> None:
+def _copy(source: BufferedReader, target: FileIO, start: int, *, stop: int, report: Report) -> None:
     """Copy bytes to the same place of another file, in the kernel where that is possible."""
     position = start
     while position < stop:
         count = min(BLOCK_BYTES, stop - position)
         done = _kernel_copy(source, target, position, count)
         if not done:
-            data = _InOrder(path, source, position)(count)
-            with memoryview(data) as view:
-                target.write(view, position)
+            with memoryview(_in_order(source, position)(count)) as view:
+                _write(target, view, position)
             done = count
         position += done
         report(done)
 
 
-def _kernel_copy(source: BufferedReader, target: _NewFile, position: int, count: int) -> int:
+def _kernel_copy(source: BufferedReader, target: FileIO, position: int, count: int) -> int:
     """The bytes that the kernel copied; 0 where it does not."""
     copy_range = getattr(os, "copy_file_range", None)  # of Linux
     if copy_range is None:
         return 0
     try:
-        return int(copy_range(source.fileno(), target.file.fileno(), count, position, position))
+        return int(copy_range(source.fileno(), target.fileno(), count, position, position))
     except OSError as error:
         if error.errno in _NO_KERNEL_COPY:
             return 0
-        raise OutputError(f"cannot write {target.path}: {why(error, target.path)}") from error
+        raise OutputError(f"cannot write {target.name}: {why(error, str(target.name))}") from error

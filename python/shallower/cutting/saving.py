@@ -2,29 +2,32 @@
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..errors import ModelError, OutputError, PlanError, why
 from ..memory.weights import module_bytes
-from ..models.architecture import find_layers, require_weights, undo_rescaling
+from ..models.architecture import admitted_length, find_layers, require_weights, undo_rescaling
 from ..models.decoder import Decoder
 from ..models.dtypes import QUANTISED, STREAM, Dtype
 from ..models.identity import stored_dtype
-from ..models.loading import load_model, load_weights
+from ..models.loading import load_model, load_weights, loader_with_head
 from ..models.quantised import check_exact, clear_gguf_marks
 from ..models.source import place_of
 from ..models.unsaved import warn_unsaved
+from ..progress import track
 from ..results.loss import Loss
 from ..storage import check_apart, new_folder
 from ..texts.quiet import hushed
@@ -42,6 +45,13 @@ PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again.
 
 PIECE = 100 << 20
 """Bytes of a file of weights at most, where layers are streamed from disk and none is larger."""
+
+
+SHORT, LONG = 9, 64
+"""Tokens of the sequences that are compared, where no sliding window needs more."""
+
+MOST_WINDOW = 1024
+"""The longest sliding window that a sequence goes beyond."""
 
 
 def save_model(
@@ -320,3 +330,83 @@ def verify_checkpoint(
             f"by {difference:.2g}, more than {tolerance:.0e}"
         )
     return difference
+
+
+def kind_of(config: Any) -> Any:
+    """The stock loader of a checkpoint, which may be stored without its head."""
+    named = getattr(config, "architectures", None) or [""]
+    return AutoModel if named[0] in MODEL_MAPPING_NAMES.values() else loader_with_head(config)
+
+
+def states_check(
+    model: PreTrainedModel, states: tuple[int, ...], *, out: Path, show: bool | None
+) -> Callable[[Path], None]:
+    """Read states of a whole model, which is not kept; give what compares those of a cut.
+
+    That loads a cut, which is to lie at ``out``; ModelError if a bit of a state differs.
+    """
+    sequences = list(_sequences(Decoder.of(model)))
+    load = loader_like(model, kind_of(model.config))
+    expected = _states(model, sequences, states)
+
+    def compare(path: Path) -> None:
+        with track("compare the states", show=show), TemporaryDirectory() as folder:
+            named = Path(folder) / "cut.gguf"
+            if path.is_file():
+                named.symlink_to(path.absolute())
+            found = _states(load(named if path.is_file() else path), sequences, states)
+        for (state, want), (_, got) in zip(expected, found, strict=True):
+            if not torch.equal(want.view(torch.uint8), got.view(torch.uint8)):  # NaN too
+                off = float((want.double() - got.double()).abs().max())
+                raise ModelError(
+                    f"the cut {out} is not lossless, and is not kept: after a stock reload its "
+                    f"state {state} is off by up to {off:.2g}"
+                )
+
+    return compare
+
+
+def _states(
+    model: PreTrainedModel,
+    sequences: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    states: tuple[int, ...],
+) -> list[tuple[int, torch.Tensor]]:
+    """The states of every batch by their numbers, each (B, T, width), on the CPU."""
+    decoder, run = Decoder.of(model), cast("Any", model)
+    read: list[tuple[int, torch.Tensor]] = []
+    for ids, mask in sequences:
+        with torch.no_grad():  # weights that travel cannot move in inference mode
+            found = run(
+                input_ids=ids.to(decoder.device),
+                attention_mask=mask.to(decoder.device),
+                use_cache=False,
+                output_hidden_states=True,
+            ).hidden_states
+        if found is None or len(found) != len(decoder) + 1:
+            raise ModelError(
+                f"{type(model).__name__} gives {len(found or ())} hidden states for "
+                f"{len(decoder)} layers, expected {len(decoder) + 1}: name the layers to drop "
+                f"yourself",
+                see="families",
+            )
+        read += [(state, found[state].cpu().contiguous()) for state in states]
+    return read
+
+
+def _sequences(decoder: Decoder) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and attention masks, (B, T) int64: one text, then two of which one is padded.
+
+    Ids are of the middle of the vocabulary, away from those that stand for images.
+    """
+    config = decoder.config
+    window = getattr(config, "sliding_window", None)
+    window = window if isinstance(window, int) and window <= MOST_WINDOW else 0
+    longest = max(LONG, window + SHORT)
+    longest = min(longest, admitted_length(config) or longest)
+    generator = torch.Generator().manual_seed(0)
+    for batch, length in ((1, min(SHORT, longest)), (2, longest)):
+        middle = config.vocab_size // 4, config.vocab_size // 2
+        ids = torch.randint(*middle, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1:, length // 2 :] = 0
+        yield ids, mask

@@ -6,8 +6,8 @@ the same. So no stock loader builds another network than the one in memory.
 
 import copy
 import math
+import pickle
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -56,23 +56,14 @@ PLACES = (
 
 def built_from(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     """Build a model's class from a config without weights; do not change it, a few are kept."""
-    content = config.to_dict()
-    return _built(_Blueprint((type(model), type(config), repr(content)), content))
-
-
-@dataclass(frozen=True, slots=True)
-class _Blueprint:
-    """The classes of a model and its config, and what the config says, by its text."""
-
-    key: tuple[Any, Any, str]
-    content: dict[str, Any] = field(compare=False)
+    kinds: Any = type(model), type(config)
+    return _built(*kinds, pickle.dumps(config.to_dict()))
 
 
 @lru_cache(maxsize=8)
-def _built(blueprint: _Blueprint) -> PreTrainedModel:
-    kind, config, _ = blueprint.key
+def _built(kind: Any, config: Any, content: bytes) -> PreTrainedModel:
     with torch.device("meta"):
-        built: PreTrainedModel = kind(config.from_dict(blueprint.content))
+        built: PreTrainedModel = kind(config.from_dict(pickle.loads(content)))
     return built
 
 

@@ -23,7 +23,7 @@ from ..models.head import Head
 from ..models.layerwise import Layerwise
 from ..models.loading import layers_of
 from ..models.offload import reading_of
-from ..models.transfers import Gathered, HostCopies, HostCopy, is_apart
+from ..models.transfers import Gathered, HostCopies, is_apart
 from ..texts.batches import Batch
 from ..values.counts import counted
 from ..values.estimates import format_size
@@ -126,7 +126,7 @@ class _Travelling:
         self._device, self._copies = device, HostCopies()
         self._places = range(num_batches)
         self._there: dict[int, torch.Tensor] = {}
-        self._leaving: tuple[int, HostCopy] | None = None
+        self._leaving: tuple[int, Callable[[], torch.Tensor]] | None = None
 
     def __getitem__(self, place: int) -> torch.Tensor:
         if self._leaving and self._leaving[0] == place:
@@ -152,8 +152,8 @@ class _Travelling:
     def _settle(self) -> None:
         """Wait for what leaves, and take it from the buffer, which another will need."""
         if self._leaving:
-            place, copy = self._leaving
-            self._there[place] = copy.wait()[0].clone()
+            place, wait = self._leaving
+            self._there[place] = wait()[0].clone()
             self._leaving = None
 
 

@@ -105,34 +105,29 @@ def rounding(
     return bound.addr_(*norms, alpha=(left.shape[1] + 2) * fine)
 
 
-class Deviations:
-    """The differences of merged weights from their float64 sums, which must be rounding alone.
+def deviation(
+    low_rank: LowRank, was: Read, now: Read, *, device: torch.device
+) -> tuple[float, float]:
+    """Compare the bytes of a weight, before and after, with their float64 sum.
 
-    That is half a unit in the last place, and the rounding of the float32 sum before it. A norm
-    alone would not show that an adapter is missing whose change is smaller than the rounding.
-    ``relative`` is the greatest ‖merged − sum‖ / ‖sum‖ of a weight, ``largest`` the greatest
-    absolute difference of a value.
+    Returns ‖merged − sum‖ / ‖sum‖, and the greatest difference of a value. ModelError: a value is
+    off by more than half a unit in the last place, and the rounding of the float32 sum before it. A
+    norm alone would not show that an adapter is missing whose change is smaller than the rounding.
     """
-
-    def __init__(self) -> None:
-        self.relative = self.largest = 0.0
-
-    def check(self, low_rank: LowRank, was: Read, now: Read, *, device: torch.device) -> None:
-        """Compare the bytes of a weight before and after; ModelError if a value is not the sum."""
-        off = whole = 0.0
-        for left, right in low_rank.panels(device):
-            left = left.double() * low_rank.scaling
-            expected = low_rank.read(was, left, right).double()
-            expected.addmm_(left, right.double())
-            difference = low_rank.read(now, left, right).double().sub_(expected).abs_()
-            largest = float(difference.amax())
-            whole = math.hypot(whole, float(expected.norm()))
-            off = math.hypot(off, float(difference.norm()))
-            allowed = rounding(expected, low_rank.dtype, left=left, right=right)
-            if not bool((difference <= allowed).all()):
-                raise ModelError(
-                    f"{low_rank.name} was not merged as it should be: a value is off by "
-                    f"{largest:.2g} from the sum of weight and adapter"
-                )
-            self.largest = max(self.largest, largest)
-        self.relative = max(self.relative, off / whole if whole else off)
+    off = whole = most = 0.0
+    for left, right in low_rank.panels(device):
+        left = left.double() * low_rank.scaling
+        expected = low_rank.read(was, left, right).double()
+        expected.addmm_(left, right.double())
+        difference = low_rank.read(now, left, right).double().sub_(expected).abs_()
+        largest = float(difference.amax())
+        whole = math.hypot(whole, float(expected.norm()))
+        off = math.hypot(off, float(difference.norm()))
+        allowed = rounding(expected, low_rank.dtype, left=left, right=right)
+        if not bool((difference <= allowed).all()):
+            raise ModelError(
+                f"{low_rank.name} was not merged as it should be: a value is off by "
+                f"{largest:.2g} from the sum of weight and adapter"
+            )
+        most = max(most, largest)
+    return off / whole if whole else off, most

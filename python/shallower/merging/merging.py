@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ..cutting.checkpoint_files import INDEX_FILE, is_checkpoint
-from ..cutting.rewriting import StoredCheckpoint, compare, rewrite
+from ..cutting.rewriting import Read, StoredCheckpoint, compare, rewrite
 from ..errors import ModelError, why
 from ..evaluation.batches import UnsavedResults
 from ..evaluation.loss import measure_loss
@@ -35,7 +35,7 @@ from ..values.estimates import format_size
 from ..values.files import PLAN_FILE
 from ..values.tokens import Tokens
 from .in_memory import TOLERANCE, adapted_logits, another_model, merge_in_memory, probe_logits
-from .low_rank import Deviations, LowRank
+from .low_rank import LowRank, deviation
 from .stored_adapters import low_rank_changes
 
 
@@ -153,19 +153,21 @@ class Merging:
         self, folder: Path, dtype: str, stored: StoredCheckpoint, changes: Mapping[str, LowRank]
     ) -> Merge:
         """The merge and the check of a model that does not."""
-        deviations = Deviations()
+        found: list[tuple[float, float]] = []
+
+        def check(change: LowRank, was: Read, now: Read) -> None:
+            found.append(deviation(change, was, now, device=_device()))
+
         with self._bar(2 * stored.num_bytes) as report:
             rewrite(stored, folder, _changing(changes), report=report)
-            checks = {
-                name: partial(deviations.check, change, device=_device())
-                for name, change in changes.items()
-            }
+            checks = {name: partial(check, change) for name, change in changes.items()}
             compare(stored, folder, checks, report=report)
+        relative, largest = (max([0.0, *values]) for values in zip(*found, strict=True))
         merge = Merge(
             dtype=dtype,
-            difference=deviations.relative,
+            difference=relative,
             tolerance=max(torch.finfo(change.dtype).eps for change in changes.values()),
-            max_difference=deviations.largest,
+            max_difference=largest,
             check="tensors",
         )
         if not self.held_out:

@@ -3,9 +3,8 @@
 Transformers' own conversion runs backwards on valueless proxies, which track rows and columns.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from transformers import PreTrainedModel, core_model_loading
+from transformers import core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -38,62 +37,53 @@ def low_rank_changes(
     None if a weight is not stored under a name and in a shape that is known here.
     """
     read_adapter_config(adapters)
-    layout = _Layout(stored, empty_model(stored.folder, trust_remote_code))
+    empty = empty_model(stored.folder, trust_remote_code)
+    ways = _ways(empty)
     model = empty_model(stored.folder, trust_remote_code).float()
     changes: dict[str, LowRank] = {}
-    with _adapted(model, adapters) as (factors, peft_model):
+    path = adapters / WEIGHTS_FILE
+    peft_model = with_adapters(model, adapters, low_cpu_mem_usage=True, torch_device="cpu")
+    with reading(adapters):
+        opened = safe_open(path, framework="pt")
+    with opened as file:
+        left_over = set(file.keys())
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for prefix, layer in _layers(peft_model):
-            pair = _factors(prefix, layer, factors)
+            read = partial(_factor, path, file, left_over)
+            left, right, scaling = _factors(prefix, layer, read)
             parameter = _parameter(layer)
-            pieces = layout.pieces(names[id(parameter)].replace(".base_layer", ""), parameter.shape)
+            name = names[id(parameter)].replace(".base_layer", "")
+            named = _renamed(name, WeightProxy.of(parameter.shape), model=empty, ways=ways)
+            pieces = next((one for one in named if _fit(stored, one)), None)
             if pieces is None:
                 return None
             if both := set(pieces) & set(changes):
                 raise ModelError(f"two adapters in {adapters} change {min(both)}")
             for name, piece in pieces.items():
                 dtype = DTYPES[stored.tensors[name].dtype]
-                changes[name] = LowRank(
-                    name, *piece.of_product(pair.left, pair.right), pair.scaling, dtype
-                )
-        if rest := factors.names - factors.taken:
-            raise ModelError(f"the adapters in {adapters} hold {min(rest)}, of no weight of theirs")
+                changes[name] = LowRank(name, *piece.of_product(left, right), scaling, dtype)
+        if left_over:
+            name = min(left_over)
+            raise ModelError(f"the adapters in {adapters} hold {name}, of no weight of theirs")
     return changes
 
 
-@dataclass
-class _Factors:
-    """The small matrices of the adapters, read on demand."""
-
-    path: Path
-    opened: Any
-    names: set[str]
-    taken: set[str]
-
-    def get(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        if name not in self.names:
-            raise ModelError(f"{self.path} lacks {name}")
-        self.taken.add(name)
-        tensor: torch.Tensor = self.opened.get_tensor(name)
-        if tensor.shape != torch.Size(shape):
-            raise ModelError(
-                f"{name} in {self.path} is of shape {tuple(tensor.shape)}: expected "
-                f"{tuple(shape)}, by the rank in {CONFIG_FILE} and the model"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name} in {self.path} holds NaN or infinity: train it again")
-        return tensor.float()
-
-
-@contextmanager
-def _adapted(model: PreTrainedModel, adapters: Path) -> Iterator[tuple[_Factors, Any]]:
-    """The adapters' file, and peft's model without values, of which the structure counts."""
-    path = adapters / WEIGHTS_FILE
-    built = with_adapters(model, adapters, low_cpu_mem_usage=True, torch_device="cpu")
-    with reading(adapters):
-        opened = safe_open(path, framework="pt")
-    with opened as file:
-        yield _Factors(path, file, set(file.keys()), set()), built
+def _factor(
+    path: Path, file: Any, left_over: set[str], *, name: str, shape: Sequence[int]
+) -> torch.Tensor:
+    """Read a small matrix of adapters, which is left over no more."""
+    if name not in left_over:
+        raise ModelError(f"{path} lacks {name}")
+    left_over.discard(name)
+    tensor: torch.Tensor = file.get_tensor(name)
+    if tensor.shape != torch.Size(shape):
+        raise ModelError(
+            f"{name} in {path} is of shape {tuple(tensor.shape)}: expected {tuple(shape)}, by the "
+            f"rank in {CONFIG_FILE} and the model"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError(f"{name} in {path} holds NaN or infinity: train it again")
+    return tensor.float()
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
@@ -113,19 +103,12 @@ def _parameter(layer: Any) -> Any:
     return layer.get_param() if name else layer.get_base_layer().weight
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """(E, M, rank) and (E, rank, N) whose scaled product is added to a weight."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-    scaling: float
-
-
-def _factors(prefix: str, layer: Any, factors: _Factors) -> _Pair:
-    """The factors of one adapted weight, in the order of its axes."""
+def _factors(
+    prefix: str, layer: Any, read: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(E, M, rank) and (E, rank, N) whose product, times the last, is added to a weight."""
     a, b = (
-        factors.get(f"{prefix}.{name}.weight", getattr(layer, name)["default"].weight.shape)
+        read(name=f"{prefix}.{name}.weight", shape=getattr(layer, name)["default"].weight.shape)
         for name in ("lora_A", "lora_B")
     )
     scaling = float(layer.scaling["default"])
@@ -133,54 +116,55 @@ def _factors(prefix: str, layer: Any, factors: _Factors) -> _Pair:
         layer.lora_A["default"].weight = torch.nn.Parameter(a, requires_grad=False)
         layer.lora_B["default"].weight = torch.nn.Parameter(b, requires_grad=False)
         left, right, scaling = layer.get_delta_factors("default")
-        return _Pair(left.detach(), right.detach(), float(scaling))
+        return left.detach(), right.detach(), float(scaling)
     if getattr(layer, "fan_in_fan_out", False):  # GPT-2 keeps its matrices as (in, out)
-        return _Pair(a.T[None], b.T[None], scaling)
-    return _Pair(b[None], a[None], scaling)
+        return a.T[None], b.T[None], scaling
+    return b[None], a[None], scaling
 
 
-class _Layout:
-    """The way in which the weights of a model, which holds no values, are stored."""
+def _ways(model: Any) -> list[list[Any]]:
+    """The conversions by which weights may be stored: plain ones, and all."""
+    every = get_model_conversion_mapping(model, add_legacy=False)
+    plain = [one for one in every if not isinstance(one, _CHANGES_OF_PREFIX)]
+    return [plain] if len(plain) == len(every) else [plain, every]
 
-    def __init__(self, stored: StoredCheckpoint, model: PreTrainedModel) -> None:
-        self._stored, self._model = stored, model
-        self._prefix = f"{model.base_model_prefix}."
-        every = get_model_conversion_mapping(model, add_legacy=False)
-        plain = [one for one in every if not isinstance(one, _CHANGES_OF_PREFIX)]
-        self._ways = [plain] if len(plain) == len(every) else [plain, every]
 
-    def pieces(self, name: str, shape: Sequence[int]) -> dict[str, "WeightProxy"] | None:
-        """The stored tensors that make up a weight, as parts of it by name; None if unknown."""
-        for pieces in self._candidates(name, WeightProxy.of(shape)):
-            for named in self._renamed(pieces):
-                if all(self._fits(key, piece) for key, piece in named.items()):
-                    return named
-        return None
+def _renamed(
+    name: str, whole: "WeightProxy", *, model: Any, ways: Sequence[list[Any]]
+) -> Iterator[dict[str, "WeightProxy"]]:
+    """The stored tensors that may make up a weight, as parts of it by name.
 
-    def _candidates(self, name: str, whole: "WeightProxy") -> Iterator[dict[str, "WeightProxy"]]:
-        for way in self._ways:
-            model: Any = self._model
-            model._weight_conversions = way
-            try:
-                yield revert_weight_conversion(model, {name: cast("torch.Tensor", whole)})
-            except (AttributeError, TypeError, ValueError, NotImplementedError):
-                continue  # an operation that a proxy does not know
-        yield {name: whole}
-
-    def _renamed(self, pieces: dict[str, "WeightProxy"]) -> Iterator[dict[str, "WeightProxy"]]:
-        """Names as they are, and with or without the prefix of the model below its head."""
+    Also with or without the prefix of the model below its head.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for pieces in _candidates(name, whole, model=model, ways=ways):
         yield pieces
-        yield {key.removeprefix(self._prefix): piece for key, piece in pieces.items()}
-        yield {self._prefix + key: piece for key, piece in pieces.items()}
+        yield {key.removeprefix(prefix): piece for key, piece in pieces.items()}
+        yield {prefix + key: piece for key, piece in pieces.items()}
 
-    def _fits(self, name: str, piece: "WeightProxy") -> bool:
-        tensor = self._stored.tensors.get(name)
-        return (
-            tensor is not None
-            and tensor.dtype in DTYPES
-            and tensor.shape == list(piece.shape)
-            and piece.is_matrix
-        )
+
+def _candidates(
+    name: str, whole: "WeightProxy", *, model: Any, ways: Sequence[list[Any]]
+) -> Iterator[dict[str, "WeightProxy"]]:
+    for way in ways:
+        model._weight_conversions = way
+        try:
+            yield revert_weight_conversion(model, {name: cast("torch.Tensor", whole)})
+        except (AttributeError, TypeError, ValueError, NotImplementedError):
+            continue  # an operation that a proxy does not know
+    yield {name: whole}
+
+
+def _fit(stored: StoredCheckpoint, pieces: Mapping[str, "WeightProxy"]) -> bool:
+    """Whether tensors of these names and shapes are stored, in dtypes that are merged into."""
+    found = [(stored.tensors.get(name), piece) for name, piece in pieces.items()]
+    return all(
+        tensor is not None
+        and tensor.dtype in DTYPES
+        and tensor.shape == list(piece.shape)
+        and piece.is_matrix
+        for tensor, piece in found
+    )
 
 
 _OPERATIONS = ("chunk", "split", "transpose")

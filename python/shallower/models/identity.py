@@ -15,10 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..values.identity import ModelIdentity, title_of
+from ..values.identity import ModelIdentity, Shape, fingerprint, title_of
 from .architecture import DecoderLayers, find_layers, require_weights, text_config
 from .experts import num_experts
-from .fingerprint import Shape, fingerprint
 from .offload import stored_weight
 from .structure import is_plain, structure_of
 

@@ -6,7 +6,6 @@ get. This works in any family whose layers are joined by the residual stream alo
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -38,28 +37,12 @@ def _requiring_grad(weights: Iterable[torch.Tensor], wanted: bool) -> Iterator[N
             weight.requires_grad_(not wanted)
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """A run of one layer, with its graph."""
+Gradients = Callable[[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor | None]]]
+"""Takes gradients behind a layer back through it; once, since its graph is freed.
 
-    given: torch.Tensor  # (B, T, D), the states before the layer
-    output: torch.Tensor  # (B, T, D), those behind it
-    weights: Sequence[torch.Tensor]  # of the layer
-
-    def gradients(self, behind: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Take gradients behind the layer back through it; once, since its graph is freed.
-
-        From (B, T, D) gradients in the states behind the layer to those before it, and those in the
-        weights, None for one that has no part in the states.
-        """
-        with _requiring_grad(self.weights, True):
-            before, *found = torch.autograd.grad(
-                self.output,
-                [self.given, *self.weights],
-                behind.to(self.output, copy=True),
-                allow_unused=True,
-            )
-        return before, list(found)
+From (B, T, D) gradients in the states behind the layer to those before it, and those in its
+weights, None for one that has no part in the states.
+"""
 
 
 class Layerwise:
@@ -116,11 +99,21 @@ class Layerwise:
 
     def trace(
         self, batch: Batch, states: torch.Tensor, layer: int, *, weights: Sequence[torch.Tensor]
-    ) -> "Trace":
+    ) -> tuple[torch.Tensor, Gradients]:
         """Run a layer from (B, T, D) states, with its graph to some weights, frozen or not."""
         given = states.clone().requires_grad_()
         with _requiring_grad(weights, True):
-            return Trace(given, self.differentiable(batch, given, layer), weights)
+            output = self.differentiable(batch, given, layer)
+
+        def gradients(behind: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+            behind = behind.to(output, copy=True)
+            with _requiring_grad(weights, True):
+                before, *found = torch.autograd.grad(
+                    output, [given, *weights], behind, allow_unused=True
+                )
+            return before, list(found)
+
+        return output, gradients
 
     def passes(self, layers: Sequence[int]) -> Iterator[Sequence[int]]:
         """Divide layers into passes over all batches: one, or one a layer if they are offloaded."""

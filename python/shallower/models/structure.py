@@ -51,7 +51,7 @@ def structure_of(thing: Any) -> str | None:
         return None
     try:
         return hash_of([*map(values, (thing, *_ATTENTION)), values.code()])
-    except (_UnknownError, RecursionError):
+    except (NotImplementedError, RecursionError):  # of a value, or code, that is not known
         return None
 
 
@@ -69,10 +69,6 @@ _HOOKS_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 _ATTENTION = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-
-
-class _UnknownError(Exception):
-    """A value, or code, of which not all is known."""
 
 
 class _Values:
@@ -117,7 +113,7 @@ class _Values:
             case type() | BuiltinFunctionType() | ModuleType():
                 return self._named(value)
         if not hasattr(value, "__dict__"):
-            raise _UnknownError(value)
+            raise NotImplementedError(value)
         kept = {name: one for name, one in vars(value).items() if name not in _WITHOUT_EFFECT}
         return [self(type(value)), self(kept)]
 
@@ -141,7 +137,7 @@ class _Values:
                 lambda at, name: getattr(at, name, None), path.split("."), sys.modules.get(home)
             )
             if at is not value:
-                raise _UnknownError(value)
+                raise NotImplementedError(value)
         return f"{home}.{path}"
 
     def code(self) -> Any:
@@ -166,4 +162,4 @@ def _is_tokenizer(value: Any) -> bool:
 
 def _check(home: str) -> None:
     if home.partition(".")[0] not in _PACKAGES:
-        raise _UnknownError(home)
+        raise NotImplementedError(home)

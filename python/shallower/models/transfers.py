@@ -5,9 +5,8 @@ On CUDA they travel on streams of their own through pinned memory, while the mod
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -29,13 +28,6 @@ class Gathered:
             else:
                 found.append((place, state, 1))
         return found
-
-
-class CopyEvent(Protocol):
-    """The end of a copy."""
-
-    def synchronize(self) -> object:
-        """Wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +56,7 @@ class SideStreams:
         """
         return tensor.pin_memory().to(device, non_blocking=True)
 
-    def receive(self, rows: torch.Tensor, target: torch.Tensor) -> CopyEvent:
+    def receive(self, rows: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
         """Copy rows off a CUDA device, once they are computed, while it computes what comes next.
 
         The caller keeps ``rows`` until the copy has ended: only then may the device use their
@@ -153,8 +145,12 @@ class HostCopies:
         self._streams.arrive(upload)
         return target
 
-    def start(self, gathered: list[Gathered]) -> "HostCopy":
+    def start(self, gathered: list[Gathered]) -> Callable[[], torch.Tensor]:
         """Start the copy of all states of a batch; the gathered rows must have no other owner.
+
+        Returns what waits for the (L+1, N, D) states on the CPU, and frees the memory that they
+        take on the devices. On CUDA they may be overwritten once the copy after the next is
+        started.
 
         On CUDA it takes the buffer of the copy before the last one, whose reader must be done by
         then: :func:`stream` starts the copy of a batch when its consumer has requested the part
@@ -166,7 +162,8 @@ class HostCopies:
             dtype = torch.promote_types(dtype, one.rows.dtype)
         apart = any(is_apart(one.rows.device) for one in gathered)
         if not apart and len(gathered) == 1 and gathered[0].runs == [(0, 0, shape[0])]:
-            return HostCopy(gathered[0].rows.cpu(), [], [])
+            there = gathered[0].rows.cpu()
+            return lambda: there
         states = self._buffer(shape, dtype) if apart else torch.empty(shape, dtype=dtype)
         events = []
         for one in gathered:
@@ -176,7 +173,14 @@ class HostCopies:
                     events.append(self._streams.receive(rows, target))
                 else:
                     target.copy_(rows)
-        return HostCopy(states, events, gathered)
+
+        def wait() -> torch.Tensor:
+            for event in events:
+                event.synchronize()
+            gathered.clear()  # they must stay until then
+            return states
+
+        return wait
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The states' part of the pinned buffer whose turn it is, no smaller than any so far."""
@@ -193,22 +197,3 @@ class HostCopies:
 def is_apart(device: torch.device) -> bool:
     """Whether copies to a device, and from it, go on while it computes."""
     return device.type == "cuda"
-
-
-@dataclass(slots=True)
-class HostCopy:
-    """States of a batch on their way to the CPU."""
-
-    states: torch.Tensor  # (L+1, N, D), on the CPU; not there yet
-    events: list[CopyEvent]  # the ends of the copies
-    sources: list[Gathered]  # must stay until then
-
-    def wait(self) -> torch.Tensor:
-        """Wait for the (L+1, N, D) states, and free the memory that they take on the devices.
-
-        On CUDA they may be overwritten once the copy after the next is started.
-        """
-        for event in self.events:
-            event.synchronize()
-        self.sources.clear()
-        return self.states

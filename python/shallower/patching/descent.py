@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from ..evaluation.loss import predicting_tokens
 from ..memory.budget import BUDGET
 from ..models.head import Head, part_sizes
-from ..models.layerwise import Layerwise, Trace, rows
+from ..models.layerwise import Gradients, Layerwise, rows
 from ..models.offload import in_file, is_offloaded, is_on_disk, stored_weight, will_need
 from ..texts.batches import Batch
 from .checkpoint import Changes, PatchCheckpoint
@@ -302,16 +302,16 @@ class Descent:
 
     def _entered(
         self, batch: Batch, states: torch.Tensor, layer: int, moving: Sequence[MovingMatrix] | None
-    ) -> tuple[Trace | torch.Tensor, torch.Tensor]:
+    ) -> tuple[Gradients | torch.Tensor, torch.Tensor]:
         """A layer's run, or the states before it where its graph is not kept; and those behind."""
         if moving is None:
             return states, self._model.run(batch, states, (layer,)).cpu()
-        trace = self._traced(batch, states, layer, moving)
-        return trace, trace.output.detach()
+        output, gradients = self._traced(batch, states, layer, moving)
+        return gradients, output.detach()
 
     def _traced(
         self, batch: Batch, states: torch.Tensor, layer: int, moving: Sequence[MovingMatrix]
-    ) -> Trace:
+    ) -> tuple[torch.Tensor, Gradients]:
         weights = [getattr(one.module, one.name) for one in moving]
         return self._model.trace(batch, states, layer, weights=weights)
 
@@ -319,7 +319,7 @@ class Descent:
         self,
         layer: int,
         batches: Sequence[Batch],
-        passed: list[Trace | torch.Tensor],
+        passed: list[Gradients | torch.Tensor],
         gradients: list[torch.Tensor],
         rate: float,
     ) -> None:
@@ -329,8 +329,8 @@ class Descent:
         for index, batch in enumerate(batches):
             run = passed.pop(0)
             if isinstance(run, torch.Tensor):
-                run = self._traced(batch, run, layer, moving)
-            gradients[index], found = run.gradients(gradients[index])
+                _, run = self._traced(batch, run, layer, moving)
+            gradients[index], found = run(gradients[index])
             for place, part in enumerate(found):
                 total = sums[place]
                 if part is not None:

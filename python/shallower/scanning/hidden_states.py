@@ -24,7 +24,7 @@ from ..memory.streaming import Streamed
 from ..models.architecture import DecoderLayers, evaluating
 from ..models.decoder import Decoder
 from ..models.layerwise import Layerwise, check_states
-from ..models.transfers import Gathered, HostCopies, HostCopy
+from ..models.transfers import Gathered, HostCopies
 from ..texts.batches import Batch
 from ..values.positions import Positions
 from .builder import Chunk
@@ -131,7 +131,7 @@ def stream(
     with ExitStack() as stack:
         stack.enter_context(evaluating(decoder.model))
         hooks = stack.enter_context(_RowHooks(decoder.layers, copies))
-        pending: tuple[HostCopy, NDArray[np.int64], int] | None = None
+        pending: tuple[Callable[[], torch.Tensor], NDArray[np.int64], int] | None = None
 
         def forward(batch: Batch) -> tuple[list[Gathered], NDArray[np.int64]]:
             with nullcontext() if experts is None else experts.watching(batch):
@@ -142,10 +142,10 @@ def stream(
             for part, (gathered, texts) in halving.run(batch, forward):
                 copy = copies.start(gathered)
                 if pending:
-                    yield _part(pending[0].wait(), *pending[1:], positions)
+                    yield _part(pending[0](), *pending[1:], positions)
                 pending = copy, texts, len(part)
         if pending:
-            yield _part(pending[0].wait(), *pending[1:], positions)
+            yield _part(pending[0](), *pending[1:], positions)
 
 
 def stream_by_layer(
@@ -176,7 +176,7 @@ def stream_by_layer(
         if experts is not None:
             experts.turn_to(None)
         yield from (
-            _part(copies.start([*rows.gathered.values()]).wait(), rows.texts, 0, positions)
+            _part(copies.start([*rows.gathered.values()])(), rows.texts, 0, positions)
             for rows in kept
         )
 

@@ -1,7 +1,10 @@
 """Identities of models, texts and answers."""
 
+import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .counts import counted
 
@@ -24,6 +27,29 @@ class ModelIdentity:
     def __str__(self) -> str:
         layers = counted(self.num_layers, "layer")
         return f"{self.name} ({layers}, {self.dtype}, {self.fingerprint[:12]})"
+
+
+class Shape(NamedTuple):
+    """The sizes of a model; ``num_experts`` are the routed ones of a layer, 0 if it has none."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_experts: int = 0
+
+
+def fingerprint(shape: Shape, vectors: Iterable[tuple[str, bytes]]) -> str:
+    """Hash what distinguishes models, for :class:`.ModelIdentity`, in hexadecimal digits.
+
+    ``vectors`` are names and bfloat16 bits of the one-dimensional weights, in the order of modules.
+    A model without experts is hashed as before experts were counted.
+    """
+    counted_sizes = tuple(shape) if shape.num_experts else tuple(shape)[:-1]
+    digest = hashlib.sha256(repr(counted_sizes).encode())
+    for name, bits in vectors:
+        digest.update(name.encode() + bits)
+    return digest.hexdigest()
 
 
 def id_in_cache(path: str) -> str | None:
