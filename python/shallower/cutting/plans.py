@@ -154,11 +154,8 @@ def _with_layers(plan: Plan, layers: Plan | None) -> Plan:
 def _agreed_layers(named: str, num_layers: int, layers: NamedLayers) -> Plan:
     if isinstance(layers, ForStates):
         return layers.plan(num_layers)
-    if isinstance(layers, Plan) and layers.num_layers != num_layers:
-        raise PlanError(
-            f"the plan is for {layers.num_layers} layers, {named} has {num_layers}: plan "
-            f"again, or name the layers yourself"
-        )
+    if isinstance(layers, Plan):
+        layers.check_layers(num_layers, named)
     return Plan.of(num_layers, layers)
 
 

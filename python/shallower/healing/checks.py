@@ -40,8 +40,8 @@ def check_original(original: str, plan: Plan, trust_remote_code: bool = False) -
     known = identity_of(original, trust_remote_code) if is_checkpoint(original) else None
     if known is not None:
         plan.check_model(known)
-    elif (n := layers_of(read_config(original, None, trust_remote_code))) != plan.num_layers:
-        raise PlanError(f"the plan is for {plan.num_layers} layers, {original} has {n}")
+    else:
+        plan.check_layers(layers_of(read_config(original, None, trust_remote_code)), original)
 
 
 def resolve(

@@ -182,7 +182,7 @@ class EvalSettings(TaskSettings):
     speech: str | None = option.basic(
         None,
         "How it speaks beside the whole model, on prompts: a .jsonl file with prompt or messages; "
-        "without one prompts of our own.",
+        "without one 120 built-in prompts.",
         "[PROMPTS]",
     )
     speech_tokens: int = option.measures(

@@ -146,10 +146,7 @@ class Plan:
                 or every layer of the model.
         """
         if isinstance(layers, Plan):
-            if layers.num_layers != num_layers:
-                raise PlanError(
-                    f"the plan is for {layers.num_layers} layers, the model has {num_layers}"
-                )
+            layers.check_layers(num_layers, "the model")
             return layers
         if isinstance(layers, Iterable) and not isinstance(layers, str | bytes | Block):
             layers = tuple(layers)
@@ -304,12 +301,17 @@ class Plan:
 
         Raises PlanError if the number of layers or the fingerprint differs.
         """
-        if self.num_layers != model.num_layers:
-            raise PlanError(
-                f"the plan is for {self.num_layers} layers, {model.name} has {model.num_layers}"
-            )
+        self.check_layers(model.num_layers, model.name)
         if self.model and self.model.fingerprint != model.fingerprint:
             raise self._of_another(self.model.fingerprint[:12], model.name, model.fingerprint[:12])
+
+    def check_layers(self, num_layers: int | None, name: str) -> None:
+        """Refuse a model of another number of layers, by its ``name``: PlanError."""
+        if self.num_layers != num_layers:
+            raise PlanError(
+                f"the plan is for {self.num_layers} layers, {name} has {num_layers}: plan again, "
+                f"or name the layers yourself"
+            )
 
     def check_type(self, name: str, model_type: str) -> None:
         """Refuse a model of another type, where no more is known of it: PlanError."""
