@@ -54,6 +54,17 @@ def find_prefix(names: Iterable[str], path: str, num_layers: int, *, num_more: i
     return prefix
 
 
+def name_under(name: str, prefix: str, other: str) -> str:
+    """The name of a tensor where the layers have the prefix ``other`` instead of ``prefix``."""
+    ours, theirs = prefix.split("."), other.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours, theirs = ours[:-1], theirs[:-1]
+    head, inner = ".".join(ours), name
+    if head and name.startswith(f"{head}."):
+        inner = name.removeprefix(f"{head}.")
+    return ".".join([*theirs, inner])
+
+
 def _tails(path: str) -> Iterator[str]:
     """A dotted path without its first part, its first two, and so on, longest first."""
     parts = path.split(".")
@@ -109,9 +120,9 @@ def edit_config(
     """Change in the JSON of a config what differs between two states of it, and nothing else.
 
     ``raw`` is the file, ``before`` and ``after`` all values as transformers reads them; ``aliases``
-    maps other names of keys to the keys.
+    maps other names of keys to the keys. A mapping by layers is replaced as a whole.
     """
-    edited = dict(raw)
+    edited = {key: value for key, value in raw.items() if key in after or key not in before}
     for name, value in after.items():
         if name in before and before[name] == value:
             continue
@@ -119,11 +130,16 @@ def edit_config(
             key for key in (name, *(a for a, of in aliases.items() if of == name)) if key in raw
         ]
         for key in there or [name]:  # under several names, all of which some loader reads
-            if isinstance(value, dict) and isinstance(before.get(name), dict):
-                edited[key] = edit_config(raw.get(key) or {}, before[name], value, aliases=aliases)
+            old = before.get(name)
+            if isinstance(value, dict) and isinstance(old, dict) and not all(map(_is_number, old)):
+                edited[key] = edit_config(raw.get(key) or {}, old, value, aliases=aliases)
             else:
                 edited[key] = value
     return edited
+
+
+def _is_number(key: Any) -> bool:
+    return str(key).isdecimal()
 
 
 def same_config(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
