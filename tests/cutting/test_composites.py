@@ -1,6 +1,7 @@
 """Models of more than text, of which a stock loader builds the text part alone, cut on disk."""
 
 import re
+import shutil
 import warnings
 
 import pytest
@@ -123,20 +124,23 @@ def test_what_a_loaded_model_is_without_is_counted_by_prefix(towers, tmp_path):
         sh.save_model(AutoModelForCausalLM.from_pretrained(tmp_path / "cut"), None, tmp_path / "c")
 
 
-@pytest.mark.filterwarnings("default:transformers loads")
 @pytest.mark.parametrize("command", ["patch", "run"])
-def test_it_is_said_before_a_command_works_on_it(towers, shallower, tmp_path, monkeypatch, command):
+def test_what_would_be_lost_is_refused(towers, words, shallower, tmp_path, command):
+    """A weight that is stored in another shape lets nothing be laid over the source."""
+    folder = shutil.copytree(towers, tmp_path / "odd")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].double()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     texts = write_jsonl(tmp_path / "texts.jsonl", documents(32))
-    words = (command, towers, "--texts", texts, "--max-length", 16, "--out", "out")
-    words += ("--drop", 1) if command == "patch" else ("--n", 1)
-    planned = shallower(*words, "--dry-run", "--json").json["not_saved"]
+    args = (command, folder, "--texts", texts, "--max-length", 16, "--out", "out")
+    args += ("--drop", 1) if command == "patch" else ("--n", 1)
+    planned = shallower(*args, "--dry-run", "--json").json["not_saved"]
     assert {one: found["tensors"] for one, found in planned.items()} == {
         "model.visual": 33, "mtp": 2
     }  # fmt: skip
-
-    def work(*_args, **_options):
-        raise KeyboardInterrupt
-
-    for place in ("patching.saving.patch", "studies.recommending.Recommending.run"):
-        monkeypatch.setattr(f"shallower.{place}", work)
-    assert "without model.visual (33 tensors" in shallower(*words).err
+    done = shallower(*args)
+    assert done.status
+    assert re.search(r"without model.visual \(33 tensors, .* MB\), mtp \(2 tensors", done.err)
+    assert not (tmp_path / "out").exists()
+    kept = shallower(command, towers, *args[2:], "--dry-run", "--json").json
+    assert not kept.get("not_saved")

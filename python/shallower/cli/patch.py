@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..errors import ModelError
 from ..models.source import ModelSource
-from ..settings.options import Option
+from ..settings.options import TEXT_ONLY, Option
 from ..settings.stages import PatchSettings
 from ..values.layers import ranges
 from ..values.schema import plain
@@ -61,6 +61,7 @@ def patch_command(
         ),
     ] = "auto",
     device_memory: DeviceMemory = None,
+    text_only: Annotated[bool, Option(TEXT_ONLY, group="output")] = False,
     way: Way,
 ) -> None:
     """Drop layers and repair the cut in minutes, adding no parameter.
@@ -93,8 +94,9 @@ def patch_command(
         tokens=[settings.max_length, settings.batch_size],
         answers=None if asked is None else {**asked.inputs, "share": share},
         device_memory=device_memory,
+        text_only=text_only,
     )
-    if reuse(output, lambda value: _say(value, place, out, way.as_json)):
+    if reuse(output, lambda value: _say(value, place, out, way.as_json, text_only)):
         return
     check_free(out, way.overwrite)
     counted: dict[str, Any] = {"tokens": settings.tokens, "num_tokens": settings.num_tokens}
@@ -116,6 +118,7 @@ def patch_command(
                 out=out,
                 needed=needed,
                 is_here=device_memory is None,
+                text_only=text_only,
                 held_out=list(held_out or ()),
                 num_written=0 if asked is None else asked.num_written,
                 **counted,
@@ -144,11 +147,14 @@ def patch_command(
         ),
         settings=settings,
         overwrite=way.overwrite,
+        text_only=text_only,
         source=place,
         stores=partial(ModelStore.of, cache=way.open_store()),
     )
     losses = plain(measured, "to_record")
-    _say(output.keep({"patch": done.to_json(), "losses": losses}), place, out, way.as_json)
+    _say(
+        output.keep({"patch": done.to_json(), "losses": losses}), place, out, way.as_json, text_only
+    )
 
 
 def _patchable(
@@ -245,10 +251,12 @@ def _answers(
     return () if wanted is None else wanted.by(decoder, tokenizer, texts, store=kept)
 
 
-def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) -> None:
+def _say(
+    value: dict[str, Any], place: ModelSource, out: Path, as_json: bool, text_only: bool
+) -> None:
     """Print a patch and its losses, from their JSON values."""
     from ..cutting.checkpoint_files import stored_bytes
-    from ..models.unsaved import unsaved
+    from ..cutting.laid_over import not_saved
     from ..reporting.stories.stages import losses_table, patch_table
     from ..reporting.words import by_choice, costs, dequantised, domain_learned
     from ..results.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
@@ -265,7 +273,9 @@ def _say(value: dict[str, Any], place: ModelSource, out: Path, as_json: bool) ->
         names = {"eval": TEST_SET, "out_of_domain": OUT_OF_DOMAIN}
         losses = {name: plain(measured.get(domain, {})) for name, domain in names.items()}
         more = {"cost": costs(measured), "warnings": warned, "written": str(out)}
-        print_json({**value["patch"], **losses, "not_saved": unsaved(place).to_json(), **more})
+        print_json(
+            {**value["patch"], **losses, "not_saved": not_saved(place, text_only).to_json(), **more}
+        )
         return
     lines = [f"warning: {one}" for one in warned]
     file = place.place.expanduser()
@@ -284,13 +294,14 @@ def _planned(
     out: Path,
     needed: int,
     is_here: bool,
+    text_only: bool,
     **more: Any,
 ) -> dict[str, Any]:
     """What a patch reads and writes on disk, and its time if the device is here."""
+    from ..cutting.laid_over import not_saved
     from ..forecasts.speed import or_unknown
     from ..forecasts.work import forecast, of_patch, plan_passes
     from ..memory.weights import left_bytes
-    from ..models.unsaved import unsaved
     from ..storage import free_bytes, temporary
     from ..values.estimates import disk
 
@@ -300,7 +311,7 @@ def _planned(
         planned["stream"] = or_unknown(lambda: plan_passes(place, counted().work.passes))
     planned["disk"] = disk(left_bytes(place, dropped), free_bytes(out))
     planned["temporary"] = disk(needed, free_bytes(temporary()))
-    if lost := unsaved(place):
+    if lost := not_saved(place, text_only):
         planned["not_saved"] = lost
     if is_here:
         planned["time"] = or_unknown(lambda: forecast(counted()))

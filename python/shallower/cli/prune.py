@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from ..models.dtypes import Dtype as DtypeName
 from ..models.source import ModelSource
-from ..settings.options import Option
+from ..settings.options import TEXT_ONLY, Option
 from ..values.estimates import disk, format_size
 from .options import Cut, Loading, Model, Way
 from .output import print_json, reuse, say_dry_run, show, upload_line
@@ -45,6 +45,7 @@ def prune_command(
     verify: Annotated[
         bool, Option("Reload with stock transformers and compare the logits.")
     ] = False,
+    text_only: Annotated[bool, Option(TEXT_ONLY, group="output")] = False,
     loading: Annotated[Loading, "device_map", "gguf_file", "trust_remote_code"],
     way: Way,
 ) -> None:
@@ -75,6 +76,7 @@ def prune_command(
         "max_shard_size": max_shard_size,
         "as_gguf": as_gguf,
         "verify": verify,
+        "text_only": text_only,
         "device_map": loading.device_map,
         "gguf_file": loading.gguf_file,
         "trust_remote_code": loading.trust_remote_code,

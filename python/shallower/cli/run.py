@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ from .options import Loading, Model, Out, TextsSource, Way, WayOfParts, read_tex
 from .output import called, print_json, reuse, say_dry_run_of, show, upload_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..models.unsaved import Unsaved
     from ..reporting.results import Run
     from ..reporting.story import Story
     from ..store.done import Output
@@ -134,7 +138,8 @@ def _carry_out(
         **places,
     )
     output = _output(study)
-    if not way.dry_run and reuse(output, lambda _: _say_again(study.folder, source, way.as_json)):
+    lost = partial(_lost, source, settings.text_only) if way.as_json else None
+    if not way.dry_run and reuse(output, lambda _: _say_again(study.folder, lost)):
         return
     study.check()
     if way.dry_run:
@@ -145,7 +150,7 @@ def _carry_out(
     done = study.run(lambda so_far: _report(so_far, way.as_json))
     page, story = save_report(study.folder)
     output.keep({})  # behind the page: a run that was killed while it is drawn draws it anew
-    _say_end(done, page, story, source if way.as_json else None)
+    _say_end(done, page, story, lost)
 
 
 def _output(study: "RunStudy") -> "Output":
@@ -166,17 +171,24 @@ def _output(study: "RunStudy") -> "Output":
     )
 
 
-def _say_again(out: Path, source: ModelSource, as_json: bool) -> None:
+def _lost(source: ModelSource, text_only: bool) -> "Unsaved":
+    """What a source has, and the model that is saved has not."""
+    from ..cutting.laid_over import not_saved
+
+    return not_saved(source, text_only)
+
+
+def _say_again(out: Path, lost: "Callable[[], Unsaved] | None") -> None:
     """Print a run from its folder; its page is made where it is missing."""
     from ..reporting.report import read_story, save_report
     from ..reporting.results import Run
 
     done = Run.load(out)
-    say_results(done, as_json)
+    say_results(done, lost is not None)
     page = out / REPORT_FILE
     there = page.is_file()
     page, story = (page, read_story(out, drawn=False)) if there else save_report(out)
-    _say_end(done, page, story, source if as_json else None)
+    _say_end(done, page, story, lost)
 
 
 def _report(done: "Run", as_json: bool) -> None:
@@ -197,20 +209,18 @@ def say_results(done: "Run", as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _say_end(done: "Run", page: Path, story: "Story", source: ModelSource | None) -> None:
+def _say_end(done: "Run", page: Path, story: "Story", lost: "Callable[[], Unsaved] | None") -> None:
     """Print the end of a run: how the models speak, the recommendation, what was written.
 
-    By ``source`` as JSON, with what of that is not saved.
+    As JSON with what of the source is not saved, if that is given.
     """
     from ..reporting.stories.run import speech_section
     from ..reporting.writers.terminal import show_summary
 
-    if source is not None:
-        from ..models.unsaved import unsaved
-
+    if lost is not None:
         places = {"checkpoint": done.checkpoint, "out": done.out, "page": page}
         named = {name: str(place) for name, place in places.items()}
-        print_json({**done.to_json(), **named, "not_saved": unsaved(source).to_json()})
+        print_json({**done.to_json(), **named, "not_saved": lost().to_json()})
         return
     if done.healing is not None:
         say_healing(done.healing, done.out / HEALED_FOLDER, as_json=False)

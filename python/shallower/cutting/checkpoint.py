@@ -50,6 +50,7 @@ from .tensor_names import (
     check_alike,
     find_prefix,
     module_of,
+    name_under,
 )
 
 if TYPE_CHECKING:
@@ -72,11 +73,22 @@ Fetch = Callable[[Iterable[Piece]], object]
 class PreparedCut:
     """A cut of a checkpoint on disk, checked and laid out, and not yet made."""
 
-    plan: Plan  # with the identity of the checkpoint
+    facts: CutFacts  # of the plan with the identity of the checkpoint
     job: Job  # the copy of the tensors that stay
-    texts: Mapping[str, str]  # written anew beside them, by name
+    edited: Mapping[str, str]  # the config and its like, by name
     carried: Mapping[str, Path]  # copied beside them, by name
+    num_more: int = 0  # layers for multi-token prediction, behind the others
     reads: Sequence[Piece] = ()  # of the source, if bytes of it must be fetched
+
+    @property
+    def plan(self) -> Plan:
+        """What is cut."""
+        return self.facts.plan
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The files that are written anew, by name."""
+        return {**self.edited, **exports(self.facts)}
 
     @property
     def files(self) -> list[str]:
@@ -106,7 +118,7 @@ class PreparedCut:
         check_room(out, self.num_bytes)
         with resumable_folder(out, self.job.journal, overwrite) as folder:
             try:
-                self._write(folder, progress)
+                self.fill(folder, progress)
             except (OSError, OutputError) as error:
                 where = partial_folder(out)
                 stays = f"; what is complete stays in {where}: do the same again to go on"
@@ -118,7 +130,8 @@ class PreparedCut:
                 shutil.rmtree(folder)
                 raise
 
-    def _write(self, folder: Path, progress: BytesProgress | bool | None) -> None:
+    def fill(self, folder: Path, progress: BytesProgress | bool | None) -> None:
+        """Write all files into a folder, and go on with what an interrupted call left there."""
         ours = {name for name, _ in self.job.files}
         for left in folder.iterdir():
             if left.is_dir() and not left.is_symlink():
@@ -170,7 +183,7 @@ def prepare(
         count_experts=lambda: model.mixture().num_experts,
     )
     survivors = wanted.survivors
-    more = _num_more(raw)
+    more = num_more(raw)
     prefix = find_prefix(weights, model.path, total, num_more=more)
     if more and not any(name.startswith(f"{prefix}{total}.") for name in weights):
         more = 0
@@ -198,12 +211,12 @@ def prepare(
         dtype=config_dtype(raw),
         needs_5=needs_transformers_5(raw),
     )
-    texts |= exports(facts)
     return PreparedCut(
-        wanted,
+        facts,
         stored.cut([prefix], total + more, list(stored_survivors), size, mixture),
         texts,
         {name: path for name, path in files.items() if name not in texts},
+        more,
         [] if fetch is None else list(_reads(weights, prefix, stored_survivors, mixture)),
     )
 
@@ -213,7 +226,7 @@ def identity_of(source: str | Path, trust_remote_code: bool = False) -> ModelIde
     folder = Path(source).expanduser().resolve()
     _, raw, weights = _opened(folder)
     model = _describe(folder, raw, trust_remote_code, experts_of=None)
-    prefix = find_prefix(weights, model.path, model.shape.num_layers, num_more=_num_more(raw))
+    prefix = find_prefix(weights, model.path, model.shape.num_layers, num_more=num_more(raw))
     return _identify(model, config_dtype(raw), weights, prefix=prefix)
 
 
@@ -223,7 +236,7 @@ def _opened(folder: Path) -> tuple[Checkpoint, dict[str, Any], dict[str, StoredT
     return stored, read_config(stored.resolve(CONFIG_FILE)), stored_tensors(stored)
 
 
-def _num_more(raw: Mapping[str, Any]) -> int:
+def num_more(raw: Mapping[str, Any]) -> int:
     """Layers for multi-token prediction, stored behind the others; they stay, with new numbers."""
     inner = raw.get("text_config")
     for config in (raw, inner if isinstance(inner, dict) else {}):
@@ -336,16 +349,10 @@ def _identify(
     fetch: Fetch | None = None,
 ) -> ModelIdentity | None:
     """The identity that the loaded model has; None for other names, as of one without its head."""
-    missing_head = (model.path + ".").removesuffix(prefix)
 
     def find(name: str, saved: str) -> StoredTensor:
-        if name not in weights and saved in weights:
-            name = saved
-        elif name.startswith(model.path + "."):
-            name = prefix + name.removeprefix(model.path + ".")
-        elif name not in weights:
-            name = name.removeprefix(missing_head)
-        return weights[name]
+        names = (name, saved, name_under(name, f"{model.path}.", prefix))
+        return weights[next((one for one in names if one in weights), name)]
 
     try:
         vectors = [(name, find(name, saved)) for name, saved in model.vectors()]

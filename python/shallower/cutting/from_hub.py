@@ -350,7 +350,7 @@ def open_on_hub(request: "Request") -> HubCheckpoint | None:
     fetched into that cache, and the headers of the weights.
     """
     name = hub_id(request.source)
-    if name != request.source or request.gguf_file is not None:
+    if name != request.source or request.gguf_file is not None or request.text_only:
         return None
     from huggingface_hub import cached_assets_path, hf_hub_download, snapshot_download
 

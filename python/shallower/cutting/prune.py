@@ -63,6 +63,7 @@ def prune(
     as_gguf: bool = False,
     trust_remote_code: bool = False,
     verify: bool = False,
+    text_only: bool = False,
     progress: BytesProgress | bool | None = None,
 ) -> Plan:
     """Drop layers or experts from a model, and save a standard checkpoint with the plan beside it.
@@ -94,6 +95,8 @@ def prune(
         trust_remote_code: run code that comes with the model.
         verify: reload the cut with stock transformers and compare its logits with those of the
             source without its layers; a hub model is fetched whole, as for states.
+        text_only: save the text part alone, as the causal class of its family, which is loaded:
+            without towers, heads of more tokens and their config.
         progress: a function of the bytes copied and the bytes in all, or whether to show a bar;
             by default if standard error is a terminal.
 
@@ -130,6 +133,7 @@ def prune(
         as_gguf=as_gguf,
         trust_remote_code=trust_remote_code,
         verify=verify,
+        text_only=text_only,
         progress=progress,
     )
     return planned.run(progress).plan
@@ -297,6 +301,7 @@ def _plan_gguf(request: Request, layers: NamedLayers, experts: NamedExperts | No
         "max_shard_size": request.max_shard_size,
         "device_map": request.device_map,
         "trust_remote_code": request.trust_remote_code or None,
+        "text_only": request.text_only or None,
     }
     path = request.gguf_path
     for name, value in refused.items():

@@ -36,12 +36,13 @@ class Request:
     as_gguf: bool = False
     trust_remote_code: bool = False
     verify: bool = False
+    text_only: bool = False
     show: bool | None = None  # the progress of planning
 
     @property
     def on_disk(self) -> bool:
         """True if the weights stay as they are stored in a folder of safetensors."""
-        if self.gguf_file is not None or not is_checkpoint(self.source):
+        if self.text_only or self.gguf_file is not None or not is_checkpoint(self.source):
             return False
         return self.dtype is None or self.dtype == stored_dtype(self.source)
 
@@ -119,6 +120,8 @@ class Request:
                 self.out,
                 plan=plan,
                 source=self.known,
+                as_loaded=True,
+                text_only=self.text_only,
                 overwrite=self.overwrite,
                 beside=check,
             )

@@ -3,11 +3,10 @@
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import Any, cast, get_args
 
 import torch
@@ -35,9 +34,11 @@ from ..values.files import PLAN_FILE
 from ..values.layers import Layers
 from ..values.plan import Plan, check_plan
 from .cards import exports
+from .checkpoint import PreparedCut
 from .exports import CutFacts
 from .gguf import prepare_gguf, read_metadata
 from .in_model import without_layers
+from .laid_over import cut_as_stored, require_whole, write_as_stored
 from .source import UncutModel, find_source
 
 PROBE = "The quick brown fox jumps over the lazy dog, and then it does so again."
@@ -62,8 +63,13 @@ def save_model(
     plan: Plan | None = None,
     overwrite: bool = False,
     losses: tuple[Loss, Loss] | None = None,
+    text_only: bool = False,
 ) -> None:
     """Save a standard checkpoint, whole or not at all, that stock transformers loads.
+
+    With a plan, a model from a folder of plain safetensors is saved as its source is stored. The
+    source is cut on disk, and the changed weights are laid over it, in its dtypes. Towers and heads
+    that transformers did not load stay.
 
     With a plan, the folder also holds the plan, a model card, the source's license, and the same
     cut for mergekit and llama.cpp (``exports.EXPORT_FILES``).
@@ -75,20 +81,26 @@ def save_model(
         plan: what was dropped; saved as ``shallower_plan.json``.
         overwrite: replace an earlier output at ``path``, once the new checkpoint is complete.
         losses: the held-out loss before and after the cut, for the model card.
+        text_only: save what transformers has loaded alone, in the model's dtype.
 
     Raises:
         PlanError: ``plan`` is none, or leaves another number of layers than the model has.
         OutputError: ``path`` holds something already, or cannot be written to.
-        ModelError: weights that cannot be saved as they are.
+        ModelError: weights that cannot be saved as they are; tensors of the source that
+            transformers did not load, where no cut can be laid over it, without ``text_only``.
 
     Example:
         >>> plan = sh.drop_layers(model, scan.plan(8))
         >>> sh.save_model(model, tokenizer, "cut", plan=plan)
     """
     if plan is None:
-        _save(model, tokenizer, Path(path), overwrite)
+        with _new_folder(model, Path(path), overwrite) as folder:
+            if not text_only:
+                warn_unsaved(model)
+            _save_loaded(model, tokenizer, folder, Path(path))
     else:
-        save_cut(model, tokenizer, path, plan=plan, overwrite=overwrite, losses=losses)
+        how: Any = {"overwrite": overwrite, "losses": losses, "text_only": text_only}
+        save_cut(model, tokenizer, path, plan=plan, **how)
 
 
 def save_cut(
@@ -98,6 +110,8 @@ def save_cut(
     *,
     plan: Plan,
     source: UncutModel | None = None,
+    as_loaded: bool = False,
+    text_only: bool = False,
     gguf: Path | None = None,
     overwrite: bool = False,
     losses: tuple[Loss, ...] | None = None,
@@ -107,9 +121,10 @@ def save_cut(
 ) -> None:
     """Save a cut as :func:`save_model` does; ``source`` is what the model names by default.
 
-    With ``gguf`` the folder gets a GGUF file that is cut from that one, in its types. ``tested``
-    and ``command`` are as in :class:`~.exports.CutFacts`; ``beside`` gets the complete folder, and
-    may give more files, by name.
+    ``as_loaded``: in the model's dtype, as transformers saves it; with ``text_only`` so too, and on
+    purpose without what it did not load. With ``gguf`` the folder gets a GGUF file that is cut from
+    that one, in its types. ``tested`` and ``command`` are as in :class:`~.exports.CutFacts`;
+    ``beside`` gets the complete folder, and may give more files, by name.
     """
     check_plan(plan)
     if gguf is not None:
@@ -117,53 +132,76 @@ def save_cut(
         cut.write(overwrite=overwrite, progress=False)
         return
     require_weights(model)
-    source = source or _source_of(model, plan)
-    facts = _facts(model, plan, source, losses)
-    texts = exports(replace(facts, command=command, tested=tested))
-    carried = {**source.licenses, **source.modules}
-    _save(model, tokenizer, Path(path), overwrite, plan, texts, carried, beside)
+    left = len(find_layers(model))
+    if len(plan.survivors) != left:
+        raise PlanError(
+            f"the plan leaves {len(plan.survivors)} layers, and the model has {left}: save the "
+            f"model that the plan was carried out on"
+        )
+    loaded = as_loaded or text_only
+    stored = None if loaded else cut_as_stored(model, plan, _has_own_code(model))
+    source = source or (stored.facts.source if stored else _source_of(model, plan))
+    facts = replace(
+        _facts(model, plan, source, text_only), losses=losses, command=command, tested=tested
+    )
+    if stored:
+        stored = replace(stored, facts=_facts_as_stored(facts, stored.facts))
+    with _new_folder(model, Path(path), overwrite, stored) as folder:
+        if stored is None or not write_as_stored(stored, model, folder):
+            if not text_only:
+                (warn_unsaved if as_loaded else require_whole)(model)
+            _save_loaded(model, tokenizer, folder, Path(path))
+            _save_facts(facts, folder)
+        elif tokenizer is not None and tokenizer.name_or_path != model.name_or_path:
+            tokenizer.save_pretrained(folder)
+        for name, content in (beside(folder) or {}).items():
+            (folder / name).write_bytes(content)
 
 
-def _save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    path: Path,
-    overwrite: bool,
-    plan: Plan | None = None,
-    texts: Mapping[str, str] = MappingProxyType({}),
-    carried: Mapping[str, Path] = MappingProxyType({}),
-    beside: Callable[[Path], Mapping[str, bytes] | None] = lambda _: None,
-) -> None:
+@contextmanager
+def _new_folder(
+    model: PreTrainedModel, path: Path, overwrite: bool, stored: PreparedCut | None = None
+) -> Iterator[Path]:
+    """Give the folder that a checkpoint is written to, which takes its place once it is whole."""
     check_apart(path, [place_of(model)])
     check_exact(model)
     require_weights(model)
-    warn_unsaved(model)
     undo_rescaling(model)
+    size = module_bytes(model) if stored is None else stored.num_bytes
+    with new_folder(path, overwrite, size) as folder:
+        yield folder
+
+
+def _save_loaded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, path: Path
+) -> None:
+    """Let transformers write what it has loaded of a checkpoint; ``path`` is named in errors."""
     if str(getattr(model, "quantization_method", "")).endswith(("GGUF", "gguf")):
         clear_gguf_marks(model)
     dtype = model.config.dtype
-    with new_folder(path, overwrite, module_bytes(model)) as folder:
-        try:
-            with hushed(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Attempting to save a model with offloaded")
-                model.save_pretrained(folder, **_in_pieces(model))
-            model.config.dtype = dtype  # which save_pretrained turns into a word
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            for name, file in carried.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, folder / name)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {path}: {why(error, path)}") from error
-        except (ValueError, NotImplementedError) as error:
-            message = f"transformers cannot save {type(model).__name__}: {why(error)}"
-            raise ModelError(message) from error
-        if plan is not None:
-            plan.save(folder / PLAN_FILE)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        for name, content in (beside(folder) or {}).items():
-            (folder / name).write_bytes(content)
+    try:
+        with hushed(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded")
+            model.save_pretrained(folder, **_in_pieces(model))
+        model.config.dtype = dtype  # which save_pretrained turns into a word
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {path}: {why(error, path)}") from error
+    except (ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"transformers cannot save {type(model).__name__}: {why(error)}"
+        ) from error
+
+
+def _save_facts(facts: CutFacts, folder: Path) -> None:
+    """Write the plan and the card of a cut, and what its source has of licenses and modules."""
+    facts.plan.save(folder / PLAN_FILE)
+    for name, file in {**facts.source.licenses, **facts.source.modules}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / name)
+    for name, text in exports(facts).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _in_pieces(model: PreTrainedModel) -> dict[str, Any]:
@@ -185,15 +223,8 @@ def _source_of(model: PreTrainedModel, plan: Plan) -> UncutModel:
     return find_source(named, gguf_file=of_config, metadata=metadata)
 
 
-def _facts(
-    model: PreTrainedModel, plan: Plan, source: UncutModel, losses: tuple[Loss, ...] | None
-) -> CutFacts:
-    left = len(find_layers(model))
-    if len(plan.survivors) != left:
-        raise PlanError(
-            f"the plan leaves {len(plan.survivors)} layers, and the model has {left}: save the "
-            f"model that the plan was carried out on"
-        )
+def _facts(model: PreTrainedModel, plan: Plan, source: UncutModel, text_only: bool) -> CutFacts:
+    """The facts of a cut whose weights are saved as they are in memory."""
     dtype = stored_dtype(model)
     quantised = getattr(model.config, "quantization_config", None) is not None
     plain = dtype if dtype in QUANTISED or not quantised else None
@@ -203,11 +234,22 @@ def _facts(
         options={
             "dtype": plain if plain in get_args(Dtype) else None,
             "trust_remote_code": _has_own_code(model),
+            "text_only": text_only,
         },
         dtype=dtype,
-        losses=losses,
         needs_5=True,
     )
+
+
+def _facts_as_stored(facts: CutFacts, of: CutFacts) -> CutFacts:
+    """The facts of a cut that is saved as its source is stored, by those of the cut on disk.
+
+    A command that loads the model keeps its options.
+    """
+    plan, options = facts.plan, facts.options if facts.command else of.options
+    if plan.model:
+        plan = replace(plan, model=replace(plan.model, dtype=of.dtype or "unknown"))
+    return replace(facts, plan=plan, options=options, dtype=of.dtype, needs_5=of.needs_5)
 
 
 def _has_own_code(model: PreTrainedModel) -> bool:

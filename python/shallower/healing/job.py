@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.cards import adapters_card
+from ..cutting.laid_over import require_whole
 from ..cutting.source import CARD_FILE, find_source
 from ..errors import ModelError, OutputError, RecipeError, TextsError, why
 from ..evaluation.batches import Stores
@@ -28,7 +29,6 @@ from ..models.dtypes import QUANTISED
 from ..models.identity import identify, stored_digest
 from ..models.quantised import keep_unpacked
 from ..models.source import ModelSource
-from ..models.unsaved import warn_unsaved
 from ..patching.patch import with_patch
 from ..patching.saving import save_patched
 from ..processes import is_main_process, partial_folder
@@ -226,7 +226,7 @@ def patched_cut(job: HealingJob, out: Path, dtype: str) -> Path:
             say_goes_on("the cut is patched", job.progress)
             return found
     model, tokenizer = job.original.load(dtype)
-    warn_unsaved(model)
+    require_whole(model)
     kept = place.with_suffix(".patching")
     with with_patch(
         model,

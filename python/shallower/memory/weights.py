@@ -71,20 +71,26 @@ def num_parameters(module: nn.Module) -> int:
 def left_bytes(model: ModelSource | PreTrainedModel, dropped: Collection[int] | int) -> int:
     """Count the bytes of a checkpoint without some layers, or so many of the smallest.
 
-    Of a model of a family that cannot be built from its config only what lies beside the weights.
+    With what its source stores beside the weights that are loaded, as towers. Of a family that
+    cannot be built from its config only what lies beside the weights.
     """
+    beside = BESIDE
     if isinstance(model, ModelSource):
         source = model.resolved()
         try:
-            built = build_empty(source.read_config(), plain_dtype(source.dtype))
+            config = source.read_config()
+            built = build_empty(config, plain_dtype(source.dtype))
         except ModelError:
             return BESIDE
         whole = weight_bytes(built, source.dtype)
+        if not source.is_gguf:
+            stored = getattr(config.dtype, "itemsize", source.stored_bytes) * num_parameters(built)
+            beside += max(0, source.stored_bytes - stored)
     else:
         built, whole = model, module_bytes(model)
     sizes = [num_parameters(layer) for layer in find_layers(built).modules]
     gone = sorted(sizes)[:dropped] if isinstance(dropped, int) else [sizes[i] for i in dropped]
-    return BESIDE + round(whole * (1 - sum(gone) / num_parameters(built)))
+    return beside + round(whole * (1 - sum(gone) / num_parameters(built)))
 
 
 def dequantised_bytes(model: PreTrainedModel, dtype: str) -> int:

@@ -53,6 +53,11 @@ class Changes:
             self._undo[module, name] = copy_weight(module, name)
         write_weight(module, name, value)
 
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round the changed weights to the values of a dtype, in which they will be stored."""
+        for module, name in self._undo:
+            write_weight(module, name, stored_weight(module, name).to(dtype))
+
     @torch.no_grad()
     def undo(self) -> None:
         """Restore all weights, the last first."""

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.in_model import drop_layers, without_layers
+from ..cutting.laid_over import narrower_dtype
 from ..errors import PatchError
 from ..models.architecture import text_config
 from ..models.decoder import Decoder
@@ -79,6 +80,9 @@ def patch(
             delete it.
         progress: whether to show a bar on standard error; by default if that is a terminal.
         options: settings by keyword, as ``num_tokens=65_536``: any field of :class:`PatchSettings`.
+
+    Weights of a checkpoint that stores fewer bits than ``model`` has are rounded to its dtype, in
+    which they are saved.
 
     Returns:
         The plan that was carried out; the layers that were solved anew; the losses in nats a token
@@ -162,6 +166,8 @@ def _solved(
                 solver = Solver(Layerwise(model), plan, fitted, held_out, changes, kept)
                 done = solver.solve(progress)
                 del solver  # whose files take room on the disk
+                if narrow := narrower_dtype(model):
+                    changes.round_to(narrow)
         except torch.OutOfMemoryError as error:
             raise PatchError(
                 f"there is not enough memory to patch with {tokens.texts} texts of at most "

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cutting.cards import healed_card
 from ..cutting.in_model import without_layers
+from ..cutting.laid_over import require_whole
 from ..cutting.saving import save_cut
 from ..cutting.source import CARD_FILE
 from ..errors import PatchError, raise_output_error
@@ -19,7 +20,6 @@ from ..evaluation.loss import measure_loss, out_of_domain_texts, require_predict
 from ..memory.weights import module_bytes
 from ..models.decoder import Decoder
 from ..models.source import ModelSource, place_of
-from ..models.unsaved import warn_unsaved
 from ..progress import track
 from ..reporting.words import by_choice, came_back
 from ..results.loss import OUT_OF_DOMAIN, TEST_SET, Loss, recovered
@@ -56,6 +56,7 @@ def save_patched(
     more: Mapping[str, bytes] | None = None,
     command: str = "",
     tested: str = "",
+    text_only: bool = False,
 ) -> None:
     """Save a patched model as a standard checkpoint.
 
@@ -73,6 +74,7 @@ def save_patched(
         more: files to put beside it, by name.
         command: the command line that made it, for the card; ``shallower patch`` by default.
         tested: the name of the texts that the losses are of, for the card.
+        text_only: as for :func:`shallower.save_model`.
 
     Raises:
         OutputError, ModelError: as :func:`shallower.save_model`.
@@ -98,6 +100,7 @@ def save_patched(
         tested=tested,
         command=command or _command(done, measured=bool(losses)),
         beside=beside,
+        text_only=text_only,
     )
 
 
@@ -155,6 +158,7 @@ def patch_to_folder(
     settings: PatchSettings | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    text_only: bool = False,
     source: ModelSource | None = None,
     stores: Stores = unkept,
 ) -> tuple[Patch, dict[str, dict[str, Loss]]]:
@@ -169,7 +173,8 @@ def patch_to_folder(
     check_free(Path(out), overwrite)
     decoder = Decoder.of(model)
     plan = plan_of(model, layers)
-    warn_unsaved(model)
+    if not text_only:
+        require_whole(model)
     held_out: dict[str, list[str]] = {}
     if eval_texts is not None:
         held_out[TEST_SET] = list(eval_texts)
@@ -227,6 +232,7 @@ def patch_to_folder(
                 losses=measured.get(TEST_SET),
                 out_of_domain=measured.get(OUT_OF_DOMAIN),
                 tested=place_of_texts(eval_texts) or "",
+                text_only=text_only,
             )
         with raise_output_error(Path(out)):
             for file in made.iterdir():

@@ -17,6 +17,9 @@ T = TypeVar("T")
 THREADS = "Threads of the core; all processors by default."
 """The sentence of ``--threads``, of a scan and of studies."""
 
+TEXT_ONLY = "Save the text part alone: no towers, no heads of more tokens, none of their config."
+"""The sentence of ``--text-only``, of all that save a cut."""
+
 
 Group = Literal["basic", "target", "repair", "measures", "memory", "sharing", "output"]
 """The groups of the help, in their order: what is not basic is behind ``--help-all``."""

@@ -13,7 +13,7 @@ from ..errors import CriterionError, LayersError, PatchError, RecipeError, Texts
 from ..values.estimates import parse_size
 from ..values.layers import layer_number, parse_sizes
 from . import options as option
-from .options import THREADS, Settings, distinct_names, parse_names, refuse_twice
+from .options import TEXT_ONLY, THREADS, Settings, distinct_names, parse_names, refuse_twice
 from .recipe import SHARE, Recipe, check_share
 from .stages import TaskSettings
 from .target import Target, parse_count, parse_share
@@ -147,6 +147,7 @@ class RunSettings(StudySettings):
     context: int = option.target(2048, "Tokens of a text, of both targets.", "N", least=1)
     blocks: int | None = option.target(None, "Blocks at most; any number by default.", "B", least=1)
     plan_only: bool = option.output(False, "Choose and measure; patch and save no model.")
+    text_only: bool = option.output(False, TEXT_ONLY)
     patch: bool = option.repair(
         True,
         "Patch the cut, and choose by what is lost after a patch. Without it the bare cut is "

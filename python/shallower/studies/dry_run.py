@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cutting.laid_over import not_saved
 from ..forecasts.forecast import Stage, forecast_source, memory_forecast
 from ..forecasts.speed import Work, device_of, or_unknown
 from ..forecasts.work import (
@@ -36,7 +37,6 @@ from ..memory.weights import num_parameters
 from ..models.decoder import Decoder
 from ..models.dtypes import plain_dtype
 from ..models.source import ModelSource
-from ..models.unsaved import unsaved
 from ..patching.descent import STEP_TOKENS, most_steps
 from ..patching.patch import patch_tokens
 from ..patching.solver import SOLVING, PatchLayers
@@ -82,7 +82,8 @@ def describe(study: Study[Any]) -> dict[str, Any]:
         del ways["disk"]
     whole = study.models[0]
     if isinstance(study.settings, RunSettings) and isinstance(whole, ModelSource):
-        described |= {"not_saved": lost} if (lost := unsaved(whole)) else {}
+        lost = not_saved(whole, study.settings.text_only)
+        described |= {"not_saved": lost} if lost else {}
     if patches(study.settings):
         ways["temporary"] = lambda: disk(temporary_of(study), free_bytes(temporary()))
     if any(model.is_streamed for model in study.models):

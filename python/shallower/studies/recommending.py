@@ -378,6 +378,7 @@ class Recommending:
             results = replace(results, recommended=recommended)
         with track("save the model", show=self._study.progress):
             how = {"losses": losses, "tested": self._study.tested, "command": results.command}
+            how["text_only"] = self._study.settings.text_only
             save(self._model, self._tokenizer, folder, overwrite=True, **how)
         results.save()
         text, place = max(self._study.split.report, key=len), results.checkpoint

@@ -288,15 +288,15 @@ class RunStudy(Study[RunSettings]):
         return 8 + saves + 3 * patches + bool(of.heal)
 
     def _done(self, report: Callable[[Run], None] | None) -> Run:
+        from ..cutting.laid_over import require_whole
         from ..models.decoder import Decoder
-        from ..models.unsaved import warn_unsaved
         from .recommending import Recommending
 
         _ = self.splits
         with stage("load the model"):
             loaded, tokenizer = self.load(self.model)
-        if not self.settings.plan_only:
-            warn_unsaved(loaded)
+        if not (self.settings.plan_only or self.settings.text_only):
+            require_whole(loaded)
         wanted = self.wanted_answers and self.wanted_answers.of(Decoder.of(loaded), tokenizer)
         healing = None
         if self.settings.heal:
