@@ -228,6 +228,15 @@ def test_it_goes_on_where_a_connection_breaks_off(remote, local, tmp_path):
     assert_same(tmp_path / "cut", local)
 
 
+@pytest.fixture
+def heeded():
+    """A Ctrl-C that is heeded, also where a shell in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("planned_again", [False, True])
 def test_what_was_deleted_is_fetched_again(remote, local, tmp_path, monkeypatch, planned_again):
     planned = plan_prune("me/tiny", DROPPED, tmp_path / "cut")
