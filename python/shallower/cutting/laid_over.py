@@ -34,6 +34,9 @@ from .twin import BUILDING_ERRORS
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes of weights that may be laid over, by safetensors' words."""
 
+_BLOCK = 1 << 22
+"""Values that are compared, and written, at once."""
+
 
 def source_folder(model: PreTrainedModel) -> Path | None:
     """Find the folder of plain safetensors that a model was loaded from, if it is here."""
@@ -185,15 +188,20 @@ def _as_saved(
 
 
 def _write(value: torch.Tensor, stored: StoredTensor) -> None:
-    """Write a weight where it is stored, if it is another one there."""
+    """Write a weight where it is stored, block by block, as far as it is another one there."""
     path, start, _ = stored.piece
-    value, dtype = value.detach().cpu(), _DTYPES[stored.dtype]
-    if not value.numel():
-        return
+    values, dtype = value.detach().reshape(-1), _DTYPES[stored.dtype]
+    old = torch.empty(min(_BLOCK, len(values)), dtype=dtype)
     with raise_output_error(path), path.open("r+b") as file:
-        file.seek(start)
-        old = torch.frombuffer(bytearray(file.read(value.numel() * dtype.itemsize)), dtype=dtype)
-        if torch.equal(old.view(value.shape).to(value.dtype), value):
-            return
-        file.seek(start)
-        file.write(value.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+        for part in values.split(_BLOCK) if len(values) else ():
+            there, part = old[: len(part)], part.cpu()
+            file.seek(start)
+            file.readinto(_bytes_of(there))
+            if not torch.equal(there.to(part.dtype), part):
+                file.seek(start)
+                file.write(_bytes_of(part.to(dtype)))
+            start += there.nbytes
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    return values.view(torch.uint8).numpy().data
