@@ -30,3 +30,10 @@ def test_json_is_what_python_gives(shallower, tiny, plans):
     plan = sh.Plan.load(plans / "tiny" / "shallower_plan.json")
     expected = sh.gain(tiny, plan, device="h100", context=16, batch=2, dtype="float32")
     assert found == expected
+
+
+def test_measured_on_this_machine(shallower, tiny):
+    options = ("--drop", "1:3", "--forecast-device", "here", "--context", 16, "--measure")
+    done = shallower("gain", tiny, *options)
+    assert done.status == 0, done.err
+    assert "measured here, peak memory" in done.out
