@@ -102,3 +102,17 @@ def test_states_are_not_changed_by_who_gets_them(monkeypatch):
     monkeypatch.setattr(layerwise, "run", None)  # not needed
     first, again = (run(store, (0, 1, 2)) for _ in range(2))
     assert torch.equal(first, again)
+
+
+def test_the_states_after_each_layer_are_given():
+    layerwise, some = Layerwise(tiny_llama(6)), batch()
+    found_after: list[torch.Tensor] = []
+    start = layerwise.embed(some)
+    end = layerwise.run(some, start, (0, 2, 5), each=found_after.append)
+    assert len(found_after) == 3
+    assert found_after[-1] is end
+    states = start
+    for layer, found in zip((0, 2, 5), found_after, strict=True):
+        states = layerwise.run(some, states, (layer,))
+        assert torch.equal(found, states)
+    assert all(not module._forward_hooks for module in layerwise.modules)

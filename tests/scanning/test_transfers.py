@@ -112,6 +112,13 @@ def test_a_model_whose_layers_change_the_dtype_is_read():
         assert torch.equal(states.float(), single)
 
 
+def test_layers_that_run_in_another_order_are_read_in_theirs(llama):
+    (expected,) = stream(llama, batched(SEQUENCES, 5))
+    rows = Gathered(torch.stack([expected.states[3], expected.states[0]]), [3, 0])
+    more = Gathered(expected.states[[1, 2, 4, 5, 6]].double(), [1, 2, 4, 5, 6])
+    assert torch.equal(HostCopies().start([rows, more])().float(), expected.states)
+
+
 # The calls to CUDA.
 def test_without_cuda_nothing_is_pinned_and_nothing_is_used_again(llama):
     class Refusing:
