@@ -6,7 +6,6 @@ the same. So no stock loader builds another network than the one in memory.
 
 import copy
 import math
-import pickle
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -25,6 +24,7 @@ from ..models.architecture import (
     text_config,
 )
 from ..models.layer_config import shorten
+from ..values.identity import Keyed
 from ..values.layers import blocks_of
 
 BUILDING_ERRORS = (
@@ -56,14 +56,15 @@ PLACES = (
 
 def built_from(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     """Build a model's class from a config without weights; do not change it, a few are kept."""
-    kinds: Any = type(model), type(config)
-    return _built(*kinds, pickle.dumps(config.to_dict()))
+    content, kinds = config.to_dict(), (type(model), type(config))
+    return _built(Keyed((*kinds, repr(content)), content))
 
 
 @lru_cache(maxsize=8)
-def _built(kind: Any, config: Any, content: bytes) -> PreTrainedModel:
+def _built(blueprint: Keyed[dict[str, Any]]) -> PreTrainedModel:
+    kind, config, _ = blueprint.key
     with torch.device("meta"):
-        built: PreTrainedModel = kind(config.from_dict(pickle.loads(content)))
+        built: PreTrainedModel = kind(config.from_dict(blueprint.value))
     return built
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..memory.rehearsal import Rehearsal, build_empty, first_that_runs, output_o
 from ..memory.weights import num_parameters, stored_bytes, weight_bytes
 from ..models.architecture import evaluating, find_layers, learned_positions, text_config
 from ..models.dtypes import plain_dtype
+from ..values.identity import Keyed
 
 _SUMMED: dict[str, Callable[[Sequence[torch.Tensor]], int]] = {
     "aten::mm": lambda given: given[0].shape[-1],
@@ -305,23 +307,14 @@ def count(config: PretrainedConfig, dtype: str, *, context: int = 2048, batch: i
     """
     ways = str(config._attn_implementation), str(config._experts_implementation)
     content = config.to_json_string(use_diff=False)
-    key = type(config), content, *ways, dtype, context, batch
-    if key not in _COUNTED:
-        while len(_COUNTED) >= MOST_COUNTED:
-            _COUNTED.pop(next(iter(_COUNTED)))
-        _COUNTED[key] = _count(config, dtype, context=context, batch=batch)
-    return _COUNTED[key]
+    known = Keyed((type(config), content, *ways), config)
+    return _count(known, dtype, context=context, batch=batch)
 
 
-MOST_COUNTED = 64
-"""Accounts that are kept at most; the oldest goes first."""
-
-_COUNTED: dict[tuple[object, ...], Account] = {}
-"""What was counted: a run needs the whole model again beside each of its cuts."""
-
-
-def _count(config: PretrainedConfig, dtype: str, *, context: int, batch: int) -> Account:
-    plain = plain_dtype(dtype)
+@lru_cache(maxsize=64)
+def _count(known: Keyed[PretrainedConfig], dtype: str, *, context: int, batch: int) -> Account:
+    """Count once: a run needs the whole model again beside each of its cuts."""
+    config, plain = known.value, plain_dtype(dtype)
     model = build_empty(config, plain)
     _check_positions(model, context)
 

@@ -3,10 +3,20 @@
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .counts import counted
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed(Generic[T]):
+    """A value that counts as another one of the same key, so that a cache can take it."""
+
+    key: tuple[Any, ...]  # of hashable parts
+    value: T = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
