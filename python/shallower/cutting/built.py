@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..errors import InMemoryOnlyError, ModelError
+from ..errors import InMemoryOnlyError, ModelError, why
 from ..models.architecture import find_layers, layer_parts
 from ..models.experts import count_keys, find_experts
 from ..models.identity import model_name, shape_of, vectors_of
@@ -107,13 +107,24 @@ def _special_float(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
+def as_saved(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Tensors of a model by the names, and in the pieces, that transformers saves; ModelError."""
+    try:
+        return revert_weight_conversion(model, dict(tensors))
+    except (*BUILDING_ERRORS, NotImplementedError) as error:
+        kind = type(model).__name__
+        raise ModelError(f"transformers cannot name what {kind} stores: {why(error)}") from error
+
+
 def _as_saved(
     model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    """All tensors of a model, without values, by the names under which transformers saves them."""
+    """The same of all tensors, without values; by their own names where there are no others."""
     try:
-        return revert_weight_conversion(model, dict(tensors))
-    except (*BUILDING_ERRORS, NotImplementedError):
+        return as_saved(model, tensors)
+    except ModelError:
         return tensors
 
 

@@ -6,18 +6,16 @@ them. So do names, dtypes and the division into files.
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils.hub import cached_file
 
 from .._core import Checkpoint
-from ..errors import ModelError, PlanError, raise_output_error, why
+from ..errors import ModelError, PlanError, raise_output_error
 from ..models.architecture import find_layers, layer_parts
 from ..models.dtypes import QUANTISED
 from ..models.loading import empty_model
@@ -26,10 +24,11 @@ from ..models.place import CONFIG_FILE, read_json
 from ..models.source import ModelSource
 from ..models.unsaved import Unsaved, unsaved
 from ..values.plan import Plan
+from .built import as_saved
 from .checkpoint import PreparedCut, num_more, prepare
 from .checkpoint_files import StoredTensor, is_checkpoint, stored_dtype, stored_tensors
+from .source import hub_id, snapshot
 from .tensor_names import find_prefix, name_under
-from .twin import BUILDING_ERRORS
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes of weights that may be laid over, by safetensors' words."""
@@ -44,12 +43,11 @@ def source_folder(model: PreTrainedModel) -> Path | None:
     is_gguf = str(model.config.name_or_path).endswith(".gguf")
     if not named or is_gguf or getattr(model.config, "quantization_config", None) is not None:
         return None
-    if not Path(named).expanduser().is_dir():
-        try:
-            named = str(Path(str(cached_file(named, CONFIG_FILE, local_files_only=True))).parent)
-        except (OSError, ValueError):  # transformers raises them for what is not here
-            return None
-    return Path(named).expanduser() if is_checkpoint(named) else None
+    folder: Path | None = Path(named).expanduser()
+    if folder and not folder.is_dir():
+        hub = hub_id(named)
+        folder = snapshot(hub) if hub else None
+    return folder if folder and is_checkpoint(folder) else None
 
 
 def require_whole(model: PreTrainedModel) -> None:
@@ -86,7 +84,7 @@ def _is_alike(model: PreTrainedModel) -> bool:
     if folder is None or layer_parts(model, find_layers(model)):
         return False
     try:
-        _Places(model, folder, num_more(read_json(folder / CONFIG_FILE)))
+        _places(model, folder, num_more(read_json(folder / CONFIG_FILE)))
     except ModelError:
         return False
     return True
@@ -119,43 +117,46 @@ def write_as_stored(cut: PreparedCut, model: PreTrainedModel, folder: Path) -> b
     """
     try:
         cut.fill(folder, False)
-        places = _Places(model, folder, cut.num_more)
+        find = _places(model, folder, cut.num_more)
     except ModelError:
         for entry in folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return False
     for part in _parts(model):
-        for name, value in _as_saved(model, part).items():
-            if (stored := places.find(name)) is not None:
+        for name, value in as_saved(model, part).items():
+            if (stored := find(name, value)) is not None:
                 _write(value, stored)
     return True
 
 
-class _Places:
-    """Where the weights of a model lie in a checkpoint, by the names that they are saved under."""
+def _places(
+    model: PreTrainedModel, folder: Path, num_more: int
+) -> Callable[[str, torch.Tensor], StoredTensor | None]:
+    """Give what finds where a weight lies in a checkpoint, by the name that it is saved under.
 
-    def __init__(self, model: PreTrainedModel, folder: Path, num_more: int) -> None:
-        empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-        saved = _as_saved(model, empty)
-        self._stored = stored_tensors(Checkpoint(folder))
-        found = find_layers(model)
-        self._ours = find_prefix(saved, found.path, len(found))
-        self._theirs = find_prefix(self._stored, found.path, len(found), num_more=num_more)
-        tied = getattr(model, "all_tied_weights_keys", {})
-        for name, tensor in saved.items():
-            stored = self.find(name)
-            if stored is None and name not in tied:
-                raise ModelError(f"{folder} does not store {name}")
-            if stored and (stored.shape != [*tensor.shape] or stored.dtype not in _DTYPES):
-                raise ModelError(
-                    f"{folder} stores {name} as {stored.dtype} of shape {stored.shape}, and in "
-                    f"memory it has the shape {[*tensor.shape]}"
-                )
+    None where another stands for it. ModelError, at once for all of the model: one is not stored,
+    in another shape, or not as plain values.
+    """
+    saved = as_saved(model, {name: one.to("meta") for name, one in model.state_dict().items()})
+    stored, found = stored_tensors(Checkpoint(folder)), find_layers(model)
+    ours = find_prefix(saved, found.path, len(found))
+    theirs = find_prefix(stored, found.path, len(found), num_more=num_more)
+    tied = getattr(model, "all_tied_weights_keys", {})
 
-    def find(self, name: str) -> StoredTensor | None:
-        """Where a weight lies by the name that it is saved under; None where it has no place."""
-        other = name_under(name, self._ours, self._theirs)
-        return self._stored.get(name) or self._stored.get(other)
+    def find(name: str, value: torch.Tensor) -> StoredTensor | None:
+        there = stored.get(name) or stored.get(name_under(name, ours, theirs))
+        if there is None and name not in tied:
+            raise ModelError(f"{folder} does not store {name}")
+        if there and (there.shape != [*value.shape] or there.dtype not in _DTYPES):
+            raise ModelError(
+                f"{folder} stores {name} as {there.dtype} of shape {there.shape}, and in memory it "
+                f"has the shape {[*value.shape]}"
+            )
+        return there
+
+    for name, tensor in saved.items():
+        find(name, tensor)
+    return find
 
 
 def _parts(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
@@ -174,17 +175,6 @@ def _parts(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
 def _value(modules: Mapping[str, nn.Module], name: str, tensor: torch.Tensor) -> torch.Tensor:
     path, _, own = name.rpartition(".")
     return stored_weight(modules[path], own) if tensor.is_meta else tensor
-
-
-def _as_saved(
-    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Weights by the names, and in the pieces, that they were loaded from."""
-    try:
-        return dict(revert_weight_conversion(model, dict(tensors)))
-    except (*BUILDING_ERRORS, NotImplementedError) as error:
-        kind = type(model).__name__
-        raise ModelError(f"transformers cannot name what {kind} stores: {why(error)}") from error
 
 
 def _write(value: torch.Tensor, stored: StoredTensor) -> None:

@@ -111,7 +111,7 @@ def find_source(
     if path.suffix == ".gguf" and not path.is_dir():
         path, gguf_file = path.parent, path.name
     hub = hub_id(str(path))
-    cached = _snapshot(hub, gguf_file) if hub and not path.is_dir() else None
+    cached = snapshot(hub, gguf_file) if hub and not path.is_dir() else None
     if hub and not (path.is_dir() or cached or from_hub):
         hub = None
     folder = path if path.is_dir() else cached
@@ -142,7 +142,7 @@ def hub_id(source: str) -> str | None:
     return source if named and not Path(source).exists() else None
 
 
-def _snapshot(hub: str, gguf_file: str | None) -> Path | None:
+def snapshot(hub: str, gguf_file: str | None = None) -> Path | None:
     """The folder of a repository in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
