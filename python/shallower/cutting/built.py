@@ -26,10 +26,8 @@ from .twin import BUILDING_ERRORS, shortened_config
 class BuiltModel:
     """The model of a folder's config, as its class builds it."""
 
-    def __init__(
-        self, folder: Path, trust_remote_code: bool = False, *, images: bool = False
-    ) -> None:
-        self._model = empty_model(folder, trust_remote_code, images=images)
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        self._model = empty_model(folder, trust_remote_code)
         self.name = model_name(self._model)
         self.shape = shape_of(self._model)
         self._layers = find_layers(self._model)
@@ -88,7 +86,7 @@ class BuiltModel:
         before, after = self._model.config.to_dict(), shortened.to_dict()
         part = text_part(raw, before["model_type"])  # what is beside it stays
         edited = edit_config(
-            raw if part is None else part, before, after, aliases=type(decoder).attribute_map
+            raw if part is None else raw[part], before, after, aliases=type(decoder).attribute_map
         )
         read_back = type(shortened).from_dict(
             json.loads(json.dumps(edited), object_hook=_special_float)
@@ -99,7 +97,7 @@ class BuiltModel:
                 f"back as the shortened config: load the model and use drop_layers and save_model",
                 see="families",
             )
-        return edited if part is None else {**raw, "text_config": edited}
+        return edited if part is None else {**raw, part: edited}
 
 
 def _special_float(value: dict[str, Any]) -> Any:

@@ -41,7 +41,7 @@ from .checkpoint_files import (
 from .exports import CutFacts
 from .mixture import find_stacks, refuse_experts_outside
 from .plain import PlainModel, plain_model
-from .plans import ForStates, NamedExperts, NamedLayers, agreed_plan, made_for
+from .plans import NamedExperts, NamedLayers, agreed_plan, made_for
 from .source import find_source
 from .tensor_names import (
     QUANTISATION_KEYS,
@@ -171,9 +171,8 @@ def prepare(
     folder = Path(source).expanduser().resolve()
     stored, raw, weights = _opened(folder)
     mixed = experts is not None or (isinstance(layers, Plan) and layers.experts is not None)
-    lossless = isinstance(layers, ForStates) or (isinstance(layers, Plan) and bool(layers.states))
     experts_of = weights if mixed else None
-    model = _describe(folder, raw, trust_remote_code, experts_of=experts_of, images=lossless)
+    model = _describe(folder, raw, trust_remote_code, experts_of=experts_of)
     total = model.shape.num_layers
     wanted = agreed_plan(
         label or str(source),
@@ -252,14 +251,13 @@ def _describe(
     trust_remote_code: bool,
     *,
     experts_of: Iterable[str] | None,
-    images: bool = False,
 ) -> "Description":
     plain = plain_model(folder, raw, experts_of)
     if plain is not None:
         return plain
     from .built import BuiltModel
 
-    return BuiltModel(folder, trust_remote_code, images=images)
+    return BuiltModel(folder, trust_remote_code)
 
 
 _Mixture = tuple[int, dict[int, list[int]], set[str]]

@@ -101,11 +101,11 @@ def needs_transformers_5(raw: Mapping[str, Any]) -> bool:
     return (version.isdecimal() and int(version) >= 5) or "rope_parameters" in raw
 
 
-def text_part(raw: Mapping[str, Any], model_type: str) -> Mapping[str, Any] | None:
-    """The part of a config for text, where a stock loader builds a model of it alone."""
-    part = raw.get("text_config")
-    is_alone = isinstance(part, dict) and raw.get("model_type") != model_type
-    return part if is_alone else None
+def text_part(raw: Mapping[str, Any], model_type: str) -> str | None:
+    """The key of a config under which a model is described that a stock loader builds alone."""
+    names = ("text_config", "thinker_config")
+    found = (name for name in names if isinstance(raw.get(name), dict))
+    return next(found, None) if raw.get("model_type") != model_type else None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -147,6 +147,8 @@ def _places(
         there = stored.get(name) or stored.get(name_under(name, ours, theirs))
         if there is None and name not in tied:
             raise ModelError(f"{folder} does not store {name}")
+        if not value.is_floating_point():
+            return None  # such as the number of batches that a norm has seen
         if there and (there.shape != [*value.shape] or there.dtype not in _DTYPES):
             raise ModelError(
                 f"{folder} stores {name} as {there.dtype} of shape {there.shape}, and in memory it "

@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -284,7 +284,7 @@ def logits_difference(
 
 
 def loader_like(
-    model: PreTrainedModel, kind: Any = AutoModelForCausalLM
+    model: PreTrainedModel, kind: Any = None
 ) -> Callable[[str | Path], PreTrainedModel]:
     """Give what loads a checkpoint so that it rounds as a model does, which may be gone by then."""
     decoder = Decoder.of(model)

@@ -23,7 +23,7 @@ from ..models.architecture import (
     packed_tables,
     text_config,
 )
-from ..models.layer_config import shorten
+from ..models.layer_config import image_layers, shorten
 from ..values.identity import Keyed
 from ..values.layers import blocks_of
 
@@ -118,6 +118,13 @@ def _candidates(dropped: tuple[int, ...], total: int) -> list[tuple[int, ...]]:
 def _twin(
     model: PreTrainedModel, found: DecoderLayers, survivors: tuple[int, ...]
 ) -> tuple[Any, PreTrainedModel]:
+    for layer in image_layers(model.config):
+        if [*survivors[layer : layer + 1]] != [layer]:
+            raise ModelError(
+                f"layer {layer} of {type(model).__name__} takes features of images (DeepStack), by "
+                f"its number: it must stay, and so must the layers before it",
+                see="families",
+            )
     config = copy.deepcopy(model.config)
     decoder = config.get_text_config(decoder=True)
     try:

@@ -14,9 +14,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError, why
+from ..models.loading import loader_with_head
 
 Step = TypeVar("Step")
 
@@ -35,7 +36,7 @@ def build_empty(
         config._experts_implementation = experts
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = loader_with_head(config).from_config(
                 config, dtype=dtype, trust_remote_code=trusted
             )
     except Exception as error:  # transformers raises bare ones for what it does not know

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate.utils.modeling import align_module_device
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -46,9 +45,16 @@ def _read_vectors(model: PreTrainedModel) -> Iterator[tuple[str, bytes]]:
         yield f"{path}.{name}", weight.to(torch.bfloat16).view(torch.uint16).numpy().tobytes()
 
 
-def vectors_of(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Find the one-dimensional weights of a model: a module's path, and the name there."""
+def vectors_of(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """Find the one-dimensional weights of a model: a module's path, and the name there.
+
+    Of a model that has towers beside its decoder, the decoder's.
+    """
+    runner = find_layers(model).runner
+    inner = next(path for path, module in model.named_modules() if module is runner)
     for path, module in model.named_modules():
+        if "." in inner and not path.startswith(inner):
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 1:
                 yield path, name

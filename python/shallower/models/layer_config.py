@@ -36,6 +36,9 @@ INDEX_LISTS = (
 ONE_BASED_INDEX_LISTS = ("ple_layer_ids",)
 """Lists of layer indices, 1-based."""
 
+SOURCE_LISTS = ("kv_source_layers",)
+"""Lists with an entry for every layer: the index of one."""
+
 CYCLED_LISTS = ("block_types",)
 """Patterns that are repeated until there is an entry for every layer."""
 
@@ -92,6 +95,15 @@ def num_decoder_layers(config: Any) -> int | None:
     if count is not None and isinstance(modules, int) and count == 2 * modules:
         return modules
     return count
+
+
+def image_layers(config: Any) -> tuple[int, ...]:
+    """The layers, by their numbers, that inner features of images are added to (DeepStack)."""
+    if placed := getattr(config, "deepstack_layer_map", None):
+        return tuple(layer for _, layer in placed)
+    parts = (config, getattr(config, "vision_config", None))
+    taken = (getattr(part, "deepstack_visual_indexes", None) or () for part in parts)
+    return tuple(range(max(map(len, taken))))
 
 
 def heads_of(config: Any) -> int:
@@ -158,6 +170,10 @@ def _shortened(name: str, value: Any, total: int, survivors: Sequence[int]) -> A
         return [place[index] for index in value if index in place]
     if name in ONE_BASED_INDEX_LISTS and isinstance(value, list | tuple):
         return [place[index - 1] + 1 for index in value if index - 1 in place]
+    if name in SOURCE_LISTS and isinstance(value, list | tuple):
+        if gone := [index for index in survivors if value[index] not in place]:
+            raise ValueError(f"layer {gone[0]} shares the cache of layer {value[gone[0]]}")
+        return [place[value[index]] for index in survivors]
     if name in CYCLED_LISTS and isinstance(value, list | tuple) and value:
         return [value[index % len(value)] for index in survivors]
     if isinstance(value, list | tuple) and len(value) == total and _is_per_layer(name):
@@ -167,7 +183,8 @@ def _shortened(name: str, value: Any, total: int, survivors: Sequence[int]) -> A
 
 def _is_per_layer(name: str) -> bool:
     """Lists that are not per layer, should they happen to have the right length."""
-    return not name.endswith(("_token_id", "_token_ids")) and name != "architectures"
+    is_more = name.startswith(("mtp_", "nextn_"))  # of the layers for more tokens
+    return not (is_more or name.endswith(("_token_id", "_token_ids")) or name == "architectures")
 
 
 def _patterns(config: Any, survivors: Sequence[int]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 from ..errors import ModelError, why
@@ -243,26 +243,30 @@ def layers_of(config: PretrainedConfig) -> int | None:
     return num_decoder_layers(config.get_text_config(decoder=True))
 
 
+def _described(source: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of a model, or of its part that writes text, where another one speaks."""
+    config = _call(AutoConfig.from_pretrained, source, trust_remote_code=trust_remote_code)
+    return cast("PretrainedConfig", getattr(config, "thinker_config", config))
+
+
 def loader_with_head(config: PretrainedConfig) -> Any:
-    """Give the stock loader of a model that writes text: causal, or of images too, where alone."""
+    """Give the stock loader of a decoder with its head: causal, or of more than text, if alone."""
     name = config.model_type
-    is_causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    only_images = not is_causal and name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return AutoModelForImageTextToText if only_images else AutoModelForCausalLM
+    is_causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder
+    is_more = not is_causal and name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return AutoModelForMultimodalLM if is_more else AutoModelForCausalLM
 
 
-def empty_model(
-    folder: str | Path, trust_remote_code: bool = False, *, images: bool = False
-) -> PreTrainedModel:
-    """Build a folder's model without weights, on ``meta``; with ``images`` also one of these."""
+def empty_model(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build a folder's model without weights, on ``meta``."""
     source, _ = locate(folder, None)
     options = {"trust_remote_code": trust_remote_code}
-    config = _call(AutoConfig.from_pretrained, source, **options)
+    config = _described(source, trust_remote_code)
 
     def build(_source: str, local_files_only: bool = False, **options: Any) -> PreTrainedModel:
-        kind = loader_with_head(config) if images else AutoModelForCausalLM
         with torch.device("meta"):
-            return cast("PreTrainedModel", kind.from_config(config, **options))
+            model = loader_with_head(config).from_config(config, **options)
+        return cast("PreTrainedModel", model)
 
     return _call(build, source, **options)
 
@@ -274,14 +278,21 @@ def load_weights(
     *,
     config: Any = None,
     options: dict[str, Any] | None = None,
-    kind: Any = AutoModelForCausalLM,
+    kind: Any = None,
 ) -> PreTrainedModel:
     """Load a whole checkpoint by stock transformers; ModelError where weights are missing.
 
     ``dtype`` is of what ``config`` does not quantise; ``options`` go to ``from_pretrained`` of
-    ``kind``. Without a device map plain weights go to the CPU.
+    ``kind``, by default its loader with a head. Without a device map plain weights go to the CPU.
     """
     options = options or {}
+    if options.get("gguf_file"):
+        kind = AutoModelForCausalLM
+    if kind is None:
+        described = _described(source, bool(options.get("trust_remote_code")))
+        kind = loader_with_head(described)
+        if described.model_type.endswith("_thinker"):
+            options = {**options, "config": described}
     if config is not None:
         options = {**options, "quantization_config": config}
     with hushed(), _report_unless_refused():
