@@ -142,7 +142,7 @@ def test_gather_remembers_for_the_model_alone_that_lies_here_as_shards_say(
     done = shallower("gather", "shards", "--out", "gathered")
     assert done.status == 0
     assert "eval will not find this in the cache" in done.err
-    assert {one.kind for one in open_store().usage()} <= {"files", "trials"}
+    assert {kind for kind, *_ in open_store().usage()} <= {"files", "trials"}
     twin = shallower("eval", models / "twin", *command[2:], *BOTH, "--json")
     assert twin.json != json.loads((folder / "gathered" / "eval.json").read_text())
     assert "cached, measured" not in twin.err

@@ -178,4 +178,4 @@ def test_a_killed_scan_asks_for_exactly_the_rest(folder, tiny, many, whole):
 
 def num_parts(out):
     """The parts that are kept in a folder, beside what all workers have in common."""
-    return sum(usage.entries for usage in Store(out / PARTS_FOLDER).usage()) - 1
+    return sum(usage[1] for usage in Store(out / PARTS_FOLDER).usage()) - 1

@@ -61,10 +61,10 @@ def test_shards_of_a_comparison_are_gathered_to_the_whole(shallower, folder, ask
     elsewhere(monkeypatch, folder, "gathering")
     done = shallower("gather", "shards", "--out", "out", "--json")
     assert without_time(done.json) == without_time(whole)
-    kept = {usage.kind: usage.entries for usage in open_store().usage()}
+    kept = {kind: count for kind, count, *_ in open_store().usage()}
     said = shallower(*compared(asked), "--out", "out")  # is in its folder, and in the cache
     assert "cached, measured" in said.err
-    assert {usage.kind: usage.entries for usage in open_store().usage()} == kept
+    assert {kind: count for kind, count, *_ in open_store().usage()} == kept
     of = [json.loads((folder / name / "comparison.json").read_text()) for name in ("out", "whole")]
     assert of[0]["job"] == of[1]["job"]
     assert of[0]["command"].startswith("shallower compare tiny --texts texts.jsonl ")
@@ -131,7 +131,7 @@ def test_gather_trusts_no_code_by_the_word_of_a_file(shallower, folder, asked, m
     elsewhere(monkeypatch, folder, "here")
     gather = ["gather", "shards", "--out", "out"]
     assert "gather runs no code" in shallower(*gather).error
-    assert [one.kind for one in open_store().usage()] == []
+    assert open_store().usage() == []
     assert shallower(*gather, "--trust-remote-code").status == 0
     assert "cached, measured" in shallower(*command, "--out", "out").err
     (file,) = (folder / "shards").iterdir()
@@ -236,4 +236,4 @@ def test_a_killed_driver_goes_on_with_the_parts_that_are_missing(folder, asked, 
 
 def parts():
     """The parts that the cache has."""
-    return sum(usage.entries for usage in open_store().usage() if usage.kind == "study")
+    return sum(count for kind, count, *_ in open_store().usage() if kind == "study")

@@ -93,7 +93,7 @@ def test_an_entry_is_replaced_and_knows_when_it_was_made(store):
     entry = store.find("loss", INPUTS)
     assert entry.value == {"nats": 2.0}
     assert before <= entry.made[:10] <= time.strftime("%Y-%m-%d")
-    assert [usage.entries for usage in store.usage()] == [1]
+    assert [count for _, count, *_ in store.usage()] == [1]
 
 
 def test_a_store_that_is_off_keeps_nothing(tmp_path, monkeypatch):
@@ -381,6 +381,6 @@ def test_what_is_offered_is_kept_once_it_is_asked_for(tmp_path):
     kept = Store(tmp_path / "store")
     assert kept.get("loss", INPUTS) == {"kind": "loss"}
     assert kept.get("tasks", INPUTS) is None
-    assert [one.kind for one in kept.usage()] == ["loss", "trials"]
+    assert [kind for kind, *_ in kept.usage()] == ["loss", "trials"]
     store.take({"measurements": every})
-    assert [one.kind for one in kept.usage()] == ["loss", "tasks", "trials"]
+    assert [kind for kind, *_ in kept.usage()] == ["loss", "tasks", "trials"]

@@ -203,29 +203,18 @@ def _show(store: "Store", named: str, as_json: bool) -> None:
     """Print what the store holds."""
     from ..reporting.story import Number, Table
 
-    used = store.usage()
+    used = [
+        (kind, count, size, _date(oldest), _date(newest))
+        for kind, count, size, oldest, newest in store.usage()
+    ]
     if as_json:
-        kinds = [
-            {
-                "kind": usage.kind,
-                "entries": usage.entries,
-                "bytes": usage.num_bytes,
-                "oldest": _date(usage.oldest),
-                "newest": _date(usage.newest),
-            }
-            for usage in used
-        ]
+        names = ("kind", "entries", "bytes", "oldest", "newest")
+        kinds = [dict(zip(names, usage, strict=True)) for usage in used]
         print_json({"folder": store.folder and str(store.folder), "kinds": kinds})
         return
     rows = tuple(
-        (
-            usage.kind,
-            Number.count(usage.entries),
-            Number(format_size(usage.num_bytes), usage.num_bytes),
-            _date(usage.oldest)[:10],
-            _date(usage.newest)[:10],
-        )
-        for usage in used
+        (kind, Number.count(count), Number(format_size(size), size), oldest[:10], newest[:10])
+        for kind, count, size, oldest, newest in used
     )
     head = ("kind", "entries", "size", "oldest", "newest")
     show(Table("cached results", head, rows) if rows else "nothing was measured yet", named)

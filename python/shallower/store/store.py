@@ -129,17 +129,6 @@ class Entry:
     made: str
 
 
-@dataclass(frozen=True, slots=True)
-class KindUsage:
-    """The entries of one kind: their number, bytes, and when they were made, in seconds."""
-
-    kind: str
-    entries: int
-    num_bytes: int
-    oldest: int
-    newest: int
-
-
 class Store:
     """Measurements by what they depend on, and records of work.
 
@@ -228,11 +217,9 @@ class Store:
         for query, row in rows:
             self._run(query, *row)
 
-    def usage(self) -> list[KindUsage]:
-        """Count the entries and their bytes, by kind."""
-        return [
-            KindUsage(kind.decode(errors="replace"), *rest) for kind, *rest in self._rows(_USAGE)
-        ]
+    def usage(self) -> list[tuple[str, int, int, int, int]]:
+        """Count entries by kind, with their bytes, and when the first and the last were made."""
+        return [(kind.decode(errors="replace"), *rest) for kind, *rest in self._rows(_USAGE)]
 
     # The file: opened when it is first needed, and no reason for the work to end.
     def _entries(self, query: str, key: str, kind: str) -> list[Entry]:
@@ -326,7 +313,7 @@ class Store:
             return freed
         except (sqlite3.Error, OSError) as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if isinstance(error, _NotOurs | OSError) or code in _NOT_CLEARED:
+            if isinstance(error, sqlite3.NotSupportedError | OSError) or code in _NOT_CLEARED:
                 raise CacheError(f"cannot clear the store {self._path}: {error}") from error
             return self._remove()
 
@@ -377,10 +364,6 @@ def _is_busy(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
-class _NotOurs(sqlite3.DatabaseError):
-    """The file belongs to another program."""
-
-
 def _open(path: Path) -> sqlite3.Connection:
     """Open the file, new or old, ready to use by any thread; a statement is a transaction."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -414,7 +397,7 @@ def _lay_out(connection: sqlite3.Connection) -> None:
         application, version = _marks(connection)
         tables = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
         if application != _APPLICATION and (application or tables):
-            raise _NotOurs("it belongs to another program")
+            raise sqlite3.NotSupportedError("it belongs to another program")
         if version not in (0, _VERSION):
             raise sqlite3.DatabaseError("it was made by another version of shallower")
         if not tables:
