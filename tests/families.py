@@ -317,6 +317,30 @@ def _small(model_type: str, more: dict[str, Any]) -> Any:
     return cls(**given)
 
 
+TOWER: dict[str, Any] = SIZES | {
+    **dict.fromkeys(("hidden_size", "embed_dim", "hidden_dim", "out_hidden_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "encoder_layers"), 2),
+    **dict.fromkeys(("output_dim", "mlp_dim", "projection_dim", "num_position_embeddings"), 32),
+    "num_key_value_heads": 4, "image_size": 28, "patch_size": 14, "window_size": 28,
+    "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0, 1], "num_mel_bins": 16,
+}  # fmt: skip
+"""Small sizes of a tower."""
+
+_ROPE3 = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_TEXTS: dict[str, Any] = {"qwen2_5_vl_text": {"rope_parameters": _ROPE3}}
+
+
+def with_towers(kind: Any, is_tower: bool = False) -> Any:
+    """The config of a model of more than text, small, or of its part."""
+    kind = CONFIG_MAPPING[kind] if isinstance(kind, str) else kind
+    keys, own = inspect.signature(kind).parameters, kind.model_type
+    given = {key: value for key, value in (TOWER if is_tower else SIZES).items() if key in keys}
+    for name in kind.sub_configs:
+        part = type(getattr(kind(), name))
+        given[name] = with_towers(part, is_tower="text" not in name).to_dict()
+    return kind(**given | OVERRIDES.get(own, {}) | _TEXTS.get(own, {}))
+
+
 def families() -> list[str]:
     """All that are tested."""
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS} - set(UNTESTED))

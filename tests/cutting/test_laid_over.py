@@ -5,40 +5,25 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import shallower as sh
 from shallower.models.architecture import find_layers
 from shallower.models.offload import stored_weight, write_weight
 from tests.conftest import mostly_slow
-from tests.cutting.test_composites import MODELS
 from tests.cutting.test_families import logits
 from tests.documents import documents
-from tests.families import families, random_model
+from tests.families import families, random_model, with_towers
 
 MTP = {"mtp.fc.weight": torch.arange(16.0).view(4, 4), "mtp.norm.weight": torch.ones(4)}
 
 
-MODELS = {
-    **MODELS,
-    "qwen3_5": {
-        **MODELS["qwen3_5_moe"],
-        "text_config": {
-            key: value
-            for key, value in MODELS["qwen3_5_moe"]["text_config"].items()
-            if "expert" not in key and key != "moe_intermediate_size"
-        },
-    },
-}
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=["llama4", "qwen3_5", "qwen3_5_moe"])
 def whole(request, words, tmp_path_factory):
     """A checkpoint with a tower, heads for more tokens, a processor and two files of weights."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("whole") / request.param
-    config = AutoConfig.for_model(request.param, **MODELS[request.param])
-    model = AutoModelForImageTextToText.from_config(config).bfloat16()
+    model = AutoModelForImageTextToText.from_config(with_towers(request.param)).bfloat16()
     with torch.no_grad():  # so that a layer changes what is predicted
         model.get_output_embeddings().weight.mul_(20)
         for layer in find_layers(model).modules:
@@ -106,7 +91,7 @@ def test_only_what_changed_differs_from_the_cut_on_disk(whole, tmp_path, dtype, 
 @pytest.mark.parametrize("whole", ["llama4", "qwen3_5"], indirect=True)
 def test_a_patch_keeps_the_tower(whole, words, tmp_path):
     model, _ = sh.load_model(whole, "float32")
-    done = sh.patch(model, words, [2], texts=[*documents(400)], max_length=32)
+    done = sh.patch(model, words, [1], texts=[*documents(400)], max_length=32)
     sh.save_patched(model, words, tmp_path / "patched", done=done)
     assert sh.verify_checkpoint(model, words, tmp_path / "patched", layers=None) == 0
     before, after = tensors_in(whole), tensors_in(tmp_path / "patched")
@@ -117,21 +102,13 @@ def test_a_patch_keeps_the_tower(whole, words, tmp_path):
 
 
 def test_a_model_that_is_another_one_now_is_saved_as_it_is(words, tmp_path):
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=100,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=32,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "whole")
+    random_model("llama").save_pretrained(tmp_path / "whole")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    model.resize_token_embeddings(120)
+    model.resize_token_embeddings(140)
     plan = sh.drop_layers(model, [1])
     sh.save_model(model, None, tmp_path / "cut", plan=plan)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
-    assert again.config.vocab_size == 120
+    assert again.config.vocab_size == 140
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 

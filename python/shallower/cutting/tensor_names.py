@@ -29,15 +29,16 @@ def find_prefix(names: Iterable[str], path: str, num_layers: int, *, num_more: i
     ``path`` is where the model has its layers; a checkpoint without head lacks its first part.
     Behind the layers may lie ``num_more`` for multi-token prediction.
     """
-    names, every = list(names), set(range(num_layers))
-    word = re.escape(path.rpartition(".")[2])
-    numbers = _numbers(names, rf"((?:^|.*\.){word}\.)(\d{{1,9}})(?:\.|$)")
-    prefix = next((f"{tail}." for tail in _tails(path) if f"{tail}." in numbers), None)
-    if prefix is None and not any(found == every for found in numbers.values()):
-        numbers |= _numbers(names, r"((?:[^\W\d]\w*\.)+)(\d{1,9})(?:\.|$)")  # by any name
-    whole = [one for one, found in numbers.items() if found == every]
-    if prefix is None and len(whole) == 1:
-        prefix = whole[0]
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if match := re.match(r"((?:\w*[^\W\d]\w*\.)+)(\d{1,9})(?:\.|$)", name):
+            numbers.setdefault(match[1], set()).add(int(match[2]))
+    tails = [f"{tail}." for tail in _tails(path)]
+    prefix = next((tail for tail in tails if tail in numbers), None)
+    whole = [one for one, found in numbers.items() if found == set(range(num_layers))]
+    named = [one for one in whole if f".{one}".endswith(f".{tails[-1]}")] or whole
+    if prefix is None and len(named) == 1:
+        prefix = named[0]
     if prefix is None:
         raise ModelError(
             f"no tensors of the layers {path}.0 .. {path}.{num_layers - 1} in the checkpoint; what "
@@ -51,15 +52,6 @@ def find_prefix(names: Iterable[str], path: str, num_layers: int, *, num_more: i
             f"{f'; of extra layers it counts {num_more}' if num_more else ''}"
         )
     return prefix
-
-
-def _numbers(names: Iterable[str], pattern: str) -> dict[str, set[int]]:
-    """The numbers in names, by the text before them; a pattern finds both."""
-    numbers: dict[str, set[int]] = {}
-    for name in names:
-        if match := re.match(pattern, name):
-            numbers.setdefault(match[1], set()).add(int(match[2]))
-    return numbers
 
 
 def name_under(name: str, prefix: str, other: str) -> str:

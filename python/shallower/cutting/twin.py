@@ -121,8 +121,7 @@ def _twin(
     for layer in image_layers(model.config):
         if [*survivors[layer : layer + 1]] != [layer]:
             raise ModelError(
-                f"layer {layer} of {type(model).__name__} takes features of images (DeepStack), by "
-                f"its number: it must stay, and so must the layers before it",
+                f"layer {layer} takes features of images (DeepStack): it must stay in its place",
                 see="families",
             )
     config = copy.deepcopy(model.config)

@@ -101,9 +101,8 @@ def image_layers(config: Any) -> tuple[int, ...]:
     """The layers, by their numbers, that inner features of images are added to (DeepStack)."""
     if placed := getattr(config, "deepstack_layer_map", None):
         return tuple(layer for _, layer in placed)
-    parts = (config, getattr(config, "vision_config", None))
-    taken = (getattr(part, "deepstack_visual_indexes", None) or () for part in parts)
-    return tuple(range(max(map(len, taken))))
+    tower = getattr(config, "vision_config", config)
+    return tuple(range(len(getattr(tower, "deepstack_visual_indexes", None) or ())))
 
 
 def heads_of(config: Any) -> int:

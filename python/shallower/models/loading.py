@@ -260,7 +260,6 @@ def loader_with_head(config: PretrainedConfig) -> Any:
 def empty_model(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build a folder's model without weights, on ``meta``."""
     source, _ = locate(folder, None)
-    options = {"trust_remote_code": trust_remote_code}
     config = _described(source, trust_remote_code)
 
     def build(_source: str, local_files_only: bool = False, **options: Any) -> PreTrainedModel:
@@ -268,7 +267,7 @@ def empty_model(folder: str | Path, trust_remote_code: bool = False) -> PreTrain
             model = loader_with_head(config).from_config(config, **options)
         return cast("PreTrainedModel", model)
 
-    return _call(build, source, **options)
+    return _call(build, source, trust_remote_code=trust_remote_code)
 
 
 def load_weights(
@@ -286,9 +285,7 @@ def load_weights(
     ``kind``, by default its loader with a head. Without a device map plain weights go to the CPU.
     """
     options = options or {}
-    if options.get("gguf_file"):
-        kind = AutoModelForCausalLM
-    if kind is None:
+    if kind is None and "gguf_file" not in options:
         described = _described(source, bool(options.get("trust_remote_code")))
         kind = loader_with_head(described)
         if described.model_type.endswith("_thinker"):
@@ -297,7 +294,7 @@ def load_weights(
         options = {**options, "quantization_config": config}
     with hushed(), _report_unless_refused():
         model, info = _call(
-            kind.from_pretrained,
+            (kind or AutoModelForCausalLM).from_pretrained,
             source,
             dtype=dtype,
             device_map=device_map,

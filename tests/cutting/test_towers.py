@@ -1,0 +1,48 @@
+"""Models of more than text that have no causal class: their decoder is cut, all else stays."""
+
+import pytest
+import torch
+from transformers import AutoModelForMultimodalLM
+
+import shallower as sh
+from shallower.models.architecture import find_layers
+from tests.conftest import mostly_slow
+from tests.cutting.test_families import logits, passing_on
+from tests.cutting.test_laid_over import changed, tensors_in
+from tests.families import small_weights, with_towers
+
+TYPES = [
+    "aya_vision", "cohere2_vision", "granite_speech", "idefics2", "idefics3", "internvl",
+    "kimi_k25", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llava", "vipllava", "voxtral",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", mostly_slow(TYPES, ["kimi_k25", "mistral3", "qwen3_vl"]))
+def test_the_decoder_of_a_whole_model_is_cut(name, words, tmp_path):
+    torch.manual_seed(0)
+    made = small_weights(AutoModelForMultimodalLM.from_config(with_towers(name))).bfloat16()
+    made.save_pretrained(tmp_path / "whole")
+    words.save_pretrained(tmp_path / "whole")
+    sh.prune(tmp_path / "whole", [4], tmp_path / "cut")
+    cut, read = AutoModelForMultimodalLM.from_pretrained(
+        tmp_path / "cut", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(read.values())
+    model, tokenizer = sh.load_model(tmp_path / "whole", "float32")
+    tokens = torch.arange(7, 27).view(2, 10)
+    hook = find_layers(model).modules[4].register_forward_hook(passing_on, with_kwargs=True)
+    torch.testing.assert_close(logits(cut, tokens), logits(model, tokens), rtol=0, atol=1e-5)
+    hook.remove()
+    plan = sh.drop_layers(model, [4])
+    changed(model)
+    sh.save_model(model, tokenizer, tmp_path / "saved", plan=plan)
+    before, after = tensors_in(tmp_path / "cut"), tensors_in(tmp_path / "saved")
+    assert before.keys() == after.keys()
+    assert sum(not torch.equal(before[key], after[key]) for key in before) == 2
+
+
+def test_layers_that_images_are_added_to_stay(tmp_path):
+    model = AutoModelForMultimodalLM.from_config(with_towers("qwen3_vl"))
+    with pytest.raises(sh.ModelError, match="layer 1 takes features of images"):
+        sh.drop_layers(model, [1])
