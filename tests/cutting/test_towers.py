@@ -46,3 +46,10 @@ def test_layers_that_images_are_added_to_stay(tmp_path):
     model = AutoModelForMultimodalLM.from_config(with_towers("qwen3_vl"))
     with pytest.raises(sh.ModelError, match="layer 1 takes features of images"):
         sh.drop_layers(model, [1])
+
+
+def test_text_alone_needs_a_class_of_its_own(tmp_path):
+    model = AutoModelForMultimodalLM.from_config(with_towers("llava"))
+    plan = sh.drop_layers(model, [1])
+    with pytest.raises(sh.ModelError, match="no class of its own"):
+        sh.save_model(model, None, tmp_path / "cut", plan=plan, text_only=True)

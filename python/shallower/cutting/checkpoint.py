@@ -171,8 +171,7 @@ def prepare(
     folder = Path(source).expanduser().resolve()
     stored, raw, weights = _opened(folder)
     mixed = experts is not None or (isinstance(layers, Plan) and layers.experts is not None)
-    experts_of = weights if mixed else None
-    model = _describe(folder, raw, trust_remote_code, experts_of=experts_of)
+    model = _describe(folder, raw, trust_remote_code, experts_of=weights if mixed else None)
     total = model.shape.num_layers
     wanted = agreed_plan(
         label or str(source),

@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -132,6 +132,8 @@ def save_cut(
         cut.write(overwrite=overwrite, progress=False)
         return
     require_weights(model)
+    if text_only and loader_with_head(model.config) is not AutoModelForCausalLM:
+        raise ModelError("its text has no class of its own: leave out text_only (--text-only)")
     left = len(find_layers(model))
     if len(plan.survivors) != left:
         raise PlanError(

@@ -214,8 +214,7 @@ def read_config(
     path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """Read only the config of a model; ModelError as :func:`load_model`."""
-    config: PretrainedConfig = _read(AutoConfig, path_or_id, gguf_file, trust_remote_code)
-    return config
+    return cast("PretrainedConfig", _read(AutoConfig, path_or_id, gguf_file, trust_remote_code))
 
 
 def load_tokenizer(
@@ -370,9 +369,8 @@ def _reason(error: Exception, source: str, options: dict[str, Any]) -> str:
         return "the file is cut off or damaged; download it again"
     if found := re.search(r"Unrecognized configuration class <class '.*\.(\w+)'>", text):
         return (
-            f"transformers has no causal language model for {found[1]}, and only such are cut: use "
-            f"--for-states for a model of images and text; an encoder, as T5's or CLIP's, is "
-            f"loaded with its first layers alone where its config counts fewer"
+            f"transformers has no causal language model for {found[1]}, and only such are cut: an "
+            f"encoder, as T5's or CLIP's, is loaded with fewer layers where its config counts fewer"
         )
     if "trust_remote_code" in text and not options.get("trust_remote_code"):
         allowing = "(trust_remote_code, --trust-remote-code)"
