@@ -369,5 +369,3 @@ def test_an_encoder_of_images_and_text(tmp_path, name):
     expected, found = states_of(whole), states_of(cut)
     assert (len(expected), len(found)) == (7, 5)
     assert all(torch.equal(found[state], expected[state]) for state in (1, 3))
-    with pytest.raises(sh.ModelError, match=r"no causal language model for \w+, and only such"):
-        sh.prune(tmp_path / "whole", [1], tmp_path / "other")

@@ -287,7 +287,7 @@ def load_weights(
     if kind is None and "gguf_file" not in options:
         described = _described(source, bool(options.get("trust_remote_code")))
         kind = loader_with_head(described)
-        if described.model_type.endswith("_thinker"):
+        if described.model_type.endswith("thinker"):
             options = {**options, "config": described}
     if config is not None:
         options = {**options, "quantization_config": config}
