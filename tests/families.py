@@ -49,6 +49,15 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 """Small sizes, by the keys that configs use."""
 
+TOWER: dict[str, Any] = SIZES | {
+    **dict.fromkeys(("hidden_size", "embed_dim", "hidden_dim", "out_hidden_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "encoder_layers"), 2),
+    **dict.fromkeys(("output_dim", "mlp_dim", "projection_dim", "num_position_embeddings"), 32),
+    "num_key_value_heads": 4, "image_size": 28, "patch_size": 14, "window_size": 28,
+    "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0, 1], "num_mel_bins": 16,
+}  # fmt: skip
+"""Small sizes of a tower."""
+
 _MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2}
 _LATENT = {"num_key_value_heads": 4}
 _DECODER = {"is_decoder": True}
@@ -146,12 +155,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "minimax_m3_sparse"] * 4,
         "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 6,
     },
+    "mistral_large4_text": _LATENT,
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 2,
         "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 4,
         "chunk_size": 8, "moe_shared_expert_intermediate_size": 16,
     },
     "qwen2": {"use_sliding_window": True, "max_window_layers": 4},
+    "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
     "qwen2_moe": {"mlp_only_layers": [1, 4], "use_sliding_window": True, "max_window_layers": 4},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 4},
     "qwen3_moe": {"mlp_only_layers": [1, 4]},
@@ -304,41 +315,24 @@ def small_config(name: str) -> Any:
     return _small(model_type, more)
 
 
-def _small(model_type: str, more: dict[str, Any]) -> Any:
-    if IS_OLDER and model_type not in CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
-    cls = CONFIG_MAPPING[model_type]
+def with_towers(model_type: str) -> Any:
+    """The config of a model of more than text, all of it small."""
+    return _small(model_type, {}, towers=True)
+
+
+def _small(kind: Any, more: dict[str, Any], *, towers: bool = False, is_tower: bool = False) -> Any:
+    if IS_OLDER and isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    cls = CONFIG_MAPPING[kind] if isinstance(kind, str) else kind
     keys = inspect.signature(cls).parameters
-    given = {key: value for key, value in SIZES.items() if key in keys}
-    given |= OVERRIDES.get(model_type, {}) | more
-    inner = (getattr(cls, "sub_configs", None) or {}).get("text_config")
-    if inner is not None and inner.model_type in CONFIG_MAPPING:
-        given["text_config"] = _small(inner.model_type, {}).to_dict()
-    return cls(**given)
-
-
-TOWER: dict[str, Any] = SIZES | {
-    **dict.fromkeys(("hidden_size", "embed_dim", "hidden_dim", "out_hidden_size"), 32),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "encoder_layers"), 2),
-    **dict.fromkeys(("output_dim", "mlp_dim", "projection_dim", "num_position_embeddings"), 32),
-    "num_key_value_heads": 4, "image_size": 28, "patch_size": 14, "window_size": 28,
-    "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0, 1], "num_mel_bins": 16,
-}  # fmt: skip
-"""Small sizes of a tower."""
-
-_ROPE3 = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-_TEXTS: dict[str, Any] = {"qwen2_5_vl_text": {"rope_parameters": _ROPE3}}
-
-
-def with_towers(kind: Any, is_tower: bool = False) -> Any:
-    """The config of a model of more than text, small, or of its part."""
-    kind = CONFIG_MAPPING[kind] if isinstance(kind, str) else kind
-    keys, own = inspect.signature(kind).parameters, kind.model_type
     given = {key: value for key, value in (TOWER if is_tower else SIZES).items() if key in keys}
-    for name in kind.sub_configs:
-        part = type(getattr(kind(), name))
-        given[name] = with_towers(part, is_tower="text" not in name).to_dict()
-    return kind(**given | OVERRIDES.get(own, {}) | _TEXTS.get(own, {}))
+    given |= OVERRIDES.get(cls.model_type, {}) | more
+    for name, part in (getattr(cls, "sub_configs", None) or {}).items():
+        if towers:
+            part = type(getattr(cls(), name))
+        if towers or (name == "text_config" and part.model_type in CONFIG_MAPPING):
+            given[name] = _small(part, {}, towers=towers, is_tower="text" not in name).to_dict()
+    return cls(**given)
 
 
 def families() -> list[str]:

@@ -178,12 +178,14 @@ def test_layers_are_found_by_the_names_of_tensors():
         (["model.language_model.layers", "layers"], "model.language_model.layers."),
         (["layers", "vision.blocks"], "layers."),
         (["language_model.model.layers", "vision.blocks"], "language_model.model.layers."),
+        (["language_model.model.blocks", "vision.blocks"], "language_model.model.blocks."),
+        (["0.model.layers", "vision.blocks"], "0.model.layers."),
     ]:
         assert find_prefix(named(*prefixes), path, 3) == found
     with pytest.raises(ModelError, match=r"no tensors of the layers .*: a.layers., b.layers."):
         find_prefix(named("a.layers", "b.layers"), path, 3)
     with pytest.raises(ModelError, match="nothing"):
-        find_prefix(["model.norm.weight"], path, 3)
+        find_prefix(["model.norm.weight", *named("vision.blocks")], path, 3)
 
 
 def test_layers_may_be_quantised_or_not_but_not_incomplete():

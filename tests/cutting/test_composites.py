@@ -29,6 +29,19 @@ def test_the_text_part_is_cut_and_all_else_stays(name, tmp_path):
     tokens = torch.randint(7, 100, (2, 9), generator=torch.Generator().manual_seed(1))
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
     assert torch.equal(logits(found, tokens), logits(model, tokens))
+    (whole, _), (cut, read) = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / folder, output_loading_info=True)
+        for folder in ("whole", "cut")
+    )
+    assert not any(read.values())
+    inside = re.compile(r"language_model\.(model\.)?layers\.").search
+    before, after = (
+        {key: value for key, value in one.state_dict().items() if not inside(key)}
+        for one in (whole, cut)
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    assert cut.config.vision_config.to_dict() == whole.config.vision_config.to_dict()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from tests.families import small_weights, with_towers
 
 TYPES = [
     "aya_vision", "cohere2_vision", "granite_speech", "idefics2", "idefics3", "internvl",
-    "kimi_k25", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma",
+    "kimi_k25", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3",
+    "mistral_large4", "paligemma",
     "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llava", "vipllava", "voxtral",
 ]  # fmt: skip
 
@@ -39,10 +40,11 @@ def test_the_decoder_of_a_whole_model_is_cut(name, words, tmp_path):
     sh.save_model(model, tokenizer, tmp_path / "saved", plan=plan)
     before, after = tensors_in(tmp_path / "cut"), tensors_in(tmp_path / "saved")
     assert before.keys() == after.keys()
+    assert "AutoModelForMultimodalLM.from_pretrained" in (tmp_path / "cut/README.md").read_text()
     assert sum(not torch.equal(before[key], after[key]) for key in before) == 2
 
 
-def test_layers_that_images_are_added_to_stay(tmp_path):
+def test_layers_that_images_are_added_to_stay():
     model = AutoModelForMultimodalLM.from_config(with_towers("qwen3_vl"))
     with pytest.raises(sh.ModelError, match="layer 1 takes features of images"):
         sh.drop_layers(model, [1])
@@ -50,6 +52,6 @@ def test_layers_that_images_are_added_to_stay(tmp_path):
 
 def test_text_alone_needs_a_class_of_its_own(tmp_path):
     model = AutoModelForMultimodalLM.from_config(with_towers("llava"))
-    plan = sh.drop_layers(model, [1])
-    with pytest.raises(sh.ModelError, match="no class of its own"):
-        sh.save_model(model, None, tmp_path / "cut", plan=plan, text_only=True)
+    for plan in (None, sh.drop_layers(model, [1])):
+        with pytest.raises(sh.ModelError, match="no class of its own"):
+            sh.save_model(model, None, tmp_path / "cut", plan=plan, text_only=True)

@@ -18,6 +18,13 @@ from shallower.values.identity import ModelIdentity
 from tests.scanning.state_files import as_numpy, npy, set_buffers, walk, write
 
 
+def refuses(path, content, message):
+    path.write_bytes(content)
+    with pytest.raises(StatesError, match=message) as raised:
+        analyse_states(path)
+    assert str(path) in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -39,11 +46,7 @@ from tests.scanning.state_files import as_numpy, npy, set_buffers, walk, write
     ],
 )  # fmt: skip
 def test_a_hostile_npy_file_is_refused(tmp_path, content, message):
-    path = tmp_path / "states.npy"
-    path.write_bytes(content)
-    with pytest.raises(StatesError, match=message) as raised:
-        analyse_states(path)
-    assert str(path) in str(raised.value)
+    refuses(tmp_path / "states.npy", content, message)
 
 
 def safetensors(header, data=96, length=None):
@@ -86,11 +89,7 @@ def described(**origin):
     ],
 )  # fmt: skip
 def test_a_hostile_safetensors_file_is_refused(tmp_path, content, message):
-    path = tmp_path / "states.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(StatesError, match=message) as raised:
-        analyse_states(path)
-    assert str(path) in str(raised.value)
+    refuses(tmp_path / "states.safetensors", content, message)
 
 
 WHOLE = {}

@@ -14,7 +14,7 @@ from ..errors import InMemoryOnlyError, ModelError, why
 from ..models.architecture import find_layers, layer_parts
 from ..models.experts import count_keys, find_experts
 from ..models.identity import model_name, shape_of, vectors_of
-from ..models.loading import empty_model
+from ..models.loading import empty_model, loader_with_head
 from ..values.plan import Plan
 from .checkpoint_files import text_part
 from .experts import compare_layers, mixture_of, with_fewer_experts
@@ -29,6 +29,7 @@ class BuiltModel:
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         self._model = empty_model(folder, trust_remote_code)
         self.name = model_name(self._model)
+        self.loader = loader_with_head(self._model.config).__name__
         self.shape = shape_of(self._model)
         self._layers = find_layers(self._model)
         self.path = self._layers.path

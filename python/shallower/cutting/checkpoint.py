@@ -208,6 +208,7 @@ def prepare(
         },
         dtype=config_dtype(raw),
         needs_5=needs_transformers_5(raw),
+        loader=model.loader,
     )
     return PreparedCut(
         facts,
@@ -245,11 +246,7 @@ def num_more(raw: Mapping[str, Any]) -> int:
 
 
 def _describe(
-    folder: Path,
-    raw: Mapping[str, Any],
-    trust_remote_code: bool,
-    *,
-    experts_of: Iterable[str] | None,
+    folder: Path, raw: Mapping[str, Any], trust_remote_code: bool, *, experts_of: Weights | None
 ) -> "Description":
     plain = plain_model(folder, raw, experts_of)
     if plain is not None:

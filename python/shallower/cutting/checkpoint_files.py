@@ -103,8 +103,7 @@ def needs_transformers_5(raw: Mapping[str, Any]) -> bool:
 
 def text_part(raw: Mapping[str, Any], model_type: str) -> str | None:
     """The key of a config under which a model is described that a stock loader builds alone."""
-    names = ("text_config", "thinker_config")
-    found = (name for name in names if isinstance(raw.get(name), dict))
+    found = (name for name in ("text_config", "thinker_config") if isinstance(raw.get(name), dict))
     return next(found, None) if raw.get("model_type") != model_type else None
 
 

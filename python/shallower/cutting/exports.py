@@ -41,6 +41,7 @@ class CutFacts:
     tested: str = ""  # the name of their texts, as in `--texts`; empty for none
     gguf: str | None = None  # the name of the new file, if it is a GGUF file
     needs_5: bool = False  # whether its config is written for transformers 5
+    loader: str = "AutoModelForCausalLM"  # of transformers, for text
     command: str = ""  # if not `prune`; `{source}` is the uncut model and its options
 
     @property
@@ -106,9 +107,9 @@ _LOADED = """\
 From this folder, by transformers{version}:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({arguments})
+model = {loader}.from_pretrained({arguments})
 tokenizer = AutoTokenizer.from_pretrained({arguments})
 ```
 
@@ -173,4 +174,4 @@ def loading(facts: CutFacts) -> str:
     serve = (_SERVE_GGUF if gguf else _SERVE_FOLDER).format(
         gguf=shlex.quote(gguf or ""), code=" --trust-remote-code" if has_code else ""
     )
-    return _LOADED.format(serve=serve, **words)
+    return _LOADED.format(serve=serve, loader=facts.loader, **words)

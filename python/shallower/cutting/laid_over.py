@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .._core import Checkpoint
 from ..errors import ModelError, PlanError, raise_output_error
 from ..models.architecture import find_layers, layer_parts
 from ..models.dtypes import QUANTISED
-from ..models.loading import empty_model
+from ..models.loading import empty_model, loader_with_head
 from ..models.offload import changed_weights, is_on_disk, stored_weight
 from ..models.place import CONFIG_FILE, read_json
 from ..models.source import ModelSource
@@ -30,8 +30,9 @@ from .checkpoint_files import StoredTensor, is_checkpoint, stored_dtype, stored_
 from .source import hub_id, snapshot
 from .tensor_names import find_prefix, name_under
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes of weights that may be laid over, by safetensors' words."""
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {**_FLOATS, "I64": torch.int64}
+"""The dtypes of what may be laid over, by safetensors' words; batch norms count in int64."""
 
 _BLOCK = 1 << 22
 """Values that are compared, and written, at once."""
@@ -50,8 +51,12 @@ def source_folder(model: PreTrainedModel) -> Path | None:
     return folder if folder and is_checkpoint(folder) else None
 
 
-def require_whole(model: PreTrainedModel) -> None:
-    """Refuse a model of which stored tensors would not be in what is saved of it: ModelError."""
+def require_whole(model: PreTrainedModel, text_only: bool = False) -> None:
+    """Refuse a model that is not saved whole, or whose text has no class alone: ModelError."""
+    if text_only:
+        if loader_with_head(model.config) is not AutoModelForCausalLM:
+            raise ModelError("its text has no class of its own: leave out text_only (--text-only)")
+        return
     lost = Unsaved()
     with suppress(ModelError):  # the folder that it names is another one now
         lost = not_saved(model)
@@ -83,18 +88,17 @@ def _is_alike(model: PreTrainedModel) -> bool:
     folder = source_folder(model)
     if folder is None or layer_parts(model, find_layers(model)):
         return False
-    try:
+    with suppress(ModelError):
         _places(model, folder, num_more(read_json(folder / CONFIG_FILE)))
-    except ModelError:
-        return False
-    return True
+        return True
+    return False
 
 
 def narrower_dtype(model: PreTrainedModel) -> torch.dtype | None:
     """The dtype in which the checkpoint of a model is stored, if that has fewer bits."""
     folder = source_folder(model)
     stored = None if folder is None else stored_dtype(folder)
-    dtypes = (one for one in _DTYPES.values() if str(one) == f"torch.{stored}")
+    dtypes = (one for one in _FLOATS.values() if str(one) == f"torch.{stored}")
     return next((one for one in dtypes if one.itemsize < model.dtype.itemsize), None)
 
 
@@ -103,10 +107,9 @@ def cut_as_stored(model: PreTrainedModel, plan: Plan, trusted: bool) -> Prepared
     folder = source_folder(model)
     if folder is None:
         return None
-    try:
+    with suppress(ModelError, PlanError):  # it is cut in memory only
         return prepare(folder, plan, trust_remote_code=trusted)
-    except (ModelError, PlanError):  # it is cut in memory only
-        return None
+    return None
 
 
 def write_as_stored(cut: PreparedCut, model: PreTrainedModel, folder: Path) -> bool:
@@ -147,9 +150,8 @@ def _places(
         there = stored.get(name) or stored.get(name_under(name, ours, theirs))
         if there is None and name not in tied:
             raise ModelError(f"{folder} does not store {name}")
-        if not value.is_floating_point():
-            return None  # such as the number of batches that a norm has seen
-        if there and (there.shape != [*value.shape] or there.dtype not in _DTYPES):
+        kept = _FLOATS if value.is_floating_point() else _DTYPES.keys() - _FLOATS
+        if there and (there.shape != [*value.shape] or there.dtype not in kept):
             raise ModelError(
                 f"{folder} stores {name} as {there.dtype} of shape {there.shape}, and in memory it "
                 f"has the shape {[*value.shape]}"

@@ -90,6 +90,7 @@ _KINDS = {"full_attention", "sliding_attention", 0, 1}
 class PlainModel:
     """A model of one of these families, with what :class:`.built.BuiltModel` gives of any."""
 
+    loader = "AutoModelForCausalLM"
     name: str
     shape: Shape
     defaults: Mapping[str, Any]

@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -95,7 +95,9 @@ def save_model(
     """
     if plan is None:
         with _new_folder(model, Path(path), overwrite) as folder:
-            if not text_only:
+            if text_only:
+                require_whole(model, text_only)
+            else:
                 warn_unsaved(model)
             _save_loaded(model, tokenizer, folder, Path(path))
     else:
@@ -132,8 +134,8 @@ def save_cut(
         cut.write(overwrite=overwrite, progress=False)
         return
     require_weights(model)
-    if text_only and loader_with_head(model.config) is not AutoModelForCausalLM:
-        raise ModelError("its text has no class of its own: leave out text_only (--text-only)")
+    if text_only:
+        require_whole(model, text_only)
     left = len(find_layers(model))
     if len(plan.survivors) != left:
         raise PlanError(
@@ -240,6 +242,7 @@ def _facts(model: PreTrainedModel, plan: Plan, source: UncutModel, text_only: bo
         },
         dtype=dtype,
         needs_5=True,
+        loader=loader_with_head(model.config).__name__,
     )
 
 

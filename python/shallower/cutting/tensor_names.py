@@ -27,18 +27,24 @@ def find_prefix(names: Iterable[str], path: str, num_layers: int, *, num_more: i
     """Find the prefix of the layers' tensors in a checkpoint, such as ``model.layers.``.
 
     ``path`` is where the model has its layers; a checkpoint without head lacks its first part.
-    Behind the layers may lie ``num_more`` for multi-token prediction.
+    The list may have another name, and its owners another order (Kimi K2.5). Behind the layers may
+    lie ``num_more`` for multi-token prediction.
     """
     numbers: dict[str, set[int]] = {}
+    parts = path.split(".")
+    pattern = re.compile(rf"(?:^|\.){re.escape(parts[-1])}\.(\d{{1,9}})(?:\.|$)")
     for name in names:
-        if match := re.match(r"((?:\w*[^\W\d]\w*\.)+)(\d{1,9})(?:\.|$)", name):
-            numbers.setdefault(match[1], set()).add(int(match[2]))
-    tails = [f"{tail}." for tail in _tails(path)]
-    prefix = next((tail for tail in tails if tail in numbers), None)
-    whole = [one for one, found in numbers.items() if found == set(range(num_layers))]
-    named = [one for one in whole if f".{one}".endswith(f".{tails[-1]}")] or whole
-    if prefix is None and len(named) == 1:
-        prefix = named[0]
+        for match in pattern.finditer(name):
+            numbers.setdefault(name[: match.start(1)], set()).add(int(match[1]))
+        *inside, number = name.split(".")[: len(parts) + 1]
+        is_one = len(inside) > 1 and sorted(inside[:-1]) == sorted(parts[:-1])
+        if is_one and re.fullmatch(r"\d{1,9}", number):
+            numbers.setdefault(".".join([*inside, ""]), set()).add(int(number))
+    prefixes = [f"{tail}." for tail in _tails(path)]
+    whole = [prefix for prefix, found in numbers.items() if found == set(range(num_layers))]
+    prefix = next((prefix for prefix in prefixes if prefix in numbers), None)
+    if prefix is None and len(whole) == 1:
+        prefix = whole[0]
     if prefix is None:
         raise ModelError(
             f"no tensors of the layers {path}.0 .. {path}.{num_layers - 1} in the checkpoint; what "

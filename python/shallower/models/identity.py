@@ -52,9 +52,8 @@ def vectors_of(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
     """
     runner = find_layers(model).runner
     inner = next(path for path, module in model.named_modules() if module is runner)
-    for path, module in model.named_modules():
-        if "." in inner and not path.startswith(inner):
-            continue
+    of, prefix = (runner, inner) if "." in inner else (model, "")
+    for path, module in of.named_modules(prefix=prefix):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 1:
                 yield path, name

@@ -36,9 +36,6 @@ INDEX_LISTS = (
 ONE_BASED_INDEX_LISTS = ("ple_layer_ids",)
 """Lists of layer indices, 1-based."""
 
-SOURCE_LISTS = ("kv_source_layers",)
-"""Lists with an entry for every layer: the index of one."""
-
 CYCLED_LISTS = ("block_types",)
 """Patterns that are repeated until there is an entry for every layer."""
 
@@ -169,7 +166,7 @@ def _shortened(name: str, value: Any, total: int, survivors: Sequence[int]) -> A
         return [place[index] for index in value if index in place]
     if name in ONE_BASED_INDEX_LISTS and isinstance(value, list | tuple):
         return [place[index - 1] + 1 for index in value if index - 1 in place]
-    if name in SOURCE_LISTS and isinstance(value, list | tuple):
+    if name == "kv_source_layers" and isinstance(value, list | tuple):
         if gone := [index for index in survivors if value[index] not in place]:
             raise ValueError(f"layer {gone[0]} shares the cache of layer {value[gone[0]]}")
         return [place[value[index]] for index in survivors]

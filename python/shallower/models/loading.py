@@ -221,10 +221,8 @@ def load_tokenizer(
     path_or_id: str | Path, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load only the tokenizer of a model; ModelError as :func:`load_model`."""
-    tokenizer: PreTrainedTokenizerBase = _read(
-        AutoTokenizer, path_or_id, gguf_file, trust_remote_code
-    )
-    return tokenizer
+    tokenizer = _read(AutoTokenizer, path_or_id, gguf_file, trust_remote_code)
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def _read(kind: Any, path_or_id: str | Path, gguf_file: str | None, trust_remote_code: bool) -> Any:
@@ -263,8 +261,7 @@ def empty_model(folder: str | Path, trust_remote_code: bool = False) -> PreTrain
 
     def build(_source: str, local_files_only: bool = False, **options: Any) -> PreTrainedModel:
         with torch.device("meta"):
-            model = loader_with_head(config).from_config(config, **options)
-        return cast("PreTrainedModel", model)
+            return cast("PreTrainedModel", loader_with_head(config).from_config(config, **options))
 
     return _call(build, source, trust_remote_code=trust_remote_code)
 

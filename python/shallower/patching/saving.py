@@ -173,8 +173,7 @@ def patch_to_folder(
     check_free(Path(out), overwrite)
     decoder = Decoder.of(model)
     plan = plan_of(model, layers)
-    if not text_only:
-        require_whole(model)
+    require_whole(model, text_only)
     held_out: dict[str, list[str]] = {}
     if eval_texts is not None:
         held_out[TEST_SET] = list(eval_texts)

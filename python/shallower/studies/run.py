@@ -295,8 +295,8 @@ class RunStudy(Study[RunSettings]):
         _ = self.splits
         with stage("load the model"):
             loaded, tokenizer = self.load(self.model)
-        if not (self.settings.plan_only or self.settings.text_only):
-            require_whole(loaded)
+        if not self.settings.plan_only:
+            require_whole(loaded, self.settings.text_only)
         wanted = self.wanted_answers and self.wanted_answers.of(Decoder.of(loaded), tokenizer)
         healing = None
         if self.settings.heal:
