@@ -31,15 +31,14 @@ def find_prefix(names: Iterable[str], path: str, num_layers: int, *, num_more: i
     lie ``num_more`` for multi-token prediction.
     """
     numbers: dict[str, set[int]] = {}
-    parts = path.split(".")
-    pattern = re.compile(rf"(?:^|\.){re.escape(parts[-1])}\.(\d{{1,9}})(?:\.|$)")
+    *owners, last = path.split(".")
+    pattern = re.compile(rf"(?:^|\.){re.escape(last)}\.(\d{{1,9}})(?:\.|$)")
     for name in names:
         for match in pattern.finditer(name):
             numbers.setdefault(name[: match.start(1)], set()).add(int(match[1]))
-        *inside, number = name.split(".")[: len(parts) + 1]
-        is_one = len(inside) > 1 and sorted(inside[:-1]) == sorted(parts[:-1])
-        if is_one and re.fullmatch(r"\d{1,9}", number):
-            numbers.setdefault(".".join([*inside, ""]), set()).add(int(number))
+        *inner, number = name.split(".")[: len(owners) + 2]
+        if inner[1:] and sorted(inner[:-1]) == sorted(owners) and re.fullmatch(r"\d{1,9}", number):
+            numbers.setdefault(".".join([*inner, ""]), set()).add(int(number))
     prefixes = [f"{tail}." for tail in _tails(path)]
     whole = [prefix for prefix, found in numbers.items() if found == set(range(num_layers))]
     prefix = next((prefix for prefix in prefixes if prefix in numbers), None)
