@@ -17,17 +17,45 @@ SOURCE = ROOT / "python" / "shallower"
 MODULES = house.modules(SOURCE)
 FILES = list(SOURCE.rglob("*.py"))
 LONG = (".py", ".pyi", ".rs")
-BUDGET = "tests/budget.toml"
+BUDGET = "tests/ceilings.toml"
 CEILINGS = tomllib.loads((ROOT / BUDGET).read_text(encoding="utf-8"))
 
 
-def lines_of(files):
-    return sum(map(house.num_lines, files))
+def nodes(kind):
+    """All parts of the package's code that are of a kind."""
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in FILES)
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, kind)]
 
 
-def classes(file):
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    return sum(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
+def is_docstring(statement):
+    value = getattr(statement, "value", None)
+    if not (isinstance(statement, ast.Expr) and isinstance(value, ast.Constant)):
+        return False
+    return isinstance(value.value, str)
+
+
+DECISIONS = (
+    ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.Assert,
+)  # fmt: skip
+
+
+def complexity(function):
+    """McCabe's number of a function, with those that it defines within."""
+    inside = list(ast.walk(function))
+    operands = sum(len(node.values) - 1 for node in inside if isinstance(node, ast.BoolOp))
+    return 1 + operands + sum(isinstance(node, DECISIONS) for node in inside)
+
+
+def num_options():
+    """Options of all commands, but for ``--help``."""
+    every = [option for name in cli.COMMANDS for option in cli.parser(name).params]
+    return sum(option.param_type_name != "argument" for option in every)
+
+
+def num_bundles():
+    """Dicts of anything that have a name."""
+    text = "".join(file.read_text(encoding="utf-8") for file in FILES)
+    return len(re.findall(r": (?:Any|dict\[str, Any\]) = (?:\{|dict\()", text))
 
 
 def longest(*folders):
@@ -39,22 +67,25 @@ def found():
     """What the house holds, by the names of the budget."""
     folders = [path for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"]
     inside = [list(folder.rglob("*.py")) for folder in folders]
+    functions = nodes((ast.FunctionDef, ast.AsyncFunctionDef))
     table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     table = table.partition("## Entries of the store")[2].partition("## Decisions")[0]
     built = {"__pycache__", "_core.abi3.so"}
     return {
         "package": {
-            "lines": lines_of(FILES),
+            "statements": sum(not is_docstring(one) for one in nodes(ast.stmt)),
             "files": len(FILES),
-            "classes": sum(map(classes, FILES)),
+            "classes": len(nodes(ast.ClassDef)),
+            "options": num_options(),
+            "complex": sum(complexity(function) > 15 for function in functions),
+            "bundles": num_bundles(),
             "entries": len(re.findall(r"^\| `\w+` \|(?: .+? \|){3}$", table, re.MULTILINE)),
             "top": len({path.name for path in SOURCE.iterdir()} - built),
             "folder_files": max(map(len, inside)),
-            "folder_lines": max(map(lines_of, inside)),
             "file_lines": longest("python", "rust", "benches"),
         },
         "tests": {
-            "lines": lines_of((ROOT / "tests").rglob("*.py")),
+            "lines": sum(map(house.num_lines, (ROOT / "tests").rglob("*.py"))),
             "file_lines": longest("tests"),
         },
     }
