@@ -300,7 +300,7 @@ EXPERTS_STAY = {
     "deepseek_v4": "table that sends tokens to experts by their number",
     "inkling_text": "more than a part for each of 6 experts",
     "jetmoe": "expected one mixture a layer",
-    "longcat_flash": "no layer with routed experts",
+    "longcat_flash": "more than a part for each of 6 experts",
     "zaya": "more than a part for each of 6 experts",
 }
 """The families whose experts stay, with a word of the reason."""

@@ -1,6 +1,7 @@
 """The peak of a step as torch's own MemTracker counts it; and shapes of models, by config."""
 
 import functools
+import warnings
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -85,6 +86,11 @@ class _Tracker(MemTracker):
 
     def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
+
+    def __enter__(self):
+        """It warns of functions that are modules within one another, as those of kernels are."""
+        warnings.filterwarnings("ignore", ".*module hierarchy tracking")
+        return super().__enter__()
 
 
 def _faked(model):

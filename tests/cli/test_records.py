@@ -138,7 +138,7 @@ def test_a_record_is_not_believed_of_what_a_file_says(
     """The hashes are those of the forged file; names and versions may be others."""
     result, told = made(name)
     spoil(Path(result) / file)
-    if "5.0" in (Path(result) / "config.json").read_text():
+    if '"5.0"' in (Path(result) / "config.json").read_text():
         edited(result, lambda record: record["versions"].update(transformers="5.0"))
     hashed(result)
     Path(told[0].partition("=")[2]).rename("twin")

@@ -26,6 +26,7 @@ from ..values.provenance import hash_of
 
 _PACKAGES = {
     *("shallower", "torch", "transformers", "tokenizers", "accelerate", "bitsandbytes", "peft"),
+    "kernels",
     *sys.stdlib_module_names,
 }
 """Packages whose versions are in every key; what is defined elsewhere may be changed unseen."""
@@ -110,6 +111,9 @@ class _Values:
                 return [self(value.__func__), self(value.__self__)]
             case FunctionType():
                 return self._function(value)
+            case type() if "<locals>" in value.__qualname__:  # such as kernels' of a function
+                _check(str(value.__module__))
+                return [value.__qualname__, [*map(self, value.__bases__)], self._members(value)]
             case type() | BuiltinFunctionType() | ModuleType():
                 return self._named(value)
         if not hasattr(value, "__dict__"):
@@ -147,13 +151,17 @@ class _Values:
             for name, one in vars(sys.modules[home]).items():
                 if "tokenization" in home and not _is_tokenizer(one):
                     continue
-                if isinstance(one, FunctionType):
+                if isinstance(one, FunctionType | torch.nn.Module):
                     found.append([home, name, self(one)])
                 elif isinstance(one, type) and one.__module__ == home:
-                    parts = {key: getattr(of, "__func__", of) for key, of in vars(one).items()}
-                    kept = [key for key in parts if isinstance(parts[key], _KEPT_OF_CLASSES)]
-                    found.append([home, name, [[key, self(parts[key])] for key in kept]])
+                    found.append([home, name, self._members(one)])
         return found
+
+    def _members(self, value: type) -> Any:
+        """The functions and numbers of a class, by their names."""
+        parts = {key: getattr(of, "__func__", of) for key, of in vars(value).items()}
+        kept = [key for key in parts if isinstance(parts[key], _KEPT_OF_CLASSES)]
+        return [[key, self(parts[key])] for key in kept]
 
 
 def _is_tokenizer(value: Any) -> bool:

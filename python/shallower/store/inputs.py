@@ -332,7 +332,7 @@ def made_by() -> dict[str, str]:
     package = Path(__file__).parents[1]
     files = sorted([*package.rglob("*.py"), *package.glob("_core*")])
     code = hash_of([[str(path.relative_to(package)), sha256_of(path)] for path in files])
-    return {**versions("accelerate", "tokenizers", "gguf"), "code": code}
+    return {**versions("accelerate", "tokenizers", "gguf", "kernels"), "code": code}
 
 
 def check_machine(driver: Mapping[str, Any]) -> None:
