@@ -46,6 +46,7 @@ PLACES = (
     "layer_idx",
     "layer_id",
     "layer_number",
+    "kv_source_layer",  # that of Kolibri, whose list of them is checked
     "seed",  # BigBird's, whose causal model attends to all tokens
     "layer_block_map",
     "layer_dic",  # Zamba's, from a layer's place to that of its adapters

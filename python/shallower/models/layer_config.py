@@ -16,6 +16,7 @@ DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
 LEADING_COUNTS = (
     "first_k_dense_replace",
     "num_dense_layers",
+    "max_window_layers",
     "loop_layer_index_start",
     "loop_layer_index_end",
 )
@@ -30,6 +31,7 @@ INDEX_LISTS = (
     "hybrid_layer_ids",
     "cross_attention_layers",
     "local_layer_ids",
+    "index_layers",
 )
 """Lists of layer indices, 0-based."""
 
@@ -160,7 +162,7 @@ def _check_kinds(config: Any, survivors: Sequence[int]) -> None:
 
 def _shortened(name: str, value: Any, total: int, survivors: Sequence[int]) -> Any:
     place = {old: new for new, old in enumerate(survivors)}
-    if name in LEADING_COUNTS and isinstance(value, int):
+    if name in LEADING_COUNTS and isinstance(value, int) and value <= total:
         return sum(index < value for index in survivors)
     if name in INDEX_LISTS and isinstance(value, list | tuple):
         return [place[index] for index in value if index in place]
@@ -232,9 +234,6 @@ def _scalars(config: Any, total: int, survivors: Sequence[int]) -> dict[str, Any
     shared = getattr(config, "num_kv_shared_layers", None)
     if isinstance(shared, int) and shared > 0:  # the last layers reuse keys and values
         changes["num_kv_shared_layers"] = sum(index >= total - shared for index in survivors)
-    windowed = getattr(config, "max_window_layers", None)
-    if isinstance(windowed, int):
-        changes["max_window_layers"] = sum(index < windowed for index in survivors)
     return changes
 
 
