@@ -157,7 +157,7 @@ zoo: install  ## Make or make again the models of zoo/, and docs/zoo.md; ZOO=--d
 	$(INSTALLED)/python benches/zoo.py $(ZOO)
 
 families: $(VENV)/.dev $(CORE)  ## Write docs/families.md anew
-	$(BIN)/python tests/families.py
+	$(BIN)/python -m tests.families_page
 
 docs: $(VENV)/.dev $(CORE)  ## Build the site into target/site, without warnings and dead links
 	$(BIN)/python -m tests.site

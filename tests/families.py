@@ -1,7 +1,6 @@
 """Every family of decoder-only models in transformers as a small random model, as data."""
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from shallower.models.layer_config import shorten
 
 NUM_LAYERS = 8
 
@@ -296,7 +293,8 @@ MIXTURES = [
     "exaone_moe", "flex_olmo", "flint", "gemma4_text, experts", "glm4_moe", "glm4_moe_lite",
     "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid",
     "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4", "inkling2_loop_text", "inkling2_text",
-    "jamba", "kimi_linear", "kolibri1", "kolibri1_1", "laguna", "lara_mini", "lfm2_moe", "llama4_text", "mellum",
+    "jamba", "kimi_linear", "kolibri1", "kolibri1_1", "laguna",
+    "lara_mini", "lfm2_moe", "llama4_text", "mellum",
     "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "mixtral", "nemotron_h",
     "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_moe, every second",
     "qwen3_next", "qwen4_exp_text", "sarvam_mla", "sarvam_moe", "solar_open",
@@ -347,80 +345,6 @@ def families() -> list[str]:
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS} - set(UNTESTED))
 
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "families.md"
-
-
-def table() -> str:
-    """The document of families, generated."""
-    lines = [
-        "# Families",
-        "",
-        f"Generated from `tests/families.py` by `make families`. Each family is built small, with "
-        f"{NUM_LAYERS} random layers, and cut by {len(DROP_SETS)} sets of layers: "
-        + "; ".join(f"{title} {_listed(layers)}" for title, layers in DROP_SETS.items())
-        + ". `tests/cutting/test_families.py` saves each cut, reloads it with stock transformers, "
-        "and compares its logits with those of a forward that skips the layers, and its generation "
-        "with a cache to that without. What no config of the family can express is refused before "
-        "anything changes, with the nearest layers that could go.",
-        "",
-        f"{len(families())} families and variants:",
-        "",
-        "| family | what its config says by layer | refused, and what stands in the way |",
-        "|---|---|---|",
-    ]
-    for name in families():
-        refused = REFUSED.get(name, {})
-        reasons: dict[str, list[str]] = {}
-        for title, reason in refused.items():
-            reasons.setdefault(reason, []).append(title)
-        said = "; ".join(
-            f"{'all' if len(titles) == len(DROP_SETS) else ', '.join(titles)}: {reason}"
-            for reason, titles in reasons.items()
-        )
-        lines.append(f"| {name} | {', '.join(_by_layer(name))} | {said} |")
-    lines += [
-        "",
-        "## Experts",
-        "",
-        f"Routed experts can go of {len(MIXTURES)} families and variants. "
-        "`tests/cutting/test_experts.py` cuts two of six of every layer that has any, saves and "
-        "reloads the cut, and compares its logits, and its generation, with those of the whole "
-        "model in which the same experts cannot be chosen; `tests/cutting/test_checkpoint.py` "
-        "does so on disk.",
-        "",
-        "; ".join(MIXTURES) + ".",
-        "",
-        "Those whose experts stay, each refused in a sentence before anything changes:",
-        "",
-        "| family | what stands in the way |",
-        "|---|---|",
-        *(f"| {name} | {reason} |" for name, reason in EXPERTS_STAY.items()),
-    ]
-    lines += ["", "Not tested:", "", "| model type | why |", "|---|---|"]
-    lines += [f"| {name} | {reason} |" for name, reason in sorted(UNTESTED.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _listed(layers: tuple[int, ...]) -> str:
-    return "{" + ", ".join(map(str, layers)) + "}"
-
-
-def _by_layer(name: str) -> list[str]:
-    """The keys that cuts change, beside the counts of layers."""
-    counts = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks"}
-    counts |= {"decoder_layers", "num_decoder_layers", "encoder_layers", "num_encoder_layers"}
-    changed: set[str] = set()
-    for dropped in DROP_SETS.values():
-        config = small_config(name).get_text_config(decoder=True)
-        before = config.to_dict()
-        try:
-            shorten(config, NUM_LAYERS, [i for i in range(NUM_LAYERS) if i not in dropped])
-        except ValueError:
-            continue
-        changed |= {key for key, value in config.to_dict().items() if before.get(key) != value}
-    return sorted(changed - counts)
-
-
 SCALES = {"rwkv": 1e-4, "qwen3_5_moe_text": 2e-4}
 """Where the order of halvings that the model makes for float16 shows in its norms, and where
 rounding grows: in float64, where it can be tried, the difference is 0."""
@@ -442,7 +366,3 @@ def small_weights(model):
             elif not any(part in key for part in ("A_log", "dt", "decay")):
                 weight.add_(0.2 * noise)
     return model.eval()
-
-
-if __name__ == "__main__":
-    DOCUMENT.write_text(table(), encoding="utf-8")

@@ -16,7 +16,6 @@ from shallower.models.architecture import find_layers, text_config
 from tests.commands import in_this_process
 from tests.conftest import mostly_slow
 from tests.families import (
-    DOCUMENT,
     DROP_SETS,
     FAST,
     IS_OLDER,
@@ -28,8 +27,8 @@ from tests.families import (
     VARIANTS,
     families,
     random_model,
-    table,
 )
+from tests.families_page import DOCUMENT, table
 
 CACHE_DIFFERS = {"cpmant", "xlstm"}
 """Whose generation with a cache differs from that without, uncut."""
