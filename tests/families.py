@@ -67,6 +67,12 @@ _GEMMA4: dict[str, Any] = {
     "global_head_dim": 16, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
 }  # fmt: skip
 
+_SECTIONED = (
+    "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text",
+    "qwen2_vl_text",
+)  # fmt: skip
+"""Texts whose places have three coordinates."""
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "afmoe": {"num_dense_layers": 3},
     "axk1": _LATENT,
@@ -165,7 +171,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "chunk_size": 8, "moe_shared_expert_intermediate_size": 16,
     },
     "qwen2": {"use_sliding_window": True, "max_window_layers": 4},
-    "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}},
+    **{key: {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}} for key in _SECTIONED},
     "qwen2_moe": {"mlp_only_layers": [1, 4], "use_sliding_window": True, "max_window_layers": 4},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 4},
     "qwen3_moe": {"mlp_only_layers": [1, 4]},
@@ -344,6 +350,30 @@ def families() -> list[str]:
     """All that are tested."""
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS} - set(UNTESTED))
 
+
+WHOLE = [
+    "aria", "aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "deepseek_vl",
+    "deepseek_vl_hybrid", "exaone4_5", "glm46v", "glm4v", "glm_ocr", "glmasr", "glmga",
+    "granite_docling", "granite_speech", "granite_speech_plus", "hyperclovax_vision_v2",
+    "idefics2", "idefics3", "inkling_mm_model", "internvl", "kimi_k25", "lfm2_vl", "lfm3_vl",
+    "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision",
+    "llava_onevision1_5", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl",
+    "mistral3", "mistral4", "mistral_large4", "muse_glimmer", "omniasr", "ovis2", "ovis2_5",
+    "paddleocr_vl", "paligemma", "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker",
+    "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl",
+    "qwen3_vl_moe", "smolvlm", "step3p7", "unlimited_ocr", "video_llama_3", "video_llava",
+    "vipllava", "voxtral",
+]  # fmt: skip
+"""The types of images and sound without a causal class, whose decoder is cut."""
+
+WHOLE_REFUSED = {
+    "blip": "layer_num",
+    "diffusion_gemma": "depends on the number of layers",
+    "idefics": "spreads its layers over several lists",
+    "pi0": "no list of the decoder layers",
+    "pi05": "no list of the decoder layers",
+}
+"""Those that are refused, with a word of the reason."""
 
 SCALES = {"rwkv": 1e-4, "qwen3_5_moe_text": 2e-4}
 """Where the order of halvings that the model makes for float16 shows in its norms, and where

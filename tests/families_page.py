@@ -10,6 +10,8 @@ from tests.families import (
     NUM_LAYERS,
     REFUSED,
     UNTESTED,
+    WHOLE,
+    WHOLE_REFUSED,
     families,
     small_config,
 )
@@ -62,6 +64,26 @@ def table() -> str:
         "| family | what stands in the way |",
         "|---|---|",
         *(f"| {name} | {reason} |" for name, reason in EXPERTS_STAY.items()),
+    ]
+    lines += [
+        "",
+        "## More than text",
+        "",
+        f"{len(WHOLE)} types of images and sound have no causal class of their own. They are "
+        "opened by their stock class, and their text decoder is cut. "
+        "`tests/cutting/test_towers.py` cuts each on disk and in memory, reloads it with stock "
+        "transformers, and compares its logits of text with those of a forward that skips the "
+        "layer.",
+        "",
+        "; ".join(WHOLE) + ".",
+        "",
+        "Those that are refused in a sentence before anything changes:",
+        "",
+        "| type | what stands in the way |",
+        "|---|---|",
+        *(f"| {name} | {reason} |" for name, reason in sorted(WHOLE_REFUSED.items())),
+        "",
+        "Other types of this kind are not tested.",
     ]
     lines += ["", "Not tested:", "", "| model type | why |", "|---|---|"]
     lines += [f"| {name} | {reason} |" for name, reason in sorted(UNTESTED.items())]

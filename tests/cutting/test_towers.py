@@ -3,23 +3,20 @@
 import pytest
 import torch
 from transformers import AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 import shallower as sh
 from shallower.models.architecture import find_layers
 from tests.conftest import mostly_slow
 from tests.cutting.test_families import logits, passing_on
 from tests.cutting.test_laid_over import changed, tensors_in
-from tests.families import small_weights, with_towers
-
-TYPES = [
-    "aya_vision", "cohere2_vision", "granite_speech", "idefics2", "idefics3", "internvl",
-    "kimi_k25", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3",
-    "mistral_large4", "paligemma",
-    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llava", "vipllava", "voxtral",
-]  # fmt: skip
+from tests.families import IS_OLDER, WHOLE, WHOLE_REFUSED, small_weights, with_towers
 
 
-@pytest.mark.parametrize("name", mostly_slow(TYPES, ["kimi_k25", "mistral3", "qwen3_vl"]))
+@pytest.mark.parametrize("name", mostly_slow(WHOLE, ["kimi_k25", "mistral3", "qwen3_vl"]))
 def test_the_decoder_of_a_whole_model_is_cut(name, words, tmp_path):
     torch.manual_seed(0)
     made = small_weights(AutoModelForMultimodalLM.from_config(with_towers(name))).bfloat16()
@@ -42,6 +39,25 @@ def test_the_decoder_of_a_whole_model_is_cut(name, words, tmp_path):
     assert before.keys() == after.keys()
     assert "AutoModelForMultimodalLM.from_pretrained" in (tmp_path / "cut/README.md").read_text()
     assert sum(not torch.equal(before[key], after[key]) for key in before) == 2
+
+
+@pytest.mark.parametrize("name", mostly_slow(sorted(WHOLE_REFUSED), ["blip", "idefics"]))
+def test_what_cannot_be_cut_is_refused_in_a_sentence(name):
+    model = small_weights(AutoModelForMultimodalLM.from_config(with_towers(name)))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(sh.ModelError, match=WHOLE_REFUSED[name]):
+        sh.drop_layers(model, [4])
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.skipif(IS_OLDER, reason="the lists are of a newer transformers")
+def test_the_lists_name_types_that_transformers_has_and_none_twice():
+    named = [*WHOLE, *WHOLE_REFUSED]
+    assert len({*named}) == len(named)
+    assert {*named} <= MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.keys()
+    assert not {*named} & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
 
 
 def test_layers_that_images_are_added_to_stay():

@@ -74,7 +74,7 @@ def find_layers(model: nn.Module) -> DecoderLayers:
     if not fitting:
         seen = ", ".join(f"{path} ({len(module)})" for path, module in lists) or "none"
         raise ModelError(
-            f"no list of {' or '.join(map(str, sorted(counts)))} decoder layers in "
+            f"no list of {' or '.join(map(str, sorted(counts))) or 'the'} decoder layers in "
             f"{type(model).__name__}; its module lists: {seen}",
             see="families",
         )
