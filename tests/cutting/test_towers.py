@@ -1,5 +1,7 @@
 """Models of more than text that have no causal class: their decoder is cut, all else stays."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForMultimodalLM
@@ -9,10 +11,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import shallower as sh
+from shallower.cutting.tensor_names import find_prefix
 from shallower.models.architecture import find_layers
-from tests.conftest import mostly_slow
+from tests.commands import in_this_process
+from tests.conftest import mostly_slow, write_jsonl
 from tests.cutting.test_families import logits, passing_on
 from tests.cutting.test_laid_over import changed, tensors_in
+from tests.documents import documents
 from tests.families import IS_OLDER, WHOLE, WHOLE_REFUSED, small_weights, with_towers
 
 
@@ -39,6 +44,59 @@ def test_the_decoder_of_a_whole_model_is_cut(name, words, tmp_path):
     assert before.keys() == after.keys()
     assert "AutoModelForMultimodalLM.from_pretrained" in (tmp_path / "cut/README.md").read_text()
     assert sum(not torch.equal(before[key], after[key]) for key in before) == 2
+
+
+REPAIRED = sorted(
+    {*WHOLE}
+    - {
+        *("exaone4_5", "glm46v", "glm4v", "glm_ocr", "glmga", "hyperclovax_vision_v2"),
+        *("cosmos3_omni", "idefics2", "inkling_mm_model", "lfm3_vl", "minicpmv4_6"),
+        *("minicpmv4_7", "mistral4", "mistral_large4", "muse_glimmer", "qwen2_5_omni_thinker"),
+        *("qwen2_vl", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "step3p7"),
+        "unlimited_ocr",
+    }
+)
+"""Without those whose random model is refused a patch (experts before the block, no gain), or not
+healed."""
+
+
+@pytest.mark.parametrize("name", mostly_slow(REPAIRED, ["mistral3"]))
+def test_a_patch_and_a_healing_keep_the_tower(name, words, tmp_path):
+    """What is not of the decoder's layers, its norm or its head is equal to the byte."""
+    torch.manual_seed(0)
+    made = small_weights(AutoModelForMultimodalLM.from_config(with_towers(name))).bfloat16()
+    with torch.no_grad():  # so that a layer changes what is predicted, and a patch helps
+        made.get_output_embeddings().weight.mul_(20)
+    made.save_pretrained(tmp_path / "whole")
+    words.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole/preprocessor_config.json").write_text('{"size": 14}')
+    sh.prune(tmp_path / "whole", [4], tmp_path / "cut")
+    model, tokenizer = sh.load_model(tmp_path / "whole", "float32")
+    done = sh.patch(model, tokenizer, [4], texts=[*documents(400)], max_length=32)
+    sh.save_patched(model, tokenizer, tmp_path / "patched", done=done)
+    texts = write_jsonl(tmp_path / "texts.jsonl", documents(60)[:40])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", documents(60)[40:])
+    data = ("--texts", texts, "--eval-texts", held_out, "--out", tmp_path / "healed")
+    how = ("--dtype", "float32", "--max-length", 16, "--steps", 2, "--rank", 2, "--merge")
+    done = in_this_process("heal", tmp_path / "cut", *data, *how, "--learning-rate", 0.01)
+    assert done.status == 0, done.err
+    cut = tensors_in(tmp_path / "cut")
+    layers = find_layers(model)
+    stored = find_prefix(cut, layers.path, len(layers))
+    for way in ("patched", "healed"):
+        found = tensors_in(tmp_path / way)
+        assert [(n, t.dtype, t.shape) for n, t in found.items()] == [
+            (n, t.dtype, t.shape) for n, t in cut.items()
+        ]
+        other = {key for key, value in cut.items() if not torch.equal(value, found[key])}
+        assert other
+        assert all(key.startswith(stored) for key in other), (way, other)
+        assert (tmp_path / way / "preprocessor_config.json").read_text() == '{"size": 14}'
+        loading = {"dtype": torch.float32, "output_loading_info": True}
+        _, read = AutoModelForMultimodalLM.from_pretrained(tmp_path / way, **loading)
+        assert not any(read.values())
+        configs = [json.loads((tmp_path / one / "config.json").read_text()) for one in ("cut", way)]
+        assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("name", mostly_slow(sorted(WHOLE_REFUSED), ["blip", "idefics"]))
