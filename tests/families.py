@@ -316,7 +316,7 @@ EXPERTS_STAY = {
 }
 """The families whose experts stay, with a word of the reason."""
 
-IS_OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
+IS_OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 25)
 """Whether this is an older transformers than the one that the lists are of."""
 
 

@@ -21,12 +21,19 @@ from tests.documents import documents
 from tests.families import IS_OLDER, WHOLE, WHOLE_REFUSED, small_weights, with_towers
 
 
-@pytest.mark.parametrize("name", mostly_slow(WHOLE, ["kimi_k25", "mistral3", "qwen3_vl"]))
-def test_the_decoder_of_a_whole_model_is_cut(name, words, tmp_path):
+def store_whole(name, words, folder, head_scale=1):
+    """Write a small random model of a type with its tokenizer, its head scaled."""
     torch.manual_seed(0)
     made = small_weights(AutoModelForMultimodalLM.from_config(with_towers(name))).bfloat16()
-    made.save_pretrained(tmp_path / "whole")
-    words.save_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        made.get_output_embeddings().weight.mul_(head_scale)
+    made.save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", mostly_slow(WHOLE, ["kimi_k25", "mistral3", "qwen3_vl"]))
+def test_the_decoder_of_a_whole_model_is_cut(name, words, tmp_path):
+    store_whole(name, words, tmp_path / "whole")
     sh.prune(tmp_path / "whole", [4], tmp_path / "cut")
     cut, read = AutoModelForMultimodalLM.from_pretrained(
         tmp_path / "cut", dtype=torch.float32, output_loading_info=True
@@ -62,13 +69,8 @@ healed."""
 
 @pytest.mark.parametrize("name", mostly_slow(REPAIRED, ["mistral3"]))
 def test_a_patch_and_a_healing_keep_the_tower(name, words, tmp_path):
-    """What is not of the decoder's layers, its norm or its head is equal to the byte."""
-    torch.manual_seed(0)
-    made = small_weights(AutoModelForMultimodalLM.from_config(with_towers(name))).bfloat16()
-    with torch.no_grad():  # so that a layer changes what is predicted, and a patch helps
-        made.get_output_embeddings().weight.mul_(20)
-    made.save_pretrained(tmp_path / "whole")
-    words.save_pretrained(tmp_path / "whole")
+    """What is not of the decoder's layers is equal to the byte."""
+    store_whole(name, words, tmp_path / "whole", head_scale=20)  # so that a patch helps
     (tmp_path / "whole/preprocessor_config.json").write_text('{"size": 14}')
     sh.prune(tmp_path / "whole", [4], tmp_path / "cut")
     model, tokenizer = sh.load_model(tmp_path / "whole", "float32")
